@@ -1,0 +1,21 @@
+"""CIFAR-10-LT, ResNet-32.
+
+    python -m ltjax.data.prepare cifar10
+    python run.py --config=configs/cifar10_lt.py:method=mislas,imbalance=100
+
+method=mislas|ce, imbalance (10, 50 and 100 are the papers'), profile=exp|step, budget=full|short (12 + 2 epochs).
+MiSLAS's shifted batch norm is off here, as in the paper.
+
+Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10:
+  MiSLAS, paper           82.1 / 3.70   85.7 / 2.17   90.0 / 1.20   (after stage 1 alone: 72.8, 78.1, 87.6)
+  MiSLAS, ours            not yet run
+  cross-entropy, ours     not yet run
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    smoothing = {10: (0.1, 0.0, 0.2, False), 50: (0.2, 0.0, 0.2, False), 100: (0.3, 0.0, 0.5, False)}
+    config = common.cifar_long_tailed("cifar10", arg, smoothing)
+    return config

@@ -1,0 +1,131 @@
+"""Checkpoints of one stage: saved in the background, the two latest and the best kept, damage found and stepped over."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from ltjax.hashing import fingerprint
+from ltjax.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
+class Checkpoints:
+    """The checkpoints below one directory, each a pytree of arrays (`state`) with a JSON record beside it.
+
+    A state carries a fingerprint: Orbax finds files that are cut short, not ones with a flipped bit.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory).absolute()
+        keep = policies.AnyPreservationPolicy([policies.LatestN(2), policies.BestN(get_metric_fn=_score, n=1)])
+        options = ocp.CheckpointManagerOptions(best_fn=_score, best_mode="max", preservation_policy=keep, create=True)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise UserError(f"cannot keep checkpoints in {self.directory}: {error.strerror or error}") from error
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, record: dict[str, Any], score: float | None = None) -> None:
+        """Save in the background what the next steps may go on changing. score: for keeping the best, if evaluated.
+
+        Raises: UserError where this save cannot start or the one before it failed; what was saved earlier survives.
+        """
+        if step in self._manager.all_steps():
+            return
+        state = jax.tree.map(jnp.copy, state)  # the next step is given the original's memory
+        record = {**record, "fingerprint": int(fingerprint(state))}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+        self._guard(lambda: self._manager.save(step, args=items, metrics={"score": -1.0 if score is None else score}))
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises: UserError where it could not be written."""
+        self._guard(self._manager.wait_until_finished)
+
+    def _guard(self, write) -> None:
+        try:
+            write()
+        except Exception as error:  # Orbax and TensorStore pass a full disk on as many types
+            good = self._good_steps()
+            left = f"the checkpoint of step {good[-1]} is whole" if good else "there is no earlier checkpoint"
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"cannot save a checkpoint in {self.directory}: {reason[:300]} ({left}; "
+                "free some space or mend the permissions, then run the same command again to resume)"
+            ) from error
+
+    def _good_steps(self) -> list[int]:
+        """Committed steps as the disk has them; the manager's own list counts a failed one."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def restore(self, target: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest undamaged (state, record), or None where there is none.
+
+        target: arrays, or `jax.ShapeDtypeStruct`s with a sharding, in the shape of the state. A damaged checkpoint is
+        moved to `damaged/`, with a warning, and the one before it is taken.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.restore_step(step, target)
+            except Exception as error:  # any kind of damage: the next older one may be whole
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                aside = self._set_aside(step)
+                log.warning(
+                    "checkpoint %s of step %d is damaged (%s): moved to %s, falling back to the one before it",
+                    self.directory,
+                    step,
+                    reason[:200],
+                    aside,
+                )
+        return None
+
+    def restore_step(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        expected, found = restored.record.pop("fingerprint"), int(fingerprint(restored.state))
+        if found != expected:
+            raise ValueError(f"fingerprint {found:08x}, saved as {expected:08x}")
+        return restored.state, restored.record
+
+    def best_step(self) -> int | None:
+        return self._manager.best_step()
+
+    def _set_aside(self, step: int) -> Path:
+        aside = self.directory.parent / "damaged" / f"{self.directory.name}-{step}"
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.move(self.directory / str(step), aside)
+        self._manager.reload()
+        return aside
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self._manager.close()
+        except Exception:
+            if kind is None:
+                raise  # else the error that ended the block says more
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader finds the old one or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,115 @@
+"""What a config may say, with defaults: the one place where its keys are named. Checked before anything starts."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from ltjax.types import UserError
+
+T = TypeVar("T", bound=tuple)
+
+
+class Data(NamedTuple):
+    name: str  # of `ltjax.data.SOURCES`
+    imbalance: float = 1.0  # largest class over smallest
+    profile: str = "exp"  # "exp" or "step"
+    max_count: int = 0  # training images of the largest class; 0: all there are
+    holdout: int = 0  # images of each class held out of training, for selection and tuning
+    seed: int = 0  # of the kept images; apart from the training seed, so that seeds share a training set
+    many_above: int = 100  # groups by training images: many > many_above,
+    few_below: int = 20  # few < few_below
+    ranges: tuple[int, ...] = ()  # instead: (a, b), many = classes below a, few = classes from b on
+
+
+class Optimizer(NamedTuple):
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+
+class Stage(NamedTuple):
+    method: Mapping[str, Any]  # name, and the method's own hyper-parameters
+    epochs: int
+    lr: float
+    groups: Mapping[str, Mapping[str, Any]]  # {name: {match, rate, weight_decay}}, see `ltjax.optim`
+    title: str = ""  # in the table
+    start_from: str = "scratch"  # or the name of an earlier stage
+    schedule: Mapping[str, Any] = {}  # kind, warmup, decay_at, decay: see `ltjax.optim.schedule_table`
+    sampler: Mapping[str, Any] = {}  # name, and its own settings: see `ltjax.data.samplers`
+    augment: Mapping[str, Any] = {}  # see `ltjax.data.augment.augment`
+    batch_norm: str = "train"  # or "eval"
+
+
+class Run(NamedTuple):
+    name: str
+    data: Data
+    model: Mapping[str, Any]  # name, and the model's own settings
+    stages: tuple[str, ...]  # each the name of a further key that holds a `Stage`
+    epochs: int = 0  # of the first stage; the stages refer to it
+    batch_size: int = 128
+    seed: int = 0  # initialisation, sampling order, augmentation
+    optimizer: Optimizer = Optimizer()
+    eval_every: int = 1  # epochs
+    eval_batch_size: int = 500
+    dispatch_steps: int = 0  # steps to a dispatch; 0: an epoch on accelerators, at most 16 steps on CPU
+    checkpoint_seconds: float = 300.0  # save within long epochs as well, this often
+
+
+def _fill(kind: type[T], values: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> T:
+    unknown = sorted(set(values) - set(kind._fields) - set(also))
+    if unknown:
+        raise UserError(f"unknown key {where}.{unknown[0]}; allowed: {', '.join((*kind._fields, *also))}")
+    required = [field for field in kind._fields if field not in kind._field_defaults]
+    missing = [field for field in required if field not in values]
+    if missing:
+        raise UserError(f"missing key {where}.{missing[0]}; needed: {', '.join(required)}")
+    return kind(**{key: value for key, value in values.items() if key in kind._fields})
+
+
+def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
+    """Check a config (nested dicts) against the types above -> the run and its stages by name.
+
+    Raises: UserError naming the key and what is allowed.
+    """
+    stages = tuple(config.get("stages", ()))
+    run = _fill(Run, config, "config", also=stages)
+    run = run._replace(
+        data=_fill(Data, run.data, "config.data"),
+        optimizer=_fill(Optimizer, run.optimizer if isinstance(run.optimizer, Mapping) else {}, "config.optimizer"),
+        stages=stages,
+    )
+    if not stages or len(set(stages)) != len(stages):
+        raise UserError(f"config.stages = {stages}: name one stage or more, each once")
+    for key in ("batch_size", "eval_every", "eval_batch_size"):
+        if getattr(run, key) < 1:
+            raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")
+    if run.dispatch_steps < 0:
+        raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
+    parsed: dict[str, Stage] = {}
+    for name in stages:
+        where = f"config.{name}"
+        if name in Run._fields or name not in config:
+            raise UserError(f"config.stages names {name!r}, which needs settings of its own in {where}")
+        stage = _fill(Stage, config[name], where)
+        if stage.start_from not in ("scratch", *parsed):
+            earlier = ", ".join(("scratch", *parsed))
+            raise UserError(f"{where}.start_from = {stage.start_from!r}: allowed here: {earlier}")
+        if not stage.lr > 0 or stage.epochs < 1:
+            raise UserError(f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least 1")
+        parsed[name] = stage._replace(
+            title=stage.title or name,
+            schedule={"kind": "constant", **stage.schedule},
+            sampler={"name": "instance_balanced", **stage.sampler},
+        )
+    return run, parsed
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Keys at which two configs differ, as "data.imbalance: 100 -> 50"."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b, path = old.get(key), new.get(key), f"{where}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{path}.")
+        elif a != b:
+            found.append(f"{path}: {a!r} -> {b!r}")
+    return found

@@ -1,0 +1,14 @@
+"""Where images come from, one file a source: `load(name, data_dir) -> ltjax.data.source.Images`."""
+
+from ltjax import registry
+
+SOURCES = {
+    "cifar10": "ltjax.data.cifar",
+    "cifar100": "ltjax.data.cifar",
+    "fashion_mnist_lt": "ltjax.data.fashion_mnist_lt",
+}
+
+
+def load(name: str, data_dir: str | None = None):
+    """All images of a data set. Raises: UserError where it is unknown, missing or damaged."""
+    return registry.load("data set", SOURCES, name, "load")(name, data_dir)

@@ -1,0 +1,340 @@
+"""Augmentation of whole batches on the device, as pure functions of a key and images [B, H, W, channels].
+
+They run inside a compiled step, also in `lax.scan` and on a batch sharded over devices; the result is the same on any
+number of devices. Each image draws its own numbers, except in mixup, which mixes a whole batch alike.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ltjax.types import Batch, UserError
+
+
+def augment(
+    rng: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    crop_padding: int = 4,
+    flip: bool = True,
+    auto_augment: bool = False,
+    cutout_size: int = 0,
+    mixup_alpha: float = 0.0,
+) -> Batch:
+    """What a training step sees of uint8 images [B, H, W, channels] and labels [B].
+
+    In the order of the long-tail papers: crop, flip, AutoAugment, division by 255, Cutout, mixup. Zero or False turns
+    a part off, without a change to the random numbers of the others. Returns float32 images in [0, 1].
+
+    Raises UserError if AutoAugment is asked for images that are not RGB, ValueError if images are not uint8.
+    """
+    _require_uint8(images)
+    crop_rng, policy_rng, cutout_rng, mixup_rng = jax.random.split(rng, 4)
+    if crop_padding or flip:
+        images = crop_flip(crop_rng, images, padding=crop_padding, flip=flip)
+    if auto_augment:
+        images = _auto_augment(policy_rng, images)
+    images = images.astype(jnp.float32) / 255
+    if cutout_size:
+        images = cutout(cutout_rng, images, size=cutout_size)
+    if mixup_alpha:
+        return random_mixup(mixup_rng, images, labels, alpha=mixup_alpha)
+    return Batch(images, labels)
+
+
+def crop_flip(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = True) -> jax.Array:
+    """Shifts each image by up to `padding` pixels each way, black moving in, and mirrors every second one.
+
+    The window is drawn uniformly from the (2 padding + 1)^2 windows of the image's size in the image with `padding`
+    zeros on each side; left and right are exchanged with probability 1/2 (never if `flip` is False). Any dtype; shape
+    and dtype stay.
+    """
+    count, height, width, channels = images.shape
+    crop_rng, flip_rng = jax.random.split(rng)
+    if flip:  # before the crop, which changes no probability: after it, XLA on CPU takes ten times as long in a loop
+        mirrored = jax.random.bernoulli(flip_rng, 0.5, (count, 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    offsets = jax.random.randint(crop_rng, (count, 2), 0, 2 * padding + 1)
+
+    def crop(image, offset):
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (height, width, channels))
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+def cutout(
+    rng: jax.Array, images: jax.Array, *, size: int = 16, fill: float | tuple[float, ...] | jax.Array = 0.0
+) -> jax.Array:
+    """Fills one square of `size` x `size` pixels in each image (DeVries & Taylor 2017, arXiv 1708.04552).
+
+    The square's centre is drawn uniformly from the image's pixels, and what lies beyond the border is cut off; the
+    square spans rows `centre - size // 2` up to, not including, `centre - size // 2 + size`.
+
+    Args:
+      rng: key.
+      images: [B, H, W, channels], any dtype; shape and dtype stay.
+      size: side in pixels.
+      fill: scalar or [channels], in the units of `images`. The default is black, as in DRO-LT, whose code cuts before
+        it normalises. The inventors' code cuts afterwards, which here is `fill=mean` with the data set's mean colour.
+    """
+    count, height, width, _ = images.shape
+    row_rng, column_rng = jax.random.split(rng)
+    top = jax.random.randint(row_rng, (count, 1), 0, height) - size // 2
+    left = jax.random.randint(column_rng, (count, 1), 0, width) - size // 2
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    in_rows = (rows >= top) & (rows < top + size)  # [B, H]
+    in_columns = (columns >= left) & (columns < left + size)  # [B, W]
+    square = in_rows[:, :, None, None] & in_columns[:, None, :, None]  # [B, H, W, 1]
+    return jnp.where(square, jnp.asarray(fill, images.dtype), images)
+
+
+def mixup(images: jax.Array, labels: jax.Array, lam: float | jax.Array, permutation: jax.Array) -> Batch:
+    """Mixes image i with image `permutation[i]`: `lam * own + (1 - lam) * partner` (Zhang et al. 2018, 1710.09412).
+
+    Args:
+      images: [B, H, W, channels], float.
+      labels: [B], int; returned as they are, with the partners' beside them.
+      lam: scalar in [0, 1], the share of the image itself.
+      permutation: [B], int.
+
+    Raises ValueError if images are not float.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"mixup needs float images, not {images.dtype}")
+    lam = jnp.asarray(lam, images.dtype)
+    mixed = lam * images + (1 - lam) * images[permutation]
+    return Batch(mixed, labels, partner_labels=labels[permutation], lam=lam)
+
+
+def random_mixup(rng: jax.Array, images: jax.Array, labels: jax.Array, *, alpha: float) -> Batch:
+    """`mixup` with one share drawn from Beta(alpha, alpha) and one permutation for the whole batch."""
+    lam_rng, permutation_rng = jax.random.split(rng)
+    lam = jax.random.beta(lam_rng, alpha, alpha, dtype=jnp.float32)
+    return mixup(images, labels, lam, jax.random.permutation(permutation_rng, len(images)))
+
+
+# The 25 sub-policies found for CIFAR-10: two operations each, as (operation, probability, level of magnitude 0 to 9).
+CIFAR10_POLICY = (
+    (("invert", 0.1, 7), ("contrast", 0.2, 6)),
+    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
+    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
+    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
+    (("autocontrast", 0.5, 8), ("equalize", 0.9, 2)),
+    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
+    (("color", 0.4, 3), ("brightness", 0.6, 7)),
+    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
+    (("equalize", 0.6, 5), ("equalize", 0.5, 1)),
+    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
+    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
+    (("equalize", 0.3, 7), ("autocontrast", 0.4, 8)),
+    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
+    (("brightness", 0.9, 6), ("color", 0.2, 8)),
+    (("solarize", 0.5, 2), ("invert", 0.0, 3)),
+    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
+    (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
+    (("color", 0.9, 9), ("equalize", 0.6, 6)),
+    (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
+    (("brightness", 0.1, 3), ("color", 0.7, 0)),
+    (("solarize", 0.4, 5), ("autocontrast", 0.9, 3)),
+    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
+    (("autocontrast", 0.9, 2), ("solarize", 0.8, 3)),
+    (("equalize", 0.8, 8), ("invert", 0.1, 3)),
+    (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1)),
+)
+
+# Each operation's magnitude at level 0 and at level 9, and whether its sign is drawn at random.
+MAGNITUDES = {
+    "shear_x": (0.0, 0.3, True),  # pixels along x per pixel along y
+    "shear_y": (0.0, 0.3, True),
+    "translate_x": (0.0, 150 / 331, True),  # share of the width
+    "translate_y": (0.0, 150 / 331, True),  # share of the height
+    "rotate": (0.0, 30.0, True),  # degrees, positive is anticlockwise
+    "autocontrast": (0.0, 0.0, False),
+    "equalize": (0.0, 0.0, False),
+    "invert": (0.0, 0.0, False),
+    "posterize": (8, 4, False),  # bits kept, a whole number
+    "solarize": (256.0, 0.0, False),  # grey level from which on values are inverted
+    "brightness": (0.0, 0.9, True),  # enhancement factor minus 1; the same for the other three
+    "color": (0.0, 0.9, True),
+    "contrast": (0.0, 0.9, True),
+    "sharpness": (0.0, 0.9, True),
+}
+_NAMES = tuple(MAGNITUDES)
+_GEOMETRY = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+_POINTWISE = ("autocontrast", "equalize", "invert", "posterize", "solarize")
+_ENHANCEMENT = ("brightness", "color", "contrast", "sharpness")
+_NOTHING = -1  # the operation's number where none is applied
+_GREY = 128  # moves in where geometry leaves the image
+
+
+def auto_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
+    """AutoAugment's CIFAR-10 policy (Cubuk et al. 2019, arXiv 1805.09501): uint8 [B, H, W, 3] in and out.
+
+    Each image draws one of the 25 sub-policies and applies its two operations in turn, each with its probability;
+    geometry and enhancements draw their sign. Operations are those of `apply_operation`. DRO-LT's code differs in
+    geometry: it shears with bicubic interpolation and always rotates anticlockwise.
+
+    Raises UserError if the images are not RGB, ValueError if they are not uint8.
+    """
+    _require_rgb(images)
+    policy_rng, probability_rng, sign_rng = jax.random.split(rng, 3)
+    count = len(images)
+    # [25, 2] each
+    operations = jnp.array([[_NAMES.index(name) for name, _, _ in pair] for pair in CIFAR10_POLICY])
+    probabilities = jnp.array([[probability for _, probability, _ in pair] for pair in CIFAR10_POLICY])
+    magnitudes = jnp.array([[_magnitude(name, level) for name, _, level in pair] for pair in CIFAR10_POLICY])
+    is_signed = jnp.array([[MAGNITUDES[name][2] for name, _, _ in pair] for pair in CIFAR10_POLICY])
+
+    policy = jax.random.randint(policy_rng, (count,), 0, len(CIFAR10_POLICY))
+    applied = jax.random.uniform(probability_rng, (count, 2)) < probabilities[policy]
+    negative = jax.random.bernoulli(sign_rng, 0.5, (count, 2)) & is_signed[policy]
+    operations = jnp.where(applied, operations[policy], _NOTHING)  # [B, 2]
+    magnitudes = jnp.where(negative, -magnitudes[policy], magnitudes[policy])  # [B, 2]
+    # A loop, because in one piece XLA on CPU would compute the first operation anew for each use in the second.
+    return jax.lax.scan(lambda images, turn: (_apply(images, *turn), None), images, (operations.T, magnitudes.T))[0]
+
+
+_auto_augment = auto_augment  # `augment` has an argument of that name
+
+
+def apply_operation(name: str, images: jax.Array, magnitude: float | jax.Array = 0.0) -> jax.Array:
+    """One AutoAugment operation on uint8 images [B, H, W, 3], as Pillow computes it.
+
+    Geometry takes the nearest pixel and fills with grey 128. Pillow's values are met exactly, but for one grey level
+    here and there where it rounds in floating point: autocontrast and the enhancements.
+
+    Args:
+      name: one of `MAGNITUDES`.
+      images: uint8 [B, H, W, 3].
+      magnitude: scalar or [B], in the units of `MAGNITUDES`, signed; autocontrast, equalize and invert take none.
+
+    Raises ValueError for an unknown name or images that are not uint8, UserError if they are not RGB.
+    """
+    if name not in MAGNITUDES:
+        raise ValueError(f"unknown operation {name!r}: choose one of {', '.join(MAGNITUDES)}")
+    _require_rgb(images)
+    magnitude = jnp.broadcast_to(jnp.asarray(magnitude, jnp.float32), len(images))
+    return _apply(images, jnp.full(len(images), _NAMES.index(name)), magnitude)
+
+
+def _require_uint8(images: jax.Array) -> None:
+    if images.dtype != jnp.uint8:
+        raise ValueError(f"augmentation starts from uint8 images, not {images.dtype}")
+
+
+def _require_rgb(images: jax.Array) -> None:
+    _require_uint8(images)
+    if images.shape[-1] != 3:
+        raise UserError(
+            f"auto_augment needs RGB images, but these have {images.shape[-1]} channel(s): turn auto_augment off"
+        )
+
+
+def _magnitude(name: str, level: int) -> float:
+    low, high, _ = MAGNITUDES[name]
+    magnitude = low + (high - low) * level / 9
+    return float(round(magnitude)) if name == "posterize" else magnitude
+
+
+# One branch per operation would be run for every image and then thrown away (a switch under vmap is a select). The 14
+# operations are three computations, though: a gather of pixels, a look-up in a table, a blend with another image.
+def _apply(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
+    """Applies operation number `operations[i]` with `magnitudes[i]` to image i; both [B]."""
+
+    def chosen(*names):
+        return jnp.isin(operations, jnp.array([_NAMES.index(name) for name in names]))[:, None, None, None]
+
+    cases = (
+        (_GEOMETRY, _warp(images, operations, magnitudes)),
+        (_POINTWISE, _look_up(images, operations, magnitudes)),
+        (_ENHANCEMENT, _enhance(images, operations, magnitudes)),
+    )
+    return jnp.select([chosen(*names) for names, _ in cases], [changed for _, changed in cases], images)
+
+
+def _warp(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
+    """Moves pixels: the output at (x, y) is the input at (a x + b y + c, d x + e y + f), nearest pixel."""
+    count, height, width, channels = images.shape
+
+    def only(name, value):  # [B]
+        return jnp.where(operations == _NAMES.index(name), value, 0.0)
+
+    angle = only("rotate", jnp.radians(magnitudes))
+    a = e = jnp.cos(angle)
+    b = only("shear_x", magnitudes) - jnp.sin(angle)
+    d = only("shear_y", magnitudes) + jnp.sin(angle)
+    # Rotation is about the middle of the image, shear about its top left corner.
+    c = only("translate_x", magnitudes * width) + only("rotate", (width - a * width - b * height) / 2)
+    f = only("translate_y", magnitudes * height) + only("rotate", (height - d * width - e * height) / 2)
+
+    def fixed(value):  # [B] -> [B, 1, 1]; Pillow's 16 fractional bits, so that no device rounds to another pixel
+        return jnp.floor(value * 65536 + 0.5).astype(jnp.int32)[:, None, None]
+
+    x, y = jnp.arange(width), jnp.arange(height)[:, None]
+    source_x = (fixed(a) * x + fixed(b) * y + fixed(c + (a + b) / 2)) >> 16  # [B, H, W]
+    source_y = (fixed(d) * x + fixed(e) * y + fixed(f + (d + e) / 2)) >> 16
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    source = jnp.where(inside, source_y * width + source_x, 0).reshape(count, height * width, 1)
+    pixels = images.reshape(count, height * width, channels)
+    moved = jnp.take_along_axis(pixels, source, axis=1).reshape(images.shape)
+    return jnp.where(inside[..., None], moved, jnp.uint8(_GREY))
+
+
+def _look_up(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
+    """Replaces each value by the entry of its image's and channel's table."""
+    count, height, width, channels = images.shape
+    pixels = images.reshape(count, height * width, channels).astype(jnp.int32)
+    operations, magnitudes = operations[:, None, None], magnitudes[:, None, None]
+    values = jnp.arange(256)[:, None]  # [256, 1]
+    low = jnp.min(pixels, axis=1, keepdims=True)  # [B, 1, channels]
+    high = jnp.max(pixels, axis=1, keepdims=True)
+
+    stretched = (values - low) * 255 // jnp.maximum(high - low, 1)
+    tables = {
+        "autocontrast": jnp.where(high > low, jnp.clip(stretched, 0, 255), values),
+        "equalize": _equalizing_table(pixels, high),
+        "invert": 255 - values,
+        "posterize": values & (256 - (1 << (8 - magnitudes.astype(jnp.int32)))),
+        "solarize": jnp.where(values.astype(jnp.float32) < magnitudes, values, 255 - values),
+    }
+    table = values
+    for name, candidate in tables.items():
+        table = jnp.where(operations == _NAMES.index(name), candidate, table)  # [B, 256, channels]
+    return jnp.take_along_axis(table.astype(jnp.uint8), pixels, axis=1).reshape(images.shape)
+
+
+def _equalizing_table(pixels: jax.Array, high: jax.Array) -> jax.Array:
+    """The table [B, 256, channels] that flattens the histogram of `pixels` [B, H W, channels], highest value `high`."""
+    num_pixels, channels = pixels.shape[1:]
+
+    def histogram(pixels):  # [H W, channels] -> [256, channels]
+        return jnp.zeros((256, channels), jnp.int32).at[pixels, jnp.arange(channels)].add(1)
+
+    counts = jax.vmap(histogram)(pixels)
+    step = (num_pixels - jnp.take_along_axis(counts, high, axis=1)) // 255  # [B, 1, channels]
+    below = jnp.cumsum(counts, axis=1) - counts
+    table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
+    return jnp.where(step > 0, table, jnp.arange(256)[:, None])
+
+
+def _enhance(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
+    """Moves each image away from (magnitude > 0) or towards (< 0) black, its grey, its mean grey, or its blur."""
+    operations = operations[:, None, None, None]
+    values = images.astype(jnp.int32)
+    red, green, blue = values[..., :1], values[..., 1:2], values[..., 2:]
+    grey = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16  # [B, H, W, 1], ITU-R 601 luma
+    num_pixels = grey.shape[1] * grey.shape[2]
+    mean_grey = (2 * jnp.sum(grey, axis=(1, 2), keepdims=True) + num_pixels) // (2 * num_pixels)  # [B, 1, 1, 1]
+
+    rows = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
+    neighbourhood = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * values[:, 1:-1, 1:-1]
+    blurred = values.at[:, 1:-1, 1:-1].set((2 * neighbourhood + 13) // 26)  # weights 1 and 5 of 13; border stays
+
+    origins = {"brightness": 0, "color": grey, "contrast": mean_grey, "sharpness": blurred}
+    origin = values
+    for name, candidate in origins.items():
+        origin = jnp.where(operations == _NAMES.index(name), candidate, origin)
+    origin = origin.astype(jnp.float32)
+    factor = 1 + magnitudes[:, None, None, None]
+    return jnp.clip(origin + factor * (values.astype(jnp.float32) - origin), 0, 255).astype(jnp.uint8)

@@ -1,0 +1,57 @@
+"""What every image source hands on, and where prepared data lies on disk."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ltjax.types import UserError
+
+
+class Images(NamedTuple):
+    """A classification data set held in memory: N training and M test images of one size, in a fixed order.
+
+    Position i means the same image on every machine, so that a split can be written down as indices. Labels run from
+    0 to `len(class_names) - 1` and index `class_names`.
+    """
+
+    train_images: np.ndarray  # [N, H, W, 3], uint8, RGB
+    train_labels: np.ndarray  # [N], int32
+    test_images: np.ndarray  # [M, H, W, 3], uint8, RGB
+    test_labels: np.ndarray  # [M], int32
+    class_names: tuple[str, ...]  # C names
+
+
+def resolve_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
+    """The folder that holds prepared data sets: the argument, else `TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def newest_version(data_dir: Path, name: str) -> Path | None:
+    """The folder `<data_dir>/<name>/<major.minor.patch>` of the highest version; None if there is none.
+
+    An interrupted preparation leaves at most a folder under another name, which is never returned. Raises UserError
+    if the folder cannot be listed.
+    """
+    directory = data_dir / name
+    try:
+        versions = [path for path in directory.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot list {directory}: {error.strerror}") from error
+    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)
+
+
+def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
+    """The shell command that puts data set `name` into `data_dir`, for error messages."""
+    return f"python -m ltjax.data.prepare {name} --data_dir={shlex.quote(str(data_dir))}"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

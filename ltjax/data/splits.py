@@ -1,0 +1,111 @@
+"""Which images a long-tailed training set keeps: a function of a seed, and written down."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ltjax.hashing import hash32, shuffled
+from ltjax.types import UserError
+
+PROFILES = ("exp", "step")
+
+
+def class_counts(num_classes: int, max_count: int, *, imbalance: float, profile: str = "exp") -> np.ndarray:
+    """Training images of each class, from `max_count` down to `max_count / imbalance`.
+
+    Args:
+      num_classes: C. max_count: images of the largest class.
+      imbalance: imbalance factor, largest over smallest count, at least 1.
+      profile: "exp" falls exponentially with the class number, `int(max_count * f ** (k / (C - 1)))` with
+        `f = 1 / imbalance`; "step" keeps `max_count` for the first C / 2 classes and `int(max_count * f)` for the rest.
+    Returns: int64 [C].
+    Raises: UserError (a ValueError) for an unknown profile, an imbalance below 1 or sizes below 1.
+    Source: Cao et al., "Learning Imbalanced Datasets with LDAM", NeurIPS 2019.
+    """
+    if profile not in PROFILES:
+        raise UserError(f"unknown imbalance profile {profile!r}; known: {', '.join(PROFILES)}")
+    if not imbalance >= 1:
+        raise UserError(f"imbalance = {imbalance}: it is the largest class over the smallest, 1 (balanced) or more")
+    if num_classes < 1 or max_count < 1:
+        raise UserError(f"a split of {num_classes} classes with up to {max_count} images: both must be at least 1")
+    smallest = 1 / imbalance
+    if profile == "exp":
+        counts = [int(max_count * smallest ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
+    else:
+        head = num_classes // 2
+        counts = [int(max_count)] * head + [int(max_count * smallest)] * (num_classes - head)
+    return np.asarray(counts, np.int64)
+
+
+class Split(NamedTuple):
+    """Indices into a source's training images. `train` is sorted by class, so that samplers need only the counts."""
+
+    train: np.ndarray  # [N] int64
+    holdout: np.ndarray  # [C * h] int64, the same number from each class, sorted by class
+    class_counts: np.ndarray  # [C] int64, of `train`
+
+
+def long_tailed_split(
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    imbalance: float,
+    profile: str = "exp",
+    max_count: int | None = None,
+    holdout: int = 0,
+    seed: int = 0,
+) -> Split:
+    """Keep a long-tailed part of balanced (or already long-tailed) training images.
+
+    One permutation a class, chosen by `seed`: its first n_c images are kept, so that a class's images at imbalance 100
+    are among those at imbalance 10; the last `holdout` ones make a class-balanced set for selection and tuning.
+
+    Args:
+      labels: [M] of all training images. max_count: images of the largest class; None takes all the images that every
+        class has beyond the hold-out, or, where classes differ, those that the first class has.
+    Raises: UserError where a class has fewer images than asked for, or would be left with none.
+    """
+    available = np.bincount(labels, minlength=num_classes)
+    if not 0 <= holdout < available.max():
+        raise UserError(f"data.holdout = {holdout} images a class: there are {available.min()} to {available.max()}")
+    if max_count is None:
+        max_count = int(available[0]) - holdout
+    counts = class_counts(num_classes, max_count, imbalance=imbalance, profile=profile)
+    for c in range(num_classes):
+        if counts[c] < 1:
+            raise UserError(
+                f"class {c} would keep no image (largest class {max_count}, imbalance {imbalance:g}): "
+                "lower data.imbalance or raise data.max_count"
+            )
+        if counts[c] + holdout > available[c]:
+            asked = f"{counts[c]} training" + (f" and {holdout} hold-out" if holdout else "")
+            raise UserError(
+                f"class {c} has {available[c]} images, but {asked} images are asked for: "
+                "lower data.max_count or data.holdout, or raise data.imbalance"
+            )
+    train, held = [], []
+    for c in range(num_classes):
+        members, size = np.flatnonzero(labels == c), np.uint32(available[c])
+        key = hash32(np.uint32(seed), np.uint32(c))
+        members = members[shuffled(np.arange(size, dtype=np.uint32), size, key)]
+        train.append(members[: counts[c]])
+        held.append(members[len(members) - holdout :])
+    return Split(np.concatenate(train), np.concatenate(held), counts)
+
+
+def describe(split: Split, *, seed: int, groups: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What `split.json` holds: counts, a SHA-256 of the kept indices (little-endian int64), the seed, the groups."""
+
+    def digest(indices):
+        return hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()
+
+    return {
+        "class_counts": split.class_counts.tolist(),
+        "num_train": len(split.train),
+        "num_holdout": len(split.holdout),
+        "seed": seed,
+        "sha256": digest(split.train),
+        "holdout_sha256": digest(split.holdout),
+        "groups": {name: np.flatnonzero(member).tolist() for name, member in groups.items()},
+    }

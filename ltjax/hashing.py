@@ -1,0 +1,56 @@
+"""Pseudo-randomness without state: hashes and permutations that can be asked for one element at a time.
+
+The same code takes numpy scalars and arrays on a host and traced arrays inside a compiled step; all integers are
+uint32, and all results are the same everywhere.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROUNDS = 32
+
+
+def hash32(*words):
+    """A uint32 that looks random, from uint32 words (scalars or arrays that broadcast)."""
+    digest = np.uint32(0x9E3779B9)
+    with np.errstate(over="ignore"):  # wrapping around is the point
+        for word in words:
+            digest = (digest ^ word) * np.uint32(0x85EBCA6B) + np.uint32(0x52DCE729)
+            digest = (digest ^ (digest >> np.uint32(16))) * np.uint32(0x7FEB352D)
+            digest = (digest ^ (digest >> np.uint32(15))) * np.uint32(0x846CA68B)
+            digest = digest ^ (digest >> np.uint32(16))
+    return digest
+
+
+def shuffled(index, size, seed):
+    """Where a pseudo-random permutation of `range(size)`, chosen by `seed`, sends `index`.
+
+    All arguments are uint32, scalars or arrays that broadcast, so one call can walk many permutations at once; the cost
+    is that of the indices asked for, not of `size` (below 2**31). Swap-or-not: in each round an index and its mirror
+    image about a random point change places, or do not, on the toss of a coin that both share.
+    Source: Hoang, Morris & Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012.
+    """
+    for round_number in range(ROUNDS):
+        key = hash32(seed, np.uint32(round_number))
+        with np.errstate(over="ignore"):
+            mirror = (key % size + size - index) % size
+            larger = mirror + (index - mirror) * (index > mirror).astype(np.uint32)
+            swap = hash32(key, larger) & np.uint32(1)
+            index = index + (mirror - index) * swap
+    return index
+
+
+@jax.jit
+def fingerprint(tree) -> jax.Array:
+    """One uint32 that changes, but for one chance in 2**32, with any bit of any array of 32, 16 or 8 bits in a pytree.
+
+    A sum of element hashes, so it does not depend on how the arrays are sharded.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        bits = leaf if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        flat = bits.astype(jnp.uint32).reshape(-1)
+        elements = hash32(np.uint32(number), flat, jnp.arange(flat.size, dtype=jnp.uint32))
+        total = total + elements.sum(dtype=jnp.uint32)
+    return total

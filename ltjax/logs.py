@@ -1,0 +1,106 @@
+"""What can be watched while a run goes on: a progress bar, `metrics.jsonl`, TensorBoard."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tensorboardX import SummaryWriter
+
+
+class RunLog:
+    """Metrics of a run: one JSON object a line (stage, epoch, step, split, values), and the same for TensorBoard.
+
+    steps_before: {stage: steps of all stages before it}, which TensorBoard's single axis needs.
+    """
+
+    def __init__(self, workdir: Path, steps_before: dict[str, int]):
+        self._path = workdir / "metrics.jsonl"
+        self._steps_before = steps_before
+        self._file = open(self._path, "a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(self, stage: str, epoch: int, step: int, split: str, values: dict[str, Any]) -> None:
+        line = {"stage": stage, "epoch": epoch, "step": step, "split": split, "values": values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in _scalars(values):
+            self._board.add_scalar(f"{split}/{name}", value, self._steps_before[stage] + step)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop what was logged past `step` of `stage`: a killed run repeats it."""
+        self._file.close()
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                order = self._steps_before[entry["stage"]] + entry["step"]
+            except (ValueError, KeyError):
+                continue  # cut short by the kill
+            if order <= self._steps_before[stage] + step:
+                kept.append(line + "\n")
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self._path)
+        self._file = open(self._path, "a")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _scalars(values: dict[str, Any]):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", scalar) for inner, scalar in _scalars(value))
+        elif isinstance(value, (int, float)):
+            yield name, value
+
+
+def make_console() -> Console:
+    """Where people read: wide enough for a table when the output is a file."""
+    return Console() if sys.stdout.isatty() else Console(width=120, soft_wrap=True)
+
+
+class StageProgress(Progress):
+    """A live bar in a terminal (epoch, rate, loss, time left); in a file nothing but the lines printed."""
+
+    def __init__(self, console: Console, title: str, num_steps: int, done: int, batch_size: int, epochs: int):
+        super().__init__(
+            TextColumn("[bold]{task.description}"),
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._batch_size, self._epochs = batch_size, epochs
+        self._bar = self.add_task(
+            title, total=num_steps, completed=done, epoch=f"-/{epochs}", rate="compiling", loss="-", eta="-"
+        )
+
+    def show(self, step: int, epoch: int, loss: float, seconds_per_step: float | None, seconds_left: float | None):
+        rate = "compiling" if not seconds_per_step else f"{self._batch_size / seconds_per_step:,.0f} images/s"
+        self.update(
+            self._bar,
+            completed=step,
+            epoch=f"{epoch}/{self._epochs}",
+            rate=rate,
+            loss=f"{loss:.3f}",
+            eta=clock(seconds_left),
+        )
+
+
+def clock(seconds: float | None) -> str:
+    """"1:02:03", "4:05", or "-"."""
+    if seconds is None:
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

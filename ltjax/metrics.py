@@ -1,0 +1,75 @@
+"""What a table reports: calibration and accuracy by group. This module needs jax (and numpy) alone."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Calibration(NamedTuple):
+    ece: jax.Array  # expected calibration error, in [0, 1]
+    mce: jax.Array  # largest |accuracy - confidence| of a bin
+    accuracies: jax.Array  # [bins], 0 where a bin is empty
+    confidences: jax.Array  # [bins], mean confidence, 0 where a bin is empty
+    counts: jax.Array  # [bins] int
+    edges: jax.Array  # [bins + 1]
+
+
+def calibration(confidences: jax.Array, correct: jax.Array, *, num_bins: int = 15) -> Calibration:
+    """Expected calibration error over equal bins of confidence: `sum_b n_b / N |accuracy_b - mean confidence_b|`.
+
+    Args:
+      confidences: [N] maximum softmax probability, in [0, 1]. correct: [N] bool or 0/1.
+      num_bins: bins are right-closed, `(lo, hi]`; a confidence of exactly 0, in no bin of the authors' code, counts in
+        the first.
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; MiSLAS reports it with 15 bins.
+    """
+    confidences = jnp.asarray(confidences)
+    if not jnp.issubdtype(confidences.dtype, jnp.floating):
+        confidences = confidences.astype(jnp.float32)
+    dtype = confidences.dtype
+    edges = jnp.linspace(0, 1, num_bins + 1, dtype=dtype)
+    index = jnp.clip(jnp.searchsorted(edges, confidences, side="left") - 1, 0, num_bins - 1)  # [N]
+    member = jax.nn.one_hot(index, num_bins, dtype=dtype)  # [N, bins]
+    counts = member.sum(0)
+    hits, mass = jnp.asarray(correct).astype(dtype) @ member, confidences @ member  # [bins]
+    accuracies, means = hits / jnp.maximum(counts, 1), mass / jnp.maximum(counts, 1)
+    gaps = jnp.abs(accuracies - means)
+    ece = jnp.abs(hits - mass).sum() / jnp.maximum(counts.sum(), 1)
+    return Calibration(ece, gaps.max(), accuracies, means, counts.astype(jnp.int32), edges)
+
+
+def count_groups(class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, np.ndarray]:
+    """The usual groups: many > `many_above` training images, few < `few_below`, medium between -> {name: bool [C]}."""
+    counts = np.asarray(class_counts)
+    many, few = counts > many_above, counts < few_below
+    return {"many": many, "medium": ~many & ~few, "few": few}
+
+
+def range_groups(num_classes: int, bounds: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Groups by fixed class numbers, as some papers have them: many [0, a), medium [a, b), few [b, C)."""
+    index = np.arange(num_classes)
+    return {"many": index < bounds[0], "medium": (index >= bounds[0]) & (index < bounds[1]), "few": index >= bounds[1]}
+
+
+def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Share of correct images in each group of classes and in `all`; a group without images is absent, never 0.
+
+    correct: [N] bool or 0/1. labels: [N]. groups: {name: bool [C]}. Concrete arrays, outside `jit`.
+    """
+    correct, labels = np.asarray(correct).astype(np.float64), np.asarray(labels)
+    members = {name: np.asarray(member)[labels] for name, member in groups.items()}  # {name: bool [N]}
+    members["all"] = np.ones(labels.shape, bool)
+    return {name: float(correct[member].mean()) for name, member in members.items() if member.any()}
+
+
+def group_accuracy(correct, labels, class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, float]:
+    """Accuracy over the images of many-, medium- and few-shot classes and over all -> {"many", "medium", "few", "all"}.
+
+    correct: [N] bool or 0/1. labels: [N]. class_counts: [C] *training* images, which define the groups
+    (`count_groups`). A group without images is absent from the answer, never 0.
+    """
+    groups = count_groups(class_counts, few_below=few_below, many_above=many_above)
+    return accuracy_by_group(correct, labels, groups)

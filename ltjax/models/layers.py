@@ -1,0 +1,213 @@
+"""Layers that the networks share: convolution, batch norm, classifiers, and the network around a backbone."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from ltjax.types import Outputs
+
+CLASSIFIERS = ("linear", "cosine")
+
+kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
+    """PyTorch's default for the bias of a linear layer: uniform in +-1 / sqrt(fan_in)."""
+
+    def init(rng, shape, dtype=jnp.float32):
+        bound = fan_in**-0.5
+        return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+    return init
+
+
+# --- Convolution --------------------------------------------------------------------------------------------------
+# XLA's CPU backend runs the two gradient convolutions of `lax.conv_general_dilated` 8 to 25 times slower inside a
+# loop, because their transposed dimension order stays as it is there. Written as plain NHWC convolutions they run at
+# full speed. The result is the same to rounding; forward-mode differentiation is not available through it.
+
+
+def _dilate(x: jax.Array, strides: Sequence[int]) -> jax.Array:
+    """Put stride - 1 zeros between the pixels of x [B, H, W, channels]."""
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)))
+
+
+def _nhwc(lhs: jax.Array, rhs: jax.Array, strides, padding, precision) -> jax.Array:
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(lhs, rhs, strides, padding, dimension_numbers=dimensions, precision=precision)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _cpu_convolution(x, kernel, strides, padding, precision):
+    return _nhwc(x, kernel, strides, padding, precision)
+
+
+def _cpu_convolution_forward(x, kernel, strides, padding, precision):
+    return _nhwc(x, kernel, strides, padding, precision), (x, kernel)
+
+
+def _cpu_convolution_backward(strides, padding, precision, residuals, dy):
+    x, kernel = residuals
+    stuffed = _dilate(dy, strides)  # [B, (Ho - 1) * s + 1, (Wo - 1) * s + 1, Cout]
+    pad_x, pad_kernel = [], []
+    for axis in (0, 1):
+        size, taps, span, low = x.shape[1 + axis], kernel.shape[axis], stuffed.shape[1 + axis], padding[axis][0]
+        pad_x.append((taps - 1 - low, size - span + low))
+        pad_kernel.append((low, taps - 1 + span - size - low))
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)  # [kh, kw, Cout, Cin]
+    dx = _nhwc(stuffed, flipped, (1, 1), pad_x, precision)
+    lhs, rhs = x.transpose(3, 1, 2, 0), stuffed.transpose(1, 2, 0, 3)  # [Cin, H, W, B], [Ho', Wo', B, Cout]
+    dk = _nhwc(lhs, rhs, (1, 1), pad_kernel, precision)  # [Cin, kh, kw, Cout]
+    return dx, dk.transpose(1, 2, 0, 3)
+
+
+_cpu_convolution.defvjp(_cpu_convolution_forward, _cpu_convolution_backward)
+
+
+def _convolution_for(platform: str | None) -> Callable[..., jax.Array]:
+    """The `conv_general_dilated` of a platform ("cpu", "gpu", "tpu"); None means the one that JAX runs on."""
+    if (platform or jax.default_backend()) != "cpu":
+        return lax.conv_general_dilated
+
+    def convolution(lhs, rhs, window_strides, padding, *, feature_group_count=1, precision=None, **rest):
+        if feature_group_count != 1 or any(d != 1 for d in (*rest["lhs_dilation"], *rest["rhs_dilation"])):
+            return lax.conv_general_dilated(
+                lhs, rhs, window_strides, padding, feature_group_count=feature_group_count, precision=precision, **rest
+            )
+        if isinstance(padding, str):
+            padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+        padding = tuple((int(low), int(high)) for low, high in padding)
+        return _cpu_convolution(lhs, rhs, tuple(window_strides), padding, precision)
+
+    return convolution
+
+
+class Conv(nn.Module):
+    """2-D convolution without bias, padded as in PyTorch (`padding` pixels on each side), He-normal weights."""
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: int | None = None  # None: (kernel_size - 1) // 2
+    dtype: Any = jnp.float32
+    platform: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pad = (self.kernel_size - 1) // 2 if self.padding is None else self.padding
+        kernel = self.param(
+            "kernel", kaiming_normal, (self.kernel_size, self.kernel_size, x.shape[-1], self.features), jnp.float32
+        )
+        return _convolution_for(self.platform)(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.strides, self.strides),
+            ((pad, pad), (pad, pad)),
+            lhs_dilation=(1, 1),
+            rhs_dilation=(1, 1),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class BatchNorm(nn.Module):
+    """Batch norm with PyTorch's running statistics: momentum 0.1, epsilon 1e-5, and an *unbiased* running variance.
+
+    Flax's own keeps the biased one, which drifts away from the authors' evaluation figures on small batches.
+    Statistics are taken over the whole batch, however many devices it is sharded over, and in float32.
+    """
+
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        if train:
+            values, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+            mean = values.mean(axes)
+            var = jnp.maximum(jnp.square(values).mean(axes) - jnp.square(mean), 0.0)
+            if not self.is_initializing():
+                count = x.size // channels
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value += self.momentum * (mean - running_mean.value)
+                running_var.value += self.momentum * (unbiased - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        return x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
+
+
+class LinearClassifier(nn.Module):
+    """logits = features @ kernel + bias, float32."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        width = features.shape[-1]
+        kernel = self.param("kernel", kaiming_normal, (width, self.num_classes), jnp.float32)
+        bias = self.param("bias", torch_bias_init(width), (self.num_classes,), jnp.float32)
+        return features @ kernel + bias
+
+
+class CosineClassifier(nn.Module):
+    """logits = scale * cosine(features, class weight), float32, in [-scale, scale]; no bias.
+
+    `ltjax.losses.ldam` multiplies by its own scale, so it takes scale=1.
+    """
+
+    num_classes: int
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(1.0), (features.shape[-1], self.num_classes), jnp.float32)
+        return self.scale * unit(features, axis=-1) @ unit(kernel, axis=0)
+
+
+def unit(x: jax.Array, *, axis: int) -> jax.Array:
+    """x over its Euclidean length along `axis`; finite, with a finite gradient, where the length is 0."""
+    return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
+
+
+class Network(nn.Module):
+    """Normalisation, a backbone, a classifier and, as a switch, a learnable scale of each class's logit.
+
+    `backbone(x, train) -> features [B, D]`. Images come in [0, 1]: the network normalises them itself, so that attacks
+    work in pixels. Parameter paths begin with `backbone`, `classifier` and `logit_scale`.
+
+    logit_scale: MiSLAS's learnable weight scaling, `logits = s * (W z + b)` with s [C] initially 1.
+    """
+
+    backbone: nn.Module
+    num_classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    classifier: str = "linear"
+    cosine_scale: float = 1.0
+    logit_scale: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.classifier == "cosine":
+            self.head = CosineClassifier(self.num_classes, self.cosine_scale, name="classifier")
+        else:
+            self.head = LinearClassifier(self.num_classes, name="classifier")
+        if self.logit_scale:
+            self.scale = self.param("logit_scale", nn.initializers.ones_init(), (self.num_classes,), jnp.float32)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+        mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+        x = ((images.astype(jnp.float32) - mean) / std).astype(self.dtype)
+        features = self.backbone(x, train).astype(jnp.float32)  # [B, D]
+        logits = self.head(features)  # [B, C]
+        return Outputs(logits * self.scale if self.logit_scale else logits, features)

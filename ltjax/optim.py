@@ -1,0 +1,101 @@
+"""Learning rates by epoch, and parameter groups by regular expression."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from ltjax.types import UserError
+
+SCHEDULES = ("constant", "step", "cosine")
+
+
+def schedule_table(
+    epochs: int, *, kind: str, warmup: float = 0.0, decay_at: tuple[float, ...] = (), decay: float = 0.1
+) -> np.ndarray:
+    """The factor on the learning rate in each epoch [epochs]: all four papers change it once an epoch.
+
+    Positions are shares of the run, so that a shorter one keeps the shape.
+
+    Args:
+      kind: "constant"; "step", times `decay` from each share in `decay_at` on; "cosine", `(1 + cos(pi e / epochs)) / 2`.
+      warmup: share of the epochs over which the factor rises linearly to 1, whole epochs: `(e + 1) / warm-up epochs`.
+    """
+    if kind not in SCHEDULES:
+        raise UserError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}")
+    if epochs < 1:
+        raise UserError(f"epochs = {epochs}: a stage needs at least 1")
+    epoch = np.arange(epochs)
+    factor = np.ones(epochs)
+    if kind == "step":
+        for share in decay_at:
+            factor[epoch >= round(share * epochs)] *= decay
+    elif kind == "cosine":
+        factor = 0.5 * (1 + np.cos(math.pi * epoch / epochs))
+    warmup_epochs = round(warmup * epochs)
+    if warmup_epochs:
+        factor = np.minimum(1.0, (epoch + 1) / warmup_epochs) * factor
+    return factor
+
+
+def flatten(params: Any) -> dict[str, jax.Array]:
+    """{"net/backbone/conv/kernel": array, ...} from nested dicts."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def assign_groups(paths: list[str], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Which group each parameter belongs to: {path: group name}.
+
+    groups: {name: {"match": regular expression for the whole path, ...}}.
+    Raises: UserError naming the parameter that no or more than one group matches, or the group that matches none.
+    """
+    roots = sorted({"/".join(path.split("/")[:2]) for path in paths})
+    assigned = {}
+    for path in paths:
+        names = [name for name, group in groups.items() if re.fullmatch(group["match"], path)]
+        if len(names) != 1:
+            what = f"parameter groups {names} all match" if names else f"no parameter group of {sorted(groups)} matches"
+            raise UserError(f"{what} {path!r}: every parameter must match exactly one; paths begin with {roots}")
+        assigned[path] = names[0]
+    empty = sorted(set(groups) - set(assigned.values()))
+    if empty:
+        raise UserError(f"parameter groups {empty} match no parameter; paths begin with {roots}")
+    return assigned
+
+
+def optimizer(
+    assigned: Mapping[str, str],
+    groups: Mapping[str, Mapping[str, Any]],
+    *,
+    lr: float,
+    factors: np.ndarray,
+    steps_per_epoch: int,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> optax.GradientTransformation:
+    """SGD as PyTorch has it, for the flat {path: array} of trained parameters: decay added to the gradient, momentum,
+    then the learning rate `lr * factor[epoch] * rate of the group`.
+
+    assigned: {path: group} of the trained parameters. groups: {name: {"rate": factor on lr, "weight_decay": instead of
+    the common one}}.
+    """
+    table = jnp.asarray(factors, jnp.float32)
+
+    def sgd(group):
+        rate, decay = group["rate"] * lr, group.get("weight_decay", weight_decay)
+        schedule = lambda count: rate * table[jnp.minimum(count // steps_per_epoch, len(factors) - 1)]  # noqa: E731
+        return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
+
+    used = sorted(set(assigned.values()))
+    return optax.partition({name: sgd(groups[name]) for name in used}, dict(assigned))

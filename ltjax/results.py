@@ -1,0 +1,119 @@
+"""The table that a run ends with, and the results.json behind it."""
+
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+GROUPS = ("all", "many", "medium", "few")
+PACKAGES = ("ltjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the ltjax checkout, with "-dirty" where files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not (root / ".git").exists():
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join(["python", *sys.argv])
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """One row a stage: accuracy overall and by group, ECE, in %, at the stage's last epoch."""
+    console.print(table(results))
+    best = results["best_on_test"]
+    console.print(
+        f"Legacy figure, best epoch picked on the test set: {best['accuracy']:.1%} "
+        f"(epoch {best['epoch']} of {results['stages'][results['final_stage']]['epochs']}).",
+        style="dim",
+    )
+
+
+def table(results: dict[str, Any]) -> Table:
+    counts = results["group_sizes"]
+    made = Table(title=f"{results['name']}: test accuracy and calibration, last epoch (%)")
+    made.add_column("")
+    for group in GROUPS:
+        size = f"\n{counts[group]} classes" if group in counts else "\n"
+        made.add_column(f"{group}{size}", justify="right")
+    made.add_column("ECE\n15 bins", justify="right")
+    made.add_column("seconds\n", justify="right")
+    for stage in results["stages"].values():
+        accuracy = [stage["accuracy"].get(group) for group in GROUPS]
+        cells = ["-" if value is None else f"{100 * value:.1f}" for value in accuracy]
+        made.add_row(stage["title"], *cells, f"{100 * stage['ece']:.1f}", f"{stage['seconds']:.0f}")
+    return made
+
+
+def summarise(run, stages, records, problem) -> dict[str, Any]:
+    """What results.json holds: every stage's last epoch, and the final stage's again at the top.
+
+    run, stages: from `ltjax.config.parse`. records: {stage: what its checkpoint kept beside the state}.
+    problem: `ltjax.train.Problem`.
+    """
+    summaries = {}
+    for name, settings in stages.items():
+        record = records[name]
+        evaluations, seconds = record["evaluations"], record["train_seconds"]
+        best = max(evaluations, key=lambda e: e["test"]["accuracy"]["all"])
+        summaries[name] = {
+            "title": settings.title,
+            "epochs": settings.epochs,
+            **evaluations[-1]["test"],
+            "best_on_test": {"accuracy": best["test"]["accuracy"]["all"], "epoch": best["epoch"]},
+            "seconds": record["seconds"],
+            "images_per_second": run.batch_size * record["train_steps"] / seconds if seconds else None,
+        }
+        if "holdout" in evaluations[-1]:
+            chosen = max(evaluations, key=lambda e: e["holdout"]["accuracy"]["all"])
+            summaries[name]["best_on_holdout"] = {
+                "accuracy": chosen["test"]["accuracy"]["all"],
+                "holdout_accuracy": chosen["holdout"]["accuracy"]["all"],
+                "epoch": chosen["epoch"],
+            }
+    final = list(summaries)[-1]
+    classes, device = problem.images.class_names, problem.mesh.devices.flat[0]
+    groups = {name: int(member.sum()) for name, member in problem.groups.items() if member.any()}
+    return {
+        "name": run.name,
+        "final_stage": final,
+        **{key: value for key, value in summaries[final].items() if key not in ("title", "epochs")},
+        "seconds": sum(summary["seconds"] for summary in summaries.values()),
+        "stages": summaries,
+        "seed": run.seed,
+        "class_names": list(classes),
+        "class_counts": problem.split.class_counts.tolist(),
+        "group_sizes": {"all": len(classes), **groups},
+        "device": f"{device.platform}: {device.device_kind}",
+        "num_devices": int(problem.mesh.devices.size),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "command": command(),
+    }

@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM: finish what the device is doing and save, instead of losing it."""
+
+import os
+import signal
+from typing import Any
+
+from rich.console import Console
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and everything is saved."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+
+
+class StopSignals:
+    """Within the block, the first Ctrl-C or SIGTERM only sets `requested`; a second one stops the process at once."""
+
+    def __init__(self, console: Console):
+        self.requested: int | None = None
+        self._console = console
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:
+                pass  # not the main thread: whoever runs there handles signals
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.requested is not None:
+            os._exit(128 + number)
+        self.requested = number
+        self._console.print("Stopping: finishing this dispatch, then saving. A second signal stops at once.")

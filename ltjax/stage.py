@@ -1,0 +1,209 @@
+"""The engine: one stage of training as compiled functions.
+
+A stage is data: a method, a sampler, augmentation, parameter groups with their rates, a batch-norm mode, a schedule.
+`build` turns that into two functions that share one training step:
+
+    state = stage.init(rng, variables)
+    state, metrics = stage.run(state, source, num_steps)     # one dispatch: `num_steps` steps inside `lax.scan`
+
+A batch comes from `draw(source, step, rng)`, inside the compiled step. `source` holds whatever it draws from: for data
+that fits, the images themselves, on the device.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ltjax import optim
+from ltjax.types import Apply, Batch, Method, UserError, Variables
+
+BATCH_AXIS = "data"
+BATCH_NORM_MODES = ("train", "eval")
+
+
+class State(NamedTuple):
+    """All that a step changes; saved and restored whole."""
+
+    step: jax.Array  # int32, steps done in this stage
+    variables: Variables
+    opt_state: optax.OptState
+
+
+class Stage(NamedTuple):
+    init: Callable[[jax.Array, Variables], State]
+    run: Callable[[State, Any, int], tuple[State, dict[str, jax.Array]]]
+    steps_per_epoch: int
+    num_steps: int  # in all
+    factors: np.ndarray  # [epochs] on the learning rate
+    assigned: dict[str, str]  # {parameter path: group}
+    trained: tuple[str, ...]  # paths of parameters with a rate above 0
+
+
+class Resident(NamedTuple):
+    """Training images on the device, sorted by class."""
+
+    images: jax.Array  # uint8 [N, H, W, channels]
+    labels: jax.Array  # int32 [N]
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """One axis over all devices, along which batches are split."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Axis number `axis` is the batch's."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
+
+
+def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
+    """The `apply` that methods are handed: run a network, in the stage's batch-norm mode unless told otherwise."""
+    stage_mode = bn
+
+    def apply(variables: Variables, images: jax.Array, net: str = "net", bn: str | None = None):
+        mode = bn or stage_mode
+        if mode not in BATCH_NORM_MODES:
+            raise UserError(f"unknown batch-norm mode {mode!r}; known: {', '.join(BATCH_NORM_MODES)}")
+        collections = {"params": variables.params[net], "batch_stats": variables.stats[net]}
+        if mode == "eval":
+            return nets[net].apply(collections, images, False), variables
+        outputs, new = nets[net].apply(collections, images, True, mutable=["batch_stats"])
+        return outputs, variables._replace(stats={**variables.stats, net: new["batch_stats"]})
+
+    return apply
+
+
+def init_variables(
+    nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], rng: jax.Array, method: Method | None = None
+) -> Variables:
+    """Fresh variables of every network, and of the method where given. image_shape: [H, W, channels]."""
+    params, stats, arrays = {}, {}, {}
+    for number, (name, net) in enumerate(sorted(nets.items())):
+        created = net.init(jax.random.fold_in(rng, number), jnp.zeros((1, *image_shape), jnp.float32))
+        params[name], stats[name] = created["params"], created.get("batch_stats", {})
+    if method is not None:
+        extra, arrays = method.init(jax.random.fold_in(rng, len(nets)))
+        if extra:
+            params["method"] = extra
+    return Variables(params, stats, arrays)
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no array of a pytree holds an inf or nan; scalar bool."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
+
+
+def resident_draw(
+    sampler: Callable, augment: Callable, *, seed: int, batch_size: int, class_counts: np.ndarray, mesh: Mesh
+) -> Callable[[Resident, jax.Array, jax.Array], Batch]:
+    """Batches from images that live on the device: `draw(source, step, rng)`.
+
+    sampler: see `ltjax.data.samplers`. augment: `(rng, uint8 images, labels) -> Batch`.
+    """
+
+    def draw(source, step, rng):
+        index = sampler(np.uint32(seed), step, batch_size=batch_size, class_counts=class_counts)
+        index = jax.lax.with_sharding_constraint(index, split_batch(mesh))  # each device gathers its own share
+        return augment(rng, source.images[index], source.labels[index])
+
+    return draw
+
+
+def build(
+    nets: Mapping[str, nn.Module],
+    method: Method,
+    draw: Callable[[Any, jax.Array, jax.Array], Batch],
+    params: Mapping[str, Any],
+    *,
+    groups: Mapping[str, Mapping[str, Any]],
+    bn: str,
+    lr: float,
+    factors: np.ndarray,
+    steps_per_epoch: int,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    rng: jax.Array,
+    mesh: Mesh,
+) -> Stage:
+    """Compile-ready functions of one stage.
+
+    Args:
+      nets: {name: network}. method: what to minimise. draw: where batches come from.
+      params: the parameters to come (arrays or their shapes), for their paths.
+      groups: {name: {"match": regex of whole paths, "rate": factor on lr, optional "weight_decay"}}; rate 0 freezes, and
+        the backward pass of frozen parameters is never computed.
+      bn: "train" updates and uses batch statistics ("train" with a frozen backbone is shifted batch norm), "eval" the
+        running ones.
+      lr, factors: learning rate and its factor in each epoch [epochs]. rng: the stage's own key.
+    Raises: UserError for groups that do not cover the parameters exactly, or an unknown batch-norm mode.
+    """
+    if bn not in BATCH_NORM_MODES:
+        raise UserError(f"unknown batch-norm mode {bn!r}; known: {', '.join(BATCH_NORM_MODES)}")
+    assigned = optim.assign_groups(list(optim.flatten(params)), groups)
+    trained = tuple(path for path, group in assigned.items() if groups[group]["rate"] > 0)
+    if not trained:
+        raise UserError(f"every parameter group of {sorted(groups)} has rate 0: nothing would train")
+    apply = make_apply(nets, bn)
+    optimizer = optim.optimizer(
+        {path: assigned[path] for path in trained},
+        groups,
+        lr=lr,
+        factors=factors,
+        steps_per_epoch=steps_per_epoch,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+    )
+
+    def init(init_rng: jax.Array, variables: Variables) -> State:
+        extra, arrays = method.init(init_rng)
+        if extra:
+            variables = variables._replace(params={**variables.params, "method": extra})
+        # copies: `run` takes over the memory of its state, and the caller may keep the variables it started from
+        variables = jax.tree.map(jnp.copy, variables._replace(arrays=arrays))
+        flat = optim.flatten(variables.params)
+        opt_state = optimizer.init({path: flat[path] for path in trained})
+        return State(jnp.zeros((), jnp.int32), variables, opt_state)
+
+    def step(state: State, source: Any) -> tuple[State, dict[str, jax.Array]]:
+        draw_rng, loss_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+        batch = draw(source, state.step, draw_rng)
+        flat = optim.flatten(state.variables.params)
+
+        # Only what trains is an argument of the loss: the backward pass ends where the last trained parameter does.
+        def loss_of(own: dict[str, jax.Array]):
+            variables = state.variables._replace(params=optim.unflatten({**flat, **own}))
+            return method.loss(apply, variables, batch, loss_rng)
+
+        own = {path: flat[path] for path in trained}
+        (loss, (variables, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(own)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, own)
+        params = optim.unflatten({**flat, **optax.apply_updates(own, updates)})
+        return State(state.step + 1, variables._replace(params=params), opt_state), {"loss": loss, **metrics}
+
+    def run(state: State, source: Any, num_steps: int) -> tuple[State, dict[str, jax.Array]]:
+        return jax.lax.scan(lambda state, _: step(state, source), state, length=num_steps)
+
+    return Stage(
+        init=jax.jit(init, out_shardings=replicated(mesh)),
+        run=jax.jit(run, static_argnums=2, donate_argnums=0, out_shardings=replicated(mesh)),
+        steps_per_epoch=steps_per_epoch,
+        num_steps=steps_per_epoch * len(factors),
+        factors=factors,
+        assigned=assigned,
+        trained=trained,
+    )

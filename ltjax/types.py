@@ -1,0 +1,59 @@
+"""The shapes that methods, models and the training loop pass to each other."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class UserError(ValueError):
+    """A mistake that the person at the keyboard can mend: `run.py` prints it as one line and exits with 2.
+
+    The message names the thing, what was allowed, and what to do.
+    """
+
+
+class Outputs(NamedTuple):
+    """What a network returns for B images: `logits` is always the prediction."""
+
+    logits: jax.Array  # [B, C]
+    features: jax.Array  # [B, D], what the classifier sees
+    branches: jax.Array | None = None  # [R, B, C], logits of each branch where the network has several
+
+
+class Variables(NamedTuple):
+    """Everything a training step may read: trained parameters, batch-norm statistics, a method's own arrays.
+
+    `params` and `stats` are keyed by network first (`net`), then by the network's own names; `params["method"]`
+    holds what a method's `init` adds.
+    """
+
+    params: dict[str, Any]
+    stats: dict[str, Any]
+    arrays: dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """B augmented images in [0, 1] and their labels. With mixup, image i is `lam * own + (1 - lam) * partner`."""
+
+    images: jax.Array  # [B, H, W, channels], float
+    labels: jax.Array  # [B], int
+    partner_labels: jax.Array | None = None  # [B], int
+    lam: jax.Array | None = None  # scalar
+
+
+# apply(variables, images, net="net", bn=None) -> (Outputs, variables with new batch-norm statistics)
+Apply = Callable[..., tuple[Outputs, Variables]]
+
+
+class Method(NamedTuple):
+    """A way to train, as pure functions.
+
+    init: `rng -> (extra_params, extra_arrays)`, what the method adds to the network's variables.
+    loss: `(apply, variables, batch, rng) -> (scalar, (variables, metrics))`.
+    refresh: `(extra_arrays, class_means [C, D]) -> extra_arrays`, called once an epoch when set.
+    """
+
+    init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]
+    loss: Callable[[Apply, Variables, Batch, jax.Array], tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
+    refresh: Callable[[dict[str, Any], jax.Array], dict[str, Any]] | None = None

@@ -1,0 +1,276 @@
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image, ImageEnhance, ImageOps
+
+from ltjax.data import augment
+from ltjax.types import UserError
+
+GREY = (128, 128, 128)
+
+
+def chi_square(counts, expected):
+    return np.sum((np.asarray(counts) - expected) ** 2 / expected)
+
+
+def photos(height=32, width=32):
+    """uint8 [40, height, width, 3]: noise, smooth ramps, low contrast, few values, one value."""
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (8, height, width, 3))
+    ramp = np.linspace(0, 255, height)[:, None, None] + np.linspace(-60, 60, width)[:, None]
+    smooth = ramp + random.normal(0, 20, (8, 1, 1, 3)) + random.normal(0, 3, (8, height, width, 3))
+    dull = random.integers(0, 200, (8, 1, 1, 3)) + random.integers(0, 56, (8, height, width, 3))
+    few = np.array([0, 17, 90, 255])[random.choice(4, (8, height, width, 3), p=[0.1, 0.2, 0.1, 0.6])]
+    flat = np.broadcast_to(random.integers(0, 256, (8, 1, 1, 3)), noise.shape)
+    return np.concatenate([noise, smooth, dull, few, flat]).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def cropped():
+    """(offset, mirrored) of each of 8,100 crops of one image whose 64 values all differ; None if it is no window."""
+    image = np.arange(1, 65, dtype=np.uint8).reshape(8, 8, 1)
+    out = jax.jit(augment.crop_flip)(jax.random.key(0), jnp.tile(jnp.asarray(image), (8100, 1, 1, 1)))
+    windows = {}
+    for mirrored in (False, True):
+        padded = np.pad(image[:, ::-1] if mirrored else image, ((4, 4), (4, 4), (0, 0)))[..., 0]
+        for offset, window in enumerate(sliding_window_view(padded, (8, 8)).reshape(81, 64)):
+            windows[window.tobytes()] = (offset, mirrored)
+    return [windows.get(crop.tobytes()) for crop in np.asarray(out)]
+
+
+def test_crops_are_windows_of_the_padded_image_uniformly_chosen(cropped):
+    assert None not in cropped
+    counts = Counter(offset for offset, _ in cropped)
+    assert chi_square([counts[offset] for offset in range(81)], 100) < 125  # 80 degrees of freedom: p = 0.001
+
+
+def test_half_of_the_images_are_mirrored(cropped):
+    assert abs(sum(mirrored for _, mirrored in cropped) - 4050) < 4 * np.sqrt(8100 / 4)
+
+
+def test_crop_without_padding_and_flip_changes_nothing():
+    images = jnp.asarray(photos(8, 12))
+    out = augment.crop_flip(jax.random.key(0), images, padding=0, flip=False)
+    np.testing.assert_array_equal(out, images)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
+def test_crop_and_cutout_keep_shape_and_dtype(dtype):
+    images = jnp.ones((4, 8, 12, 1), dtype)
+    for out in (augment.crop_flip(jax.random.key(0), images), augment.cutout(jax.random.key(0), images, size=4)):
+        assert (out.shape, out.dtype) == (images.shape, dtype)
+
+
+def test_cutout_is_a_square_around_a_uniform_pixel_clipped_at_the_border():
+    images = jnp.ones((3200, 32, 32, 1))
+    black = np.asarray(augment.cutout(jax.random.key(1), images, size=16))[..., 0] == 0  # [B, 32, 32]
+    for axis in (1, 2):
+        lines = black.any(axis=3 - axis)  # [B, 32]
+        first, last = lines.argmax(axis=1), 31 - lines[:, ::-1].argmax(axis=1)
+        centres = np.where(first == 0, last + 1 - 8, first + 8)
+        np.testing.assert_array_equal(first, np.maximum(centres - 8, 0))
+        np.testing.assert_array_equal(last, np.minimum(centres + 8, 32) - 1)
+        counts = np.bincount(centres, minlength=32)
+        assert len(counts) == 32 and chi_square(counts, 100) < 61  # 31 degrees of freedom: p = 0.001
+    np.testing.assert_array_equal(black, black.any(2)[:, :, None] & black.any(1)[:, None, :])
+
+
+def test_cutout_of_odd_size_and_fill_by_channel():
+    images = jnp.zeros((200, 32, 32, 3))
+    out = np.asarray(augment.cutout(jax.random.key(2), images, size=5, fill=(0.1, 0.2, 0.3)))
+    np.testing.assert_array_equal(out / np.float32([0.1, 0.2, 0.3]), (out != 0).astype(np.float32))
+    assert (out[..., 0] != 0).sum(axis=(1, 2)).max() == 25
+
+
+def test_mixup_is_convex_and_names_its_partners():
+    random = np.random.default_rng(0)
+    images = jnp.asarray(random.random((6, 4, 4, 3), dtype=np.float32))
+    permutation = jnp.array([2, 0, 1, 3, 5, 4])
+    batch = augment.mixup(images, jnp.arange(10, 16), 0.25, permutation)
+    np.testing.assert_allclose(batch.images, 0.25 * images + 0.75 * images[permutation], rtol=1e-6)
+    np.testing.assert_array_equal(batch.labels, np.arange(10, 16))
+    np.testing.assert_array_equal(batch.partner_labels, 10 + permutation)
+    assert batch.lam == 0.25
+    np.testing.assert_array_equal(augment.mixup(images, jnp.arange(6), 1.0, permutation).images, images)
+
+
+def test_mixup_refuses_integers():
+    with pytest.raises(ValueError, match="float images, not uint8"):
+        augment.mixup(jnp.zeros((2, 4, 4, 3), jnp.uint8), jnp.arange(2), 0.5, jnp.arange(2))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.2])
+def test_random_mixup_draws_one_share_and_one_permutation(alpha):
+    values = jnp.arange(5.0).reshape(5, 1, 1, 1)
+    draw = jax.vmap(lambda rng: augment.random_mixup(rng, values, jnp.arange(5), alpha=alpha))
+    batch = draw(jax.random.split(jax.random.key(0), 4000))
+    lam = np.asarray(batch.lam)
+    assert lam.shape == (4000,) and lam.min() >= 0 and lam.max() <= 1
+    variance = 1 / (4 * (2 * alpha + 1))  # of Beta(alpha, alpha), whose mean is 1/2
+    assert abs(lam.mean() - 0.5) < 4 * np.sqrt(variance / 4000)
+    assert abs(lam.var() - variance) < 0.05 * variance
+    partners = np.asarray(batch.partner_labels)
+    np.testing.assert_array_equal(np.sort(partners, axis=1), np.tile(np.arange(5), (4000, 1)))
+    assert len({tuple(row) for row in partners}) == 120
+    expected = lam[:, None] * np.arange(5) + (1 - lam[:, None]) * partners
+    np.testing.assert_allclose(batch.images[..., 0, 0, 0], expected, atol=1e-5)
+
+
+def affine(*matrix):
+    return lambda image, _: image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=GREY)
+
+
+PILLOW = {
+    "shear_x": lambda image, m: affine(1, m, 0, 0, 1, 0)(image, m),
+    "shear_y": lambda image, m: affine(1, 0, 0, m, 1, 0)(image, m),
+    "translate_x": lambda image, m: affine(1, 0, m * image.width, 0, 1, 0)(image, m),
+    "translate_y": lambda image, m: affine(1, 0, 0, 0, 1, m * image.height)(image, m),
+    "rotate": lambda image, m: image.rotate(m, fillcolor=GREY),
+    "autocontrast": lambda image, _: ImageOps.autocontrast(image),
+    "equalize": lambda image, _: ImageOps.equalize(image),
+    "invert": lambda image, _: ImageOps.invert(image),
+    "posterize": lambda image, m: ImageOps.posterize(image, int(m)),
+    "solarize": lambda image, m: ImageOps.solarize(image, m),
+    "brightness": lambda image, m: ImageEnhance.Brightness(image).enhance(1 + m),
+    "color": lambda image, m: ImageEnhance.Color(image).enhance(1 + m),
+    "contrast": lambda image, m: ImageEnhance.Contrast(image).enhance(1 + m),
+    "sharpness": lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + m),
+}
+
+
+def test_every_operation_of_the_policy_is_compared_with_pillow():
+    assert set(PILLOW) == set(augment.MAGNITUDES)
+    assert {name for pair in augment.CIFAR10_POLICY for name, _, _ in pair} <= set(PILLOW)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("name", PILLOW)
+def test_operation_matches_pillow(name, shape):
+    images = photos(*shape)
+    low, high, signed = augment.MAGNITUDES[name]
+    magnitudes = np.linspace(-high if signed else low, high, len(images))
+    if name == "posterize":
+        magnitudes = np.round(magnitudes)
+    ours = np.asarray(augment.apply_operation(name, jnp.asarray(images), jnp.asarray(magnitudes, jnp.float32)))
+    pillow = np.stack([
+        np.asarray(PILLOW[name](Image.fromarray(image), magnitude))
+        for image, magnitude in zip(images, magnitudes, strict=True)
+    ])
+    difference = np.abs(ours.astype(int) - pillow.astype(int))
+    if name in ("autocontrast", "brightness", "color", "contrast", "sharpness"):
+        assert difference.max() <= 1 and np.mean(difference > 0) < 0.01
+    elif name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"):
+        assert np.mean(difference.any(axis=-1)) < 0.0005
+    else:
+        assert difference.max() == 0
+
+
+def test_operation_refuses_unknown_names_and_other_images():
+    with pytest.raises(ValueError, match="'blur': choose one of shear_x"):
+        augment.apply_operation("blur", jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    with pytest.raises(ValueError, match="not float32"):
+        augment.apply_operation("invert", jnp.zeros((1, 8, 8, 3)))
+    with pytest.raises(UserError, match="auto_augment needs RGB images, but these have 1 channel"):
+        augment.auto_augment(jax.random.key(0), jnp.zeros((1, 8, 8, 1), jnp.uint8))
+
+
+def test_auto_augment_draws_the_policy_with_its_probabilities():
+    image = photos()[20]
+    names = list(augment.MAGNITUDES)
+    apply = jax.jit(augment._apply)
+
+    def outcomes(pair, probability, image):
+        """(probability, image after one operation) of each outcome; sign and level as in the paper's table."""
+        name, share, level = pair
+        low, high, signed = augment.MAGNITUDES[name]
+        magnitude = low + (high - low) * level / 9
+        magnitude = round(magnitude) if name == "posterize" else magnitude
+        both = jnp.array([magnitude, -magnitude], jnp.float32)
+        changed = np.asarray(apply(jnp.stack([jnp.asarray(image)] * 2), jnp.full(2, names.index(name)), both))
+        yield probability * (1 - share), image
+        yield probability * share * (0.5 if signed else 1.0), changed[0]
+        if signed:
+            yield probability * share * 0.5, changed[1]
+
+    expected = Counter()
+    for first, second in augment.CIFAR10_POLICY:
+        for probability, halfway in outcomes(first, 1 / 25, image):
+            for likelihood, final in outcomes(second, probability, halfway):
+                expected[final.tobytes()] += likelihood
+    assert np.isclose(sum(expected.values()), 1)
+
+    draws = jax.jit(augment.auto_augment)(jax.random.key(0), jnp.tile(jnp.asarray(image), (8000, 1, 1, 1)))
+    counts = Counter(drawn.tobytes() for drawn in np.asarray(draws))
+    assert {key for key in counts if expected[key] == 0} == set()
+    likely = [key for key, probability in expected.items() if 8000 * probability >= 8]
+    statistic = chi_square([counts[key] for key in likely], np.array([8000 * expected[key] for key in likely]))
+    assert len(likely) > 60
+    assert statistic < len(likely) + 4 * np.sqrt(2 * len(likely))
+
+
+def test_augment_with_everything_off_divides_by_255():
+    images, labels = photos(28, 28)[..., :1], jnp.arange(40)
+    batch = augment.augment(jax.random.key(0), jnp.asarray(images), labels, crop_padding=0, flip=False)
+    assert batch.images.dtype == jnp.float32
+    np.testing.assert_allclose(batch.images, images / np.float32(255), rtol=1e-6)
+    np.testing.assert_array_equal(batch.labels, labels)
+    assert batch.partner_labels is None and batch.lam is None
+
+
+def test_augment_refuses_grey_images_for_auto_augment_and_float_images():
+    with pytest.raises(UserError, match="auto_augment needs RGB images"):
+        augment.augment(jax.random.key(0), jnp.zeros((2, 28, 28, 1), jnp.uint8), jnp.arange(2), auto_augment=True)
+    with pytest.raises(ValueError, match="uint8 images, not float32"):
+        augment.augment(jax.random.key(0), jnp.zeros((2, 28, 28, 1)), jnp.arange(2))
+
+
+EVERYTHING = {"auto_augment": True, "cutout_size": 16, "mixup_alpha": 1.0}
+
+
+def run(rng, images, **options):
+    return augment.augment(rng, images, jnp.arange(len(images)), **options)
+
+
+def test_augment_composes_in_the_papers_order():
+    images = jnp.asarray(photos())
+    keys = jax.random.split(jax.random.key(5), 4)
+    expected = augment.auto_augment(keys[1], augment.crop_flip(keys[0], images)).astype(jnp.float32) / 255
+    expected = augment.random_mixup(keys[3], augment.cutout(keys[2], expected), jnp.arange(40), alpha=1.0)
+    batch = jax.jit(lambda rng: run(rng, images, **EVERYTHING))(jax.random.key(5))
+    np.testing.assert_allclose(batch.images, expected.images, atol=1e-6)
+    np.testing.assert_array_equal(batch.partner_labels, expected.partner_labels)
+    assert batch.images.dtype == jnp.float32
+    assert 0 <= batch.images.min() and batch.images.max() <= 1 + 1e-6
+
+
+def test_a_part_switched_off_leaves_the_others_random_numbers_alone():
+    images, rng = jnp.asarray(photos()), jax.random.key(6)
+    whole, cut = run(rng, images).images, run(rng, images, cutout_size=16).images
+    assert jnp.all((cut == whole) | (cut == 0)) and jnp.any(cut != whole)
+
+
+def test_augment_repeats_itself_and_follows_the_key():
+    images = jnp.asarray(photos())
+    step = jax.jit(lambda rng: run(rng, images, **EVERYTHING).images)
+    np.testing.assert_array_equal(step(jax.random.key(7)), step(jax.random.key(7)))
+    assert jnp.any(step(jax.random.key(7)) != step(jax.random.key(8)))
+
+
+def test_augment_in_a_scan_gives_the_same_on_two_devices_as_on_one():
+    images = photos()
+    keys = jax.random.split(jax.random.key(9), 3)
+
+    @jax.jit
+    def epoch(images, keys):
+        return jax.lax.scan(lambda carry, rng: (carry, run(rng, images, **EVERYTHING)), None, keys)[1]
+
+    alone = epoch(jax.device_put(images, jax.devices()[0]), keys)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    shared = epoch(jax.device_put(images, NamedSharding(mesh, PartitionSpec("data"))), keys)
+    assert len(shared.images.devices()) == 2
+    jax.tree.map(np.testing.assert_array_equal, alone, shared)
