@@ -72,11 +72,11 @@ def table(results: dict[str, Any]) -> Table:
     return made
 
 
-def summarise(run, stages, records, problem) -> dict[str, Any]:
+def summarise(run, stages, records, problem, commit: str | None) -> dict[str, Any]:
     """What results.json holds: every stage's last epoch, and the final stage's again at the top.
 
     run, stages: from `ltjax.config.parse`. records: {stage: what its checkpoint kept beside the state}.
-    problem: `ltjax.train.Problem`.
+    problem: `ltjax.train.Problem`. commit: what the process started from.
     """
     summaries = {}
     for name, settings in stages.items():
@@ -114,6 +114,6 @@ def summarise(run, stages, records, problem) -> dict[str, Any]:
         "device": f"{device.platform}: {device.device_kind}",
         "num_devices": int(problem.mesh.devices.size),
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "command": command(),
     }

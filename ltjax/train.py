@@ -186,6 +186,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | None =
         results.print_table(finished, console)
         return finished
 
+    commit = results.git_commit()
     problem = setup(run, data_dir)
     write_json(workdir / "split.json", splits.describe(problem.split, seed=run.data.seed, groups=problem.groups))
     built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}  # all errors now
@@ -205,7 +206,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | None =
     finally:
         log.close()
 
-    summary = results.summarise(run, stages, records, problem)
+    summary = results.summarise(run, stages, records, problem, commit)
     write_json(workdir / "results.json", summary)
     results.print_table(summary, console)
     console.print(f"Results, metrics and checkpoints are in {workdir}")
@@ -389,7 +390,9 @@ def evaluate_workdir(config: Mapping[str, Any], workdir: str | Path, data_dir: s
             records[name] = {**record, "evaluations": [evaluation]}
     if not records:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
-    summary = results.summarise(run, {name: stages[name] for name in records}, records, problem)
+    summary = results.summarise(
+        run, {name: stages[name] for name in records}, records, problem, results.git_commit()
+    )
     write_json(workdir / "eval.json", summary)
     console.print(results.table(summary))
     return summary
