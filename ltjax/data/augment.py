@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device, as pure functions of a key and images [B, H, W, channels].
 
-They run inside a compiled step, also in `lax.scan` and on a batch sharded over devices; the result is the same on any
-number of devices. Each image draws its own numbers, except in mixup, which mixes a whole batch alike.
+They run inside a compiled step, also in `lax.scan` and on a batch sharded over devices. The number of devices changes
+at most the last bit of mixup's sum. Each image draws its own numbers, except in mixup, which mixes a whole batch alike.
 """
 
 import jax
@@ -43,7 +43,7 @@ def augment(
 
 
 def crop_flip(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = True) -> jax.Array:
-    """Shifts each image by up to `padding` pixels each way, black moving in, and mirrors every second one.
+    """Shifts each image by up to `padding` pixels each way, black moving in, and mirrors half of the images.
 
     The window is drawn uniformly from the (2 padding + 1)^2 windows of the image's size in the image with `padding`
     zeros on each side; left and right are exchanged with probability 1/2 (never if `flip` is False). Any dtype; shape
