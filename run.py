@@ -5,7 +5,9 @@ The same command resumes a run that was stopped. Exit code 2: something to mend,
 """
 
 import logging
+import runpy
 import sys
+import threading
 from pathlib import Path
 
 from absl import app, flags
@@ -20,19 +22,45 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Read the flags; every mistake in them, or in the config, becomes one line."""
     try:
+        check_overrides(arguments)
         rest = flags.FLAGS(arguments)
         if _CONFIG.value is None:
             raise ValueError("--config is needed, such as --config=configs/quickstart.py")
         if rest[1:]:
             raise ValueError(f"unexpected argument {rest[1]!r}: flags begin with --")
         return rest
-    except (flags.Error, ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
-        fail(error)
+    except Exception as error:  # flags, ml_collections and the config file each raise their own kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fail(lines[-1])
         raise SystemExit(2) from None
 
 
-def fail(error: Exception) -> None:
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+def check_overrides(arguments: list[str]) -> None:
+    """Load the config once by itself: ml_collections wraps its errors in tracebacks, and names no allowed keys."""
+    given = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--config") and "=" in a)
+    path, *argument = given.pop("config", "").split(":", 1)
+    if not path:
+        return
+    if not Path(path).is_file():
+        have = ", ".join(str(p) for p in sorted(Path(path).parent.glob("*.py")))
+        raise ValueError(f"no config file {path}; in its folder: {have or 'none'}")
+    config = runpy.run_path(path)["get_config"](*argument).to_dict()
+    for key in given:
+        check_key(config, key.removeprefix("config."))
+
+
+def check_key(config: dict, key: str) -> None:
+    """Raises ValueError, with what is allowed, unless the dotted key is in the nested dicts."""
+    *folders, name = key.split(".")
+    for depth, part in enumerate((*folders, name)):
+        if not isinstance(config, dict) or part not in config:
+            allowed = ", ".join(config) if isinstance(config, dict) else "nothing below it"
+            where = ".".join(("config", *folders[:depth]))
+            raise ValueError(f"unknown config key config.{key}; allowed in {where}: {allowed}")
+        config = config[part]
+
+
+def fail(message: object) -> None:
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
 
 
@@ -41,8 +69,10 @@ def main(_: list[str]) -> None:
     from ltjax.signals import Interrupted
     from ltjax.types import UserError
 
-    for chatty in ("absl", "jax", "orbax"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    for chatty in ("absl", "jax", "orbax", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    # A background save that fails is raised again in this thread, which says it in one line.
+    threading.excepthook = sys.unraisablehook = lambda _: None
     config = _CONFIG.value.to_dict()
     workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-seed{config.get('seed', 0)}")
     do = {"train": train.train, "eval": train.evaluate_workdir}[_MODE.value]

@@ -18,4 +18,4 @@ from configs import common
 
 def get_config(arg=None):
     smoothing = {10: (0.2, 0.0, 0.1, True), 50: (0.3, 0.0, 0.1, True), 100: (0.4, 0.1, 0.2, True)}
-    return common.cifar_long_tailed("cifar100", arg, smoothing)
+    return common.cifar_long_tailed("cifar100", arg, smoothing, ranges=(36, 71))

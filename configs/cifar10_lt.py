@@ -17,5 +17,4 @@ from configs import common
 
 def get_config(arg=None):
     smoothing = {10: (0.1, 0.0, 0.2, False), 50: (0.2, 0.0, 0.2, False), 100: (0.3, 0.0, 0.5, False)}
-    config = common.cifar_long_tailed("cifar10", arg, smoothing)
-    return config
+    return common.cifar_long_tailed("cifar10", arg, smoothing, ranges=(3, 7))  # MiSLAS's; ResLT has (3, 6)

@@ -13,7 +13,7 @@ def read_arguments(text: str | None, allowed: dict) -> ConfigDict:
     for part in filter(None, (text or "").split(",")):
         name, _, value = part.partition("=")
         if name not in allowed:
-            raise ValueError(f"unknown config argument {name!r}; allowed: {', '.join(allowed)}")
+            raise ValueError(f"unknown config argument {name!r}; allowed: {', '.join(allowed) or 'none'}")
         if isinstance(allowed[name], tuple):
             if value not in allowed[name]:
                 raise ValueError(f"config argument {part!r}: allowed values of {name}: {', '.join(allowed[name])}")
@@ -31,8 +31,11 @@ def nearest(table: dict, imbalance: float):
     return table[min(table, key=lambda key: abs(math.log(key / max(imbalance, 1.0))))]
 
 
-def cifar_long_tailed(name: str, arg: str | None, mislas: dict) -> ConfigDict:
-    """A CIFAR-LT run. mislas: {imbalance factor: (smoothing head, tail, classifier's rate, shifted batch norm)}."""
+def cifar_long_tailed(name: str, arg: str | None, mislas: dict, ranges: tuple[int, int]) -> ConfigDict:
+    """A CIFAR-LT run. mislas: {imbalance factor: (smoothing head, tail, classifier's rate, shifted batch norm)}.
+
+    ranges: where some papers let their medium and few-shot classes begin.
+    """
     arguments = read_arguments(
         arg, {"method": ("mislas", "ce"), "imbalance": 100.0, "profile": ("exp", "step"), "budget": ("full", "short")}
     )
@@ -47,9 +50,10 @@ def cifar_long_tailed(name: str, arg: str | None, mislas: dict) -> ConfigDict:
         max_count=0,
         holdout=0,
         seed=0,
+        groups="counts",
         many_above=100,
         few_below=20,
-        ranges=(),
+        ranges=ranges,  # MiSLAS's and ResLT's groups, with --config.data.groups=ranges
     )
     config.model = dict(
         name="resnet_cifar",
@@ -86,11 +90,15 @@ def cifar_long_tailed(name: str, arg: str | None, mislas: dict) -> ConfigDict:
         )
     else:
         config.stages = ("features", "classifier")
-        config.update(mislas_stages(plain, crop_flip, *nearest(mislas, arguments.imbalance), 2 if short else 10))
+        head, tail, rate, shifted = nearest(mislas, arguments.imbalance)
+        epochs = 2 if short else 10
+        config.update(mislas_stages(plain, crop_flip, head=head, tail=tail, rate=rate, shifted=shifted, epochs=epochs))
     return config
 
 
-def mislas_stages(plain: dict, augment: dict, head, tail, rate, shifted, epochs: int, lr: float = 0.1) -> dict:
+def mislas_stages(
+    plain: dict, augment: dict, *, head: float, tail: float, rate: float, shifted: bool, epochs: int, lr: float = 0.1
+) -> dict:
     """MiSLAS's stages. plain: common settings of a stage from scratch. head, tail: label-aware smoothing.
 
     rate: the classifier's learning rate over `lr`, that of the logit scale. shifted: batch norm goes on learning.

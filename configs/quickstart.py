@@ -22,6 +22,7 @@ def get_config(arg=None):
         max_count=1000,
         holdout=0,
         seed=0,
+        groups="counts",
         many_above=300,  # of 10 classes: 3 many, 3 medium, 4 few
         few_below=50,
         ranges=(),
@@ -31,8 +32,8 @@ def get_config(arg=None):
     )
     config.batch_size = 64
     config.seed = 0
-    config.epochs = 20
-    config.eval_every = 5
+    config.epochs = 24
+    config.eval_every = 6
     config.eval_batch_size = 500
     config.dispatch_steps = 0
     config.checkpoint_seconds = 300.0
@@ -52,5 +53,7 @@ def get_config(arg=None):
             network=dict(match="net/(backbone|classifier)/.*", rate=1.0), frozen=dict(match="net/logit_scale", rate=0.0)
         ),
     )
-    config.update(common.mislas_stages(plain, augment, head=0.3, tail=0.0, rate=0.5, shifted=True, epochs=4))
+    # so few images want less mixing and smoothing than the CIFAR recipes have
+    config.update(common.mislas_stages(plain, augment, head=0.1, tail=0.0, rate=0.5, shifted=True, epochs=4))
+    config.features.augment.mixup_alpha = 0.2
     return config

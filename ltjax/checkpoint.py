@@ -1,4 +1,4 @@
-"""Checkpoints of one stage: saved in the background, the two latest and the best kept, damage found and stepped over."""
+"""Checkpoints of one stage: saved in the background, the two latest and the best kept, damage found and passed over."""
 
 import json
 import logging
@@ -59,19 +59,7 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # Orbax and TensorStore pass a full disk on as many types
-            good = self._good_steps()
-            left = f"the checkpoint of step {good[-1]} is whole" if good else "there is no earlier checkpoint"
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"cannot save a checkpoint in {self.directory}: {reason[:300]} ({left}; "
-                "free some space or mend the permissions, then run the same command again to resume)"
-            ) from error
-
-    def _good_steps(self) -> list[int]:
-        """Committed steps as the disk has them; the manager's own list counts a failed one."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+            raise cannot_save(error, self.directory) from error
 
     def restore(self, target: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest undamaged (state, record), or None where there is none.
@@ -83,13 +71,12 @@ class Checkpoints:
             try:
                 return self.restore_step(step, target)
             except Exception as error:  # any kind of damage: the next older one may be whole
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 aside = self._set_aside(step)
                 log.warning(
                     "checkpoint %s of step %d is damaged (%s): moved to %s, falling back to the one before it",
                     self.directory,
                     step,
-                    reason[:200],
+                    first_line(error),
                     aside,
                 )
         return None
@@ -97,10 +84,10 @@ class Checkpoints:
     def restore_step(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
-        expected, found = restored.record.pop("fingerprint"), int(fingerprint(restored.state))
+        expected, found = restored["record"].pop("fingerprint"), int(fingerprint(restored["state"]))
         if found != expected:
             raise ValueError(f"fingerprint {found:08x}, saved as {expected:08x}")
-        return restored.state, restored.record
+        return restored["state"], restored["record"]
 
     def best_step(self) -> int | None:
         return self._manager.best_step()
@@ -122,6 +109,26 @@ class Checkpoints:
         except Exception:
             if kind is None:
                 raise  # else the error that ended the block says more
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Steps whose checkpoint is whole on disk; a manager's own list counts one that failed half-way."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def cannot_save(error: Exception, directory: Path) -> UserError:
+    """What to say where the disk takes no more. directory: of the stage's checkpoints."""
+    steps = complete_steps(directory)
+    last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+    return UserError(
+        f"cannot write to {directory}: {first_line(error)} ({last}; free some space or mend the permissions, "
+        "then run the same command again to resume)"
+    )
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,11 +1,9 @@
 """What a config may say, with defaults: the one place where its keys are named. Checked before anything starts."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from ltjax.types import UserError
-
-T = TypeVar("T", bound=tuple)
 
 
 class Data(NamedTuple):
@@ -15,9 +13,10 @@ class Data(NamedTuple):
     max_count: int = 0  # training images of the largest class; 0: all there are
     holdout: int = 0  # images of each class held out of training, for selection and tuning
     seed: int = 0  # of the kept images; apart from the training seed, so that seeds share a training set
-    many_above: int = 100  # groups by training images: many > many_above,
+    groups: str = "counts"  # "counts" of training images, or "ranges" of class numbers as in some papers
+    many_above: int = 100  # counts: many > many_above,
     few_below: int = 20  # few < few_below
-    ranges: tuple[int, ...] = ()  # instead: (a, b), many = classes below a, few = classes from b on
+    ranges: tuple[int, ...] = ()  # ranges: (a, b), many = classes below a, few = classes from b on
 
 
 class Optimizer(NamedTuple):
@@ -54,7 +53,8 @@ class Run(NamedTuple):
     checkpoint_seconds: float = 300.0  # save within long epochs as well, this often
 
 
-def _fill(kind: type[T], values: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> T:
+def _fill(kind: Any, values: Any, where: str, also: tuple[str, ...] = ()) -> Any:
+    """A NamedTuple of type `kind` from a dict. also: further keys that may be there."""
     unknown = sorted(set(values) - set(kind._fields) - set(also))
     if unknown:
         raise UserError(f"unknown key {where}.{unknown[0]}; allowed: {', '.join((*kind._fields, *also))}")
@@ -84,6 +84,11 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
             raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")
     if run.dispatch_steps < 0:
         raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
+    if run.data.groups not in ("counts", "ranges"):
+        raise UserError(f"config.data.groups = {run.data.groups!r}; allowed: counts, ranges")
+    ranges = tuple(run.data.ranges)
+    if run.data.groups == "ranges" and (len(ranges) != 2 or not 0 <= ranges[0] <= ranges[1]):
+        raise UserError(f"config.data.ranges = {ranges}: two class numbers, the first not above the second")
     parsed: dict[str, Stage] = {}
     for name in stages:
         where = f"config.{name}"
@@ -94,7 +99,9 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
             earlier = ", ".join(("scratch", *parsed))
             raise UserError(f"{where}.start_from = {stage.start_from!r}: allowed here: {earlier}")
         if not stage.lr > 0 or stage.epochs < 1:
-            raise UserError(f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least 1")
+            raise UserError(
+                f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least 1"
+            )
         parsed[name] = stage._replace(
             title=stage.title or name,
             schedule={"kind": "constant", **stage.schedule},

@@ -46,9 +46,16 @@ class RunLog:
         temporary.replace(self._path)
         self._file = open(self._path, "a")
 
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        for part in (self._file, self._board):
+            try:
+                part.close()
+            except OSError:
+                if kind is None:
+                    raise  # else the error that ended the block says more
 
 
 def _scalars(values: dict[str, Any]):
@@ -98,7 +105,7 @@ class StageProgress(Progress):
 
 
 def clock(seconds: float | None) -> str:
-    """"1:02:03", "4:05", or "-"."""
+    """ "1:02:03", "4:05", or "-"."""
     if seconds is None:
         return "-"
     minutes, seconds = divmod(round(seconds), 60)

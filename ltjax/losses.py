@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 SMOOTHING_SHAPES = ("concave", "linear", "convex", "exp")
 
@@ -34,7 +35,7 @@ def mixed(loss: Callable[[jax.Array], jax.Array], labels: jax.Array, partner_lab
 
 
 def smoothing_by_count(
-    class_counts: jax.Array, *, head: float, tail: float, shape: str = "concave", power: float = 1.0
+    class_counts: ArrayLike, *, head: float, tail: float, shape: str = "concave", power: float = 1.0
 ) -> jax.Array:
     """MiSLAS's label smoothing of each class, growing with its number of training images.
 
@@ -71,7 +72,7 @@ def smoothing_by_count(
             return tail + (head - tail) * x**power
 
 
-def label_aware_smoothing(logits: jax.Array, labels: jax.Array, *, smoothing: jax.Array) -> jax.Array:
+def label_aware_smoothing(logits: jax.Array, labels: jax.Array, *, smoothing: ArrayLike) -> jax.Array:
     """Cross-entropy against labels smoothed by an amount of their class: `(1 - e_y)(-log p_y) + e_y mean_c(-log p_c)`.
 
     Args:

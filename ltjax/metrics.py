@@ -1,11 +1,12 @@
 """What a table reports: calibration and accuracy by group. This module needs jax (and numpy) alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 class Calibration(NamedTuple):
@@ -17,7 +18,7 @@ class Calibration(NamedTuple):
     edges: jax.Array  # [bins + 1]
 
 
-def calibration(confidences: jax.Array, correct: jax.Array, *, num_bins: int = 15) -> Calibration:
+def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 15) -> Calibration:
     """Expected calibration error over equal bins of confidence: `sum_b n_b / N |accuracy_b - mean confidence_b|`.
 
     Args:
@@ -26,15 +27,14 @@ def calibration(confidences: jax.Array, correct: jax.Array, *, num_bins: int = 1
         the first.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; MiSLAS reports it with 15 bins.
     """
-    confidences = jnp.asarray(confidences)
-    if not jnp.issubdtype(confidences.dtype, jnp.floating):
-        confidences = confidences.astype(jnp.float32)
-    dtype = confidences.dtype
+    values = jnp.asarray(confidences)
+    dtype = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.float32
+    values = values.astype(dtype)  # [N]
     edges = jnp.linspace(0, 1, num_bins + 1, dtype=dtype)
-    index = jnp.clip(jnp.searchsorted(edges, confidences, side="left") - 1, 0, num_bins - 1)  # [N]
+    index = jnp.clip(jnp.searchsorted(edges, values, side="left") - 1, 0, num_bins - 1)  # [N]
     member = jax.nn.one_hot(index, num_bins, dtype=dtype)  # [N, bins]
     counts = member.sum(0)
-    hits, mass = jnp.asarray(correct).astype(dtype) @ member, confidences @ member  # [bins]
+    hits, mass = jnp.asarray(correct).astype(dtype) @ member, values @ member  # [bins]
     accuracies, means = hits / jnp.maximum(counts, 1), mass / jnp.maximum(counts, 1)
     gaps = jnp.abs(accuracies - means)
     ece = jnp.abs(hits - mass).sum() / jnp.maximum(counts.sum(), 1)
@@ -48,7 +48,7 @@ def count_groups(class_counts, *, few_below: int = 20, many_above: int = 100) ->
     return {"many": many, "medium": ~many & ~few, "few": few}
 
 
-def range_groups(num_classes: int, bounds: tuple[int, int]) -> dict[str, np.ndarray]:
+def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarray]:
     """Groups by fixed class numbers, as some papers have them: many [0, a), medium [a, b), few [b, C)."""
     index = np.arange(num_classes)
     return {"many": index < bounds[0], "medium": (index >= bounds[0]) & (index < bounds[1]), "few": index >= bounds[1]}

@@ -24,7 +24,7 @@ def schedule_table(
     Positions are shares of the run, so that a shorter one keeps the shape.
 
     Args:
-      kind: "constant"; "step", times `decay` from each share in `decay_at` on; "cosine", `(1 + cos(pi e / epochs)) / 2`.
+      kind: "constant"; "step": times `decay` from each share in `decay_at` on; "cosine": `(1 + cos(pi e / epochs))/2`.
       warmup: share of the epochs over which the factor rises linearly to 1, whole epochs: `(e + 1) / warm-up epochs`.
     """
     if kind not in SCHEDULES:
@@ -46,7 +46,7 @@ def schedule_table(
 
 def flatten(params: Any) -> dict[str, jax.Array]:
     """{"net/backbone/conv/kernel": array, ...} from nested dicts."""
-    return traverse_util.flatten_dict(params, sep="/")
+    return dict(traverse_util.flatten_dict(params, sep="/"))
 
 
 def unflatten(flat: Mapping[str, jax.Array]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
     run, stages: from `ltjax.config.parse`. records: {stage: what its checkpoint kept beside the state}.
     problem: `ltjax.train.Problem`. commit: what the process started from.
     """
-    summaries = {}
+    summaries: dict[str, dict[str, Any]] = {}
     for name, settings in stages.items():
         record = records[name]
         evaluations, seconds = record["evaluations"], record["train_seconds"]

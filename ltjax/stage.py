@@ -144,8 +144,8 @@ def build(
     Args:
       nets: {name: network}. method: what to minimise. draw: where batches come from.
       params: the parameters to come (arrays or their shapes), for their paths.
-      groups: {name: {"match": regex of whole paths, "rate": factor on lr, optional "weight_decay"}}; rate 0 freezes, and
-        the backward pass of frozen parameters is never computed.
+      groups: {name: {"match": regex of whole paths, "rate": factor on lr, optional "weight_decay"}}; rate 0 freezes,
+        and the backward pass of frozen parameters is never computed.
       bn: "train" updates and uses batch statistics ("train" with a frozen backbone is shifted batch norm), "eval" the
         running ones.
       lr, factors: learning rate and its factor in each epoch [epochs]. rng: the stage's own key.
@@ -192,7 +192,7 @@ def build(
         own = {path: flat[path] for path in trained}
         (loss, (variables, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(own)
         updates, opt_state = optimizer.update(gradients, state.opt_state, own)
-        params = optim.unflatten({**flat, **optax.apply_updates(own, updates)})
+        params = optim.unflatten({**flat, **jax.tree.map(jnp.add, own, updates)})
         return State(state.step + 1, variables._replace(params=params), opt_state), {"loss": loss, **metrics}
 
     def run(state: State, source: Any, num_steps: int) -> tuple[State, dict[str, jax.Array]]:

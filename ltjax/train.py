@@ -15,11 +15,12 @@ from rich.console import Console
 
 from ltjax import config as config_module
 from ltjax import data, evaluate, logs, methods, metrics, models, optim, registry, results, stage
-from ltjax.checkpoint import Checkpoints, write_json
+from ltjax.checkpoint import Checkpoints, cannot_save, write_json
 from ltjax.config import Run
 from ltjax.data import augment, samplers, splits
 from ltjax.data.source import Images
 from ltjax.hashing import hash32
+from ltjax.report import figures
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.stage import State
 from ltjax.types import UserError, Variables
@@ -61,8 +62,6 @@ def use_cpu_cores(batch_size: int) -> None:
 
 def setup(run: Run, data_dir: str | None) -> Problem:
     """Load the data, choose the long-tailed part, build the network, put the images on the devices."""
-    if run.data.ranges and not 0 <= run.data.ranges[0] <= run.data.ranges[-1]:
-        raise UserError(f"config.data.ranges = {run.data.ranges}: two class numbers, the first not above the second")
     images = data.load(run.data.name, data_dir)
     num_classes = len(images.class_names)
     split = splits.long_tailed_split(
@@ -74,12 +73,10 @@ def setup(run: Run, data_dir: str | None) -> Problem:
         holdout=run.data.holdout,
         seed=run.data.seed,
     )
-    if run.data.ranges:
-        groups = metrics.range_groups(num_classes, (run.data.ranges[0], run.data.ranges[-1]))
+    if run.data.groups == "ranges":
+        groups = metrics.range_groups(num_classes, run.data.ranges)
     else:
-        groups = metrics.count_groups(
-            split.class_counts, few_below=run.data.few_below, many_above=run.data.many_above
-        )
+        groups = metrics.count_groups(split.class_counts, few_below=run.data.few_below, many_above=run.data.many_above)
     mesh = stage.make_mesh()
     if run.batch_size % mesh.devices.size:
         raise UserError(
@@ -87,7 +84,7 @@ def setup(run: Run, data_dir: str | None) -> Problem:
             f"take a multiple of {mesh.devices.size}"
         )
     model = dict(run.model)
-    nets = {"net": models.create(model.pop("name", ""), num_classes, **model)}
+    nets: dict[str, nn.Module] = {"net": models.create(model.pop("name", ""), num_classes, **model)}
     everywhere = stage.replicated(mesh)
     train_data = stage.Resident(
         jax.device_put(images.train_images[split.train], everywhere),
@@ -193,23 +190,23 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | None =
     show_plan(run, stages, built, problem, workdir, console)
 
     steps_before = dict(zip(stages, np.cumsum([0] + [b.num_steps for b in built.values()]).tolist(), strict=False))
-    log = logs.RunLog(workdir, steps_before)
     finals: dict[str, Variables] = {}
     records: dict[str, dict[str, Any]] = {}
-    try:
-        with StopSignals(console) as stop:
-            for name, settings in stages.items():
-                with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
+    with logs.RunLog(workdir, steps_before) as log, StopSignals(console) as stop:
+        for name, settings in stages.items():
+            with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
+                try:
                     finals[name], records[name] = run_stage(
                         run, name, settings, built[name], problem, finals, checkpoints, log, console, stop
                     )
-    finally:
-        log.close()
+                except OSError as error:  # a full disk can stop the log before it stops a checkpoint
+                    raise cannot_save(error, checkpoints.directory) from error
 
     summary = results.summarise(run, stages, records, problem, commit)
+    figures.write_summary(summary, workdir / "report")
     write_json(workdir / "results.json", summary)
     results.print_table(summary, console)
-    console.print(f"Results, metrics and checkpoints are in {workdir}")
+    console.print(f"Results, metrics, checkpoints and report/summary.png are in {workdir}")
     return summary
 
 
@@ -269,7 +266,7 @@ def run_stage(
 
             score = None
             if step % per_epoch == 0 and ((epoch + 1) % run.eval_every == 0 or step == built.num_steps):
-                evaluation = {"epoch": epoch + 1, "step": step}
+                evaluation: dict[str, Any] = {"epoch": epoch + 1, "step": step}
                 for split, held in (("holdout", problem.holdout_set), ("test", problem.test_set)):
                     if held is not None:
                         evaluation[split] = evaluate_split(problem, state.variables, held)
@@ -279,14 +276,13 @@ def run_stage(
                 record["evaluations"] = [_brief(e) for e in record["evaluations"]] + [evaluation]
                 bar.console.print(epoch_line(settings, epoch + 1, means, evaluation, rate, run.batch_size, left))
             record["seconds"] = time.monotonic() - started
-            stopping = stop.requested is not None
             due = time.monotonic() - saved_at > run.checkpoint_seconds
-            if step % per_epoch == 0 or stopping or due:
+            if step % per_epoch == 0 or stop.requested is not None or due:
                 if not stage.all_finite(state):
                     raise non_finite(name, epoch, step, "a parameter is no longer finite", settings, checkpoints)
                 checkpoints.save(step, state, record, score)
                 saved_at = time.monotonic()
-            if stopping:
+            if stop.requested is not None:
                 checkpoints.wait()
                 raise Interrupted(stop.requested)
     checkpoints.wait()
@@ -385,14 +381,12 @@ def evaluate_workdir(config: Mapping[str, Any], workdir: str | Path, data_dir: s
         if restored is not None:
             state, record = restored
             step = int(state.step)
-            evaluation = {"epoch": -(-step // built.steps_per_epoch), "step": step}
+            evaluation: dict[str, Any] = {"epoch": -(-step // built.steps_per_epoch), "step": step}
             evaluation["test"] = evaluate_split(problem, state.variables, problem.test_set)
             records[name] = {**record, "evaluations": [evaluation]}
     if not records:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
-    summary = results.summarise(
-        run, {name: stages[name] for name in records}, records, problem, results.git_commit()
-    )
+    summary = results.summarise(run, {name: stages[name] for name in records}, records, problem, results.git_commit())
     write_json(workdir / "eval.json", summary)
     console.print(results.table(summary))
     return summary

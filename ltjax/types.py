@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 # apply(variables, images, net="net", bn=None) -> (Outputs, variables with new batch-norm statistics)
-Apply = Callable[..., tuple[Outputs, Variables]]
+Apply = Callable[..., Any]
 
 
 class Method(NamedTuple):

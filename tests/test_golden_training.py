@@ -1,4 +1,4 @@
-"""The stage engine repeats the authors' PyTorch training step by step. Source of the numbers: tests/golden/README.md."""
+"""The stage engine repeats the authors' PyTorch training step by step. The numbers' source: tests/golden/README.md."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ltjax import methods, models, optim, stage
-import ltjax.data.augment as augment
+from ltjax.data import augment
 from ltjax.interop.torch import import_state_dict
 from ltjax.types import Batch
 

@@ -249,9 +249,11 @@ def _read_members(path: Path, wanted: set[str], archive: CifarArchive) -> dict[s
         with tarfile.open(path) as tar:
             for member in tar:
                 name = member.name.removeprefix("./")
-                if name in wanted and member.isfile():
-                    members[name] = tar.extractfile(member).read()
-            tar.fileobj.seek(0, io.SEEK_END)  # compressed files keep their checksum at the end
+                content = tar.extractfile(member) if name in wanted and member.isfile() else None
+                if content is not None:
+                    members[name] = content.read()
+            stream: Any = tar.fileobj
+            stream.seek(0, io.SEEK_END)  # compressed files keep their checksum at the end
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
             f"cannot read {path} as a tar archive ({one_line(error)}): it is damaged, cut short or something else; "
@@ -276,7 +278,7 @@ def _write(archive: CifarArchive, data_dir: Path, class_names: dict[str, list[st
             encoded, png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 6])
             if not encoded:
                 raise RuntimeError("OpenCV could not encode a PNG")
-            example = {"id": f"{split}_{index:05d}", "image": png.tobytes()}
+            example: dict[str, object] = {"id": f"{split}_{index:05d}", "image": png.tobytes()}
             for label, value in zip(archive.labels, labels, strict=True):
                 example[label.feature] = int(value)
             yield index, example

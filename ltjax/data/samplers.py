@@ -61,12 +61,12 @@ def create(name: str, **settings) -> Callable:
     """A sampler by its name in a config. Raises: UserError for an unknown name or setting."""
     sampler = registry.choose("sampler", SAMPLERS, name)
     given = {"batch_size": None, "class_counts": None}  # the caller's to fill in
-    bound = registry.bind(f"sampler {name!r}", sampler, {**given, **settings})
-    return partial(bound.func, **settings)
+    registry.bind(f"sampler {name!r}", sampler, {**given, **settings})
+    return partial(sampler, **settings)
 
 
 def _positions(seed, step, batch_size, class_counts=()):
-    """Draws since the start [B], counts [C] and starts [C], all uint32, as numpy or device arrays like `seed`, `step`."""
+    """Draws since the start [B], counts [C] and starts [C]: uint32, numpy or device arrays as `seed` and `step` are."""
     xp = np if isinstance(seed, np.generic) and isinstance(step, np.generic) else jnp
     counts = np.asarray(class_counts).astype(np.uint32)
     starts = (np.cumsum(counts) - counts).astype(np.uint32)

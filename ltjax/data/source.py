@@ -18,9 +18,9 @@ class Images(NamedTuple):
     0 to `len(class_names) - 1` and index `class_names`.
     """
 
-    train_images: np.ndarray  # [N, H, W, 3], uint8, RGB
+    train_images: np.ndarray  # [N, H, W, channels], uint8
     train_labels: np.ndarray  # [N], int32
-    test_images: np.ndarray  # [M, H, W, 3], uint8, RGB
+    test_images: np.ndarray  # [M, H, W, channels], uint8
     test_labels: np.ndarray  # [M], int32
     class_names: tuple[str, ...]  # C names
 

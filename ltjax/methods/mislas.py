@@ -10,9 +10,7 @@ from ltjax import losses
 from ltjax.types import Method
 
 
-def create(
-    class_counts: np.ndarray, *, head: float, tail: float, shape: str = "concave", power: float = 1.0
-) -> Method:
+def create(class_counts: np.ndarray, *, head: float, tail: float, shape: str = "concave", power: float = 1.0) -> Method:
     """head, tail, shape, power: as in `ltjax.losses.smoothing_by_count`."""
     smoothing = losses.smoothing_by_count(class_counts, head=head, tail=tail, shape=shape, power=power)  # [C]
 

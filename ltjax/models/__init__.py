@@ -1,5 +1,5 @@
-"""Networks. Each file gives a backbone, `backbone(*, settings) -> module: (images, train) -> features [B, D]`; around it
-go the normalisation, the classifier and the logit scale that all of them share."""
+"""Networks. A file gives `backbone(dtype, platform, *, settings) -> module: (x, train) -> features [B, D]`; around it go
+the normalisation, the classifier and the logit scale that all of them share."""
 
 from typing import Any
 

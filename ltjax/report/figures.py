@@ -1,0 +1,68 @@
+"""Pictures of a run, from its results.json alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#7a7a7a", "#56b4e9", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe & Ito, told apart by everyone
+
+
+def summary(results: dict[str, Any]) -> Figure:
+    """Left: accuracy of each class, most frequent first. Right: accuracy against confidence, by stage."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    _accuracy_by_class(left, results)
+    _reliability(right, results)
+    figure.suptitle(results["name"])
+    return figure
+
+
+def _accuracy_by_class(axes: Axes, results: dict[str, Any]) -> None:
+    counts = np.asarray(results["class_counts"])
+    order = np.argsort(-counts, kind="stable")
+    places = np.arange(len(order))
+    behind = axes.twinx()
+    behind.bar(places, counts[order], width=0.9, color="#e8e4da", zorder=0)
+    behind.set_yscale("log")
+    behind.set_ylabel("training images")
+    axes.set_zorder(behind.get_zorder() + 1)  # lines in front of the bars
+    axes.patch.set_visible(False)
+    window = max(1, len(order) // 20)
+    for colour, stage in zip(COLOURS, results["stages"].values(), strict=False):
+        accuracy = np.asarray([np.nan if a is None else a for a in stage["per_class_accuracy"]])[order]
+        smooth = np.convolve(np.pad(accuracy, window // 2, mode="edge"), np.ones(window) / window, "valid")[
+            : len(order)
+        ]
+        axes.plot(places, 100 * smooth, color=colour, marker="o" if window == 1 else "", label=stage["title"])
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("test accuracy (%)" + (f", mean of {window} neighbours" if window > 1 else ""))
+    axes.set_xlabel("classes, most frequent first")
+    if len(order) <= 20:
+        axes.set_xticks(places, [results["class_names"][c] for c in order], rotation=30, ha="right")
+    axes.legend(loc="lower left", framealpha=0.9)
+
+
+def _reliability(axes: Axes, results: dict[str, Any]) -> None:
+    axes.plot((0, 100), (0, 100), color="#bbbbbb", linestyle="--")
+    for colour, stage in zip(COLOURS, results["stages"].values(), strict=False):
+        bins = {name: np.asarray(values) for name, values in stage["calibration_bins"].items()}
+        seen = bins["counts"] > 0
+        label = f"{stage['title']}: ECE {100 * stage['ece']:.1f} %"
+        axes.plot(
+            100 * bins["confidences"][seen], 100 * bins["accuracies"][seen], color=colour, marker="o", ms=4, label=label
+        )
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("confidence (%)")
+    axes.set_ylabel("accuracy (%)")
+    axes.legend(loc="upper left", fontsize="small")
+
+
+def write_summary(results: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "summary.png"
+    summary(results).savefig(path, dpi=110)
+    return path

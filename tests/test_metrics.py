@@ -1,0 +1,135 @@
+"""Calibration against the authors' numbers (source: tests/golden/README.md), and accuracy by group."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltjax import metrics
+
+
+def bin_of(confidence, num_bins=10):
+    """The bin that one confidence falls in."""
+    counts = metrics.calibration(np.asarray([confidence], np.float32), np.array([True]), num_bins=num_bins).counts
+    assert counts.sum() == 1
+    return int(np.argmax(counts))
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_calibration_equals_the_authors(golden, jitted):
+    numbers = golden("calibration")
+    bins = int(numbers["num_bins"])
+
+    def ours(confidences, correct):
+        return metrics.calibration(confidences, correct, num_bins=bins)
+
+    correct = numbers["predictions"] == numbers["labels"]
+    found = (jax.jit(ours) if jitted else ours)(numbers["confidences"], correct)
+    np.testing.assert_array_equal(found.counts, numbers["bin_counts"])
+    for name, theirs in (
+        ("ece", "expected_calibration_error"),
+        ("mce", "max_calibration_error"),
+        ("accuracies", "accuracies"),
+        ("confidences", "confidences"),
+        ("edges", "bins"),
+    ):
+        np.testing.assert_allclose(getattr(found, name), numbers[f"bin_{theirs}"], rtol=1e-5, err_msg=name)
+
+
+def test_bins_are_closed_on_the_right():
+    edges = np.asarray(metrics.calibration(np.zeros(1, np.float32), np.zeros(1), num_bins=10).edges)
+    assert [bin_of(edge) for edge in edges[1:]] == list(range(10))
+    assert [bin_of(np.nextafter(edge, np.float32(2))) for edge in edges[1:-1]] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("num_bins", [1, 7, 10, 15, 20, 25, 50, 100])
+def test_k_nths_are_edges_to_the_last_bit(num_bins, jitted):
+    confidences = (np.arange(1, num_bins + 1) / num_bins).astype(np.float32)
+
+    def ours(confidences):
+        return metrics.calibration(confidences, np.ones(num_bins), num_bins=num_bins).counts
+
+    np.testing.assert_array_equal((jax.jit(ours) if jitted else ours)(confidences), np.ones(num_bins))
+
+
+def test_confidence_of_0_and_1_fall_in_the_end_bins():
+    assert (bin_of(0.0), bin_of(1.0)) == (0, 9)
+
+
+def test_ece_is_the_gap_weighted_by_the_share_of_each_bin():
+    confidences = np.array([0.95, 0.95, 0.95, 0.95, 0.35], np.float32)
+    found = metrics.calibration(confidences, np.array([1, 1, 0, 0, 1]), num_bins=10)
+    np.testing.assert_allclose(found.ece, (4 * 0.45 + 0.65) / 5, rtol=1e-6)
+    np.testing.assert_allclose(found.mce, 0.65, rtol=1e-6)
+
+
+def test_no_images_have_no_calibration_error():
+    found = metrics.calibration(np.zeros(0, np.float32), np.zeros(0, bool))
+    assert all(np.isfinite(values).all() for values in found)
+    assert (float(found.ece), float(found.mce), int(found.counts.sum())) == (0, 0, 0)
+
+
+def test_integer_confidences_are_numbers_too():
+    found = metrics.calibration(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))
+    np.testing.assert_allclose(found.ece, 0.25)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision_confidences_are_counted_exactly(dtype):
+    found = metrics.calibration(jnp.full(70_001, 0.75, dtype), np.ones(70_001, bool))
+    assert int(found.counts.sum()) == 70_001
+    np.testing.assert_allclose(found.ece.astype(jnp.float32), 0.25, atol=1e-3)
+
+
+def test_20_to_100_training_images_are_medium():
+    groups = metrics.count_groups([101, 100, 20, 19])
+    assert {name: member.tolist() for name, member in groups.items()} == {
+        "many": [True, False, False, False],
+        "medium": [False, True, True, False],
+        "few": [False, False, False, True],
+    }
+
+
+def test_group_accuracy_is_over_the_images_of_each_group():
+    correct = [True, True, False, True, False, False]
+    labels = [0, 0, 0, 1, 2, 2]
+    assert metrics.group_accuracy(correct, labels, [500, 50, 5]) == {
+        "many": pytest.approx(2 / 3),
+        "medium": 1.0,
+        "few": 0.0,
+        "all": 0.5,
+    }
+
+
+def test_thresholds_of_groups_are_settings():
+    found = metrics.group_accuracy([1, 0], [0, 1], [30, 3], few_below=3, many_above=29)
+    assert found == {"many": 1.0, "medium": 0.0, "all": 0.5}
+
+
+def test_a_group_without_classes_is_absent():
+    assert metrics.group_accuracy([True], [0], [500, 500]).keys() == {"many", "all"}
+
+
+def test_a_group_whose_classes_have_no_test_image_is_absent():
+    assert metrics.group_accuracy([True], [0], [500, 5]).keys() == {"many", "all"}
+
+
+def test_no_images_have_no_accuracy():
+    assert metrics.group_accuracy(np.zeros(0, bool), np.zeros(0, int), [500, 5]) == {}
+
+
+def test_device_arrays_are_welcome():
+    found = metrics.group_accuracy(jnp.array([1, 0]), jnp.array([0, 1]), jnp.array([500, 5]))
+    assert found == {"many": 1.0, "few": 0.0, "all": 0.5}
+
+
+def test_range_groups_end_before_their_bounds():
+    groups = metrics.range_groups(10, (3, 7))
+    members = {name: np.flatnonzero(member).tolist() for name, member in groups.items()}
+    assert members == {"many": [0, 1, 2], "medium": [3, 4, 5, 6], "few": [7, 8, 9]}
+
+
+def test_an_empty_range_is_absent_from_the_accuracies():
+    groups = metrics.range_groups(4, (2, 2))
+    assert metrics.accuracy_by_group([1, 0, 1, 1], [0, 1, 2, 3], groups) == {"many": 0.5, "few": 1.0, "all": 0.75}

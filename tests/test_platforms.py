@@ -1,0 +1,56 @@
+"""The training step of every stage, seen from one CPU: lowered for TPU and GPU, and split over eight devices."""
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+
+from ltjax import config as config_module
+from ltjax import stage, train
+from tests.test_run import tiny_config
+
+PLATFORM_MODEL = {"tpu": "tpu", "cuda": "gpu"}
+
+
+def build(monkeypatch, name, *, devices, platform=None, **changes):
+    monkeypatch.setattr(stage.jax, "devices", lambda: jax.local_devices(backend="cpu")[:devices])
+    run, stages = config_module.parse(tiny_config(batch_size=16, **changes))
+    run = run._replace(model={**run.model, "platform": platform})
+    problem = train.setup(run, None)
+    assert problem.mesh.devices.size == devices
+    built = train.build_stage(run, name, stages[name], problem)
+    return built, problem, built.init(jax.random.key(0), train.fresh_variables(run, "features", problem))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["features", "classifier"])
+def test_both_stages_lower_for_accelerators(monkeypatch, platform, name):
+    changes = {"features.augment.auto_augment": False, "features.augment.cutout_size": 8, "model.dtype": "bfloat16"}
+    built, problem, state = build(monkeypatch, name, devices=8, platform=PLATFORM_MODEL[platform], **changes)
+    exported = export.export(built.run, platforms=[platform])(state, problem.train_data, 3)
+    assert exported.platforms == (platform,)
+    assert exported.nr_devices == 8
+    assert "stablehlo.convolution" in exported.mlir_module()
+
+
+@pytest.mark.parametrize("name", ["features", "classifier"])
+def test_eight_devices_give_the_numbers_of_one(monkeypatch, name):
+    outcomes = []
+    for devices in (1, 8):
+        built, problem, state = build(monkeypatch, name, devices=devices)
+        state, values = built.run(state, problem.train_data, 3)
+        outcomes.append((values["loss"], state.variables))
+    np.testing.assert_allclose(outcomes[0][0], outcomes[1][0], rtol=1e-4)
+    for one, eight in zip(*(jax.tree.leaves(variables) for _, variables in outcomes), strict=True):
+        np.testing.assert_allclose(one, eight, rtol=1e-3, atol=1e-3)
+
+
+def test_frozen_parameters_have_no_backward_pass(monkeypatch):
+    """Stage 2 differentiates the classifier alone: its program holds the forward convolutions and no more."""
+    convolutions = {}
+    for name in ("features", "classifier"):
+        built, problem, state = build(monkeypatch, name, devices=1, platform="gpu")
+        text = built.run.lower(state, problem.train_data, 1).as_text()
+        convolutions[name] = text.count("stablehlo.convolution")
+    assert convolutions["classifier"] == 7  # depth 8: one first convolution and two in each of three blocks
+    assert convolutions["features"] == 3 * 7 - 1  # the first needs no gradient to the image

@@ -1,0 +1,345 @@
+"""The program as its user meets it: one line and exit code 2 for mistakes, and nothing lost when it is stopped."""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ltjax import train
+from ltjax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+# 105 images, 7 steps an epoch; stages of 2, 2 and 1 epochs
+TINY = (
+    "--config=configs/quickstart.py",
+    "--config.data.max_count=20",
+    "--config.data.imbalance=4.0",
+    "--config.data.many_above=12",
+    "--config.data.few_below=7",
+    "--config.model.width=2",
+    "--config.batch_size=16",
+    "--config.epochs=2",
+    "--config.classifier.epochs=1",
+    "--config.eval_every=1",
+    "--config.dispatch_steps=1",
+)
+
+
+def tiny_config(**changes):
+    """The same run as `TINY`, as nested dicts; changes: {"data.max_count": 10, ...}."""
+    sys.path.insert(0, str(ROOT))
+    from configs import quickstart
+
+    config = quickstart.get_config()
+    for flag in TINY[1:]:
+        key, value = flag.removeprefix("--config.").split("=")
+        config.update_from_flattened_dict({key: type_of(config, key)(value)})
+    config.update_from_flattened_dict(changes)
+    return config.to_dict()
+
+
+def type_of(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return type(config)
+
+
+def environment(devices=2):
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(*arguments, devices=2, **options):
+    command = [sys.executable, "run.py", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run(*arguments, **options):
+    process = start(*arguments, **options)
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def wait_until(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def checkpoint_saved(workdir, stage, at_least=1):
+    """Whether a checkpoint of some step from `at_least` on is complete."""
+    folder = workdir / "checkpoints" / stage
+    done = [p.parent.name for p in folder.glob("*/_CHECKPOINT_METADATA")] if folder.is_dir() else []
+    return any(name.isdigit() and int(name) >= at_least for name in done)
+
+
+def final_arrays(workdir, stage="classifier"):
+    """The newest checkpoint's step and its arrays, as nested dicts of NumPy arrays."""
+    folder = workdir / "checkpoints" / stage
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    with ocp.StandardCheckpointer() as checkpointer:
+        return step, jax.tree.map(np.asarray, checkpointer.restore(folder.absolute() / str(step) / "state"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    code, out, error = run(*TINY, f"--workdir={workdir}")
+    assert code == 0, error
+    return workdir, out
+
+
+def test_a_run_leaves_its_results(finished):
+    workdir, out = finished
+    results = json.loads((workdir / "results.json").read_text())
+    assert list(results["stages"]) == ["ce", "features", "classifier"]
+    for stage in (results, *results["stages"].values()):
+        assert set(stage["accuracy"]) == {"all", "many", "medium", "few"}
+        assert 0 <= stage["ece"] <= 1
+        assert len(stage["per_class_accuracy"]) == 10
+        assert np.isclose(np.mean(stage["per_class_accuracy"]), stage["accuracy"]["all"])
+        assert stage["best_on_test"]["accuracy"] >= stage["accuracy"]["all"]
+        assert stage["num_images"] == 1000  # every test image once
+    for key in ("seconds", "images_per_second", "device", "num_devices", "versions", "git_commit", "command"):
+        assert results[key], key
+    split = json.loads((workdir / "split.json").read_text())
+    assert split["class_counts"] == results["class_counts"]
+    assert re.fullmatch("[0-9a-f]{64}", split["sha256"])
+    assert json.loads((workdir / "config.json").read_text())["epochs"] == 2
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert (workdir / "report" / "summary.png").stat().st_size > 10_000
+    assert "MiSLAS, stage 2" in out and "ECE" in out
+
+
+def test_metrics_are_one_object_a_line(finished):
+    workdir, _ = finished
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(line) == {"stage", "epoch", "step", "split", "values"} for line in lines)
+    trained = [line["step"] for line in lines if line["stage"] == "features" and line["split"] == "train"]
+    assert trained == list(range(1, 15))
+    assert {line["epoch"] for line in lines if line["split"] == "test" and line["stage"] == "ce"} == {1, 2}
+
+
+def test_a_finished_run_prints_its_table_again(finished):
+    workdir, _ = finished
+    before = (workdir / "results.json").read_bytes()
+    code, out, _ = run(*TINY, f"--workdir={workdir}")
+    assert code == 0
+    assert "finished" in out and "MiSLAS, stage 2" in out
+    assert (workdir / "results.json").read_bytes() == before
+
+
+def test_eval_mode_repeats_the_figures(finished):
+    workdir, _ = finished
+    code, _, error = run(*TINY, f"--workdir={workdir}", "--mode=eval", devices=1)
+    assert code == 0, error
+    trained, evaluated = (json.loads((workdir / f"{name}.json").read_text()) for name in ("results", "eval"))
+    for name, stage in trained["stages"].items():
+        assert evaluated["stages"][name]["accuracy"] == pytest.approx(stage["accuracy"], abs=2e-3)
+        assert evaluated["stages"][name]["ece"] == pytest.approx(stage["ece"], abs=2e-3)
+
+
+def test_killed_and_resumed_equals_undisturbed(finished, tmp_path):
+    """kill -9 after an epoch of the second stage; then the same command goes on, to the same bits."""
+    undisturbed, _ = finished
+    workdir = tmp_path / "run"
+    process = start(*TINY, f"--workdir={workdir}")
+    wait_until(lambda: checkpoint_saved(workdir, "features", at_least=7), process)
+    process.kill()
+    process.communicate()
+    assert not (workdir / "results.json").exists()
+    code, _, error = run(*TINY, f"--workdir={workdir}")
+    assert code == 0, error
+    for stage in ("ce", "features", "classifier"):
+        step, expected = final_arrays(undisturbed, stage)
+        resumed_step, arrays = final_arrays(workdir, stage)
+        assert resumed_step == step
+        jax.tree.map(np.testing.assert_array_equal, arrays, expected)
+    assert (workdir / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, number):
+    workdir = tmp_path / "run"
+    process = start(*TINY, "--config.epochs=2000", f"--workdir={workdir}")
+    wait_until(lambda: checkpoint_saved(workdir, "ce"), process)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert "resume" in out and f"--workdir={workdir}" in out
+    step, _ = final_arrays(workdir, "ce")
+    logged = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert step == max(logged)  # nothing lost, not even within an epoch
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    workdir = tmp_path / "run"
+    process = start(*TINY, "--config.epochs=2000", "--config.dispatch_steps=0", f"--workdir={workdir}")
+    wait_until(lambda: checkpoint_saved(workdir, "ce"), process)
+    process.send_signal(signal.SIGSTOP)  # so that both signals arrive before the loop can act on the first
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert "To resume" not in out
+
+
+def damage(step_folder):
+    """Flip one byte in the middle of the largest file: its length and the folder's listing stay as they were."""
+    largest = max((p for p in (step_folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_falls_back_loudly(finished, tmp_path):
+    undisturbed, _ = finished
+    workdir = tmp_path / "run"
+    process = start(*TINY, f"--workdir={workdir}")
+    wait_until(lambda: checkpoint_saved(workdir, "ce", at_least=14), process)
+    process.kill()
+    process.communicate()
+    folder = workdir / "checkpoints" / "ce"
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    damage(folder / str(steps[-1]))
+    code, _, error = run(*TINY, f"--workdir={workdir}")
+    assert code == 0, error
+    assert "damaged" in error and f"step {steps[-1]}" in error
+    assert (workdir / "checkpoints" / "damaged" / f"ce-{steps[-1]}").is_dir()
+    jax.tree.map(np.testing.assert_array_equal, final_arrays(workdir)[1], final_arrays(undisturbed)[1])
+
+
+def test_a_full_disk_names_the_last_good_checkpoint(tmp_path):
+    """A file-size limit stands in for the full disk: the first checkpoints fit, the next writes fail."""
+    workdir = tmp_path / "run"
+    process = start(*TINY, "--config.epochs=2000", f"--workdir={workdir}")
+    wait_until(lambda: checkpoint_saved(workdir, "ce"), process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 2, (out, error)
+    assert len(error.strip().splitlines()) == 1, error
+    assert error.startswith("error: ") and str(workdir) in error
+    step, _ = final_arrays(workdir, "ce")
+    assert f"step {step}" in error
+
+
+def test_a_run_on_other_devices_agrees(finished, tmp_path):
+    """One device or two: the same batches, and so the same figures to rounding."""
+    workdir = tmp_path / "run"
+    code, _, error = run(*TINY, f"--workdir={workdir}", devices=1)
+    assert code == 0, error
+    losses = []
+    for folder in (finished[0], workdir):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["values"]["loss"] for line in lines if line["stage"] == "ce" and line["step"] <= 7])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--config=configs/quickstart.py", "--config.epoch=3"), ["epoch"]),
+        (("--config=configs/quickstart.py", "--config.epochs=many"), ["epochs"]),
+        (("--config=configs/quickstart.py:method=ce",), ["method"]),
+        (("--config=configs/cifar100_lt.py:metod=ce",), ["metod", "method, imbalance, profile, budget"]),
+        (("--config=configs/cifar100_lt.py:method=misslas",), ["misslas", "mislas, ce"]),
+        (("--config=configs/cifar100_lt.py:imbalance=lots",), ["imbalance=lots", "number"]),
+        (("--config=configs/nothing.py",), ["nothing.py"]),
+        (("--confg=configs/quickstart.py",), ["confg"]),
+        (("--config=configs/quickstart.py", "extra"), ["extra"]),
+        (("--config=configs/quickstart.py", "--mode=tain"), ["tain", "train", "eval"]),
+        ((), ["--config"]),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(flags, words, tmp_path):
+    code, out, error = run(*flags, f"--workdir={tmp_path / 'run'}")
+    assert code == 2, (out, error)
+    assert len(error.strip().splitlines()) == 1, error
+    assert error.startswith("error: ")
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.imbalance": 0.5}, ["imbalance = 0.5", "1 (balanced) or more"]),
+        ({"data.max_count": 5000}, ["class 0", "1000 images", "5000", "data.max_count"]),
+        ({"data.profile": "linear"}, ["'linear'", "exp, step"]),
+        ({"data.name": "cifar1000"}, ["cifar1000", "known: cifar10"]),
+        ({"model.name": "resnet_sifar"}, ["resnet_sifar", "known: resnet_cifar"]),
+        ({"model.depth": 9}, ["depth = 9", "6 n + 2"]),
+        ({"model.dtype": "float8"}, ["float8", "float32, bfloat16"]),
+        ({"classifier.method.name": "mislass"}, ["mislass", "known: erm, mislas"]),
+        ({"classifier.sampler.name": "random"}, ["'random'", "class_aware"]),
+        ({"classifier.schedule.kind": "linear"}, ["'linear'", "cosine"]),
+        ({"classifier.batch_norm": "off"}, ["'off'", "train, eval"]),
+        ({"batch_size": 12}, ["batch_size = 12", "8 devices"]),
+        ({"classifier.groups.scale.match": "net/scale"}, ["net/logit_scale", "exactly one"]),
+        ({"classifier.groups.scale.match": "net/(logit_scale|classifier/bias)"}, ["'classifier', 'scale'"]),
+        ({"ce.groups.frozen.match": "net/head/.*"}, ["net/logit_scale"]),
+        ({"classifier.start_from": "nowhere"}, ["start_from", "scratch, ce, features"]),
+        ({"ce.epochs": 0}, ["epochs = 0"]),
+        ({"data.holdout": 2000}, ["holdout = 2000"]),
+    ],
+)
+def test_mistakes_in_a_config_are_named_before_training(changes, words, tmp_path):
+    with pytest.raises(UserError) as error:
+        train.train(tiny_config(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+    assert not list(tmp_path.glob("run/checkpoints"))
+
+
+def test_missing_data_names_the_folder_and_the_command(tmp_path):
+    code, _, error = run("--config=configs/cifar10_lt.py", f"--workdir={tmp_path / 'run'}", f"--data_dir={tmp_path}")
+    assert code == 2
+    assert str(tmp_path) in error and f"python -m ltjax.data.prepare cifar10 --data_dir={tmp_path}" in error
+
+
+def test_a_workdir_of_another_config_is_refused(finished):
+    workdir, _ = finished
+    code, _, error = run(*TINY, "--config.ce.lr=0.2", "--config.seed=3", f"--workdir={workdir}")
+    assert code == 2
+    assert "ce.lr: 0.1 -> 0.2" in error and "seed: 0 -> 3" in error
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run"):
+        train.train(tiny_config(), tmp_path / "file" / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"stage 'ce', epoch \d+, step \d+; last good checkpoint .*ce\.lr"):
+        train.train(tiny_config(**{"ce.lr": 1e30}), tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) <= 6  # within a dispatch or two, long before the epoch's end
