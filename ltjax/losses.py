@@ -84,7 +84,8 @@ def label_aware_smoothing(logits: jax.Array, labels: jax.Array, *, smoothing: Ar
     log_p = jax.nn.log_softmax(logits)  # [B, C]
     share = _own(jnp.broadcast_to(jnp.asarray(smoothing).astype(log_p.dtype), log_p.shape), labels)  # [B]
     # C goes inside the sum: far-apart logits have a finite mean although their sum overflows
-    return (1 - share) * -_own(log_p, labels) + share * -(log_p / log_p.shape[-1]).sum(-1)
+    uniform = -(log_p / log_p.shape[-1]).sum(-1)  # [B], infinite where a class is masked by a logit of -inf
+    return (1 - share) * -_own(log_p, labels) + jnp.where(share > 0, share * uniform, 0)
 
 
 def _own(values: jax.Array, labels: jax.Array) -> jax.Array:

@@ -28,9 +28,9 @@ def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 1
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; MiSLAS reports it with 15 bins.
     """
     values = jnp.asarray(confidences)
-    dtype = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.float32
+    dtype = jnp.float64 if values.dtype == jnp.float64 else jnp.float32  # half precision cannot count to 3,000
     values = values.astype(dtype)  # [N]
-    edges = jnp.linspace(0, 1, num_bins + 1, dtype=dtype)
+    edges = jnp.asarray(np.linspace(0, 1, num_bins + 1), dtype)  # NumPy: k / num_bins to the last bit
     index = jnp.clip(jnp.searchsorted(edges, values, side="left") - 1, 0, num_bins - 1)  # [N]
     member = jax.nn.one_hot(index, num_bins, dtype=dtype)  # [N, bins]
     counts = member.sum(0)

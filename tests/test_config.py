@@ -164,6 +164,23 @@ def test_sizes_are_at_least_1(key):
 
 
 @pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"groups": "thirds"}, "config.data.groups = 'thirds'; allowed: counts, ranges"),
+        ({"groups": "ranges"}, "config.data.ranges = (): two class numbers, the first not above the second"),
+        ({"groups": "ranges", "ranges": (7, 3)}, "config.data.ranges = (7, 3): two class numbers"),
+        ({"groups": "ranges", "ranges": (1, 2, 3)}, "config.data.ranges = (1, 2, 3): two class numbers"),
+    ],
+)
+def test_groups_are_counts_or_two_class_numbers(data, message):
+    assert message_of(small(data={"name": "cifar10", **data})).startswith(message)
+
+
+def test_no_class_may_be_both_many_and_few():
+    assert "few_below" in message_of(small(data={"name": "cifar10", "few_below": 50, "many_above": 10}))
+
+
+@pytest.mark.parametrize(
     "values, where",
     [(small(seed=-1), "config.seed"), (small(data={"name": "cifar10", "seed": -1}), "config.data.seed")],
 )
@@ -303,7 +320,7 @@ def test_every_mistaken_argument_is_one_clear_line(read, name):
 def test_an_impossible_imbalance_is_an_error_that_names_it(parsed, imbalance):
     with pytest.raises(ValueError, match=f"imbalance.*{imbalance}"):
         run, _ = parsed("cifar100_lt", f"imbalance={imbalance}")
-        splits.class_counts(100, 500, imbalance=run.data.imbalance)
+        splits.long_tailed_split(np.repeat(np.arange(100), 500), 100, imbalance=run.data.imbalance)
 
 
 def test_quickstart_takes_no_arguments(read):

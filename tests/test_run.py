@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ltjax import train
+from ltjax.checkpoint import Checkpoints
 from ltjax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -343,3 +344,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train.train(tiny_config(**{"ce.lr": 1e30}), tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) <= 6  # within a dispatch or two, long before the epoch's end
+
+
+def test_a_holdout_selects_without_the_test_set(tmp_path):
+    changes = {"data.holdout": 2, "data.max_count": 18, "data.imbalance": 3.0, "ce.epochs": 2, "stages": ("ce",)}
+    config = tiny_config(**changes)
+    del config["features"], config["classifier"]
+    summary = train.train(config, tmp_path / "run")
+    evaluations = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if '"split": "holdout"' in line
+    ]
+    assert len(evaluations) == 2
+    by_step = {line["step"]: line["values"]["accuracy"]["all"] for line in evaluations}
+    assert summary["best_on_holdout"]["holdout_accuracy"] == max(by_step.values())
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split["num_holdout"] == 20
+    with Checkpoints(tmp_path / "run" / "checkpoints" / "ce") as checkpoints:
+        assert by_step[checkpoints.best_step()] == max(by_step.values())

@@ -52,8 +52,9 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Images:
 def _read_npz(path: Path) -> Images:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            values = {field: arrays[field] for field in Images._fields}
-        images = Images(**{**values, "class_names": tuple(values["class_names"].tolist())})
+            values: dict[str, Any] = {field: arrays[field] for field in Images._fields}
+        values["class_names"] = tuple(values["class_names"].tolist())
+        images = Images(**values)
         for pixels, labels in (images[:2], images[2:4]):
             if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 32, 32, 3):
                 raise ValueError(f"images are {pixels.dtype}{list(pixels.shape)} for {len(labels)} labels")

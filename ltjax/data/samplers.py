@@ -15,6 +15,7 @@ import numpy as np
 
 from ltjax import registry
 from ltjax.hashing import hash32, shuffled
+from ltjax.types import UserError
 
 
 def instance_balanced(seed, step, *, batch_size: int, class_counts):
@@ -40,6 +41,8 @@ def class_aware(seed, step, *, batch_size: int, class_counts, in_a_row: int = 4)
 
     Source: Shen et al., ECCV 2016, with the 4 in a row of MiSLAS's and DRO-LT's code.
     """
+    if not isinstance(in_a_row, int) or in_a_row < 1:
+        raise UserError(f"sampler class_aware: in_a_row = {in_a_row}: a whole number of images, at least 1")
     position, counts, starts = _positions(seed, step, batch_size, class_counts)
     num_classes, row = np.uint32(len(class_counts)), np.uint32(in_a_row)
     turn = position // row
@@ -60,8 +63,8 @@ SAMPLERS: dict[str, Callable] = {
 def create(name: str, **settings) -> Callable:
     """A sampler by its name in a config. Raises: UserError for an unknown name or setting."""
     sampler = registry.choose("sampler", SAMPLERS, name)
-    given = {"batch_size": None, "class_counts": None}  # the caller's to fill in
-    registry.bind(f"sampler {name!r}", sampler, {**given, **settings})
+    trial = {"batch_size": 1, "class_counts": [1]}  # the caller's to fill in
+    registry.bind(f"sampler {name!r}", sampler, {**trial, **settings})(np.uint32(0), np.uint32(0))
     return partial(sampler, **settings)
 
 

@@ -1,5 +1,5 @@
-"""Networks. A file gives `backbone(dtype, platform, *, settings) -> module: (x, train) -> features [B, D]`; around it go
-the normalisation, the classifier and the logit scale that all of them share."""
+"""Networks. A file gives `backbone(dtype, platform, *, settings) -> module: (x, train) -> features [B, D]`; around it
+go the normalisation, the classifier and the logit scale that all of them share."""
 
 from typing import Any
 
