@@ -9,8 +9,10 @@ The MiSLAS authors recommend --config.optimizer.weight_decay=5e-4 for better fig
 Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10:
   MiSLAS, paper           47.0 / 4.83   52.3 / 2.25   63.2 / 1.73   (after stage 1 alone: 39.5, 45.4, 59.1)
   MiSLAS, ours            not yet run
-  MiSLAS, ours, short     not yet run
   cross-entropy, ours     not yet run
+  MiSLAS, ours, short     19.2 / 5.0    not yet run   not yet run   (after stage 1 alone: 14.4 / 13.5)
+
+Short: --config=configs/cifar100_lt.py:method=mislas,imbalance=100,budget=short, seed 0, commit 774415b, two CPU cores.
 """
 
 from configs import common
