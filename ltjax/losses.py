@@ -88,6 +88,16 @@ def label_aware_smoothing(logits: jax.Array, labels: jax.Array, *, smoothing: Ar
     return (1 - share) * -_own(log_p, labels) + jnp.where(share > 0, share * uniform, 0)
 
 
+def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """Mean feature of each class: features [B, D], labels [B] -> means [C, D], counts [C].
+
+    A class without examples has mean 0 and count 0.
+    """
+    member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)  # [B, C]
+    counts = member.sum(0)
+    return (member.T @ features) / jnp.maximum(counts, 1)[:, None], counts
+
+
 def _own(values: jax.Array, labels: jax.Array) -> jax.Array:
     """Each row's value at its label: [B, C], [B] -> [B]. Masked, not multiplied, so that an infinite value elsewhere in
     the row does not become nan."""

@@ -20,7 +20,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ltjax import optim
+from ltjax import losses, optim
 from ltjax.types import Apply, Batch, Method, UserError, Variables
 
 BATCH_AXIS = "data"
@@ -38,6 +38,7 @@ class State(NamedTuple):
 class Stage(NamedTuple):
     init: Callable[[jax.Array, Variables], State]
     run: Callable[[State, Any, int], tuple[State, dict[str, jax.Array]]]
+    refresh: Callable[[State, "Resident"], State] | None  # before each epoch, where the method has one
     steps_per_epoch: int
     num_steps: int  # in all
     factors: np.ndarray  # [epochs] on the learning rate
@@ -122,6 +123,24 @@ def resident_draw(
     return draw
 
 
+def feature_means(apply: Apply, variables: Variables, source: Resident, mesh: Mesh) -> jax.Array:
+    """Mean feature of each class over the training images as they are, in evaluation mode -> [C, D]."""
+    size, batch_size = source.labels.shape[0], 64 * mesh.devices.size
+
+    def batch(start):
+        index = start + jnp.arange(batch_size)
+        index = jax.lax.with_sharding_constraint(index, split_batch(mesh))
+        images = source.images[jnp.minimum(index, size - 1)].astype(jnp.float32) / 255
+        outputs, _ = apply(variables, images, bn="eval")
+        num_classes = outputs.logits.shape[-1]
+        labels = jnp.where(index < size, source.labels[jnp.minimum(index, size - 1)], num_classes)  # past the end: none
+        means, counts = losses.class_means(outputs.features, labels, num_classes)
+        return means * counts[:, None], counts
+
+    sums, counts = jax.lax.map(batch, jnp.arange(0, size, batch_size))  # [batches, C, D], [batches, C]
+    return sums.sum(0) / jnp.maximum(counts.sum(0), 1)[:, None]
+
+
 def build(
     nets: Mapping[str, nn.Module],
     method: Method,
@@ -198,7 +217,14 @@ def build(
     def run(state: State, source: Any, num_steps: int) -> tuple[State, dict[str, jax.Array]]:
         return jax.lax.scan(lambda state, _: step(state, source), state, length=num_steps)
 
+    refresh_method = method.refresh
+
+    def refresh(state: State, source: Resident) -> State:
+        arrays = refresh_method(state.variables.arrays, feature_means(apply, state.variables, source, mesh))
+        return state._replace(variables=state.variables._replace(arrays=arrays))
+
     return Stage(
+        refresh=jax.jit(refresh, donate_argnums=0, out_shardings=replicated(mesh)) if refresh_method else None,
         init=jax.jit(init, out_shardings=replicated(mesh)),
         run=jax.jit(run, static_argnums=2, donate_argnums=0, out_shardings=replicated(mesh)),
         steps_per_epoch=steps_per_epoch,

@@ -246,6 +246,8 @@ def run_stage(
             num_steps = min(chunk, per_epoch - step % per_epoch)
             epoch = step // per_epoch  # counted from 0
             chunk_started = time.monotonic()
+            if built.refresh is not None and step % per_epoch == 0:
+                state = built.refresh(state, problem.train_data)
             state, values = built.run(state, problem.train_data, num_steps)
             values = {key: np.asarray(value) for key, value in values.items()}  # waits for the device
             if not np.isfinite(values["loss"]).all():

@@ -32,7 +32,9 @@ def test_a_missing_logit_scale_is_one(golden):
 
 def test_every_key_without_a_place_is_named(golden, net):
     state_dict = {**initial(golden), "model.layer4.0.conv1.weight": np.zeros((1, 1, 3, 3)), "extra": np.zeros(3)}
-    with pytest.raises(UserError, match=r"no place for \['model\.layer4\.0\.conv1\.weight', 'extra'\]; nothing for \[\]"):
+    with pytest.raises(
+        UserError, match=r"no place for \['model\.layer4\.0\.conv1\.weight', 'extra'\]; nothing for \[\]"
+    ):
         import_state_dict(state_dict, net)
 
 

@@ -1,0 +1,125 @@
+"""What has to hold on any device; a CPU, unless JAX_PLATFORMS says otherwise. For CUDA, with float32 as float32, and
+repeating itself bit for bit, as `benchmarks/accelerator.py` runs them:
+
+    export JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS=--xla_gpu_deterministic_ops=true
+    python -m pytest tests/gpu tests/test_golden_training.py
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltjax import methods, models, optim, stage
+from ltjax.checkpoint import Checkpoints
+from ltjax.data import augment, samplers
+from ltjax.types import Variables
+
+COUNTS = np.full(10, 16)
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def network(**settings):
+    return models.create("resnet_cifar", len(COUNTS), depth=8, width=8, mean=MEAN, std=STD, **settings)
+
+
+def stage_and_source(net):
+    """A stage of cross-entropy with every augmentation of a batch of 16, on the first device, and its images."""
+    mesh = stage.make_mesh(jax.devices()[:1])
+    settings = dict(crop_padding=4, flip=True, cutout_size=8, mixup_alpha=1.0)
+    draw = stage.resident_draw(
+        samplers.create("instance_balanced"),
+        lambda rng, images, labels: augment.augment(rng, images, labels, **settings),
+        seed=0,
+        batch_size=16,
+        class_counts=COUNTS,
+        mesh=mesh,
+    )
+    built = stage.build(
+        {"net": net},
+        methods.create("erm", COUNTS),
+        draw,
+        jax.eval_shape(lambda: fresh(net)).params,
+        groups={"all": {"match": ".*", "rate": 1.0}},
+        bn="train",
+        lr=0.05,
+        factors=np.ones(1),
+        steps_per_epoch=8,
+        momentum=0.9,
+        weight_decay=2e-4,
+        rng=jax.random.key(0),
+        mesh=mesh,
+    )
+    images = np.random.default_rng(0).integers(256, size=(COUNTS.sum(), 32, 32, 3), dtype=np.uint8)
+    source = stage.Resident(jnp.asarray(images), jnp.asarray(np.repeat(np.arange(10), 16), jnp.int32))
+    return built, jax.device_put(source, stage.replicated(mesh))
+
+
+def fresh(net) -> Variables:
+    return stage.init_variables({"net": net}, (32, 32, 3), jax.random.key(1))
+
+
+def updates(net, num_steps, chunks):
+    """How far parameters and statistics move, flat, and the losses: `num_steps` steps in so many dispatches."""
+    built, source = stage_and_source(net)
+    start = fresh(net)
+    state, losses = built.init(jax.random.key(2), start), []
+    for _ in range(chunks):
+        state, metrics = built.run(state, source, num_steps // chunks)
+        losses.extend(np.asarray(metrics["loss"]).tolist())
+    old, new = ({**optim.flatten(v.params), **optim.flatten(v.stats)} for v in (start, state.variables))
+    return np.concatenate([np.ravel(new[path] - old[path]) for path in sorted(old)]).astype(np.float64), losses
+
+
+def relative(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def test_the_first_device_computes():
+    assert float(jax.jit(lambda x: (x @ x).sum())(jnp.ones((64, 64)))) == 64.0**3
+
+
+def test_a_scan_is_repeated_single_steps():
+    scanned, scanned_losses = updates(network(), num_steps=3, chunks=1)
+    single, single_losses = updates(network(), num_steps=3, chunks=3)
+    np.testing.assert_allclose(scanned_losses, single_losses, rtol=1e-4)
+    assert relative(scanned, single) < 1e-3
+
+
+def test_a_bfloat16_step_is_close_to_a_float32_step():
+    exact, (exact_loss,) = updates(network(), num_steps=1, chunks=1)
+    rounded, (rounded_loss,) = updates(network(dtype="bfloat16"), num_steps=1, chunks=1)
+    assert rounded_loss == pytest.approx(exact_loss, rel=0.02)
+    assert relative(rounded, exact) < 0.1
+
+
+def test_a_resumed_stage_repeats_itself_bit_for_bit(tmp_path):
+    built, source = stage_and_source(network())
+    halfway, _ = built.run(built.init(jax.random.key(2), fresh(network())), source, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, halfway, {})
+        checkpoints.wait()
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), halfway)
+        expected, _ = built.run(halfway, source, 3)
+        again, source = stage_and_source(network())  # compiled anew, as a new process does
+        restored, _ = checkpoints.restore(like)
+        found, _ = again.run(restored, source, 3)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("depth", [8, 20])
+def test_logits_agree_with_the_cpu(depth):
+    cpu = jax.devices("cpu")[0]
+    images = np.random.default_rng(1).random((16, 32, 32, 3), np.float32)
+    there = models.create("resnet_cifar", 10, depth=depth, mean=MEAN, std=STD, platform="gpu")  # plain convolution
+    here = models.create("resnet_cifar", 10, depth=depth, mean=MEAN, std=STD, platform="cpu")
+    with jax.default_device(cpu):
+        variables = fresh(here)
+    collections = {"params": variables.params["net"], "batch_stats": variables.stats["net"]}
+    logits = {}
+    for net, device in ((there, jax.devices()[0]), (here, cpu)):
+        with jax.default_matmul_precision("highest"):
+            run = jax.jit(lambda collections, images, net=net: net.apply(collections, images).logits)
+            logits[net.backbone.platform] = np.asarray(run(*jax.device_put((collections, images), device)))
+    np.testing.assert_allclose(logits["gpu"], logits["cpu"], rtol=1e-4, atol=1e-4)
