@@ -82,6 +82,9 @@ def main(_: list[str]) -> None:
     except UserError as error:
         fail(error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped before training began; nothing to save.")
+        sys.exit(130)
     except Interrupted as stop:
         print(f"Stopped and saved. To resume, run the same command again:\n  {train.results.command()}")
         sys.exit(stop.exit_code)

@@ -28,7 +28,7 @@ def read_arguments(text: str | None, allowed: dict) -> ConfigDict:
 
 def nearest(table: dict, imbalance: float):
     """The entry of {imbalance factor: settings} nearest to `imbalance`, as ratios go."""
-    return table[min(table, key=lambda key: abs(math.log(key / max(imbalance, 1.0))))]
+    return table[min(table, key=lambda key: abs(math.log(key) - math.log(max(imbalance, 1.0))))]
 
 
 def cifar_long_tailed(name: str, arg: str | None, mislas: dict, ranges: tuple[int, int]) -> ConfigDict:

@@ -1,5 +1,6 @@
 """What a config may say, with defaults: the one place where its keys are named. Checked before anything starts."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,12 @@ class Optimizer(NamedTuple):
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
+
+
+class Group(NamedTuple):
+    match: str  # regular expression for whole paths
+    rate: float  # factor on the stage's lr; 0 freezes
+    weight_decay: float | None = None  # instead of the optimizer's
 
 
 class Stage(NamedTuple):
@@ -55,6 +62,8 @@ class Run(NamedTuple):
 
 def _fill(kind: Any, values: Any, where: str, also: tuple[str, ...] = ()) -> Any:
     """A NamedTuple of type `kind` from a dict. also: further keys that may be there."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} = {values!r}: needs settings; allowed: {', '.join(kind._fields)}")
     unknown = sorted(set(values) - set(kind._fields) - set(also))
     if unknown:
         raise UserError(f"unknown key {where}.{unknown[0]}; allowed: {', '.join((*kind._fields, *also))}")
@@ -74,7 +83,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
     run = _fill(Run, config, "config", also=stages)
     run = run._replace(
         data=_fill(Data, run.data, "config.data"),
-        optimizer=_fill(Optimizer, run.optimizer if isinstance(run.optimizer, Mapping) else {}, "config.optimizer"),
+        optimizer=_fill(Optimizer, config.get("optimizer", {}), "config.optimizer"),
         stages=stages,
     )
     if not stages or len(set(stages)) != len(stages):
@@ -82,6 +91,14 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
     for key in ("batch_size", "eval_every", "eval_batch_size"):
         if getattr(run, key) < 1:
             raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")
+    for where, seed in (("config.seed", run.seed), ("config.data.seed", run.data.seed)):
+        if not 0 <= seed < 2**32:
+            raise UserError(f"{where} = {seed}: from 0 to 2**32 - 1")
+    if run.data.few_below > run.data.many_above + 1:
+        raise UserError(
+            f"config.data.few_below = {run.data.few_below}, many_above = {run.data.many_above}: "
+            "a class would be both many and few"
+        )
     if run.dispatch_steps < 0:
         raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
     if run.data.groups not in ("counts", "ranges"):
@@ -102,12 +119,24 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
             raise UserError(
                 f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least 1"
             )
+        for group, settings in stage.groups.items():
+            _check_group(settings, f"{where}.groups.{group}")
         parsed[name] = stage._replace(
             title=stage.title or name,
             schedule={"kind": "constant", **stage.schedule},
             sampler={"name": "instance_balanced", **stage.sampler},
         )
     return run, parsed
+
+
+def _check_group(settings: Any, where: str) -> None:
+    group = _fill(Group, settings, where)
+    try:
+        re.compile(group.match)
+    except re.error as error:
+        raise UserError(f"{where}.match = {group.match!r} is no regular expression: {error}") from None
+    if not group.rate >= 0:
+        raise UserError(f"{where}.rate = {group.rate}: 0 to freeze, or above")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

@@ -36,10 +36,10 @@ class RunLog:
         for line in self._path.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                order = self._steps_before[entry["stage"]] + entry["step"]
+                repeated = entry["stage"] == stage and entry["step"] > step
             except (ValueError, KeyError):
                 continue  # cut short by the kill
-            if order <= self._steps_before[stage] + step:
+            if not repeated:
                 kept.append(line + "\n")
         temporary = self._path.with_name(self._path.name + ".tmp")
         temporary.write_text("".join(kept))
@@ -92,8 +92,8 @@ class StageProgress(Progress):
             title, total=num_steps, completed=done, epoch=f"-/{epochs}", rate="compiling", loss="-", eta="-"
         )
 
-    def show(self, step: int, epoch: int, loss: float, seconds_per_step: float | None, seconds_left: float | None):
-        rate = "compiling" if not seconds_per_step else f"{self._batch_size / seconds_per_step:,.0f} images/s"
+    def show(self, step: int, epoch: int, loss: float, step_seconds: float | None, seconds_left: float | None) -> None:
+        rate = f"{self._batch_size / step_seconds:,.0f} images/s" if step_seconds else "compiling"
         self.update(
             self._bar,
             completed=step,

@@ -1,7 +1,8 @@
 """Loss kernels: pure functions of arrays, for any JAX project. This module needs jax alone.
 
 Per-example losses return [B]; the caller reduces. Arrays are positional, hyper-parameters keyword-only. Labels become
-one-hot rows rather than indices, so that the kernels work under automatic and explicit sharding alike.
+one-hot rows rather than indices, so that the kernels work under automatic and explicit sharding alike; an example whose
+label is outside 0..C-1 has loss 0.
 """
 
 from collections.abc import Callable

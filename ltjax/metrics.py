@@ -34,7 +34,8 @@ def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 1
     index = jnp.clip(jnp.searchsorted(edges, values, side="left") - 1, 0, num_bins - 1)  # [N]
     member = jax.nn.one_hot(index, num_bins, dtype=dtype)  # [N, bins]
     counts = member.sum(0)
-    hits, mass = jnp.asarray(correct).astype(dtype) @ member, values @ member  # [bins]
+    pairs = jnp.stack([jnp.asarray(correct).astype(dtype), values])  # [2, N]
+    hits, mass = jnp.matmul(pairs, member, precision="highest")  # [bins]; accelerators would round the confidences
     accuracies, means = hits / jnp.maximum(counts, 1), mass / jnp.maximum(counts, 1)
     gaps = jnp.abs(accuracies - means)
     ece = jnp.abs(hits - mass).sum() / jnp.maximum(counts.sum(), 1)

@@ -185,8 +185,9 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | None =
 
     commit = results.git_commit()
     problem = setup(run, data_dir)
-    write_json(workdir / "split.json", splits.describe(problem.split, seed=run.data.seed, groups=problem.groups))
     built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}  # all errors now
+    write_json(workdir / "config.json", config)
+    write_json(workdir / "split.json", splits.describe(problem.split, seed=run.data.seed, groups=problem.groups))
     show_plan(run, stages, built, problem, workdir, console)
 
     steps_before = dict(zip(stages, np.cumsum([0] + [b.num_steps for b in built.values()]).tolist(), strict=False))
@@ -259,9 +260,9 @@ def run_stage(
                 record["train_steps"] += num_steps
             warm = True
             step += num_steps
-            rate = record["train_seconds"] / record["train_steps"] if record["train_steps"] else None
-            left = None if rate is None else rate * (built.num_steps - step)
-            bar.show(step, epoch + 1, float(values["loss"][-1]), rate, left)
+            step_seconds = record["train_seconds"] / record["train_steps"] if record["train_steps"] else None
+            left = None if step_seconds is None else step_seconds * (built.num_steps - step)
+            bar.show(step, epoch + 1, float(values["loss"][-1]), step_seconds, left)
             learning_rate = settings.lr * float(built.factors[epoch])
             means = {key: float(value.mean()) for key, value in values.items()}
             log.write(name, epoch + 1, step, "train", {**means, "lr": learning_rate})
@@ -276,7 +277,8 @@ def run_stage(
                         log.write(name, epoch + 1, step, split, short)
                 score = evaluation["holdout" if problem.holdout_set else "test"]["accuracy"]["all"]
                 record["evaluations"] = [_brief(e) for e in record["evaluations"]] + [evaluation]
-                bar.console.print(epoch_line(settings, epoch + 1, means, evaluation, rate, run.batch_size, left))
+                speed = run.batch_size / step_seconds if step_seconds else None
+                bar.console.print(epoch_line(settings, epoch + 1, means["loss"], evaluation["test"], speed, left))
             record["seconds"] = time.monotonic() - started
             due = time.monotonic() - saved_at > run.checkpoint_seconds
             if step % per_epoch == 0 or stop.requested is not None or due:
@@ -316,13 +318,13 @@ def _brief(evaluation: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def epoch_line(settings, epoch, means, evaluation, rate, batch_size, left) -> str:
-    accuracy = evaluation["test"]["accuracy"]
+def epoch_line(settings, epoch, loss, test, images_per_second, seconds_left) -> str:
+    accuracy = test["accuracy"]
     groups = "  ".join(f"{group} {accuracy[group]:.1%}" for group in results.GROUPS if group in accuracy)
-    speed = f"{batch_size / rate:,.0f} images/s  " if rate else ""
+    speed = f"{images_per_second:,.0f} images/s  " if images_per_second else ""
     return (
-        f"{settings.title}  epoch {epoch}/{settings.epochs}  loss {means['loss']:.3f}  test {groups}  "
-        f"ECE {evaluation['test']['ece']:.1%}  {speed}ETA {logs.clock(left)}"
+        f"{settings.title}  epoch {epoch}/{settings.epochs}  loss {loss:.3f}  test {groups}  "
+        f"ECE {test['ece']:.1%}  {speed}ETA {logs.clock(seconds_left)}"
     )
 
 
@@ -339,8 +341,6 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
                     f"{workdir} holds a run of another config ({'; '.join(changed)}): "
                     "use another --workdir, or the old settings to resume"
                 )
-        else:
-            write_json(path, config)
         probe = workdir / ".writable"
         probe.touch()
         probe.unlink()

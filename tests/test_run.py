@@ -298,6 +298,7 @@ def test_mistakes_get_one_line_and_exit_code_2(flags, words, tmp_path):
         ({"model.name": "resnet_sifar"}, ["resnet_sifar", "known: resnet_cifar"]),
         ({"model.depth": 9}, ["depth = 9", "6 n + 2"]),
         ({"model.dtype": "float8"}, ["float8", "float32, bfloat16"]),
+        ({"model.mean": (0.1, 0.2, 0.3), "model.std": (1.0, 1.0, 1.0)}, ["mean", "1 channels"]),
         ({"classifier.method.name": "mislass"}, ["mislass", "known: erm, mislas"]),
         ({"classifier.sampler.name": "random"}, ["'random'", "class_aware"]),
         ({"classifier.schedule.kind": "linear"}, ["'linear'", "cosine"]),
@@ -317,7 +318,7 @@ def test_mistakes_in_a_config_are_named_before_training(changes, words, tmp_path
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
-    assert not list(tmp_path.glob("run/checkpoints"))
+    assert not list(tmp_path.glob("run/*"))  # the corrected config is not refused as another run's
 
 
 def test_missing_data_names_the_folder_and_the_command(tmp_path):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from ltjax.types import Outputs
+from ltjax.types import Outputs, UserError
 
 CLASSIFIERS = ("linear", "cosine")
 
@@ -26,7 +26,6 @@ def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
     return init
 
 
-# --- Convolution --------------------------------------------------------------------------------------------------
 # XLA's CPU backend runs the two gradient convolutions of `lax.conv_general_dilated` 8 to 25 times slower inside a
 # loop, because their transposed dimension order stays as it is there. Written as plain NHWC convolutions they run at
 # full speed. The result is the same to rounding; forward-mode differentiation is not available through it.
@@ -206,6 +205,8 @@ class Network(nn.Module):
             self.scale = self.param("logit_scale", nn.initializers.ones_init(), (self.num_classes,), jnp.float32)
 
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+        if len(self.mean) not in (1, images.shape[-1]):
+            raise UserError(f"model mean = {self.mean}: images have {images.shape[-1]} channels")
         mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
         x = ((images.astype(jnp.float32) - mean) / std).astype(self.dtype)
         features = self.backbone(x, train).astype(jnp.float32)  # [B, D]
