@@ -11,6 +11,7 @@ that fits, the images themselves, on the device.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -217,16 +218,16 @@ def build(
     def run(state: State, source: Any, num_steps: int) -> tuple[State, dict[str, jax.Array]]:
         return jax.lax.scan(lambda state, _: step(state, source), state, length=num_steps)
 
-    refresh_method = method.refresh
-
-    def refresh(state: State, source: Resident) -> State:
-        arrays = refresh_method(state.variables.arrays, feature_means(apply, state.variables, source, mesh))
+    def refresh(refresh_arrays: Callable, state: State, source: Resident) -> State:
+        arrays = refresh_arrays(state.variables.arrays, feature_means(apply, state.variables, source, mesh))
         return state._replace(variables=state.variables._replace(arrays=arrays))
 
+    compiled = partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
+
     return Stage(
-        refresh=jax.jit(refresh, donate_argnums=0, out_shardings=replicated(mesh)) if refresh_method else None,
         init=jax.jit(init, out_shardings=replicated(mesh)),
-        run=jax.jit(run, static_argnums=2, donate_argnums=0, out_shardings=replicated(mesh)),
+        run=compiled(run, static_argnums=2),
+        refresh=compiled(partial(refresh, method.refresh)) if method.refresh else None,
         steps_per_epoch=steps_per_epoch,
         num_steps=steps_per_epoch * len(factors),
         factors=factors,

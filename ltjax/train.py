@@ -60,7 +60,7 @@ def use_cpu_cores(batch_size: int) -> None:
         pass  # JAX runs already, with the devices that its caller wanted
 
 
-def setup(run: Run, data_dir: str | None) -> Problem:
+def setup(run: Run, data_dir: str | Path | None) -> Problem:
     """Load the data, choose the long-tailed part, build the network, put the images on the devices."""
     images = data.load(run.data.name, data_dir)
     num_classes = len(images.class_names)
@@ -165,7 +165,7 @@ def chunk_length(steps_per_epoch: int, asked: int) -> int:
     return max(n for n in range(1, min(most, steps_per_epoch) + 1) if steps_per_epoch % n == 0)
 
 
-def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | None = None) -> dict[str, Any]:
+def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> dict[str, Any]:
     """Train all stages of a config, or go on where a killed run stopped, and leave the results in `workdir`.
 
     Args:
@@ -366,7 +366,9 @@ def show_plan(run, stages, built, problem, workdir, console) -> None:
         )
 
 
-def evaluate_workdir(config: Mapping[str, Any], workdir: str | Path, data_dir: str | None = None) -> dict[str, Any]:
+def evaluate_workdir(
+    config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
+) -> dict[str, Any]:
     """Evaluate the newest checkpoint of every stage that has one; print the table and write `eval.json`."""
     workdir, console = Path(workdir), logs.make_console()
     run, stages = config_module.parse(config)

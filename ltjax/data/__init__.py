@@ -1,6 +1,9 @@
 """Where images come from, one file a source: `load(name, data_dir) -> ltjax.data.source.Images`."""
 
+import os
+
 from ltjax import registry
+from ltjax.data.source import Images
 
 SOURCES = {
     "cifar10": "ltjax.data.cifar",
@@ -9,6 +12,6 @@ SOURCES = {
 }
 
 
-def load(name: str, data_dir: str | None = None):
+def load(name: str, data_dir: str | os.PathLike | None = None) -> Images:
     """All images of a data set. Raises: UserError where it is unknown, missing or damaged."""
     return registry.load("data set", SOURCES, name, "load")(name, data_dir)

@@ -51,7 +51,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Images:
 
 def _read_npz(path: Path) -> Images:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             values: dict[str, Any] = {field: arrays[field] for field in Images._fields}
         values["class_names"] = tuple(values["class_names"].tolist())
         images = Images(**values)
