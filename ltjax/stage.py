@@ -37,9 +37,11 @@ class State(NamedTuple):
 
 
 class Stage(NamedTuple):
-    init: Callable[[jax.Array, Variables], State]
-    run: Callable[[State, Any, int], tuple[State, dict[str, jax.Array]]]
-    refresh: Callable[[State, "Resident"], State] | None  # before each epoch, where the method has one
+    """All functions are jitted; `run` and `refresh` take over the memory of the state they are given."""
+
+    init: Any  # (rng, variables) -> state
+    run: Any  # (state, source, num_steps) -> state, metrics {name: [num_steps]}
+    refresh: Any  # (state, resident images) -> state, before each epoch; None where the method has none
     steps_per_epoch: int
     num_steps: int  # in all
     factors: np.ndarray  # [epochs] on the learning rate

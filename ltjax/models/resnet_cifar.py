@@ -49,6 +49,10 @@ class ResNetCifarBackbone(nn.Module):
                 strides = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage + 1}_block{block + 1}"
                 x = BasicBlock(self.width * 2**stage, strides, self.dtype, self.platform, name=name)(x, train)
+        if self.dtype != jnp.float32:
+            x = jax.lax.optimization_barrier(
+                x
+            )  # XLA on CPU, jax 0.11 and 0.12, makes nan of this mean fused with a relu
         return x.astype(jnp.float32).mean((1, 2))
 
 
