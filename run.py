@@ -8,6 +8,7 @@ import logging
 import runpy
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 from absl import app, flags
@@ -72,6 +73,7 @@ def main(_: list[str]) -> None:
     for chatty in ("absl", "jax", "orbax", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     # A background save that fails is raised again in this thread, which says it in one line.
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     threading.excepthook = sys.unraisablehook = lambda _: None
     config = _CONFIG.value.to_dict()
     workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-seed{config.get('seed', 0)}")
