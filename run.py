@@ -5,14 +5,27 @@ The same command resumes a run that was stopped. Exit code 2: something to mend,
 """
 
 import logging
+import os
 import runpy
+import signal
 import sys
 import threading
 import warnings
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+
+def stop_at_once(number: int, _frame) -> None:
+    """Ctrl-C or SIGTERM before training begins, when an exception could be swallowed by whatever is being imported."""
+    os.write(2, b"\nStopped before training began; nothing to save.\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, stop_at_once)
+
+from absl import app, flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its arguments after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/NAME-seedSEED.")
@@ -84,9 +97,6 @@ def main(_: list[str]) -> None:
     except UserError as error:
         fail(error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Stopped before training began; nothing to save.")
-        sys.exit(130)
     except Interrupted as stop:
         print(f"Stopped and saved. To resume, run the same command again:\n  {train.results.command()}")
         sys.exit(stop.exit_code)

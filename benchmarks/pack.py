@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 
 from ltjax.data import cifar, splits
-from ltjax.data.source import Images, one_line
-from ltjax.types import UserError
+from ltjax.data.source import Images
+from ltjax.types import UserError, one_line
 
 ROOT = Path(__file__).parents[1]
 CODE = ("run.py", "configs/*.py", "ltjax/**/*.py", "benchmarks/*.py")

@@ -12,9 +12,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ltjax.hashing import fingerprint
-from ltjax.types import UserError
+from ltjax.types import UserError, one_line
 
 log = logging.getLogger(__name__)
+MEND_DISK = "free some space or mend the permissions, then run the same command again to resume"
 
 
 def _score(metrics: dict[str, float]) -> float:
@@ -61,24 +62,34 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore pass a full disk on as many types
             raise cannot_save(error, self.directory) from error
 
-    def restore(self, target: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged (state, record), or None where there is none.
+    def restore(self, target: Any, *, move_damaged: bool = True) -> tuple[Any, dict[str, Any]] | None:
+        """The newest undamaged (state, record), or None where there is no checkpoint at all.
 
-        target: arrays, or `jax.ShapeDtypeStruct`s with a sharding, in the shape of the state. A damaged checkpoint is
-        moved to `damaged/`, with a warning, and the one before it is taken.
+        target: arrays, or `jax.ShapeDtypeStruct`s with a sharding, in the shape of the state.
+        A damaged checkpoint is stepped over with a warning and, once an older one is found whole, moved to `damaged/`.
+        Raises: UserError where there are checkpoints and none can be read.
         """
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                return self.restore_step(step, target)
+                restored = self.restore_step(step, target)
+            except (MemoryError, PermissionError):
+                raise
             except Exception as error:  # any kind of damage: the next older one may be whole
-                aside = self._set_aside(step)
+                damaged[step] = one_line(error)
+                continue
+            for number, reason in damaged.items():
                 log.warning(
-                    "checkpoint %s of step %d is damaged (%s): moved to %s, falling back to the one before it",
-                    self.directory,
-                    step,
-                    first_line(error),
-                    aside,
+                    "checkpoint of step %d in %s is damaged (%s): falling back to step %d%s",
+                    *(number, self.directory, reason, step),
+                    f", the damaged one is now {self._set_aside(number)}" if move_damaged else "",
                 )
+            return restored
+        if damaged:
+            raise UserError(
+                f"none of the checkpoints in {self.directory} can be read ({damaged[max(damaged)]}): "
+                "move that folder away to train this stage from its start"
+            )
         return None
 
     def restore_step(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
@@ -120,15 +131,18 @@ def cannot_save(error: Exception, directory: Path) -> UserError:
     """What to say where the disk takes no more. directory: of the stage's checkpoints."""
     steps = complete_steps(directory)
     last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
-    return UserError(
-        f"cannot write to {directory}: {first_line(error)} ({last}; free some space or mend the permissions, "
-        "then run the same command again to resume)"
-    )
+    return UserError(f"cannot write to {directory}: {one_line(error)} ({last}); {MEND_DISK}")
 
 
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises: UserError naming the file where it is something else."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}): delete it, or use another --workdir") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold what ltjax writes there: delete it, or use another --workdir")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

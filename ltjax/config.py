@@ -71,6 +71,11 @@ def _fill(kind: Any, values: Any, where: str, also: tuple[str, ...] = ()) -> Any
     missing = [field for field in required if field not in values]
     if missing:
         raise UserError(f"missing key {where}.{missing[0]}; needed: {', '.join(required)}")
+    for key, wanted in kind.__annotations__.items():
+        value = values.get(key, kind._field_defaults.get(key))
+        accepted = {int: int, float: (int, float), str: str}.get(wanted)
+        if accepted and (not isinstance(value, accepted) or isinstance(value, bool)):
+            raise UserError(f"{where}.{key} = {value!r}: {wanted.__name__} expected")
     return kind(**{key: value for key, value in values.items() if key in kind._fields})
 
 
@@ -79,8 +84,15 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
 
     Raises: UserError naming the key and what is allowed.
     """
-    stages = tuple(config.get("stages", ()))
-    run = _fill(Run, config, "config", also=stages)
+    stages = config.get("stages", ())
+    if isinstance(stages, str):
+        raise UserError(f"config.stages = {stages!r}: a tuple of names, such as ({stages!r},)")
+    stages = tuple(stages)
+    # settings of stages that this run leaves out may stay
+    unused = tuple(
+        key for key, value in config.items() if isinstance(value, Mapping) and {"method", "lr"} <= set(value)
+    )
+    run = _fill(Run, config, "config", also=tuple(dict.fromkeys((*stages, *unused))))
     run = run._replace(
         data=_fill(Data, run.data, "config.data"),
         optimizer=_fill(Optimizer, config.get("optimizer", {}), "config.optimizer"),
@@ -99,6 +111,8 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
             f"config.data.few_below = {run.data.few_below}, many_above = {run.data.many_above}: "
             "a class would be both many and few"
         )
+    if not 0 <= run.optimizer.momentum < 1 or not run.optimizer.weight_decay >= 0:
+        raise UserError(f"config.optimizer = {run.optimizer._asdict()}: momentum in [0, 1), weight_decay from 0")
     if run.dispatch_steps < 0:
         raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
     if run.data.groups not in ("counts", "ranges"):
@@ -147,5 +161,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{path}.")
         elif a != b:
-            found.append(f"{path}: {a!r} -> {b!r}")
+            found.append(f"{path}: {_short(a)} -> {_short(b)}")
     return found
+
+
+def _short(value: Any) -> str:
+    return "(absent)" if value is None else "(settings)" if isinstance(value, Mapping) else repr(value)

@@ -29,6 +29,10 @@ def schedule_table(
     """
     if kind not in SCHEDULES:
         raise UserError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}")
+    if not all(0 <= share <= 1 for share in (warmup, *decay_at)):
+        raise UserError(
+            f"schedule warmup = {warmup}, decay_at = {decay_at}: shares of the run, from 0 to 1, not epochs"
+        )
     if epochs < 1:
         raise UserError(f"epochs = {epochs}: a stage needs at least 1")
     epoch = np.arange(epochs)
@@ -93,7 +97,8 @@ def optimizer(
     table = jnp.asarray(factors, jnp.float32)
 
     def sgd(group):
-        rate, decay = group["rate"] * lr, group.get("weight_decay", weight_decay)
+        rate, decay = group["rate"] * lr, group.get("weight_decay")
+        decay = weight_decay if decay is None else decay
         schedule = lambda count: rate * table[jnp.minimum(count // steps_per_epoch, len(factors) - 1)]  # noqa: E731
         return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
 

@@ -4,8 +4,6 @@ import os
 import signal
 from typing import Any
 
-from rich.console import Console
-
 
 class Interrupted(Exception):
     """A signal asked the run to stop, and everything is saved."""
@@ -18,9 +16,8 @@ class Interrupted(Exception):
 class StopSignals:
     """Within the block, the first Ctrl-C or SIGTERM only sets `requested`; a second one stops the process at once."""
 
-    def __init__(self, console: Console):
+    def __init__(self):
         self.requested: int | None = None
-        self._console = console
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -39,4 +36,4 @@ class StopSignals:
         if self.requested is not None:
             os._exit(128 + number)
         self.requested = number
-        self._console.print("Stopping: finishing this dispatch, then saving. A second signal stops at once.")
+        os.write(2, b"\nStopping: finishing this dispatch, then saving. A second signal stops at once.\n")

@@ -1,13 +1,17 @@
 """The training loop: one for every method. Read it top to bottom."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -15,7 +19,7 @@ from rich.console import Console
 
 from ltjax import config as config_module
 from ltjax import data, evaluate, logs, methods, metrics, models, optim, registry, results, stage
-from ltjax.checkpoint import Checkpoints, cannot_save, write_json
+from ltjax.checkpoint import MEND_DISK, Checkpoints, cannot_save, complete_steps, read_json, write_json
 from ltjax.config import Run
 from ltjax.data import augment, samplers, splits
 from ltjax.data.source import Images
@@ -24,6 +28,17 @@ from ltjax.report import figures
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.stage import State
 from ltjax.types import UserError, Variables
+
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
 
 
 class Problem(NamedTuple):
@@ -121,6 +136,9 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
         class_counts=class_counts,
         mesh=problem.mesh,
     )
+    jax.eval_shape(
+        draw, problem.train_data, jnp.zeros((), jnp.int32), stage_rng(run, name)
+    )  # its errors now, not later
     return stage.build(
         problem.nets,
         method,
@@ -159,10 +177,13 @@ def like(state: State) -> State:
 def chunk_length(steps_per_epoch: int, asked: int) -> int:
     """Steps to a dispatch: a whole epoch on accelerators; on CPU at most 16, so that there is something to watch.
 
-    Always a divisor of the epoch, so that one compiled function serves all chunks.
+    A divisor of the epoch where there is a good one, so that one compiled function serves all chunks; else the epoch in
+    nearly equal parts, whose last is shorter.
     """
-    most = asked or (16 if jax.default_backend() == "cpu" else steps_per_epoch)
-    return max(n for n in range(1, min(most, steps_per_epoch) + 1) if steps_per_epoch % n == 0)
+    most = min(asked or (16 if jax.default_backend() == "cpu" else steps_per_epoch), steps_per_epoch)
+    divisor = max(n for n in range(1, most + 1) if steps_per_epoch % n == 0)
+    parts = -(-steps_per_epoch // most)
+    return divisor if 2 * divisor >= most else -(-steps_per_epoch // parts)
 
 
 def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> dict[str, Any]:
@@ -177,38 +198,62 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
     workdir, console = Path(workdir), logs.make_console()
     run, stages = config_module.parse(config)
     open_workdir(workdir, config)
-    if (workdir / "results.json").exists():
-        finished = json.loads((workdir / "results.json").read_text())
-        console.print(f"{workdir} holds a finished run of this config; remove it to train anew.")
-        results.print_table(finished, console)
-        return finished
+    with locked(workdir), named_disk_errors(workdir):
+        if (workdir / "results.json").exists():
+            finished = read_json(workdir / "results.json")
+            console.print(f"{workdir} holds a finished run of this config; remove it to train anew.")
+            results.print_table(finished, console)
+            return finished
 
-    commit = results.git_commit()
-    problem = setup(run, data_dir)
-    built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}  # all errors now
-    write_json(workdir / "config.json", config)
-    write_json(workdir / "split.json", splits.describe(problem.split, seed=run.data.seed, groups=problem.groups))
-    show_plan(run, stages, built, problem, workdir, console)
+        commit = results.git_commit()
+        problem = setup(run, data_dir)
+        built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}  # all errors now
+        write_json(workdir / "config.json", config)
+        write_json(workdir / "split.json", splits.describe(problem.split, seed=run.data.seed, groups=problem.groups))
+        show_plan(run, stages, built, problem, workdir, console)
 
-    steps_before = dict(zip(stages, np.cumsum([0] + [b.num_steps for b in built.values()]).tolist(), strict=False))
-    finals: dict[str, Variables] = {}
-    records: dict[str, dict[str, Any]] = {}
-    with logs.RunLog(workdir, steps_before) as log, StopSignals(console) as stop:
-        for name, settings in stages.items():
-            with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
-                try:
-                    finals[name], records[name] = run_stage(
-                        run, name, settings, built[name], problem, finals, checkpoints, log, console, stop
-                    )
-                except OSError as error:  # a full disk can stop the log before it stops a checkpoint
-                    raise cannot_save(error, checkpoints.directory) from error
+        steps_before = dict(zip(stages, np.cumsum([0] + [b.num_steps for b in built.values()]).tolist(), strict=False))
+        finals: dict[str, Variables] = {}
+        records: dict[str, dict[str, Any]] = {}
+        with StopSignals() as stop, logs.RunLog(workdir, steps_before) as log:
+            for name, settings in stages.items():
+                with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
+                    try:
+                        finals[name], records[name] = run_stage(
+                            run, name, settings, built[name], problem, finals, checkpoints, log, console, stop
+                        )
+                    except OSError as error:  # a full disk can stop the log before it stops a checkpoint
+                        raise cannot_save(error, checkpoints.directory) from error
+            summary = results.summarise(run, stages, records, problem, commit)
+            figures.write_summary(summary, workdir / "report")
+            write_json(workdir / "results.json", summary)
+        results.print_table(summary, console)
+        console.print(f"Results, metrics, checkpoints and report/summary.png are in {workdir}")
+        return summary
 
-    summary = results.summarise(run, stages, records, problem, commit)
-    figures.write_summary(summary, workdir / "report")
-    write_json(workdir / "results.json", summary)
-    results.print_table(summary, console)
-    console.print(f"Results, metrics, checkpoints and report/summary.png are in {workdir}")
-    return summary
+
+@contextlib.contextmanager
+def named_disk_errors(workdir: Path) -> Iterator[None]:
+    """A full disk, or a file that cannot be written, as one line instead of a traceback."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"cannot write to {workdir}: {error}; {MEND_DISK}") from error
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep a second process from training in the same folder; the lock goes with the process, however it ends."""
+    with named_disk_errors(workdir), open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is training in {workdir}: wait for it, or use another --workdir"
+            ) from error
+        yield
 
 
 def run_stage(
@@ -267,6 +312,10 @@ def run_stage(
             means = {key: float(value.mean()) for key, value in values.items()}
             log.write(name, epoch + 1, step, "train", {**means, "lr": learning_rate})
 
+            due = time.monotonic() - saved_at > run.checkpoint_seconds
+            saving = step % per_epoch == 0 or stop.requested is not None or due
+            if saving and not stage.all_finite(state):
+                raise non_finite(name, epoch, step, "a parameter is no longer finite", settings, checkpoints)
             score = None
             if step % per_epoch == 0 and ((epoch + 1) % run.eval_every == 0 or step == built.num_steps):
                 evaluation: dict[str, Any] = {"epoch": epoch + 1, "step": step}
@@ -280,13 +329,10 @@ def run_stage(
                 speed = run.batch_size / step_seconds if step_seconds else None
                 bar.console.print(epoch_line(settings, epoch + 1, means["loss"], evaluation["test"], speed, left))
             record["seconds"] = time.monotonic() - started
-            due = time.monotonic() - saved_at > run.checkpoint_seconds
-            if step % per_epoch == 0 or stop.requested is not None or due:
-                if not stage.all_finite(state):
-                    raise non_finite(name, epoch, step, "a parameter is no longer finite", settings, checkpoints)
+            if saving:
                 checkpoints.save(step, state, record, score)
                 saved_at = time.monotonic()
-            if stop.requested is not None:
+            if saving and stop.requested is not None:
                 checkpoints.wait()
                 raise Interrupted(stop.requested)
     checkpoints.wait()
@@ -295,7 +341,7 @@ def run_stage(
 
 def non_finite(name, epoch, step, what, settings, checkpoints: Checkpoints) -> UserError:
     checkpoints.wait()
-    kept = checkpoints.steps()
+    kept = complete_steps(checkpoints.directory)
     good = f"step {kept[-1]}" if kept else "none of this stage"
     return UserError(
         f"{what} in stage {name!r}, epoch {epoch + 1}, step {step}; last good checkpoint in {checkpoints.directory}: "
@@ -335,16 +381,19 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            changed = config_module.differences(json.loads(path.read_text()), config)
+            changed = config_module.differences(read_json(path), config)
             if changed:
+                more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
                 raise UserError(
-                    f"{workdir} holds a run of another config ({'; '.join(changed)}): "
+                    f"{workdir} holds a run of another config ({'; '.join(changed[:5])}{more}): "
                     "use another --workdir, or the old settings to resume"
                 )
+        elif (workdir / "results.json").exists():
+            raise UserError(f"{workdir} holds results without a config.json: use another --workdir")
         probe = workdir / ".writable"
         probe.touch()
         probe.unlink()
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise UserError(f"cannot use workdir {workdir}: {error}; give another --workdir") from error
 
 
@@ -381,7 +430,7 @@ def evaluate_workdir(
         built = build_stage(run, name, settings, problem)
         state = built.init(jax.random.key(0), fresh_variables(run, name, problem))
         with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
-            restored = checkpoints.restore(like(state))
+            restored = checkpoints.restore(like(state), move_damaged=False)
         if restored is not None:
             state, record = restored
             step = int(state.step)
@@ -391,6 +440,7 @@ def evaluate_workdir(
     if not records:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
     summary = results.summarise(run, {name: stages[name] for name in records}, records, problem, results.git_commit())
-    write_json(workdir / "eval.json", summary)
+    with named_disk_errors(workdir):
+        write_json(workdir / "eval.json", summary)
     console.print(results.table(summary))
     return summary

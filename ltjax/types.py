@@ -13,6 +13,12 @@ class UserError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none, for use in another message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 class Outputs(NamedTuple):
     """What a network returns for B images: `logits` is always the prediction."""
 

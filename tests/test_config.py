@@ -213,15 +213,15 @@ def test_differences_give_the_path_and_both_values():
         small(data={"name": "cifar10", "imbalance": 100}),
         small(data={"name": "cifar10", "imbalance": 50}, seed=1),
     )
-    assert config.differences(old, new) == ["data.imbalance: 100 -> 50", "seed: None -> 1"]
+    assert config.differences(old, new) == ["data.imbalance: 100 -> 50", "seed: (absent) -> 1"]
 
 
 def test_a_key_that_went_is_a_difference():
-    assert config.differences({"a": 1, "b": {"c": 2}}, {"b": {}}) == ["a: 1 -> None", "b.c: 2 -> None"]
+    assert config.differences({"a": 1, "b": {"c": 2}}, {"b": {}}) == ["a: 1 -> (absent)", "b.c: 2 -> (absent)"]
 
 
 def test_a_section_that_became_a_value_is_a_difference():
-    assert config.differences({"a": {"b": 1}}, {"a": 2}) == ["a: {'b': 1} -> 2"]
+    assert config.differences({"a": {"b": 1}}, {"a": 2}) == ["a: (settings) -> 2"]
 
 
 # The files in configs/.
@@ -397,3 +397,8 @@ def test_the_short_budget_is_12_and_2_epochs(parsed):
     assert [stage.epochs for stage in stages.values()] == [12, 2]
     factors = registry.bind("schedule", optim.schedule_table, stages["features"].schedule)(12)
     np.testing.assert_allclose(factors, [0.5, *[1] * 9, 0.1, 0.01])
+
+
+def test_stages_as_a_bare_string_are_told_apart_from_a_tuple():
+    with pytest.raises(UserError, match=r"a tuple of names, such as \('ce',\)"):
+        config.parse(small(stages="ce"))

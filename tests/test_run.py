@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,12 @@ def test_mistakes_get_one_line_and_exit_code_2(flags, words, tmp_path):
         ({"model.dtype": "float8"}, ["float8", "float32, bfloat16"]),
         ({"model.mean": (0.1, 0.2, 0.3), "model.std": (1.0, 1.0, 1.0)}, ["mean", "1 channels"]),
         ({"classifier.method.name": "mislass"}, ["mislass", "known: erm, mislas"]),
+        ({"classifier.method.head": 2.0}, ["mislas", "head = 2.0"]),
+        ({"classifier.method.shape": "convexx"}, ["convexx", "concave, linear, convex, exp"]),
+        ({"classifier.augment.auto_augment": True}, ["RGB"]),
+        ({"features.augment.mixup_alpha": -1.0}, ["mixup_alpha = -1.0"]),
+        ({"features.schedule.warmup": 5.0}, ["warmup = 5.0", "shares of the run"]),
+        ({"optimizer.momentum": 1.5}, ["momentum"]),
         ({"classifier.sampler.name": "random"}, ["'random'", "class_aware"]),
         ({"classifier.schedule.kind": "linear"}, ["'linear'", "cosine"]),
         ({"classifier.batch_norm": "off"}, ["'off'", "train, eval"]),
@@ -318,7 +325,10 @@ def test_mistakes_in_a_config_are_named_before_training(changes, words, tmp_path
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
-    assert not list(tmp_path.glob("run/*"))  # the corrected config is not refused as another run's
+    assert [path.name for path in tmp_path.glob("run/*")] in (
+        [],
+        [".lock"],
+    )  # the corrected config is not refused as another run's
 
 
 def test_missing_data_names_the_folder_and_the_command(tmp_path):
@@ -332,6 +342,47 @@ def test_a_workdir_of_another_config_is_refused(finished):
     code, _, error = run(*TINY, "--config.ce.lr=0.2", "--config.seed=3", f"--workdir={workdir}")
     assert code == 2
     assert "ce.lr: 0.1 -> 0.2" in error and "seed: 0 -> 3" in error
+
+
+def test_two_runs_cannot_share_a_workdir(tmp_path):
+    with train.locked(tmp_path), pytest.raises(UserError, match="another process is training"):
+        train.train(tiny_config(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"name": "qui', "[1]"])
+@pytest.mark.parametrize("name", ["config.json", "results.json"])
+def test_a_broken_file_in_the_workdir_is_named(tmp_path, name, content):
+    train.write_json(tmp_path / "config.json", tiny_config())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name):
+        train.train(tiny_config(), tmp_path)
+
+
+def test_what_cannot_be_written_before_training_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write to .*metrics\.jsonl"):
+        train.train(tiny_config(), tmp_path)
+
+
+def test_checkpoints_that_cannot_be_read_are_not_trained_over(finished, tmp_path):
+    """All of a stage's checkpoints damaged: no silent start from scratch, and nothing moved."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "results.json").unlink()
+    folders = [path for path in (workdir / "checkpoints" / "ce").iterdir() if path.name.isdigit()]
+    for folder in folders:
+        damage(folder)
+    with pytest.raises(UserError, match=r"none of the checkpoints in .*ce can be read"):
+        train.train(tiny_config(), workdir)
+    assert all(folder.is_dir() for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "asked", "expected"),
+    [(85, 16, 15), (97, 16, 14), (98, 16, 14), (39, 16, 13), (7, 50, 7), (5, 1, 1)],
+)
+def test_chunks_are_near_what_was_asked(steps_per_epoch, asked, expected):
+    assert train.chunk_length(steps_per_epoch, asked) == expected
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
@@ -349,9 +400,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_a_holdout_selects_without_the_test_set(tmp_path):
     changes = {"data.holdout": 2, "data.max_count": 18, "data.imbalance": 3.0, "ce.epochs": 2, "stages": ("ce",)}
-    config = tiny_config(**changes)
-    del config["features"], config["classifier"]
-    summary = train.train(config, tmp_path / "run")
+    summary = train.train(tiny_config(**changes), tmp_path / "run")
     evaluations = [
         json.loads(line)
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -28,6 +28,9 @@ def augment(
 
     Raises UserError if AutoAugment is asked for images that are not RGB, ValueError if images are not uint8.
     """
+    for name, value in (("crop_padding", crop_padding), ("cutout_size", cutout_size), ("mixup_alpha", mixup_alpha)):
+        if not value >= 0:
+            raise UserError(f"augment {name} = {value}: 0 turns it off, else above 0")
     _require_uint8(images)
     crop_rng, policy_rng, cutout_rng, mixup_rng = jax.random.split(rng, 4)
     if crop_padding or flip:

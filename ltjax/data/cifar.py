@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ltjax.data.source import Images, newest_version, one_line, prepare_command, resolve_data_dir
-from ltjax.types import UserError
+from ltjax.data.source import Images, newest_version, prepare_command, resolve_data_dir
+from ltjax.types import UserError, one_line
 
 NAMES = ("cifar10", "cifar100")
 

@@ -37,8 +37,8 @@ from rich.progress import (
 )
 
 from ltjax.data import cifar
-from ltjax.data.source import newest_version, one_line, resolve_data_dir
-from ltjax.types import UserError
+from ltjax.data.source import newest_version, resolve_data_dir
+from ltjax.types import UserError, one_line
 
 
 class LabelFile(NamedTuple):

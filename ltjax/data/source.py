@@ -49,9 +49,3 @@ def newest_version(data_dir: Path, name: str) -> Path | None:
 def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
     """The shell command that puts data set `name` into `data_dir`, for error messages."""
     return f"python -m ltjax.data.prepare {name} --data_dir={shlex.quote(str(data_dir))}"
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,12 +1,17 @@
 """Ways to train, one file each: `create(class_counts [C], *, hyper-parameters) -> ltjax.types.Method`."""
 
 from ltjax import registry
-from ltjax.types import Method
+from ltjax.types import Method, UserError
 
 METHODS = {name: f"ltjax.methods.{name}" for name in ("erm", "mislas")}
 
 
 def create(name: str, class_counts, **settings) -> Method:
-    """The method of a stage. Raises: UserError for an unknown name or hyper-parameter."""
+    """The method of a stage. Raises: UserError for an unknown name or hyper-parameter, or a value it cannot have."""
     function = registry.load("method", METHODS, name, "create")
-    return registry.bind(f"method {name!r}", function, settings)(class_counts)
+    try:
+        return registry.bind(f"method {name!r}", function, settings)(class_counts)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"method {name!r}: {error}") from error
