@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from flax import linen as nn
 from jax.sharding import Mesh
 from rich.console import Console
@@ -398,6 +399,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def show_plan(run, stages, built, problem, workdir, console) -> None:
+    """Print what is about to happen; every parameter, by path, goes to `parameters.txt`."""
     counts, devices = problem.split.class_counts, problem.mesh.devices.flat
     held = f", {len(problem.split.holdout)} held out" if run.data.holdout else ""
     console.print(
@@ -406,6 +408,9 @@ def show_plan(run, stages, built, problem, workdir, console) -> None:
     )
     console.print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), workdir {workdir}")
     initial = jax.eval_shape(lambda: stage.init_variables(problem.nets, problem.image_shape, jax.random.key(0)))
+    (workdir / "parameters.txt").write_text(
+        parameter_overview.get_parameter_overview(initial.params, include_stats=False) + "\n"
+    )
     sizes = {path: leaf.size for path, leaf in optim.flatten(initial.params).items()}
     for name, settings in stages.items():
         trained = sum(sizes.get(path, 0) for path in built[name].trained)

@@ -135,6 +135,7 @@ def test_a_run_leaves_its_results(finished):
     assert re.fullmatch("[0-9a-f]{64}", split["sha256"])
     assert json.loads((workdir / "config.json").read_text())["epochs"] == 2
     assert list((workdir / "tensorboard").glob("events*"))
+    assert "net/backbone/stage1_block1/conv1/kernel" in (workdir / "parameters.txt").read_text()
     assert (workdir / "report" / "summary.png").stat().st_size > 10_000
     assert "MiSLAS, stage 2" in out and "ECE" in out
 
