@@ -45,7 +45,6 @@ class Stage(NamedTuple):
     steps_per_epoch: int
     num_steps: int  # in all
     factors: np.ndarray  # [epochs] on the learning rate
-    assigned: dict[str, str]  # {parameter path: group}
     trained: tuple[str, ...]  # paths of parameters with a rate above 0
 
 
@@ -233,6 +232,5 @@ def build(
         steps_per_epoch=steps_per_epoch,
         num_steps=steps_per_epoch * len(factors),
         factors=factors,
-        assigned=assigned,
         trained=trained,
     )

@@ -287,7 +287,7 @@ def run_stage(
     per_epoch = built.steps_per_epoch
     chunk = chunk_length(per_epoch, run.dispatch_steps)
     started, saved_at = time.monotonic() - record["seconds"], time.monotonic()
-    warm = False  # whether this process has compiled the step
+    compiled: set[int] = set()  # lengths of dispatch that this process has run
     with logs.StageProgress(console, settings.title, built.num_steps, step, run.batch_size, settings.epochs) as bar:
         while step < built.num_steps:
             num_steps = min(chunk, per_epoch - step % per_epoch)
@@ -301,10 +301,10 @@ def run_stage(
                 bad = int(np.flatnonzero(~np.isfinite(values["loss"]))[0])
                 what = f"loss became {values['loss'][bad]}"
                 raise non_finite(name, epoch, step + bad + 1, what, settings, checkpoints)
-            if warm:  # the first chunk's time is the compiler's
+            if num_steps in compiled:  # the first one's time is the compiler's
                 record["train_seconds"] += time.monotonic() - chunk_started
                 record["train_steps"] += num_steps
-            warm = True
+            compiled.add(num_steps)
             step += num_steps
             step_seconds = record["train_seconds"] / record["train_steps"] if record["train_steps"] else None
             left = None if step_seconds is None else step_seconds * (built.num_steps - step)
