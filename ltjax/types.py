@@ -25,6 +25,7 @@ class Outputs(NamedTuple):
     logits: jax.Array  # [B, C]
     features: jax.Array  # [B, D], what the classifier sees
     branches: jax.Array | None = None  # [R, B, C], logits of each branch where the network has several
+    layers: dict[str, jax.Array] | None = None  # {name: [B, D_l]}, pooled output of each stage of the backbone
 
 
 class Variables(NamedTuple):
@@ -57,9 +58,12 @@ class Method(NamedTuple):
 
     init: `rng -> (extra_params, extra_arrays)`, what the method adds to the network's variables.
     loss: `(apply, variables, batch, rng) -> (scalar, (variables, metrics))`.
-    refresh: `(extra_arrays, class_means [C, D]) -> extra_arrays`, called once an epoch when set.
+    refresh: `(extra_arrays, class_means) -> extra_arrays`, called once an epoch when set; class_means [C, D] of the
+      training images' features, or {layer: [C, D_l]} where `layers` names some.
+    layers: names in `Outputs.layers` whose class means `refresh` wants; none: those of `Outputs.features`.
     """
 
     init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]
     loss: Callable[[Apply, Variables, Batch, jax.Array], tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
-    refresh: Callable[[dict[str, Any], jax.Array], dict[str, Any]] | None = None
+    refresh: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
+    layers: tuple[str, ...] = ()
