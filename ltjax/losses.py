@@ -5,10 +5,12 @@ one-hot rows rather than indices, so that the kernels work under automatic and e
 label is outside 0..C-1 has loss 0.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 SMOOTHING_SHAPES = ("concave", "linear", "convex", "exp")
@@ -97,6 +99,184 @@ def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tup
     member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)  # [B, C]
     counts = member.sum(0)
     return (member.T @ features) / jnp.maximum(counts, 1)[:, None], counts
+
+
+def balanced_softmax(logits: jax.Array, labels: jax.Array, *, class_counts: ArrayLike) -> jax.Array:
+    """Cross-entropy of a softmax weighted by class counts: `-log(n_y exp z_y / sum_c n_c exp z_c)`, [B].
+
+    Args: logits [B, C], labels [B], class_counts [C], at least 1 each.
+    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020.
+    """
+    return logit_adjusted(logits, labels, class_counts=class_counts, tau=1.0)
+
+
+def logit_adjusted(logits: jax.Array, labels: jax.Array, *, class_counts: ArrayLike, tau: float = 1.0) -> jax.Array:
+    """Cross-entropy of logits plus `tau * log prior`: trains `z` to be right under balanced classes, [B].
+
+    Args: logits [B, C], labels [B], class_counts [C], at least 1 each. tau: strength; 0 is cross-entropy, 1 balanced
+      softmax.
+    Source: Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021, equation 10.
+    """
+    return cross_entropy(logits + tau * log_prior(class_counts).astype(logits.dtype), labels)
+
+
+def log_prior(class_counts: ArrayLike) -> jax.Array:
+    """Logarithm of each class's share of the training images, [C] float32."""
+    counts = jnp.asarray(class_counts).astype(jnp.float32)
+    return jnp.log(counts) - jnp.log(counts.sum())
+
+
+def focal(logits: jax.Array, labels: jax.Array, *, gamma: float = 2.0) -> jax.Array:
+    """Focal loss `-(1 - p_y)^gamma log p_y`, [B]: examples that are right already count less.
+
+    Args: logits [B, C], labels [B]. gamma: 0 is cross-entropy. 1 - p_y is the sum of the other classes' softmax, so
+      that value and gradient stay exact where p_y is near 1.
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, with a softmax as in LDAM's comparison.
+    """
+    log_p = jax.nn.log_softmax(logits)  # [B, C]
+    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    log_rest = jax.nn.logsumexp(jnp.where(own, -jnp.inf, log_p), axis=-1)  # [B], log(1 - p_y)
+    # Far below where float32 tells 1 - p_y from 0; without a floor the gradient of C = 1 would be nan.
+    return jnp.exp(gamma * jnp.maximum(log_rest, -1e4)) * -_own(log_p, labels)
+
+
+def ldam(
+    logits: jax.Array, labels: jax.Array, *, class_counts: ArrayLike, max_margin: float = 0.5, scale: float = 30.0
+) -> jax.Array:
+    """Cross-entropy with a larger margin for rarer classes: `-log softmax(scale * (z - m_y [c = y]))_y`, [B].
+
+    The margin of class c is `max_margin * (n_min / n_c)^(1/4)`.
+
+    Args: logits [B, C], cosines in the paper (a cosine classifier of scale 1). labels [B]. class_counts [C].
+      scale: on logits that are scaled already (`models.create(..., cosine_scale=30)`) the same loss is `scale=1` and
+      `max_margin=0.5 * 30`.
+    Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019.
+    """
+    counts = jnp.asarray(class_counts).astype(logits.dtype)
+    margins = max_margin * (counts.min() / counts) ** 0.25  # [C]
+    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)  # [B, C]
+    return cross_entropy(scale * (logits - own * margins), labels)
+
+
+def effective_number_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
+    """Class weights `(1 - beta) / (1 - beta^n_c)`, scaled to mean 1: [C] -> [C] float32.
+
+    Args: class_counts [C], at least 1 each. beta: in [0, 1); 0 weights all classes alike, towards 1 the weights become
+      `1 / n_c`.
+    Raises: ValueError for a beta outside [0, 1).
+    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"effective number beta = {beta}: from 0 up to, not including, 1")
+    counts = jnp.asarray(class_counts).astype(jnp.float32)
+    # 1 - beta^n through expm1: at beta = 1 - 1e-7 the plain form is rounding noise
+    weights = 1 / -jnp.expm1(counts * math.log(beta)) if beta else jnp.ones_like(counts)
+    return weights / weights.mean()
+
+
+def dro_bound(
+    features: jax.Array, labels: jax.Array, centroids: jax.Array, *, margins: ArrayLike = 0.0, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """DRO-LT's bound on the loss of each class under the worst centroid in a ball around the empirical one.
+
+    For the B_c features z of class c, with centroid m_c and Euclidean distance d,
+
+        L_c = 1/B_c sum_z -log( exp(-(d(m_c, z) + margin_c)/T) / sum_z' exp(-(d(m_c, z') + margin_c [z' in c])/T) )
+
+    where z' runs over the whole batch.
+
+    Args:
+      features: [B, D]. labels: [B]; an example whose label is outside 0..C-1 takes no part. centroids: [C, D].
+      margins: scalar or [C], twice the ball's radius. temperature: T.
+    Returns: the bound of each class [C], 0 where absent; and which classes the batch has [C] bool.
+    Only the centroids of classes in the batch are looked at: B^2 distances, from a matrix product. The authors' plain
+    `log(sum(exp))` underflows from d/T of about 88 on, and gives margins to the wrong samples unless the batch is
+    sorted by class; neither happens here.
+    Source: Samuel & Chechik, "Distributional Robustness Loss for Long-tail Learning", ICCV 2021, equation 10.
+    """
+    num_classes, dtype = centroids.shape[0], features.dtype
+    features, labels, centroids = _whole(features), _whole(labels), _whole(centroids)  # every pair of examples meets
+    own = jax.nn.one_hot(labels, num_classes, dtype=dtype)  # [B, C]
+    known = own.sum(-1) > 0  # [B]
+    anchors = centroids.astype(dtype)[jnp.clip(labels, 0, num_classes - 1)]  # [B, D], each example's own centroid
+    margin = jnp.where(own > 0, jnp.broadcast_to(jnp.asarray(margins, dtype), (num_classes,)), 0).sum(-1)  # [B]
+
+    # |a|^2 + |z|^2 - 2 a.z loses digits where the origin is far away, and everything where z sits on its centroid: so
+    # move the origin between them, and take each example's distance to its own centroid from the difference.
+    origin = jax.lax.stop_gradient(anchors.mean(0))
+    a, z = anchors - origin, features - origin
+    product = jnp.matmul(a, z.T, precision="highest")  # [B, B], row: anchor, column: example
+    squared = jnp.square(a).sum(-1)[:, None] + jnp.square(z).sum(-1)[None] - 2 * product
+    itself = jnp.eye(len(labels), dtype=bool)
+    squared = jnp.where(itself, jnp.square(anchors - features).sum(-1)[None], squared)
+    distance = jnp.sqrt(jnp.maximum(squared, 1e-12))  # the floor gives a feature on its centroid gradient 0, not nan
+
+    same = labels[:, None] == labels[None]  # [B, B]
+    similarity = -(distance + jnp.where(same, margin[:, None], 0)) / temperature
+    total = jax.nn.logsumexp(jnp.where(known[None], similarity, -jnp.inf), axis=-1, where=known[:, None] | itself)
+    per_example = jnp.where(known, total - jnp.where(itself, similarity, 0).sum(-1), 0)  # [B]
+    count = own.sum(0)  # [C]
+    return jnp.matmul(per_example, own, precision="highest") / jnp.maximum(count, 1), count > 0
+
+
+def dro_loss(
+    features: jax.Array,
+    labels: jax.Array,
+    centroids: jax.Array,
+    *,
+    margins: ArrayLike = 0.0,
+    temperature: float = 1.0,
+    class_weights: ArrayLike | None = None,
+) -> jax.Array:
+    """DRO-LT's robustness loss of a batch, scalar: the mean of `dro_bound` over the classes in it.
+
+    class_weights: w [C]; then `sum_c w_c L_c / sum_c w_c`, where the sum of weights runs over all C classes and not
+      just those in the batch, as in the authors' code. Other arguments: see `dro_bound`.
+    """
+    bound, present = dro_bound(features, labels, centroids, margins=margins, temperature=temperature)
+    if class_weights is None:
+        return bound.sum() / jnp.maximum(present.sum(), 1).astype(bound.dtype)
+    weights = jnp.asarray(class_weights).astype(bound.dtype)
+    return (weights * bound).sum() / weights.sum()
+
+
+def branch_masks(class_counts: ArrayLike, *, medium_start: int, tail_start: int) -> jax.Array:
+    """The classes that each of ResLT's three branches is responsible for: bool [3, C], all; medium and tail; tail.
+
+    Classes are ranked by count, most frequent first (ties: lower class number first); medium begins at rank
+    `medium_start`, tail at rank `tail_start`.
+    Raises: ValueError unless 0 <= medium_start <= tail_start.
+    Source: Cui et al., "ResLT: Residual Learning for Long-Tailed Recognition", TPAMI 2022, section 3.2.
+    """
+    if not 0 <= medium_start <= tail_start:
+        raise ValueError(f"branches medium_start = {medium_start}, tail_start = {tail_start}: ranks, in this order")
+    order = jnp.argsort(-jnp.asarray(class_counts).astype(jnp.float32), stable=True)
+    rank = jnp.argsort(order)  # [C]
+    return jnp.stack([rank >= start for start in (0, medium_start, tail_start)])
+
+
+def residual_fusion(branch_logits: jax.Array, labels: jax.Array, *, masks: ArrayLike, beta: float) -> jax.Array:
+    """ResLT's loss, scalar: `beta * L_branch + (1 - beta) * CE(sum of the branches' logits)`.
+
+    L_branch adds each branch's cross-entropy over the examples whose class it is responsible for, and divides by the
+    number of such (example, branch) pairs.
+
+    Args:
+      branch_logits: [R, B, C]. labels: [B]. masks: bool [R, C], see `branch_masks`. beta: in [0, 1].
+    In log-softmax form; the authors' `log(softmax + 1e-7)` cannot pass 16.1 and has no gradient there.
+    Source: Cui et al., TPAMI 2022, equations 2 to 4.
+    """
+    own = jax.nn.one_hot(labels, branch_logits.shape[-1], dtype=branch_logits.dtype)  # [B, C]
+    responsible = jnp.asarray(masks).astype(own.dtype) @ own.T  # [R, B], 1 or 0
+    per_branch = jax.vmap(cross_entropy, in_axes=(0, None))(branch_logits, labels)  # [R, B]
+    branch_loss = (responsible * per_branch).sum() / jnp.maximum(responsible.sum(), 1)
+    return beta * branch_loss + (1 - beta) * cross_entropy(branch_logits.sum(0), labels).mean()
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """x on every device, where explicit sharding makes that our decision; elsewhere the compiler's."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, PartitionSpec()) if any(axis is not None for axis in spec) else x
 
 
 def _own(values: jax.Array, labels: jax.Array) -> jax.Array:
