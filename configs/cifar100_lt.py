@@ -22,4 +22,5 @@ from configs import common
 
 def get_config(arg=None):
     smoothing = {10: (0.2, 0.0, 0.1, True), 50: (0.3, 0.0, 0.1, True), 100: (0.4, 0.1, 0.2, True)}
-    return common.cifar_long_tailed("cifar100", arg, smoothing, ranges=(36, 71))
+    reslt = dict(beta={10: 0.72, 50: 0.99, 100: 0.995}, medium_start=35, tail_start=70)
+    return common.cifar_long_tailed("cifar100", arg, smoothing, reslt, ranges=(36, 71))

@@ -1,14 +1,19 @@
-"""What the configs share: reading `key=value,...` after the colon, and the stages of the CIFAR recipes."""
+"""What the configs share: reading `key=value,...` after the colon, and the CIFAR-LT runs."""
 
 import math
 
 from ml_collections import ConfigDict
 
+from configs import recipes
+
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the papers', for CIFAR-100 as well
 
 
 def read_arguments(text: str | None, allowed: dict) -> ConfigDict:
-    """`"method=ce,imbalance=50"` -> values, with defaults. allowed: {name: (default, other choices...) or a number}."""
+    """`"method=ce,imbalance=50"` -> values, with defaults.
+
+    allowed: {name: (default, other choices...), or a number, or a text}.
+    """
     values = {name: choice[0] if isinstance(choice, tuple) else choice for name, choice in allowed.items()}
     for part in filter(None, (text or "").split(",")):
         name, _, value = part.partition("=")
@@ -17,6 +22,8 @@ def read_arguments(text: str | None, allowed: dict) -> ConfigDict:
         if isinstance(allowed[name], tuple):
             if value not in allowed[name]:
                 raise ValueError(f"config argument {part!r}: allowed values of {name}: {', '.join(allowed[name])}")
+            values[name] = value
+        elif isinstance(allowed[name], str):
             values[name] = value
         else:
             try:
@@ -31,24 +38,43 @@ def nearest(table: dict, imbalance: float):
     return table[min(table, key=lambda key: abs(math.log(key) - math.log(max(imbalance, 1.0))))]
 
 
-def cifar_long_tailed(name: str, arg: str | None, mislas: dict, ranges: tuple[int, int]) -> ConfigDict:
-    """A CIFAR-LT run. mislas: {imbalance factor: (smoothing head, tail, classifier's rate, shifted batch norm)}.
+def cifar_long_tailed(name: str, arg: str | None, mislas: dict, reslt: dict, ranges: tuple[int, int]) -> ConfigDict:
+    """A CIFAR-LT run.
 
+    mislas: {imbalance factor: (smoothing head, tail, classifier's rate, shifted batch norm)}.
+    reslt: {"beta": {imbalance factor: beta}, "medium_start": rank, "tail_start": rank}.
     ranges: where some papers let their medium and few-shot classes begin.
     """
     arguments = read_arguments(
-        arg, {"method": ("mislas", "ce"), "imbalance": 100.0, "profile": ("exp", "step"), "budget": ("full", "short")}
+        arg,
+        {
+            "method": tuple(recipes.METHODS),
+            "recipe": "",
+            "imbalance": 100.0,
+            "profile": ("exp", "step"),
+            "budget": ("full", "short"),
+            "augment": ("paper", "plain", "auto"),
+            "mixup": 0.0,
+            "holdout": 0.0,
+        },
     )
-    short = arguments.budget == "short"
+    chosen = recipes.parse_recipe(arguments.recipe) if arguments.recipe else recipes.METHODS[arguments.method]
+    short, tuned = arguments.budget == "short", "tau_norm" in chosen.blocks
+    holdout = int(arguments.holdout) or (10 if tuned else 0)  # tau is chosen there
     config = ConfigDict()
-    shape = f"if{arguments.imbalance:g}" + ("" if arguments.profile == "exp" else f"-{arguments.profile}")
-    config.name = f"{name}_lt-{arguments.method}-{shape}" + ("-short" if short else "")
+    parts = [arguments.recipe or arguments.method, f"if{arguments.imbalance:g}"]
+    parts += [arguments.profile] if arguments.profile != "exp" else []
+    parts += [f"{arguments.augment}-augment"] if arguments.augment != "paper" else []
+    parts += [f"mixup{arguments.mixup:g}"] if arguments.mixup else []
+    parts += [f"holdout{holdout}"] if holdout else []
+    parts += ["short"] if short else []
+    config.name = f"{name}_lt-" + "-".join(parts)
     config.data = dict(
         name=name,
         imbalance=arguments.imbalance,
         profile=arguments.profile,
         max_count=0,
-        holdout=0,
+        holdout=holdout,
         seed=0,
         groups="counts",
         many_above=100,
@@ -61,9 +87,8 @@ def cifar_long_tailed(name: str, arg: str | None, mislas: dict, ranges: tuple[in
         width=16,
         mean=CIFAR_MEAN,
         std=CIFAR_STD,
-        classifier="linear",
-        logit_scale=arguments.method == "mislas",
         dtype="float32",
+        **recipes.network(chosen.blocks),
     )
     config.batch_size = 128
     config.seed = 0
@@ -72,61 +97,20 @@ def cifar_long_tailed(name: str, arg: str | None, mislas: dict, ranges: tuple[in
     config.eval_batch_size = 500
     config.dispatch_steps = 0
     config.checkpoint_seconds = 300.0
-    config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=2e-4)
+    config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=chosen.weight_decay)
 
-    # 5 epochs of warm-up, then x0.1 after 160 and x0.01 after 180 of 200; a short run's warm-up is 2 of 12 epochs
-    steps = dict(kind="step", warmup=2 / 12 if short else 5 / 200, decay_at=(0.8, 0.9), decay=0.1)
-    crop_flip = dict(crop_padding=4, flip=True, auto_augment=False, cutout_size=0, mixup_alpha=0.0)
-    plain = dict(epochs=config.get_ref("epochs"), lr=0.1, schedule=steps, start_from="scratch", batch_norm="train")
-    if arguments.method == "ce":
-        config.stages = ("ce",)
-        config.ce = dict(
-            plain,
-            title="Cross-entropy",
-            method=dict(name="erm"),
-            sampler=dict(name="instance_balanced"),
-            augment=crop_flip,
-            groups=dict(all=dict(match=".*", rate=1.0)),
-        )
-    else:
-        config.stages = ("features", "classifier")
-        head, tail, rate, shifted = nearest(mislas, arguments.imbalance)
-        epochs = 2 if short else 10
-        config.update(mislas_stages(plain, crop_flip, head=head, tail=tail, rate=rate, shifted=shifted, epochs=epochs))
+    model = config.model
+    setting = recipes.Setting(
+        epochs=config.get_ref("epochs"),
+        short=short,
+        auto_augment={"paper": chosen.auto_augment, "plain": False, "auto": True}[arguments.augment],
+        mixup=arguments.mixup,
+        parts=("backbone", "classifier")
+        + (("branches",) if model.branches else ())
+        + (("logit_scale",) if model.logit_scale else ()),
+        smoothing=nearest(mislas, arguments.imbalance),
+        reslt=dict(reslt, beta=nearest(reslt["beta"], arguments.imbalance)),
+        deferred="drw" in chosen.blocks,
+    )
+    recipes.chain(config, chosen, setting)
     return config
-
-
-def mislas_stages(
-    plain: dict, augment: dict, *, head: float, tail: float, rate: float, shifted: bool, epochs: int, lr: float = 0.1
-) -> dict:
-    """MiSLAS's stages. plain: common settings of a stage from scratch. head, tail: label-aware smoothing.
-
-    rate: the classifier's learning rate over `lr`, that of the logit scale. shifted: batch norm goes on learning.
-    """
-    features = dict(
-        plain,
-        title="MiSLAS, stage 1",
-        method=dict(name="erm"),
-        sampler=dict(name="instance_balanced"),
-        augment=dict(augment, mixup_alpha=1.0),
-        groups=dict(
-            network=dict(match="net/(backbone|classifier)/.*", rate=1.0), frozen=dict(match="net/logit_scale", rate=0.0)
-        ),
-    )
-    classifier = dict(
-        title="MiSLAS, stage 2",
-        method=dict(name="mislas", head=head, tail=tail, shape="concave"),
-        epochs=epochs,
-        lr=lr,
-        schedule=dict(kind="cosine"),
-        start_from="features",
-        sampler=dict(name="class_aware", in_a_row=4),
-        augment=augment,
-        batch_norm="train" if shifted else "eval",
-        groups=dict(
-            frozen=dict(match="net/backbone/.*", rate=0.0),
-            classifier=dict(match="net/classifier/.*", rate=rate),
-            scale=dict(match="net/logit_scale", rate=1.0),
-        ),
-    )
-    return dict(features=features, classifier=classifier)

@@ -11,7 +11,7 @@ Top-1 (few-shot classes) / ECE in %, seed 0, commit dcabd12, two CPU cores, jax 
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, recipes
 
 
 def get_config(arg=None):
@@ -42,21 +42,23 @@ def get_config(arg=None):
     config.checkpoint_seconds = 300.0
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=5e-4)
 
-    steps = dict(kind="step", warmup=0.1, decay_at=(0.8, 0.9), decay=0.1)
-    augment = dict(crop_padding=2, flip=True, auto_augment=False, cutout_size=0, mixup_alpha=0.0)
-    plain = dict(epochs=config.get_ref("epochs"), lr=0.1, schedule=steps, start_from="scratch", batch_norm="train")
-    config.stages = ("ce", "features", "classifier")
-    config.ce = dict(
-        plain,
-        title="Cross-entropy",
-        method=dict(name="erm"),
-        sampler=dict(name="instance_balanced"),
-        augment=augment,
-        groups=dict(
-            network=dict(match="net/(backbone|classifier)/.*", rate=1.0), frozen=dict(match="net/logit_scale", rate=0.0)
-        ),
+    setting = recipes.Setting(
+        epochs=config.get_ref("epochs"),
+        short=False,
+        auto_augment=False,
+        mixup=0.0,
+        parts=("backbone", "classifier", "logit_scale"),
+        # so few images want less mixing and smoothing than the CIFAR recipes have
+        smoothing=(0.1, 0.0, 0.5, True),
+        reslt={},
+        deferred=False,
     )
-    # so few images want less mixing and smoothing than the CIFAR recipes have
-    config.update(common.mislas_stages(plain, augment, head=0.1, tail=0.0, rate=0.5, shifted=True, epochs=4))
+    recipes.chain(config, recipes.METHODS["mislas"], setting)
+    config.ce = dict(recipes.SCRATCH["ce"](setting), title="Cross-entropy", start_from="scratch")
+    config.stages = ("ce", *config.stages)
+    for name in config.stages:
+        config[name].augment.crop_padding = 2
+    config.ce.schedule.warmup = config.features.schedule.warmup = 0.1
     config.features.augment.mixup_alpha = 0.2
+    config.classifier.epochs = 4
     return config

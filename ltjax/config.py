@@ -30,11 +30,12 @@ class Group(NamedTuple):
     match: str  # regular expression for whole paths
     rate: float  # factor on the stage's lr; 0 freezes
     weight_decay: float | None = None  # instead of the optimizer's
+    optional: bool = False  # may match no parameter
 
 
 class Stage(NamedTuple):
     method: Mapping[str, Any]  # name, and the method's own hyper-parameters
-    epochs: int
+    epochs: int  # 0: only `surgery`, no training
     lr: float
     groups: Mapping[str, Mapping[str, Any]]  # {name: {match, rate, weight_decay}}, see `ltjax.optim`
     title: str = ""  # in the table
@@ -43,6 +44,14 @@ class Stage(NamedTuple):
     sampler: Mapping[str, Any] = {}  # name, and its own settings: see `ltjax.data.samplers`
     augment: Mapping[str, Any] = {}  # see `ltjax.data.augment.augment`
     batch_norm: str = "train"  # or "eval"
+    optimizer: Mapping[str, Any] = {}  # momentum, nesterov, weight_decay where they differ from the run's
+    keep_optimizer: bool = False  # go on with the momentum of `start_from`, which trained the same parameters
+    drop_last: bool = False  # an epoch is the whole batches of N images: N // batch_size steps, not rounded up
+    surgery: Mapping[
+        str, Any
+    ] = {}  # name, and its own settings: what happens to the weights first, see `ltjax.surgery`
+    eval_classifier: Mapping[str, Any] = {}  # tau, bias: `ltjax.surgery.tau_normalised` weights at evaluation only
+    nearest_mean: bool = False  # at evaluation, accuracy of the nearest class mean as well
 
 
 class Run(NamedTuple):
@@ -56,6 +65,8 @@ class Run(NamedTuple):
     optimizer: Optimizer = Optimizer()
     eval_every: int = 1  # epochs
     eval_batch_size: int = 500
+    replicas: int = 1  # runs with seeds seed, seed + 1, ... in one program
+    replicate: str = "loop"  # one replica after the other on a device, or "vmap": all in one batched step
     dispatch_steps: int = 0  # steps to a dispatch; 0: an epoch on accelerators, at most 16 steps on CPU
     checkpoint_seconds: float = 300.0  # save within long epochs as well, this often
 
@@ -73,8 +84,8 @@ def _fill(kind: Any, values: Any, where: str, also: tuple[str, ...] = ()) -> Any
         raise UserError(f"missing key {where}.{missing[0]}; needed: {', '.join(required)}")
     for key, wanted in kind.__annotations__.items():
         value = values.get(key, kind._field_defaults.get(key))
-        accepted = {int: int, float: (int, float), str: str}.get(wanted)
-        if accepted and (not isinstance(value, accepted) or isinstance(value, bool)):
+        accepted = {int: int, float: (int, float), str: str, bool: bool}.get(wanted)
+        if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool)):
             raise UserError(f"{where}.{key} = {value!r}: {wanted.__name__} expected")
     return kind(**{key: value for key, value in values.items() if key in kind._fields})
 
@@ -100,19 +111,22 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
     )
     if not stages or len(set(stages)) != len(stages):
         raise UserError(f"config.stages = {stages}: name one stage or more, each once")
-    for key in ("batch_size", "eval_every", "eval_batch_size"):
+    for key in ("batch_size", "eval_every", "eval_batch_size", "replicas"):
         if getattr(run, key) < 1:
             raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")
     for where, seed in (("config.seed", run.seed), ("config.data.seed", run.data.seed)):
         if not 0 <= seed < 2**32:
             raise UserError(f"{where} = {seed}: from 0 to 2**32 - 1")
+    if run.seed + run.replicas > 2**32:
+        raise UserError(f"config.seed = {run.seed}, replicas = {run.replicas}: the last seed would be above 2**32 - 1")
+    if run.replicate not in ("loop", "vmap"):
+        raise UserError(f"config.replicate = {run.replicate!r}; allowed: loop, vmap")
     if run.data.few_below > run.data.many_above + 1:
         raise UserError(
             f"config.data.few_below = {run.data.few_below}, many_above = {run.data.many_above}: "
             "a class would be both many and few"
         )
-    if not 0 <= run.optimizer.momentum < 1 or not run.optimizer.weight_decay >= 0:
-        raise UserError(f"config.optimizer = {run.optimizer._asdict()}: momentum in [0, 1), weight_decay from 0")
+    _check_optimizer(run.optimizer, "config.optimizer")
     if run.dispatch_steps < 0:
         raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
     if run.data.groups not in ("counts", "ranges"):
@@ -129,18 +143,29 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
         if stage.start_from not in ("scratch", *parsed):
             earlier = ", ".join(("scratch", *parsed))
             raise UserError(f"{where}.start_from = {stage.start_from!r}: allowed here: {earlier}")
-        if not stage.lr > 0 or stage.epochs < 1:
+        least = 0 if stage.surgery else 1
+        if not stage.lr > 0 or stage.epochs < least:
             raise UserError(
-                f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least 1"
+                f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least {least}"
             )
+        optimizer = _fill(Optimizer, {**run.optimizer._asdict(), **stage.optimizer}, f"{where}.optimizer")
+        _check_optimizer(optimizer, f"{where}.optimizer")
+        if stage.keep_optimizer and stage.start_from == "scratch":
+            raise UserError(f"{where}.keep_optimizer: a stage from scratch has no optimizer to keep")
         for group, settings in stage.groups.items():
             _check_group(settings, f"{where}.groups.{group}")
         parsed[name] = stage._replace(
             title=stage.title or name,
+            optimizer=optimizer._asdict(),
             schedule={"kind": "constant", **stage.schedule},
             sampler={"name": "instance_balanced", **stage.sampler},
         )
     return run, parsed
+
+
+def _check_optimizer(optimizer: Optimizer, where: str) -> None:
+    if not 0 <= optimizer.momentum < 1 or not optimizer.weight_decay >= 0:
+        raise UserError(f"{where} = {optimizer._asdict()}: momentum in [0, 1), weight_decay from 0")
 
 
 def _check_group(settings: Any, where: str) -> None:

@@ -135,9 +135,10 @@ def focal(logits: jax.Array, labels: jax.Array, *, gamma: float = 2.0) -> jax.Ar
     """
     log_p = jax.nn.log_softmax(logits)  # [B, C]
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    log_rest = jax.nn.logsumexp(jnp.where(own, -jnp.inf, log_p), axis=-1)  # [B], log(1 - p_y)
-    # Far below where float32 tells 1 - p_y from 0; without a floor the gradient of C = 1 would be nan.
-    return jnp.exp(gamma * jnp.maximum(log_rest, -1e4)) * -_own(log_p, labels)
+    # The floor is far below where float32 tells 1 - p_y from 0; without it, the gradient would be nan where every other
+    # class is masked by a logit of -inf.
+    log_rest = jax.nn.logsumexp(jnp.where(own, -1e4, jnp.maximum(log_p, -1e4)), axis=-1)  # [B], log(1 - p_y)
+    return jnp.exp(gamma * log_rest) * -_own(log_p, labels)
 
 
 def ldam(
@@ -152,10 +153,10 @@ def ldam(
       `max_margin=0.5 * 30`.
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019.
     """
-    counts = jnp.asarray(class_counts).astype(logits.dtype)
+    counts = jnp.asarray(class_counts).astype(jnp.float32)  # half precision does not hold large counts
     margins = max_margin * (counts.min() / counts) ** 0.25  # [C]
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)  # [B, C]
-    return cross_entropy(scale * (logits - own * margins), labels)
+    return cross_entropy(scale * (logits - own * margins.astype(logits.dtype)), labels)
 
 
 def effective_number_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
@@ -194,8 +195,8 @@ def dro_bound(
     sorted by class; neither happens here.
     Source: Samuel & Chechik, "Distributional Robustness Loss for Long-tail Learning", ICCV 2021, equation 10.
     """
-    num_classes, dtype = centroids.shape[0], features.dtype
     features, labels, centroids = _whole(features), _whole(labels), _whole(centroids)  # every pair of examples meets
+    num_classes, dtype = centroids.shape[0], features.dtype
     own = jax.nn.one_hot(labels, num_classes, dtype=dtype)  # [B, C]
     known = own.sum(-1) > 0  # [B]
     anchors = centroids.astype(dtype)[jnp.clip(labels, 0, num_classes - 1)]  # [B, D], each example's own centroid
@@ -273,8 +274,9 @@ def residual_fusion(branch_logits: jax.Array, labels: jax.Array, *, masks: Array
     return beta * branch_loss + (1 - beta) * cross_entropy(branch_logits.sum(0), labels).mean()
 
 
-def _whole(x: jax.Array) -> jax.Array:
+def _whole(x: ArrayLike) -> jax.Array:
     """x on every device, where explicit sharding makes that our decision; elsewhere the compiler's."""
+    x = jnp.asarray(x)
     spec = jax.typeof(x).sharding.spec
     return jax.sharding.reshard(x, PartitionSpec()) if any(axis is not None for axis in spec) else x
 

@@ -17,7 +17,13 @@ SCHEDULES = ("constant", "step", "cosine")
 
 
 def schedule_table(
-    epochs: int, *, kind: str, warmup: float = 0.0, decay_at: tuple[float, ...] = (), decay: float = 0.1
+    epochs: int,
+    *,
+    kind: str,
+    warmup: float = 0.0,
+    warmup_start: float = 0.0,
+    decay_at: tuple[float, ...] = (),
+    decay: float = 0.1,
 ) -> np.ndarray:
     """The factor on the learning rate in each epoch [epochs]: all four papers change it once an epoch.
 
@@ -26,6 +32,8 @@ def schedule_table(
     Args:
       kind: "constant"; "step": times `decay` from each share in `decay_at` on; "cosine": `(1 + cos(pi e / epochs))/2`.
       warmup: share of the epochs over which the factor rises linearly to 1, whole epochs: `(e + 1) / warm-up epochs`.
+      warmup_start: where above 0, the factor of the first epoch, and the rise is `start + (1 - start) e / warm-up
+        epochs` (ResLT, from 1/3 on).
     """
     if kind not in SCHEDULES:
         raise UserError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}")
@@ -33,8 +41,10 @@ def schedule_table(
         raise UserError(
             f"schedule warmup = {warmup}, decay_at = {decay_at}: shares of the run, from 0 to 1, not epochs"
         )
-    if epochs < 1:
-        raise UserError(f"epochs = {epochs}: a stage needs at least 1")
+    if not 0 <= warmup_start <= 1:
+        raise UserError(f"schedule warmup_start = {warmup_start}: a factor on the learning rate, from 0 to 1")
+    if epochs < 0:
+        raise UserError(f"epochs = {epochs}: a stage cannot have less than none")
     epoch = np.arange(epochs)
     factor = np.ones(epochs)
     if kind == "step":
@@ -44,7 +54,10 @@ def schedule_table(
         factor = 0.5 * (1 + np.cos(math.pi * epoch / epochs))
     warmup_epochs = round(warmup * epochs)
     if warmup_epochs:
-        factor = np.minimum(1.0, (epoch + 1) / warmup_epochs) * factor
+        rise = (
+            warmup_start + (1 - warmup_start) * epoch / warmup_epochs if warmup_start else (epoch + 1) / warmup_epochs
+        )
+        factor = np.minimum(1.0, rise) * factor
     return factor
 
 
@@ -60,7 +73,7 @@ def unflatten(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
 def assign_groups(paths: list[str], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Which group each parameter belongs to: {path: group name}.
 
-    groups: {name: {"match": regular expression for the whole path, ...}}.
+    groups: {name: {"match": regular expression for the whole path, "optional": whether it may match none, ...}}.
     Raises: UserError naming the parameter that no or more than one group matches, or the group that matches none.
     """
     roots = sorted({"/".join(path.split("/")[:2]) for path in paths})
@@ -71,7 +84,8 @@ def assign_groups(paths: list[str], groups: Mapping[str, Mapping[str, Any]]) -> 
             what = f"parameter groups {names} all match" if names else f"no parameter group of {sorted(groups)} matches"
             raise UserError(f"{what} {path!r}: every parameter must match exactly one; paths begin with {roots}")
         assigned[path] = names[0]
-    empty = sorted(set(groups) - set(assigned.values()))
+    needed = {name for name, group in groups.items() if not group.get("optional")}
+    empty = sorted(needed - set(assigned.values()))
     if empty:
         raise UserError(f"parameter groups {empty} match no parameter; paths begin with {roots}")
     return assigned

@@ -125,9 +125,14 @@ def resident_draw(
     return draw
 
 
-def feature_means(apply: Apply, variables: Variables, source: Resident, mesh: Mesh) -> jax.Array:
-    """Mean feature of each class over the training images as they are, in evaluation mode -> [C, D]."""
-    size, batch_size = source.labels.shape[0], 64 * mesh.devices.size
+def feature_means(
+    apply: Apply, variables: Variables, source: Resident, mesh: Mesh, layers: tuple[str, ...] = ()
+) -> jax.Array | dict[str, jax.Array]:
+    """Mean feature of each class over the training images as they are, in evaluation mode.
+
+    Returns [C, D] of the features that the classifier sees, or {layer: [C, D_l]} of the named layers.
+    """
+    size, batch_size = source.labels.shape[0], 64 * mesh.shape[BATCH_AXIS]
 
     def batch(start):
         index = start + jnp.arange(batch_size)
@@ -136,11 +141,13 @@ def feature_means(apply: Apply, variables: Variables, source: Resident, mesh: Me
         outputs, _ = apply(variables, images, bn="eval")
         num_classes = outputs.logits.shape[-1]
         labels = jnp.where(index < size, source.labels[jnp.minimum(index, size - 1)], num_classes)  # past the end: none
-        means, counts = losses.class_means(outputs.features, labels, num_classes)
-        return means * counts[:, None], counts
+        wanted = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
+        found = {name: losses.class_means(features, labels, num_classes) for name, features in wanted.items()}
+        return {name: (means * counts[:, None], counts) for name, (means, counts) in found.items()}
 
-    sums, counts = jax.lax.map(batch, jnp.arange(0, size, batch_size))  # [batches, C, D], [batches, C]
-    return sums.sum(0) / jnp.maximum(counts.sum(0), 1)[:, None]
+    sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(batch, jnp.arange(0, size, batch_size)))
+    means = {name: total / jnp.maximum(counts, 1)[:, None] for name, (total, counts) in sums.items()}
+    return means if layers else means["features"]
 
 
 def build(
@@ -159,6 +166,7 @@ def build(
     weight_decay: float = 0.0,
     rng: jax.Array,
     mesh: Mesh,
+    image_shape: tuple[int, ...] = (32, 32, 3),
 ) -> Stage:
     """Compile-ready functions of one stage.
 
@@ -192,13 +200,26 @@ def build(
 
     def init(init_rng: jax.Array, variables: Variables) -> State:
         extra, arrays = method.init(init_rng)
-        if extra:
-            variables = variables._replace(params={**variables.params, "method": extra})
+        params = {name: value for name, value in variables.params.items() if name != "method"}
+        variables = variables._replace(params={**params, "method": extra} if extra else params)
+        if method.refresh:  # its arrays in their shapes; `refresh` fills them before the first epoch
+            arrays = method.refresh(arrays, zero_means(variables))
         # copies: `run` takes over the memory of its state, and the caller may keep the variables it started from
         variables = jax.tree.map(jnp.copy, variables._replace(arrays=arrays))
         flat = optim.flatten(variables.params)
         opt_state = optimizer.init({path: flat[path] for path in trained})
         return State(jnp.zeros((), jnp.int32), variables, opt_state)
+
+    def zero_means(variables: Variables):
+        image = jnp.zeros((1, *image_shape), jnp.float32)
+        outputs = jax.eval_shape(lambda: apply(variables, image, bn="eval")[0])
+        num_classes = outputs.logits.shape[-1]
+        if missing := [name for name in method.layers if name not in (outputs.layers or {})]:
+            known = ", ".join(outputs.layers or {}) or "none"
+            raise UserError(f"the method wants the features of layer {missing[0]!r}; the model's layers: {known}")
+        wanted = {name: outputs.layers[name] for name in method.layers} or {"features": outputs.features}
+        zeros = {name: jnp.zeros((num_classes, x.shape[-1]), jnp.float32) for name, x in wanted.items()}
+        return zeros if method.layers else zeros["features"]
 
     def step(state: State, source: Any) -> tuple[State, dict[str, jax.Array]]:
         draw_rng, loss_rng = jax.random.split(jax.random.fold_in(rng, state.step))
@@ -220,7 +241,9 @@ def build(
         return jax.lax.scan(lambda state, _: step(state, source), state, length=num_steps)
 
     def refresh(refresh_arrays: Callable, state: State, source: Resident) -> State:
-        arrays = refresh_arrays(state.variables.arrays, feature_means(apply, state.variables, source, mesh))
+        arrays = refresh_arrays(
+            state.variables.arrays, feature_means(apply, state.variables, source, mesh, method.layers)
+        )
         return state._replace(variables=state.variables._replace(arrays=arrays))
 
     compiled = partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))

@@ -137,6 +137,8 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
         class_counts=class_counts,
         mesh=problem.mesh,
     )
+    size = int(class_counts.sum())
+    steps = size // run.batch_size if settings.drop_last else -(-size // run.batch_size)
     jax.eval_shape(
         draw, problem.train_data, jnp.zeros((), jnp.int32), stage_rng(run, name)
     )  # its errors now, not later
@@ -149,10 +151,11 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
         bn=settings.batch_norm,
         lr=settings.lr,
         factors=registry.bind(f"config.{name}.schedule", optim.schedule_table, settings.schedule)(settings.epochs),
-        steps_per_epoch=-(-int(class_counts.sum()) // run.batch_size),
-        **run.optimizer._asdict(),
+        steps_per_epoch=steps,
+        **settings.optimizer,
         rng=stage_rng(run, name),
         mesh=problem.mesh,
+        image_shape=problem.image_shape,
     )
 
 

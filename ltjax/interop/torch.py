@@ -17,6 +17,9 @@ _RULES = (
     (r"(?:model\.)?bn1", "backbone/norm"),
     (r"(?:model\.)?layer(?P<stage>\d)\.(?P<block>\d+)\.conv(?P<n>\d)", "backbone/stage{stage}_block{block}/conv{n}"),
     (r"(?:model\.)?layer(?P<stage>\d)\.(?P<block>\d+)\.bn(?P<n>\d)", "backbone/stage{stage}_block{block}/norm{n}"),
+    (r"BNH", "branches/norm1"),  # ResLT's head, medium and tail branch
+    (r"BNM", "branches/norm2"),
+    (r"BNT", "branches/norm3"),
     (r"(?:classifier\.)?(?:fc|linear)", "classifier"),
 )
 _LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var"}
@@ -27,7 +30,9 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
 
     Args:
       state_dict: {name: array} with PyTorch's names and layouts (convolutions OIHW, linear [out, in]); keys may begin
-        with `module.`. Understood: the authors' CIFAR ResNets (`model.`, `classifier.`, `lws_model.learned_norm`).
+        with `module.`. Understood: the authors' CIFAR ResNets of DRO-LT (`conv1`, `layer1.0.conv1`, `linear`), MiSLAS
+        (`model.`, `classifier.`, `lws_model.learned_norm`) and ResLT (`model.`, `linear`, `BNH`, `BNM`, `BNT`). The
+        margins that DRO-LT learns are its loss's, not the network's, and have no place here.
       model: from `ltjax.models.create`.
     Returns: Variables with `params["net"]` and `stats["net"]`. A `logit_scale` the state_dict does not have is 1.
     Raises: UserError naming every key that has no place or another shape, and every weight that no key gives.

@@ -3,7 +3,7 @@
 from ltjax import registry
 from ltjax.types import Method, UserError
 
-METHODS = {name: f"ltjax.methods.{name}" for name in ("erm", "mislas")}
+METHODS = {name: f"ltjax.methods.{name}" for name in ("erm", "mislas", "drolt", "reslt")}
 
 
 def create(name: str, class_counts, **settings) -> Method:

@@ -1,21 +1,27 @@
-"""Empirical risk minimisation: softmax cross-entropy, with mixup where the batch was mixed."""
+"""Empirical risk minimisation: the mean of a classification loss. Most baselines are this with another loss."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from ltjax import losses
+from ltjax.methods import criteria
 from ltjax.types import Method
 
 
-def create(class_counts: np.ndarray) -> Method:
-    """Cross-entropy, the baseline of every table and, with mixup, the first stage of MiSLAS."""
-    del class_counts
+def create(
+    class_counts: np.ndarray, *, loss: Mapping[str, Any] = MappingProxyType({"name": "cross_entropy"})
+) -> Method:
+    """Cross-entropy, focal, LDAM, balanced softmax, ... with or without class weights and mixup.
 
-    def loss(apply, variables, batch, rng):
+    loss: see `ltjax.methods.criteria.create`.
+    """
+    criterion = criteria.create(class_counts, loss)
+
+    def mean_loss(apply, variables, batch, rng):
         del rng
         outputs, variables = apply(variables, batch.images)
-        per_image = losses.mixed(
-            lambda labels: losses.cross_entropy(outputs.logits, labels), batch.labels, batch.partner_labels, batch.lam
-        )
-        return per_image.mean(), (variables, {})
+        return criterion(outputs.logits, batch), (variables, {})
 
-    return Method(init=lambda rng: ({}, {}), loss=loss)
+    return Method(init=lambda rng: ({}, {}), loss=mean_loss)

@@ -6,23 +6,11 @@ batches (shifted batch norm), a class-aware sampler, and the network's `logit_sc
 
 import numpy as np
 
-from ltjax import losses
+from ltjax.methods import erm
 from ltjax.types import Method
 
 
 def create(class_counts: np.ndarray, *, head: float, tail: float, shape: str = "concave", power: float = 1.0) -> Method:
     """head, tail, shape, power: as in `ltjax.losses.smoothing_by_count`."""
-    smoothing = losses.smoothing_by_count(class_counts, head=head, tail=tail, shape=shape, power=power)  # [C]
-
-    def loss(apply, variables, batch, rng):
-        del rng
-        outputs, variables = apply(variables, batch.images)
-        per_image = losses.mixed(
-            lambda labels: losses.label_aware_smoothing(outputs.logits, labels, smoothing=smoothing),
-            batch.labels,
-            batch.partner_labels,
-            batch.lam,
-        )
-        return per_image.mean(), (variables, {})
-
-    return Method(init=lambda rng: ({}, {}), loss=loss)
+    smoothing = dict(name="label_aware_smoothing", head=head, tail=tail, shape=shape, power=power)
+    return erm.create(class_counts, loss=smoothing)

@@ -1,16 +1,19 @@
-"""Networks. A file gives `backbone(dtype, platform, *, settings) -> module: (x, train) -> features [B, D]`; around it
-go the normalisation, the classifier and the logit scale that all of them share."""
+"""Networks. A file gives `backbone(dtype, platform, *, settings) -> module: (x, train) -> {stage: map [B, h, w, D_l]}`,
+the final map last, under names that sort in that order (JAX hands dictionaries back sorted). Around it go what all of
+them share: the normalisation, the mean over space, ResLT's branches, the classifier and the logit scale."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
 from ltjax import registry
+from ltjax.models.branches import ConvBranches, NormBranches
 from ltjax.models.layers import CLASSIFIERS, Network
 from ltjax.types import UserError
 
 MODELS = {name: f"ltjax.models.{name}" for name in ("resnet_cifar",)}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+BRANCH_KINDS = ("norm", "conv")
 
 
 def create(
@@ -22,6 +25,8 @@ def create(
     classifier: str = "linear",
     cosine_scale: float = 1.0,
     logit_scale: bool = False,
+    branches: int = 0,
+    branch_kind: str = "norm",
     dtype: str = "float32",
     platform: str | None = None,
     **backbone: Any,
@@ -33,6 +38,9 @@ def create(
       mean, std: of each channel, for images in [0, 1].
       classifier: "linear" or "cosine" (whose logits are `cosine_scale` times a cosine).
       logit_scale: learn a factor for each class's logit.
+      branches: R, ResLT's branches in front of the classifier: 0 for none, 2 or 3.
+      branch_kind: "norm" (batch norms; the authors on CIFAR) or "conv" (a 1x1 convolution, batch norm and ReLU; the
+        authors on larger images, with 2 branches on iNaturalist). See `ltjax.models.branches`.
       dtype: of the computation, "float32" or "bfloat16"; parameters, statistics and logits stay float32.
       platform: "cpu", "gpu" or "tpu", whose convolution to build; None: that of JAX's own devices.
     Raises: UserError for an unknown name or setting.
@@ -40,13 +48,20 @@ def create(
     registry.choose("classifier", {name: None for name in CLASSIFIERS}, classifier)
     if len(mean) != len(std) or not all(s > 0 for s in std):
         raise UserError(f"model mean = {mean}, std = {std}: one value each for every channel, std above 0")
+    registry.choose("model branch_kind", {name: None for name in BRANCH_KINDS}, branch_kind)
+    if not isinstance(branches, int) or branches not in (0, 2, 3):
+        raise UserError(f"model branches = {branches}: take 0 for none, or 2 or 3")
     compute = registry.choose("model dtype", DTYPES, dtype)
     function = registry.bind(f"model {name!r}", registry.load("model", MODELS, name, "backbone"), backbone)
+    branch_layers = None
+    if branches:
+        branch_layers = NormBranches(branches) if branch_kind == "norm" else ConvBranches(branches, compute, platform)
     return Network(
         backbone=function(compute, platform),
         num_classes=num_classes,
         mean=tuple(mean),
         std=tuple(std),
+        branches=branch_layers,
         classifier=classifier,
         cosine_scale=cosine_scale,
         logit_scale=logit_scale,

@@ -1,4 +1,4 @@
-"""Layers that the networks share: convolution, batch norm, classifiers, and the network around a backbone."""
+"""Layers that the networks share: convolution, batch norm, pooling, classifiers, and the network around a backbone."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -178,19 +178,33 @@ def unit(x: jax.Array, *, axis: int) -> jax.Array:
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
 
 
+def pool(x: jax.Array) -> jax.Array:
+    """Mean over space: a map [B, h, w, D] of any float type -> float32 [B, D]."""
+    if x.dtype != jnp.float32:
+        x = lax.optimization_barrier(x)  # XLA on CPU, jax 0.11 and 0.12, makes nan of this mean fused with a relu
+    return x.astype(jnp.float32).mean((1, 2))
+
+
 class Network(nn.Module):
-    """Normalisation, a backbone, a classifier and, as a switch, a learnable scale of each class's logit.
+    """Normalisation, a backbone, a classifier and, as switches, branches and a learnable scale of each class's logit.
 
-    `backbone(x, train) -> features [B, D]`. Images come in [0, 1]: the network normalises them itself, so that attacks
-    work in pixels. Parameter paths begin with `backbone`, `classifier` and `logit_scale`.
+    `backbone(x, train) -> {stage: map [B, h, w, D_l]}`, whose last map is the final one. Images come in [0, 1]: the
+    network normalises them itself, so that attacks work in pixels. Parameter paths begin with `backbone`, `branches`,
+    `classifier` and `logit_scale`.
 
-    logit_scale: MiSLAS's learnable weight scaling, `logits = s * (W z + b)` with s [C] initially 1.
+    `features` is the mean over space of the final map, `layers` that of every stage's, float32. With branches the
+    classifier sees theirs instead, each [B, D]: `branches` holds the logits of each and `logits` their sum, while
+    `features` stays what it is without branches, so that class means and losses on features have one meaning.
+
+    branches: a module of `ltjax.models.branches`. logit_scale: MiSLAS's learnable weight scaling,
+    `logits = s * (W z + b)` with s [C] initially 1; with branches, of each one's logits.
     """
 
     backbone: nn.Module
     num_classes: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    branches: nn.Module | None = None
     classifier: str = "linear"
     cosine_scale: float = 1.0
     logit_scale: bool = False
@@ -209,6 +223,15 @@ class Network(nn.Module):
             raise UserError(f"model mean = {self.mean}: images have {images.shape[-1]} channels")
         mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
         x = ((images.astype(jnp.float32) - mean) / std).astype(self.dtype)
-        features = self.backbone(x, train).astype(jnp.float32)  # [B, D]
-        logits = self.head(features)  # [B, C]
-        return Outputs(logits * self.scale if self.logit_scale else logits, features)
+        maps = self.backbone(x, train)
+        layers = {name: pool(x) for name, x in maps.items()}  # unused ones are dead code once compiled
+        last = list(maps)[-1]
+        if self.branches is None:
+            return Outputs(self._logits(layers[last]), layers[last], None, layers)
+        logits = self._logits(self.branches(maps[last], train))  # [R, B, C]
+        return Outputs(logits.sum(0), layers[last], logits, layers)
+
+    def _logits(self, features: jax.Array) -> jax.Array:
+        """[..., D] -> [..., C]"""
+        logits = self.head(features)
+        return logits * self.scale if self.logit_scale else logits

@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNetCifarBackbone(nn.Module):
-    """[B, H, W, channels] -> features [B, 4 * width]."""
+    """[B, H, W, channels] -> {"stage1": [B, H, W, width], "stage2": [B, H/2, W/2, 2 width], "stage3": ...}."""
 
     depth: int
     width: int = 16
@@ -41,19 +41,17 @@ class ResNetCifarBackbone(nn.Module):
     platform: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
         x = Conv(self.width, dtype=self.dtype, platform=self.platform, name="conv")(x)
         x = nn.relu(BatchNorm(name="norm")(x, train))
+        maps = {}
         for stage in range(3):
             for block in range((self.depth - 2) // 6):
                 strides = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage + 1}_block{block + 1}"
                 x = BasicBlock(self.width * 2**stage, strides, self.dtype, self.platform, name=name)(x, train)
-        if self.dtype != jnp.float32:
-            x = jax.lax.optimization_barrier(
-                x
-            )  # XLA on CPU, jax 0.11 and 0.12, makes nan of this mean fused with a relu
-        return x.astype(jnp.float32).mean((1, 2))
+            maps[f"stage{stage + 1}"] = x
+        return maps
 
 
 def backbone(dtype: Any, platform: str | None, *, depth: int = 32, width: int = 16) -> ResNetCifarBackbone:

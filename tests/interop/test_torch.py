@@ -49,3 +49,23 @@ def test_a_weight_that_no_key_gives_is_named(golden, net):
     del state_dict["model.layer2.0.bn1.running_var"]
     with pytest.raises(UserError, match=r"nothing for \['backbone/stage2_block1/norm1/var'\]"):
         import_state_dict(state_dict, net)
+
+
+def test_drolts_names_give_the_same_network(golden, net):
+    state_dict = initial(golden)
+    renamed = {key.removeprefix("model.").replace("classifier.fc", "linear"): v for key, v in state_dict.items()}
+    assert {"conv1.weight", "layer1.0.conv1.weight", "linear.bias"} <= renamed.keys()
+    jax.tree.map(np.testing.assert_array_equal, import_state_dict(state_dict, net), import_state_dict(renamed, net))
+
+
+def test_reslts_head_medium_and_tail_norms_are_branches_1_2_and_3(golden):
+    numbers = golden("reslt_train")
+    state_dict = {key.removeprefix("final/"): value for key, value in numbers.items() if key.startswith("final/")}
+    branched = models.create("resnet_cifar", 100, depth=8, branches=3)
+    variables = import_state_dict(state_dict, branched)
+    for number, theirs in enumerate(("BNH", "BNM", "BNT")):
+        params, stats = (tree["net"]["branches"][f"norm{number + 1}"] for tree in (variables.params, variables.stats))
+        ours = {"weight": params["scale"], "bias": params["bias"]}
+        ours |= {"running_mean": stats["mean"], "running_var": stats["var"]}
+        for leaf, value in ours.items():
+            np.testing.assert_array_equal(value, state_dict[f"{theirs}.{leaf}"])

@@ -266,6 +266,30 @@ def test_logits_are_the_classifier_of_the_features():
     np.testing.assert_allclose(outputs.logits, outputs.features @ head["kernel"] + head["bias"], rtol=1e-4, atol=1e-4)
 
 
+def test_layers_are_the_width_of_every_stage():
+    outputs = jax.eval_shape(make().apply, shapes(make()), IMAGES)
+    assert {name: layer.shape for name, layer in outputs.layers.items()} == {
+        "stage1": (4, 4),
+        "stage2": (4, 8),
+        "stage3": (4, 16),
+    }
+
+
+def test_layers_are_the_means_over_space_of_the_stages():
+    net, variables = make(), some_variables(make())
+    maps = net.backbone.apply({name: tree["backbone"] for name, tree in variables.items()}, IMAGES, False)
+    assert [x.shape[1:3] for x in maps.values()] == [(8, 8), (4, 4), (2, 2)]
+    layers = net.apply(variables, IMAGES).layers
+    assert layers.keys() == maps.keys()
+    for name, x in maps.items():
+        np.testing.assert_allclose(layers[name], np.float64(x).mean((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layer_is_the_features():
+    outputs = run(make(), some_variables(make()))
+    np.testing.assert_array_equal(outputs.layers["stage3"], outputs.features)
+
+
 def test_the_logit_scale_multiplies_each_classs_logit():
     net = make(logit_scale=True)
     variables = some_variables(net)

@@ -1,0 +1,454 @@
+"""One table over finished runs, with seeds of the same config gathered in a row.
+
+    python -m ltjax.compare runs/*                                # in the terminal
+    python -m ltjax.compare runs/ce-seed* runs/mislas-seed* --stages --format=latex > table.tex
+
+Figures are those of the last epoch, as each run's results.json has them: mean ± sample standard deviation over seeds.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ltjax import config as config_module
+from ltjax.results import GROUPS
+from ltjax.types import UserError, one_line
+
+# Settings in which runs of one row may differ: which seeds were trained, and what changes no trained number.
+WITHIN_A_ROW = ("seed", "replicas", "replicate", "eval_batch_size", "checkpoint_seconds", "dispatch_steps")
+# {key in `Row.figures`: column}, after the groups; `ncm` and `best` are shown on demand.
+FIGURES = {**{group: group for group in GROUPS}, "ece": "ECE", "ncm": "NCM", "best": "legacy best"}
+NOTES = (
+    "Last epoch; mean ± sample standard deviation over seeds, in %. ECE with 15 bins. Time: h:mm:ss, mean over runs."
+)
+COLUMN_NOTES = {
+    "NCM": "NCM: accuracy over all classes of the nearest class mean, instead of the classifier.",
+    "legacy best": "Legacy best: the best epoch as picked on the test set, which no fair comparison may use.",
+}
+MOST_DIFFERENCES = 3
+
+
+class Stage(NamedTuple):
+    title: str
+    seconds: float
+    seeds: dict[int, dict[str, float]]  # {seed: {key of `FIGURES`: fraction}}, without what was not measured
+
+
+class Run(NamedTuple):
+    path: Path  # as the user knows it: the workdir, or the file where it is not called results.json
+    name: str
+    settings: dict[str, Any] | None  # those that change what is trained; None without a config.json
+    stages: dict[str, Stage]
+    final_stage: str
+    seconds: float
+    facts: dict[str, str | None]  # what two runs must share to be compared; None: unknown
+
+
+class Figure(NamedTuple):
+    mean: float
+    std: float | None = None  # with ddof=1; None for one seed
+
+
+class Row(NamedTuple):
+    name: str
+    figures: dict[str, Figure]  # {key of `FIGURES`: fraction}, without what some seed lacks
+    seconds: float  # mean over runs
+    seeds: tuple[int, ...]
+    runs: tuple[Path, ...]  # those whose seeds were counted
+
+
+class Cell(NamedTuple):
+    text: str
+    best: bool = False  # of its column
+
+
+class Comparison(NamedTuple):
+    rows: list[Row]
+    notes: list[str]  # what the reader of the table has to know, a line each
+
+
+def rows(paths: Iterable[str | Path], *, stages: bool = False) -> list[Row]:
+    """The rows of the table over some runs, in the order given.
+
+    Args:
+      paths: workdirs, folders of workdirs, or results.json files with config.json and split.json beside them.
+      stages: a row for every stage instead of the final one alone.
+    Raises: UserError naming a path that is no finished run.
+    """
+    return compare(paths, stages=stages).rows
+
+
+def compare(paths: Iterable[str | Path], *, stages: bool = False) -> Comparison:
+    """`rows`, and notes on what was left out, counted once, or is not comparable."""
+    files, notes = [], []
+    for path in paths:
+        found, unfinished = results_files(Path(path))
+        files += found
+        notes += [f"note: {folder} is left out: no results.json, not trained to the end" for folder in unfinished]
+    distinct = list({file.resolve(): file for file in reversed(files)}.values())[::-1]
+    groups = group([read_run(file) for file in distinct])
+    made, seen = [], {}
+    for name, runs in zip(row_names(groups), groups, strict=True):
+        owners, twice = owners_of_seeds(runs)
+        notes += twice
+        seen[name] = runs
+        if runs[0].settings is None:
+            notes.append(f"note: {runs[0].path} has no config.json beside it: a row of its own")
+        for stage in runs[0].stages if stages else [None]:
+            made.append(make_row(name, owners, stage))
+    return Comparison(made, notes + not_comparable(seen))
+
+
+def results_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The results.json files that a path stands for, and the unfinished runs in it where it is a folder of runs.
+
+    Raises: UserError where there is no results.json.
+    """
+    if path.is_file():
+        return [path], []
+    if not path.is_dir():
+        raise UserError(f"no {path}: name a run's workdir or its results.json")
+    if (path / "results.json").exists():
+        return [path / "results.json"], []
+    if (path / "config.json").exists():
+        raise UserError(f"{path} has no results.json: train it to the end first (the same command resumes)")
+    found = sorted(path.glob("*/results.json"))
+    if not found:
+        raise UserError(f"{path} holds no finished run: name a workdir with a results.json, or a folder of them")
+    finished = {file.parent for file in found}
+    return found, [file.parent for file in sorted(path.glob("*/config.json")) if file.parent not in finished]
+
+
+def read_run(path: Path) -> Run:
+    """A run from its results.json, with config.json and split.json where they lie beside it.
+
+    Raises: UserError naming the file that is not what ltjax writes.
+    """
+    again = "move it away and run the training command again, which writes it anew"
+    results = _read_json(path, again) or {}
+    alone = "mend it, or copy results.json to an empty folder and name the copy"
+    config = _read_json(path.with_name("config.json"), alone, optional=True)
+    split = _read_json(path.with_name("split.json"), alone, optional=True) or {}
+    try:
+        stages = {name: _stage(stage, results) for name, stage in results["stages"].items()}
+        final = results["final_stage"]
+        run = Run(
+            path=path.parent if path.name == "results.json" else path,
+            name=str(results["name"]),
+            settings=None,
+            stages=stages,
+            final_stage=final,
+            seconds=float(results["seconds"]),
+            facts={
+                "data set": None,
+                "training images": _text(split.get("sha256")),
+                "number of test images": _text(_measured(results["stages"][final])[0].get("num_images")),
+                "group sizes": _text(results.get("group_sizes")),
+            },
+        )
+        if any(set(stage.seeds) != set(stages[final].seeds) for stage in stages.values()):
+            raise ValueError("its stages have different seeds")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold what ltjax writes there ({_what(error)}): {again}") from error
+    if config is None:
+        return run
+    try:
+        run.facts["data set"] = _text(config["data"]["name"])
+        return run._replace(settings=trained_settings(config))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        beside = path.with_name("config.json")
+        raise UserError(f"{beside} does not hold what ltjax writes there ({_what(error)}): {alone}") from error
+
+
+def _read_json(path: Path, remedy: str, *, optional: bool = False) -> dict[str, Any] | None:
+    if optional and not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold what ltjax writes there: {remedy}")
+    return value
+
+
+def _what(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else one_line(error)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, sort_keys=True)
+
+
+def _measured(stage: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What a stage of results.json measured, an entry a seed: with replicas, the stage itself holds means."""
+    return stage.get("replicas") or [stage]
+
+
+def _stage(stage: Mapping[str, Any], results: Mapping[str, Any]) -> Stage:
+    seeds = {int((one if stage.get("replicas") else results)["seed"]): _figures(one) for one in _measured(stage)}
+    return Stage(title=str(stage["title"]), seconds=float(stage["seconds"]), seeds=seeds)
+
+
+def _figures(measured: Mapping[str, Any]) -> dict[str, float]:
+    found = {
+        **{group: measured["accuracy"].get(group) for group in GROUPS},
+        "ece": measured["ece"],
+        "ncm": measured.get("nearest_mean", {}).get("accuracy", {}).get("all"),
+        "best": measured.get("best_on_test", {}).get("accuracy"),
+    }
+    return {key: float(value) for key, value in found.items() if value is not None}
+
+
+def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that change what is trained, with today's defaults for keys that an older config.json lacks."""
+    run, data = config_module.Run._field_defaults, config_module.Data._field_defaults
+    filled = {**run, **config}
+    filled["data"] = {**data, **config["data"]}
+    filled["optimizer"] = {**config_module.Optimizer._field_defaults, **config.get("optimizer", {})}
+    for name in config["stages"]:
+        filled[name] = {**config_module.Stage._field_defaults, **config[name]}
+    # through JSON, so that a default () equals the [] of a file
+    return json.loads(json.dumps({key: value for key, value in filled.items() if key not in WITHIN_A_ROW}))
+
+
+def group(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs of the same settings, whatever their seeds, in the order of their first."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        mates = next((members for members in groups if _same(members[0], run)), None)
+        if mates is None:
+            groups.append([run])
+        else:
+            mates.append(run)
+    return groups
+
+
+def _same(a: Run, b: Run) -> bool:
+    if a.settings is None or b.settings is None:
+        return False
+    return list(a.stages) == list(b.stages) and not config_module.differences(a.settings, b.settings)
+
+
+def row_names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """A name for each group of runs: the runs' own, with what differs from the first group of that name."""
+    firsts: dict[str, Run] = {}
+    names: list[str] = []
+    for run, *_ in groups:
+        name, first = run.name, firsts.setdefault(run.name, run)
+        if run is not first:
+            known = first.settings is not None and run.settings is not None
+            changed = config_module.differences(first.settings or {}, run.settings or {}) if known else []
+            more = [f"and {len(changed) - MOST_DIFFERENCES} more"] if len(changed) > MOST_DIFFERENCES else []
+            shown = [line.replace(": ", " ", 1) for line in changed[:MOST_DIFFERENCES]]
+            name = f"{name} ({', '.join(shown + more) or run.path})"
+        names.append(name if name not in names else f"{name} ({run.path})")
+    return names
+
+
+def owners_of_seeds(runs: Iterable[Run]) -> tuple[dict[int, Run], list[str]]:
+    """{seed: the first run that has it}, and a note for each run that repeats seeds."""
+    owners: dict[int, Run] = {}
+    notes = []
+    for run in runs:
+        repeated: dict[Path, list[str]] = {}
+        for seed in run.stages[run.final_stage].seeds:
+            if owners.setdefault(seed, run) is not run:
+                repeated.setdefault(owners[seed].path, []).append(str(seed))
+        for path, seeds in repeated.items():
+            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+            notes.append(f"note: {which} of {run.name} in {run.path} as in {path}: counted once, from {path}")
+    return owners, notes
+
+
+def make_row(name: str, owners: Mapping[int, Run], stage: str | None) -> Row:
+    """The row of one stage, or of the final stage with the whole run's seconds for None."""
+    runs = list({id(run): run for run in owners.values()}.values())
+    chosen = {id(run): run.stages[stage or run.final_stage] for run in runs}
+    measured = [chosen[id(run)].seeds[seed] for seed, run in owners.items()]
+    common = [key for key in FIGURES if all(key in values for values in measured)]
+    seconds = [run.seconds if stage is None else chosen[id(run)].seconds for run in runs]
+    return Row(
+        name=name if stage is None else f"{name} / {chosen[id(runs[0])].title}",
+        figures={key: mean_and_std([values[key] for values in measured]) for key in common},
+        seconds=math.fsum(seconds) / len(seconds),
+        seeds=tuple(owners),
+        runs=tuple(run.path for run in runs),
+    )
+
+
+def mean_and_std(values: Sequence[float]) -> Figure:
+    """Mean, and standard deviation with ddof=1 where there are two values or more."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Figure(mean)
+    return Figure(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)))
+
+
+def not_comparable(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    """A warning for each way in which the facts about runs part the rows; a row that is parted itself by its paths."""
+    parted: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    facts = dict.fromkeys(fact for runs in groups.values() for run in runs for fact in run.facts)
+    for fact in facts:
+        sides: dict[str, list[str]] = {}
+        for name, runs in groups.items():
+            within = {run.facts[fact] for run in runs} - {None}
+            for run in runs:
+                value = run.facts[fact]
+                if value is not None:
+                    sides.setdefault(value, []).append(name if len(within) == 1 else str(run.path))
+        if len(sides) > 1:
+            parts = tuple(tuple(dict.fromkeys(labels)) for labels in sides.values())
+            parted.setdefault(parts, []).append(fact)
+    return [
+        f"warning: not comparable, different {', '.join(different)}: {' | '.join(', '.join(part) for part in parts)}"
+        for parts, different in parted.items()
+    ]
+
+
+def cells(rows: Sequence[Row], *, legacy_best: bool = False) -> list[list[Cell]]:
+    """The table as text, its header first: figures in %, "-" where one is missing, the best of each column marked.
+
+    legacy_best: a column of the best epoch as picked on the test set.
+    """
+    keys = [*GROUPS, "ece"]
+    keys += ["ncm"] * any("ncm" in row.figures for row in rows) + ["best"] * legacy_best
+    best = {key: _best(key, [row.figures[key].mean for row in rows if key in row.figures]) for key in keys}
+    table = [[Cell(title) for title in ("last epoch, %", *(FIGURES[key] for key in keys), "time", "seeds")]]
+    for row in rows:
+        figures = [row.figures.get(key) for key in keys]
+        shown = [
+            Cell("-") if figure is None else Cell(_percent(figure), _rounded(figure.mean) == best[key])
+            for key, figure in zip(keys, figures, strict=True)
+        ]
+        table.append([Cell(row.name), *shown, Cell(_clock(row.seconds)), Cell(str(len(row.seeds)))])
+    return table
+
+
+def _best(key: str, means: Iterable[float]) -> float | None:
+    """The best mean as it is shown, or None where there are not two to choose from. NaN is never best."""
+    shown = [_rounded(mean) for mean in means if not math.isnan(mean)]
+    return None if len(shown) < 2 else min(shown) if key == "ece" else max(shown)
+
+
+def _rounded(mean: float) -> float:
+    return float(f"{100 * mean:.1f}")
+
+
+def _percent(figure: Figure) -> str:
+    mean = f"{100 * figure.mean:.1f}"
+    return mean if figure.std is None else f"{mean} ± {100 * figure.std:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def plain(table: Sequence[Sequence[Cell]]) -> Table:
+    """`cells` for a rich console."""
+    (first, *others), *body = table
+    made = Table()
+    made.add_column(first.text, overflow="fold")
+    for header in others:
+        made.add_column(header.text, justify="right", no_wrap=True)
+    for row in body:
+        made.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
+    return made
+
+
+def markdown(table: Sequence[Sequence[Cell]]) -> str:
+    """`cells` as a table in GitHub's Markdown."""
+
+    def line(texts: Iterable[str]) -> str:
+        return f"| {' | '.join(texts)} |\n"
+
+    def text(cell: Cell) -> str:
+        escaped = re.sub(r"([\\|*<`\[\]])", r"\\\1", cell.text)
+        return f"**{escaped}**" if cell.best else escaped
+
+    header, *body = ([text(cell) for cell in row] for row in table)
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "".join(line(texts) for texts in (header, rule, *body))
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
+    **{"±": r"$\pm$", "→": r"$\to$"},
+}
+
+
+def latex(table: Sequence[Sequence[Cell]]) -> str:
+    """`cells` as a tabular with the rules of the package booktabs."""
+
+    def text(cell: Cell) -> str:
+        escaped = cell.text.replace("->", "→").translate(str.maketrans(_LATEX))
+        return f"\\textbf{{{escaped}}}" if cell.best else escaped
+
+    def line(row: Sequence[Cell]) -> str:
+        return " & ".join(text(cell) for cell in row) + " \\\\\n"
+
+    header, *body = table
+    inner = f"\\toprule\n{line(header)}\\midrule\n{''.join(line(row) for row in body)}\\bottomrule\n"
+    return f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n{inner}\\end{{tabular}}\n"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
+    parser = _Parser(
+        prog="python -m ltjax.compare",
+        description="One table over finished runs, their last epoch: mean and deviation over the seeds of a config.",
+        epilog="example: python -m ltjax.compare runs/ce-seed* runs/mislas-seed* --format=markdown",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a workdir, a folder of workdirs, or a results.json")
+    parser.add_argument("--format", choices=("plain", "markdown", "latex"), default="plain", help="default: plain")
+    parser.add_argument("--stages", action="store_true", help="a row for each stage, not the final one alone")
+    parser.add_argument(
+        "--best", action="store_true", help="also the legacy figure: the best epoch as picked on the test set"
+    )
+    try:
+        args = parser.parse_args(argv)
+        made, notes = compare(args.runs, stages=args.stages)
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for note in notes:
+        print(note, file=sys.stderr)
+    table = cells(made, legacy_best=args.best)
+    if args.format == "plain":
+        _print_plain(table)
+    else:
+        print({"markdown": markdown, "latex": latex}[args.format](table), end="")
+    return 0
+
+
+def _print_plain(table: Sequence[Sequence[Cell]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=10_000)  # a file has no edge to wrap at
+    console.print(plain(table))
+    bold = ["Bold: best of the column."] if console.is_terminal else []
+    about = [COLUMN_NOTES[header.text] for header in table[0] if header.text in COLUMN_NOTES]
+    for line in (" ".join([NOTES, *bold]), *about):
+        console.print(line, style="dim", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Classification losses by the name that a config gives them: the part of a method that other methods share."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltjax import losses, registry
+from ltjax.types import Batch, UserError
+
+# criterion(logits [B, C], batch) -> scalar
+Criterion = Callable[[jax.Array, Batch], jax.Array]
+
+
+def _cross_entropy(class_counts):
+    return losses.cross_entropy
+
+
+def _focal(class_counts, *, gamma: float = 2.0):
+    return lambda logits, labels: losses.focal(logits, labels, gamma=gamma)
+
+
+def _balanced_softmax(class_counts):
+    return lambda logits, labels: losses.balanced_softmax(logits, labels, class_counts=class_counts)
+
+
+def _logit_adjusted(class_counts, *, tau: float = 1.0):
+    return lambda logits, labels: losses.logit_adjusted(logits, labels, class_counts=class_counts, tau=tau)
+
+
+def _ldam(class_counts, *, max_margin: float = 0.5, scale: float = 30.0):
+    settings = dict(class_counts=class_counts, max_margin=max_margin, scale=scale)
+    return lambda logits, labels: losses.ldam(logits, labels, **settings)
+
+
+def _label_aware_smoothing(class_counts, *, head: float, tail: float, shape: str = "concave", power: float = 1.0):
+    smoothing = losses.smoothing_by_count(class_counts, head=head, tail=tail, shape=shape, power=power)  # [C]
+    return lambda logits, labels: losses.label_aware_smoothing(logits, labels, smoothing=smoothing)
+
+
+CRITERIA: dict[str, Callable] = {
+    "cross_entropy": _cross_entropy,
+    "focal": _focal,
+    "balanced_softmax": _balanced_softmax,
+    "logit_adjusted": _logit_adjusted,
+    "ldam": _ldam,
+    "label_aware_smoothing": _label_aware_smoothing,
+}
+
+
+def _class_weights(class_counts: np.ndarray, *, kind: str, beta: float = 0.9999) -> jax.Array:
+    """[C]. kind: "effective_number" favours rare classes; "count", n_c / n_max, frequent ones (DRO-LT, stage 2)."""
+    if kind == "effective_number":
+        return losses.effective_number_weights(class_counts, beta=beta)
+    if kind == "count":
+        counts = jnp.asarray(class_counts, jnp.float32)
+        return counts / counts.max()
+    raise UserError(f"unknown class weights {kind!r}; known: effective_number, count")
+
+
+def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
+    """The mean loss of a batch, mixed by mixup or not.
+
+    Args:
+      class_counts: [C] training images.
+      settings: {"name": one of `CRITERIA`, its own settings, optionally "class_weights": {"kind": ..., "beta": ...}}.
+        With class weights w the mean is `sum_i w_yi loss_i / sum_i w_yi` over the batch, as in PyTorch.
+    Raises: UserError (or the loss's ValueError) for a name or setting that is not known.
+    """
+    settings = dict(settings)
+    name, weighting = settings.pop("name", "cross_entropy"), settings.pop("class_weights", None)
+    function = registry.choose("loss", CRITERIA, name)
+    per_image = registry.bind(f"loss {name!r}", function, settings)(class_counts)
+    weights = None
+    if weighting is not None:
+        if "kind" not in weighting:
+            raise UserError(f"class_weights = {dict(weighting)}: needs a kind, effective_number or count")
+        weights = registry.bind("class_weights", _class_weights, weighting)(class_counts)  # [C]
+
+    def criterion(logits: jax.Array, batch: Batch) -> jax.Array:
+        def mean(labels):
+            values = per_image(logits, labels)  # [B]
+            if weights is None:
+                return values.mean()
+            own = jax.nn.one_hot(labels, weights.shape[0], dtype=values.dtype) @ weights.astype(values.dtype)  # [B]
+            return (own * values).sum() / own.sum()
+
+        return losses.mixed(mean, batch.labels, batch.partner_labels, batch.lam)
+
+    return criterion
