@@ -79,7 +79,7 @@ def fail(message: object) -> None:
 
 
 def main(_: list[str]) -> None:
-    from ltjax import train  # after the flags, so that --help and a mistyped flag answer at once
+    from ltjax import problem, train  # after the flags, so that --help and a mistyped flag answer at once
     from ltjax.signals import Interrupted
     from ltjax.types import UserError
 
@@ -89,10 +89,12 @@ def main(_: list[str]) -> None:
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     threading.excepthook = sys.unraisablehook = lambda _: None
     config = _CONFIG.value.to_dict()
-    workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-seed{config.get('seed', 0)}")
+    seed, replicas = config.get("seed", 0), config.get("replicas", 1)
+    seeds = f"seeds{seed}-{seed + replicas - 1}" if replicas > 1 else f"seed{seed}"
+    workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-{seeds}")
     do = {"train": train.train, "eval": train.evaluate_workdir}[_MODE.value]
     try:
-        train.use_cpu_cores(config.get("batch_size", 1))
+        problem.use_cpu_cores(config.get("batch_size", 1))
         do(config, workdir, _DATA_DIR.value)
     except UserError as error:
         fail(error)

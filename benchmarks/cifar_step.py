@@ -41,7 +41,7 @@ from rich.table import Table
 from benchmarks import flops
 from configs import cifar100_lt
 from ltjax import config as config_module
-from ltjax import results, stage, train
+from ltjax import problem, results, stage, train
 from ltjax.checkpoint import write_json
 from ltjax.data.source import Images
 
@@ -178,22 +178,22 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.Stage]):
 def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[str, Any]:
     """The numbers of both stages, {stage: {...}}, and what they were measured on."""
     run, stages = config_module.parse(config)
-    problem = train.setup(run, data_dir)
-    check_the_guard(problem.image_shape, run.batch_size)
-    built = {name: train.build_stage(run, name, settings, problem) for name, settings in stages.items()}
+    ready = train.setup(run, data_dir)
+    check_the_guard(ready.image_shape, run.batch_size)
+    built = {name: train.build_stage(run, name, settings, ready) for name, settings in stages.items()}
     seconds, operations = {}, {}
     for name, settings in stages.items():
         if with_flops:
-            operations[name] = flops.by_xla(run, name, settings, problem)
+            operations[name] = flops.by_xla(run, name, settings, ready)
         steps = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)
-        state = built[name].init(jax.random.key(0), train.fresh_variables(run, name, problem))
-        seconds[name] = time_steps(built[name], state, problem.train_data, steps, repeats)
+        state = built[name].init(train.seeds(run), train.fresh_variables(run, name, ready))
+        seconds[name] = time_steps(built[name], state, ready.train_data, steps, repeats)
     epochs = train_one_epoch(config, data_dir, built)
 
     numbers = {}
     for name, settings in stages.items():
         dispatches, transfers = epochs[name]
-        images = [t.size for t in transfers if t.size is None or t.shape[-3:] == problem.image_shape]
+        images = [t.size for t in transfers if t.size is None or t.shape[-3:] == ready.image_shape]
         median = {key: statistics.median(values) for key, values in seconds[name].items()}
         numbers[name] = {
             "title": settings.title,
@@ -211,18 +211,18 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
         if with_flops:
             trains = any("backbone" in path for path in built[name].trained)
             size = {key: run.model[key] for key in ("depth", "width")}
-            by_hand = flops.by_hand(**size, num_classes=len(problem.images.class_names), backbone_trains=trains)
+            by_hand = flops.by_hand(**size, num_classes=len(ready.images.class_names), backbone_trains=trains)
             numbers[name]["flops_per_image"] = {
                 "by_xla": operations[name],
                 "by_hand": by_hand,
                 "xla_over_hand": operations[name] / by_hand,
             }
-    device = problem.mesh.devices.flat[0]
+    device = ready.mesh.devices.flat[0]
     return {
         "stages": numbers,
-        "num_images": int(problem.split.class_counts.sum()),
+        "num_images": int(ready.split.class_counts.sum()),
         "device": f"{device.platform}: {device.device_kind}",
-        "num_devices": int(problem.mesh.devices.size),
+        "num_devices": int(ready.mesh.devices.size),
     }
 
 
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--no_flops", action="store_true", help="skip counting operations, which compiles for a CPU")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    train.use_cpu_cores(args.batch_size)
+    problem.use_cpu_cores(args.batch_size)
     commit = results.git_commit()
     config = one_epoch_config(
         depth=args.depth,

@@ -8,7 +8,7 @@ the classifier only; XLA's also has batch norm, the loss, the optimizer, drawing
 import jax
 
 from ltjax import config as config_module
-from ltjax import models, stage, train
+from ltjax import models, parallel, train
 
 
 def by_hand(
@@ -55,10 +55,10 @@ def compiled(
     cpu = jax.devices("cpu")[0]
     model = dict(run.model)
     plain = models.create(model.pop("name"), len(problem.images.class_names), **model, platform="gpu")
-    problem = problem._replace(nets={"net": plain}, mesh=stage.make_mesh([cpu]))
+    problem = problem._replace(nets={"net": plain}, mesh=parallel.make_mesh([cpu]))
     with jax.default_device(cpu):
         built = train.build_stage(run, name, settings, problem)
         variables = jax.eval_shape(lambda: train.fresh_variables(run, name, problem))
-        state = jax.eval_shape(built.init, jax.random.key(0), variables)
+        state = jax.eval_shape(built.init, train.seeds(run), variables)
         source = jax.eval_shape(lambda: problem.train_data)
         return built.run.lower(state, source, num_steps).compile()

@@ -92,6 +92,8 @@ def cifar_long_tailed(name: str, arg: str | None, mislas: dict, reslt: dict, ran
     )
     config.batch_size = 128
     config.seed = 0
+    config.replicas = 1
+    config.replicate = "loop"
     config.epochs = 12 if short else 200
     config.eval_every = 3 if short else 1
     config.eval_batch_size = 500

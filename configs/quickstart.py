@@ -35,6 +35,8 @@ def get_config(arg=None):
     )
     config.batch_size = 64
     config.seed = 0
+    config.replicas = 1
+    config.replicate = "loop"
     config.epochs = 24
     config.eval_every = 6
     config.eval_batch_size = 500

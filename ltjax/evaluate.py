@@ -1,6 +1,6 @@
 """Evaluate a network on images that stay on the device, every image counted once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ltjax import losses, metrics
-from ltjax.stage import make_apply, replicated, split_batch
+from ltjax.parallel import BATCH_AXIS, over_replicas, replicated, split_batch
+from ltjax.stage import make_apply
 from ltjax.types import Variables
 
 
@@ -24,7 +25,7 @@ class EvaluationSet(NamedTuple):
 
 def place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh) -> EvaluationSet:
     """Put images uint8 [N, H, W, channels] and labels [N] on the devices, in batches of about `batch_size`."""
-    devices = mesh.devices.size
+    devices = mesh.shape[BATCH_AXIS]
     batch_size = min(batch_size, len(images))
     batch_size = -(-batch_size // devices) * devices
     batches = -(-len(images) // batch_size)
@@ -37,26 +38,42 @@ def place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh) -
     return EvaluationSet(batched(images), batched(labels.astype(np.int32)), len(images))
 
 
-def evaluator(nets: Mapping[str, nn.Module], mesh: Mesh) -> Callable[[Variables, EvaluationSet], dict[str, np.ndarray]]:
-    """`evaluate(variables, evaluation_set) -> {"predictions", "confidences", "losses": [N]}`, one dispatch."""
+def labels_of(data: EvaluationSet) -> np.ndarray:
+    """int32 [N]"""
+    return np.asarray(data.labels).reshape(-1)[: data.size]
+
+
+def evaluator(nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1) -> Callable[..., dict[str, np.ndarray]]:
+    """`evaluate(variables, evaluation_set, means=None) -> {"predictions", "confidences", "losses": [N]}`, one dispatch.
+
+    With means, those of the training images' features of each class [C, D], also "nearest": the class of the nearest.
+    Several replicas: a leading axis in variables, means and everything returned.
+    """
     apply = make_apply(nets, "eval")
 
-    def outcome(variables: Variables, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    def outcome(own: tuple[Variables, jax.Array | None], data: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        variables, means = own
+
         def batch(image_batch, label_batch):
             outputs, _ = apply(variables, image_batch.astype(jnp.float32) / 255)
-            return {
+            found = {
                 "predictions": outputs.logits.argmax(-1),
                 "confidences": jax.nn.softmax(outputs.logits).max(-1),
                 "losses": losses.cross_entropy(outputs.logits, label_batch),
             }
+            if means is not None:  # |z - m|^2 without |z|^2, which all classes share
+                product = jnp.matmul(outputs.features, means.T, precision="highest")
+                found["nearest"] = (product - jnp.square(means).sum(-1) / 2).argmax(-1)
+            return found
 
-        return jax.lax.map(lambda pair: batch(*pair), (images, labels))
+        return jax.lax.map(lambda pair: batch(*pair), data)
 
-    compiled = jax.jit(outcome, out_shardings=replicated(mesh))
+    compiled = jax.jit(over_replicas(outcome, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
 
-    def evaluate(variables: Variables, data: EvaluationSet) -> dict[str, np.ndarray]:
-        values = compiled(variables, data.images, data.labels)
-        return {name: np.asarray(value).reshape(-1)[: data.size] for name, value in values.items()}
+    def evaluate(variables: Variables, data: EvaluationSet, means: jax.Array | None = None) -> dict[str, np.ndarray]:
+        values = compiled((variables, means), (data.images, data.labels))
+        leading = (replicas,) if replicas > 1 else ()
+        return {name: np.asarray(value).reshape(*leading, -1)[..., : data.size] for name, value in values.items()}
 
     return evaluate
 
@@ -72,6 +89,10 @@ def summarise(
     bins = metrics.calibration(outcome["confidences"], correct)
     totals = np.bincount(labels, minlength=num_classes)
     hits = np.bincount(labels, weights=correct, minlength=num_classes)
+    nearest = {}
+    if "nearest" in outcome:
+        accuracy = metrics.accuracy_by_group(outcome["nearest"] == labels, labels, groups)
+        nearest = {"nearest_mean": {"accuracy": accuracy}}
     return {
         "accuracy": metrics.accuracy_by_group(correct, labels, groups),
         "ece": float(bins.ece),
@@ -84,4 +105,45 @@ def summarise(
             "confidences": np.asarray(bins.confidences).tolist(),
             "counts": np.asarray(bins.counts).tolist(),
         },
+        **nearest,
+    }
+
+
+def over_seeds(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """The summary of several replicas: their means, the sample standard deviations under "std", each under "replicas".
+
+    The bins of calibration are those of all replicas' predictions together.
+    """
+
+    def mean(values):
+        return None if values[0] is None else float(np.mean(values))
+
+    def spread(values):
+        return None if values[0] is None else float(np.std(values, ddof=1))
+
+    def by_key(combine, part):
+        return {key: combine([part(s)[key] for s in summaries]) for key in part(summaries[0])}
+
+    whole = ("ece", "mce", "loss")
+    pooled = by_key(np.stack, lambda s: s["calibration_bins"])  # [replicas, bins]
+    counts = pooled["counts"].sum(0)
+    nearest = {}
+    if "nearest_mean" in summaries[0]:
+        nearest["nearest_mean"] = {"accuracy": by_key(mean, lambda s: s["nearest_mean"]["accuracy"])}
+    return {
+        "accuracy": by_key(mean, lambda s: s["accuracy"]),
+        **by_key(mean, lambda s: {key: s[key] for key in whole}),
+        "num_images": summaries[0]["num_images"],
+        "per_class_accuracy": [mean(a) for a in zip(*(s["per_class_accuracy"] for s in summaries), strict=True)],
+        "calibration_bins": {
+            name: ((pooled[name] * pooled["counts"]).sum(0) / np.maximum(counts, 1)).tolist()
+            for name in ("accuracies", "confidences")
+        }
+        | {"counts": counts.tolist()},
+        **nearest,
+        "std": {
+            "accuracy": by_key(spread, lambda s: s["accuracy"]),
+            **by_key(spread, lambda s: {key: s[key] for key in whole}),
+        },
+        "replicas": [{"seed": seed, **summary} for seed, summary in zip(seeds, summaries, strict=True)],
     }

@@ -96,9 +96,11 @@ def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tup
 
     A class without examples has mean 0 and count 0.
     """
+    features, labels = _whole(features), _whole(labels)
     member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)  # [B, C]
     counts = member.sum(0)
-    return (member.T @ features) / jnp.maximum(counts, 1)[:, None], counts
+    sums = jnp.matmul(member.T, features, precision="highest")  # [C, D]
+    return sums / jnp.maximum(counts, 1)[:, None], counts
 
 
 def balanced_softmax(logits: jax.Array, labels: jax.Array, *, class_counts: ArrayLike) -> jax.Array:

@@ -58,18 +58,32 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 def table(results: dict[str, Any]) -> Table:
     counts = results["group_sizes"]
-    made = Table(title=f"{results['name']}: test accuracy and calibration, last epoch (%)")
+    seeds = f", mean ± std of {len(results['seeds'])} seeds" if "seeds" in results else ""
+    made = Table(title=f"{results['name']}: test accuracy and calibration, last epoch (%){seeds}")
+    nearest = any("nearest_mean" in stage for stage in results["stages"].values())
     made.add_column("")
     for group in GROUPS:
         size = f"\n{counts[group]} classes" if group in counts else "\n"
         made.add_column(f"{group}{size}", justify="right")
     made.add_column("ECE\n15 bins", justify="right")
+    if nearest:
+        made.add_column("nearest\nmean", justify="right")
     made.add_column("seconds\n", justify="right")
     for stage in results["stages"].values():
-        accuracy = [stage["accuracy"].get(group) for group in GROUPS]
-        cells = ["-" if value is None else f"{100 * value:.1f}" for value in accuracy]
-        made.add_row(stage["title"], *cells, f"{100 * stage['ece']:.1f}", f"{stage['seconds']:.0f}")
+        spread = stage.get("std", {"accuracy": {}})
+        cells = [percent(stage["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
+        cells += [percent(stage["ece"], spread.get("ece"))]
+        if nearest:
+            cells += [percent(stage.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all"))]
+        made.add_row(stage["title"], *cells, f"{stage['seconds']:.0f}")
     return made
+
+
+def percent(value: float | None, spread: float | None = None) -> str:
+    """ "47.3", "47.3 ± 0.4" or "-", in %."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
 def summarise(run, stages, records, problem, commit: str | None) -> dict[str, Any]:
@@ -89,8 +103,14 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
             **evaluations[-1]["test"],
             "best_on_test": {"accuracy": best["test"]["accuracy"]["all"], "epoch": best["epoch"]},
             "seconds": record["seconds"],
-            "images_per_second": run.batch_size * record["train_steps"] / seconds if seconds else None,
+            "images_per_second": run.batch_size * run.replicas * record["train_steps"] / seconds if seconds else None,
         }
+        for number, replica in enumerate(summaries[name].get("replicas", [])):
+            best = max(evaluations, key=lambda e: e["test"]["replicas"][number]["accuracy"]["all"])
+            accuracy = best["test"]["replicas"][number]["accuracy"]["all"]
+            replica["best_on_test"] = {"accuracy": accuracy, "epoch": best["epoch"]}
+        if "surgery" in record:
+            summaries[name]["surgery"] = {**settings.surgery, **record["surgery"]}
         if "holdout" in evaluations[-1]:
             chosen = max(evaluations, key=lambda e: e["holdout"]["accuracy"]["all"])
             summaries[name]["best_on_holdout"] = {
@@ -108,6 +128,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
         "seconds": sum(summary["seconds"] for summary in summaries.values()),
         "stages": summaries,
         "seed": run.seed,
+        **({"seeds": [run.seed + r for r in range(run.replicas)]} if run.replicas > 1 else {}),
         "class_names": list(classes),
         "class_counts": problem.split.class_counts.tolist(),
         "group_sizes": {"all": len(classes), **groups},

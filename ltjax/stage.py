@@ -1,13 +1,14 @@
 """The engine: one stage of training as compiled functions.
 
 A stage is data: a method, a sampler, augmentation, parameter groups with their rates, a batch-norm mode, a schedule.
-`build` turns that into two functions that share one training step:
+`build` turns that into functions that share one training step:
 
-    state = stage.init(rng, variables)
+    state = stage.init(seeds, variables)
     state, metrics = stage.run(state, source, num_steps)     # one dispatch: `num_steps` steps inside `lax.scan`
 
-A batch comes from `draw(source, step, rng)`, inside the compiled step. `source` holds whatever it draws from: for data
-that fits, the images themselves, on the device.
+With several replicas, every array of seeds, variables, state and metrics has a leading axis of replicas, and one
+dispatch trains them all. A batch comes from `draw(source, seed, step, rng)`, inside the compiled step. `source` holds
+whatever it draws from: for data that fits, the images themselves, on the device.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from ltjax import losses, optim
+from ltjax import losses, optim, parallel
+from ltjax.hashing import hash32
 from ltjax.types import Apply, Batch, Method, UserError, Variables
 
-BATCH_AXIS = "data"
 BATCH_NORM_MODES = ("train", "eval")
 
 
@@ -32,6 +33,7 @@ class State(NamedTuple):
     """All that a step changes; saved and restored whole."""
 
     step: jax.Array  # int32, steps done in this stage
+    seed: jax.Array  # uint32, of the run: all random numbers of a stage follow from it and the stage's number
     variables: Variables
     opt_state: optax.OptState
 
@@ -39,13 +41,18 @@ class State(NamedTuple):
 class Stage(NamedTuple):
     """All functions are jitted; `run` and `refresh` take over the memory of the state they are given."""
 
-    init: Any  # (rng, variables) -> state
+    init: Any  # (seed, variables) -> state
     run: Any  # (state, source, num_steps) -> state, metrics {name: [num_steps]}
     refresh: Any  # (state, resident images) -> state, before each epoch; None where the method has none
     steps_per_epoch: int
     num_steps: int  # in all
     factors: np.ndarray  # [epochs] on the learning rate
-    trained: tuple[str, ...]  # paths of parameters with a rate above 0
+    assigned: dict[str, str]  # {path of a trained parameter: its group}
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Paths of the parameters with a rate above 0."""
+        return tuple(self.assigned)
 
 
 class Resident(NamedTuple):
@@ -53,21 +60,6 @@ class Resident(NamedTuple):
 
     images: jax.Array  # uint8 [N, H, W, channels]
     labels: jax.Array  # int32 [N]
-
-
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """One axis over all devices, along which batches are split."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def split_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Axis number `axis` is the batch's."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
 
 
 def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
@@ -109,17 +101,22 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
 
 
+def stage_rng(seed: Any, number: int) -> jax.Array:
+    """The key that all randomness of stage `number` of a run comes from. seed: uint32, the run's."""
+    return jax.random.fold_in(jax.random.key(seed), number)
+
+
 def resident_draw(
-    sampler: Callable, augment: Callable, *, seed: int, batch_size: int, class_counts: np.ndarray, mesh: Mesh
-) -> Callable[[Resident, jax.Array, jax.Array], Batch]:
-    """Batches from images that live on the device: `draw(source, step, rng)`.
+    sampler: Callable, augment: Callable, *, batch_size: int, class_counts: np.ndarray, mesh: Mesh
+) -> Callable[[Resident, Any, jax.Array, jax.Array], Batch]:
+    """Batches from images that live on the device: `draw(source, seed, step, rng)`.
 
     sampler: see `ltjax.data.samplers`. augment: `(rng, uint8 images, labels) -> Batch`.
     """
 
-    def draw(source, step, rng):
-        index = sampler(np.uint32(seed), step, batch_size=batch_size, class_counts=class_counts)
-        index = jax.lax.with_sharding_constraint(index, split_batch(mesh))  # each device gathers its own share
+    def draw(source, seed, step, rng):
+        index = sampler(seed, step, batch_size=batch_size, class_counts=class_counts)
+        index = parallel.split(index, mesh)  # each device gathers its own share
         return augment(rng, source.images[index], source.labels[index])
 
     return draw
@@ -132,11 +129,10 @@ def feature_means(
 
     Returns [C, D] of the features that the classifier sees, or {layer: [C, D_l]} of the named layers.
     """
-    size, batch_size = source.labels.shape[0], 64 * mesh.shape[BATCH_AXIS]
+    size, batch_size = source.labels.shape[0], 64 * mesh.shape[parallel.BATCH_AXIS]
 
     def batch(start):
-        index = start + jnp.arange(batch_size)
-        index = jax.lax.with_sharding_constraint(index, split_batch(mesh))
+        index = parallel.split(start + jnp.arange(batch_size), mesh)
         images = source.images[jnp.minimum(index, size - 1)].astype(jnp.float32) / 255
         outputs, _ = apply(variables, images, bn="eval")
         num_classes = outputs.logits.shape[-1]
@@ -153,7 +149,7 @@ def feature_means(
 def build(
     nets: Mapping[str, nn.Module],
     method: Method,
-    draw: Callable[[Any, jax.Array, jax.Array], Batch],
+    draw: Callable[[Any, Any, jax.Array, jax.Array], Batch],
     params: Mapping[str, Any],
     *,
     groups: Mapping[str, Mapping[str, Any]],
@@ -164,9 +160,11 @@ def build(
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
-    rng: jax.Array,
     mesh: Mesh,
     image_shape: tuple[int, ...] = (32, 32, 3),
+    number: int = 0,
+    replicas: int = 1,
+    replicate: str = "loop",
 ) -> Stage:
     """Compile-ready functions of one stage.
 
@@ -177,14 +175,16 @@ def build(
         and the backward pass of frozen parameters is never computed.
       bn: "train" updates and uses batch statistics ("train" with a frozen backbone is shifted batch norm), "eval" the
         running ones.
-      lr, factors: learning rate and its factor in each epoch [epochs]. rng: the stage's own key.
+      lr, factors: learning rate and its factor in each epoch [epochs]; with no epochs, nothing trains.
+      image_shape: [H, W, channels]. number: of the stage in its run, which makes its random numbers its own.
+      replicas, replicate: see `ltjax.parallel.over_replicas`.
     Raises: UserError for groups that do not cover the parameters exactly, or an unknown batch-norm mode.
     """
     if bn not in BATCH_NORM_MODES:
         raise UserError(f"unknown batch-norm mode {bn!r}; known: {', '.join(BATCH_NORM_MODES)}")
-    assigned = optim.assign_groups(list(optim.flatten(params)), groups)
+    assigned = optim.assign_groups(list(optim.flatten(params)), groups) if len(factors) else {}
     trained = tuple(path for path, group in assigned.items() if groups[group]["rate"] > 0)
-    if not trained:
+    if not trained and len(factors):
         raise UserError(f"every parameter group of {sorted(groups)} has rate 0: nothing would train")
     apply = make_apply(nets, bn)
     optimizer = optim.optimizer(
@@ -198,8 +198,8 @@ def build(
         weight_decay=weight_decay,
     )
 
-    def init(init_rng: jax.Array, variables: Variables) -> State:
-        extra, arrays = method.init(init_rng)
+    def init(seed: jax.Array, variables: Variables) -> State:
+        extra, arrays = method.init(jax.random.fold_in(stage_rng(seed, number), 2))
         params = {name: value for name, value in variables.params.items() if name != "method"}
         variables = variables._replace(params={**params, "method": extra} if extra else params)
         if method.refresh:  # its arrays in their shapes; `refresh` fills them before the first epoch
@@ -208,7 +208,7 @@ def build(
         variables = jax.tree.map(jnp.copy, variables._replace(arrays=arrays))
         flat = optim.flatten(variables.params)
         opt_state = optimizer.init({path: flat[path] for path in trained})
-        return State(jnp.zeros((), jnp.int32), variables, opt_state)
+        return State(jnp.zeros((), jnp.int32), seed, variables, opt_state)
 
     def zero_means(variables: Variables):
         image = jnp.zeros((1, *image_shape), jnp.float32)
@@ -222,8 +222,9 @@ def build(
         return zeros if method.layers else zeros["features"]
 
     def step(state: State, source: Any) -> tuple[State, dict[str, jax.Array]]:
-        draw_rng, loss_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-        batch = draw(source, state.step, draw_rng)
+        rng = jax.random.fold_in(stage_rng(state.seed, number), state.step)
+        draw_rng, loss_rng = jax.random.split(rng)
+        batch = draw(source, hash32(state.seed, np.uint32(number)), state.step, draw_rng)
         flat = optim.flatten(state.variables.params)
 
         # Only what trains is an argument of the loss: the backward pass ends where the last trained parameter does.
@@ -235,25 +236,45 @@ def build(
         (loss, (variables, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(own)
         updates, opt_state = optimizer.update(gradients, state.opt_state, own)
         params = optim.unflatten({**flat, **jax.tree.map(jnp.add, own, updates)})
-        return State(state.step + 1, variables._replace(params=params), opt_state), {"loss": loss, **metrics}
+        state = State(state.step + 1, state.seed, variables._replace(params=params), opt_state)
+        return state, {"loss": loss, **metrics}
+
+    over_replicas = partial(parallel.over_replicas, replicas=replicas, mesh=mesh, replicate=replicate)
 
     def run(state: State, source: Any, num_steps: int) -> tuple[State, dict[str, jax.Array]]:
-        return jax.lax.scan(lambda state, _: step(state, source), state, length=num_steps)
+        def one(state: State, source: Any):
+            return jax.lax.scan(lambda state, _: step(state, source), state, length=num_steps)
+
+        return over_replicas(one)(state, source)
 
     def refresh(refresh_arrays: Callable, state: State, source: Resident) -> State:
-        arrays = refresh_arrays(
-            state.variables.arrays, feature_means(apply, state.variables, source, mesh, method.layers)
-        )
+        means = feature_means(apply, state.variables, source, mesh, method.layers)
+        arrays = refresh_arrays(state.variables.arrays, means)
         return state._replace(variables=state.variables._replace(arrays=arrays))
 
-    compiled = partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
+    sharding = parallel.state_sharding(mesh, replicas)
+    compiled = partial(jax.jit, donate_argnums=0, out_shardings=sharding)
 
     return Stage(
-        init=jax.jit(init, out_shardings=replicated(mesh)),
+        init=jax.jit(jax.vmap(init) if replicas > 1 else init, out_shardings=sharding),
         run=compiled(run, static_argnums=2),
-        refresh=compiled(partial(refresh, method.refresh)) if method.refresh else None,
+        refresh=compiled(over_replicas(partial(refresh, method.refresh))) if method.refresh else None,
         steps_per_epoch=steps_per_epoch,
         num_steps=steps_per_epoch * len(factors),
         factors=factors,
-        trained=trained,
+        assigned={path: assigned[path] for path in trained},
     )
+
+
+def steps_done(state: State) -> int:
+    """Steps that a state has behind it, the same in every replica."""
+    return int(np.asarray(state.step).reshape(-1)[0])
+
+
+def kept_optimizer(state: State, before: State) -> State:
+    """`state` with the momentum of `before`, a stage with the same groups of parameters; its schedule starts anew."""
+
+    def keep(new, old):  # whole numbers count steps
+        return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.copy(old)
+
+    return state._replace(opt_state=jax.tree.map(keep, state.opt_state, before.opt_state))

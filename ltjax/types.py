@@ -1,9 +1,12 @@
 """The shapes that methods, models and the training loop pass to each other."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import jax
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import jax  # for annotations alone: a command that needs but `UserError` starts at once
 
 
 class UserError(ValueError):

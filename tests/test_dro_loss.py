@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 from ltjax import losses
 
 VARIANTS = ("plain", "eps", "eps_weighted", "eps_t")
+dro_loss = jax.jit(losses.dro_loss)
 loss_and_gradients = jax.jit(
     lambda features, labels, centroids, margins: jax.value_and_grad(
         lambda z, m, e: losses.dro_loss(z, labels, m, margins=e), argnums=(0, 1, 2)
@@ -105,7 +106,9 @@ def numbers(golden):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_equals_the_authors(numbers, variant):
     found, loss = numbers
-    np.testing.assert_allclose(jax.jit(loss(variant))(found["features"], found["epsilons"]), found[f"loss_{variant}"], rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(loss(variant))(found["features"], found["epsilons"]), found[f"loss_{variant}"], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -132,7 +135,7 @@ def test_bound_is_the_papers_in_loops(batch, classes, size, temperature):
 
 def test_present_classes_are_those_of_the_batch():
     features, labels, centroids, margins = random_batch(3)
-    _, present = losses.dro_bound(features, labels, centroids, margins=margins)
+    _, present = jax.jit(losses.dro_bound)(features, labels, centroids, margins=margins)
     np.testing.assert_array_equal(present, np.isin(np.arange(10), labels))
 
 
@@ -140,14 +143,14 @@ def test_loss_is_the_mean_over_the_classes_present():
     features, labels, centroids, margins = random_batch(4)
     expected = bound_by_loops(features, labels, centroids, margins)[np.unique(labels)].mean()
     assert len(np.unique(labels)) < 10
-    np.testing.assert_allclose(losses.dro_loss(features, labels, centroids, margins=margins), expected, rtol=1e-5)
+    np.testing.assert_allclose(dro_loss(features, labels, centroids, margins=margins), expected, rtol=1e-5)
 
 
 def test_class_weights_are_summed_over_all_classes():
     features, labels, centroids, margins = random_batch(4)
     weights = np.linspace(0.1, 3, 10).astype(np.float32)
     expected = (weights * bound_by_loops(features, labels, centroids, margins)).sum() / weights.sum()
-    ours = losses.dro_loss(features, labels, centroids, margins=margins, class_weights=weights)
+    ours = dro_loss(features, labels, centroids, margins=margins, class_weights=weights)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
@@ -187,8 +190,8 @@ def test_a_hard_batch_has_finite_gradients(case):
 
 
 def test_a_feature_on_its_centroid_is_not_pulled_by_it():
-    features, labels, centroids, margins = random_batch(0, batch=1)
-    gradient = jax.grad(lambda z: bound(z, labels, centroids, margins).sum())(centroids[labels])
+    _, labels, centroids, margins = random_batch(0, batch=1)
+    _, (gradient, *_) = loss_and_gradients(centroids[labels], labels, centroids, margins)
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
@@ -237,6 +240,14 @@ def test_moving_features_and_centroids_together_changes_nothing():
 def test_float32_far_from_the_origin_is_float64_to_1e_4(offset):
     arrays = random_batch(11, size=64, offset=offset)
     np.testing.assert_allclose(bound(*arrays), bound_by_loops(*arrays), rtol=1e-4)
+
+
+def test_a_feature_close_to_its_centroid_keeps_the_digits_of_its_distance():
+    _, _, centroids, _ = random_batch(15, size=64)
+    labels, margins = np.arange(10), np.full(10, 11, np.float32)  # about as far as the other classes
+    features = centroids + np.float32(1e-3) * random_batch(16, batch=10, size=64)[0]
+    expected = bound_by_loops(features, labels, centroids, margins)
+    np.testing.assert_allclose(bound(features, labels, centroids, margins), expected, rtol=1e-5)
 
 
 def test_float32_gradient_far_from_the_origin_is_float64_to_1e_4():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ltjax import evaluate, stage
+from ltjax import evaluate, parallel, stage
 from ltjax.types import Outputs
 
 NUM_CLASSES = 4
@@ -28,10 +28,10 @@ def test_batches_and_padding_do_not_change_the_figures(devices, num_images, batc
     rng = np.random.default_rng(num_images)
     images = rng.integers(0, 256, (num_images, 4, 4, 3), dtype=np.uint8)
     labels = rng.integers(0, NUM_CLASSES, num_images)
-    mesh, nets = stage.make_mesh(jax.devices()[:devices]), {"net": Brightest()}
+    mesh, nets = parallel.make_mesh(jax.devices()[:devices]), {"net": Brightest()}
     variables = stage.init_variables(nets, (4, 4, 3), jax.random.key(0))
     placed = evaluate.place(images, labels, batch_size, mesh)
-    outcome = evaluate.evaluator(nets, mesh)(jax.device_put(variables, stage.replicated(mesh)), placed)
+    outcome = evaluate.evaluator(nets, mesh)(jax.device_put(variables, parallel.replicated(mesh)), placed)
 
     whole = {"params": variables.params["net"]}
     logits = np.asarray(nets["net"].apply(whole, jnp.asarray(images, jnp.float32) / 255).logits)

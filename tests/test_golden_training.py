@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import methods, models, optim, stage
+from ltjax import methods, models, optim, parallel, stage
 from ltjax.data import augment
 from ltjax.interop.torch import import_state_dict
 from ltjax.types import Batch
@@ -22,7 +22,7 @@ def variables_of(numbers, prefix, net):
 
 
 def train(numbers, net, method, draw, *, groups, lr, num_steps, devices):
-    mesh = stage.make_mesh(jax.devices()[:devices])
+    mesh = parallel.make_mesh(jax.devices()[:devices])
     start = variables_of(numbers, "init/", net)
     built = stage.build(
         {"net": net},
@@ -36,12 +36,13 @@ def train(numbers, net, method, draw, *, groups, lr, num_steps, devices):
         steps_per_epoch=num_steps,
         momentum=float(numbers["momentum"]),
         weight_decay=float(numbers["weight_decay"]),
-        rng=jax.random.key(0),
         mesh=mesh,
     )
     source = {k: jnp.asarray(numbers[k]) for k in ("images", "labels", "permutations", "lams") if k in numbers}
-    source = jax.device_put(source, stage.split_batch(mesh, axis=1) if devices > 1 and "lams" not in source else None)
-    state = built.init(jax.random.key(1), jax.device_put(start, stage.replicated(mesh)))
+    source = jax.device_put(
+        source, parallel.split_batch(mesh, axis=1) if devices > 1 and "lams" not in source else None
+    )
+    state = built.init(np.uint32(0), jax.device_put(start, parallel.replicated(mesh)))
     state, metrics = built.run(state, source, num_steps)
     return start, state, metrics
 
@@ -59,7 +60,7 @@ def test_stage1_repeats_the_authors_steps(golden, devices):
     numbers = golden("mislas_stage1")
     net = network()
 
-    def draw(source, step, rng):
+    def draw(source, seed, step, rng):
         images = source["images"][step].astype(jnp.float32) / 255
         lam, permutation = source["lams"][step].astype(jnp.float32), source["permutations"][step]
         return augment.mixup(images, source["labels"][step], lam, permutation)
@@ -87,7 +88,7 @@ def test_stage2_repeats_the_authors_steps(golden, devices):
     numbers = golden("mislas_stage2")
     net = network(logit_scale=True)
 
-    def draw(source, step, rng):
+    def draw(source, seed, step, rng):
         return Batch(source["images"][step].astype(jnp.float32) / 255, source["labels"][step])
 
     head, tail = float(numbers["smooth_head"]), float(numbers["smooth_tail"])

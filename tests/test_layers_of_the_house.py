@@ -22,16 +22,27 @@ ALLOWED = {
     "ltjax.hashing": {"jax", "numpy"},
     "ltjax.registry": {"ltjax.types"},
     "ltjax.config": {"ltjax.types"},
+    "ltjax.results": {"rich"},
+    "ltjax.compare": {"rich", "ltjax.config", "ltjax.results", "ltjax.types"},
     "ltjax.attacks": {"jax", "ltjax.attacks"},
-    "ltjax.methods": {"jax", "numpy", "ltjax.types", "ltjax.losses", "ltjax.attacks"},
+    "ltjax.parallel": {"jax"},
+    "ltjax.surgery": {"jax", "numpy", "ltjax.types", "ltjax.losses", "ltjax.registry"},
+    "ltjax.methods": {
+        "jax",
+        "numpy",
+        "ltjax.types",
+        "ltjax.registry",
+        "ltjax.losses",
+        "ltjax.attacks",
+        "ltjax.methods",
+    },
     "ltjax.models": {"jax", "flax", "ltjax.types", "ltjax.models"},
     "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "grain", "cv2", "array_record", "rich"}
     | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.data"},
 }
-# The packages' own `create`, which chooses by name, needs the registry too.
-ALLOWED["ltjax.methods.__init__"] = ALLOWED["ltjax.methods"] | {"ltjax.registry"}
+# The package's own `create`, which chooses by name, needs the registry too.
 ALLOWED["ltjax.models.__init__"] = ALLOWED["ltjax.models"] | {"ltjax.registry"}
-SEES_EVERYTHING = ("ltjax.train", "ltjax.evaluate")
+SEES_EVERYTHING = ("ltjax.train", "ltjax.problem", "ltjax.evaluate")
 
 
 def inside(name, package):

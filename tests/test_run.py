@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ltjax import train
+from ltjax import train, workdir
 from ltjax.checkpoint import Checkpoints
 from ltjax.types import UserError
 
@@ -346,7 +346,7 @@ def test_a_workdir_of_another_config_is_refused(finished):
 
 
 def test_two_runs_cannot_share_a_workdir(tmp_path):
-    with train.locked(tmp_path), pytest.raises(UserError, match="another process is training"):
+    with workdir.locked(tmp_path), pytest.raises(UserError, match="another process is training"):
         train.train(tiny_config(), tmp_path)
 
 

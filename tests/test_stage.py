@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ltjax import stage
+from ltjax import parallel, stage
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
 
 COUNTS = np.array([70, 40, 23])
@@ -43,18 +43,18 @@ def toy_method(refresh=None):
 
 
 def build(method, *, devices=8, groups=None, factors=None, lr=0.1):
-    mesh, net = stage.make_mesh(jax.devices()[:devices]), {"net": Toy()}
-    start = jax.device_put(stage.init_variables(net, (4, 4, 2), jax.random.key(0)), stage.replicated(mesh))
+    mesh, net = parallel.make_mesh(jax.devices()[:devices]), {"net": Toy()}
+    start = jax.device_put(stage.init_variables(net, (4, 4, 2), jax.random.key(0)), parallel.replicated(mesh))
     shapes = jax.eval_shape(lambda: stage.init_variables(net, (4, 4, 2), jax.random.key(0), method))
 
-    def draw(source, step, rng):
+    def draw(source, seed, step, rng):
         index = jax.random.randint(rng, (16,), 0, len(source.labels))
         return Batch(source.images[index].astype(jnp.float32) / 255, source.labels[index])
 
-    settings = dict(bn="train", lr=lr, steps_per_epoch=4, rng=jax.random.key(1), mesh=mesh)
+    settings = dict(bn="train", lr=lr, steps_per_epoch=4, mesh=mesh, image_shape=(4, 4, 2))
     factors = np.ones(2) if factors is None else factors
     built = stage.build(net, method, draw, shapes.params, groups=groups or ALL, factors=factors, **settings)
-    return built, built.init(jax.random.key(2), start), start
+    return built, built.init(np.uint32(2), start), start
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -1,0 +1,236 @@
+"""What a run works on, made ready: data on the devices, networks, and each stage as compiled functions."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from ltjax import config as config_module
+from ltjax import data, evaluate, methods, metrics, models, optim, parallel, registry, stage, surgery
+from ltjax.config import Run
+from ltjax.data import augment, samplers, splits
+from ltjax.data.source import Images
+from ltjax.types import UserError, Variables
+
+
+class Problem(NamedTuple):
+    """What stays the same through all stages of a run."""
+
+    images: Images
+    split: splits.Split
+    groups: dict[str, np.ndarray]  # {"many": bool [C], ...}
+    nets: dict[str, nn.Module]
+    mesh: Mesh
+    train_data: stage.Resident
+    test_set: evaluate.EvaluationSet
+    holdout_set: evaluate.EvaluationSet | None
+    evaluate: Callable[..., dict[str, np.ndarray]]  # see `ltjax.evaluate.evaluator`
+    class_means: Callable[[Variables, stage.Resident], jax.Array]  # mean training features, [C, D]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return self.images.train_images.shape[1:]
+
+    @property
+    def num_branches(self) -> int:
+        outputs = jax.eval_shape(
+            lambda: self.nets["net"].init_with_output(jax.random.key(0), jnp.zeros((1, *self.image_shape)))[0]
+        )
+        return 0 if outputs.branches is None else len(outputs.branches)
+
+
+def use_cpu_cores(batch_size: int) -> None:
+    """On a machine without an accelerator, make its cores JAX devices; before JAX starts, and only if nobody chose.
+
+    Two devices that share a batch run a step 1.4 times as fast as one device that has both cores. Each gets at least
+    16 images of a batch, and their number divides it.
+    """
+    if os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(1, min(cores, batch_size // 16))
+    try:
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
+    except RuntimeError:
+        pass  # JAX runs already, with the devices that its caller wanted
+
+
+def setup(run: Run, data_dir: str | Path | None) -> Problem:
+    """Load the data, choose the long-tailed part, build the network, put the images on the devices."""
+    images = data.load(run.data.name, data_dir)
+    num_classes = len(images.class_names)
+    split = splits.long_tailed_split(
+        images.train_labels,
+        num_classes,
+        imbalance=run.data.imbalance,
+        profile=run.data.profile,
+        max_count=run.data.max_count or None,
+        holdout=run.data.holdout,
+        seed=run.data.seed,
+    )
+    if run.data.groups == "ranges":
+        groups = metrics.range_groups(num_classes, run.data.ranges)
+    else:
+        groups = metrics.count_groups(split.class_counts, few_below=run.data.few_below, many_above=run.data.many_above)
+    mesh = parallel.make_mesh(replicas=run.replicas)
+    sharing = mesh.shape[parallel.BATCH_AXIS]
+    if run.batch_size % sharing:
+        raise UserError(
+            f"config.batch_size = {run.batch_size} cannot be shared by {sharing} devices: take a multiple of {sharing}"
+        )
+    model = dict(run.model)
+    nets: dict[str, nn.Module] = {"net": models.create(model.pop("name", ""), num_classes, **model)}
+    everywhere = parallel.replicated(mesh)
+    train_data = stage.Resident(
+        jax.device_put(images.train_images[split.train], everywhere),
+        jax.device_put(images.train_labels[split.train].astype(np.int32), everywhere),
+    )
+    holdout_set = None
+    if run.data.holdout:
+        kept = images.train_images[split.holdout], images.train_labels[split.holdout]
+        holdout_set = evaluate.place(*kept, run.eval_batch_size, mesh)
+    return Problem(
+        images=images,
+        split=split,
+        groups=groups,
+        nets=nets,
+        mesh=mesh,
+        train_data=train_data,
+        test_set=evaluate.place(images.test_images, images.test_labels, run.eval_batch_size, mesh),
+        holdout_set=holdout_set,
+        evaluate=evaluate.evaluator(nets, mesh, replicas=run.replicas),
+        class_means=jax.jit(
+            parallel.over_replicas(
+                lambda variables, source: stage.feature_means(stage.make_apply(nets, "eval"), variables, source, mesh),
+                replicas=run.replicas,
+                mesh=mesh,
+            )
+        ),
+    )
+
+
+def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Problem) -> stage.Stage:
+    """The compiled functions of one stage of a config. Raises: UserError for all that a config can get wrong there."""
+    class_counts, number = problem.split.class_counts, run.stages.index(name)
+    hyper = dict(settings.method)
+    method = methods.create(hyper.pop("name", ""), class_counts, **hyper)
+    initial = jax.eval_shape(lambda: stage.init_variables(problem.nets, problem.image_shape, jax.random.key(0), method))
+    draw = stage.resident_draw(
+        samplers.create(**settings.sampler),
+        registry.bind(f"config.{name}.augment", augment.augment, settings.augment),
+        batch_size=run.batch_size,
+        class_counts=class_counts,
+        mesh=problem.mesh,
+    )
+    size = int(class_counts.sum())
+    built = stage.build(
+        problem.nets,
+        method,
+        draw,
+        initial.params,
+        groups=settings.groups,
+        bn=settings.batch_norm,
+        lr=settings.lr,
+        factors=registry.bind(f"config.{name}.schedule", optim.schedule_table, settings.schedule)(settings.epochs),
+        steps_per_epoch=max(1, size // run.batch_size) if settings.drop_last else -(-size // run.batch_size),
+        **settings.optimizer,
+        mesh=problem.mesh,
+        image_shape=problem.image_shape,
+        number=number,
+        replicas=run.replicas,
+        replicate=run.replicate,
+    )
+    # errors inside what is compiled, now and not hours later
+    seed, step = np.uint32(0), jnp.zeros((), jnp.int32)
+    batch = jax.eval_shape(draw, problem.train_data, seed, step, jax.random.key(0))
+    variables = jax.eval_shape(built.init, seeds(run), fresh_shapes(run, problem)).variables
+    apply = stage.make_apply(problem.nets, settings.batch_norm)
+    jax.eval_shape(lambda v, b: method.loss(apply, v, b, jax.random.key(0)), _one(run, variables), batch)
+    if settings.surgery:
+        make_surgery(settings, problem)
+    if settings.eval_classifier:
+        registry.bind(f"config.{name}.eval_classifier", surgery.tau_normalised, settings.eval_classifier)
+    return built
+
+
+def _one(run: Run, tree):
+    """Shapes of one replica."""
+    cut = slice(1, None) if run.replicas > 1 else slice(None)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[cut], x.dtype), tree)
+
+
+def seeds(run: Run) -> np.ndarray:
+    """The seed of the run, uint32 [], or of every replica, [replicas]."""
+    each = np.asarray(run.seed + np.arange(run.replicas), np.uint32)
+    return each if run.replicas > 1 else each[0, ...]
+
+
+def _initialise(run: Run, name: str, problem: Problem) -> Callable:
+    def one(seed):
+        rng = jax.random.fold_in(stage.stage_rng(seed, run.stages.index(name)), 1)
+        return stage.init_variables(problem.nets, problem.image_shape, rng)
+
+    return jax.vmap(one) if run.replicas > 1 else one
+
+
+def fresh_shapes(run: Run, problem: Problem) -> Variables:
+    return jax.eval_shape(_initialise(run, run.stages[0], problem), seeds(run))
+
+
+def fresh_variables(run: Run, name: str, problem: Problem) -> Variables:
+    """Newly initialised networks, of every replica, on the devices."""
+    sharding = parallel.state_sharding(problem.mesh, run.replicas)
+    return jax.jit(_initialise(run, name, problem), out_shardings=sharding)(seeds(run))
+
+
+def make_surgery(settings: config_module.Stage, problem: Problem) -> Callable:
+    params = jax.eval_shape(lambda: stage.init_variables(problem.nets, problem.image_shape, jax.random.key(0))).params
+    branches, holdout = problem.num_branches, problem.holdout_set is not None
+    return surgery.create(settings.surgery, params["net"], branches=branches, holdout=holdout)
+
+
+def operate(
+    run: Run, name: str, settings: config_module.Stage, problem: Problem, variables: Variables
+) -> tuple[Variables, dict[str, Any]]:
+    """The stage's surgery on variables -> new variables, and what is worth noting about it."""
+
+    def holdout_accuracy(tried: Variables) -> np.ndarray:
+        held = problem.holdout_set
+        assert held is not None
+        predictions = problem.evaluate(tried, held)["predictions"]
+        return (predictions == evaluate.labels_of(held)).mean(-1)
+
+    context = surgery.Context(
+        class_counts=problem.split.class_counts,
+        branches=problem.num_branches,
+        fresh=lambda: fresh_variables(run, name, problem),
+        class_means=lambda v: problem.class_means(v, problem.train_data),
+        holdout_accuracy=holdout_accuracy if problem.holdout_set is not None else None,
+    )
+    sharding = parallel.state_sharding(problem.mesh, run.replicas)
+    changed, note = make_surgery(settings, problem)(variables, context)
+    return jax.device_put(changed, sharding), note
+
+
+def evaluate_split(
+    run: Run, settings: config_module.Stage, problem: Problem, variables: Variables, held: evaluate.EvaluationSet
+) -> dict[str, Any]:
+    """The figures of a table, see `ltjax.evaluate.summarise` and, of several replicas, `over_seeds`."""
+    means = problem.class_means(variables, problem.train_data) if settings.nearest_mean else None
+    if settings.eval_classifier:
+        net = surgery.tau_normalised(variables.params["net"], **settings.eval_classifier)
+        variables = variables._replace(params={**variables.params, "net": net})
+    variables = variables._replace(arrays={})  # a method's own, which the network does not need
+    outcome = problem.evaluate(variables, held, means)
+    labels, num_classes = evaluate.labels_of(held), len(problem.images.class_names)
+    if run.replicas == 1:
+        return evaluate.summarise(outcome, labels, problem.groups, num_classes)
+    each = [{name: values[r] for name, values in outcome.items()} for r in range(run.replicas)]
+    summaries = [evaluate.summarise(one, labels, problem.groups, num_classes) for one in each]
+    return evaluate.over_seeds(summaries, seeds(run).tolist())

@@ -1,0 +1,71 @@
+"""The folder that holds a run: opened by one process at a time, and what to say when its disk is full."""
+
+import contextlib
+import errno
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ltjax.checkpoint import MEND_DISK, read_json
+from ltjax.config import differences
+from ltjax.types import UserError
+
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
+
+
+def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Make the folder, or check that it holds a run of the same config. Raises: UserError naming what differs."""
+    config = json.loads(json.dumps(config))
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            changed = differences(read_json(path), config)
+            if changed:
+                more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+                raise UserError(
+                    f"{workdir} holds a run of another config ({'; '.join(changed[:5])}{more}): "
+                    "use another --workdir, or the old settings to resume"
+                )
+        elif (workdir / "results.json").exists():
+            raise UserError(f"{workdir} holds results without a config.json: use another --workdir")
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot use workdir {workdir}: {error}; give another --workdir") from error
+
+
+@contextlib.contextmanager
+def named_disk_errors(workdir: Path) -> Iterator[None]:
+    """A full disk, or a file that cannot be written, as one line instead of a traceback."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"cannot write to {workdir}: {error}; {MEND_DISK}") from error
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep a second process from training in the same folder; the lock goes with the process, however it ends."""
+    with named_disk_errors(workdir), open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is training in {workdir}: wait for it, or use another --workdir"
+            ) from error
+        yield
