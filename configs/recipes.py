@@ -60,6 +60,7 @@ def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
         first = first or stage
         many = len(names) > 1
         stage["title"] = f"{recipe.title}, stage {number + 1}" if many else recipe.title
+        stage["nearest_mean"] = "dro" in recipe.blocks  # DRO-LT is judged by its features, too
         config[name] = dict(stage, start_from=before)
         before = name
 
@@ -213,7 +214,6 @@ def dro(setting: Setting, first: dict) -> dict[str, Any]:
         augment=augment(setting, auto=True),
         batch_norm="train",
         optimizer=dict(weight_decay=1e-4),
-        nearest_mean=True,
         groups={**parts, "margins": dict(match="method/margins", rate=1.0, optional=True)},  # learned radii only
     )
 
@@ -230,7 +230,6 @@ def ce_classifier(setting: Setting, first: dict) -> dict[str, Any]:
         sampler=dict(name="class_aware", in_a_row=4),
         augment=augment(setting, auto=True),
         optimizer=dict(weight_decay=1e-4),
-        nearest_mean=True,
         groups=groups(setting.parts, classifier=1.0),
     )
 

@@ -48,12 +48,13 @@ def command() -> str:
 def print_table(results: dict[str, Any], console: Console) -> None:
     """One row a stage: accuracy overall and by group, ECE, in %, at the stage's last epoch."""
     console.print(table(results))
-    best = results["best_on_test"]
-    console.print(
-        f"Legacy figure, best epoch picked on the test set: {best['accuracy']:.1%} "
-        f"(epoch {best['epoch']} of {results['stages'][results['final_stage']]['epochs']}).",
-        style="dim",
-    )
+    best, epochs = results["best_on_test"], results["stages"][results["final_stage"]]["epochs"]
+    if epochs:
+        console.print(
+            f"Legacy figure, best epoch picked on the test set: {best['accuracy']:.1%} "
+            f"(epoch {best['epoch']} of {epochs}).",
+            style="dim",
+        )
 
 
 def table(results: dict[str, Any]) -> Table:
