@@ -6,9 +6,9 @@
 
 The same command again does the next pieces. A run that the time ends is stopped by SIGTERM, saves itself, and goes on
 next time, as long as `--workdir` is still there. The pieces, in order: a report of the machine; the tests that run on a
-device; the step benchmark in float32 and bfloat16; full-length runs on CIFAR-100-LT with imbalance 100, by method and
-seed. `--pack` is the folder that `benchmarks/pack.py` made; without it the packages are those of this Python, and the
-images those of `--data_dir`.
+device; the benchmarks; full-length runs on CIFAR-100-LT with imbalance 100, every method with three seeds in one
+program. `--pack` is the folder that `benchmarks/pack.py` made; without it the packages are those of this Python, and
+the images those of `--data_dir`.
 
 Each piece that is done leaves `<out>/<device>/<piece>.json`: status, device, versions, commit, command, when it ran,
 and its result. What a piece printed is in `<workdir>/<piece>/log.txt`. Exit code 1: a piece failed; next time it is
@@ -33,7 +33,11 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
-METHODS, SEEDS = ("mislas", "ce"), (0, 1, 2)
+REPLICAS = 3
+METHODS = (  # the first ones matter most
+    *("mislas", "ce", "balanced_softmax", "drolt", "reslt", "ldam_drw", "crt", "lws", "logit_adjustment"),
+    *("tau_norm", "focal", "cb_ce", "ldam", "logit_adjustment_posthoc", "ncm", "mixup"),
+)
 SAVING = 60.0  # seconds that a stopped run gets to finish what the device does, and save
 LEAST = 20.0  # seconds; with less left, no piece is begun
 
@@ -69,16 +73,21 @@ def pieces(workdir: Path, data_dir: Path | None, platform_name: str, tiny: bool)
         out = workdir / f"step-{dtype}" / "step.json"
         command = ["-m", "benchmarks.cifar_step", f"--dtype={dtype}", f"--out={out}", *small, *more]
         found.append(Piece(f"step-{dtype}", command, out))
-    for seed in SEEDS[:1] if tiny else SEEDS:
-        for method in METHODS:
-            name = f"run-{method}-if100-seed{seed}"
-            config = [f"--config=configs/cifar100_lt.py:method={method},imbalance=100", f"--config.seed={seed}"]
-            if tiny:
-                config += ["--config.epochs=3", "--config.data.max_count=100", "--config.batch_size=32"]
-                config += ["--config.model.depth=8", "--config.model.width=4"]
-                config += ["--config.classifier.epochs=1"] if method == "mislas" else []
-            config += [f"--workdir={workdir / name / 'run'}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
-            found.append(Piece(name, ["run.py", *config], workdir / name / "run" / "results.json"))
+    small = ["--num_classes", "100", "--dim=64", "--batch_size=32", "--repeats=2"] if tiny else []
+    out = workdir / "dro-loss" / "dro_loss.json"
+    found.append(Piece("dro-loss", ["-m", "benchmarks.dro_loss", f"--out={out}", *small], out))
+    small = ["--depth=8", "--width=4", "--batch_size=32", "--replicas", "1", "2", "--max_count=20"] if tiny else []
+    out = workdir / "replicas" / "replicas.json"
+    found.append(Piece("replicas", ["-m", "benchmarks.replicas", f"--out={out}", *small], out))
+    for method in METHODS[:2] if tiny else METHODS:
+        name = f"run-{method}-if100"
+        config = [f"--config=configs/cifar100_lt.py:method={method},imbalance=100", f"--config.replicas={REPLICAS}"]
+        if tiny:
+            config += ["--config.epochs=3", "--config.data.max_count=100", "--config.batch_size=32"]
+            config += ["--config.model.depth=8", "--config.model.width=4"]
+            config += ["--config.classifier.epochs=1"] if method == "mislas" else []
+        config += [f"--workdir={workdir / name / 'run'}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
+        found.append(Piece(name, ["run.py", *config], workdir / name / "run" / "results.json"))
     return found
 
 

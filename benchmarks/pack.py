@@ -5,8 +5,8 @@
 `packages-there.txt` is what `pip freeze` prints there, or just names. Afterwards `build/pack` holds
 
     wheels/      packages that ltjax needs and that are not there, for that Python and platform
-    images.npz   CIFAR-100: the training images kept at imbalance 100 (exponential profile, data seed 0) and all test
-                 images, without loss
+    images.npz   CIFAR-100: the training images kept at imbalance 100 (exponential profile, data seed 0), 10 to hold
+                 out of each class, and all test images, without loss
     pack.json    the commit, and a digest of the code, by which a copy without .git knows what it is
 
 and the command fails if the folder and the checkout together pass `--limit_mb`. There, with both copied
@@ -16,7 +16,7 @@ and the command fails if the folder and the checkout together pass `--limit_mb`.
 
 makes `runs/unpacked/site`, for PYTHONPATH, and `runs/unpacked/data/cifar100.npz`, for `run.py --data_dir`. That file
 has all 50,000 positions of the training set, so that a split is the same as with all of CIFAR-100, down to its SHA-256;
-but images that imbalance 100 never shows are black: it is for that, without a hold-out, and nothing else.
+but images that imbalance 100 never shows are black: it is for that, with 10 images of each class held out or none.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from ltjax.types import UserError, one_line
 ROOT = Path(__file__).parents[1]
 CODE = ("run.py", "configs/*.py", "ltjax/**/*.py", "benchmarks/*.py")
 KEPT = {"imbalance": 100.0, "profile": "exp", "seed": 0}
+HOLDOUT = 10  # images of each class that may be held out of it: tau is chosen there
 NOT_NEEDED = ("tensorflow-datasets", "importlib-resources", "opencv-python-headless")  # the images come decoded
 
 
@@ -115,9 +116,9 @@ _XZ = {"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 4, "lp": 0, "pb": 0}
 
 
 def pack_images(images: Images, path: Path) -> None:
-    """Write the images that a long-tailed split keeps, the test images, and all labels."""
+    """Write the images that a long-tailed split keeps or may hold out, the test images, and all labels."""
     split = splits.long_tailed_split(images.train_labels, len(images.class_names), **KEPT)
-    kept = np.sort(split.train)
+    kept = np.union1d(split.train, _held_out(images.train_labels, len(images.class_names)))
     pixels = np.concatenate([images.train_images[kept], images.test_images])
     np.savez(
         path,
@@ -129,6 +130,10 @@ def pack_images(images: Images, path: Path) -> None:
         test_labels=images.test_labels.astype(np.uint8),
         class_names=np.array(images.class_names),
     )
+
+
+def _held_out(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    return splits.long_tailed_split(labels, num_classes, imbalance=1.0, seed=KEPT["seed"], holdout=HOLDOUT).holdout
 
 
 def unpack_images(path: Path) -> Images:

@@ -105,7 +105,7 @@ def cifar_long_tailed(name: str, arg: str | None, mislas: dict, reslt: dict, ran
     setting = recipes.Setting(
         epochs=config.get_ref("epochs"),
         short=short,
-        auto_augment={"paper": chosen.auto_augment, "plain": False, "auto": True}[arguments.augment],
+        auto_augment={"paper": chosen.auto_augment or None, "plain": False, "auto": True}[arguments.augment],
         mixup=arguments.mixup,
         parts=("backbone", "classifier")
         + (("branches",) if model.branches else ())

@@ -42,7 +42,7 @@ class Setting(NamedTuple):
 
     epochs: Any  # reference to config.epochs, of the whole first part
     short: bool
-    auto_augment: bool
+    auto_augment: bool | None  # None: where the recipe has it
     mixup: float  # Beta(a, a) in stages that train the whole network; 0: none but the recipe's own
     parts: tuple[str, ...]  # of the network that have parameters
     smoothing: tuple[float, float, float, bool]  # MiSLAS: head, tail, classifier's rate, shifted batch norm
@@ -98,7 +98,7 @@ def groups(parts: tuple[str, ...], **rates: float) -> dict[str, dict[str, Any]]:
 
 
 def augment(setting: Setting, *, auto: bool = False, mixup: float = 0.0) -> dict[str, Any]:
-    auto = auto or setting.auto_augment
+    auto = auto if setting.auto_augment is None else setting.auto_augment
     return dict(crop_padding=4, flip=True, auto_augment=auto, cutout_size=16 if auto else 0, mixup_alpha=mixup)
 
 
@@ -132,6 +132,7 @@ def _balanced(**settings: Any) -> dict[str, Any]:
 def reslt(setting: Setting) -> dict[str, Any]:
     stage = _scratch(setting, dict(name="reslt", **setting.reslt), drop_last=True)
     stage["optimizer"] = dict(nesterov=True)
+    stage["eval_classifier"] = dict(tau=0.0, bias=True)  # on large images: tau (the paper's gamma) 0.3 or 0.7, no bias
     stage["schedule"]["warmup_start"] = 1 / 3
     return stage
 

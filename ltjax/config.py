@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from ltjax.types import UserError
 
@@ -84,6 +84,8 @@ def _fill(kind: Any, values: Any, where: str, also: tuple[str, ...] = ()) -> Any
         raise UserError(f"missing key {where}.{missing[0]}; needed: {', '.join(required)}")
     for key, wanted in kind.__annotations__.items():
         value = values.get(key, kind._field_defaults.get(key))
+        if get_origin(wanted) is Mapping and not isinstance(value, Mapping):
+            raise UserError(f"{where}.{key} = {value!r}: needs settings")
         accepted = {int: int, float: (int, float), str: str, bool: bool}.get(wanted)
         if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool)):
             raise UserError(f"{where}.{key} = {value!r}: {wanted.__name__} expected")

@@ -74,6 +74,13 @@ def setup(run: Run, data_dir: str | Path | None) -> Problem:
         holdout=run.data.holdout,
         seed=run.data.seed,
     )
+    shown = np.concatenate([split.train, split.holdout])
+    black = int((~images.train_images[shown].any(axis=(1, 2, 3))).sum())
+    if black > 0.01 * len(shown):
+        raise UserError(
+            f"{black} of the {len(shown)} chosen images of {run.data.name!r} are black: this may be a part of the data "
+            "that was packed for another config.data; prepare all of it"
+        )
     if run.data.groups == "ranges":
         groups = metrics.range_groups(num_classes, run.data.ranges)
     else:

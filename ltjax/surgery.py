@@ -97,7 +97,7 @@ def _tau_norm(
     assert context.holdout_accuracy is not None  # `create` has checked
     tried = [_changed(variables, tau_normalised(params, tau=tau, bias=bias)) for tau in taus]
     accuracy = np.stack([np.asarray(context.holdout_accuracy(each)) for each in tried])  # [taus] or [taus, replicas]
-    chosen = np.asarray(taus, np.float32)[accuracy.argmax(0)]
+    chosen = np.asarray(taus, np.float64)[accuracy.argmax(0)]  # [] or [replicas]
     note = {
         "tau": chosen.tolist(),
         "holdout_accuracy": {f"{t:g}": a.tolist() for t, a in zip(taus, accuracy, strict=True)},

@@ -134,8 +134,9 @@ def run_stage(
             state, values = built.run(state, problem.train_data, num_steps)
             values = {key: np.atleast_2d(value) for key, value in values.items()}  # [replicas, steps]; waits
             if not np.isfinite(values["loss"]).all():
-                bad = int(np.flatnonzero(~np.isfinite(values["loss"]).all(0))[0])
-                what = f"loss became {values['loss'][:, bad].sum()}"
+                bad, replica = (int(i[0]) for i in np.nonzero(~np.isfinite(values["loss"].T)))  # the first step's
+                whose = f" of seed {run.seed + replica}" if run.replicas > 1 else ""
+                what = f"loss{whose} became {values['loss'][replica, bad]}"
                 raise non_finite(name, epoch, step + bad + 1, what, settings, checkpoints)
             if num_steps in compiled:  # the first one's time is the compiler's
                 record["train_seconds"] += time.monotonic() - chunk_started
@@ -146,7 +147,9 @@ def run_stage(
             left = None if step_seconds is None else step_seconds * (built.num_steps - step)
             bar.show(step, epoch + 1, float(values["loss"][:, -1].mean()), step_seconds, left)
             means = {key: float(value.mean()) for key, value in values.items()}
-            log.write(name, epoch + 1, step, "train", {**means, "lr": settings.lr * float(built.factors[epoch])})
+            each = {"loss_of_replicas": values["loss"].mean(1).tolist()} if run.replicas > 1 else {}
+            learning_rate = settings.lr * float(built.factors[epoch])
+            log.write(name, epoch + 1, step, "train", {**means, **each, "lr": learning_rate})
 
             due = time.monotonic() - saved_at > run.checkpoint_seconds
             saving = step % per_epoch == 0 or stop.requested is not None or due

@@ -1,7 +1,6 @@
 """What a config may say; and every file in configs/, as `run.py` reads it, against the papers' recipes."""
 
 import functools
-import itertools
 import json
 import runpy
 import sys
@@ -14,18 +13,25 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from ltjax import config, methods, models, optim, registry
+from configs import common, recipes
+from ltjax import config, losses, methods, models, optim, registry, surgery
 from ltjax.data import SOURCES, augment, samplers, splits
-from ltjax.types import UserError
+from ltjax.types import Batch, UserError
 
 ROOT = Path(__file__).parents[1]
-CIFAR_ARGUMENTS = [
-    f"method={method},imbalance={imbalance},profile={profile},budget={budget}"
-    for method, imbalance, profile, budget in itertools.product(
-        ("mislas", "ce"), (10, 100), ("exp", "step"), ("full", "short")
-    )
-]
-ARGUMENTS = {"cifar10_lt": CIFAR_ARGUMENTS, "cifar100_lt": CIFAR_ARGUMENTS}
+# Every method with one of these, in turn, and in each file with another.
+CHOICES = (
+    "imbalance=100",
+    "imbalance=10,profile=step,budget=short,augment=plain",
+    "imbalance=50,budget=short,augment=auto,mixup=0.2",
+    "imbalance=10,holdout=20",
+)
+FREE = ("reslt+dro+smoothing", "mixup+dro+lws", "ce+drw", "focal+drw+logit_shift", "ldam+crt", "ce+ce_classifier+ncm")
+CHAINS = tuple(f"method={name}" for name in recipes.METHODS) + tuple(f"recipe={blocks}" for blocks in FREE)
+ARGUMENTS = {
+    name: [f"{chain},{CHOICES[(number + offset) % len(CHOICES)]}" for number, chain in enumerate(CHAINS)]
+    for offset, name in enumerate(("cifar10_lt", "cifar100_lt"))
+}
 FILES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
 EVERY = [(name, argument) for name in FILES for argument in (None, *ARGUMENTS.get(name, ()))]
 every_config = pytest.mark.parametrize("name, argument", EVERY)
@@ -158,7 +164,12 @@ def test_rate_and_epochs_are_above_0(changes):
     assert message_of(changed_stage(**changes)).startswith("config.second has lr = ")
 
 
-@pytest.mark.parametrize("key", ["batch_size", "eval_every", "eval_batch_size"])
+def test_a_stage_of_surgery_alone_needs_no_epochs():
+    _, stages = config.parse(changed_stage(epochs=0, surgery={"name": "new_head"}, groups={}))
+    assert (stages["second"].epochs, stages["second"].groups) == (0, {})
+
+
+@pytest.mark.parametrize("key", ["batch_size", "eval_every", "eval_batch_size", "replicas"])
 def test_sizes_are_at_least_1(key):
     assert message_of(small(**{key: 0})) == f"config.{key} = 0: must be at least 1"
 
@@ -189,6 +200,43 @@ def test_a_seed_below_0_is_refused_before_anything_starts(values, where):
 
 
 @pytest.mark.parametrize(
+    "values, message",
+    [
+        (small(replicate="pmap"), "config.replicate = 'pmap'; allowed: loop, vmap"),
+        (small(replicas=2.5), "config.replicas = 2.5: int expected"),
+        (small(seed=2**32 - 2, replicas=3), "config.seed = 4294967294, replicas = 3: the last seed would be above"),
+        (small(optimizer={"momentum": 1.0}), "config.optimizer = {'momentum': 1.0, "),
+        (changed_stage(optimizer={"weight_decay": -0.1}), "config.second.optimizer = {'momentum': 0.9, "),
+        (changed_stage(optimizer={"nesterov": 1}), "config.second.optimizer.nesterov = 1: bool expected"),
+        (changed_stage(optimizer={"wd": 0.1}), "unknown key config.second.optimizer.wd; allowed: momentum, "),
+        (changed_stage(keep_optimizer="yes"), "config.second.keep_optimizer = 'yes': bool expected"),
+        (
+            changed_stage(keep_optimizer=True, start_from="scratch"),
+            "config.second.keep_optimizer: a stage from scratch has no optimizer to keep",
+        ),
+        (changed_stage(drop_last=1), "config.second.drop_last = 1: bool expected"),
+        (changed_stage(nearest_mean="cosine"), "config.second.nearest_mean = 'cosine': bool expected"),
+        (changed_stage(groups={"all": {"match": ".*", "rate": 1.0, "optional": 0}}), "config.second.groups.all.optio"),
+        (changed_stage(groups={"all": {"match": ".*", "rate": -1.0}}), "config.second.groups.all.rate = -1.0"),
+    ],
+)
+def test_what_a_setting_cannot_be_is_named(values, message):
+    assert message_of(values).startswith(message)
+
+
+def test_the_last_seed_of_the_replicas_may_be_the_largest():
+    assert config.parse(small(seed=2**32 - 2, replicas=2))[0].replicas == 2
+
+
+def test_a_stages_optimizer_changes_the_runs():
+    values = small(optimizer={"weight_decay": 0.1, "nesterov": True})
+    values["second"] = {**values["second"], "optimizer": {"momentum": 0.5, "nesterov": False}}
+    _, stages = config.parse(values)
+    assert stages["first"].optimizer == {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+    assert stages["second"].optimizer == {"momentum": 0.5, "nesterov": False, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
     "group",
     [{"rate": 1.0}, {"match": ".*"}, {"match": ".*", "rate": 1.0, "weight_dacay": 0.1}, {"match": "(", "rate": 1}],
 )
@@ -196,9 +244,24 @@ def test_a_parameter_group_has_a_pattern_and_a_rate(group):
     assert "config.second.groups.all" in message_of(changed_stage(groups={"all": group}))
 
 
-@pytest.mark.parametrize("values", [small(data=3), small(second="mislas"), small(optimizer="sgd")])
-def test_a_value_in_place_of_settings_is_refused(values):
-    assert "config." in message_of(values)
+SETTINGS_OF_A_STAGE = ("method", "groups", "schedule", "sampler", "augment", "optimizer", "surgery", "eval_classifier")
+
+
+@pytest.mark.parametrize(
+    "values, where",
+    [
+        (small(data=3), "config.data"),
+        (small(model="resnet"), "config.model"),
+        (small(second="mislas"), "config.second"),
+        (small(optimizer="sgd"), "config.optimizer"),
+        *((changed_stage(**{key: "name"}), f"config.second.{key}") for key in SETTINGS_OF_A_STAGE),
+        (changed_stage(groups={"all": 1.0}), "config.second.groups.all"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_value_in_place_of_settings_is_refused(values, where):
+    found = message_of(values)
+    assert found.startswith(f"{where} = ") and "needs settings" in found
 
 
 # differences() tells why a folder holds another run.
@@ -227,17 +290,32 @@ def test_a_section_that_became_a_value_is_a_difference():
 # The files in configs/.
 
 
-def test_every_file_but_the_common_one_is_a_config():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {"common"}
+def test_every_file_but_what_they_share_is_a_config():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {"common", "recipes"}
+
+
+def test_every_block_is_in_a_chain_that_is_tested():
+    used = {block for recipe in recipes.METHODS.values() for block in recipe.blocks} | {
+        b for f in FREE for b in f.split("+")
+    }
+    assert used | {"balanced_softmax_classifier"} == {*recipes.SCRATCH, *recipes.NEXT}
 
 
 @functools.cache
-def parameter_paths(num_classes, settings):
-    """Paths and shapes of a model, as the training loop sees them."""
+def parameters(num_classes, settings):
+    """Shapes of a model's parameters."""
     model = json.loads(settings)
     net = models.create(model.pop("name"), num_classes, **model)
     images = jnp.zeros((1, 8, 8, len(model["mean"])))
-    return list(optim.flatten({"net": jax.eval_shape(net.init, jax.random.key(0), images)["params"]}))
+    return jax.eval_shape(net.init, jax.random.key(0), images)["params"]
+
+
+@functools.cache
+def augmented(settings, channels):
+    """Shapes of what a stage's augmentation makes of two images."""
+    bound = registry.bind("augment", augment.augment, json.loads(settings))
+    images, labels = jnp.zeros((2, 32, 32, channels), jnp.uint8), jnp.zeros(2, jnp.int32)
+    return jax.eval_shape(bound, jax.random.key(0), images, labels)
 
 
 @every_config
@@ -245,18 +323,24 @@ def test_every_setting_of_every_config_is_one_that_its_part_takes(parsed, name, 
     run, stages = parsed(name, argument)
     assert run.data.name in SOURCES
     num_classes, most = NUM_CLASSES[run.data.name]
-    most = run.data.max_count or most
+    most = (run.data.max_count or most) - run.data.holdout
     counts = splits.class_counts(num_classes, most, imbalance=run.data.imbalance, profile=run.data.profile)
-    paths = parameter_paths(num_classes, json.dumps(dict(run.model)))
+    net, channels = parameters(num_classes, json.dumps(dict(run.model))), len(run.model["mean"])
     for stage in stages.values():
         hyper = dict(stage.method)
-        methods.create(hyper.pop("name"), counts, **hyper)
+        extra, _ = methods.create(hyper.pop("name"), counts, **hyper).init(jax.random.key(0))
         samplers.create(**stage.sampler)
-        registry.bind("augment", augment.augment, stage.augment)
+        assert augmented(json.dumps(stage.augment), channels).images.shape == (2, 32, 32, channels)
         registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)
-        assigned = optim.assign_groups(paths, stage.groups)
-        assert any(stage.groups[group]["rate"] > 0 for group in assigned.values())
         assert stage.batch_norm in ("train", "eval")
+        if stage.surgery:
+            surgery.create(stage.surgery, net, branches=run.model.get("branches", 0), holdout=run.data.holdout > 0)
+        if stage.epochs:
+            paths = list(optim.flatten({"net": net, **({"method": extra} if extra else {})}))
+            assigned = optim.assign_groups(paths, stage.groups)
+            assert any(stage.groups[group]["rate"] > 0 for group in assigned.values())
+        else:
+            assert stage.surgery and stage.groups == {}
 
 
 @every_config
@@ -270,14 +354,21 @@ def test_every_config_means_the_same_after_json(read, name, argument):
 
 
 @every_config
-def test_overriding_the_epochs_reaches_every_stage_from_scratch(read, name, argument):
+def test_overriding_the_epochs_reaches_the_stages_that_share_them(read, name, argument):
+    """Those from scratch; deferred re-weighting takes a fifth of it, rounded up."""
     values = read(name, argument)
     before = config.parse(values.to_dict())[1]
-    values.epochs = 3
+    values.epochs = 11
     run, stages = config.parse(values.to_dict())
-    assert run.epochs == 3
+    assert run.epochs == 11
+    deferred = "drw" in stages
     for stage, settings in stages.items():
-        assert settings.epochs == (3 if settings.start_from == "scratch" else before[stage].epochs), stage
+        expected = before[stage].epochs
+        if settings.start_from == "scratch":
+            expected = 8 if deferred else 11
+        elif stage == "drw":
+            expected = 3
+        assert settings.epochs == expected, stage
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
@@ -296,24 +387,98 @@ def test_flags_override_the_epochs_and_a_stages_own_settings(monkeypatch):
 
 def test_names_of_runs_tell_the_choices_apart(read):
     names = [read(name, argument).name for name, argument in EVERY if argument]
+    one_choice = (
+        "imbalance=50",
+        "profile=step",
+        "budget=short",
+        "augment=auto",
+        "augment=plain",
+        "mixup=1",
+        "holdout=5",
+    )
+    names += [read("cifar100_lt", f"method=ce,{choice}").name for choice in one_choice]
     assert len(set(names)) == len(names)
+
+
+NUMBERS_AND_CHOICES = {
+    "methd=ce": "unknown config argument 'methd'; allowed: "
+    "method, recipe, imbalance, profile, budget, augment, mixup, holdout",
+    "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.METHODS)}",
+    "method": f"config argument 'method': allowed values of method: {', '.join(recipes.METHODS)}",
+    "imbalance=ten": "config argument 'imbalance=ten': imbalance is a number",
+    "imbalance=": "config argument 'imbalance=': imbalance is a number",
+    "mixup=yes": "config argument 'mixup=yes': mixup is a number",
+    "holdout=some": "config argument 'holdout=some': holdout is a number",
+    "profile=linear": "config argument 'profile=linear': allowed values of profile: exp, step",
+    "method=ce,budget=tiny": "config argument 'budget=tiny': allowed values of budget: full, short",
+    "augment=none": "config argument 'augment=none': allowed values of augment: paper, plain, auto",
+}
+FIRST, AFTER = ", ".join(recipes.SCRATCH), ", ".join(recipes.NEXT)
+CHAINS_THAT_CANNOT_BE = {
+    "recipe=smoothing": f"config argument 'recipe=smoothing': first may stand: {FIRST}; not 'smoothing'",
+    "recipe=ce+ldam": f"config argument 'recipe=ce+ldam': after the first may stand: {AFTER}; not 'ldam'",
+    "recipe=ce+": f"config argument 'recipe=ce+': after the first may stand: {AFTER}; not ''",
+    "recipe=ce+crt+crt": "config argument 'recipe=ce+crt+crt': each block once",
+    "recipe=ce+crt+drw": "config argument 'recipe=ce+crt+drw': "
+    "drw comes second, after a block with one loss, not reslt",
+    "recipe=reslt+drw": "config argument 'recipe=reslt+drw': drw comes second, after a block with one loss, not reslt",
+}
 
 
 @pytest.mark.parametrize("name", ["cifar10_lt", "cifar100_lt"])
 def test_every_mistaken_argument_is_one_clear_line(read, name):
-    mistakes = {
-        "methd=ce": "unknown config argument 'methd'; allowed: method, imbalance, profile, budget",
-        "method=erm": "config argument 'method=erm': allowed values of method: mislas, ce",
-        "method": "config argument 'method': allowed values of method: mislas, ce",
-        "imbalance=ten": "config argument 'imbalance=ten': imbalance is a number",
-        "imbalance=": "config argument 'imbalance=': imbalance is a number",
-        "profile=linear": "config argument 'profile=linear': allowed values of profile: exp, step",
-        "method=ce,budget=tiny": "config argument 'budget=tiny': allowed values of budget: full, short",
-    }
-    for argument, message in mistakes.items():
+    for argument, message in {**NUMBERS_AND_CHOICES, **CHAINS_THAT_CANNOT_BE}.items():
         with pytest.raises(ValueError) as raised:
             read(name, argument)
         assert str(raised.value) == message
+
+
+def test_a_chains_blocks_are_its_stages_each_from_the_one_before(parsed):
+    run, stages = parsed("cifar100_lt", "recipe=reslt+dro+smoothing")
+    assert run.stages == ("reslt", "dro", "smoothing")
+    assert [stage.start_from for stage in stages.values()] == ["scratch", "reslt", "dro"]
+    assert stages["dro"].title == "reslt+dro+smoothing, stage 2"
+    assert (run.model["branches"], run.model["logit_scale"]) == (3, True)
+
+
+AUGMENTED = {  # (AutoAugment, Cutout) of each stage
+    "method=ce": [(False, 0)],
+    "method=ce,augment=auto": [(True, 16)],
+    "method=drolt": [(True, 16)] * 3,
+    "method=drolt,augment=plain": [(False, 0)] * 3,
+    "recipe=ce+dro+crt": [(False, 0), (True, 16), (False, 0)],
+    "recipe=ce+dro+crt,augment=auto": [(True, 16)] * 3,
+    "recipe=ce+dro+crt,augment=plain": [(False, 0)] * 3,
+}
+
+
+@pytest.mark.parametrize("argument", AUGMENTED)
+def test_augment_is_that_of_the_paper_or_one_kind_for_all_stages(parsed, argument):
+    found = [stage.augment for stage in parsed("cifar10_lt", argument)[1].values()]
+    assert [(a["auto_augment"], a["cutout_size"]) for a in found] == AUGMENTED[argument]
+    assert all((a["crop_padding"], a["flip"]) == (4, True) for a in found)
+
+
+@pytest.mark.parametrize(
+    "argument, alphas",
+    [
+        ("method=mislas", [1.0, 0.0]),
+        ("method=mislas,mixup=0.2", [0.2, 0.0]),
+        ("method=reslt,mixup=0.2", [0.2]),
+        ("method=drolt,mixup=0.2", [0.2, 0.0, 0.0]),
+        ("method=ldam_drw,mixup=0.2", [0.2, 0.2]),
+    ],
+)
+def test_mixup_is_for_stages_that_train_the_whole_network(parsed, argument, alphas):
+    _, stages = parsed("cifar10_lt", argument)
+    assert [stage.augment["mixup_alpha"] for stage in stages.values()] == alphas
+
+
+@pytest.mark.parametrize(
+    "argument, holdout", [("method=ce", 0), ("method=tau_norm", 10), ("method=tau_norm,holdout=3", 3)]
+)
+def test_tau_is_chosen_on_a_holdout(parsed, argument, holdout):
+    assert parsed("cifar100_lt", argument)[0].data.holdout == holdout
 
 
 @pytest.mark.parametrize("imbalance", ["0", "-10", "0.5", "nan", "inf"])
@@ -326,6 +491,17 @@ def test_an_impossible_imbalance_is_an_error_that_names_it(parsed, imbalance):
 def test_quickstart_takes_no_arguments(read):
     with pytest.raises(ValueError, match="unknown config argument 'method'; allowed: none"):
         read("quickstart", "method=ce")
+
+
+CROSS_ENTROPY = {"name": "erm", "loss": {"name": "cross_entropy"}}
+
+
+def rates_of(stage):
+    return {name: group["rate"] for name, group in stage.groups.items()}
+
+
+def factors_of(stage):
+    return registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)
 
 
 # MiSLAS's table: (classes, imbalance) -> smoothing of head and tail, factor on the classifier's rate, batch norm
@@ -346,11 +522,7 @@ def test_the_second_stage_of_mislas_is_the_papers(parsed, classes, imbalance):
     stage, (head, tail, factor, batch_norm) = stages["classifier"], RECIPES[classes, imbalance]
     assert stage.method == {"name": "mislas", "head": head, "tail": tail, "shape": "concave"}
     assert (stage.epochs, stage.lr, stage.start_from, stage.batch_norm) == (10, 0.1, "features", batch_norm)
-    assert {name: group["rate"] for name, group in stage.groups.items()} == {
-        "frozen": 0.0,
-        "classifier": factor,
-        "scale": 1.0,
-    }
+    assert rates_of(stage) == {"backbone": 0.0, "classifier": factor, "logit_scale": 1.0}
     assert stage.schedule == {"kind": "cosine"}
     assert stage.sampler == {"name": "class_aware", "in_a_row": 4}
     assert stage.augment.get("mixup_alpha", 0.0) == 0.0
@@ -364,10 +536,10 @@ def test_the_first_stage_of_mislas_is_the_papers(parsed, classes, imbalance):
     assert (run.model["name"], run.model["depth"], run.model["width"]) == ("resnet_cifar", 32, 16)
     assert (run.model["mean"], run.model["std"]) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     assert (run.batch_size, run.optimizer) == (128, config.Optimizer(0.9, False, 2e-4))
-    assert (stage.method, stage.epochs, stage.lr) == ({"name": "erm"}, 200, 0.1)
+    assert (stage.method, stage.epochs, stage.lr) == (CROSS_ENTROPY, 200, 0.1)
     assert stage.sampler == {"name": "instance_balanced"}
     assert (stage.augment["mixup_alpha"], stage.augment["crop_padding"], stage.augment["flip"]) == (1.0, 4, True)
-    factors = registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)
+    factors = factors_of(stage)
     np.testing.assert_allclose(factors[[0, 4, 5, 159, 160, 179, 180, 199]], [0.2, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -395,8 +567,135 @@ def test_an_imbalance_that_no_paper_has_takes_the_nearest_ones_recipe(parsed, im
 def test_the_short_budget_is_12_and_2_epochs(parsed):
     stages = parsed("cifar100_lt", "budget=short")[1]
     assert [stage.epochs for stage in stages.values()] == [12, 2]
-    factors = registry.bind("schedule", optim.schedule_table, stages["features"].schedule)(12)
-    np.testing.assert_allclose(factors, [0.5, *[1] * 9, 0.1, 0.01])
+    np.testing.assert_allclose(factors_of(stages["features"]), [0.5, *[1] * 9, 0.1, 0.01])
+
+
+# ResLT, its authors' CIFAR scripts: (classes, imbalance) -> beta
+BETAS = {(100, 100): 0.995, (100, 50): 0.99, (100, 10): 0.72, (10, 100): 0.998, (10, 50): 0.998, (10, 10): 0.96}
+
+
+@pytest.mark.parametrize("classes, imbalance", BETAS)
+def test_the_branches_of_reslt_are_the_papers(parsed, classes, imbalance):
+    run, stages = parsed(f"cifar{classes}_lt", f"method=reslt,imbalance={imbalance}")
+    ranks = {100: dict(medium_start=35, tail_start=70), 10: dict(medium_start=2, tail_start=4)}[classes]
+    assert stages["reslt"].method == {"name": "reslt", "beta": BETAS[classes, imbalance], **ranks}
+    assert (run.model["branches"], run.model["classifier"], run.model["logit_scale"]) == (3, "linear", False)
+
+
+def test_the_training_of_reslt_is_the_papers(parsed):
+    run, stages = parsed("cifar100_lt", "method=reslt")
+    stage = stages["reslt"]
+    assert stage.optimizer == {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    assert (run.batch_size, stage.lr, stage.epochs, stage.drop_last) == (128, 0.1, 200, True)
+    assert rates_of(stage) == {"backbone": 1.0, "branches": 1.0, "classifier": 1.0}
+    factors = factors_of(stage)
+    np.testing.assert_allclose(factors[[0, 5, 159, 160, 179, 180, 199]], [1 / 3, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert (np.diff(factors[:6]) > 0).all()
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_stages_of_drolt_are_the_papers(parsed, classes):
+    _, stages = parsed(f"cifar{classes}_lt", "method=drolt")
+    assert [(name, stage.epochs, stage.lr) for name, stage in stages.items()] == [
+        ("ce", 200, 0.1),
+        ("dro", 80, 0.005),
+        ("ce_classifier", 20, 0.01),
+    ]
+    later = [stages["dro"], stages["ce_classifier"]]
+    assert all(stage.optimizer["weight_decay"] == 1e-4 for stage in stages.values())
+    assert all(stage.sampler == {"name": "class_aware", "in_a_row": 4} for stage in later)
+    assert all((factors_of(stage) == 1).all() and stage.nearest_mean for stage in later)
+    assert rates_of(stages["dro"]) == {"backbone": 1.0, "classifier": 0.0, "margins": 1.0}
+    assert rates_of(stages["ce_classifier"]) == {"backbone": 0.0, "classifier": 1.0}
+    assert (stages["dro"].batch_norm, stages["ce_classifier"].batch_norm) == ("train", "eval")
+    assert stages["ce_classifier"].method == CROSS_ENTROPY
+
+
+def test_the_loss_of_drolt_is_the_papers(parsed):
+    """Margins 2 e begin at 1, T = 1, and cross-entropy there is weighted by n_c / n_max."""
+    method = dict(parsed("cifar10_lt", "method=drolt")[1]["dro"].method)
+    extra, _ = methods.create(method.pop("name"), np.array([30, 20, 10]), **method).init(jax.random.key(0))
+    np.testing.assert_array_equal(extra["margins"], np.ones((1, 3)))
+    assert (method["temperature"], method["robust_weight"], method["layers"]) == (1.0, 1.0, ())
+    assert method["loss"] == {"name": "cross_entropy", "class_weights": {"kind": "count"}}
+
+
+def test_drw_goes_on_with_ldam_and_effective_numbers(parsed):
+    run, stages = parsed("cifar100_lt", "method=ldam_drw")
+    first, second = stages["ldam"], stages["drw"]
+    weights = second.method["loss"]["class_weights"]
+    assert weights == {"kind": "effective_number", "beta": 0.9999}
+    assert {**first.method["loss"], "class_weights": weights} == second.method["loss"]
+    assert [(s.epochs, s.lr, s.keep_optimizer) for s in stages.values()] == [(160, 0.1, False), (40, 0.001, True)]
+    np.testing.assert_allclose(factors_of(first), [0.2, 0.4, 0.6, 0.8, *[1] * 156])
+    np.testing.assert_allclose(factors_of(second), [1] * 20 + [0.01] * 20)
+    assert (run.model["classifier"], run.model["cosine_scale"]) == ("cosine", 30.0)
+    same = ("groups", "augment", "sampler", "batch_norm", "optimizer")
+    assert all(getattr(first, field) == getattr(second, field) for field in same)
+
+
+def test_ldam_decays_by_a_hundredth(parsed):
+    factors = factors_of(parsed("cifar10_lt", "method=ldam")[1]["ldam"])
+    np.testing.assert_allclose(factors[[159, 160, 179, 180]], [1, 0.01, 0.01, 1e-4])
+
+
+def test_margins_on_scaled_logits_are_the_papers_on_cosines(parsed):
+    run, stages = parsed("cifar10_lt", "method=ldam")
+    counts, labels = np.array([500, 50, 5]), np.array([0, 1, 2, 2])
+    cosines = np.random.default_rng(0).uniform(-1, 1, (4, 3)).astype(np.float32)
+    criterion = methods.criteria.create(counts, stages["ldam"].method["loss"])
+    scaled = run.model["cosine_scale"] * jnp.asarray(cosines)
+    expected = losses.ldam(jnp.asarray(cosines), jnp.asarray(labels), class_counts=counts, max_margin=0.5, scale=30.0)
+    found = criterion(scaled, Batch(jnp.zeros((4, 1, 1, 3)), jnp.asarray(labels)))
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, trained", [("crt", "classifier"), ("lws", "logit_scale")])
+def test_crt_and_lws_train_their_part_on_class_balanced_batches(parsed, name, trained):
+    run, stages = parsed("cifar100_lt", f"method={name}")
+    stage = stages[name]
+    assert stage.sampler == {"name": "class_balanced"}
+    assert {part for part, rate in rates_of(stage).items() if rate} == {trained}
+    assert (stage.epochs, stage.schedule, stage.method) == (10, {"kind": "cosine"}, CROSS_ENTROPY)
+    assert stage.surgery == ({"name": "new_head"} if name == "crt" else {})
+    assert run.model["logit_scale"] == (name == "lws")
+
+
+@pytest.mark.parametrize(
+    "method, surgery",
+    [
+        ("tau_norm", {"name": "tau_norm", "taus": tuple(np.round(np.arange(0, 2.01, 0.1), 1).tolist())}),
+        ("ncm", {"name": "nearest_mean", "metric": "cosine"}),
+        ("logit_adjustment_posthoc", {"name": "logit_shift", "tau": 1.0}),
+    ],
+)
+def test_post_hoc_methods_only_change_the_classifier_of_cross_entropy(parsed, method, surgery):
+    _, stages = parsed("cifar100_lt", f"method={method}")
+    first, last = stages.values()
+    assert first.method == CROSS_ENTROPY
+    assert (last.epochs, last.groups, last.surgery) == (0, {}, surgery)
+
+
+LOSSES = {
+    "ce": dict(name="cross_entropy"),
+    "focal": dict(name="focal", gamma=2.0),
+    "cb_ce": dict(name="cross_entropy", class_weights=dict(kind="effective_number", beta=0.9999)),
+    "balanced_softmax": dict(name="balanced_softmax"),
+    "logit_adjustment": dict(name="logit_adjusted", tau=1.0),
+}
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_baselines_are_cross_entropys_recipe_with_another_loss(parsed, method):
+    (baseline,), (stage,) = (parsed("cifar10_lt", f"method={name}")[1].values() for name in ("ce", method))
+    assert stage.method == {"name": "erm", "loss": LOSSES[method]}
+    assert stage._replace(method=baseline.method, title=baseline.title) == baseline
+
+
+def test_the_nearest_is_so_by_ratio():
+    table = {10: "a", 50: "b", 100: "c"}
+    found = [common.nearest(table, imbalance) for imbalance in (1, 22, 23, 70, 71, 1000)]
+    assert found == ["a", "a", "b", "b", "c", "c"]
 
 
 def test_stages_as_a_bare_string_are_told_apart_from_a_tuple():

@@ -1,5 +1,7 @@
 """The stage engine repeats the authors' PyTorch training step by step. The numbers' source: tests/golden/README.md."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from ltjax.interop.torch import import_state_dict
 from ltjax.types import Batch
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+SOURCE = ("images", "labels", "permutations", "lams")
+each_number_of_devices = pytest.mark.parametrize("devices", [1, 8])
 
 
 def network(**settings):
@@ -21,105 +25,149 @@ def variables_of(numbers, prefix, net):
     return import_state_dict({k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}, net)
 
 
-def train(numbers, net, method, draw, *, groups, lr, num_steps, devices):
-    mesh = parallel.make_mesh(jax.devices()[:devices])
-    start = variables_of(numbers, "init/", net)
+def stored_batch(source, seed, step, rng):
+    return Batch(source["images"][step].astype(jnp.float32) / 255, source["labels"][step])
+
+
+def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=None, lr=None):
+    """The authors' steps through the engine -> the stage, variables before, state after, metrics of each step.
+
+    arrays: of the method, instead of what a refresh would find.
+    """
+    mesh, num_steps = parallel.make_mesh(jax.devices()[:devices]), len(numbers["losses"])
+    variables = variables_of(numbers, "init/", net)
+    extra, _ = method.init(jax.random.key(0))
     built = stage.build(
         {"net": net},
         method,
         draw,
-        start.params,
+        {**variables.params, "method": extra},
         groups=groups,
         bn="train",
-        lr=lr,
+        lr=float(numbers["lr"]) if lr is None else lr,
         factors=np.ones(1),
         steps_per_epoch=num_steps,
         momentum=float(numbers["momentum"]),
+        nesterov=bool(numbers.get("nesterov", False)),
         weight_decay=float(numbers["weight_decay"]),
         mesh=mesh,
     )
-    source = {k: jnp.asarray(numbers[k]) for k in ("images", "labels", "permutations", "lams") if k in numbers}
+    source = {k: jnp.asarray(numbers[k]) for k in SOURCE if k in numbers}
     source = jax.device_put(
         source, parallel.split_batch(mesh, axis=1) if devices > 1 and "lams" not in source else None
     )
-    state = built.init(np.uint32(0), jax.device_put(start, parallel.replicated(mesh)))
+    everywhere = parallel.replicated(mesh)
+    state = built.init(np.uint32(0), jax.device_put(variables, everywhere))
+    if arrays is not None:
+        state = state._replace(variables=state.variables._replace(arrays=jax.device_put(arrays, everywhere)))
+    start = jax.tree.map(np.array, state.variables)
     state, metrics = built.run(state, source, num_steps)
-    return start, state, metrics
+    return SimpleNamespace(stage=built, start=start, state=state, metrics=metrics)
 
 
-def assert_same_updates(start, ours, theirs, paths):
+def distance(start, ours, theirs, paths):
     """|| ours - theirs || / || theirs - start || over all the named arrays together."""
-    distance = sum(float(jnp.sum(jnp.square(ours[p] - theirs[p]))) for p in paths) ** 0.5
+    apart = sum(float(jnp.sum(jnp.square(ours[p] - theirs[p]))) for p in paths) ** 0.5
     moved = sum(float(jnp.sum(jnp.square(theirs[p] - start[p]))) for p in paths) ** 0.5
     assert moved > 0
-    assert distance / moved < 1e-3
+    return apart / moved
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_stage1_repeats_the_authors_steps(golden, devices):
-    numbers = golden("mislas_stage1")
-    net = network()
+def assert_repeats(numbers, net, done):
+    """The same losses, the same updates of the network's trained parameters and statistics; the rest stays."""
+    np.testing.assert_allclose(done.metrics["loss"], numbers["losses"], rtol=1e-4)
+    trees = (done.start, done.state.variables, variables_of(numbers, "final/", net))
+    start, ours, theirs = (optim.flatten({"net": tree.params["net"]}) for tree in trees)
+    trained = [path for path in start if path in done.stage.trained]
+    assert distance(start, ours, theirs, trained) < 1e-3
+    for path in set(start) - set(trained):
+        np.testing.assert_array_equal(start[path], ours[path])
+    start, ours, theirs = (optim.flatten(tree.stats) for tree in trees)
+    assert distance(start, ours, theirs, list(start)) < 1e-3
+
+
+@each_number_of_devices
+def test_mislas_stage1_repeats_the_authors_steps(golden, devices):
+    numbers, net = golden("mislas_stage1"), network()
 
     def draw(source, seed, step, rng):
         images = source["images"][step].astype(jnp.float32) / 255
         lam, permutation = source["lams"][step].astype(jnp.float32), source["permutations"][step]
         return augment.mixup(images, source["labels"][step], lam, permutation)
 
-    start, state, metrics = train(
-        numbers,
-        net,
-        methods.create("erm", np.ones(100)),
-        draw,
-        groups={"all": {"match": ".*", "rate": 1.0}},
-        lr=float(numbers["lr"]),
-        num_steps=4,
-        devices=devices,
-    )
-    np.testing.assert_allclose(metrics["loss"], numbers["losses"], rtol=1e-4)
-    theirs, ours = variables_of(numbers, "final/", net), state.variables
-    flat = [optim.flatten(v.params) for v in (start, ours, theirs)]
-    assert_same_updates(*flat, paths=list(flat[0]))
-    flat = [optim.flatten(v.stats) for v in (start, ours, theirs)]
-    assert_same_updates(*flat, paths=list(flat[0]))
+    method, groups = methods.create("erm", np.ones(100)), {"all": {"match": ".*", "rate": 1.0}}
+    assert_repeats(numbers, net, train(numbers, net, method, groups=groups, devices=devices, draw=draw))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_stage2_repeats_the_authors_steps(golden, devices):
-    numbers = golden("mislas_stage2")
-    net = network(logit_scale=True)
-
-    def draw(source, seed, step, rng):
-        return Batch(source["images"][step].astype(jnp.float32) / 255, source["labels"][step])
-
+@each_number_of_devices
+def test_mislas_stage2_repeats_the_authors_steps(golden, devices):
+    """With shifted batch norm: the statistics of the frozen backbone move on."""
+    numbers, net = golden("mislas_stage2"), network(logit_scale=True)
     head, tail = float(numbers["smooth_head"]), float(numbers["smooth_tail"])
-    start, state, metrics = train(
-        numbers,
-        net,
-        methods.create("mislas", numbers["class_counts"], head=head, tail=tail),
-        draw,
-        groups={
-            "frozen": {"match": "net/backbone/.*", "rate": 0.0},
-            "classifier": {"match": "net/classifier/.*", "rate": float(numbers["lr_classifier"] / numbers["lr_scale"])},
-            "scale": {"match": "net/logit_scale", "rate": 1.0},
-        },
-        lr=float(numbers["lr_scale"]),
-        num_steps=4,
-        devices=devices,
-    )
-    np.testing.assert_allclose(metrics["loss"], numbers["losses"], rtol=1e-4)
-    theirs, ours = variables_of(numbers, "final/", net), state.variables
-    flat = [optim.flatten(v.params) for v in (start, ours, theirs)]
-    trained = [p for p in flat[0] if "backbone" not in p]
-    assert_same_updates(*flat, paths=trained)
-    for path in set(flat[0]) - set(trained):
-        np.testing.assert_array_equal(flat[0][path], flat[1][path])
-    flat = [optim.flatten(v.stats) for v in (start, ours, theirs)]
-    assert_same_updates(*flat, paths=list(flat[0]))  # shifted batch norm
+    lr, classifier_lr = float(numbers["lr_scale"]), float(numbers["lr_classifier"])
+    groups = {
+        "frozen": {"match": "net/backbone/.*", "rate": 0.0},
+        "classifier": {"match": "net/classifier/.*", "rate": classifier_lr / lr},
+        "scale": {"match": "net/logit_scale", "rate": 1.0},
+    }
+    method = methods.create("mislas", numbers["class_counts"], head=head, tail=tail)
+    done = train(numbers, net, method, groups=groups, devices=devices, lr=lr)
+    assert_repeats(numbers, net, done)
+    ours = done.state.variables
     logits = net.apply(
         {"params": ours.params["net"], "batch_stats": ours.stats["net"]},
         jnp.asarray(numbers["eval_images"], jnp.float32) / 255,
     ).logits
     np.testing.assert_allclose(logits, numbers["eval_logits"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def dro_train(golden):
+    """`dro_train(radius, devices=..)`: the numbers, the network, and its steps as the engine does them."""
+    numbers = golden("dro_train")
+    class_counts = golden("class_counts")["cifar100_exp_if100"]
+    groups = {
+        "features": {"match": "net/backbone/.*|method/margins", "rate": 1.0},
+        "frozen": {"match": "net/classifier/.*", "rate": 0.0},
+    }
+
+    def run(radius, *, devices):
+        radius_size = float(numbers["init_epsilon"]) / 2  # a margin is two radii
+        settings = dict(radius=radius, radius_size=radius_size, temperature=float(numbers["temperature"]))
+        method, net = methods.create("drolt", class_counts, **settings), network()
+        arrays = {"features": jnp.asarray(numbers["centroids"])}
+        return numbers, net, train(numbers, net, method, groups=groups, devices=devices, arrays=arrays)
+
+    return run
+
+
+def test_drolt_weights_classes_as_the_authors(golden):
+    class_counts = golden("class_counts")["cifar100_exp_if100"]
+    np.testing.assert_allclose(golden("dro_train")["ce_class_weights"], class_counts / class_counts.max(), rtol=1e-6)
+
+
+@each_number_of_devices
+def test_drolt_repeats_the_authors_steps(dro_train, devices):
+    numbers, net, done = dro_train("learned_unconstrained", devices=devices)
+    assert_repeats(numbers, net, done)
+    start, ours = (tree.params["method"] for tree in (done.start, done.state.variables))
+    assert distance(start, ours, {"margins": numbers["final_epsilons"][None]}, ["margins"]) < 1e-3
+
+
+def test_drolts_floor_of_the_radius_changes_nothing_while_it_is_above_0(dro_train):
+    floored, free = (dro_train(radius, devices=1)[2].state for radius in ("learned", "learned_unconstrained"))
+    assert free.variables.params["method"]["margins"].min() > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), floored, free)
+
+
+@each_number_of_devices
+def test_reslt_repeats_the_authors_steps(golden, devices):
+    numbers, net = golden("reslt_train"), network(branches=3)
+    starts = {name: int(numbers[name]) for name in ("medium_start", "tail_start")}
+    class_counts = golden("class_counts")["cifar100_exp_if100"]
+    method = methods.create("reslt", class_counts, beta=float(numbers["beta"]), **starts)
+    groups = {"all": {"match": ".*", "rate": 1.0}}
+    assert_repeats(numbers, net, train(numbers, net, method, groups=groups, devices=devices))
 
 
 def test_evaluation_agrees_with_the_authors(golden):

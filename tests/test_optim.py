@@ -62,9 +62,49 @@ def test_unknown_schedule_names_the_known_ones():
         optim.schedule_table(10, kind="exponential")
 
 
-def test_no_epochs_are_an_error():
-    with pytest.raises(UserError, match="epochs = 0: a stage needs at least 1"):
-        optim.schedule_table(0, kind="constant")
+@pytest.mark.parametrize("kind", optim.SCHEDULES)
+def test_no_epochs_have_no_factors(kind):
+    """A stage of surgery alone."""
+    assert optim.schedule_table(0, kind=kind, warmup=0.025, warmup_start=0.5, decay_at=(0.8, 0.9)).shape == (0,)
+
+
+def test_less_than_no_epochs_are_an_error():
+    with pytest.raises(UserError, match="epochs = -1: a stage cannot have less than none"):
+        optim.schedule_table(-1, kind="constant")
+
+
+def torch_linear_lr(epoch, start_factor, total_iters):
+    """`torch.optim.lr_scheduler.LinearLR`'s closed form, with its end factor of 1."""
+    return start_factor + (1 - start_factor) * min(epoch, total_iters) / total_iters
+
+
+def test_a_start_of_the_warmup_is_pytorchs_linear_lr():
+    factors = optim.schedule_table(200, **CIFAR_STEPS, warmup_start=1 / 3)
+    expected = [torch_linear_lr(epoch, 1 / 3, 5) for epoch in range(160)]
+    np.testing.assert_allclose(factors[:160], expected, rtol=1e-12)
+
+
+def test_a_start_of_the_warmup_changes_nothing_after_it():
+    with_start = optim.schedule_table(200, **CIFAR_STEPS, warmup_start=1 / 3)
+    np.testing.assert_array_equal(with_start[5:], optim.schedule_table(200, **CIFAR_STEPS)[5:])
+
+
+def test_a_warmup_that_starts_at_1_is_none():
+    np.testing.assert_array_equal(
+        optim.schedule_table(10, kind="cosine", warmup=0.4, warmup_start=1.0), optim.schedule_table(10, kind="cosine")
+    )
+
+
+@pytest.mark.parametrize("start", [-0.1, 1.5])
+def test_a_start_of_the_warmup_is_a_factor(start):
+    with pytest.raises(UserError, match=f"schedule warmup_start = {start}: a factor on the learning rate, from 0 to 1"):
+        optim.schedule_table(10, kind="step", warmup=0.2, warmup_start=start)
+
+
+@pytest.mark.parametrize("shares", [dict(warmup=5), dict(decay_at=(160, 180)), dict(warmup=-0.1)])
+def test_epochs_in_place_of_shares_are_an_error(shares):
+    with pytest.raises(UserError, match="shares of the run, from 0 to 1, not epochs"):
+        optim.schedule_table(200, kind="step", **shares)
 
 
 def test_every_parameter_gets_its_group():
@@ -96,6 +136,28 @@ def test_a_parameter_with_two_groups_is_named_with_both():
 def test_a_group_without_a_parameter_is_named():
     groups = {"all": {"match": ".*"}, "head": {"match": "net/fc/.*"}}
     with pytest.raises(UserError, match=r"parameter groups \['head'\] match no parameter; paths begin with \['net"):
+        optim.assign_groups(PATHS, groups)
+
+
+def test_an_optional_group_may_match_nothing():
+    groups = {"all": {"match": "net/.*"}, "margins": {"match": "method/margins", "optional": True}}
+    assert set(optim.assign_groups(PATHS, groups).values()) == {"all"}
+
+
+def test_an_optional_group_takes_what_it_matches():
+    groups = {"all": {"match": "net/.*"}, "margins": {"match": "method/margins", "optional": True}}
+    assert optim.assign_groups([*PATHS, "method/margins"], groups)["method/margins"] == "margins"
+
+
+def test_a_group_that_is_not_optional_has_to_match():
+    groups = {"all": {"match": "net/.*"}, "margins": {"match": "method/margins", "optional": False}}
+    with pytest.raises(UserError, match=r"parameter groups \['margins'\] match no parameter"):
+        optim.assign_groups(PATHS, groups)
+
+
+def test_an_optional_group_may_not_share_a_parameter():
+    groups = {"all": {"match": ".*"}, "scale": {"match": "net/logit_scale", "optional": True}}
+    with pytest.raises(UserError, match=r"groups \['all', 'scale'\] all match 'net/logit_scale'"):
         optim.assign_groups(PATHS, groups)
 
 

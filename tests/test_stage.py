@@ -42,19 +42,21 @@ def toy_method(refresh=None):
     return Method(init, loss, refresh)
 
 
-def build(method, *, devices=8, groups=None, factors=None, lr=0.1):
+def random_draw(source, seed, step, rng):
+    index = jax.random.randint(rng, (16,), 0, len(source.labels))
+    return Batch(source.images[index].astype(jnp.float32) / 255, source.labels[index])
+
+
+def build(method, *, devices=8, groups=None, factors=None, lr=0.1, draw=random_draw, seed=2, **settings):
+    """-> the stage, its state at the start, the variables it starts from."""
     mesh, net = parallel.make_mesh(jax.devices()[:devices]), {"net": Toy()}
     start = jax.device_put(stage.init_variables(net, (4, 4, 2), jax.random.key(0)), parallel.replicated(mesh))
     shapes = jax.eval_shape(lambda: stage.init_variables(net, (4, 4, 2), jax.random.key(0), method))
 
-    def draw(source, seed, step, rng):
-        index = jax.random.randint(rng, (16,), 0, len(source.labels))
-        return Batch(source.images[index].astype(jnp.float32) / 255, source.labels[index])
-
-    settings = dict(bn="train", lr=lr, steps_per_epoch=4, mesh=mesh, image_shape=(4, 4, 2))
-    factors = np.ones(2) if factors is None else factors
-    built = stage.build(net, method, draw, shapes.params, groups=groups or ALL, factors=factors, **settings)
-    return built, built.init(np.uint32(2), start), start
+    settings = dict(bn="train", lr=lr, steps_per_epoch=4, mesh=mesh, image_shape=(4, 4, 2), **settings)
+    factors, groups = np.ones(2) if factors is None else factors, ALL if groups is None else groups
+    built = stage.build(net, method, draw, shapes.params, groups=groups, factors=factors, **settings)
+    return built, built.init(np.uint32(seed), start), start
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -112,6 +114,111 @@ def test_the_learning_rate_follows_its_factors(source):
 def test_a_stage_that_trains_nothing_is_refused():
     with pytest.raises(UserError, match="nothing would train"):
         build(toy_method(), groups={"all": {"match": ".*", "rate": 0.0}})
+
+
+def test_a_stage_of_no_epochs_trains_nothing():
+    built, state, start = build(toy_method(), factors=np.ones(0), groups={})
+    assert built.trained == () and built.num_steps == 0
+    jax.tree.map(np.testing.assert_array_equal, state.variables.params["net"], start.params["net"])
+
+
+def net_method():
+    """Without parameters or randomness of its own."""
+
+    def loss(apply, variables, batch, rng):
+        outputs, variables = apply(variables, batch.images)
+        own = jax.nn.one_hot(batch.labels, 3) * jax.nn.log_softmax(outputs.logits)
+        return -own.sum(-1).mean(), (variables, {})
+
+    return Method(lambda rng: ({}, {}), loss)
+
+
+def every_image(source, seed, step, rng):
+    """The same batch at every step of every stage."""
+    return Batch(source.images[:128].astype(jnp.float32) / 255, source.labels[:128])
+
+
+def second_stage(source, keep, *, factors=None):
+    """Parameters before and after 4 steps of a stage, on top of the 8 steps of one before it."""
+    settings = dict(method=net_method(), draw=every_image, factors=factors)
+    first, before, _ = build(**settings)
+    before, _ = first.run(before, source, 8)
+    second, _, _ = build(**settings, number=1)
+    state = second.init(np.uint32(2), before.variables)
+    if keep:
+        state = stage.kept_optimizer(state, before)
+    start = jax.tree.map(np.array, state.variables.params)
+    state, _ = second.run(state, source, 4)
+    return start, jax.tree.map(np.asarray, state.variables.params)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_second_stage_goes_on_as_one_only_with_the_optimizer_kept(source, keep):
+    built, state, _ = build(net_method(), draw=every_image)
+    state, _ = built.run(state, source, 12)
+    _, split = second_stage(source, keep)
+    one = state.variables.params["net"]["classifier"]["kernel"]
+    assert np.allclose(split["net"]["classifier"]["kernel"], one, rtol=1e-5, atol=1e-7) == keep
+
+
+def test_the_schedule_starts_anew_where_the_optimizer_is_kept(source):
+    """The first stage ended with a factor of 0: the second trains in its first epoch, whose factor is 1."""
+    start, end = second_stage(source, True, factors=np.array([1.0, 0.0]))
+    assert np.abs(end["net"]["classifier"]["kernel"] - start["net"]["classifier"]["kernel"]).max() > 1e-3
+
+
+def test_keeping_the_optimizer_leaves_the_state_before_usable(source):
+    """`run` takes over its state's memory, not that of the optimizer it goes on from."""
+    built, before, _ = build(net_method(), draw=every_image)
+    state = stage.kept_optimizer(built.init(np.uint32(2), before.variables), before)
+    built.run(state, source, 2)
+    assert stage.all_finite(before.opt_state)
+
+
+def random_method():
+    """Its initial parameter, and what it logs, are random."""
+
+    def init(rng):
+        return {"bias": jax.random.normal(rng, (3,))}, {}
+
+    return toy_method()._replace(init=init)
+
+
+def random_numbers(source, **settings):
+    """All that is random in a stage: the method's initial parameters, its noise, the batches, by their mean."""
+
+    def draw(source, seed, step, rng):
+        batch = random_draw(source, seed, step, rng)
+        return batch._replace(images=batch.images + (seed % 1024).astype(jnp.float32) / 1024)
+
+    method = random_method()
+
+    def loss(apply, variables, batch, rng):
+        value, (variables, metrics) = method.loss(apply, variables, batch, rng)
+        return value, (variables, {**metrics, "batch": batch.images.mean()})
+
+    built, state, _ = build(method._replace(loss=loss), draw=draw, **settings)
+    initial = np.array(state.variables.params["method"]["bias"])
+    _, metrics = built.run(state, source, 3)
+    return np.concatenate([initial, metrics["noise"], metrics["batch"]])
+
+
+def test_the_seed_decides_all_random_numbers(source):
+    np.testing.assert_allclose(random_numbers(source, seed=5), random_numbers(source, seed=5), rtol=1e-6)
+    assert not np.any(np.isclose(random_numbers(source, seed=5), random_numbers(source, seed=6), rtol=1e-6))
+
+
+def test_another_stage_of_a_run_has_other_random_numbers(source):
+    assert not np.any(np.isclose(random_numbers(source, number=0), random_numbers(source, number=1), rtol=1e-6))
+
+
+@pytest.mark.parametrize("second", [net_method(), random_method()], ids=["without parameters", "with its own"])
+def test_a_methods_parameters_end_with_its_stage(second):
+    _, first, _ = build(toy_method())
+    assert "method" in first.variables.params
+    built, fresh, _ = build(second, number=1)
+    state = built.init(np.uint32(2), first.variables)
+    jax.tree.map(np.testing.assert_array_equal, state.variables.params, fresh.variables.params)
 
 
 def test_all_finite_sees_a_single_nan():

@@ -69,14 +69,17 @@ def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
         With class weights w the mean is `sum_i w_yi loss_i / sum_i w_yi` over the batch, as in PyTorch.
     Raises: UserError (or the loss's ValueError) for a name or setting that is not known.
     """
+    if not isinstance(settings, Mapping):
+        raise UserError(f"loss = {settings!r}: needs settings, such as {{'name': {str(settings)!r}}}")
     settings = dict(settings)
     name, weighting = settings.pop("name", "cross_entropy"), settings.pop("class_weights", None)
     function = registry.choose("loss", CRITERIA, name)
     per_image = registry.bind(f"loss {name!r}", function, settings)(class_counts)
     weights = None
     if weighting is not None:
-        if "kind" not in weighting:
-            raise UserError(f"class_weights = {dict(weighting)}: needs a kind, effective_number or count")
+        if not isinstance(weighting, Mapping) or "kind" not in weighting:
+            shown = dict(weighting) if isinstance(weighting, Mapping) else weighting
+            raise UserError(f"class_weights = {shown!r}: needs a kind, effective_number or count")
         weights = registry.bind("class_weights", _class_weights, weighting)(class_counts)  # [C]
 
     def criterion(logits: jax.Array, batch: Batch) -> jax.Array:

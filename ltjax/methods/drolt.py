@@ -50,6 +50,8 @@ def create(
         raise UserError(
             f"method 'drolt': temperature = {temperature}, radius_size = {radius_size}: above 0, and at least 0"
         )
+    if isinstance(layers, str):
+        raise UserError(f"method 'drolt': layers = {layers!r}: a tuple of names, such as ({layers!r},)")
     layers = tuple(layers)
     where = layers or ("features",)
     criterion = criteria.create(class_counts, loss)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import methods, models, optim, parallel, stage
+from ltjax import losses, methods, models, optim, parallel, stage
 from ltjax.checkpoint import Checkpoints
 from ltjax.data import augment, samplers
 from ltjax.types import Variables
@@ -25,7 +25,7 @@ def network(**settings):
     return models.create("resnet_cifar", len(COUNTS), depth=8, width=8, mean=MEAN, std=STD, **settings)
 
 
-def stage_and_source(net):
+def stage_and_source(net, **replicated):
     """A stage of cross-entropy with mixup, batches of 16, on the first device, and its images."""
     mesh = parallel.make_mesh(jax.devices()[:1])
     draw = stage.resident_draw(
@@ -48,6 +48,7 @@ def stage_and_source(net):
         momentum=0.9,
         weight_decay=2e-4,
         mesh=mesh,
+        **replicated,
     )
     images = np.random.default_rng(0).integers(256, size=(COUNTS.sum(), 32, 32, 3), dtype=np.uint8)
     source = stage.Resident(jnp.asarray(images), jnp.asarray(np.repeat(np.arange(10), 16), jnp.int32))
@@ -63,12 +64,12 @@ def updates(net, num_steps, chunks):
     """How far parameters and statistics move, flat, and the losses: `num_steps` steps in so many dispatches."""
     built, source = stage_and_source(net)
     start = fresh()
-    state, losses = built.init(np.uint32(2), start), []
+    state, values = built.init(np.uint32(2), start), []
     for _ in range(chunks):
         state, metrics = built.run(state, source, num_steps // chunks)
-        losses.extend(np.asarray(metrics["loss"]).tolist())
+        values.extend(np.asarray(metrics["loss"]).tolist())
     old, new = ({**optim.flatten(v.params), **optim.flatten(v.stats)} for v in (start, state.variables))
-    return np.concatenate([np.ravel(new[path] - old[path]) for path in sorted(old)]).astype(np.float64), losses
+    return np.concatenate([np.ravel(new[path] - old[path]) for path in sorted(old)]).astype(np.float64), values
 
 
 def relative(ours, theirs):
@@ -115,3 +116,30 @@ def test_logits_agree_with_the_cpu():
             run = jax.jit(lambda collections, images, net=net: net.apply(collections, images).logits)
             logits[net.backbone.platform] = np.asarray(run(*jax.device_put((collections, images), device)))
     np.testing.assert_allclose(logits["gpu"], logits["cpu"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("replicate", parallel.REPLICATE)
+def test_replicas_are_the_single_runs(replicate):
+    built, source = stage_and_source(network(), replicas=2, replicate=replicate)
+    seeds = np.arange(2, dtype=np.uint32)
+    both, _ = built.run(built.init(seeds, jax.tree.map(lambda x: jnp.stack([x, x]), fresh())), source, 2)
+    for number, seed in enumerate(seeds):
+        single, source = stage_and_source(network())
+        alone, _ = single.run(single.init(seed, fresh()), source, 2)
+        start, ours, theirs = (optim.flatten(v.params) for v in (fresh(), both.variables, alone.variables))
+        moved = np.concatenate([np.ravel(ours[path][number] - start[path]) for path in sorted(start)])
+        expected = np.concatenate([np.ravel(theirs[path] - start[path]) for path in sorted(start)])
+        assert relative(moved, expected) < 1e-3
+
+
+def test_dro_loss_agrees_with_the_cpu():
+    rng = np.random.default_rng(2)
+    features, centroids = rng.standard_normal((64, 128), np.float32), rng.standard_normal((20, 128), np.float32)
+    labels = rng.integers(20, size=64).astype(np.int32)
+    both = jax.jit(jax.value_and_grad(lambda z, y, m: losses.dro_loss(z, y, m, margins=1.0)))
+    (value, gradient), (expected, expected_gradient) = (
+        both(*jax.device_put((features, labels, centroids), device))
+        for device in (jax.devices()[0], jax.devices("cpu")[0])
+    )
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert relative(np.asarray(gradient), np.asarray(expected_gradient)) < 1e-4

@@ -1,0 +1,124 @@
+"""Many seeds in one program: images a second in total for 1, 2, 4 and 8 replicas of cross-entropy on CIFAR-100-LT.
+
+    python -m benchmarks.replicas                                 # from the checkout's root; long on a CPU
+    python -m benchmarks.replicas --depth=8 --batch_size=32       # a quick look
+    python -m benchmarks.replicas --out=replicas.json
+
+Each number of replicas runs as training does it (`ltjax.parallel`), both ways: "loop", one replica after the other
+inside the program, and "vmap", all in one batched step, whose convolutions become grouped ones. Images are made up: the
+speed does not depend on what they show. The programs are timed in turns, so that other load on the machine meets all.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cifar_step import write_random_images
+from configs import cifar100_lt
+from ltjax import config as config_module
+from ltjax import parallel, problem, results
+from ltjax.checkpoint import write_json
+
+
+def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate: str) -> tuple[Any, Any, Any, Any]:
+    """(compiled stage, state, images on the device, mesh) of a run with so many replicas."""
+    config = cifar100_lt.get_config(f"method=ce,imbalance={min(100, args.max_count)}")
+    config.model.update(depth=args.depth, width=args.width, dtype=args.dtype)
+    config.update(batch_size=args.batch_size, epochs=1, replicas=replicas, replicate=replicate)
+    run, stages = config_module.parse(config.to_dict())
+    ready = problem.setup(run, data_dir)
+    built = problem.build_stage(run, "ce", stages["ce"], ready)
+    state = built.init(problem.seeds(run), problem.fresh_variables(run, "ce", ready))
+    return built, state, ready.train_data, ready.mesh
+
+
+def measure(args: argparse.Namespace, data_dir: Path) -> list[dict[str, Any]]:
+    rows, programs = [], []
+    for replicas in args.replicas:
+        for replicate in parallel.REPLICATE if replicas > 1 else ("loop",):
+            built, state, source, mesh = prepared(args, data_dir, replicas, replicate)
+            started = time.perf_counter()
+            state, _ = jax.block_until_ready(built.run(state, source, args.steps))
+            groups = mesh.shape[parallel.REPLICA_AXIS]
+            rows.append(
+                {
+                    "replicas": replicas,
+                    "replicate": replicate if replicas > 1 else "-",
+                    "device_groups": groups,
+                    "first_call_seconds": time.perf_counter() - started,
+                    "seconds_per_step": [],
+                }
+            )
+            programs.append([built, state, source])
+    for _ in range(args.repeats):
+        for row, program in zip(rows, programs, strict=True):
+            built, state, source = program
+            started = time.perf_counter()
+            program[1], _ = jax.block_until_ready(built.run(state, source, args.steps))
+            row["seconds_per_step"].append((time.perf_counter() - started) / args.steps)
+    for row in rows:
+        row["images_per_second"] = args.batch_size * row["replicas"] / statistics.median(row["seconds_per_step"])
+        row["over_one"] = row["images_per_second"] / rows[0]["images_per_second"]
+    return rows
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    made = Table(title=title)
+    for name in ("replicas", "how", "groups of devices", "images/s in total", "over the first row", "first call, s"):
+        made.add_column(name, justify="right")
+    for row in rows:
+        numbers = (f"{row['images_per_second']:,.0f}", f"{row['over_one']:.2f}", f"{row['first_call_seconds']:.0f}")
+        made.add_row(str(row["replicas"]), row["replicate"], str(row["device_groups"]), *numbers)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas", description=__doc__.splitlines()[0])
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--depth", type=int, default=32, help="of the ResNet: 6 n + 2")
+    parser.add_argument("--width", type=int, default=16, help="channels of its first stage")
+    parser.add_argument("--batch_size", type=int, default=128, help="of each replica")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=0, help="to a dispatch; 0: 50, on a CPU 2")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each")
+    parser.add_argument("--max_count", type=int, default=500, help="images of the largest class")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args(argv)
+    problem.use_cpu_cores(args.batch_size)
+    commit = results.git_commit()
+    args.steps = args.steps or (2 if jax.default_backend() == "cpu" else 50)
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_images(Path(folder), per_class=args.max_count)
+        rows = measure(args, Path(folder))
+    devices = jax.devices()
+    device = f"{devices[0].platform}: {devices[0].device_kind}"
+    title = f"ResNet-{args.depth}, batch {args.batch_size} a replica, {args.dtype}, {len(devices)} x {device}"
+    Console(width=None if sys.stdout.isatty() else 120).print(table(rows, title))
+    if args.out:
+        numbers = {
+            "benchmark": "replicas",
+            "rows": rows,
+            "settings": {key: value for key, value in vars(args).items() if key != "out"},
+            "device": device,
+            "num_devices": len(devices),
+            "versions": results.versions(),
+            "git_commit": commit,
+            "command": shlex.join(["python", "-m", "benchmarks.replicas", *argv]),
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, json.loads(json.dumps(numbers)))
+
+
+if __name__ == "__main__":
+    main()
