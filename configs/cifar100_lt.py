@@ -1,20 +1,23 @@
-"""CIFAR-100-LT, ResNet-32.
+"""CIFAR-100-LT, ResNet-32, every long-tail method.
 
     python -m ltjax.data.prepare cifar100
     python run.py --config=configs/cifar100_lt.py:method=mislas,imbalance=100
+    python run.py --config=configs/cifar100_lt.py:method=drolt --config.replicas=5         # five seeds in one program
+    python run.py --config=configs/cifar100_lt.py:recipe=reslt+dro+smoothing               # blocks of configs/recipes.py
 
-method=mislas|ce, imbalance (10, 50 and 100 are the papers'), profile=exp|step, budget=full|short (12 + 2 epochs).
+Arguments: method, or recipe; imbalance (10, 50 and 100 are the papers'), profile=exp|step, budget=full|short (200 epochs and
+what follows, or 12 and a few), augment=paper|plain|auto (auto: AutoAugment and Cutout), mixup (Beta(a, a) in stages that
+train the whole network), holdout (images of each class; tau_norm takes 10).
 The MiSLAS authors recommend --config.optimizer.weight_decay=5e-4 for better figures than their paper's.
 
-Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10:
+Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   MiSLAS, paper           47.0 / 4.83   52.3 / 2.25   63.2 / 1.73   (after stage 1 alone: 39.5, 45.4, 59.1)
-  MiSLAS, ours            not yet run
-  cross-entropy, ours     not yet run
-  MiSLAS, ours, short     19.2 / 5.0    not yet run   not yet run   (after stage 1 alone: 14.4 / 13.5)
-  cross-entropy, short    21.1 / 20.2   not yet run   not yet run   (few-shot classes 0.1; MiSLAS's 13.6)
+  DRO-LT, paper           47.3          -             63.4
+  ResLT, paper            48.2          52.7          62.0
+  any method, ours        not yet run
 
-Short: --config=configs/cifar100_lt.py:method=mislas,imbalance=100,budget=short, seed 0, commit 774415b, and with
-method=ce, commit dcabd12; two CPU cores.
+Budget short, imbalance 100, seed 0, last epoch in %, two CPU cores:
+@SHORT@
 """
 
 from configs import common

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ltjax import config as config_module
-from ltjax.results import GROUPS
+from ltjax.results import GROUPS, percent
 from ltjax.types import UserError, one_line
 
 # Settings in which runs of one row may differ: which seeds were trained, and what changes no trained number.
@@ -327,7 +327,7 @@ def cells(rows: Sequence[Row], *, legacy_best: bool = False) -> list[list[Cell]]
     for row in rows:
         figures = [row.figures.get(key) for key in keys]
         shown = [
-            Cell("-") if figure is None else Cell(_percent(figure), _rounded(figure.mean) == best[key])
+            Cell("-") if figure is None else Cell(percent(*figure), _rounded(figure.mean) == best[key])
             for key, figure in zip(keys, figures, strict=True)
         ]
         table.append([Cell(row.name), *shown, Cell(_clock(row.seconds)), Cell(str(len(row.seeds)))])
@@ -342,11 +342,6 @@ def _best(key: str, means: Iterable[float]) -> float | None:
 
 def _rounded(mean: float) -> float:
     return float(f"{100 * mean:.1f}")
-
-
-def _percent(figure: Figure) -> str:
-    mean = f"{100 * figure.mean:.1f}"
-    return mean if figure.std is None else f"{mean} ± {100 * figure.std:.1f}"
 
 
 def _clock(seconds: float) -> str:

@@ -185,22 +185,21 @@ def random_method():
 
 
 def random_numbers(source, **settings):
-    """All that is random in a stage: the method's initial parameters, its noise, the batches, by their mean."""
+    """All that is random in a stage: the method's initial parameters, its noise, the batches and the sampler's seed."""
 
     def draw(source, seed, step, rng):
-        batch = random_draw(source, seed, step, rng)
-        return batch._replace(images=batch.images + (seed % 1024).astype(jnp.float32) / 1024)
+        return random_draw(source, seed, step, rng)._replace(lam=(seed % 4096).astype(jnp.float32))
 
     method = random_method()
 
     def loss(apply, variables, batch, rng):
         value, (variables, metrics) = method.loss(apply, variables, batch, rng)
-        return value, (variables, {**metrics, "batch": batch.images.mean()})
+        return value, (variables, {**metrics, "batch": batch.images.mean(), "seed": batch.lam})
 
     built, state, _ = build(method._replace(loss=loss), draw=draw, **settings)
     initial = np.array(state.variables.params["method"]["bias"])
     _, metrics = built.run(state, source, 3)
-    return np.concatenate([initial, metrics["noise"], metrics["batch"]])
+    return np.concatenate([initial, metrics["noise"], metrics["batch"], metrics["seed"]])
 
 
 def test_the_seed_decides_all_random_numbers(source):
