@@ -28,7 +28,9 @@ from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its arguments after a colon.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default: runs/NAME-seedSEED.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is kept; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
+)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: $TFDS_DATA_DIR.")
 

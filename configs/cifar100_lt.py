@@ -2,12 +2,13 @@
 
     python -m ltjax.data.prepare cifar100
     python run.py --config=configs/cifar100_lt.py:method=mislas,imbalance=100
-    python run.py --config=configs/cifar100_lt.py:method=drolt --config.replicas=5         # five seeds in one program
-    python run.py --config=configs/cifar100_lt.py:recipe=reslt+dro+smoothing               # blocks of configs/recipes.py
+    python run.py --config=configs/cifar100_lt.py:method=drolt --config.replicas=5    # five seeds in one program
+    python run.py --config=configs/cifar100_lt.py:recipe=reslt+dro+smoothing          # blocks of configs/recipes.py
 
-Arguments: method, or recipe; imbalance (10, 50 and 100 are the papers'), profile=exp|step, budget=full|short (200 epochs and
-what follows, or 12 and a few), augment=paper|plain|auto (auto: AutoAugment and Cutout), mixup (Beta(a, a) in stages that
-train the whole network), holdout (images of each class; tau_norm takes 10).
+Arguments: method, or recipe; imbalance (10, 50 and 100 are the papers'), profile=exp|step, budget=full|short (200
+epochs and what follows, or 12 and a few), augment=paper|plain|auto (auto: AutoAugment and Cutout), mixup (Beta(a, a) in
+stages that train the whole network), holdout (images of each class, taken from the training set; tau_norm needs some to
+choose tau, and takes 10: compare it with runs that have holdout=10, too).
 The MiSLAS authors recommend --config.optimizer.weight_decay=5e-4 for better figures than their paper's.
 
 Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:

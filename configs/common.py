@@ -58,6 +58,10 @@ def cifar_long_tailed(name: str, arg: str | None, mislas: dict, reslt: dict, ran
             "holdout": 0.0,
         },
     )
+    if arguments.recipe and "method=" in (arg or ""):
+        raise ValueError(f"config arguments method={arguments.method} and recipe={arguments.recipe}: give one of them")
+    if arguments.holdout != int(arguments.holdout):
+        raise ValueError(f"config argument holdout={arguments.holdout}: a whole number of images of each class")
     chosen = recipes.parse_recipe(arguments.recipe) if arguments.recipe else recipes.METHODS[arguments.method]
     short, tuned = arguments.budget == "short", "tau_norm" in chosen.blocks
     holdout = int(arguments.holdout) or (10 if tuned else 0)  # tau is chosen there

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 class Recipe(NamedTuple):
-    title: str
+    title: str  # "": the blocks' names
     blocks: tuple[str, ...]
     stages: tuple[str, ...] = ()  # names in the config; none: the blocks'
     weight_decay: float = 2e-4
@@ -59,7 +59,9 @@ def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
         stage = SCRATCH[block](setting) if number == 0 else NEXT[block](setting, first)
         first = first or stage
         many = len(names) > 1
-        stage["title"] = f"{recipe.title}, stage {number + 1}" if many else recipe.title
+        stage["title"] = (f"{recipe.title}, stage {number + 1}" if many else recipe.title) if recipe.title else block
+        if "eval_classifier" in first:
+            stage["eval_classifier"] = first["eval_classifier"]
         stage["nearest_mean"] = "dro" in recipe.blocks  # DRO-LT is judged by its features, too
         config[name] = dict(stage, start_from=before)
         before = name
@@ -77,7 +79,8 @@ def parse_recipe(text: str) -> Recipe:
         raise ValueError(f"config argument 'recipe={text}': each block once")
     if "drw" in blocks[2:] or ("drw" in blocks and blocks[0] == "reslt"):
         raise ValueError(f"config argument 'recipe={text}': drw comes second, after a block with one loss, not reslt")
-    return Recipe(text, blocks, weight_decay=METHODS[blocks[0]].weight_decay)
+    known = [recipe for recipe in METHODS.values() if recipe.blocks == blocks]
+    return known[0] if known else Recipe("", blocks, weight_decay=METHODS[blocks[0]].weight_decay)
 
 
 def network(blocks: tuple[str, ...]) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def network(blocks: tuple[str, ...]) -> dict[str, Any]:
     return dict(
         # LDAM: logits are 30 times a cosine, so that confidence means something
         classifier="cosine" if "ldam" in blocks else "linear",
-        cosine_scale=30.0 if "ldam" in blocks else 1.0,
+        cosine_scale=30.0,
         logit_scale=bool({"lws", "smoothing"} & set(blocks)),
         branches=3 if "reslt" in blocks else 0,
     )
@@ -140,7 +143,7 @@ def reslt(setting: Setting) -> dict[str, Any]:
 SCRATCH = {
     "ce": lambda s: _scratch(s, _loss("cross_entropy")),
     "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=1.0),
-    "focal": lambda s: _scratch(s, _loss("focal", gamma=2.0)),
+    "focal": lambda s: _scratch(s, _loss("focal", gamma=1.0)),  # LDAM's comparison; Lin et al. have 2
     "cb_ce": lambda s: _scratch(s, _loss("cross_entropy", class_weights=_balanced())),
     # margins of 0.5 in cosine, on logits that are 30 cosines; its authors decay by 0.01
     "ldam": lambda s: _scratch(s, _loss("ldam", max_margin=15.0, scale=1.0), decay=0.01),
@@ -214,13 +217,12 @@ def dro(setting: Setting, first: dict) -> dict[str, Any]:
         sampler=dict(name="class_aware", in_a_row=4),
         augment=augment(setting, auto=True),
         batch_norm="train",
-        optimizer=dict(weight_decay=1e-4),
         groups={**parts, "margins": dict(match="method/margins", rate=1.0, optional=True)},  # learned radii only
     )
 
 
 def ce_classifier(setting: Setting, first: dict) -> dict[str, Any]:
-    """DRO-LT's third stage: the classifier alone."""
+    """DRO-LT's third stage: the classifier alone. Its sampler and batch norm are our reading: the paper has neither."""
     return _later(
         setting,
         _loss("cross_entropy"),
@@ -230,7 +232,6 @@ def ce_classifier(setting: Setting, first: dict) -> dict[str, Any]:
         schedule=dict(kind="constant"),
         sampler=dict(name="class_aware", in_a_row=4),
         augment=augment(setting, auto=True),
-        optimizer=dict(weight_decay=1e-4),
         groups=groups(setting.parts, classifier=1.0),
     )
 

@@ -24,12 +24,18 @@ from ltjax.results import GROUPS, percent
 from ltjax.types import UserError, one_line
 
 # Settings in which runs of one row may differ: which seeds were trained, and what changes no trained number.
-WITHIN_A_ROW = ("seed", "replicas", "replicate", "eval_batch_size", "checkpoint_seconds", "dispatch_steps")
+WITHIN_A_ROW = (
+    "seed",
+    "replicas",
+    "replicate",
+    "eval_every",
+    "eval_batch_size",
+    "checkpoint_seconds",
+    "dispatch_steps",
+)
 # {key in `Row.figures`: column}, after the groups; `ncm` and `best` are shown on demand.
 FIGURES = {**{group: group for group in GROUPS}, "ece": "ECE", "ncm": "NCM", "best": "legacy best"}
-NOTES = (
-    "Last epoch; mean ± sample standard deviation over seeds, in %. ECE with 15 bins. Time: h:mm:ss, mean over runs."
-)
+NOTES = "Last epoch; mean ± sample standard deviation over seeds, in %. ECE with 15 bins. Time: h:mm:ss a seed."
 COLUMN_NOTES = {
     "NCM": "NCM: accuracy over all classes of the nearest class mean, instead of the classifier.",
     "legacy best": "Legacy best: the best epoch as picked on the test set, which no fair comparison may use.",
@@ -61,7 +67,7 @@ class Figure(NamedTuple):
 class Row(NamedTuple):
     name: str
     figures: dict[str, Figure]  # {key of `FIGURES`: fraction}, without what some seed lacks
-    seconds: float  # mean over runs
+    seconds: float  # a seed, mean over runs
     seeds: tuple[int, ...]
     runs: tuple[Path, ...]  # those whose seeds were counted
 
@@ -276,7 +282,7 @@ def make_row(name: str, owners: Mapping[int, Run], stage: str | None) -> Row:
     chosen = {id(run): run.stages[stage or run.final_stage] for run in runs}
     measured = [chosen[id(run)].seeds[seed] for seed, run in owners.items()]
     common = [key for key in FIGURES if all(key in values for values in measured)]
-    seconds = [run.seconds if stage is None else chosen[id(run)].seconds for run in runs]
+    seconds = [(run.seconds if stage is None else chosen[id(run)].seconds) / len(chosen[id(run)].seeds) for run in runs]
     return Row(
         name=name if stage is None else f"{name} / {chosen[id(runs[0])].title}",
         figures={key: mean_and_std([values[key] for values in measured]) for key in common},

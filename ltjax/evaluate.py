@@ -127,9 +127,10 @@ def over_seeds(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> 
     whole = ("ece", "mce", "loss")
     pooled = by_key(np.stack, lambda s: s["calibration_bins"])  # [replicas, bins]
     counts = pooled["counts"].sum(0)
-    nearest = {}
+    nearest, nearest_spread = {}, {}
     if "nearest_mean" in summaries[0]:
         nearest["nearest_mean"] = {"accuracy": by_key(mean, lambda s: s["nearest_mean"]["accuracy"])}
+        nearest_spread["nearest_mean"] = {"accuracy": by_key(spread, lambda s: s["nearest_mean"]["accuracy"])}
     return {
         "accuracy": by_key(mean, lambda s: s["accuracy"]),
         **by_key(mean, lambda s: {key: s[key] for key in whole}),
@@ -144,6 +145,7 @@ def over_seeds(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> 
         "std": {
             "accuracy": by_key(spread, lambda s: s["accuracy"]),
             **by_key(spread, lambda s: {key: s[key] for key in whole}),
+            **nearest_spread,
         },
         "replicas": [{"seed": seed, **summary} for seed, summary in zip(seeds, summaries, strict=True)],
     }

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -51,7 +50,9 @@ def over_replicas(function: Callable, *, replicas: int, mesh: Mesh, replicate: s
         return function
 
     def several(own: Any, shared: Any) -> Any:
-        one = partial(_swapped, function, shared)
+        def one(own: Any) -> Any:
+            return function(own, shared)
+
         return jax.vmap(one)(own) if replicate == "vmap" else jax.lax.map(one, own)
 
     if mesh.shape[REPLICA_AXIS] == 1:
@@ -59,7 +60,3 @@ def over_replicas(function: Callable, *, replicas: int, mesh: Mesh, replicate: s
     mine, everywhere = PartitionSpec(REPLICA_AXIS), PartitionSpec()
     specs: dict[str, Any] = dict(in_specs=(mine, everywhere), out_specs=mine, axis_names={REPLICA_AXIS})
     return jax.shard_map(several, mesh=mesh, check_vma=False, **specs)
-
-
-def _swapped(function: Callable, shared: Any, own: Any) -> Any:
-    return function(own, shared)

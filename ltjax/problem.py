@@ -38,11 +38,16 @@ class Problem(NamedTuple):
         return self.images.train_images.shape[1:]
 
     @property
+    def shapes(self) -> Variables:
+        """Shapes of the networks' variables, of one replica."""
+        return jax.eval_shape(lambda: stage.init_variables(self.nets, self.image_shape, jax.random.key(0)))
+
+    @property
     def num_branches(self) -> int:
-        outputs = jax.eval_shape(
-            lambda: self.nets["net"].init_with_output(jax.random.key(0), jnp.zeros((1, *self.image_shape)))[0]
-        )
-        return 0 if outputs.branches is None else len(outputs.branches)
+        """Branches of the network whose logits are summed; 0 where it has none."""
+        image, apply = jnp.zeros((1, *self.image_shape)), stage.make_apply(self.nets, "eval")
+        branches = jax.eval_shape(lambda variables: apply(variables, image)[0], self.shapes).branches
+        return 0 if branches is None else len(branches)
 
 
 def use_cpu_cores(batch_size: int) -> None:
@@ -197,9 +202,8 @@ def fresh_variables(run: Run, name: str, problem: Problem) -> Variables:
 
 
 def make_surgery(settings: config_module.Stage, problem: Problem) -> Callable:
-    params = jax.eval_shape(lambda: stage.init_variables(problem.nets, problem.image_shape, jax.random.key(0))).params
     branches, holdout = problem.num_branches, problem.holdout_set is not None
-    return surgery.create(settings.surgery, params["net"], branches=branches, holdout=holdout)
+    return surgery.create(settings.surgery, problem.shapes.params["net"], branches=branches, holdout=holdout)
 
 
 def operate(
@@ -225,11 +229,23 @@ def operate(
     return jax.device_put(changed, sharding), note
 
 
+def class_means_for(settings: config_module.Stage, problem: Problem, variables: Variables) -> jax.Array | None:
+    """What the evaluation of this stage needs to report the nearest class mean, where it does."""
+    return problem.class_means(variables, problem.train_data) if settings.nearest_mean else None
+
+
 def evaluate_split(
-    run: Run, settings: config_module.Stage, problem: Problem, variables: Variables, held: evaluate.EvaluationSet
+    run: Run,
+    settings: config_module.Stage,
+    problem: Problem,
+    variables: Variables,
+    held: evaluate.EvaluationSet,
+    means: jax.Array | None,
 ) -> dict[str, Any]:
-    """The figures of a table, see `ltjax.evaluate.summarise` and, of several replicas, `over_seeds`."""
-    means = problem.class_means(variables, problem.train_data) if settings.nearest_mean else None
+    """The figures of a table, see `ltjax.evaluate.summarise` and, of several replicas, `over_seeds`.
+
+    means: mean training features of each class, see `class_means_for`.
+    """
     if settings.eval_classifier:
         net = surgery.tau_normalised(variables.params["net"], **settings.eval_classifier)
         variables = variables._replace(params={**variables.params, "net": net})

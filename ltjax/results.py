@@ -75,7 +75,8 @@ def table(results: dict[str, Any]) -> Table:
         cells = [percent(stage["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
         cells += [percent(stage["ece"], spread.get("ece"))]
         if nearest:
-            cells += [percent(stage.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all"))]
+            both = (part.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all") for part in (stage, spread))
+            cells += [percent(*both)]
         made.add_row(stage["title"], *cells, f"{stage['seconds']:.0f}")
     return made
 
@@ -91,7 +92,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
     """What results.json holds: every stage's last epoch, and the final stage's again at the top.
 
     run, stages: from `ltjax.config.parse`. records: {stage: what its checkpoint kept beside the state}.
-    problem: `ltjax.train.Problem`. commit: what the process started from.
+    problem: `ltjax.problem.Problem`. commit: what the process started from.
     """
     summaries: dict[str, dict[str, Any]] = {}
     for name, settings in stages.items():
@@ -112,6 +113,9 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
             replica["best_on_test"] = {"accuracy": accuracy, "epoch": best["epoch"]}
         if "surgery" in record:
             summaries[name]["surgery"] = {**settings.surgery, **record["surgery"]}
+        if settings.surgery.get("name") == "nearest_mean" and not settings.epochs:
+            for part in (summaries[name], *summaries[name].get("replicas", [])):
+                part.update(ece=None, mce=None)  # its logits have no scale
         if "holdout" in evaluations[-1]:
             chosen = max(evaluations, key=lambda e: e["holdout"]["accuracy"]["all"])
             summaries[name]["best_on_holdout"] = {

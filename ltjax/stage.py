@@ -127,7 +127,7 @@ def feature_means(
 ) -> jax.Array | dict[str, jax.Array]:
     """Mean feature of each class over the training images as they are, in evaluation mode.
 
-    Returns [C, D] of the features that the classifier sees, or {layer: [C, D_l]} of the named layers.
+    Returns [C, D] of `Outputs.features`, or {layer: [C, D_l]} of the named layers.
     """
     size, batch_size = source.labels.shape[0], 64 * mesh.shape[parallel.BATCH_AXIS]
 
@@ -171,8 +171,8 @@ def build(
     Args:
       nets: {name: network}. method: what to minimise. draw: where batches come from.
       params: the parameters to come (arrays or their shapes), for their paths.
-      groups: {name: {"match": regex of whole paths, "rate": factor on lr, optional "weight_decay"}}; rate 0 freezes,
-        and the backward pass of frozen parameters is never computed.
+      groups: {name: {"match": regex of whole paths, "rate": factor on lr, perhaps "weight_decay", "optional"}}; rate 0
+        freezes, and the backward pass of frozen parameters is never computed.
       bn: "train" updates and uses batch statistics ("train" with a frozen backbone is shifted batch norm), "eval" the
         running ones.
       lr, factors: learning rate and its factor in each epoch [epochs]; with no epochs, nothing trains.

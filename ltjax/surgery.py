@@ -31,17 +31,24 @@ class Context(NamedTuple):
 def tau_normalised(params: Params, *, tau: float | jax.Array, bias: bool = False) -> dict[str, Any]:
     """The classifier with each class's weight vector divided by its length to the power of tau.
 
+    A learned logit scale is a part of that vector, and becomes 1.
     tau: 0 changes nothing, 1 gives all classes the same length; a scalar, or an array that broadcasts against [..., 1].
     bias: keep the classifier's; tau-normalisation and ResLT's evaluation (its gamma is tau) drop it.
     Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, section 4.2.
     """
-    classifier = dict(params["classifier"])
+    classifier, scale = dict(params["classifier"]), {}
+    if "logit_scale" in params:
+        own = params["logit_scale"]  # [..., C]
+        classifier["kernel"] = classifier["kernel"] * own[..., None, :]
+        if "bias" in classifier:
+            classifier["bias"] = classifier["bias"] * own
+        scale = {"logit_scale": jnp.ones_like(own)}
     length = jnp.sqrt(jnp.maximum(jnp.square(classifier["kernel"]).sum(-2, keepdims=True), 1e-12))  # [..., 1, C]
     power = jnp.asarray(tau, length.dtype)
     classifier["kernel"] = classifier["kernel"] / length ** power.reshape(power.shape + (1,) * (2 * (power.ndim > 0)))
     if not bias and "bias" in classifier:
         classifier["bias"] = jnp.zeros_like(classifier["bias"])
-    return {**params, "classifier": classifier}
+    return {**params, "classifier": classifier, **scale}
 
 
 def nearest_mean(params: Params, class_means: jax.Array, *, metric: str = "cosine") -> dict[str, Any]:
@@ -84,8 +91,9 @@ def _changed(variables: Variables, params: Params) -> Variables:
 
 
 def _new_head(variables: Variables, context: Context) -> tuple[Variables, dict[str, Any]]:
-    head = {"classifier": context.fresh().params["net"]["classifier"]}
-    return _changed(variables, {**variables.params["net"], **head}), {}
+    net, fresh = variables.params["net"], context.fresh().params["net"]
+    head = {name: fresh[name] for name in ("classifier", "logit_scale") if name in net}
+    return _changed(variables, {**net, **head}), {}
 
 
 def _tau_norm(

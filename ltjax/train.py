@@ -15,7 +15,7 @@ from ltjax import logs, optim, parallel, results, stage
 from ltjax.checkpoint import Checkpoints, cannot_save, complete_steps, read_json, write_json
 from ltjax.config import Run
 from ltjax.data import splits
-from ltjax.problem import Problem, build_stage, evaluate_split, fresh_variables, operate, seeds, setup
+from ltjax.problem import Problem, build_stage, class_means_for, evaluate_split, fresh_variables, operate, seeds, setup
 from ltjax.report import figures
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.stage import State
@@ -28,13 +28,15 @@ def like(state: State) -> State:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def chunk_length(steps_per_epoch: int, asked: int) -> int:
+def chunk_length(steps_per_epoch: int, asked: int, replicas: int = 1) -> int:
     """Steps to a dispatch: a whole epoch on accelerators; on CPU at most 16, so that there is something to watch.
+    Of several replicas, 16 together.
 
     A divisor of the epoch where there is a good one, so that one compiled function serves all chunks; else the epoch in
     nearly equal parts, whose last is shorter.
     """
-    most = min(asked or (16 if jax.default_backend() == "cpu" else steps_per_epoch), steps_per_epoch)
+    on_cpu = jax.default_backend() == "cpu"
+    most = min(asked or (max(1, 16 // replicas) if on_cpu else steps_per_epoch), steps_per_epoch)
     divisor = max(n for n in range(1, most + 1) if steps_per_epoch % n == 0)
     parts = -(-steps_per_epoch // most)
     return divisor if 2 * divisor >= most else -(-steps_per_epoch // parts)
@@ -100,7 +102,7 @@ def run_stage(
     stop: StopSignals,
 ) -> tuple[State, dict[str, Any]]:
     """Train one stage from its last checkpoint, or from its start -> final state and the stage's record."""
-    fresh = settings.start_from == "scratch"
+    began, fresh = time.monotonic(), settings.start_from == "scratch"
     before = None if fresh else finals[settings.start_from]
     start = fresh_variables(run, name, problem) if before is None else before.variables
     state: State = built.init(seeds(run), start)
@@ -118,11 +120,11 @@ def run_stage(
     if step < built.num_steps or not record["evaluations"]:
         if restored is not None:
             console.print(f"Resuming {settings.title} after step {step} of {built.num_steps}.")
-        log.rewind(name, step)
+        log.rewind(name, -1 if restored is None else step)
 
     per_epoch, together = built.steps_per_epoch, run.batch_size * run.replicas
-    chunk = chunk_length(per_epoch, run.dispatch_steps)
-    started, saved_at = time.monotonic() - record["seconds"], time.monotonic()
+    chunk = chunk_length(per_epoch, run.dispatch_steps, run.replicas)
+    started, saved_at = began - record["seconds"], time.monotonic()
     compiled: set[int] = set()  # lengths of dispatch that this process has run
     with logs.StageProgress(console, settings.title, built.num_steps, step, together, settings.epochs) as bar:
         while step < built.num_steps:
@@ -174,6 +176,8 @@ def run_stage(
             record["seconds"] = time.monotonic() - started
             checkpoints.save(0, state, record, score)
     checkpoints.wait()
+    if not settings.epochs and stop.requested is not None:
+        raise Interrupted(stop.requested)
     return state, record
 
 
@@ -181,9 +185,10 @@ def evaluate_stage(run, name, settings, problem, state, epoch, record, log) -> f
     """Add the figures of this moment to the stage's record and the log -> the accuracy that checkpoints compete by."""
     step = stage.steps_done(state)
     evaluation: dict[str, Any] = {"epoch": epoch, "step": step}
+    means = class_means_for(settings, problem, state.variables)
     for split, held in (("holdout", problem.holdout_set), ("test", problem.test_set)):
         if held is not None:
-            evaluation[split] = evaluate_split(run, settings, problem, state.variables, held)
+            evaluation[split] = evaluate_split(run, settings, problem, state.variables, held, means)
             log.write(name, epoch, step, split, _brief(evaluation[split]))
     earlier = [{key: _brief(part) for key, part in each.items()} for each in record["evaluations"]]
     record["evaluations"] = [*earlier, evaluation]
@@ -247,11 +252,11 @@ def show_plan(run, stages, built, problem, workdir, console) -> None:
             f"{run.replicas} replicas, seeds {run.seed} to {run.seed + run.replicas - 1}, on {groups} group(s) of "
             f"{len(devices) // groups} device(s)"
         )
-    initial = jax.eval_shape(lambda: stage.init_variables(problem.nets, problem.image_shape, jax.random.key(0)))
+    params = problem.shapes.params
     (workdir / "parameters.txt").write_text(
-        parameter_overview.get_parameter_overview(initial.params, include_stats=False) + "\n"
+        parameter_overview.get_parameter_overview(params, include_stats=False) + "\n"
     )
-    sizes = {path: leaf.size for path, leaf in optim.flatten(initial.params).items()}
+    sizes = {path: leaf.size for path, leaf in optim.flatten(params).items()}
     total = sum(sizes.values())
     for name, settings in stages.items():
         trained = sum(sizes.get(path, 0) for path in built[name].trained)
@@ -281,7 +286,8 @@ def evaluate_workdir(
             state, record = restored
             step = stage.steps_done(state)
             evaluation: dict[str, Any] = {"epoch": -(-step // built.steps_per_epoch), "step": step}
-            evaluation["test"] = evaluate_split(run, settings, problem, state.variables, problem.test_set)
+            means = class_means_for(settings, problem, state.variables)
+            evaluation["test"] = evaluate_split(run, settings, problem, state.variables, problem.test_set, means)
             records[name] = {**record, "evaluations": [evaluation]}
     if not records:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")

@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
     """What a network returns for B images: `logits` is always the prediction."""
 
     logits: jax.Array  # [B, C]
-    features: jax.Array  # [B, D], what the classifier sees
+    features: jax.Array  # [B, D], pooled output of the backbone; without branches, what the classifier sees
     branches: jax.Array | None = None  # [R, B, C], logits of each branch where the network has several
     layers: dict[str, jax.Array] | None = None  # {name: [B, D_l]}, pooled output of each stage of the backbone
 

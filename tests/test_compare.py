@@ -100,7 +100,7 @@ def test_replicas_of_a_run_and_seeds_of_others_are_pooled(tmp_path):
     pooled = np.array([*values.values(), 0.9])
     assert row.seeds == (0, 1, 2, 7)
     np.testing.assert_allclose(row.figures["all"], (pooled.mean(), pooled.std(ddof=1)), rtol=1e-12)
-    assert row.seconds == 75.0  # a mean over runs, not over seeds
+    assert row.seconds == (100.0 / 3 + 50.0) / 2  # a seed, mean over runs
 
 
 def test_a_seed_given_twice_counts_once_and_is_noted(tmp_path):
@@ -108,7 +108,7 @@ def test_a_seed_given_twice_counts_once_and_is_noted(tmp_path):
     replicas = write(tmp_path / "replicas", made, config(replicas=2))
     again = single(tmp_path / "again", 0.9, seed=1)
     (row,), notes = compare.compare([replicas, again])
-    assert row.seeds == (0, 1) and row.runs == (replicas,) and row.seconds == 100.0
+    assert row.seeds == (0, 1) and row.runs == (replicas,) and row.seconds == 50.0
     assert row.figures["all"].mean == pytest.approx(0.45)
     assert notes == [f"note: seed 1 of ce in {again} as in {replicas}: counted once, from {replicas}"]
 
@@ -119,7 +119,7 @@ def test_the_same_run_by_two_paths_counts_once(tmp_path):
     assert [row.seeds for row in comparison.rows] == [(0,)] and not comparison.notes
 
 
-@pytest.mark.parametrize("key", ["eval_batch_size", "checkpoint_seconds", "dispatch_steps", "replicate"])
+@pytest.mark.parametrize("key", ["eval_batch_size", "checkpoint_seconds", "dispatch_steps", "replicate", "eval_every"])
 def test_settings_that_change_no_figure_do_not_part_a_row(tmp_path, key):
     paths = [single(tmp_path / "a", seed=0), single(tmp_path / "b", seed=1, **{key: 7})]
     assert len(compare.rows(paths)) == 1
@@ -135,12 +135,12 @@ def test_rows_of_one_name_say_what_differs_from_the_first(tmp_path):
     paths = [
         single(tmp_path / "a"),
         single(tmp_path / "b", lr=0.05),
-        single(tmp_path / "c", batch_size=64, eval_every=2, lr=0.2, model={"name": "resnet"}),
+        single(tmp_path / "c", batch_size=64, epochs=2, lr=0.2, model={"name": "resnet"}),
     ]
     assert [row.name for row in compare.rows(paths)] == [
         "ce",
         "ce (train.lr 0.1 -> 0.05)",
-        "ce (batch_size 128 -> 64, eval_every 1 -> 2, model.name 'resnet_cifar' -> 'resnet', and 1 more)",
+        "ce (batch_size 128 -> 64, epochs 0 -> 2, model.name 'resnet_cifar' -> 'resnet', and 1 more)",
     ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ltjax import evaluate, parallel, stage
+from ltjax import evaluate, metrics, parallel, stage
 from ltjax.types import Outputs
 
 NUM_CLASSES = 4
@@ -50,3 +50,85 @@ def test_a_summary_says_what_is_absent():
     assert summary["accuracy"] == {"many": 0.5, "all": pytest.approx(2 / 3)}  # no image of the medium class
     assert summary["per_class_accuracy"] == [0.5, None, 1.0]
     assert summary["num_images"] == 3
+
+
+def test_the_nearest_mean_is_that_of_the_features():
+    """Means of unequal length, so that a plain product of feature and mean would choose others."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (25, 4, 4, 3), dtype=np.uint8), np.zeros(25, np.int32)
+    means = rng.normal(0.5, 0.2, (NUM_CLASSES, NUM_CLASSES)).astype(np.float32)
+    mesh, nets = parallel.make_mesh(), {"net": Brightest()}
+    variables = jax.device_put(stage.init_variables(nets, (4, 4, 3), jax.random.key(0)), parallel.replicated(mesh))
+    placed = evaluate.place(images, labels, 8, mesh)
+    outcome = evaluate.evaluator(nets, mesh)(variables, placed, jnp.asarray(means))
+
+    features = images.reshape(25, 2, 2, 2, 2, 3).mean((2, 4, 5)).reshape(25, NUM_CLASSES) / 255
+    expected = np.square(features[:, None] - means).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(outcome["nearest"], expected)
+    assert (expected != (features @ means.T).argmax(-1)).any() and len(set(expected)) > 1
+    np.testing.assert_array_equal(
+        outcome["predictions"], evaluate.evaluator(nets, mesh)(variables, placed)["predictions"]
+    )
+
+
+def test_a_summary_has_the_nearest_means_accuracy_where_it_was_asked_for():
+    outcome = {"predictions": np.array([0, 1]), "confidences": np.full(2, 0.9), "losses": np.ones(2)}
+    groups, labels = {"many": np.array([True, False]), "few": np.array([False, True])}, np.array([0, 1])
+    assert "nearest_mean" not in evaluate.summarise(outcome, labels, groups, 2)
+    summary = evaluate.summarise({**outcome, "nearest": np.array([1, 1])}, labels, groups, 2)
+    assert summary["nearest_mean"] == {"accuracy": {"many": 0.0, "few": 1.0, "all": 0.5}}
+    assert summary["accuracy"] == {"many": 1.0, "few": 1.0, "all": 1.0}
+
+
+@pytest.fixture
+def summaries():
+    """Of three replicas on 40 images of 3 classes, the last without an image."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 40)
+    groups = {"many": np.array([True, False, False]), "few": np.array([False, True, True])}
+    outcomes = [
+        {
+            "predictions": rng.integers(0, 3, 40),
+            "confidences": rng.uniform(0.3, 1, 40).astype(np.float32),
+            "losses": rng.uniform(0, 3, 40),
+            "nearest": rng.integers(0, 3, 40),
+        }
+        for _ in range(3)
+    ]
+    return [evaluate.summarise(outcome, labels, groups, 3) for outcome in outcomes], outcomes, labels
+
+
+def test_replicas_are_summed_up_by_mean_and_sample_deviation(summaries):
+    each, _, _ = summaries
+    summary = evaluate.over_seeds(each, [7, 8, 9])
+    figures = {
+        "ece": lambda s: s["ece"],
+        "mce": lambda s: s["mce"],
+        "loss": lambda s: s["loss"],
+        **{f"accuracy {g}": lambda s, g=g: s["accuracy"][g] for g in ("all", "many", "few")},
+    }
+    for name, figure in figures.items():
+        values = [figure(s) for s in each]
+        np.testing.assert_allclose(figure(summary), np.mean(values), rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(figure(summary["std"]), np.std(values, ddof=1), rtol=1e-12, err_msg=name)
+    nearest = [s["nearest_mean"]["accuracy"]["few"] for s in each]
+    np.testing.assert_allclose(summary["nearest_mean"]["accuracy"]["few"], np.mean(nearest), rtol=1e-12)
+    first = [s["per_class_accuracy"][0] for s in each]
+    assert summary["per_class_accuracy"][0] == pytest.approx(np.mean(first))
+    assert summary["per_class_accuracy"][2] is None  # no test image
+    assert summary["num_images"] == 40
+
+
+def test_each_replicas_own_summary_is_kept_with_its_seed(summaries):
+    each, _, _ = summaries
+    assert evaluate.over_seeds(each, [7, 8, 9])["replicas"] == [{"seed": 7 + n, **s} for n, s in enumerate(each)]
+
+
+def test_the_bins_of_replicas_are_those_of_all_their_predictions(summaries):
+    each, outcomes, labels = summaries
+    bins = evaluate.over_seeds(each, [7, 8, 9])["calibration_bins"]
+    correct = np.concatenate([outcome["predictions"] == labels for outcome in outcomes])
+    pooled = metrics.calibration(np.concatenate([outcome["confidences"] for outcome in outcomes]), correct)
+    assert bins["counts"] == np.asarray(pooled.counts).tolist()
+    np.testing.assert_allclose(bins["accuracies"], pooled.accuracies, rtol=1e-5)
+    np.testing.assert_allclose(bins["confidences"], pooled.confidences, rtol=1e-5)

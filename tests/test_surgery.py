@@ -74,6 +74,17 @@ def test_tau_normalised_keeps_the_bias_on_request():
     np.testing.assert_array_equal(changed["classifier"]["bias"], params["classifier"]["bias"])
 
 
+def test_a_logit_scale_is_a_part_of_the_vector_that_is_normalised():
+    params = linear() | {"logit_scale": jnp.array([0.5, 1.0, 2.0, 4.0])}
+    changed = surgery.tau_normalised(params, tau=1.0)
+    np.testing.assert_array_equal(changed["logit_scale"], np.ones(4))
+    lengths = np.linalg.norm(changed["classifier"]["kernel"], axis=0)
+    np.testing.assert_allclose(lengths, np.ones(4), rtol=1e-6)
+    same = surgery.tau_normalised(params, tau=0.0, bias=True)["classifier"]
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(same[name], params["classifier"][name] * params["logit_scale"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("tau", [0.7, np.float32([0.0, 0.5])], ids=["one tau", "a tau each"])
 def test_tau_normalised_treats_replicas_apart(tau):
     params = linear(2)
@@ -183,6 +194,12 @@ def test_a_new_head_replaces_the_classifier_alone():
     changed, _ = operate({"name": "new_head"}, params, fresh=lambda: variables_of(other))
     assert_same_but(params, changed, "classifier")
     jax.tree.map(np.testing.assert_array_equal, changed["classifier"], other["classifier"])
+
+
+def test_a_new_head_forgets_a_learned_logit_scale():
+    params, other = linear() | {"logit_scale": jnp.full(4, 3.0)}, linear(seed=1) | {"logit_scale": jnp.ones(4)}
+    changed, _ = operate({"name": "new_head"}, params, fresh=lambda: variables_of(other))
+    np.testing.assert_array_equal(changed["logit_scale"], np.ones(4))
 
 
 @pytest.mark.parametrize("metric", surgery.METRICS)

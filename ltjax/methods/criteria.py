@@ -60,6 +60,16 @@ def _class_weights(class_counts: np.ndarray, *, kind: str, beta: float = 0.9999)
     raise UserError(f"unknown class weights {kind!r}; known: effective_number, count")
 
 
+def class_weights(class_counts: np.ndarray, settings: Mapping[str, Any] | None) -> jax.Array | None:
+    """[C] from {"kind": "effective_number", "beta": ...} or {"kind": "count"}; None for None."""
+    if settings is None:
+        return None
+    if not isinstance(settings, Mapping) or "kind" not in settings:
+        shown = dict(settings) if isinstance(settings, Mapping) else settings
+        raise UserError(f"class_weights = {shown!r}: needs a kind, effective_number or count")
+    return registry.bind("class_weights", _class_weights, settings)(class_counts)
+
+
 def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
     """The mean loss of a batch, mixed by mixup or not.
 
@@ -75,12 +85,7 @@ def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
     name, weighting = settings.pop("name", "cross_entropy"), settings.pop("class_weights", None)
     function = registry.choose("loss", CRITERIA, name)
     per_image = registry.bind(f"loss {name!r}", function, settings)(class_counts)
-    weights = None
-    if weighting is not None:
-        if not isinstance(weighting, Mapping) or "kind" not in weighting:
-            shown = dict(weighting) if isinstance(weighting, Mapping) else weighting
-            raise UserError(f"class_weights = {shown!r}: needs a kind, effective_number or count")
-        weights = registry.bind("class_weights", _class_weights, weighting)(class_counts)  # [C]
+    weights = class_weights(class_counts, weighting)
 
     def criterion(logits: jax.Array, batch: Batch) -> jax.Array:
         def mean(labels):

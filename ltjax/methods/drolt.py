@@ -24,6 +24,7 @@ def create(
     *,
     loss: Mapping[str, Any] = _WEIGHTED,
     robust_weight: float = 1.0,
+    robust_class_weights: Mapping[str, Any] | None = None,
     radius: str = "learned",
     radius_size: float = 0.5,
     temperature: float = 1.0,
@@ -34,17 +35,19 @@ def create(
     Args:
       loss: of the classifier's logits, see `ltjax.methods.criteria.create`. The authors weight cross-entropy by
         n_c / n_max here.
+      robust_weight: the paper's mean `lambda * loss + (1 - lambda) * robust` is `(1 - lambda) / lambda` here, and lr
+        times lambda; the authors' code adds both, 1:1.
+      robust_class_weights: of the robust loss, see `ltjax.methods.criteria.class_weights`; None: every class alike.
       radius: of the ball around each class's centroid, whose double is the loss's margin: "shared", e = radius_size for
         all; "by_count", e_c = radius_size / sqrt(n_c); "learned", one for each class, from radius_size on, never below
         0; "learned_unconstrained", as in the authors' code, where a radius may become negative.
       temperature: T.
-      layers: of the backbone, such as ("stage2", "stage3"); none: the features that the classifier sees.
+      layers: of the backbone, such as ("stage2", "stage3"); none: its pooled final map.
     The centroids are the training images' mean features in evaluation mode, recomputed before each epoch. Learned
     margins (2 e_c) are `method/margins` [layers, C]; the bound only ever pushes them down, so the floor at 0 is what a
     projection would give.
     """
-    radius_name = radius
-    if radius_name not in RADII:
+    if radius not in RADII:
         raise UserError(f"method 'drolt': unknown radius {radius!r}; known: {', '.join(RADII)}")
     if not temperature > 0 or not radius_size >= 0:
         raise UserError(
@@ -55,10 +58,11 @@ def create(
     layers = tuple(layers)
     where = layers or ("features",)
     criterion = criteria.create(class_counts, loss)
+    weights = criteria.class_weights(class_counts, robust_class_weights)
     fixed = jnp.full((len(where), len(class_counts)), 2 * radius_size, jnp.float32)  # [L, C]
-    if radius_name == "by_count":
+    if radius == "by_count":
         fixed = fixed / jnp.sqrt(jnp.asarray(class_counts, jnp.float32))
-    learned = radius_name.startswith("learned")
+    learned = radius.startswith("learned")
 
     def init(rng):
         del rng
@@ -68,11 +72,12 @@ def create(
         if not learned:
             return fixed
         margins = variables.params["method"]["margins"]
-        return jnp.maximum(margins, 0) if radius_name == "learned" else margins
+        return jnp.maximum(margins, 0) if radius == "learned" else margins
 
     def robust(features, centroids, margins, batch):
         def bound(labels):
-            return losses.dro_loss(features, labels, centroids, margins=margins, temperature=temperature)
+            settings = dict(margins=margins, temperature=temperature, class_weights=weights)
+            return losses.dro_loss(features, labels, centroids, **settings)
 
         return losses.mixed(bound, batch.labels, batch.partner_labels, batch.lam)
 

@@ -12,8 +12,8 @@ from ltjax.types import Method, UserError
 def create(class_counts: np.ndarray, *, medium_start: int, tail_start: int | None = None, beta: float) -> Method:
     """The residual fusion of branches, see `ltjax.losses.residual_fusion`.
 
-    medium_start, tail_start: ranks by count at which the second and the third branch begin; without tail_start there
-      are two branches. beta: weight of the branches' own losses against that of their sum, in [0, 1].
+    medium_start, tail_start: ranks by count at which the second and the third branch begin; a network with two branches
+      has no use for tail_start. beta: weight of the branches' own losses against that of their sum, in [0, 1].
     """
     if not 0 <= beta <= 1:
         raise UserError(f"method 'reslt': beta = {beta}: from 0 to 1")
@@ -23,18 +23,18 @@ def create(class_counts: np.ndarray, *, medium_start: int, tail_start: int | Non
             f"method 'reslt': medium_start = {medium_start}, tail_start = {tail_start}: ranks from 1 to "
             f"{len(class_counts)}, the number of classes, in this order"
         )
-    masks = losses.branch_masks(class_counts, medium_start=ranks[0], tail_start=ranks[1])
-    masks = masks[: 2 if tail_start is None else 3]  # [R, C]
+    masks = losses.branch_masks(class_counts, medium_start=ranks[0], tail_start=ranks[1])  # [3, C]
 
     def loss(apply, variables, batch, rng):
         del rng
         outputs, variables = apply(variables, batch.images)
         have = 0 if outputs.branches is None else len(outputs.branches)
-        if have != len(masks):
-            raise UserError(f"method 'reslt' with {len(masks)} groups needs model.branches = {len(masks)}, not {have}")
+        if have not in (2, 3) or (have == 3 and tail_start is None):
+            need = "2, or a tail_start" if have == 3 else "2 or 3"
+            raise UserError(f"method 'reslt' needs model.branches = {need}; it is {have}")
 
         def fused(labels):
-            return losses.residual_fusion(outputs.branches, labels, masks=masks, beta=beta)
+            return losses.residual_fusion(outputs.branches, labels, masks=masks[:have], beta=beta)
 
         return losses.mixed(fused, batch.labels, batch.partner_labels, batch.lam), (variables, {})
 

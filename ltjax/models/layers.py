@@ -161,7 +161,8 @@ class LinearClassifier(nn.Module):
 class CosineClassifier(nn.Module):
     """logits = scale * cosine(features, class weight), float32, in [-scale, scale]; no bias.
 
-    `ltjax.losses.ldam` multiplies by its own scale, so it takes scale=1.
+    Weights begin with length 1, as LDAM's do: a cosine does not see their length, but the longer they are, the less a
+    step of the optimizer turns them. `ltjax.losses.ldam` multiplies by its own scale, so it takes scale=1.
     """
 
     num_classes: int
@@ -169,8 +170,12 @@ class CosineClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.normal(1.0), (features.shape[-1], self.num_classes), jnp.float32)
+        kernel = self.param("kernel", _unit_columns, (features.shape[-1], self.num_classes), jnp.float32)
         return self.scale * unit(features, axis=-1) @ unit(kernel, axis=0)
+
+
+def _unit_columns(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return unit(jax.random.normal(rng, shape, dtype), axis=0)
 
 
 def unit(x: jax.Array, *, axis: int) -> jax.Array:

@@ -48,6 +48,8 @@ def _accuracy_by_class(axes: Axes, results: dict[str, Any]) -> None:
 def _reliability(axes: Axes, results: dict[str, Any]) -> None:
     axes.plot((0, 100), (0, 100), color="#bbbbbb", linestyle="--")
     for colour, stage in zip(COLOURS, results["stages"].values(), strict=False):
+        if stage["ece"] is None:
+            continue
         bins = {name: np.asarray(values) for name, values in stage["calibration_bins"].items()}
         seen = bins["counts"] > 0
         label = f"{stage['title']}: ECE {100 * stage['ece']:.1f} %"

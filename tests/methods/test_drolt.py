@@ -202,7 +202,7 @@ MISTAKES = [
     (
         {"margin": 1.0},
         "method 'drolt' has no setting 'margin'; "
-        "allowed: loss, robust_weight, radius, radius_size, temperature, layers",
+        "allowed: loss, robust_weight, robust_class_weights, radius, radius_size, temperature, layers",
     ),
 ]
 

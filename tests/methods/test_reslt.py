@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import methods, models, stage
+from ltjax import losses, methods, models, stage
 from ltjax.types import Batch, Outputs, UserError, Variables
 
 COUNTS = np.array([5, 80, 20, 1, 40])  # by rank: classes 1, 4, 2, 0, 3
@@ -80,7 +80,7 @@ def test_a_mistake_is_one_line_that_names_what_is_allowed(settings, message):
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("have, starts, wanted", [(0, dict(tail_start=3), 3), (2, dict(tail_start=3), 3), (3, {}, 2)])
+@pytest.mark.parametrize("have, starts, wanted", [(0, dict(tail_start=3), "2 or 3"), (3, {}, "2, or a tail_start")])
 def test_a_network_with_other_branches_is_refused(have, starts, wanted):
     net = models.create("resnet_cifar", 5, depth=8, width=4, branches=have)
     method = methods.create("reslt", COUNTS, beta=0.9, medium_start=1, **starts)
@@ -92,5 +92,19 @@ def test_a_network_with_other_branches_is_refused(have, starts, wanted):
 
     with pytest.raises(UserError) as raised:
         jax.eval_shape(loss)
-    message = f"method 'reslt' with {wanted} groups needs model.branches = {wanted}, not {have}"
-    assert str(raised.value) == message
+    assert str(raised.value) == f"method 'reslt' needs model.branches = {wanted}; it is {have}"
+
+
+def test_a_network_of_two_branches_has_no_tail_of_its_own():
+    """`tail_start` of a config for three branches may stay."""
+    net = models.create("resnet_cifar", 5, depth=8, width=4, branches=2)
+    variables = stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0))
+    batch = Batch(jax.random.uniform(jax.random.key(1), (4, 8, 8, 3)), jnp.array([0, 1, 3, 4]))
+    apply, found = stage.make_apply({"net": net}, "eval"), []
+    for settings in ({}, {"tail_start": 3}):
+        method = methods.create("reslt", COUNTS, beta=0.9, medium_start=1, **settings)
+        found.append(float(method.loss(apply, variables, batch, jax.random.key(0))[0]))
+    outputs, _ = apply(variables, batch.images)
+    masks = losses.branch_masks(COUNTS, medium_start=1, tail_start=5)[:2]
+    expected = losses.residual_fusion(outputs.branches, batch.labels, masks=masks, beta=0.9)
+    np.testing.assert_allclose(found, [float(expected)] * 2, rtol=1e-6)

@@ -325,6 +325,12 @@ def test_cosine_logits_stay_within_the_scale(length):
     assert np.abs(logits).max() <= 30 * (1 + 1e-5)
 
 
+def test_cosine_weights_begin_with_length_1():
+    """As the authors' of LDAM do: the longer they are, the less a step turns them."""
+    kernel = layers.CosineClassifier(5).init(jax.random.key(0), jnp.zeros((1, 64)))["params"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), np.ones(5), rtol=1e-6)
+
+
 def test_cosine_classifier_has_a_finite_gradient_at_zero_features():
     kernel = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
     gradients = jax.grad(lambda f, k: jnp.square(cosine(f, k, 30.0) - 1).sum(), (0, 1))(jnp.zeros((3, 8)), kernel)
