@@ -1,0 +1,470 @@
+"""Every file in configs/, as `run.py` reads it, against the papers' recipes."""
+
+import functools
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import common, recipes
+from ltjax import config, losses, methods, models, optim, registry, surgery
+from ltjax.data import SOURCES, augment, samplers, splits
+from ltjax.types import Batch
+
+ROOT = Path(__file__).parents[1]
+# Every method with one of these, in turn, and in each file with another.
+CHOICES = (
+    "imbalance=100",
+    "imbalance=10,profile=step,budget=short,augment=plain",
+    "imbalance=50,budget=short,augment=auto,mixup=0.2",
+    "imbalance=10,holdout=20",
+)
+FREE = (
+    *("reslt+dro+smoothing", "mixup+dro+lws", "ce+drw", "focal+drw+logit_shift", "ldam+crt", "ce+ce_classifier+ncm"),
+    "ce+balanced_softmax_classifier",
+)
+CHAINS = tuple(f"method={name}" for name in recipes.METHODS) + tuple(f"recipe={blocks}" for blocks in FREE)
+ARGUMENTS = {
+    name: [f"{chain},{CHOICES[(number + offset) % len(CHOICES)]}" for number, chain in enumerate(CHAINS)]
+    for offset, name in enumerate(("cifar10_lt", "cifar100_lt"))
+}
+FILES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
+EVERY = [(name, argument) for name in FILES for argument in (None, *ARGUMENTS.get(name, ()))]
+every_config = pytest.mark.parametrize("name, argument", EVERY)
+NUM_CLASSES = {"cifar10": (10, 5000), "cifar100": (100, 500), "fashion_mnist_lt": (10, 1000)}
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """read("cifar10_lt", "imbalance=50"): the ConfigDict of a file with its arguments."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def read(name, argument=None):
+        arguments = () if argument is None else (argument,)
+        return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](*arguments)
+
+    return read
+
+
+@pytest.fixture
+def parsed(read):
+    """The same, checked: the run and its stages."""
+    return lambda *arguments: config.parse(read(*arguments).to_dict())
+
+
+# The files in configs/.
+
+
+def test_every_file_but_what_they_share_is_a_config():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {"common", "recipes"}
+
+
+def test_every_block_is_in_a_chain_that_is_tested():
+    used = {block for recipe in recipes.METHODS.values() for block in recipe.blocks} | {
+        b for f in FREE for b in f.split("+")
+    }
+    assert used == {*recipes.SCRATCH, *recipes.NEXT}
+
+
+@functools.cache
+def parameters(num_classes, settings):
+    """Shapes of a model's parameters."""
+    model = json.loads(settings)
+    net = models.create(model.pop("name"), num_classes, **model)
+    images = jnp.zeros((1, 8, 8, len(model["mean"])))
+    return jax.eval_shape(net.init, jax.random.key(0), images)["params"]
+
+
+@functools.cache
+def augmented(settings, channels):
+    """Shapes of what a stage's augmentation makes of two images."""
+    bound = registry.bind("augment", augment.augment, json.loads(settings))
+    images, labels = jnp.zeros((2, 32, 32, channels), jnp.uint8), jnp.zeros(2, jnp.int32)
+    return jax.eval_shape(bound, jax.random.key(0), images, labels)
+
+
+@every_config
+def test_every_setting_of_every_config_is_one_that_its_part_takes(parsed, name, argument):
+    run, stages = parsed(name, argument)
+    assert run.data.name in SOURCES
+    num_classes, most = NUM_CLASSES[run.data.name]
+    most = (run.data.max_count or most) - run.data.holdout
+    counts = splits.class_counts(num_classes, most, imbalance=run.data.imbalance, profile=run.data.profile)
+    net, channels = parameters(num_classes, json.dumps(dict(run.model))), len(run.model["mean"])
+    for stage in stages.values():
+        hyper = dict(stage.method)
+        extra, _ = methods.create(hyper.pop("name"), counts, **hyper).init(jax.random.key(0))
+        samplers.create(**stage.sampler)
+        assert augmented(json.dumps(stage.augment), channels).images.shape == (2, 32, 32, channels)
+        registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)
+        assert stage.batch_norm in ("train", "eval")
+        if stage.surgery:
+            surgery.create(stage.surgery, net, branches=run.model.get("branches", 0), holdout=run.data.holdout > 0)
+        if stage.epochs:
+            paths = list(optim.flatten({"net": net, **({"method": extra} if extra else {})}))
+            assigned = optim.assign_groups(paths, stage.groups)
+            assert any(stage.groups[group]["rate"] > 0 for group in assigned.values())
+        else:
+            assert stage.surgery and stage.groups == {}
+
+
+@every_config
+def test_every_config_means_the_same_after_json(read, name, argument):
+    """A run's folder holds its config as JSON."""
+    values = read(name, argument).to_dict()
+    run, stages = config.parse(values)
+    same_run, same_stages = config.parse(json.loads(json.dumps(values)))
+    assert same_run.stages == run.stages
+    assert json.dumps(same_stages) == json.dumps(stages)
+
+
+@every_config
+def test_overriding_the_epochs_reaches_the_stages_that_share_them(read, name, argument):
+    """Those from scratch; deferred re-weighting takes a fifth of it, rounded up."""
+    values = read(name, argument)
+    before = config.parse(values.to_dict())[1]
+    values.epochs = 11
+    run, stages = config.parse(values.to_dict())
+    assert run.epochs == 11
+    deferred = "drw" in stages
+    for stage, settings in stages.items():
+        expected = before[stage].epochs
+        if settings.start_from == "scratch":
+            expected = 8 if deferred else 11
+        elif stage == "drw":
+            expected = 3
+        assert settings.epochs == expected, stage
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
+def test_flags_override_the_epochs_and_a_stages_own_settings(monkeypatch):
+    path = ROOT / "configs" / "cifar100_lt.py"
+    line = ["run.py", f"--config={path}:imbalance=50", "--config.epochs=3", "--config.classifier.method.head=0.2"]
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "argv", line)  # where ml_collections looks for what is overridden
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(line)
+    run, stages = config.parse(values["config"].value.to_dict())
+    assert (run.data.imbalance, run.epochs, stages["features"].epochs, stages["classifier"].epochs) == (50, 3, 3, 10)
+    assert stages["classifier"].method["head"] == 0.2
+
+
+def test_names_of_runs_tell_the_choices_apart(read):
+    names = [read(name, argument).name for name, argument in EVERY if argument]
+    one_choice = (
+        "imbalance=50",
+        "profile=step",
+        "budget=short",
+        "augment=auto",
+        "augment=plain",
+        "mixup=1",
+        "holdout=5",
+    )
+    names += [read("cifar100_lt", f"method=ce,{choice}").name for choice in one_choice]
+    assert len(set(names)) == len(names)
+
+
+NUMBERS_AND_CHOICES = {
+    "methd=ce": "unknown config argument 'methd'; allowed: "
+    "method, recipe, imbalance, profile, budget, augment, mixup, holdout",
+    "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.METHODS)}",
+    "method": f"config argument 'method': allowed values of method: {', '.join(recipes.METHODS)}",
+    "imbalance=ten": "config argument 'imbalance=ten': imbalance is a number",
+    "imbalance=": "config argument 'imbalance=': imbalance is a number",
+    "mixup=yes": "config argument 'mixup=yes': mixup is a number",
+    "holdout=some": "config argument 'holdout=some': holdout is a number",
+    "profile=linear": "config argument 'profile=linear': allowed values of profile: exp, step",
+    "method=ce,budget=tiny": "config argument 'budget=tiny': allowed values of budget: full, short",
+    "augment=none": "config argument 'augment=none': allowed values of augment: paper, plain, auto",
+}
+FIRST, AFTER = ", ".join(recipes.SCRATCH), ", ".join(recipes.NEXT)
+CHAINS_THAT_CANNOT_BE = {
+    "recipe=smoothing": f"config argument 'recipe=smoothing': first may stand: {FIRST}; not 'smoothing'",
+    "recipe=ce+ldam": f"config argument 'recipe=ce+ldam': after the first may stand: {AFTER}; not 'ldam'",
+    "recipe=ce+": f"config argument 'recipe=ce+': after the first may stand: {AFTER}; not ''",
+    "recipe=ce+crt+crt": "config argument 'recipe=ce+crt+crt': each block once",
+    "recipe=ce+crt+drw": "config argument 'recipe=ce+crt+drw': "
+    "drw comes second, after a block with one loss, not reslt",
+    "recipe=reslt+drw": "config argument 'recipe=reslt+drw': drw comes second, after a block with one loss, not reslt",
+}
+
+
+@pytest.mark.parametrize("name", ["cifar10_lt", "cifar100_lt"])
+def test_every_mistaken_argument_is_one_clear_line(read, name):
+    for argument, message in {**NUMBERS_AND_CHOICES, **CHAINS_THAT_CANNOT_BE}.items():
+        with pytest.raises(ValueError) as raised:
+            read(name, argument)
+        assert str(raised.value) == message
+
+
+def test_a_chains_blocks_are_its_stages_each_from_the_one_before(parsed):
+    run, stages = parsed("cifar100_lt", "recipe=reslt+dro+smoothing")
+    assert run.stages == ("reslt", "dro", "smoothing")
+    assert [stage.start_from for stage in stages.values()] == ["scratch", "reslt", "dro"]
+    assert [stage.title for stage in stages.values()] == ["reslt", "dro", "smoothing"]
+    assert (run.model["branches"], run.model["logit_scale"]) == (3, True)
+
+
+AUGMENTED = {  # (AutoAugment, Cutout) of each stage
+    "method=ce": [(False, 0)],
+    "method=ce,augment=auto": [(True, 16)],
+    "method=drolt": [(True, 16)] * 3,
+    "method=drolt,augment=plain": [(False, 0)] * 3,
+    "recipe=ce+dro+crt": [(False, 0), (True, 16), (False, 0)],
+    "recipe=ce+dro+crt,augment=auto": [(True, 16)] * 3,
+    "recipe=ce+dro+crt,augment=plain": [(False, 0)] * 3,
+}
+
+
+@pytest.mark.parametrize("argument", AUGMENTED)
+def test_augment_is_that_of_the_paper_or_one_kind_for_all_stages(parsed, argument):
+    found = [stage.augment for stage in parsed("cifar10_lt", argument)[1].values()]
+    assert [(a["auto_augment"], a["cutout_size"]) for a in found] == AUGMENTED[argument]
+    assert all((a["crop_padding"], a["flip"]) == (4, True) for a in found)
+
+
+@pytest.mark.parametrize(
+    "argument, alphas",
+    [
+        ("method=mislas", [1.0, 0.0]),
+        ("method=mislas,mixup=0.2", [0.2, 0.0]),
+        ("method=reslt,mixup=0.2", [0.2]),
+        ("method=drolt,mixup=0.2", [0.2, 0.0, 0.0]),
+        ("method=ldam_drw,mixup=0.2", [0.2, 0.2]),
+    ],
+)
+def test_mixup_is_for_stages_that_train_the_whole_network(parsed, argument, alphas):
+    _, stages = parsed("cifar10_lt", argument)
+    assert [stage.augment["mixup_alpha"] for stage in stages.values()] == alphas
+
+
+@pytest.mark.parametrize(
+    "argument, holdout", [("method=ce", 0), ("method=tau_norm", 10), ("method=tau_norm,holdout=3", 3)]
+)
+def test_tau_is_chosen_on_a_holdout(parsed, argument, holdout):
+    assert parsed("cifar100_lt", argument)[0].data.holdout == holdout
+
+
+@pytest.mark.parametrize("imbalance", ["0", "-10", "0.5", "nan", "inf"])
+def test_an_impossible_imbalance_is_an_error_that_names_it(parsed, imbalance):
+    with pytest.raises(ValueError, match=f"imbalance.*{imbalance}"):
+        run, _ = parsed("cifar100_lt", f"imbalance={imbalance}")
+        splits.long_tailed_split(np.repeat(np.arange(100), 500), 100, imbalance=run.data.imbalance)
+
+
+def test_quickstart_takes_no_arguments(read):
+    with pytest.raises(ValueError, match="unknown config argument 'method'; allowed: none"):
+        read("quickstart", "method=ce")
+
+
+CROSS_ENTROPY = {"name": "erm", "loss": {"name": "cross_entropy"}}
+
+
+def rates_of(stage):
+    return {name: group["rate"] for name, group in stage.groups.items()}
+
+
+def factors_of(stage):
+    return registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)
+
+
+# MiSLAS's table: (classes, imbalance) -> smoothing of head and tail, factor on the classifier's rate, batch norm
+RECIPES = {
+    (100, 10): (0.2, 0.0, 0.1, "train"),
+    (100, 50): (0.3, 0.0, 0.1, "train"),
+    (100, 100): (0.4, 0.1, 0.2, "train"),
+    (10, 10): (0.1, 0.0, 0.2, "eval"),
+    (10, 50): (0.2, 0.0, 0.2, "eval"),
+    (10, 100): (0.3, 0.0, 0.5, "eval"),
+}
+each_recipe = pytest.mark.parametrize("classes, imbalance", RECIPES)
+
+
+@each_recipe
+def test_the_second_stage_of_mislas_is_the_papers(parsed, classes, imbalance):
+    _, stages = parsed(f"cifar{classes}_lt", f"method=mislas,imbalance={imbalance}")
+    stage, (head, tail, factor, batch_norm) = stages["classifier"], RECIPES[classes, imbalance]
+    assert stage.method == {"name": "mislas", "head": head, "tail": tail, "shape": "concave"}
+    assert (stage.epochs, stage.lr, stage.start_from, stage.batch_norm) == (10, 0.1, "features", batch_norm)
+    assert rates_of(stage) == {"backbone": 0.0, "classifier": factor, "logit_scale": 1.0}
+    assert stage.schedule == {"kind": "cosine"}
+    assert stage.sampler == {"name": "class_aware", "in_a_row": 4}
+    assert stage.augment.get("mixup_alpha", 0.0) == 0.0
+
+
+@each_recipe
+def test_the_first_stage_of_mislas_is_the_papers(parsed, classes, imbalance):
+    run, stages = parsed(f"cifar{classes}_lt", f"method=mislas,imbalance={imbalance}")
+    stage = stages["features"]
+    assert (run.data.name, run.data.imbalance, run.data.profile) == (f"cifar{classes}", imbalance, "exp")
+    assert (run.model["name"], run.model["depth"], run.model["width"]) == ("resnet_cifar", 32, 16)
+    assert (run.model["mean"], run.model["std"]) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert (run.batch_size, run.optimizer) == (128, config.Optimizer(0.9, False, 2e-4))
+    assert (stage.method, stage.epochs, stage.lr) == (CROSS_ENTROPY, 200, 0.1)
+    assert stage.sampler == {"name": "instance_balanced"}
+    assert (stage.augment["mixup_alpha"], stage.augment["crop_padding"], stage.augment["flip"]) == (1.0, 4, True)
+    factors = factors_of(stage)
+    np.testing.assert_allclose(factors[[0, 4, 5, 159, 160, 179, 180, 199]], [0.2, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("classes, ranges", [(100, (36, 71)), (10, (3, 7))])
+def test_mislass_groups_by_class_number_are_one_switch_away(parsed, classes, ranges):
+    run, _ = parsed(f"cifar{classes}_lt")
+    assert (run.data.groups, run.data.ranges) == ("counts", ranges)
+    assert (run.data.many_above, run.data.few_below) == (100, 20)
+
+
+def test_cross_entropy_differs_from_mislas_stage_1_in_mixup_and_the_scale_alone(parsed):
+    baseline = parsed("cifar100_lt", "method=ce")[1]["ce"]
+    features = parsed("cifar100_lt", "method=mislas")[1]["features"]
+    changed = {field for field in config.Stage._fields if getattr(baseline, field) != getattr(features, field)}
+    assert changed == {"title", "augment", "groups"}
+    assert {**baseline.augment, "mixup_alpha": 1.0} == features.augment
+
+
+@pytest.mark.parametrize("imbalance, nearest", [(1, 10), (20, 10), (25, 50), (75, 100), (200, 100)])
+def test_an_imbalance_that_no_paper_has_takes_the_nearest_ones_recipe(parsed, imbalance, nearest):
+    found, expected = (parsed("cifar100_lt", f"imbalance={i}")[1]["classifier"] for i in (imbalance, nearest))
+    assert (found.method, found.groups) == (expected.method, expected.groups)
+
+
+def test_the_short_budget_is_12_and_2_epochs(parsed):
+    stages = parsed("cifar100_lt", "budget=short")[1]
+    assert [stage.epochs for stage in stages.values()] == [12, 2]
+    np.testing.assert_allclose(factors_of(stages["features"]), [0.5, *[1] * 9, 0.1, 0.01])
+
+
+# ResLT, its authors' CIFAR scripts: (classes, imbalance) -> beta
+BETAS = {(100, 100): 0.995, (100, 50): 0.99, (100, 10): 0.72, (10, 100): 0.998, (10, 50): 0.998, (10, 10): 0.96}
+
+
+@pytest.mark.parametrize("classes, imbalance", BETAS)
+def test_the_branches_of_reslt_are_the_papers(parsed, classes, imbalance):
+    run, stages = parsed(f"cifar{classes}_lt", f"method=reslt,imbalance={imbalance}")
+    ranks = {100: dict(medium_start=35, tail_start=70), 10: dict(medium_start=2, tail_start=4)}[classes]
+    assert stages["reslt"].method == {"name": "reslt", "beta": BETAS[classes, imbalance], **ranks}
+    assert (run.model["branches"], run.model["classifier"], run.model["logit_scale"]) == (3, "linear", False)
+
+
+def test_the_training_of_reslt_is_the_papers(parsed):
+    run, stages = parsed("cifar100_lt", "method=reslt")
+    stage = stages["reslt"]
+    assert stage.optimizer == {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    assert (run.batch_size, stage.lr, stage.epochs, stage.drop_last) == (128, 0.1, 200, True)
+    assert rates_of(stage) == {"backbone": 1.0, "branches": 1.0, "classifier": 1.0}
+    factors = factors_of(stage)
+    np.testing.assert_allclose(factors[[0, 5, 159, 160, 179, 180, 199]], [1 / 3, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert (np.diff(factors[:6]) > 0).all()
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_stages_of_drolt_are_the_papers(parsed, classes):
+    _, stages = parsed(f"cifar{classes}_lt", "method=drolt")
+    assert [(name, stage.epochs, stage.lr) for name, stage in stages.items()] == [
+        ("ce", 200, 0.1),
+        ("dro", 80, 0.005),
+        ("ce_classifier", 20, 0.01),
+    ]
+    later = [stages["dro"], stages["ce_classifier"]]
+    assert all(stage.optimizer["weight_decay"] == 1e-4 for stage in stages.values())
+    assert all(stage.sampler == {"name": "class_aware", "in_a_row": 4} for stage in later)
+    assert all((factors_of(stage) == 1).all() and stage.nearest_mean for stage in later)
+    assert rates_of(stages["dro"]) == {"backbone": 1.0, "classifier": 0.0, "margins": 1.0}
+    assert rates_of(stages["ce_classifier"]) == {"backbone": 0.0, "classifier": 1.0}
+    assert (stages["dro"].batch_norm, stages["ce_classifier"].batch_norm) == ("train", "eval")
+    assert stages["ce_classifier"].method == CROSS_ENTROPY
+
+
+def test_the_loss_of_drolt_is_the_papers(parsed):
+    """Margins 2 e begin at 1, T = 1, and cross-entropy there is weighted by n_c / n_max."""
+    method = dict(parsed("cifar10_lt", "method=drolt")[1]["dro"].method)
+    extra, _ = methods.create(method.pop("name"), np.array([30, 20, 10]), **method).init(jax.random.key(0))
+    np.testing.assert_array_equal(extra["margins"], np.ones((1, 3)))
+    assert (method["temperature"], method["robust_weight"], method["layers"]) == (1.0, 1.0, ())
+    assert method["loss"] == {"name": "cross_entropy", "class_weights": {"kind": "count"}}
+
+
+def test_drw_goes_on_with_ldam_and_effective_numbers(parsed):
+    run, stages = parsed("cifar100_lt", "method=ldam_drw")
+    first, second = stages["ldam"], stages["drw"]
+    weights = second.method["loss"]["class_weights"]
+    assert weights == {"kind": "effective_number", "beta": 0.9999}
+    assert {**first.method["loss"], "class_weights": weights} == second.method["loss"]
+    assert [(s.epochs, s.lr, s.keep_optimizer) for s in stages.values()] == [(160, 0.1, False), (40, 0.001, True)]
+    np.testing.assert_allclose(factors_of(first), [0.2, 0.4, 0.6, 0.8, *[1] * 156])
+    np.testing.assert_allclose(factors_of(second), [1] * 20 + [0.01] * 20)
+    assert (run.model["classifier"], run.model["cosine_scale"]) == ("cosine", 30.0)
+    same = ("groups", "augment", "sampler", "batch_norm", "optimizer")
+    assert all(getattr(first, field) == getattr(second, field) for field in same)
+
+
+def test_ldam_decays_by_a_hundredth(parsed):
+    factors = factors_of(parsed("cifar10_lt", "method=ldam")[1]["ldam"])
+    np.testing.assert_allclose(factors[[159, 160, 179, 180]], [1, 0.01, 0.01, 1e-4])
+
+
+def test_margins_on_scaled_logits_are_the_papers_on_cosines(parsed):
+    run, stages = parsed("cifar10_lt", "method=ldam")
+    counts, labels = np.array([500, 50, 5]), np.array([0, 1, 2, 2])
+    cosines = np.random.default_rng(0).uniform(-1, 1, (4, 3)).astype(np.float32)
+    criterion = methods.criteria.create(counts, stages["ldam"].method["loss"])
+    scaled = run.model["cosine_scale"] * jnp.asarray(cosines)
+    expected = losses.ldam(jnp.asarray(cosines), jnp.asarray(labels), class_counts=counts, max_margin=0.5, scale=30.0)
+    found = criterion(scaled, Batch(jnp.zeros((4, 1, 1, 3)), jnp.asarray(labels)))
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, trained", [("crt", "classifier"), ("lws", "logit_scale")])
+def test_crt_and_lws_train_their_part_on_class_balanced_batches(parsed, name, trained):
+    run, stages = parsed("cifar100_lt", f"method={name}")
+    stage = stages[name]
+    assert stage.sampler == {"name": "class_balanced"}
+    assert {part for part, rate in rates_of(stage).items() if rate} == {trained}
+    assert (stage.epochs, stage.schedule, stage.method) == (10, {"kind": "cosine"}, CROSS_ENTROPY)
+    assert stage.surgery == ({"name": "new_head"} if name == "crt" else {})
+    assert run.model["logit_scale"] == (name == "lws")
+
+
+@pytest.mark.parametrize(
+    "method, surgery",
+    [
+        ("tau_norm", {"name": "tau_norm", "taus": tuple(np.round(np.arange(0, 2.01, 0.1), 1).tolist())}),
+        ("ncm", {"name": "nearest_mean", "metric": "cosine"}),
+        ("logit_adjustment_posthoc", {"name": "logit_shift", "tau": 1.0}),
+    ],
+)
+def test_post_hoc_methods_only_change_the_classifier_of_cross_entropy(parsed, method, surgery):
+    _, stages = parsed("cifar100_lt", f"method={method}")
+    first, last = stages.values()
+    assert first.method == CROSS_ENTROPY
+    assert (last.epochs, last.groups, last.surgery) == (0, {}, surgery)
+
+
+LOSSES = {
+    "ce": dict(name="cross_entropy"),
+    "focal": dict(name="focal", gamma=1.0),
+    "cb_ce": dict(name="cross_entropy", class_weights=dict(kind="effective_number", beta=0.9999)),
+    "balanced_softmax": dict(name="balanced_softmax"),
+    "logit_adjustment": dict(name="logit_adjusted", tau=1.0),
+}
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_baselines_are_cross_entropys_recipe_with_another_loss(parsed, method):
+    (baseline,), (stage,) = (parsed("cifar10_lt", f"method={name}")[1].values() for name in ("ce", method))
+    assert stage.method == {"name": "erm", "loss": LOSSES[method]}
+    assert stage._replace(method=baseline.method, title=baseline.title) == baseline
+
+
+def test_the_nearest_is_so_by_ratio():
+    table = {10: "a", 50: "b", 100: "c"}
+    found = [common.nearest(table, imbalance) for imbalance in (1, 22, 23, 70, 71, 1000)]
+    assert found == ["a", "a", "b", "b", "c", "c"]
