@@ -113,9 +113,9 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
             replica["best_on_test"] = {"accuracy": accuracy, "epoch": best["epoch"]}
         if "surgery" in record:
             summaries[name]["surgery"] = {**settings.surgery, **record["surgery"]}
-        if settings.surgery.get("name") == "nearest_mean" and not settings.epochs:
+        if not settings.epochs and not record["surgery"].get("calibrated", True):
             for part in (summaries[name], *summaries[name].get("replicas", [])):
-                part.update(ece=None, mce=None)  # its logits have no scale
+                part.update(ece=None, mce=None)
         if "holdout" in evaluations[-1]:
             chosen = max(evaluations, key=lambda e: e["holdout"]["accuracy"]["all"])
             summaries[name]["best_on_holdout"] = {

@@ -83,7 +83,8 @@ def logit_shifted(params: Params, class_counts: np.ndarray, *, tau: float = 1.0,
     return {**params, "classifier": classifier}
 
 
-# A surgery: (variables, context) -> variables, and what is worth noting about it. Their settings are keyword-only.
+# A surgery: (variables, context) -> variables, and what is worth noting: {"tau": ...}, or {"calibrated": False} where
+# confidences mean nothing. Their settings are keyword-only.
 
 
 def _changed(variables: Variables, params: Params) -> Variables:
@@ -117,7 +118,7 @@ def _nearest_mean(
     variables: Variables, context: Context, *, metric: str = "cosine"
 ) -> tuple[Variables, dict[str, Any]]:
     means = context.class_means(variables)
-    return _changed(variables, nearest_mean(variables.params["net"], means, metric=metric)), {}
+    return _changed(variables, nearest_mean(variables.params["net"], means, metric=metric)), {"calibrated": False}
 
 
 def _logit_shift(variables: Variables, context: Context, *, tau: float = 1.0) -> tuple[Variables, dict[str, Any]]:
