@@ -39,9 +39,9 @@ STOPPED = (
     ("cifar10_lt:recipe=ldam+crt", "crt"),
     ("cifar10_lt:recipe=reslt+dro+smoothing", "reslt"),
 )
-# 628 images: 40 steps an epoch in dispatches of 10, or without the last batch 39 in dispatches of 13.
+# 629 images: 40 steps an epoch in dispatches of 10, or without the last batch 39 in dispatches of 13.
 TINY = {
-    "data.max_count": 120,
+    "data.max_count": 115,
     "data.imbalance": 4.0,
     "data.many_above": 80,
     "data.few_below": 45,
@@ -72,16 +72,16 @@ def tiny_config(name):
     file, _, argument = name.partition(":")
     values = FILES[file].get_config(argument)
     values.update_from_flattened_dict(TINY)
-    values.data.holdout = 2 if values.data.holdout else 0
+    values.data.holdout = 5 if values.data.holdout else 0
     for stage in values.stages:
         settings = values[stage]
-        if settings.start_from != "scratch" and settings.epochs and stage != "drw":
+        if settings.start_from != "scratch" and settings.epochs:
             settings.epochs = 2
         if settings.get("augment"):
             settings.augment.crop_padding = 1
             settings.augment.cutout_size = settings.augment.cutout_size and 3
-        if settings.method.name == "drolt":
-            settings.lr = 0.05
+        if settings.method.name == "drolt" or stage == "drw":
+            settings.lr = 0.05  # the papers' are for more steps
         if settings.method.name == "reslt":  # there are fewer classes than in CIFAR-100
             settings.method.update(medium_start=2, tail_start=4)
     return values.to_dict()
@@ -139,8 +139,10 @@ def paths(tree):
 def test_the_loss_falls_in_every_stage(trained, name):
     workdir = trained(name)
     for stage, settings in stages_of(name).items():
-        losses = [line["values"]["loss"] for line in logged(workdir, stage)]
-        assert not losses or np.mean(losses[-3:]) < losses[0], (stage, losses)
+        if settings.epochs:
+            losses = [line["values"]["loss"] for line in logged(workdir, stage)]
+            half = len(losses) // 2
+            assert np.mean(losses[half:]) < np.mean(losses[:half]), (stage, losses)
 
 
 @every_run
@@ -198,7 +200,11 @@ def test_the_results_are_complete(trained, name):
     for stage, settings in stages.items():
         found = results["stages"][stage]
         assert set(found["accuracy"]) == {"all", "many", "medium", "few"}
-        assert 0 <= found["ece"] <= 1 and found["seconds"] > 0
+        assert found["seconds"] > 0
+        if settings.surgery.get("name") == "nearest_mean":
+            assert found["ece"] is None  # the size of its logits means nothing
+        else:
+            assert 0 <= found["ece"] <= 1
         assert len(found["per_class_accuracy"]) == 10
         assert np.mean(found["per_class_accuracy"]) == pytest.approx(found["accuracy"]["all"])
         assert found["best_on_test"]["accuracy"] >= found["accuracy"]["all"]
@@ -214,7 +220,7 @@ def test_tau_is_the_best_on_the_holdout(trained):
     accuracy = note["holdout_accuracy"]
     assert list(accuracy) == [f"{k / 10:g}" for k in range(21)]
     assert accuracy[f"{note['tau']:g}"] == max(accuracy.values())
-    assert accuracy["0"] < max(accuracy.values())  # so that there was something to choose
+    assert min(accuracy.values()) < max(accuracy.values())  # so that there was something to choose
 
 
 def test_the_margins_of_drolt_are_trained_and_stay_in_its_stage(trained):

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +18,9 @@ from flax import linen as nn
 from ltjax import compare, config, data, evaluate, methods, parallel, problem, stage, train
 from ltjax.data import augment, samplers
 from ltjax.models.layers import BatchNorm, Conv, pool
+from ltjax.signals import Interrupted
 from ltjax.types import Method, Outputs, UserError
-from tests.test_conformance import made_up_images, saved, steps_of, tiny_config
+from tests.test_conformance import before_dispatch, made_up_images, rewound, saved, steps_of, tiny_config
 
 ROOT = Path(__file__).parents[1]
 COUNTS = np.array([30, 20, 9])
@@ -223,7 +224,7 @@ def devices(count):
 
 
 def settings(seed=FIRST, **changes):
-    return {**tiny_config(RUN), "seed": seed, "checkpoint_seconds": 0.0, **changes}
+    return {**tiny_config(RUN), "seed": seed, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -296,16 +297,20 @@ def test_the_summary_is_mean_and_sample_deviation(replicated):
 
 
 def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(replicated, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(replicated, workdir)
-    (workdir / "results.json").unlink()
-    for later in ("drw", "tau_norm"):
-        shutil.rmtree(workdir / "checkpoints" / later)
-    shutil.rmtree(workdir / "checkpoints" / "ce" / str(steps_of(workdir, "ce")[-1]))
-    assert steps_of(workdir, "ce")[-1] % 40
+    stages = ["ce", "drw", "tau_norm"]
+    workdir = rewound(replicated, tmp_path, "ce", stages)
+
+    def stop_here(state, stop):
+        stop.requested = signal.SIGTERM
+
     with devices(2):
+        with pytest.MonkeyPatch.context() as patch:
+            before_dispatch(patch, "ce", 1, stop_here)
+            with pytest.raises(Interrupted):
+                train.train(settings(replicas=2), workdir)
+        assert steps_of(workdir, "ce") == [20]
         train.train(settings(replicas=2), workdir)
-    for name in ("ce", "drw", "tau_norm"):
+    for name in stages:
         jax.tree.map(np.testing.assert_array_equal, saved(workdir, name), saved(replicated, name))
     assert (workdir / "metrics.jsonl").read_text() == (replicated / "metrics.jsonl").read_text()
 
