@@ -53,6 +53,8 @@ def over_replicas(function: Callable, *, replicas: int, mesh: Mesh, replicate: s
         def one(own: Any) -> Any:
             return function(own, shared)
 
+        if jax.tree.leaves(own)[0].shape[0] == 1:  # a group of devices for each replica: neither loop nor batching
+            return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], own)))
         return jax.vmap(one)(own) if replicate == "vmap" else jax.lax.map(one, own)
 
     if mesh.shape[REPLICA_AXIS] == 1:
