@@ -31,4 +31,4 @@ from configs import common
 def get_config(arg=None):
     smoothing = {10: (0.2, 0.0, 0.1, True), 50: (0.3, 0.0, 0.1, True), 100: (0.4, 0.1, 0.2, True)}
     reslt = dict(beta={10: 0.72, 50: 0.99, 100: 0.995}, medium_start=35, tail_start=70)
-    return common.cifar_long_tailed("cifar100", arg, smoothing, reslt, ranges=(36, 71))
+    return common.small_images("cifar100", arg, mislas=smoothing, reslt=reslt, ranges=(36, 71))

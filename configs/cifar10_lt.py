@@ -17,4 +17,6 @@ from configs import common
 def get_config(arg=None):
     smoothing = {10: (0.1, 0.0, 0.2, False), 50: (0.2, 0.0, 0.2, False), 100: (0.3, 0.0, 0.5, False)}
     reslt = dict(beta={10: 0.96, 50: 0.998, 100: 0.998}, medium_start=2, tail_start=4)
-    return common.cifar_long_tailed("cifar10", arg, smoothing, reslt, ranges=(3, 7))  # MiSLAS's; ResLT has (3, 6)
+    return common.small_images(
+        "cifar10", arg, mislas=smoothing, reslt=reslt, ranges=(3, 7)
+    )  # MiSLAS's; ResLT has (3, 6)

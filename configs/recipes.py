@@ -1,12 +1,16 @@
-"""The long-tail recipes as chains of stages: `METHODS` has the papers', `recipe=reslt+dro+smoothing` makes any other.
+"""Recipes as chains of stages: `METHODS` has the papers', `recipe=reslt+dro+smoothing` makes any other.
 
 A chain begins with a block of `SCRATCH`, which trains a whole network, and goes on with blocks of `NEXT`, each from
-where the one before it ended. Lengths are those of 200 epochs, or of a short run of 12.
+where the one before it ended. Lengths are those of 200 epochs, or of a short run of 12; adversarial training, which is
+in `configs/robust.py`, has 100 or 2.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+
+from configs import robust
 
 
 class Recipe(NamedTuple):
@@ -15,6 +19,17 @@ class Recipe(NamedTuple):
     stages: tuple[str, ...] = ()  # names in the config; none: the blocks'
     weight_decay: float = 2e-4
     auto_augment: bool = False  # AutoAugment and Cutout in every stage
+
+    def epochs(self, short: bool) -> int:
+        """Of the first part."""
+        if self.robust:
+            return robust.SHORT_EPOCHS if short else robust.EPOCHS
+        return 12 if short else 200
+
+    @property
+    def robust(self) -> bool:
+        """Whether its first part trains on attacked images."""
+        return bool(set(self.blocks) & set(robust.BLOCKS))
 
 
 METHODS = {
@@ -34,6 +49,7 @@ METHODS = {
     "ncm": Recipe("Nearest class mean", ("ce", "ncm")),
     "drolt": Recipe("DRO-LT", ("ce", "dro", "ce_classifier"), weight_decay=1e-4, auto_augment=True),
     "reslt": Recipe("ResLT", ("reslt",), weight_decay=5e-4),
+    **{name: Recipe(title, blocks) for name, (title, blocks) in robust.METHODS.items()},
 }
 
 
@@ -48,6 +64,7 @@ class Setting(NamedTuple):
     smoothing: tuple[float, float, float, bool]  # MiSLAS: head, tail, classifier's rate, shifted batch norm
     reslt: dict[str, Any]  # ResLT: beta, medium_start, tail_start
     deferred: bool  # the last fifth of the first part is a stage of its own, with class weights
+    robust: robust.Setting  # adversarial training
 
 
 def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
@@ -77,14 +94,18 @@ def parse_recipe(text: str) -> Recipe:
             raise ValueError(f"config argument 'recipe={text}': {place} may stand: {', '.join(known)}; not {block!r}")
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"config argument 'recipe={text}': each block once")
-    if "drw" in blocks[2:] or ("drw" in blocks and blocks[0] == "reslt"):
-        raise ValueError(f"config argument 'recipe={text}': drw comes second, after a block with one loss, not reslt")
+    if "drw" in blocks[2:] or ("drw" in blocks and blocks[0] in ("reslt", *robust.BLOCKS)):
+        raise ValueError(
+            f"config argument 'recipe={text}': drw comes second, after a block with one loss, not {blocks[0]}"
+        )
+    if ("bgat" in blocks or blocks[0] == "natural") and blocks[:2] != ("natural", "bgat"):
+        raise ValueError(f"config argument 'recipe={text}': natural and bgat go together, as natural+bgat at the start")
     known = [recipe for recipe in METHODS.values() if recipe.blocks == blocks]
     return known[0] if known else Recipe("", blocks, weight_decay=METHODS[blocks[0]].weight_decay)
 
 
 def network(blocks: tuple[str, ...]) -> dict[str, Any]:
-    """What a chain of blocks asks of the model."""
+    """What a chain of blocks asks of the model's head."""
     return dict(
         # LDAM: logits are 30 times a cosine, so that confidence means something
         classifier="cosine" if "ldam" in blocks else "linear",
@@ -96,7 +117,7 @@ def network(blocks: tuple[str, ...]) -> dict[str, Any]:
 
 def groups(parts: tuple[str, ...], **rates: float) -> dict[str, dict[str, Any]]:
     """Parameter groups: a factor on the learning rate for each part of the network; 0, frozen, where none is given."""
-    paths = {"logit_scale": "net/logit_scale"}
+    paths = {"logit_scale": "net/logit_scale", "guide": "guide/.*"}
     return {part: dict(match=paths.get(part, f"net/{part}/.*"), rate=rates.get(part, 0.0)) for part in parts}
 
 
@@ -140,6 +161,36 @@ def reslt(setting: Setting) -> dict[str, Any]:
     return stage
 
 
+def adversarial(name: str, setting: Setting) -> dict[str, Any]:
+    """A block of `configs/robust.py`: its recipe has its own schedule, and trains both networks where there are two."""
+    own = setting.robust
+    trained = {"natural": ("guide",), "bgat": ("backbone", "classifier")}.get(name, ("backbone", "classifier", "guide"))
+    sampler = dict(name=own.sampler, **(dict(in_a_row=4) if own.sampler == "class_aware" else {}))
+    return dict(
+        method=robust.BLOCKS[name](own),
+        epochs=setting.epochs,
+        lr=0.1,
+        schedule=robust.schedule(setting.short),
+        sampler=sampler,
+        augment=augment(setting, mixup=setting.mixup),
+        batch_norm="train",
+        groups=groups(setting.parts, **dict.fromkeys(trained, 1.0)),
+        evaluate_net="guide" if name == "natural" else "net",
+    )
+
+
+def robust_classifier(setting: Setting, first: dict) -> dict[str, Any]:
+    """The classifier alone, on the features of attacked images and class-balanced batches."""
+    return _later(
+        setting,
+        robust.BLOCKS["pgd_at"](setting.robust._replace(awp=0.0)),
+        epochs=10,
+        short=1,
+        lr=0.01,
+        groups=groups(setting.parts, classifier=1.0),
+    )
+
+
 SCRATCH = {
     "ce": lambda s: _scratch(s, _loss("cross_entropy")),
     "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=1.0),
@@ -150,6 +201,7 @@ SCRATCH = {
     "balanced_softmax": lambda s: _scratch(s, _loss("balanced_softmax")),
     "logit_adjustment": lambda s: _scratch(s, _loss("logit_adjusted", tau=1.0)),
     "reslt": reslt,
+    **{name: partial(adversarial, name) for name in robust.BLOCKS if name != "bgat"},
 }
 
 
@@ -255,6 +307,8 @@ NEXT = {
         groups=groups(s.parts, classifier=1.0),
     ),
     "smoothing": smoothing,
+    "bgat": lambda s, first: adversarial("bgat", s),
+    "robust_classifier": robust_classifier,
     "crt": lambda s, first: _later(
         s,
         _loss("cross_entropy"),

@@ -32,6 +32,7 @@ WITHIN_A_ROW = (
     "eval_batch_size",
     "checkpoint_seconds",
     "dispatch_steps",
+    "attack",
 )
 # {key in `Row.figures`: column}, after the groups; `ncm` and `best` are shown on demand.
 FIGURES = {**{group: group for group in GROUPS}, "ece": "ECE", "ncm": "NCM", "best": "legacy best"}

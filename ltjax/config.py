@@ -26,6 +26,18 @@ class Optimizer(NamedTuple):
     weight_decay: float = 0.0
 
 
+class Attack(NamedTuple):
+    """How `--mode=attack` judges a checkpoint."""
+
+    epsilon: float | str = "8/255"  # in pixel units of [0, 1]
+    norm: str = "linf"  # or "l2"
+    num_images: int = 0  # the first of the test set; 0: all
+    tests: tuple[str, ...] = ("pgd-20", "cw-20", "autoattack")
+    step_size: float | str = "2/255"  # of pgd-N and cw-N
+    batch_size: int = 500  # images, over all devices
+    seed: int = 0
+
+
 class Group(NamedTuple):
     match: str  # regular expression for whole paths
     rate: float  # factor on the stage's lr; 0 freezes
@@ -52,6 +64,7 @@ class Stage(NamedTuple):
     ] = {}  # name, and its own settings: what happens to the weights first, see `ltjax.surgery`
     eval_classifier: Mapping[str, Any] = {}  # tau, bias: `ltjax.surgery.tau_normalised` weights at evaluation only
     nearest_mean: bool = False  # at evaluation, accuracy of the nearest class mean as well
+    evaluate_net: str = "net"  # or "guide", where that is what the stage trains
 
 
 class Run(NamedTuple):
@@ -63,6 +76,8 @@ class Run(NamedTuple):
     batch_size: int = 128
     seed: int = 0  # initialisation, sampling order, augmentation
     optimizer: Optimizer = Optimizer()
+    guide: Mapping[str, Any] = {}  # a second network, like `model`, for methods that have one; {}: none
+    attack: Attack = Attack()  # of --mode=attack; no part of training
     eval_every: int = 1  # epochs
     eval_batch_size: int = 500
     replicas: int = 1  # runs with seeds seed, seed + 1, ... in one program
@@ -109,6 +124,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
     run = run._replace(
         data=_fill(Data, run.data, "config.data"),
         optimizer=_fill(Optimizer, config.get("optimizer", {}), "config.optimizer"),
+        attack=_fill(Attack, config.get("attack", {}), "config.attack"),
         stages=stages,
     )
     if not stages or len(set(stages)) != len(stages):
@@ -152,6 +168,9 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
             )
         optimizer = _fill(Optimizer, {**run.optimizer._asdict(), **stage.optimizer}, f"{where}.optimizer")
         _check_optimizer(optimizer, f"{where}.optimizer")
+        nets = ("net", "guide") if run.guide else ("net",)
+        if stage.evaluate_net not in nets:
+            raise UserError(f"{where}.evaluate_net = {stage.evaluate_net!r}; allowed: {', '.join(nets)}")
         if stage.keep_optimizer and stage.start_from == "scratch":
             raise UserError(f"{where}.keep_optimizer: a stage from scratch has no optimizer to keep")
         for group, settings in stage.groups.items():

@@ -43,11 +43,13 @@ def labels_of(data: EvaluationSet) -> np.ndarray:
     return np.asarray(data.labels).reshape(-1)[: data.size]
 
 
-def evaluator(nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1) -> Callable[..., dict[str, np.ndarray]]:
+def evaluator(
+    nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1, net: str = "net"
+) -> Callable[..., dict[str, np.ndarray]]:
     """`evaluate(variables, evaluation_set, means=None) -> {"predictions", "confidences", "losses": [N]}`, one dispatch.
 
     With means, those of the training images' features of each class [C, D], also "nearest": the class of the nearest.
-    Several replicas: a leading axis in variables, means and everything returned.
+    net: which network. Several replicas: a leading axis in variables, means and everything returned.
     """
     apply = make_apply(nets, "eval")
 
@@ -55,7 +57,7 @@ def evaluator(nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1) -
         variables, means = own
 
         def batch(image_batch, label_batch):
-            outputs, _ = apply(variables, image_batch.astype(jnp.float32) / 255)
+            outputs, _ = apply(variables, image_batch.astype(jnp.float32) / 255, net=net)
             found = {
                 "predictions": outputs.logits.argmax(-1),
                 "confidences": jax.nn.softmax(outputs.logits).max(-1),

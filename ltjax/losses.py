@@ -91,6 +91,30 @@ def label_aware_smoothing(logits: jax.Array, labels: jax.Array, *, smoothing: Ar
     return (1 - share) * -_own(log_p, labels) + jnp.where(share > 0, share * uniform, 0)
 
 
+def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
+    """`KL(p || q) = sum_c p_c (log p_c - log q_c)` of two softmaxes, [B]: how far q has moved from p.
+
+    Args: p_logits [B, C], of the prediction held to be right; q_logits [B, C]. Differentiable in both.
+    Both gradients stay finite where a logit is -inf in both: that class counts as 0.
+    Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (TRADES), ICML 2019.
+    """
+    log_p, log_q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
+    present = jnp.isfinite(log_p)  # 0 log 0 = 0
+    log_p = jnp.where(present, log_p, 0)
+    return jnp.where(present, jnp.exp(log_p) * (log_p - jnp.where(present, log_q, 0)), 0).sum(-1)
+
+
+def logit_pairing(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
+    """Mean over classes of the squared difference of logits, [B]: `|z - t|^2 / C`. Differentiable in both.
+
+    Args: logits [B, C], target_logits [B, C]: LBGAT has the robust model's on adversarial images and the natural
+      model's on clean ones; ALP one model's on both.
+    Source: Cui et al., "Learnable Boundary Guided Adversarial Training", ICCV 2021, equation 2; Kannan et al.,
+      "Adversarial Logit Pairing", 2018.
+    """
+    return jnp.square(logits - target_logits).mean(-1)
+
+
 def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """Mean feature of each class: features [B, D], labels [B] -> means [C, D], counts [C].
 

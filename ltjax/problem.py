@@ -30,7 +30,7 @@ class Problem(NamedTuple):
     train_data: stage.Resident
     test_set: evaluate.EvaluationSet
     holdout_set: evaluate.EvaluationSet | None
-    evaluate: Callable[..., dict[str, np.ndarray]]  # see `ltjax.evaluate.evaluator`
+    evaluate: dict[str, Callable[..., dict[str, np.ndarray]]]  # of each network, see `ltjax.evaluate.evaluator`
     class_means: Callable[[Variables, stage.Resident], jax.Array]  # mean training features, [C, D]
 
     @property
@@ -96,8 +96,11 @@ def setup(run: Run, data_dir: str | Path | None) -> Problem:
         raise UserError(
             f"config.batch_size = {run.batch_size} cannot be shared by {sharing} devices: take a multiple of {sharing}"
         )
-    model = dict(run.model)
-    nets: dict[str, nn.Module] = {"net": models.create(model.pop("name", ""), num_classes, **model)}
+    nets: dict[str, nn.Module] = {}
+    for name, settings in (("net", run.model), ("guide", run.guide)):
+        if settings or name == "net":
+            own = dict(settings)
+            nets[name] = models.create(own.pop("name", ""), num_classes, **own)
     everywhere = parallel.replicated(mesh)
     train_data = stage.Resident(
         jax.device_put(images.train_images[split.train], everywhere),
@@ -116,7 +119,7 @@ def setup(run: Run, data_dir: str | Path | None) -> Problem:
         train_data=train_data,
         test_set=evaluate.place(images.test_images, images.test_labels, run.eval_batch_size, mesh),
         holdout_set=holdout_set,
-        evaluate=evaluate.evaluator(nets, mesh, replicas=run.replicas),
+        evaluate={name: evaluate.evaluator(nets, mesh, replicas=run.replicas, net=name) for name in nets},
         class_means=jax.jit(
             parallel.over_replicas(
                 lambda variables, source: stage.feature_means(stage.make_apply(nets, "eval"), variables, source, mesh),
@@ -214,7 +217,7 @@ def operate(
     def holdout_accuracy(tried: Variables) -> np.ndarray:
         held = problem.holdout_set
         assert held is not None
-        predictions = problem.evaluate(tried, held)["predictions"]
+        predictions = problem.evaluate["net"](tried, held)["predictions"]
         return (predictions == evaluate.labels_of(held)).mean(-1)
 
     context = surgery.Context(
@@ -250,7 +253,7 @@ def evaluate_split(
         net = surgery.tau_normalised(variables.params["net"], **settings.eval_classifier)
         variables = variables._replace(params={**variables.params, "net": net})
     variables = variables._replace(arrays={})  # a method's own, which the network does not need
-    outcome = problem.evaluate(variables, held, means)
+    outcome = problem.evaluate[settings.evaluate_net](variables, held, means)
     labels, num_classes = evaluate.labels_of(held), len(problem.images.class_names)
     if run.replicas == 1:
         return evaluate.summarise(outcome, labels, problem.groups, num_classes)

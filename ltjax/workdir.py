@@ -31,7 +31,8 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            changed = differences(read_json(path), config)
+            trained, asked = ({**each, "attack": None} for each in (read_json(path), config))  # no part of training
+            changed = differences(trained, asked)
             if changed:
                 more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
                 raise UserError(

@@ -24,7 +24,7 @@ ALLOWED = {
     "ltjax.config": {"ltjax.types"},
     "ltjax.results": {"rich"},
     "ltjax.compare": {"rich", "ltjax.config", "ltjax.results", "ltjax.types"},
-    "ltjax.attacks": {"jax", "ltjax.attacks"},
+    "ltjax.attacks": {"jax", "numpy", "ltjax.attacks"},
     "ltjax.parallel": {"jax"},
     "ltjax.surgery": {"jax", "numpy", "ltjax.types", "ltjax.losses", "ltjax.registry"},
     "ltjax.methods": {
@@ -114,7 +114,7 @@ def test_ltjax_alone_loads_nothing():
     assert not loaded_by("import ltjax") & {"jax", "numpy", "flax", "optax"}
 
 
-@pytest.mark.parametrize("module", ["losses", "metrics", "hashing"])
+@pytest.mark.parametrize("module", ["losses", "metrics", "hashing", "attacks"])
 def test_a_loss_costs_jax_alone(module):
     loaded = loaded_by(f"import ltjax.{module}")
     assert "jax" in loaded

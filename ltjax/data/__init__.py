@@ -9,6 +9,7 @@ SOURCES = {
     "cifar10": "ltjax.data.cifar",
     "cifar100": "ltjax.data.cifar",
     "fashion_mnist_lt": "ltjax.data.fashion_mnist_lt",
+    "tiny_imagenet": "ltjax.data.tiny_imagenet",
 }
 
 

@@ -2,21 +2,18 @@
 
     python -m ltjax.data.prepare cifar100                                # downloads the official archive
     python -m ltjax.data.prepare cifar100 --source=cifar-100-binary.tar.gz --data_dir=/data
+    python -m ltjax.data.prepare tiny_imagenet
 
 The result, `<data_dir>/<name>/<version>`, is read by `ltjax.data` and by `tfds.builder_from_directory` alike.
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
-import http.client
 import io
 import lzma
 import sys
 import tarfile
-import tempfile
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,20 +21,10 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from ltjax.data import cifar
-from ltjax.data.source import newest_version, resolve_data_dir
+from ltjax.data import prepare_tiny_imagenet, records
+from ltjax.data.download import basename, download
+from ltjax.data.source import resolve_data_dir
 from ltjax.types import UserError, one_line
 
 
@@ -110,40 +97,20 @@ def prepare_cifar(archive: CifarArchive, data_dir: Path, source: Path | None = N
       UserError: what is there already is damaged, the archive is missing, damaged or another one, the download
         failed, or `data_dir` cannot be written.
     """
-    directory = newest_version(data_dir, archive.name)
-    if directory is not None:
-        return f"{archive.name} is already prepared: {_count(archive.name, data_dir)} in {directory}"
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=data_dir):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {data_dir} ({error.strerror}): choose another --data_dir") from error
 
-    if source is None:
-        source = _download(archive, data_dir / "downloads")
-    elif not source.is_file():
-        raise UserError(f"no archive at {source}: expected {_basename(archive)}, which is published at {archive.url}")
-    elif difference := _difference(archive, source):
-        print(f"warning: {source} is not the official {_basename(archive)} ({difference})", file=sys.stderr)
+    def make() -> None:
+        path = source
+        if path is None:
+            path = download(archive.url, data_dir / "downloads", functools.partial(_difference, archive))
+        elif not path.is_file():
+            raise UserError(
+                f"no archive at {path}: expected {basename(archive.url)}, which is published at {archive.url}"
+            )
+        elif difference := _difference(archive, path):
+            print(f"warning: {path} is not the official {basename(archive.url)} ({difference})", file=sys.stderr)
+        _write(archive, data_dir, *_parse(archive, path))
 
-    class_names, splits = _parse(archive, source)
-    try:
-        _write(archive, data_dir, class_names, splits)
-    except (OSError, RuntimeError) as error:  # array_record reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {archive.name} to {data_dir}: {one_line(error)}") from error
-    directory = newest_version(data_dir, archive.name)
-    return f"prepared {archive.name}: {_count(archive.name, data_dir)} in {directory}"
-
-
-def _basename(archive: CifarArchive) -> str:
-    return archive.url.rpartition("/")[2]
-
-
-def _count(name: str, data_dir: Path) -> str:
-    """How many images a prepared CIFAR holds, found by reading all of it."""
-    images = cifar.load(name, data_dir)
-    return f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
+    return records.prepare(archive.name, data_dir, make)
 
 
 def _difference(archive: CifarArchive, path: Path) -> str:
@@ -156,53 +123,12 @@ def _difference(archive: CifarArchive, path: Path) -> str:
     return "" if sha256 == archive.sha256 else f"its SHA-256 is {sha256}, not {archive.sha256}"
 
 
-def _progress(*columns: ProgressColumn) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), *columns, console=console, disable=not console.is_terminal
-    )
-
-
-def _download(archive: CifarArchive, folder: Path) -> Path:
-    """The official archive in `folder`, downloaded unless it is there."""
-    path = folder / _basename(archive)
-    if path.is_file() and not _difference(archive, path):
-        return path
-    part = path.with_name(path.name + ".part")
-    try:
-        folder.mkdir(exist_ok=True)
-        with (
-            urllib.request.urlopen(archive.url, timeout=60) as response,
-            open(part, "wb") as file,
-            _progress(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress,
-        ):
-            task = progress.add_task(path.name, total=archive.size)
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                progress.advance(task, len(chunk))
-        if difference := _difference(archive, part):
-            raise UserError(
-                f"what {archive.url} sent is not the official archive ({difference}): try again, or fetch the archive "
-                "by other means and pass it as --source=FILE"
-            )
-        part.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"cannot download {archive.url} to {folder} ({one_line(error)}): try again, or fetch the archive by other "
-            "means and pass it as --source=FILE"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-    return path
-
-
 def _parse(archive: CifarArchive, path: Path) -> tuple[dict[str, list[str]], dict[str, Split]]:
     """Class names by feature and the splits by name, read from an archive; UserError where its layout is another."""
 
     def wrong(problem: str) -> UserError:
         return UserError(
-            f"{path} does not have the layout of {_basename(archive)}: {problem}; expected the file published at "
+            f"{path} does not have the layout of {basename(archive.url)}: {problem}; expected the file published at "
             f"{archive.url}"
         )
 
@@ -265,14 +191,11 @@ def _read_members(path: Path, wanted: set[str], archive: CifarArchive) -> dict[s
 def _write(archive: CifarArchive, data_dir: Path, class_names: dict[str, list[str]], splits: dict[str, Split]) -> None:
     """Writes `<data_dir>/<name>/<version>` by way of TFDS' own builder of that name.
 
-    The builder's description, features, version and shuffling are kept; only its source is replaced, and the PNG
-    encoder, for which it would need TensorFlow. TFDS writes to a folder of another name and renames it at the end.
+    The images are encoded here, since TFDS would need TensorFlow for it.
     """
     import tensorflow_datasets as tfds
 
-    packaged: Any = tfds.builder_cls(archive.name)
-
-    def examples(split: str, advance: Callable[[], None]) -> Iterator[tuple[int, dict[str, object]]]:
+    def examples(split: str) -> Iterator[dict[str, object]]:
         for index, (image, labels) in enumerate(zip(*splits[split], strict=True)):
             bgr = image[..., ::-1]
             encoded, png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 6])
@@ -281,33 +204,18 @@ def _write(archive: CifarArchive, data_dir: Path, class_names: dict[str, list[st
             example: dict[str, object] = {"id": f"{split}_{index:05d}", "image": png.tobytes()}
             for label, value in zip(archive.labels, labels, strict=True):
                 example[label.feature] = int(value)
-            yield index, example
-            advance()
+            yield example
 
-    with _progress(MofNCompleteColumn(), TimeRemainingColumn()) as progress, tempfile.TemporaryDirectory() as unused:
-        task = progress.add_task(f"writing {archive.name}", total=sum(len(split.images) for split in splits.values()))
-        advance = functools.partial(progress.advance, task)
-
-        class FromArchive(packaged, skip_registration=True):
-            __module__ = packaged.__module__  # where TFDS looks for what belongs to the data set
-            name = archive.name
-
-            def _split_generators(self, dl_manager):
-                for feature, names in class_names.items():
-                    self.info.features[feature].names = names
-                return {split: examples(split, advance) for split in splits}
-
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            FromArchive(data_dir=data_dir, file_format="array_record").download_and_prepare(
-                download_dir=unused, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
+    total = sum(len(split.images) for split in splits.values())
+    written = {split: examples(split) for split in splits}
+    records.write(tfds.builder_cls(archive.name), data_dir, class_names, written, total)
 
 
 # What to call for each data set: `(data_dir, source) -> the sentence to print`.
 DATASETS: dict[str, Callable[[Path, Path | None], str]] = {
     "cifar10": functools.partial(prepare_cifar, CIFAR10),
     "cifar100": functools.partial(prepare_cifar, CIFAR100),
+    "tiny_imagenet": prepare_tiny_imagenet.prepare,
 }
 
 
@@ -320,7 +228,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
     parser = _Parser(prog="python -m ltjax.data.prepare", description="Writes a data set to disk, once.")
     parser.add_argument("dataset", metavar="DATASET", help=", ".join(DATASETS))
-    parser.add_argument("--source", metavar="ARCHIVE", help="an archive on disk instead of a download")
+    parser.add_argument(
+        "--source",
+        metavar="ARCHIVE",
+        help="an archive on disk instead of a download (of tiny_imagenet also the folder it unpacks to)",
+    )
     parser.add_argument(
         "--data_dir", metavar="DIR", help="where to write (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
     )

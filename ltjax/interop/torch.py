@@ -11,12 +11,15 @@ from flax import linen as nn
 from ltjax.optim import flatten, unflatten
 from ltjax.types import UserError, Variables
 
-# (authors' name, ours), tried in order; prefixes such as `module.` are cut off first
+# (authors' name, ours), tried in order; the prefixes `module.` and `model.` are cut off first
+_BLOCK = r"(?:layer(?P<stage>\d)|block(?P<wide_stage>\d)\.layer)\.(?P<block>\d+)\."  # the latter in wide ResNets
 _RULES = (
-    (r"(?:model\.)?conv1", "backbone/conv"),
-    (r"(?:model\.)?bn1", "backbone/norm"),
-    (r"(?:model\.)?layer(?P<stage>\d)\.(?P<block>\d+)\.conv(?P<n>\d)", "backbone/stage{stage}_block{block}/conv{n}"),
-    (r"(?:model\.)?layer(?P<stage>\d)\.(?P<block>\d+)\.bn(?P<n>\d)", "backbone/stage{stage}_block{block}/norm{n}"),
+    (r"conv1", "backbone/conv"),
+    (r"bn1?", "backbone/norm"),  # after the first convolution; in pre-activation networks, after the last block
+    (_BLOCK + r"conv(?P<n>\d)", "backbone/stage{stage}_block{block}/conv{n}"),
+    (_BLOCK + r"bn(?P<n>\d)", "backbone/stage{stage}_block{block}/norm{n}"),
+    (_BLOCK + r"(?:convShortcut|(?:shortcut|downsample)\.0)", "backbone/stage{stage}_block{block}/shortcut"),
+    (_BLOCK + r"(?:shortcut|downsample)\.1", "backbone/stage{stage}_block{block}/shortcut_norm"),
     (r"BNH", "branches/norm1"),  # ResLT's head, medium and tail branch
     (r"BNM", "branches/norm2"),
     (r"BNT", "branches/norm3"),
@@ -30,11 +33,15 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
 
     Args:
       state_dict: {name: array} with PyTorch's names and layouts (convolutions OIHW, linear [out, in]); keys may begin
-        with `module.`. Understood: the authors' CIFAR ResNets of DRO-LT (`conv1`, `layer1.0.conv1`, `linear`), MiSLAS
-        (`model.`, `classifier.`, `lws_model.learned_norm`) and ResLT (`model.`, `linear`, `BNH`, `BNM`, `BNT`). The
-        margins that DRO-LT learns are its loss's, not the network's, and have no place here.
+        with `module.` and `model.`. Understood: the authors' CIFAR ResNets of DRO-LT (`conv1`, `layer1.0.conv1`,
+        `linear`), MiSLAS (`classifier.`, `lws_model.learned_norm`) and ResLT (`linear`, `BNH`, `BNM`, `BNT`); LBGAT's
+        ResNet-18 (`layer2.0.shortcut.0`) and the wide ResNets of LBGAT and TRADES (`block1.layer.0.conv1`, `fc`);
+        pre-activation ResNets (`bn` last). Passed over: `sub_block1`, which the class of those wide ResNets holds and
+        never uses. Without a place: the margins that DRO-LT learns, which are its loss's, not the network's, and
+        LBGAT's second network, to be given on its own, without `teacher.`.
       model: from `ltjax.models.create`.
-    Returns: Variables with `params["net"]` and `stats["net"]`. A `logit_scale` the state_dict does not have is 1.
+    Returns: Variables with `params["net"]` and `stats["net"]`, float32, but float64 where both the state_dict and
+      JAX_ENABLE_X64 say so. A `logit_scale` the state_dict does not have is 1.
     Raises: UserError naming every key that has no place or another shape, and every weight that no key gives.
     """
     shapes = jax.eval_shape(lambda rng: model.init(rng, jnp.zeros((1, 32, 32, 3))), jax.random.key(0))
@@ -45,7 +52,10 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
         if key.endswith("num_batches_tracked"):
             continue  # PyTorch counts batches; nothing here depends on it
         value = np.asarray(value)
-        path = _path(re.sub(r"^(module\.)+", "", key), value)
+        name = re.sub(r"^(module\.)*(model\.)?", "", key)
+        if name.startswith("sub_block1."):
+            continue
+        path = _path(name, value)
         kind = "batch_stats" if path and path.endswith(("/mean", "/var")) else "params"
         if value.ndim == 4:
             value = value.transpose(2, 3, 1, 0)
@@ -58,7 +68,8 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
         elif wanted[kind][path].shape != value.shape:
             unplaced.append(f"{key} (shape {value.shape}, the model has {wanted[kind][path].shape})")
         else:
-            found[kind][path] = jnp.asarray(value, jnp.float32)
+            array = jnp.asarray(value)  # never float64 where JAX has it switched off
+            found[kind][path] = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
     if "logit_scale" in wanted["params"]:
         found["params"].setdefault("logit_scale", jnp.ones(wanted["params"]["logit_scale"].shape))
     missing = [path for kind in wanted for path in wanted[kind] if path not in found[kind]]
@@ -79,6 +90,7 @@ def _path(key: str, value: np.ndarray) -> str | None:
         if match:
             parts = match.groupdict()
             if "block" in parts:
+                parts["stage"] = parts["stage"] or parts["wide_stage"]
                 parts["block"] = str(int(parts["block"]) + 1)  # ours count from 1
             leaf_name = "scale" if leaf == "weight" and value.ndim == 1 else _LEAVES[leaf]
             return f"{ours.format(**parts)}/{leaf_name}"

@@ -3,7 +3,10 @@
 from ltjax import registry
 from ltjax.types import Method, UserError
 
-METHODS = {name: f"ltjax.methods.{name}" for name in ("erm", "mislas", "drolt", "reslt")}
+METHODS = {
+    name: f"ltjax.methods.{name}"
+    for name in ("erm", "mislas", "drolt", "reslt", "pgd_at", "trades", "alp", "bgat", "lbgat")
+}
 
 
 def create(name: str, class_counts, **settings) -> Method:

@@ -11,8 +11,8 @@ from ltjax.models.branches import ConvBranches, NormBranches
 from ltjax.models.layers import CLASSIFIERS, Network
 from ltjax.types import UserError
 
-MODELS = {name: f"ltjax.models.{name}" for name in ("resnet_cifar",)}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+MODELS = {name: f"ltjax.models.{name}" for name in ("resnet_cifar", "resnet", "preact_resnet", "wide_resnet")}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 BRANCH_KINDS = ("norm", "conv")
 
 
@@ -41,9 +41,10 @@ def create(
       branches: R, ResLT's branches in front of the classifier: 0 for none, 2 or 3.
       branch_kind: "norm" (batch norms; the authors on CIFAR) or "conv" (a 1x1 convolution, batch norm and ReLU; the
         authors on larger images, with 2 branches on iNaturalist). See `ltjax.models.branches`.
-      dtype: of the computation, "float32" or "bfloat16"; parameters, statistics and logits stay float32.
+      dtype: of the computation. "float32" or "bfloat16": parameters, statistics and logits are float32. "float64",
+        which needs JAX_ENABLE_X64=1: statistics and logits are computed in float64, and parameters begin as float32.
       platform: "cpu", "gpu" or "tpu", whose convolution to build; None: that of JAX's own devices.
-    Raises: UserError for an unknown name or setting.
+    Raises: UserError for an unknown name or setting, and for float64 where JAX has it switched off.
     """
     registry.choose("classifier", {name: None for name in CLASSIFIERS}, classifier)
     if len(mean) != len(std) or not all(s > 0 for s in std):
@@ -52,6 +53,8 @@ def create(
     if not isinstance(branches, int) or branches not in (0, 2, 3):
         raise UserError(f"model branches = {branches}: take 0 for none, or 2 or 3")
     compute = registry.choose("model dtype", DTYPES, dtype)
+    if dtype == "float64" and jnp.result_type(float) != jnp.float64:
+        raise UserError("model dtype = 'float64', which JAX has switched off: set JAX_ENABLE_X64=1")
     function = registry.bind(f"model {name!r}", registry.load("model", MODELS, name, "backbone"), backbone)
     branch_layers = None
     if branches:

@@ -1,8 +1,8 @@
 """ResLT's branches (Cui et al. 2022, "ResLT: Residual Learning for Long-tailed Recognition"): light layers on the final
 map of a backbone, one set for each group of classes, in front of one classifier that all of them share.
 
-A module here is `(x [B, h, w, D], train) -> features of each branch [R, B, D]`, float32. Branch 0 is the authors' head
-branch, which answers for all classes.
+A module here is `(x [B, h, w, D], train) -> features of each branch [R, B, D]`, float32 (of a float64 network,
+float64). Branch 0 is the authors' head branch, which answers for all classes.
 """
 
 from typing import Any

@@ -16,6 +16,11 @@ CLASSIFIERS = ("linear", "cosine")
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """The type of all that is not the network's body - statistics, means over space, logits: float32 or float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
     """PyTorch's default for the bias of a linear layer: uniform in +-1 / sqrt(fan_in)."""
 
@@ -117,7 +122,8 @@ class BatchNorm(nn.Module):
     """Batch norm with PyTorch's running statistics: momentum 0.1, epsilon 1e-5, and an *unbiased* running variance.
 
     Flax's own keeps the biased one, which drifts away from the authors' evaluation figures on small batches.
-    Statistics are taken over the whole batch, however many devices it is sharded over, and in float32.
+    Statistics are taken over the whole batch, however many devices it is sharded over, and in float32 (in float64 of
+    float64 maps). Running ones keep the type they come in.
     """
 
     momentum: float = 0.1
@@ -130,23 +136,27 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        dtype = at_least_float32(x.dtype)
+        old_mean, old_var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
         if train:
-            values, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+            values, axes = x.astype(dtype), tuple(range(x.ndim - 1))
             mean = values.mean(axes)
             var = jnp.maximum(jnp.square(values).mean(axes) - jnp.square(mean), 0.0)
             if not self.is_initializing():
                 count = x.size // channels
                 unbiased = var * (count / max(count - 1, 1))
-                running_mean.value += self.momentum * (mean - running_mean.value)
-                running_var.value += self.momentum * (unbiased - running_var.value)
+                new_mean = old_mean + self.momentum * (mean - old_mean)
+                new_var = old_var + self.momentum * (unbiased - old_var)
+                running_mean.value = new_mean.astype(running_mean.value.dtype)
+                running_var.value = new_var.astype(running_var.value.dtype)
         else:
-            mean, var = running_mean.value, running_var.value
-        factor = scale * lax.rsqrt(var + self.epsilon)
-        return x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
+            mean, var = old_mean, old_var
+        factor = scale.astype(dtype) * lax.rsqrt(var + self.epsilon)
+        return x * factor.astype(x.dtype) + (bias.astype(dtype) - mean * factor).astype(x.dtype)
 
 
 class LinearClassifier(nn.Module):
-    """logits = features @ kernel + bias, float32."""
+    """logits = features @ kernel + bias, of the features' type."""
 
     num_classes: int
 
@@ -155,11 +165,11 @@ class LinearClassifier(nn.Module):
         width = features.shape[-1]
         kernel = self.param("kernel", kaiming_normal, (width, self.num_classes), jnp.float32)
         bias = self.param("bias", torch_bias_init(width), (self.num_classes,), jnp.float32)
-        return features @ kernel + bias
+        return features @ kernel.astype(features.dtype) + bias.astype(features.dtype)
 
 
 class CosineClassifier(nn.Module):
-    """logits = scale * cosine(features, class weight), float32, in [-scale, scale]; no bias.
+    """logits = scale * cosine(features, class weight), of the features' type, in [-scale, scale]; no bias.
 
     Weights begin with length 1, as LDAM's do: a cosine does not see their length, but the longer they are, the less a
     step of the optimizer turns them. `ltjax.losses.ldam` multiplies by its own scale, so it takes scale=1.
@@ -171,7 +181,7 @@ class CosineClassifier(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         kernel = self.param("kernel", _unit_columns, (features.shape[-1], self.num_classes), jnp.float32)
-        return self.scale * unit(features, axis=-1) @ unit(kernel, axis=0)
+        return self.scale * unit(features, axis=-1) @ unit(kernel.astype(features.dtype), axis=0)
 
 
 def _unit_columns(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -184,10 +194,11 @@ def unit(x: jax.Array, *, axis: int) -> jax.Array:
 
 
 def pool(x: jax.Array) -> jax.Array:
-    """Mean over space: a map [B, h, w, D] of any float type -> float32 [B, D]."""
-    if x.dtype != jnp.float32:
+    """Mean over space: a map [B, h, w, D] of any float type -> [B, D], float32 or, of a float64 map, float64."""
+    dtype = at_least_float32(x.dtype)
+    if x.dtype != dtype:
         x = lax.optimization_barrier(x)  # XLA on CPU, jax 0.11 and 0.12, makes nan of this mean fused with a relu
-    return x.astype(jnp.float32).mean((1, 2))
+    return x.astype(dtype).mean((1, 2))
 
 
 class Network(nn.Module):
@@ -197,9 +208,10 @@ class Network(nn.Module):
     network normalises them itself, so that attacks work in pixels. Parameter paths begin with `backbone`, `branches`,
     `classifier` and `logit_scale`.
 
-    `features` is the mean over space of the final map, `layers` that of every stage's, float32. With branches the
-    classifier sees theirs instead, each [B, D]: `branches` holds the logits of each and `logits` their sum, while
-    `features` stays what it is without branches, so that class means and losses on features have one meaning.
+    `features` is the mean over space of the final map, `layers` that of every stage's, float32 (of a float64
+    network, float64). With branches the classifier sees theirs instead, each [B, D]: `branches` holds the logits of
+    each and `logits` their sum, while `features` stays what it is without branches, so that class means and losses on
+    features have one meaning.
 
     branches: a module of `ltjax.models.branches`. logit_scale: MiSLAS's learnable weight scaling,
     `logits = s * (W z + b)` with s [C] initially 1; with branches, of each one's logits.
@@ -226,8 +238,9 @@ class Network(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         if len(self.mean) not in (1, images.shape[-1]):
             raise UserError(f"model mean = {self.mean}: images have {images.shape[-1]} channels")
-        mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
-        x = ((images.astype(jnp.float32) - mean) / std).astype(self.dtype)
+        dtype = at_least_float32(self.dtype)
+        mean, std = jnp.asarray(self.mean, dtype), jnp.asarray(self.std, dtype)
+        x = ((images.astype(dtype) - mean) / std).astype(self.dtype)
         maps = self.backbone(x, train)
         layers = {name: pool(x) for name, x in maps.items()}  # unused ones are dead code once compiled
         last = list(maps)[-1]
@@ -239,4 +252,4 @@ class Network(nn.Module):
     def _logits(self, features: jax.Array) -> jax.Array:
         """[..., D] -> [..., C]"""
         logits = self.head(features)
-        return logits * self.scale if self.logit_scale else logits
+        return logits * self.scale.astype(logits.dtype) if self.logit_scale else logits

@@ -4,6 +4,7 @@ import pytest
 
 from ltjax import models
 from ltjax.interop.torch import import_state_dict
+from ltjax.optim import flatten
 from ltjax.types import UserError
 
 
@@ -69,3 +70,109 @@ def test_reslts_head_medium_and_tail_norms_are_branches_1_2_and_3(golden):
         ours |= {"running_mean": stats["mean"], "running_var": stats["var"]}
         for leaf, value in ours.items():
             np.testing.assert_array_equal(value, state_dict[f"{theirs}.{leaf}"])
+
+
+def lbgats(golden, which):
+    """The weights of one of LBGAT's two networks, as its file names them without `teacher.`."""
+    numbers = golden("lbgat_step")
+    return {k.removeprefix(f"init/{which}."): v for k, v in numbers.items() if k.startswith(f"init/{which}.")}
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return models.create("wide_resnet", 100, depth=10, width=1)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.model.", "module."])
+def test_lbgats_prefixes_change_nothing(golden, wide, prefix):
+    state_dict = lbgats(golden, "model")
+    wrapped = {prefix + key: value for key, value in state_dict.items()}
+    jax.tree.map(np.testing.assert_array_equal, import_state_dict(state_dict, wide), import_state_dict(wrapped, wide))
+
+
+def test_the_names_of_a_wide_resnet_have_their_places(golden, wide):
+    state_dict = lbgats(golden, "teacher")
+    variables = import_state_dict(state_dict, wide)
+    backbone, stats = variables.params["net"]["backbone"], variables.stats["net"]["backbone"]
+    for path, value in {
+        "block2.layer.0.convShortcut.weight": backbone["stage2_block1"]["shortcut"]["kernel"].transpose(3, 2, 0, 1),
+        "block1.layer.0.conv2.weight": backbone["stage1_block1"]["conv2"]["kernel"].transpose(3, 2, 0, 1),
+        "block3.layer.0.bn2.weight": backbone["stage3_block1"]["norm2"]["scale"],
+        "bn1.running_var": stats["norm"]["var"],
+    }.items():
+        np.testing.assert_array_equal(value, state_dict[path])
+
+
+def test_the_stage_that_wide_resnets_never_use_is_passed_over(golden, wide):
+    state_dict = lbgats(golden, "model")
+    used = {key: value for key, value in state_dict.items() if not key.startswith("sub_block1.")}
+    assert len(used) < len(state_dict)
+    jax.tree.map(np.testing.assert_array_equal, import_state_dict(state_dict, wide), import_state_dict(used, wide))
+
+
+def test_lbgats_second_network_has_no_place_beside_the_first(golden, wide):
+    both = {f"{which}.{key}": v for which in ("model", "teacher") for key, v in lbgats(golden, which).items()}
+    with pytest.raises(UserError, match=r"no place for \['teacher\.conv1\.weight', .*; nothing for \[\]"):
+        import_state_dict(both, wide)
+
+
+BLOCK = {"conv1": "conv1", "bn1": "norm1", "conv2": "conv2", "bn2": "norm2"}
+
+
+def written_by_hand(net, names, head):
+    """A state_dict in PyTorch's names and layouts, of different numbers, and {our path: array} of the same numbers.
+
+    names: {their module: ours below `backbone`}. head: their name of the classifier.
+    """
+    like = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    like = {path.split("/", 1)[1]: leaf.shape for path, leaf in flatten(like).items()}
+    leaves = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    theirs_of = {**{f"backbone/{ours}": theirs for theirs, ours in names.items()}, "classifier": head}
+    random, state_dict, expected = np.random.default_rng(0), {}, {}
+    for path, shape in like.items():
+        module, leaf = path.rsplit("/", 1)
+        value = random.normal(size=shape).astype(np.float32)
+        expected[path] = value
+        layout = (3, 2, 0, 1) if value.ndim == 4 else tuple(reversed(range(value.ndim)))
+        state_dict[f"{theirs_of[module]}.{leaves[leaf]}"] = value.transpose(layout)
+        if leaf == "mean":
+            state_dict[f"{theirs_of[module]}.num_batches_tracked"] = np.asarray(7)
+    return state_dict, expected
+
+
+def block_names(inside, shortcut):
+    """{their module: ours} of all blocks of [2, 2, 2, 2], stages 2 to 4 beginning with a shortcut."""
+    names = {}
+    for stage in range(1, 5):
+        for block in (0, 1):
+            parts = {**inside, **(shortcut if stage > 1 and block == 0 else {})}
+            names |= {f"layer{stage}.{block}.{a}": f"stage{stage}_block{block + 1}/{b}" for a, b in parts.items()}
+    return names
+
+
+@pytest.mark.parametrize("head", ["linear", "fc"])
+@pytest.mark.parametrize("model", ["shortcut", "downsample", "preact"])
+def test_the_names_of_resnets_have_their_places(model, head):
+    if model == "preact":
+        net = models.create("preact_resnet", 10, width=2)
+        names = {"conv1": "conv", "bn": "norm", **block_names(BLOCK, {"shortcut.0": "shortcut"})}
+    else:
+        net = models.create("resnet", 10, width=2)
+        shortcut = {f"{model}.0": "shortcut", f"{model}.1": "shortcut_norm"}
+        names = {"conv1": "conv", "bn1": "norm", **block_names(BLOCK, shortcut)}
+    state_dict, expected = written_by_hand(net, names, head)
+    variables = import_state_dict(state_dict, net)
+    found = {**flatten(variables.params["net"]), **flatten(variables.stats["net"])}
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("x64", [True, False])
+@pytest.mark.parametrize("given", ["float16", "float32", "float64"])
+def test_weights_are_float32_unless_both_sides_say_float64(golden, net, given, x64):
+    state_dict = {key: value.astype(given) for key, value in initial(golden).items()}
+    with jax.enable_x64(x64):
+        variables = import_state_dict(state_dict, net)
+    expected = "float64" if x64 and given == "float64" else "float32"
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(expected)}

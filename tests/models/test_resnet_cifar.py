@@ -349,7 +349,7 @@ def test_a_network_takes_the_cosine_classifier_with_its_scale():
 @pytest.fixture(scope="module")
 def trained():
     """{dtype: (outputs, variables after)} of one pass in training mode, and the variables before."""
-    nets = {dtype: make(dtype=dtype) for dtype in models.DTYPES}
+    nets = {dtype: make(dtype=dtype) for dtype in ("float32", "bfloat16")}
     variables = some_variables(nets["bfloat16"])
     step = jax.jit(lambda net, variables: net.apply(variables, IMAGES, True, mutable=True), static_argnums=0)
     return {dtype: step(net, variables) for dtype, net in nets.items()}, variables
@@ -405,3 +405,47 @@ def test_bfloat16_evaluation_is_finite_when_compiled(batch_size):
     variables = net.init(jax.random.key(0), images)
     outputs = jax.jit(lambda variables, images: net.apply(variables, images))(variables, images)
     assert np.isfinite(outputs.logits).all()
+
+
+def test_float64_is_refused_where_jax_has_it_switched_off():
+    with pytest.raises(UserError, match="model dtype = 'float64', which JAX has switched off: set JAX_ENABLE_X64=1"):
+        make(dtype="float64")
+
+
+@pytest.mark.parametrize("given", ["float32", "float64"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, dict(classifier="cosine", logit_scale=True, branches=3), dict(branches=2, branch_kind="conv")]
+)
+def test_float64_reaches_all_outputs_and_variables_keep_their_type(settings, train, given):
+    with jax.enable_x64(True):
+        net = make(dtype="float64", **settings)
+        assert {leaf.dtype for leaf in jax.tree.leaves(shapes(net))} == {jnp.dtype("float32")}
+        variables = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, given), shapes(net))
+        outputs, after = jax.eval_shape(lambda v: net.apply(v, IMAGES, train, mutable=True), variables)
+    assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype("float64")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(given)}
+
+
+def test_float64_batch_norm_and_pooling_are_numpys():
+    x = np.random.default_rng(0).normal(2, 3, (4, 3, 2, 5))
+    with jax.enable_x64(True):
+        params, stats = {"scale": np.full(5, 3.0), "bias": np.ones(5)}, {"mean": np.zeros(5), "var": np.ones(5)}
+        variables = {"params": params, "batch_stats": stats}
+        out, new = layers.BatchNorm().apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
+        pooled = layers.pool(out)
+    flat, stats = x.reshape(-1, 5), new["batch_stats"]
+    expected = (x - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5) * 3 + 1
+    np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(pooled, expected.mean((1, 2)), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(stats["mean"], 0.1 * flat.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-12)
+
+
+def test_float64_images_are_normalised_in_float64():
+    with jax.enable_x64(True):
+        net, images = make(mean=(0.1, 0.2, 0.3), std=(0.3, 0.3, 0.7), dtype="float64"), IMAGES.astype(np.float64)
+        variables = some_variables(net)
+        found = run(net, variables, images).logits
+        expected = run(make(dtype="float64"), variables, (images - [0.1, 0.2, 0.3]) / [0.3, 0.3, 0.7]).logits
+    np.testing.assert_allclose(found, expected, rtol=1e-10)

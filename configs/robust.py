@@ -1,0 +1,70 @@
+"""Adversarial training's part of the recipes: PGD-AT, TRADES, ALP, BGAT and LBGAT, with any loss of the labels."""
+
+from typing import Any, NamedTuple
+
+EPOCHS, SHORT_EPOCHS = 100, 2
+
+# method: title, blocks
+METHODS = {
+    "pgd_at": ("PGD-AT", ("pgd_at",)),
+    "trades": ("TRADES", ("trades",)),
+    "alp": ("ALP", ("alp",)),
+    "bgat": ("BGAT", ("natural", "bgat")),
+    "lbgat": ("LBGAT", ("lbgat",)),
+}
+
+LOSSES = ("cross_entropy", "balanced_softmax", "logit_adjusted", "label_aware_smoothing")
+
+
+class Setting(NamedTuple):
+    """What the methods share."""
+
+    attack: dict[str, Any]  # in training, see `ltjax.methods.adversarial.create`
+    beta: float  # weight of the KL; below 0: the method's own
+    loss: dict[str, Any]  # of the labels; LBGAT: of the guide
+    awp: float
+    sampler: str
+
+
+def attack(epsilon: str, short: bool) -> dict[str, Any]:
+    """The papers' 10 steps of 0.007 within 0.031, or a quarter of another epsilon; short: 3 steps, twice as long."""
+    number = 0.031 if epsilon == "0.031" else _number(epsilon)
+    step = 0.007 if epsilon == "0.031" else number / 4
+    steps = dict(step_size=2 * step, num_steps=3) if short else dict(step_size=step, num_steps=10)
+    return dict(epsilon=number, **steps, norm="linf", start="gaussian", start_scale=0.001)
+
+
+def _number(text: str) -> float:
+    top, _, bottom = text.partition("/")
+    try:
+        number = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"config argument 'epsilon={text}': a number, or a fraction such as 8/255") from None
+    if not 0 < number <= 1:
+        raise ValueError(f"config argument 'epsilon={text}': above 0 and up to 1; did you mean {text}/255?")
+    return number
+
+
+def schedule(short: bool) -> dict[str, Any]:
+    """SGD at 0.1, the first epoch at 0.02; a tenth from epoch 76 of 100 on, a hundredth from 91. Short: a tenth halfway."""
+    if short:
+        return dict(kind="step", decay_at=(0.5,), decay=0.1)
+    return dict(kind="step", warmup=1 / EPOCHS, warmup_start=0.2, decay_at=(0.75, 0.9), decay=0.1)
+
+
+def _with_beta(setting: Setting, method: dict[str, Any]) -> dict[str, Any]:
+    return {**method, **({"beta": setting.beta} if setting.beta >= 0 else {})}
+
+
+def _own(setting: Setting) -> dict[str, Any]:
+    return dict(attack=setting.attack, awp=setting.awp)
+
+
+BLOCKS = {
+    "pgd_at": lambda s: dict(name="pgd_at", loss=s.loss, **_own(s)),
+    "trades": lambda s: _with_beta(s, dict(name="trades", beta=6.0, loss=s.loss, **_own(s))),
+    "alp": lambda s: dict(name="alp", pairing_weight=0.5, loss=s.loss, **_own(s)),
+    "natural": lambda s: dict(name="erm", net="guide", loss=s.loss),
+    "bgat": lambda s: _with_beta(s, dict(name="bgat", beta=0.0, **_own(s))),
+    "lbgat": lambda s: _with_beta(s, dict(name="lbgat", beta=0.0, guide_loss=s.loss, **_own(s))),
+}

@@ -1,0 +1,83 @@
+"""The ball that an attack may search: l-inf or l2 around each image, cut with the box [0, 1] of pixels."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NORMS = ("linf", "l2")
+
+
+def radius(value: float | str, *, norm: str = "linf") -> float:
+    """An epsilon as a number: 0.031, "8/255" or "0.5" -> float, in pixel units of [0, 1].
+
+    Raises: ValueError for what is no number, for a radius below 0, and for an l-inf radius above 1, which most likely
+      counts in 255ths.
+    """
+    check_norm(norm)
+    try:
+        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        raise ValueError(f'epsilon = {value!r}: a number such as 0.031, or a fraction such as "8/255"') from None
+    if not 0 <= number < math.inf:
+        raise ValueError(f"epsilon = {value}: a radius from 0 up")
+    if norm == "linf" and number > 1:
+        raise ValueError(f"epsilon = {value}: l-inf radii are in [0, 1], as pixels are; did you mean {number:g}/255?")
+    return number
+
+
+def check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; known: {', '.join(NORMS)}")
+
+
+def check_images(images: Any) -> None:
+    """Raises: ValueError unless images [B, ...] are floats in [0, 1]. Inside `jit`, only their type can be seen."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}: give floats in [0, 1] (of uint8: images / 255)")
+    if not isinstance(images, jax.core.Tracer) and images.size:
+        values = np.asarray(images)  # by numpy: inside `jit`, jax would trace even what is known
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # nan is caught as well
+            hint = "divide by 255" if high > 2 else "undo the normalisation, and put it inside the model"
+            raise ValueError(f"images run from {low:g} to {high:g}: attacks work on pixels in [0, 1]; {hint}")
+
+
+def per_image(values: jax.Array, like: jax.Array) -> jax.Array:
+    """[B] -> [B, 1, ...], to go with images [B, ...]."""
+    return values.reshape(values.shape[0], *(1,) * (like.ndim - 1))
+
+
+def length(x: jax.Array, *, norm: str) -> jax.Array:
+    """Norm of each image's perturbation: [B, ...] -> [B]."""
+    axes = tuple(range(1, x.ndim))
+    return jnp.abs(x).max(axes) if norm == "linf" else jnp.sqrt(jnp.square(x).sum(axes))
+
+
+def direction(x: jax.Array, *, norm: str) -> jax.Array:
+    """Steepest ascent: the sign for l-inf, x over its l2 length (0 where that is 0) for l2. [B, ...] -> the same.
+
+    Scaled by the largest entry first, so that tiny gradients do not underflow when squared.
+    """
+    if norm == "linf":
+        return jnp.sign(x)
+    largest = per_image(jnp.abs(x).max(tuple(range(1, x.ndim))), x)
+    x = x / jnp.where(largest > 0, largest, 1)
+    size = per_image(length(x, norm="l2"), x)
+    return x / jnp.where(size > 0, size, 1)
+
+
+def project(x: jax.Array, images: jax.Array, *, epsilon: Any, norm: str) -> jax.Array:
+    """x [B, ...] moved into the ball of radius `epsilon` around images, then into [0, 1].
+
+    The result lies in both: cutting off at 0 and 1 only brings a pixel nearer to the image.
+    """
+    if norm == "linf":
+        return jnp.clip(jnp.clip(x, images - epsilon, images + epsilon), 0, 1)
+    delta = x - images
+    size = per_image(length(delta, norm="l2"), x)
+    shrink = jnp.minimum(1, epsilon / jnp.where(size > 0, size, 1))
+    return jnp.clip(images + delta * shrink, 0, 1)

@@ -1,0 +1,73 @@
+"""What would make a robust accuracy mean less than it says, looked for before an attack begins."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from ltjax.attacks import objectives
+
+MOST = 64  # images that are looked at
+
+
+@jax.jit
+def _logits(predict: Partial, images: jax.Array) -> jax.Array:
+    return predict(images)
+
+
+@jax.jit
+def _flat(predict: Partial, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether no pixel of an image has a gradient, bool [B]."""
+    gradient = jax.grad(lambda x: objectives.log_odds(predict(x), labels).sum())(images)
+    return ~(jnp.nan_to_num(gradient) != 0).any(tuple(range(1, images.ndim)))
+
+
+def look_for_trouble(predict: Partial, images: np.ndarray, labels: np.ndarray, clean: np.ndarray) -> Iterator[str]:
+    """A sentence for each thing found.
+
+    Random or stateful predictions; predictions that depend on the other images of the batch; logits that are not
+    finite, or look like probabilities; images without a gradient. The first and the last are what AutoAttack's own
+    checks flag, too.
+
+    Args: images [N, ...], labels [N], clean: their logits [N, C].
+    """
+    some, own = jnp.asarray(images[:MOST]), jnp.asarray(labels[:MOST])
+    scale = 1e-3 * float(np.ptp(np.nan_to_num(clean))) + 1e-6
+
+    def differ(a, b) -> bool:
+        return bool((np.abs(np.nan_to_num(np.asarray(a)) - np.nan_to_num(np.asarray(b))) > scale).any())
+
+    first = _logits(predict, some)
+    if differ(first, _logits(predict, some)) or _traces_differ(predict, some):
+        yield (
+            "predict is random: it gives the same images different logits, so attacks follow noise and robust accuracy "
+            "is overestimated; attack the mean over its random numbers (expectation over transformation)"
+        )
+    elif len(some) > 1:
+        half = len(some) // 2
+        crowd = jnp.concatenate([some[:half], jnp.broadcast_to(some[-1:], some[half:].shape)])
+        if differ(first[:half], _logits(predict, crowd)[:half]):
+            yield (
+                "predict gives an image other logits in other company, as batch norm does in training mode: attack the "
+                "model in evaluation mode"
+            )
+    if (bad := int((~np.isfinite(clean)).any(1).sum())) > 0:
+        yield f"predict's logits are not finite for {bad} of {len(clean)} clean images; images with a nan count as wrong"
+    elif (clean >= 0).all() and np.abs(clean.sum(1) - 1).max() < 1e-3:
+        yield "predict seems to return probabilities: give logits, for the DLR loss and the margins are made for them"
+    if (flat := int(np.asarray(_flat(predict, some, own)).sum())) > 0:
+        yield (
+            f"{flat} of {len(some)} images have a gradient of exactly 0 in every pixel: the attacks that need one are "
+            "blind there, and only Square says something about such a model"
+        )
+
+
+def _traces_differ(predict: Partial, images: jax.Array) -> bool:
+    """Whether Python makes another program of predict each time, as with random numbers drawn outside of JAX."""
+    one, two = (jax.make_jaxpr(lambda x: predict(x))(images) for _ in range(2))
+    if str(one.jaxpr) != str(two.jaxpr):
+        return True
+    pairs = zip(one.consts, two.consts, strict=True)
+    return any(a is not b and not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)

@@ -1,0 +1,153 @@
+"""Projected gradient descent (Madry et al., ICLR 2018), as training and the older tables use it.
+
+    start = attacks.random_start(rng, images)
+    adversarial = attacks.pgd(images, start, objective, epsilon=8 / 255, step_size=2 / 255, num_steps=10)
+
+Pure functions to be called inside `jit`; the steps are one `lax.fori_loop`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ltjax.attacks import objectives
+from ltjax.attacks.ball import check_images, check_norm, direction, per_image, project, radius
+
+STARTS = ("gaussian", "uniform", "none")
+OBJECTIVES = ("ce", "kl", "cw")
+
+
+def random_start(
+    rng: jax.Array, images: jax.Array, *, kind: str = "gaussian", scale: float | str = 0.001, norm: str = "linf"
+) -> jax.Array:
+    """Where an attack begins: images [B, ...] moved at random.
+
+    kind: "gaussian", `images + scale N(0, 1)`, neither projected nor clipped (TRADES, LBGAT: 0.001); "uniform", from
+      the ball of radius `scale` (Madry: epsilon), clipped to [0, 1]; "none", the images.
+    norm: of the uniform ball, "linf" or "l2".
+    Raises: ValueError for an unknown kind or norm.
+    """
+    check_norm(norm)
+    if kind not in STARTS:
+        raise ValueError(f"unknown start {kind!r}; known: {', '.join(STARTS)}")
+    if kind == "none":
+        return images
+    if kind == "gaussian":
+        return images + float(scale) * jax.random.normal(rng, images.shape, images.dtype)
+    scale = radius(scale, norm=norm)
+    if norm == "linf":
+        noise = jax.random.uniform(rng, images.shape, images.dtype, -1, 1)
+        return jnp.clip(images + scale * noise, 0, 1)
+    way, far = jax.random.split(rng)
+    towards = direction(jax.random.normal(way, images.shape, images.dtype), norm="l2")
+    share = jax.random.uniform(far, images.shape[:1], images.dtype) ** (1 / images[0].size)  # uniform over the volume
+    return jnp.clip(images + scale * per_image(share, images) * towards, 0, 1)
+
+
+def pgd(
+    images: jax.Array,
+    start: jax.Array,
+    objective: Callable[[jax.Array], jax.Array],
+    *,
+    epsilon: float | str | jax.Array,
+    step_size: float | str | jax.Array,
+    num_steps: int,
+    norm: str = "linf",
+    unroll: bool = False,
+) -> jax.Array:
+    """`num_steps` times: a step uphill, back into the ball around `images`, and into [0, 1].
+
+    Args:
+      images, start: [B, H, W, channels]; images in [0, 1].
+      objective: images -> [B] or their sum, to be maximised. Only its gradient to the images is computed.
+      epsilon: radius in pixel units of [0, 1]: 8/255 (or "8/255"), not 8. step_size: in the same units, l-inf: of each
+        pixel; l2: of the whole image's step along the gradient.
+      norm: "linf" (sign of the gradient) or "l2" (the gradient over its length).
+      unroll: write the steps out instead of looping over them.
+    Returns: [B, H, W, channels], in the ball and in [0, 1], without a gradient to anything.
+    Raises: ValueError for an epsilon that cannot be one, an unknown norm, or images outside [0, 1].
+    Where the objective's gradient is nan or 0, that pixel stays.
+    """
+    check_images(images)
+    check_norm(norm)
+    if not isinstance(epsilon, jax.Array):
+        epsilon = radius(epsilon, norm=norm)
+    if not isinstance(step_size, jax.Array):
+        step_size = radius(step_size, norm="l2")
+    images = jax.lax.stop_gradient(images)
+
+    def ascend(_, x):
+        gradient = jax.grad(lambda x: objective(x).sum())(x)
+        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
+        return project(x + step_size * direction(gradient, norm=norm), images, epsilon=epsilon, norm=norm)
+
+    x = jax.lax.stop_gradient(start.astype(images.dtype))
+    if not num_steps:
+        return project(x, images, epsilon=epsilon, norm=norm)
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, ascend, x, unroll=unroll))
+
+
+def pgd_attack(
+    predict: Callable[[jax.Array], jax.Array],
+    images: jax.Array,
+    labels: jax.Array,
+    rng: jax.Array,
+    *,
+    epsilon: float | str,
+    step_size: float | str,
+    num_steps: int = 20,
+    norm: str = "linf",
+    objective: str = "ce",
+    start: str = "uniform",
+    start_scale: float | str | None = None,
+    num_restarts: int = 1,
+) -> jax.Array:
+    """PGD against a model, as tables report it (PGD-20, CW-20): the adversarial images [B, H, W, channels].
+
+    Args:
+      predict: images -> logits [B, C]. images: [B, H, W, channels] in [0, 1]. labels: [B].
+      objective: "ce" (by `objectives.log_odds`, whose path is that of cross-entropy), "cw" (the margin) or "kl" (from
+        the clean prediction; needs a random start, where its gradient is not 0).
+      start, start_scale: see `random_start`; the scale is epsilon for "uniform", 0.001 for "gaussian" by default.
+      num_restarts: each with its own start. Of the last images of all, one that fools the model is kept, else the one
+        with the largest objective.
+    Raises: ValueError as `pgd` does, and for an unknown objective.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    if num_restarts < 1:
+        raise ValueError(f"num_restarts = {num_restarts}: at least 1")
+    if start_scale is None:
+        start_scale = epsilon if start == "uniform" else 0.001
+    natural = predict(images) if objective == "kl" else None
+
+    def value(logits: jax.Array) -> jax.Array:  # [B]
+        if natural is not None:
+            return objectives.kl(logits, natural)
+        return (objectives.log_odds if objective == "ce" else objectives.margin)(logits, labels)
+
+    def attempt(key: jax.Array) -> Any:
+        begin = random_start(key, images, kind=start, scale=start_scale, norm=norm)
+        settings: dict[str, Any] = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, norm=norm)
+        return pgd(images, begin, lambda x: value(predict(x)), **settings)
+
+    keys = jax.random.split(rng, num_restarts)
+    best = attempt(keys[0])
+    if num_restarts == 1:
+        return best
+
+    def rank(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = predict(x)
+        return logits.argmax(-1) != labels, value(logits)
+
+    def again(number, kept):
+        best, (fooled, highest) = kept
+        tried = attempt(keys[number])
+        fools, reached = rank(tried)
+        better = (fools & ~fooled) | ((fools == fooled) & (reached > highest))  # [B]
+        chosen = jnp.where(per_image(better, best), tried, best)
+        return chosen, (fooled | fools, jnp.where(better, reached, highest))
+
+    return jax.lax.fori_loop(1, num_restarts, again, (best, rank(best)))[0]

@@ -1,0 +1,202 @@
+"""Square Attack: random search with square windows, which sees nothing but the logits."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ltjax.attacks import ball
+from ltjax.attacks.slots import Task
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these proposals, windows cover half the share
+
+
+class State(NamedTuple):
+    adversarial: jax.Array  # [B, H, W, channels], the best point so far
+    fooled: jax.Array  # [B]
+    done: jax.Array  # [B]
+    margin: jax.Array  # [B], of `adversarial`; infinite before it has been evaluated
+    query: jax.Array  # [B] int32, evaluations so far
+
+
+class Square(NamedTuple):
+    """Square Attack on the margin z_y - max_{c != y} z_c.
+
+    Args: epsilon: radius in [0, 1] pixel units. norm: linf or l2. num_queries: evaluations, that of the start included
+      (the authors' code does one more). p_init: share of the image that the first windows cover.
+    The share is halved after the proposals of `HALVINGS`, whatever num_queries is, as in AutoAttack's standard suite.
+    Windows may end at the last row and column, as in the paper; AutoAttack's code never draws that position.
+    Each draw depends on the image's key and its own count of queries alone.
+    Source: Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search",
+      ECCV 2020, algorithms 1 to 3.
+    """
+
+    epsilon: float
+    norm: str = "linf"
+    num_queries: int = 5000
+    p_init: float = 0.8
+
+    def init(self, task: Task) -> State:
+        ball.check_norm(self.norm)
+        batch, shape, dtype = task.images.shape[0], task.images.shape[1:], task.images.dtype
+        start = stripes if self.norm == "linf" else grid_of_windows
+        keys = jax.vmap(jax.random.fold_in, (0, None))(task.keys, 0)
+        delta = jax.vmap(lambda key: start(key, shape, dtype))(keys)
+        none = jnp.zeros(batch, bool)
+        return State(
+            adversarial=self._perturbed(task.images, delta),
+            fooled=none,
+            done=none | (self.num_queries < 1),
+            margin=jnp.full(batch, jnp.inf, dtype),
+            query=jnp.zeros(batch, jnp.int32),
+        )
+
+    def step(self, predict: Any, task: Task, state: State) -> State:
+        first = ball.per_image(state.query == 0, task.images)
+        x = jnp.where(first, state.adversarial, self.proposal(task, state))
+        logits = predict(x)  # [B, C]
+        own = jax.nn.one_hot(task.labels, logits.shape[-1], dtype=bool)
+        margin = jnp.where(own, logits, 0).sum(-1) - jnp.where(own, -jnp.inf, logits).max(-1)
+        margin = margin.astype(state.margin.dtype)
+        wrong = logits.argmax(-1).astype(task.labels.dtype) != task.labels
+        accepted = (margin < state.margin) | wrong
+        query = state.query + 1
+        return State(
+            adversarial=jnp.where(ball.per_image(accepted, x), x, state.adversarial),
+            fooled=state.fooled | wrong,
+            done=state.done | (query >= self.num_queries),
+            margin=jnp.where(accepted, margin, state.margin),
+            query=query,
+        )
+
+    def proposal(self, task: Task, state: State) -> jax.Array:
+        """The point to evaluate at query 1, 2, ...: the best point with one window changed, [B, H, W, channels]."""
+        shape = task.images.shape[1:]
+        sides = window_sides(shape[0], shape[1], p_init=self.p_init, norm=self.norm)
+        stage = (state.query[:, None] - 1 > jnp.array(HALVINGS, jnp.int32)).sum(-1, dtype=jnp.int32)  # [B]
+        keys = jax.vmap(jax.random.fold_in)(task.keys, state.query)
+        if self.norm == "linf":
+            change = jax.vmap(lambda key, stage: _square(key, stage, sides, shape, task.images.dtype))(keys, stage)
+            moved = state.adversarial + 2 * self.epsilon * change
+            return ball.project(moved, task.images, epsilon=self.epsilon, norm="linf")
+        redraw = functools.partial(_move_mass, sides=sides, epsilon=self.epsilon)
+        return self._perturbed(task.images, jax.vmap(redraw)(keys, stage, state.adversarial - task.images))
+
+    def _perturbed(self, images: jax.Array, delta: jax.Array) -> jax.Array:
+        """Images with delta scaled to the full radius, cut off at 0 and 1."""
+        moved = images + self.epsilon * ball.direction(delta, norm=self.norm)
+        return ball.project(moved, images, epsilon=self.epsilon, norm=self.norm)
+
+
+def window_sides(height: int, width: int, *, p_init: float, norm: str) -> tuple[int, ...]:
+    """Side of the square windows at first and after each of `HALVINGS`: sqrt(share * height * width) pixels.
+
+    l-inf: at least 1. l2: odd and at least 3. Both: no larger than the image.
+    """
+    most = min(height, width)
+    sides = [round(math.sqrt(p_init / 2**k * height * width)) for k in range(len(HALVINGS) + 1)]
+    if norm == "linf":
+        return tuple(min(max(side, 1), most) for side in sides)
+    return tuple(min(max(side, 3) // 2 * 2 + 1, (most - 1) // 2 * 2 + 1) for side in sides)
+
+
+def stripes(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Start for l-inf: a sign for each column and channel. -> [H, W, channels]."""
+    _, width, channels = shape
+    return jnp.broadcast_to(jax.random.rademacher(key, (1, width, channels), dtype), shape)
+
+
+def grid_of_windows(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Start for l2: 5 x 5 windows of eta that fill the image, each turned and signed by chance. -> [H, W, channels]."""
+    height, width, channels = shape
+    side = max(min(height, width) // 5, 1)
+    rows, columns = height // side, width // side
+    turn, sign = jax.random.split(key)
+    turned = jax.random.bernoulli(turn, shape=(rows, 1, columns, 1, 1))
+    signs = jax.random.rademacher(sign, (rows, 1, columns, 1, channels), dtype)
+    pixels = jnp.arange(side, dtype=jnp.int32)
+    window = eta(pixels[:, None], pixels[None, :], side, jnp.array(pyramids(side), dtype))
+    grid = jnp.where(turned, window.T[None, :, None, :, None], window[None, :, None, :, None]) * signs
+    grid = grid.reshape(rows * side, columns * side, channels)
+    top, left = (height - rows * side) // 2, (width - columns * side) // 2
+    return jnp.pad(grid, ((top, height - rows * side - top), (left, width - columns * side - left), (0, 0)))
+
+
+def eta(row: jax.Array, column: jax.Array, side: Any, heights: jax.Array) -> jax.Array:
+    """The l2 window, a pyramid on its upper half beside a negative one on its lower half, of length 1 in all.
+
+    Args: row, column: pixels counted from the window's corner, of shapes that broadcast to [H, W]. heights: as from
+      `pyramids(side)`. Returns: [H, W]; numbers without meaning outside the window.
+    Source: section 4.2 of the paper.
+    """
+    half = side // 2
+    lower = row >= half
+    middle = jnp.where(lower, half + (side - half) // 2, half // 2)
+    away = jnp.maximum(jnp.abs(row - middle), jnp.abs(column - half))
+    return heights[lower.astype(jnp.int32), jnp.minimum(away, heights.shape[1] - 1)]
+
+
+@functools.cache
+def pyramids(side: int, pad_to: int = 1) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Values of the upper and the lower half of eta, 0, 1, ... pixels from the half's centre: sum_{j > m} 1 / j^2.
+
+    Rows and columns are counted apart, and the larger is the distance. Both halves have the same length, unless one is
+    empty (side 1), and both together length 1. Zeros are added up to `pad_to` values.
+    """
+    half = side // 2
+    heights = [sum(1 / j**2 for j in range(m + 1, half + 2)) for m in range(half + 1)]
+    lengths = []
+    for rows in (half, side - half):
+        away = (max(abs(i - rows // 2), abs(j - half)) for i in range(rows) for j in range(side))
+        lengths.append(math.sqrt(sum(heights[m] ** 2 for m in away)))
+    parts = math.sqrt(sum(length > 0 for length in lengths))
+    zeros = (0.0,) * (pad_to - len(heights))
+    upper, lower = (tuple(h / (length * parts) if length else 0.0 for h in heights) + zeros for length in lengths)
+    return upper, tuple(-h for h in lower)
+
+
+def _square(key, stage, sides, shape, dtype):
+    """A window of one sign for each channel, 0 outside. -> [H, W, channels]."""
+    where, sign = jax.random.split(key)
+    inside = _window(where, stage, sides, shape)[0]
+    return jnp.where(inside, jax.random.rademacher(sign, (1, 1, shape[2]), dtype), 0)
+
+
+def _move_mass(key, stage, delta, *, sides, epsilon):
+    """Empty one window of delta [H, W, channels], and rebuild another with its mass and what epsilon leaves unused.
+
+    Source: algorithm 3 of the paper.
+    """
+    channels, dtype = delta.shape[2], delta.dtype
+    first, second, turn, sign = jax.random.split(key, 4)
+    here, row, column = _window(first, stage, sides, delta.shape)
+    there = _window(second, stage, sides, delta.shape)[0]
+    tables = jnp.array([pyramids(side, max(sides)) for side in sides], dtype)  # [stages, 2, distances]
+    turned = jax.random.bernoulli(turn)
+    row, column = jnp.where(turned, column, row), jnp.where(turned, row, column)  # [H, W] each
+    bump = eta(row, column, jnp.array(sides, jnp.int32)[stage], tables[stage])[..., None]  # [H, W, 1]
+    new = jnp.where(here, bump * jax.random.rademacher(sign, (1, 1, channels), dtype), 0)
+    new = new + _unit(jnp.where(here, delta, 0))
+    unused = jnp.maximum(epsilon**2 - jnp.square(delta).sum(), 0)
+    available = jnp.square(jnp.where(here | there, delta, 0)).sum((0, 1)) + unused / channels  # [channels], squared
+    return jnp.where(here, _unit(new) * jnp.sqrt(available), jnp.where(there, 0, delta))
+
+
+def _unit(x):
+    """Each channel of x [H, W, channels] scaled to length 1; 0 where it is 0."""
+    size = jnp.sqrt(jnp.square(x).sum((0, 1)))
+    return x / jnp.where(size > 0, size, 1)
+
+
+def _window(key, stage, sides, shape):
+    """A window at random: its mask [H, W, 1], and each pixel's row [H, 1] and column [1, W] counted from its corner."""
+    height, width, _ = shape
+    side = jnp.array(sides, jnp.int32)[stage]
+    room = jnp.array([height, width], jnp.int32) - side + 1
+    top, left = jax.random.randint(key, (2,), 0, room, jnp.int32)
+    row = jnp.arange(height, dtype=jnp.int32)[:, None] - top
+    column = jnp.arange(width, dtype=jnp.int32)[None, :] - left
+    inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
+    return inside[..., None], row, column

@@ -1,0 +1,56 @@
+"""Fetching an archive from the network, once."""
+
+import contextlib
+import http.client
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ltjax.data import progress
+from ltjax.types import UserError, one_line
+
+
+def basename(url: str) -> str:
+    """The name of the file that an address stands for."""
+    return url.rpartition("/")[2]
+
+
+def download(url: str, folder: Path, difference: Callable[[Path], str]) -> Path:
+    """What lies at `url`, as a file in `folder`, downloaded unless it is there.
+
+    difference: in what a file differs from the expected one; empty if in nothing. The file appears under its own name
+    only once it is whole. Raises: UserError where it cannot be had or is another.
+    """
+    path = folder / basename(url)
+    if path.is_file() and not difference(path):
+        return path
+    part = path.with_name(path.name + ".part")
+    try:
+        folder.mkdir(exist_ok=True)
+        with (
+            urllib.request.urlopen(url, timeout=60) as response,
+            open(part, "wb") as file,
+            progress.bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar,
+        ):
+            length = response.headers.get("Content-Length")
+            task = bar.add_task(path.name, total=int(length) if length else None)
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                bar.advance(task, len(chunk))
+        if problem := difference(part):
+            raise UserError(
+                f"what {url} sent is not the official archive ({problem}): try again, or fetch the archive "
+                "by other means and pass it as --source=FILE"
+            )
+        part.replace(path)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"cannot download {url} to {folder} ({one_line(error)}): try again, or fetch the archive by other "
+            "means and pass it as --source=FILE"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return path

@@ -1,0 +1,81 @@
+"""Pre-activation ResNet-18 and 34 (He et al. 2016, "Identity mappings in deep residual networks"), for 32x32 images.
+
+The network of much work on adversarial training: four stages with width, 2, 4 and 8 times width channels and strides
+1, 2, 2, 2, then a batch norm and a ReLU. With a 10-way classifier, PreAct-ResNet-18 has 11,172,170 parameters; the
+11,171,146 that some code has are without that last norm of 512 channels.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ltjax.models.layers import BatchNorm, Conv
+from ltjax.models.resnet import stage_blocks
+from ltjax.types import UserError
+
+
+class PreActBlock(nn.Module):
+    """Norm, ReLU, convolution, twice. A shortcut that changes the shape convolves what the first ReLU gives; else it
+    is x itself."""
+
+    features: int
+    strides: int
+    dtype: Any
+    platform: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = dict(features=self.features, dtype=self.dtype, platform=self.platform)
+        active = nn.relu(BatchNorm(name="norm1")(x, train))
+        y = Conv(**conv, strides=self.strides, name="conv1")(active)
+        y = Conv(**conv, name="conv2")(nn.relu(BatchNorm(name="norm2")(y, train)))
+        if self.strides != 1 or x.shape[-1] != self.features:
+            x = Conv(**conv, kernel_size=1, strides=self.strides, name="shortcut")(active)
+        return x + y
+
+
+class PreActBackbone(nn.Module):
+    """[B, H, W, channels] -> {"stage1": [B, H, W, features[0]], "stage2": [B, H/2, W/2, features[1]], ...}.
+
+    The last map is that after the last norm and ReLU; those before are the sums that the next stage's blocks take.
+    stem: channels of the first convolution. features, blocks: of each stage.
+    """
+
+    stem: int
+    features: tuple[int, ...]
+    blocks: tuple[int, ...]
+    dtype: Any = jnp.float32
+    platform: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+        x = Conv(self.stem, dtype=self.dtype, platform=self.platform, name="conv")(x)
+        maps = {}
+        for stage, (features, num_blocks) in enumerate(zip(self.features, self.blocks, strict=True)):
+            for block in range(num_blocks):
+                strides = 2 if stage > 0 and block == 0 else 1
+                name = f"stage{stage + 1}_block{block + 1}"
+                x = PreActBlock(features, strides, self.dtype, self.platform, name=name)(x, train)
+            maps[f"stage{stage + 1}"] = x
+        return {**maps, f"stage{len(self.blocks)}": nn.relu(BatchNorm(name="norm")(x, train))}
+
+
+def backbone(
+    dtype: Any,
+    platform: str | None,
+    *,
+    depth: int = 18,
+    width: int = 64,
+    blocks: tuple[int, ...] | None = None,
+) -> PreActBackbone:
+    """depth: 18 or 34. width: channels of the first stage, 64 in the paper. blocks: of each stage, instead of those of
+    the depth.
+
+    dtype, platform: as in `ltjax.models.create`.
+    """
+    if width < 1:
+        raise UserError(f"model width = {width}: the first stage needs at least one channel")
+    features = tuple(width * 2**stage for stage in range(4))
+    return PreActBackbone(width, features, stage_blocks(depth, blocks), dtype, platform)

@@ -1,0 +1,223 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from ltjax.attacks import ball
+from ltjax.attacks.fab import Fab, to_hyperplane, towards_boundary
+from ltjax.attacks.slots import Task
+
+SHAPE = (4, 5, 3)
+CLASSES = 4
+
+
+def task_of(images, labels, num_classes=CLASSES):
+    others = [[c for c in range(num_classes) if c != label] for label in np.asarray(labels)]
+    keys = jax.random.split(jax.random.key(3), len(others))
+    return Task(jnp.asarray(images), jnp.asarray(labels, jnp.int32), jnp.asarray(others, jnp.int32), keys)
+
+
+def drive(attack, predict, task):
+    """Step all images until every one is settled. -> the state, the number of steps of each image."""
+
+    @jax.jit
+    def loop(task):
+        def body(carry):
+            old, steps = carry
+            active = ~(old.fooled | old.done)
+            new = attack.step(predict, task, old)
+            new = jax.tree.map(lambda n, o: jnp.where(ball.per_image(active, n), n, o), new, old)
+            return new, steps + active.astype(jnp.int32)
+
+        start = attack.init(task), jnp.zeros(len(task.labels), jnp.int32)
+        return lax.while_loop(lambda carry: jnp.any(~(carry[0].fooled | carry[0].done)), body, start)
+
+    return loop(task)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A random net of two layers, and 24 images that it classifies right, with many pixels at 0 and 1."""
+    rng = np.random.default_rng(0)
+    size = int(np.prod(SHAPE))
+    first = jnp.asarray(rng.normal(size=(size, 32)) / size**0.5, jnp.float32)
+    second = jnp.asarray(rng.normal(size=(32, CLASSES)), jnp.float32)
+
+    def predict(x):
+        hidden = jax.nn.relu(jnp.matmul(x.reshape(len(x), -1), first, precision="highest"))
+        return jnp.matmul(hidden, second, precision="highest")
+
+    images = jnp.asarray(np.clip(rng.normal(0.5, 0.5, (24, *SHAPE)), 0, 1), jnp.float32)
+    return predict, task_of(images, predict(images).argmax(-1))
+
+
+def cases(rng, count, size):
+    """Images with entries at 0 and 1, weights with zeros, and how much is missing: from nothing to out of reach."""
+    x = np.clip(rng.normal(0.5, 0.5, (count, size)), 0, 1)
+    weights = rng.normal(size=(count, size)) * (rng.random((count, size)) < 0.7)
+    weights[:3] = [np.zeros(size), np.eye(size)[1], np.ones(size)]
+    share = rng.random(count) ** 2
+    share[3:6] = [0, 2, 1 - 1e-6]
+    sign = rng.choice([-1, 1], count)
+    reach = (np.abs(weights) * np.where(weights * sign[:, None] > 0, 1 - x, x)).sum(-1)
+    return (np.asarray(a, np.float32) for a in (x, weights, sign * share * reach))
+
+
+@pytest.mark.parametrize("norm", ball.NORMS)
+@pytest.mark.parametrize("size", [2, 60])
+def test_projection_fulfils_the_conditions_of_optimality(norm, size):
+    x, weights, missing = cases(np.random.default_rng(1), 200, size)
+    move = np.asarray(jax.jit(lambda *a: to_hyperplane(*a, norm=norm))(x, weights, missing)).astype(float)
+    sign = np.sign(missing)[:, None] * np.sign(weights)
+    room = np.where(sign > 0, 1 - x, x)
+    assert (x + move >= -1e-7).all() and (x + move <= 1 + 1e-7).all()
+    assert (move * sign >= 0).all() and (move[weights == 0] == 0).all()
+
+    gained, reach = (weights * move).sum(-1), (np.abs(weights) * room).sum(-1)
+    feasible = np.abs(missing) <= reach
+    assert feasible.mean() > 0.9 and not feasible.all()
+    np.testing.assert_allclose(gained[feasible], missing[feasible], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.abs(move[~feasible]), np.where(sign != 0, room, 0)[~feasible], rtol=1e-6)
+
+    # One multiplier serves all entries: those that stop early do so at the end of the box.
+    share = np.abs(move) if norm == "linf" else np.abs(move) / np.where(weights == 0, 1, np.abs(weights))
+    multiplier = share.max(-1, keepdims=True)
+    stopped_early = (share < multiplier * (1 - 1e-5)) & (weights != 0)
+    np.testing.assert_allclose(np.abs(move)[stopped_early], room[stopped_early], atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ball.NORMS)
+def test_projection_is_no_longer_than_any_other_way_there(norm):
+    """In two dimensions, all ways can be tried: the points of the line inside the box."""
+    x, weights, missing = cases(np.random.default_rng(2), 60, 2)
+    move = np.asarray(to_hyperplane(x, weights, missing, norm=norm))
+    for x_i, (a, b), rest, found in zip(x, weights, missing, move, strict=True):
+        if b == 0:
+            continue
+        first = np.linspace(0, 1, 20001) - x_i[0]
+        second = (rest - a * first) / b
+        ways = np.stack([first, second], -1)[(x_i[1] + second >= 0) & (x_i[1] + second <= 1)]
+        if len(ways):
+            order = np.inf if norm == "linf" else 2
+            assert np.linalg.norm(found, order) <= np.linalg.norm(ways, order, axis=-1).min() + 1e-6
+
+
+def test_projection_does_not_care_for_the_scale_of_the_gradient():
+    rng = np.random.default_rng(4)
+    images, x = (jnp.asarray(rng.random((5, *SHAPE)), jnp.float32) for _ in range(2))
+    slope, value = jnp.asarray(rng.normal(size=(5, *SHAPE)), jnp.float32), jnp.full(5, -0.3)
+    for norm in ball.NORMS:
+        plain = towards_boundary(x, images, value, slope, norm=norm)
+        tiny = towards_boundary(x, images, value * 1e-30, slope * 1e-30, norm=norm)
+        np.testing.assert_allclose(tiny, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ball.NORMS)
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_distance_to_linear_boundaries_is_found_to_1_percent(norm, num_classes):
+    rng = np.random.default_rng(5)
+    images = jnp.asarray(rng.uniform(0.4, 0.6, (8, *SHAPE)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(images[0].size, num_classes)), jnp.float32)
+    bias = -(0.5 * weights.sum(0))
+    predict = lambda x: jnp.matmul(x.reshape(len(x), -1), weights, precision="highest") + bias
+    logits = np.asarray(predict(images))
+    task = task_of(images, logits.argmax(-1), num_classes)
+    state, _ = drive(Fab(0.0, norm, num_steps=30), predict, task)
+
+    exact = []
+    for z, label in zip(logits, logits.argmax(-1), strict=True):
+        others = [c for c in range(num_classes) if c != label]
+        slopes = np.asarray(weights)[:, others] - np.asarray(weights)[:, [label]]
+        exact.append(((z[label] - z[others]) / np.linalg.norm(slopes, 1 if norm == "linf" else 2, axis=0)).min())
+    ratio = np.asarray(state.distance) / np.asarray(exact)
+    assert (ratio > 1 - 1e-4).all() and (ratio < 1.01).all(), ratio
+    assert not state.fooled.any()  # the radius is 0
+
+
+@pytest.mark.parametrize("norm, epsilon", [("linf", 0.06), ("l2", 0.3)])
+def test_fooled_images_are_misclassified_inside_ball_and_box(net, norm, epsilon):
+    predict, task = net
+    state, _ = drive(Fab(epsilon, norm, num_steps=20), predict, task)
+    fooled = np.asarray(state.fooled)
+    assert 0.2 < fooled.mean() < 0.9
+    assert (np.asarray(predict(state.adversarial).argmax(-1) != task.labels) == fooled).all()
+    assert (ball.length(state.adversarial - task.images, norm=norm) <= epsilon).all()
+    assert (state.adversarial >= 0).all() and (state.adversarial <= 1).all()
+    assert (state.adversarial == task.images)[~fooled].all()
+
+
+@pytest.mark.parametrize("norm", ball.NORMS)
+def test_an_image_does_not_depend_on_its_batch(net, norm):
+    predict, task = net
+    attack = Fab(0.05 if norm == "linf" else 0.25, norm, num_steps=8)
+    whole, steps = drive(attack, predict, task)
+    order = np.random.default_rng(6).permutation(len(task.labels))
+    turned, turned_steps = drive(attack, predict, jax.tree.map(lambda a: a[order], task))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), (whole, steps), (turned, turned_steps))
+    one, _ = drive(attack, predict, jax.tree.map(lambda a: a[5:6], task))
+    np.testing.assert_allclose(one.distance, whole.distance[5:6], rtol=1e-3)
+    assert one.fooled == whole.fooled[5:6]
+
+
+def test_radius_0_leaves_the_images_alone(net):
+    predict, task = net
+    for norm in ball.NORMS:
+        state, _ = drive(Fab(0.0, norm, num_steps=3), predict, task)
+        assert not state.fooled.any() and state.done.all()
+        np.testing.assert_array_equal(state.adversarial, task.images)
+
+
+def test_an_image_that_is_wrong_to_begin_with_is_settled_by_the_first_evaluation(net):
+    predict, task = net
+    task = task_of(task.images, (task.labels + 1) % CLASSES)
+    state, steps = drive(Fab(0.0), predict, task)
+    assert state.fooled.all() and (steps == 1).all() and (state.distance == 0).all()
+
+
+def test_without_a_useful_gradient_every_target_takes_its_steps_and_no_more(net):
+    """A constant model; a gradient of nan; logits that are masked with -inf, or nan."""
+    _, task = net
+    labels = jnp.zeros(4, jnp.int32)
+    task = task_of(task.images[:4], labels)
+    constant = jnp.array([1.0, 0.0, 0.0, 0.0])
+    flat = lambda x: jnp.tile(constant, (len(x), 1))
+    kinked = lambda x: flat(x) + jnp.sqrt(jnp.square(x - x).sum((1, 2, 3)))[:, None]
+    masked = lambda x: flat(x).at[:, 2].set(-jnp.inf)
+    unknown = lambda x: flat(x) * jnp.nan  # its argmax is class 0
+    for predict in (flat, kinked, masked, unknown):
+        state, steps = drive(Fab(0.1, num_steps=5, num_targets=2), predict, task)
+        assert (steps == 2 * (5 + 1)).all() and state.done.all() and not state.fooled.any()
+        assert jnp.isfinite(state.point).all()
+
+
+def test_a_step_evaluates_the_model_once_and_keeps_the_state_small(net):
+    predict, task = net
+    calls = []
+
+    def counted(x):
+        calls.append(x.shape)
+        return predict(x)
+
+    attack = Fab(0.1, num_steps=1000)
+    state = jax.eval_shape(attack.init, task)
+    after = jax.eval_shape(lambda task, state: attack.step(counted, task, state), task, state)
+    assert calls == [task.images.shape] and after == state
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 3 * task.images.size
+
+
+def test_images_of_64_bits_stay_so(net):
+    predict, task = net
+    with jax.enable_x64(True):
+        task = task._replace(images=task.images.astype(jnp.float64))
+        narrow = lambda x: predict(x.astype(jnp.float32))
+        for norm in ball.NORMS:
+            attack = Fab(0.1, norm)
+            state = jax.eval_shape(attack.init, task)
+            assert state.adversarial.dtype == jnp.float64
+            assert jax.eval_shape(lambda *a, attack=attack: attack.step(narrow, *a), task, state) == state
+
+
+def test_unknown_norms_are_refused(net):
+    with pytest.raises(ValueError, match="unknown norm 'l1'"):
+        Fab(0.1, "l1").init(net[1])
