@@ -1,4 +1,4 @@
-"""Train or evaluate: python run.py --config=configs/quickstart.py [--workdir=DIR] [--mode=train|eval] [--data_dir=DIR]
+"""Train, evaluate or attack: python run.py --config=configs/quickstart.py [--mode=train|eval|attack] [--workdir=DIR]
 
 Settings after the config: --config=configs/cifar100_lt.py:method=mislas,imbalance=50 --config.epochs=100.
 The same command resumes a run that was stopped. Exit code 2: something to mend, named in one line.
@@ -31,7 +31,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack"], "What to do.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: $TFDS_DATA_DIR.")
 
 
@@ -81,7 +81,7 @@ def fail(message: object) -> None:
 
 
 def main(_: list[str]) -> None:
-    from ltjax import problem, train  # after the flags, so that --help and a mistyped flag answer at once
+    from ltjax import problem, robustness, train  # after the flags, so that --help and a mistyped flag answer at once
     from ltjax.signals import Interrupted
     from ltjax.types import UserError
 
@@ -94,7 +94,8 @@ def main(_: list[str]) -> None:
     seed, replicas = config.get("seed", 0), config.get("replicas", 1)
     seeds = f"seeds{seed}-{seed + replicas - 1}" if replicas > 1 else f"seed{seed}"
     workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-{seeds}")
-    do = {"train": train.train, "eval": train.evaluate_workdir}[_MODE.value]
+    modes = {"train": train.train, "eval": train.evaluate_workdir, "attack": robustness.attack_workdir}
+    do = modes[_MODE.value]
     try:
         problem.use_cpu_cores(config.get("batch_size", 1))
         do(config, workdir, _DATA_DIR.value)

@@ -72,7 +72,7 @@ def small_images(
     *,
     mislas: dict | None = None,
     reslt: dict | None = None,
-    ranges: tuple[int, int] = (),
+    ranges: tuple[int, ...] = (),
     mean: tuple[float, ...] = CIFAR_MEAN,
     std: tuple[float, ...] = CIFAR_STD,
 ) -> ConfigDict:

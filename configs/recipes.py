@@ -64,7 +64,7 @@ class Setting(NamedTuple):
     smoothing: tuple[float, float, float, bool]  # MiSLAS: head, tail, classifier's rate, shifted batch norm
     reslt: dict[str, Any]  # ResLT: beta, medium_start, tail_start
     deferred: bool  # the last fifth of the first part is a stage of its own, with class weights
-    robust: robust.Setting  # adversarial training
+    robust: robust.Setting = robust.Setting()  # adversarial training
 
 
 def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:

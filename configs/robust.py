@@ -1,5 +1,7 @@
 """Adversarial training's part of the recipes: PGD-AT, TRADES, ALP, BGAT and LBGAT, with any loss of the labels."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 EPOCHS, SHORT_EPOCHS = 100, 2
@@ -19,11 +21,11 @@ LOSSES = ("cross_entropy", "balanced_softmax", "logit_adjusted", "label_aware_sm
 class Setting(NamedTuple):
     """What the methods share."""
 
-    attack: dict[str, Any]  # in training, see `ltjax.methods.adversarial.create`
-    beta: float  # weight of the KL; below 0: the method's own
-    loss: dict[str, Any]  # of the labels; LBGAT: of the guide
-    awp: float
-    sampler: str
+    attack: Mapping[str, Any] = MappingProxyType({})  # in training, see `ltjax.methods.adversarial.create`
+    beta: float = -1.0  # weight of the KL; below 0: the method's own
+    loss: Mapping[str, Any] = MappingProxyType({"name": "cross_entropy"})  # of the labels; LBGAT: of the guide
+    awp: float = 0.0
+    sampler: str = "instance_balanced"
 
 
 def attack(epsilon: str, short: bool) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def _number(text: str) -> float:
 
 
 def schedule(short: bool) -> dict[str, Any]:
-    """SGD at 0.1, the first epoch at 0.02; a tenth from epoch 76 of 100 on, a hundredth from 91. Short: a tenth halfway."""
+    """SGD at 0.1, the first epoch 0.02; a tenth from epoch 76 of 100, a hundredth from 91; short: a tenth halfway."""
     if short:
         return dict(kind="step", decay_at=(0.5,), decay=0.1)
     return dict(kind="step", warmup=1 / EPOCHS, warmup_start=0.2, decay_at=(0.75, 0.9), decay=0.1)

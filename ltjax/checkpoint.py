@@ -122,6 +122,11 @@ class Checkpoints:
                 raise  # else the error that ended the block says more
 
 
+def like(state: Any) -> Any:
+    """Shapes and shardings of a state, for restoring one."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
 def complete_steps(directory: Path) -> list[int]:
     """Steps whose checkpoint is whole on disk; a manager's own list counts one that failed half-way."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())

@@ -43,6 +43,15 @@ def labels_of(data: EvaluationSet) -> np.ndarray:
     return np.asarray(data.labels).reshape(-1)[: data.size]
 
 
+def outcome(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """What figures are made of: logits [B, C], labels [B] -> {"predictions", "confidences", "losses": [B]}."""
+    return {
+        "predictions": logits.argmax(-1),
+        "confidences": jax.nn.softmax(logits).max(-1),
+        "losses": losses.cross_entropy(logits, labels),
+    }
+
+
 def evaluator(
     nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1, net: str = "net"
 ) -> Callable[..., dict[str, np.ndarray]]:
@@ -53,16 +62,12 @@ def evaluator(
     """
     apply = make_apply(nets, "eval")
 
-    def outcome(own: tuple[Variables, jax.Array | None], data: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+    def run(own: tuple[Variables, jax.Array | None], data: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
         variables, means = own
 
         def batch(image_batch, label_batch):
             outputs, _ = apply(variables, image_batch.astype(jnp.float32) / 255, net=net)
-            found = {
-                "predictions": outputs.logits.argmax(-1),
-                "confidences": jax.nn.softmax(outputs.logits).max(-1),
-                "losses": losses.cross_entropy(outputs.logits, label_batch),
-            }
+            found = outcome(outputs.logits, label_batch)
             if means is not None:  # |z - m|^2 without |z|^2, which all classes share
                 product = jnp.matmul(outputs.features, means.T, precision="highest")
                 found["nearest"] = (product - jnp.square(means).sum(-1) / 2).argmax(-1)
@@ -70,7 +75,7 @@ def evaluator(
 
         return jax.lax.map(lambda pair: batch(*pair), data)
 
-    compiled = jax.jit(over_replicas(outcome, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
+    compiled = jax.jit(over_replicas(run, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
 
     def evaluate(variables: Variables, data: EvaluationSet, means: jax.Array | None = None) -> dict[str, np.ndarray]:
         values = compiled((variables, means), (data.images, data.labels))

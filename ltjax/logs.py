@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tensorboardX import SummaryWriter
 
 
@@ -102,6 +109,32 @@ class StageProgress(Progress):
             loss=f"{loss:.3f}",
             eta=clock(seconds_left),
         )
+
+
+class AttackProgress(Progress):
+    """A live bar in a terminal for each attack: images settled, robust accuracy so far, time left; else nothing."""
+
+    def __init__(self, console: Console):
+        super().__init__(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[robust]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._bars: dict[str, Any] = {}
+
+    def show(self, attack: str, settled: int, total: int, robust: float | None = None) -> None:
+        """robust: share of all images that still stand, where it is known."""
+        if attack not in self._bars:
+            self._bars[attack] = self.add_task(attack, total=total, robust="")
+        shown = "" if robust is None else f"robust accuracy so far {robust:.1%}"
+        self.update(self._bars[attack], completed=settled, total=total, robust=shown)
 
 
 def clock(seconds: float | None) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ltjax import config as config_module
 from ltjax import data, evaluate, methods, metrics, models, optim, parallel, registry, stage, surgery
+from ltjax.checkpoint import Checkpoints, like
 from ltjax.config import Run
 from ltjax.data import augment, samplers, splits
 from ltjax.data.source import Images
@@ -232,6 +233,26 @@ def operate(
     return jax.device_put(changed, sharding), note
 
 
+def restored(
+    run: Run, name: str, settings: config_module.Stage, problem: Problem, workdir: Path
+) -> tuple[stage.Stage, stage.State, dict[str, Any]] | None:
+    """A stage, its newest checkpoint and the record beside it; None where there is no checkpoint."""
+    built = build_stage(run, name, settings, problem)
+    state = built.init(seeds(run), fresh_variables(run, name, problem))
+    with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
+        found = checkpoints.restore(like(state), move_damaged=False)
+    return None if found is None else (built, *found)
+
+
+def judged(settings: config_module.Stage, variables: Variables) -> Variables:
+    """Variables as the stage's evaluation has them: its classifier perhaps tau-normalised, no arrays of its method."""
+    variables = variables._replace(arrays={})
+    if not settings.eval_classifier:
+        return variables
+    net = surgery.tau_normalised(variables.params["net"], **settings.eval_classifier)
+    return variables._replace(params={**variables.params, "net": net})
+
+
 def class_means_for(settings: config_module.Stage, problem: Problem, variables: Variables) -> jax.Array | None:
     """What the evaluation of this stage needs to report the nearest class mean, where it does."""
     return problem.class_means(variables, problem.train_data) if settings.nearest_mean else None
@@ -249,11 +270,7 @@ def evaluate_split(
 
     means: mean training features of each class, see `class_means_for`.
     """
-    if settings.eval_classifier:
-        net = surgery.tau_normalised(variables.params["net"], **settings.eval_classifier)
-        variables = variables._replace(params={**variables.params, "net": net})
-    variables = variables._replace(arrays={})  # a method's own, which the network does not need
-    outcome = problem.evaluate[settings.evaluate_net](variables, held, means)
+    outcome = problem.evaluate[settings.evaluate_net](judged(settings, variables), held, means)
     labels, num_classes = evaluate.labels_of(held), len(problem.images.class_names)
     if run.replicas == 1:
         return evaluate.summarise(outcome, labels, problem.groups, num_classes)

@@ -124,7 +124,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
                 "epoch": chosen["epoch"],
             }
     final = list(summaries)[-1]
-    classes, device = problem.images.class_names, problem.mesh.devices.flat[0]
+    classes = problem.images.class_names
     groups = {name: int(member.sum()) for name, member in problem.groups.items() if member.any()}
     return {
         "name": run.name,
@@ -137,9 +137,36 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
         "class_names": list(classes),
         "class_counts": problem.split.class_counts.tolist(),
         "group_sizes": {"all": len(classes), **groups},
+        **provenance(problem, commit),
+    }
+
+
+def provenance(problem, commit: str | None) -> dict[str, Any]:
+    """What figures come from. problem, commit: as in `summarise`."""
+    device = problem.mesh.devices.flat[0]
+    return {
         "device": f"{device.platform}: {device.device_kind}",
         "num_devices": int(problem.mesh.devices.size),
         "versions": versions(),
         "git_commit": commit,
         "command": command(),
     }
+
+
+def robustness_table(name: str, summary: dict[str, Any]) -> Table:
+    """One row a test of `--mode=attack`, and one for what AutoAttack left standing after each of its attacks."""
+    where = f"{summary['norm']} radius {summary['epsilon']:.4g}, {summary['num_images']:,} test images"
+    made = Table(title=f"{name}: accuracy and calibration under attack (%), {where}")
+    made.add_column("")
+    for group in GROUPS:
+        made.add_column(group, justify="right")
+    made.add_column("ECE", justify="right")
+    made.add_column("seconds", justify="right")
+    for test in summary["tests"].values():
+        spread = test.get("std", {"accuracy": {}})
+        cells = [percent(test["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
+        after = list(test.get("robust_after", {}).items())[:-1]
+        for attack, accuracy in after:
+            made.add_row(f"  after {attack.upper()}", percent(accuracy), *[""] * (len(GROUPS) + 1), style="dim")
+        made.add_row(test["title"], *cells, percent(test["ece"], spread.get("ece")), f"{test['seconds']:.0f}")
+    return made

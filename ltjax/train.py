@@ -12,20 +12,25 @@ from rich.console import Console
 
 from ltjax import config as config_module
 from ltjax import logs, optim, parallel, results, stage
-from ltjax.checkpoint import Checkpoints, cannot_save, complete_steps, read_json, write_json
+from ltjax.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
 from ltjax.config import Run
 from ltjax.data import splits
-from ltjax.problem import Problem, build_stage, class_means_for, evaluate_split, fresh_variables, operate, seeds, setup
+from ltjax.problem import (
+    Problem,
+    build_stage,
+    class_means_for,
+    evaluate_split,
+    fresh_variables,
+    operate,
+    restored,
+    seeds,
+    setup,
+)
 from ltjax.report import figures
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.stage import State
 from ltjax.types import UserError
 from ltjax.workdir import locked, named_disk_errors, open_workdir
-
-
-def like(state: State) -> State:
-    """Shapes and shardings of a state, for restoring one."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def chunk_length(steps_per_epoch: int, asked: int, replicas: int = 1) -> int:
@@ -108,19 +113,19 @@ def run_stage(
     state: State = built.init(seeds(run), start)
     record: dict[str, Any] = {"seconds": 0.0, "train_seconds": 0.0, "train_steps": 0, "evaluations": []}
 
-    restored = checkpoints.restore(like(state))
-    if restored is not None:
-        state, record = restored
+    kept = checkpoints.restore(like(state))
+    if kept is not None:
+        state, record = kept
     elif settings.surgery:
         changed, record["surgery"] = operate(run, name, settings, problem, start)
         state = built.init(seeds(run), changed)
-    if restored is None and settings.keep_optimizer and before is not None:
+    if kept is None and settings.keep_optimizer and before is not None:
         state = stage.kept_optimizer(state, before)
     step = stage.steps_done(state)
     if step < built.num_steps or not record["evaluations"]:
-        if restored is not None:
+        if kept is not None:
             console.print(f"Resuming {settings.title} after step {step} of {built.num_steps}.")
-        log.rewind(name, -1 if restored is None else step)
+        log.rewind(name, -1 if kept is None else step)
 
     per_epoch, together = built.steps_per_epoch, run.batch_size * run.replicas
     chunk = chunk_length(per_epoch, run.dispatch_steps, run.replicas)
@@ -278,12 +283,9 @@ def evaluate_workdir(
     problem = setup(run, data_dir)
     records = {}
     for name, settings in stages.items():
-        built = build_stage(run, name, settings, problem)
-        state = built.init(seeds(run), fresh_variables(run, name, problem))
-        with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
-            restored = checkpoints.restore(like(state), move_damaged=False)
-        if restored is not None:
-            state, record = restored
+        found = restored(run, name, settings, problem, workdir)
+        if found is not None:
+            built, state, record = found
             step = stage.steps_done(state)
             evaluation: dict[str, Any] = {"epoch": -(-step // built.steps_per_epoch), "step": step}
             means = class_means_for(settings, problem, state.variables)

@@ -54,9 +54,9 @@ def look_for_trouble(predict: Partial, images: np.ndarray, labels: np.ndarray, c
                 "model in evaluation mode"
             )
     if (bad := int((~np.isfinite(clean)).any(1).sum())) > 0:
-        yield f"predict's logits are not finite for {bad} of {len(clean)} clean images; images with a nan count as wrong"
+        yield f"predict's logits are not finite for {bad} of {len(clean)} clean images; one with a nan counts as wrong"
     elif (clean >= 0).all() and np.abs(clean.sum(1) - 1).max() < 1e-3:
-        yield "predict seems to return probabilities: give logits, for the DLR loss and the margins are made for them"
+        yield "predict seems to return probabilities: give logits, which the DLR loss and the margins are made for"
     if (flat := int(np.asarray(_flat(predict, some, own)).sum())) > 0:
         yield (
             f"{flat} of {len(some)} images have a gradient of exactly 0 in every pixel: the attacks that need one are "

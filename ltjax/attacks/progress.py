@@ -56,8 +56,8 @@ class ProgressFile:
 
     def __init__(self, path: Path, settings: str, images: np.ndarray, labels: np.ndarray, clean: np.ndarray):
         digest = hashlib.sha256(f"{settings} {images.shape} {images.dtype}".encode())
-        digest.update(np.ascontiguousarray(images))
-        digest.update(np.ascontiguousarray(labels, np.int64))
+        digest.update(images.tobytes())
+        digest.update(labels.astype(np.int64).tobytes())
         self.path, self.digest, self.clean = path, digest.hexdigest(), clean
         self.mend = f"delete {path}, or give another progress_file"
 

@@ -103,7 +103,7 @@ def _constrain(tree: Any, mesh: Mesh) -> Any:
 
 @partial(jax.jit, static_argnames=("attack", "mesh"), donate_argnames=("state",))
 def _advance(attack: Attack, mesh: Mesh, predict: Any, slots: _Slots, state: Any, rng, most, least):
-    """Up to `most` steps, while at least `least` slots are at work -> state, steps done, evaluations for those slots."""
+    """Up to `most` steps, while at least `least` slots are at work -> state, steps done, evaluations for the latter."""
     task = slots.task(rng)
 
     def go_on(carried):
@@ -156,13 +156,13 @@ def run(
       batch_size: slots; fewer once fewer images are left. Slots wait for the slowest of `steps_a_dispatch` steps only
         where no image is left to take their place.
     """
-    sizes, devices = batch_sizes(min(batch_size, len(chosen)), mesh), mesh.size
-    size, waiting = sizes[0], list(chosen)
+    sizes, waiting = batch_sizes(min(batch_size, len(chosen)), mesh), list(chosen)
+    size = sizes[0]
 
     def gather(index: np.ndarray) -> _Slots:
         rows = np.maximum(index, 0)
         parts = images[rows], labels[rows].astype(np.int32), targets[rows].astype(np.int32), index.astype(np.int32)
-        return split(_Slots(*parts), mesh)
+        return _Slots(*split(parts, mesh))
 
     empty = np.full(size, -1)
     held = empty.copy()  # the image of each slot

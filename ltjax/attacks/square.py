@@ -42,8 +42,7 @@ class Square(NamedTuple):
         ball.check_norm(self.norm)
         batch, shape, dtype = task.images.shape[0], task.images.shape[1:], task.images.dtype
         start = stripes if self.norm == "linf" else grid_of_windows
-        keys = jax.vmap(jax.random.fold_in, (0, None))(task.keys, 0)
-        delta = jax.vmap(lambda key: start(key, shape, dtype))(keys)
+        delta = jax.vmap(lambda key: start(jax.random.fold_in(key, 0), shape, dtype))(task.keys)
         none = jnp.zeros(batch, bool)
         return State(
             adversarial=self._perturbed(task.images, delta),
@@ -105,7 +104,7 @@ def window_sides(height: int, width: int, *, p_init: float, norm: str) -> tuple[
 def stripes(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Start for l-inf: a sign for each column and channel. -> [H, W, channels]."""
     _, width, channels = shape
-    return jnp.broadcast_to(jax.random.rademacher(key, (1, width, channels), dtype), shape)
+    return jnp.broadcast_to(_signs(jax.random.uniform(key, (1, width, channels)), dtype), shape)
 
 
 def grid_of_windows(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -113,9 +112,8 @@ def grid_of_windows(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.A
     height, width, channels = shape
     side = max(min(height, width) // 5, 1)
     rows, columns = height // side, width // side
-    turn, sign = jax.random.split(key)
-    turned = jax.random.bernoulli(turn, shape=(rows, 1, columns, 1, 1))
-    signs = jax.random.rademacher(sign, (rows, 1, columns, 1, channels), dtype)
+    draws = jax.random.uniform(key, (rows, 1, columns, 1, channels + 1))
+    turned, signs = draws[..., :1] < 0.5, _signs(draws[..., 1:], dtype)
     pixels = jnp.arange(side, dtype=jnp.int32)
     window = eta(pixels[:, None], pixels[None, :], side, jnp.array(pyramids(side), dtype))
     grid = jnp.where(turned, window.T[None, :, None, :, None], window[None, :, None, :, None]) * signs
@@ -157,11 +155,14 @@ def pyramids(side: int, pad_to: int = 1) -> tuple[tuple[float, ...], tuple[float
     return upper, tuple(-h for h in lower)
 
 
+# A step takes all its random numbers from one call: each call costs a CPU seconds to compile.
+
+
 def _square(key, stage, sides, shape, dtype):
     """A window of one sign for each channel, 0 outside. -> [H, W, channels]."""
-    where, sign = jax.random.split(key)
-    inside = _window(where, stage, sides, shape)[0]
-    return jnp.where(inside, jax.random.rademacher(sign, (1, 1, shape[2]), dtype), 0)
+    draws = jax.random.uniform(key, (2 + shape[2],))
+    inside = _window(draws[:2], stage, sides, shape)[0]
+    return jnp.where(inside, _signs(draws[2:], dtype), 0)
 
 
 def _move_mass(key, stage, delta, *, sides, epsilon):
@@ -170,15 +171,14 @@ def _move_mass(key, stage, delta, *, sides, epsilon):
     Source: algorithm 3 of the paper.
     """
     channels, dtype = delta.shape[2], delta.dtype
-    first, second, turn, sign = jax.random.split(key, 4)
-    here, row, column = _window(first, stage, sides, delta.shape)
-    there = _window(second, stage, sides, delta.shape)[0]
-    tables = jnp.array([pyramids(side, max(sides)) for side in sides], dtype)  # [stages, 2, distances]
-    turned = jax.random.bernoulli(turn)
+    draws = jax.random.uniform(key, (5 + channels,))
+    here, row, column = _window(draws[:2], stage, sides, delta.shape)
+    there = _window(draws[2:4], stage, sides, delta.shape)[0]
+    turned = draws[4] < 0.5
     row, column = jnp.where(turned, column, row), jnp.where(turned, row, column)  # [H, W] each
+    tables = jnp.array([pyramids(side, max(sides)) for side in sides], dtype)  # [stages, 2, distances]
     bump = eta(row, column, jnp.array(sides, jnp.int32)[stage], tables[stage])[..., None]  # [H, W, 1]
-    new = jnp.where(here, bump * jax.random.rademacher(sign, (1, 1, channels), dtype), 0)
-    new = new + _unit(jnp.where(here, delta, 0))
+    new = jnp.where(here, bump * _signs(draws[5:], dtype), 0) + _unit(jnp.where(here, delta, 0))
     unused = jnp.maximum(epsilon**2 - jnp.square(delta).sum(), 0)
     available = jnp.square(jnp.where(here | there, delta, 0)).sum((0, 1)) + unused / channels  # [channels], squared
     return jnp.where(here, _unit(new) * jnp.sqrt(available), jnp.where(there, 0, delta))
@@ -190,13 +190,17 @@ def _unit(x):
     return x / jnp.where(size > 0, size, 1)
 
 
-def _window(key, stage, sides, shape):
-    """A window at random: its mask [H, W, 1], and each pixel's row [H, 1] and column [1, W] counted from its corner."""
+def _window(draws, stage, sides, shape):
+    """A window placed by two draws: its mask [H, W, 1], and each pixel's row [H, 1] and column [1, W] in the window."""
     height, width, _ = shape
     side = jnp.array(sides, jnp.int32)[stage]
-    room = jnp.array([height, width], jnp.int32) - side + 1
-    top, left = jax.random.randint(key, (2,), 0, room, jnp.int32)
-    row = jnp.arange(height, dtype=jnp.int32)[:, None] - top
-    column = jnp.arange(width, dtype=jnp.int32)[None, :] - left
+    last = jnp.array([height, width], jnp.int32) - side  # where the corner may be at most
+    corner = jnp.minimum((draws * (last + 1).astype(draws.dtype)).astype(jnp.int32), last)
+    row = jnp.arange(height, dtype=jnp.int32)[:, None] - corner[0]
+    column = jnp.arange(width, dtype=jnp.int32)[None, :] - corner[1]
     inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
     return inside[..., None], row, column
+
+
+def _signs(draws, dtype):
+    return jnp.where(draws < 0.5, -1, 1).astype(dtype)

@@ -71,7 +71,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
             array = jnp.asarray(value)  # never float64 where JAX has it switched off
             found[kind][path] = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
     if "logit_scale" in wanted["params"]:
-        found["params"].setdefault("logit_scale", jnp.ones(wanted["params"]["logit_scale"].shape))
+        found["params"].setdefault("logit_scale", jnp.ones(wanted["params"]["logit_scale"].shape, jnp.float32))
     missing = [path for kind in wanted for path in wanted[kind] if path not in found[kind]]
     if unplaced or missing:
         raise UserError(f"state_dict does not fit the model: no place for {unplaced}; nothing for {missing}")

@@ -1,4 +1,4 @@
-"""What adversarial training methods share: the attack inside a step, and an adversarial weight perturbation around it."""
+"""What adversarial training methods share: the attack inside a step, and perhaps one on the weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -17,5 +17,5 @@ def create(
     attack: Mapping[str, Any] = MappingProxyType({}),
     awp: float = 0.0,
 ) -> Method:
-    """`mean (f(x_adv) - g(x))^2 + beta KL(f(x) || f(x_adv))`, g in evaluation mode; see `ltjax.methods.lbgat.create`."""
+    """`mean (f(x_adv) - g(x))^2 + beta KL(f(x) || f(x_adv))`, g in evaluation mode. See `lbgat.create`."""
     return lbgat.create(class_counts, beta=beta, guide_trains=False, attack=attack, awp=awp)

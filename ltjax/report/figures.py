@@ -1,7 +1,8 @@
-"""Pictures of a run, from its results.json alone."""
+"""Pictures of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +12,10 @@ COLOURS = ("#7a7a7a", "#56b4e9", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # 
 
 
 def summary(results: dict[str, Any]) -> Figure:
-    """Left: accuracy of each class, most frequent first. Right: accuracy against confidence, by stage."""
+    """Left: accuracy of each class, most frequent first. Right: accuracy against confidence, by stage.
+
+    results: what results.json holds.
+    """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
     _accuracy_by_class(left, results)
@@ -61,6 +65,45 @@ def _reliability(axes: Axes, results: dict[str, Any]) -> None:
     axes.set_xlabel("confidence (%)")
     axes.set_ylabel("accuracy (%)")
     axes.legend(loc="upper left", fontsize="small")
+
+
+class Attacked(NamedTuple):
+    """One image before and after an attack."""
+
+    image: np.ndarray  # [H, W, channels] in [0, 1]
+    adversarial: np.ndarray
+    label: int
+    before: tuple[int, float]  # predicted class and its confidence
+    after: tuple[int, float]
+
+
+def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> Figure:
+    """A row for each image: as it is, what the attack adds (grey: nothing), and the two together, with predictions."""
+    figure = Figure(figsize=(6.6, 2.3 * len(shown)), layout="constrained")
+    rows = figure.subplots(len(shown), 3, squeeze=False)
+    for row, one in zip(rows, shown, strict=True):
+        change = one.adversarial - one.image
+        largest = float(np.abs(change).max())
+        enlarged = 0.5 + 0.5 * change / largest if largest else np.full_like(change, 0.5)
+        for axes, pixels in zip(row, (one.image, enlarged, one.adversarial), strict=True):
+            axes.imshow(pixels.squeeze().clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+        for axes, (predicted, confidence) in ((row[0], one.before), (row[2], one.after)):
+            colour = "#009e73" if predicted == one.label else "#d55e00"
+            axes.set_title(f"{class_names[predicted]}, {confidence:.0%}", color=colour, fontsize="small")
+        row[0].set_ylabel(class_names[one.label], fontsize="small")
+        text = f"at most {largest:.4f}, enlarged" if largest else "stood: left as it is"
+        row[1].set_title(text, fontsize="small")
+    figure.supxlabel("image and prediction, perturbation, attacked image and prediction; left: the true class")
+    return figure
+
+
+def write_attack(shown: Sequence[Attacked], class_names: Sequence[str], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "attack.png"
+    attacked(shown, class_names).savefig(path, dpi=110)
+    return path
 
 
 def write_summary(results: dict[str, Any], folder: Path) -> Path:

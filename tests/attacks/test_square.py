@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ from jax import lax
 
 from ltjax.attacks import ball
 from ltjax.attacks.slots import Task
-from ltjax.attacks.square import HALVINGS, Square, eta, grid_of_windows, pyramids, window_sides
+from ltjax.attacks.square import HALVINGS, Square, State, eta, grid_of_windows, pyramids, window_sides
 
 CLASSES = 4
 
@@ -16,24 +18,25 @@ def task_of(images, labels):
     return Task(jnp.asarray(images), jnp.asarray(labels, jnp.int32), jnp.zeros((len(labels), 1), jnp.int32), keys)
 
 
-def drive(attack, predict, task):
-    """Step all images until every one is settled. -> the state, the number of steps of each image."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def drive(attack, predict, task, wait=0):
+    """Step all images until every one is settled, each from step `wait` [B] on. -> state, steps that each one took."""
 
-    @jax.jit
-    def loop(task):
-        def body(carry):
-            old, steps = carry
-            active = ~(old.fooled | old.done)
-            new = attack.step(predict, task, old)
-            new = jax.tree.map(lambda n, o: jnp.where(ball.per_image(active, n), n, o), new, old)
-            return new, steps + active.astype(jnp.int32)
+    def settled(state):
+        return state.fooled | state.done
 
-        start = attack.init(task), jnp.zeros(len(task.labels), jnp.int32)
-        return lax.while_loop(lambda carry: jnp.any(~(carry[0].fooled | carry[0].done)), body, start)
+    def body(carry):
+        old, steps, clock = carry
+        active = ~settled(old) & (clock >= wait)
+        new = attack.step(predict, task, old)
+        new = jax.tree.map(lambda n, o: jnp.where(ball.per_image(active, n), n, o), new, old)
+        return new, steps + active.astype(jnp.int32), clock + 1
 
-    return loop(task)
+    start = attack.init(task), jnp.zeros(len(task.labels), jnp.int32), jnp.int32(0)
+    return lax.while_loop(lambda carry: jnp.any(~settled(carry[0])), body, start)[:2]
 
 
+@functools.cache
 def net_of(shape, num_classes=CLASSES, count=16):
     """A random net of two layers, and images that it classifies right, some pixels at 0 and 1."""
     rng = np.random.default_rng(0)
@@ -83,9 +86,11 @@ def test_eta_is_the_windows_of_the_paper(side):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("height, width, filled", [(32, 32, 900), (4, 6, 24), (5, 12, 60), (13, 11, 120)])
+@pytest.mark.parametrize("height, width, filled", [(32, 32, 900), (4, 6, 24), (13, 11, 120)])
 def test_the_l2_start_fills_the_image_with_windows(height, width, filled):
-    start = np.asarray(grid_of_windows(jax.random.key(0), (height, width, 2), jnp.float32))
+    start = np.asarray(
+        jax.jit(grid_of_windows, static_argnums=(1, 2))(jax.random.key(0), (height, width, 2), "float32")
+    )
     assert ((start != 0).sum((0, 1)) == filled).all()
     if height == 32:  # a frame of one pixel, and 25 windows of length 1
         assert (start[1:31, 1:31] != 0).all()
@@ -96,64 +101,64 @@ def test_the_l2_start_fills_the_image_with_windows(height, width, filled):
 
 
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.05), ("l2", 0.4)])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 2), (4, 4, 1), (8, 6, 3)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 2)])
 def test_every_step_stays_inside_ball_and_box_and_never_loses_ground(norm, epsilon, shape):
     predict, task = net_of(shape)
     attack = Square(epsilon, norm, num_queries=30)
-    step = jax.jit(lambda state: attack.step(predict, task, state))
-    state = attack.init(task)
-    for _ in range(30):
-        old, state = state, step(state)
+
+    @jax.jit
+    def history(task):  # states after 0, 1, ... 30 steps
+        start = attack.init(task)
+        _, states = lax.scan(lambda state, _: (attack.step(predict, task, state),) * 2, start, length=30)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), start, states)
+
+    states = history(task)
+    for i in range(31):
+        old, state = (jax.tree.map(lambda a, i=i: a[i], states) for i in (max(i - 1, 0), i))
         assert (ball.length(state.adversarial - task.images, norm=norm) <= epsilon * (1 + 1e-5)).all()
         assert (state.adversarial >= 0).all() and (state.adversarial <= 1).all()
         assert (state.margin <= old.margin)[~state.fooled].all()
-        wrong = predict(state.adversarial).argmax(-1) != task.labels
-        if np.prod(shape) > 1:
-            assert (wrong == (state.margin < 0)).all()
+        if i:
+            wrong = predict(state.adversarial).argmax(-1) != task.labels
+            assert (wrong == state.fooled).all() and (state.fooled == (state.margin < 0))[state.margin != 0].all()
     assert state.done.all() and (state.query == 30).all()
     assert jnp.isfinite(state.adversarial).all() and jnp.isfinite(state.margin).all()
 
 
-@pytest.mark.parametrize("query", [1, 11, 12, 51, 52, 8002])
-def test_an_linf_proposal_changes_one_square_of_the_schedules_size(query):
+def test_an_linf_proposal_changes_one_square_of_the_schedules_size():
     """Start far from the ball's faces, so that every change can be seen: + or - 2 epsilon, cut off at epsilon."""
-    images = jnp.full((64, 32, 32, 2), 0.5)
-    task = task_of(images, np.zeros(64))
-    attack = Square(0.1)
-    state = attack.init(task)._replace(adversarial=images, query=jnp.full(64, query, jnp.int32))
-    change = np.asarray(jax.jit(attack.proposal)(task, state) - images)
-    side = 29 if query <= 11 else 20 if query <= 51 else 14 if query == 52 else 1
-    places, signs = set(), set()
-    for one in change:
-        rows, columns = (np.flatnonzero((one != 0).any(axes)) for axes in ((1, 2), (0, 2)))
-        assert len(rows) == len(columns) == rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1 == side
-        inside = one[rows[0] : rows[0] + side, columns[0] : columns[0] + side]
-        np.testing.assert_allclose(np.abs(inside), 0.1, rtol=1e-5)
-        assert (inside == inside[0, 0]).all()
-        places.add(int(rows[0])), signs.add(tuple(np.sign(inside[0, 0])))
-    assert len(signs) == 4 and min(places) >= 0 and max(places) <= 32 - side
-    if side == 29:
-        assert places == {0, 1, 2, 3}
+    images = jnp.full((256, 32, 32, 2), 0.5)
+    queries = jnp.tile(jnp.array([11, 12, 52, 8002], jnp.int32), 64)
+    state = State(images, None, None, None, queries)
+    change = np.asarray(jax.jit(Square(0.1).proposal)(task_of(images, np.zeros(256)), state) - images)
+    for k, side in enumerate((29, 20, 14, 1)):
+        places, signs = set(), set()
+        for one in change[k::4]:
+            rows, columns = (np.flatnonzero((one != 0).any(axes)) for axes in ((1, 2), (0, 2)))
+            assert len(rows) == len(columns) == rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1 == side
+            inside = one[rows[0] : rows[0] + side, columns[0] : columns[0] + side]
+            np.testing.assert_allclose(np.abs(inside), 0.1, rtol=1e-5)
+            assert (inside == inside[0, 0]).all()
+            places.add(int(rows[0]))
+            signs.add(tuple(np.sign(inside[0, 0])))
+        assert len(signs) == 4 and min(places) >= 0 and max(places) <= 32 - side
+        assert side < 29 or places == {0, 1, 2, 3}
 
 
 def test_an_l2_proposal_keeps_the_length_and_touches_two_windows():
     rng = np.random.default_rng(7)
     images = jnp.full((32, 16, 16, 3), 0.5)
-    task = task_of(images, np.zeros(32))
-    attack = Square(0.5, "l2")
     delta = rng.normal(size=images.shape)
     delta *= 0.5 / np.sqrt(np.square(delta).sum((1, 2, 3), keepdims=True))
-    state = attack.init(task)._replace(
-        adversarial=images + delta.astype(np.float32), query=jnp.full(32, 300, jnp.int32)
-    )
+    state = State(images + delta.astype(np.float32), None, None, None, jnp.full(32, 300, jnp.int32))
     before = np.asarray(state.adversarial - images)
-    after = np.asarray(jax.jit(attack.proposal)(task, state) - images)
+    after = np.asarray(jax.jit(Square(0.5, "l2").proposal)(task_of(images, np.zeros(32)), state) - images)
     side = window_sides(16, 16, p_init=0.8, norm="l2")[3]
     np.testing.assert_allclose(np.sqrt(np.square(after).sum((1, 2, 3))), 0.5, rtol=1e-5)
     changed = np.abs(after - before).max(-1) > 1e-4  # beyond what scaling to the full length changes
     emptied = (np.abs(after) < 1e-6).all(-1)
     assert (changed.sum((1, 2)) <= 2 * side**2).all() and (changed.sum((1, 2)) > side**2 * 0.9).all()
-    apart = changed.sum((1, 2)) > 1.9 * side**2
+    apart = changed.sum((1, 2)) == 2 * side**2
     assert apart.any() and (emptied.sum((1, 2)) == side**2)[apart].all()
     # mass stays in its channel, as nothing was unused
     np.testing.assert_allclose(np.square(after).sum((1, 2)), np.square(before).sum((1, 2)), rtol=1e-4)
@@ -161,39 +166,28 @@ def test_an_l2_proposal_keeps_the_length_and_touches_two_windows():
 
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.5)])
 def test_fooled_images_are_misclassified(norm, epsilon):
-    predict, task = net_of((6, 6, 3))
-    state, steps = drive(Square(epsilon, norm, num_queries=100), predict, task)
+    predict, task = net_of((5, 4, 2))
+    state, steps = drive(Square(epsilon, norm, num_queries=60), predict, task, jnp.zeros(16, jnp.int32))
     fooled = np.asarray(state.fooled)
     assert 0.2 < fooled.mean() < 1
     assert (np.asarray(predict(state.adversarial).argmax(-1) != task.labels) == fooled).all()
-    assert (steps == state.query).all() and (steps[~fooled] == 100).all()
+    assert (steps == state.query).all() and (steps[~fooled] == 60).all()
 
 
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.5)])
 def test_an_image_does_not_depend_on_its_batch_nor_on_when_it_came(norm, epsilon):
     predict, task = net_of((5, 4, 2))
     attack = Square(epsilon, norm, num_queries=60)
-    whole, _ = drive(attack, predict, task)
+    zero = jnp.zeros(len(task.labels), jnp.int32)
+    whole = drive(attack, predict, task, zero)
     order = np.random.default_rng(6).permutation(len(task.labels))
-    turned, _ = drive(attack, predict, jax.tree.map(lambda a: a[order], task))
+    turned = drive(attack, predict, jax.tree.map(lambda a: a[order], task), zero + 7 * (jnp.arange(len(order)) % 3))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), whole, turned)
-    one, _ = drive(attack, predict, jax.tree.map(lambda a: a[5:6], task))
-    np.testing.assert_allclose(one.adversarial, whole.adversarial[5:6], atol=1e-5)
-
-    # A late image has a count of its own: half the batch starts 7 steps after the rest.
-    late = jnp.arange(len(task.labels)) % 2 == 0
-    step, state = jax.jit(lambda state: attack.step(predict, task, state)), attack.init(task)
-    for i in range(67):
-        active = ~(state.fooled | state.done) & (~late | (i >= 7))
-        new = step(state)
-        state = jax.tree.map(lambda n, o, a=active: jnp.where(ball.per_image(a, n), n, o), new, state)
-    np.testing.assert_array_equal(state.fooled, whole.fooled)
-    np.testing.assert_allclose(state.adversarial, whole.adversarial, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ball.NORMS)
-def test_radius_0_leaves_the_images_alone(norm):
-    predict, task = net_of((4, 4, 1), num_classes=2)
+def test_radius_0_leaves_an_image_alone(norm):
+    predict, task = net_of((4, 4, 1), num_classes=2, count=1)
     state, steps = drive(Square(0.0, norm, num_queries=20), predict, task)
     assert not state.fooled.any() and (steps == 20).all()
     np.testing.assert_array_equal(state.adversarial, task.images)
@@ -202,11 +196,13 @@ def test_radius_0_leaves_the_images_alone(norm):
 def test_logits_of_nan_or_infinity_end_the_search_in_time():
     _, task = net_of((4, 4, 1), count=3)
     task = task_of(task.images, np.zeros(3))
-    for first in (jnp.nan, jnp.inf):
-        predict = lambda x, first=first: jnp.tile(jnp.array([first, 0.0]), (len(x), 1))
-        for norm in ball.NORMS:
-            state, steps = drive(Square(0.1, norm, num_queries=5), predict, task)
-            assert (steps == 5).all() and not state.fooled.any() and jnp.isfinite(state.adversarial).all()
+
+    def predict(x):  # nan for the first image, infinity for the others
+        own = jnp.where(jnp.arange(len(x)) == 0, jnp.nan, jnp.inf)
+        return jnp.stack([own, jnp.zeros(len(x))], -1)
+
+    state, steps = drive(Square(0.1, num_queries=5), predict, task)
+    assert (steps == 5).all() and not state.fooled.any() and jnp.isfinite(state.adversarial).all()
 
 
 def test_a_step_evaluates_the_model_once_and_keeps_the_state_small():
@@ -228,7 +224,10 @@ def test_images_of_64_bits_stay_so():
     predict, task = net_of((4, 4, 3))
     with jax.enable_x64(True):
         task = task._replace(images=task.images.astype(jnp.float64))
-        narrow = lambda x: predict(x.astype(jnp.float32))
+
+        def narrow(x):
+            return predict(x.astype(jnp.float32))
+
         for norm in ball.NORMS:
             attack = Square(0.1, norm)
             state = jax.eval_shape(attack.init, task)
