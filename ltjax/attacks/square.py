@@ -27,7 +27,7 @@ class Square(NamedTuple):
     Args: epsilon: radius in [0, 1] pixel units. norm: linf or l2. num_queries: evaluations, that of the start included
       (the authors' code does one more). p_init: share of the image that the first windows cover.
     The share is halved after the proposals of `HALVINGS`, whatever num_queries is, as in AutoAttack's standard suite.
-    Windows may end at the last row and column, as in the paper; AutoAttack's code never draws that position.
+    Windows never end at the last row or column, as in the authors' code and AutoAttack's; the paper allows it.
     Each draw depends on the image's key and its own count of queries alone.
     Source: Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search",
       ECCV 2020, algorithms 1 to 3.
@@ -194,7 +194,7 @@ def _window(draws, stage, sides, shape):
     """A window placed by two draws: its mask [H, W, 1], and each pixel's row [H, 1] and column [1, W] in the window."""
     height, width, _ = shape
     side = jnp.array(sides, jnp.int32)[stage]
-    last = jnp.array([height, width], jnp.int32) - side  # where the corner may be at most
+    last = jnp.maximum(jnp.array([height, width], jnp.int32) - side - 1, 0)  # where the corner may be at most
     corner = jnp.minimum((draws * (last + 1).astype(draws.dtype)).astype(jnp.int32), last)
     row = jnp.arange(height, dtype=jnp.int32)[:, None] - corner[0]
     column = jnp.arange(width, dtype=jnp.int32)[None, :] - corner[1]

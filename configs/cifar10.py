@@ -1,0 +1,18 @@
+"""CIFAR-10, all of it, adversarially trained: LBGAT and its family, with the papers' recipes.
+
+    python -m ltjax.data.prepare cifar10
+    python run.py --config=configs/cifar10.py:method=lbgat,beta=0
+    python run.py --config=configs/cifar10.py:method=lbgat,beta=0 --mode=attack    # clean, PGD-20, CW-20, AutoAttack
+
+Arguments: see configs/cifar100.py.
+
+Clean / AutoAttack in %, l-inf 0.031:
+  LBGAT, beta 0, WRN-34-10, paper   88.22 / 52.86    WRN-34-20 (model=wrn34_20)   88.70 / 53.57
+  any method, ours                  not yet run
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    return common.small_images("cifar10", arg)

@@ -1,0 +1,17 @@
+"""Tiny ImageNet (200 classes, 64x64 pixels), all of it, adversarially trained: LBGAT and its family.
+
+    python -m ltjax.data.prepare tiny_imagenet
+    python run.py --config=configs/tiny_imagenet.py:method=lbgat,beta=6
+    python run.py --config=configs/tiny_imagenet.py:method=lbgat,beta=6 --mode=attack
+
+The images (1.2 GB) live on the device; the 10,000 official validation images are the test set.
+Arguments: see configs/cifar100.py. Any method, ours: not yet run.
+"""
+
+from configs import common
+
+MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # for networks that normalise: not adversarial training's
+
+
+def get_config(arg=None):
+    return common.small_images("tiny_imagenet", arg, mean=MEAN, std=STD)
