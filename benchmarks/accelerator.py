@@ -6,9 +6,10 @@
 
 The same command again does the next pieces. A run that the time ends is stopped by SIGTERM, saves itself, and goes on
 next time, as long as `--workdir` is still there. The pieces, in order: a report of the machine; the tests that run on a
-device; the benchmarks; full-length runs on CIFAR-100-LT with imbalance 100, every method with three seeds in one
-program. `--pack` is the folder that `benchmarks/pack.py` made; without it the packages are those of this Python, and
-the images those of `--data_dir`.
+device; the benchmarks; full-length runs on CIFAR-100-LT with imbalance 100: every long-tail method with three seeds in
+one program; after the first of these adversarial training with one seed, each run followed by attacks on it. `--pack`
+is the folder that `benchmarks/pack.py` made; without it the packages are those of this Python, and the images those of
+`--data_dir`.
 
 Each piece that is done leaves `<out>/<device>/<piece>.json`: status, device, versions, commit, command, when it ran,
 and its result. What a piece printed is in `<workdir>/<piece>/log.txt`. Exit code 1: a piece failed; next time it is
@@ -17,6 +18,7 @@ tried again.
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -38,6 +40,12 @@ METHODS = (  # the first ones matter most
     *("mislas", "ce", "balanced_softmax", "drolt", "reslt", "ldam_drw", "crt", "lws", "logit_adjustment"),
     *("tau_norm", "focal", "cb_ce", "ldam", "logit_adjustment_posthoc", "ncm", "mixup"),
 )
+ROBUST = {  # name: arguments of configs/cifar100_lt.py; after the first three of METHODS
+    "lbgat-balanced_softmax": "method=lbgat,beta=6,loss=balanced_softmax,guide=resnet18",
+    "trades-balanced_softmax": "method=trades,loss=balanced_softmax",
+    "pgd_at-balanced_softmax": "method=pgd_at,loss=balanced_softmax",
+    "lbgat": "method=lbgat,beta=6,guide=resnet18",
+}
 SAVING = 60.0  # seconds that a stopped run gets to finish what the device does, and save
 LEAST = 20.0  # seconds; with less left, no piece is begun
 
@@ -47,6 +55,7 @@ class Piece(NamedTuple):
     command: list[str]  # after `python`
     result: Path  # what the command leaves, when it is done: JSON, or pytest's XML
     environment: Mapping[str, str] = MappingProxyType({})
+    after: str = ""  # a piece that has to be done first
 
 
 def pieces(workdir: Path, data_dir: Path | None, platform_name: str, tiny: bool) -> list[Piece]:
@@ -79,16 +88,52 @@ def pieces(workdir: Path, data_dir: Path | None, platform_name: str, tiny: bool)
     small = ["--depth=8", "--width=4", "--batch_size=32", "--replicas", "1", "2", "--max_count=20"] if tiny else []
     out = workdir / "replicas" / "replicas.json"
     found.append(Piece("replicas", ["-m", "benchmarks.replicas", f"--out={out}", *small], out))
-    for method in METHODS[:2] if tiny else METHODS:
-        name = f"run-{method}-if100"
-        config = [f"--config=configs/cifar100_lt.py:method={method},imbalance=100", f"--config.replicas={REPLICAS}"]
-        if tiny:
-            config += ["--config.epochs=3", "--config.data.max_count=100", "--config.batch_size=32"]
-            config += ["--config.model.depth=8", "--config.model.width=4"]
-            config += ["--config.classifier.epochs=1"] if method == "mislas" else []
-        config += [f"--workdir={workdir / name / 'run'}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
-        found.append(Piece(name, ["run.py", *config], workdir / name / "run" / "results.json"))
-    return found
+    small = ["--model=wrn10_1", "--guide=wrn10_1", "--batch_size=16", "--attack_steps=2", "--repeats=1"] if tiny else []
+    for dtype in ("float32", "bfloat16"):
+        out = workdir / f"adversarial-step-{dtype}" / "step.json"
+        command = ["-m", "benchmarks.adversarial_step", "--no_flops", f"--dtype={dtype}", f"--out={out}", *small]
+        found.append(Piece(f"adversarial-step-{dtype}", command, out))
+    small = ["--images=24", "--batch_size=16", "--attacks=apgd-ce"] if tiny else []
+    out = workdir / "autoattack" / "autoattack.json"
+    found.append(Piece("autoattack", ["-m", "benchmarks.autoattack", f"--out={out}", *small], out))
+    runs = METHODS[:2] if tiny else METHODS
+    usual = [long_tailed_run(method, workdir, data_dir, tiny) for method in runs]
+    robust = [robust_run(name, workdir, data_dir, tiny) for name in list(ROBUST)[: 1 if tiny else None]]
+    return [*found, *usual[:3], *itertools.chain(*robust), *usual[3:]]
+
+
+def long_tailed_run(method: str, workdir: Path, data_dir: Path | None, tiny: bool) -> Piece:
+    """Three seeds at full length."""
+    name = f"run-{method}-if100"
+    config = [f"--config=configs/cifar100_lt.py:method={method},imbalance=100", f"--config.replicas={REPLICAS}"]
+    if tiny:
+        config += ["--config.epochs=3", "--config.data.max_count=100", "--config.batch_size=32"]
+        config += ["--config.model.depth=8", "--config.model.width=4"]
+        config += ["--config.classifier.epochs=1"] if method == "mislas" else []
+    config += [f"--workdir={workdir / name / 'run'}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
+    return Piece(name, ["run.py", *config], workdir / name / "run" / "results.json")
+
+
+def robust_run(robust: str, workdir: Path, data_dir: Path | None, tiny: bool) -> list[Piece]:
+    """Adversarial training of PreAct-ResNet-18 at full length, one seed, and its attack on 1,000 test images.
+
+    On the long-tailed images: all of CIFAR-100 would not fit into the pack.
+    """
+    name, attack = f"run-{robust}-if100", f"attack-{robust}-if100"
+    method = ROBUST[robust].partition(",")[0].removeprefix("method=")
+    config = [f"--config=configs/cifar100_lt.py:{ROBUST[robust]},imbalance=100,model=preact18"]
+    if tiny:
+        config += ["--config.epochs=1", "--config.data.max_count=100", "--config.batch_size=32"]
+        config += ["--config.model.width=4", f"--config.{method}.method.attack.num_steps=2"]
+        config += ["--config.guide.width=4"] if method == "lbgat" else []
+    config += [f"--workdir={workdir / name / 'run'}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
+    most = [f"--config.attack.num_images={24 if tiny else 1000}"]
+    most += ["--config.attack.tests=('pgd-20', 'apgd-ce')", "--config.attack.batch_size=24"] if tiny else []
+    folder = workdir / name / "run"
+    return [
+        Piece(name, ["run.py", *config], folder / "results.json"),
+        Piece(attack, ["run.py", *config, "--mode=attack", *most], folder / "attack.json", after=name),
+    ]
 
 
 def read_result(path: Path) -> Any:
@@ -184,7 +229,7 @@ def show_list(out: Path, names: list[str]) -> None:
         print(f"{folder}:")
         for name in names:
             record = read(folder / f"{name}.json")
-            print(f"  {name:24} " + (f"{record['status']}, {record['ended']}" if record else "left"))
+            print(f"  {name:32} " + (f"{record['status']}, {record['ended']}" if record else "left"))
 
 
 def do(piece: Piece, folder: Path, workdir: Path, common: dict[str, Any], environment: dict[str, str], seconds: float):
@@ -291,8 +336,9 @@ def main() -> int:
     for piece in pieces(workdir, data_dir, machine["platform"], args.tiny):
         if not piece.name.startswith(args.only) or (read(folder / f"{piece.name}.json") or {}).get("status") == "done":
             continue
+        waits = piece.after and (read(folder / f"{piece.after}.json") or {}).get("status") != "done"
         seconds = deadline - time.monotonic()
-        if seconds < LEAST:
+        if waits or seconds < LEAST:
             left.append(piece.name)
             continue
         begun = time.monotonic()

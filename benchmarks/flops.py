@@ -1,47 +1,152 @@
-"""Floating-point operations of a training step of a CIFAR ResNet: counted by hand, and by XLA. Used by cifar_step.py.
+"""Floating-point operations of a training step: counted by hand, and by XLA. Used by cifar_step and adversarial_step.
 
 A multiplication and an addition are two operations. As in XLA's count, products with the zeros of padding, and with
 those between the pixels of a strided convolution's input gradient, do not count. The count by hand has convolutions and
 the classifier only; XLA's also has batch norm, the loss, the optimizer, drawing and augmenting the batch.
 """
 
+import contextlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
 import jax
 
+from ltjax import attacks, models, parallel, train
 from ltjax import config as config_module
-from ltjax import models, parallel, train
+from ltjax.models import resnet
 
 
-def by_hand(
-    depth: int, *, width: int, num_classes: int, size: int = 32, channels: int = 3, backbone_trains: bool = True
-) -> int:
-    """Operations for one image [size, size, channels] of a step of `ltjax.models.resnet_cifar`.
+class Convolution(NamedTuple):
+    """Padded by (kernel - 1) / 2 pixels on each side."""
+
+    came: int  # channels in
+    out: int
+    size: int  # pixels along a side that come in
+    kernel: int = 3
+    strides: int = 1
+
+    @property
+    def size_out(self) -> int:
+        return -(-self.size // self.strides)
+
+    @property
+    def operations(self) -> int:
+        """Of one image, forward; the gradient to the kernel, and that to the input, takes as many."""
+        padding = (self.kernel - 1) // 2  # along one axis, pairs of an output and a tap that meet a pixel:
+        pixels = [self.strides * y + tap - padding for y in range(self.size_out) for tap in range(self.kernel)]
+        return 2 * sum(0 <= pixel < self.size for pixel in pixels) ** 2 * self.came * self.out
+
+
+class Network(NamedTuple):
+    """Operations for one image."""
+
+    forward: int
+    first: int  # the first convolution's part of it
+    classifier: int
+
+    @property
+    def ascent(self) -> int:
+        """A step of an attack: forward, and the gradient to the image."""
+        return 2 * self.forward
+
+    @property
+    def training(self) -> int:
+        """Forward and both gradients of every layer, but no gradient to the image."""
+        return 3 * self.forward - self.first
+
+
+def network(model: Mapping[str, Any], num_classes: int, *, size: int = 32, channels: int = 3) -> Network:
+    """model: as in a config: name (any of `ltjax.models.MODELS`), depth, width and what else there is."""
+    layers = convolutions(size=size, channels=channels, **{key: model[key] for key in ("name", "depth", "width")})
+    classifier = 2 * layers[-1].out * num_classes
+    return Network(sum(layer.operations for layer in layers) + classifier, layers[0].operations, classifier)
+
+
+def convolutions(*, name: str, depth: int, width: int, size: int = 32, channels: int = 3) -> list[Convolution]:
+    """Those of a network of `ltjax.models` with its default strides, the first one first and one of the last last."""
+    projects = name != "resnet_cifar"  # a 1x1 convolution where a shortcut changes the shape
+    if name in ("resnet_cifar", "wide_resnet"):
+        stem, features = (width, width) if name == "resnet_cifar" else (16, 16 * width)
+        blocks, strides = 3 * [(depth - (2 if name == "resnet_cifar" else 4)) // 6], (1, 2, 2)
+    else:
+        stem = features = width
+        blocks, strides = resnet.BLOCKS[depth], (1, 1, 2, 2) if name == "resnet" else (1, 2, 2, 2)
+    layers = [Convolution(channels, stem, size)]
+    for stage, (num_blocks, stride) in enumerate(zip(blocks, strides, strict=True)):
+        for block in range(num_blocks):
+            before, out, step = layers[-1], features * 2**stage, stride if block == 0 else 1
+            if projects and (step != 1 or before.out != out):
+                layers.append(Convolution(before.out, out, before.size_out, 1, step))
+            layers.append(Convolution(before.out, out, before.size_out, 3, step))
+            layers.append(Convolution(out, out, layers[-1].size_out))
+    return layers
+
+
+def by_hand(depth: int, *, width: int, num_classes: int, backbone_trains: bool = True, **shape: int) -> int:
+    """Operations for one image of a step of `ltjax.models.resnet_cifar`.
 
     backbone_trains: every convolution also has a gradient for its kernel and, but for the first, for its input: as many
     products again, each. Frozen: the backbone runs forward only, and only the classifier's own weights have a gradient.
     """
-    layers = [(channels, width, size, 1)]  # (channels in, channels out, size in, strides) of each 3x3 convolution
-    for number in range(3):
-        for block in range((depth - 2) // 6):
-            strides = 2 if number > 0 and block == 0 else 1
-            out, came = width * 2**number, layers[-1][1]
-            layers.append((came, out, size, strides))
-            size = -(-size // strides)
-            layers.append((out, out, size, 1))
-    convolutions = [2 * _products(size, strides) ** 2 * came * out for came, out, size, strides in layers]
-    classifier = 2 * 4 * width * num_classes
-    if backbone_trains:
-        return 3 * (sum(convolutions) + classifier) - convolutions[0]
-    return sum(convolutions) + 2 * classifier
+    net = network(dict(name="resnet_cifar", depth=depth, width=width), num_classes, **shape)
+    return net.training if backbone_trains else net.forward + net.classifier
 
 
-def _products(size: int, strides: int) -> int:
-    """Along one axis: pairs of an output and a tap of 3 that meet a pixel, with one pixel of padding."""
-    return sum(0 <= strides * out + tap - 1 < size for out in range(-(-size // strides)) for tap in range(3))
+def of_step(method: str, net: Network, guide: Network | None, *, num_steps: int, beta: float = 0.0) -> int:
+    """The least operations for one image of a step of "pgd" (the attack alone, on the KL), "pgd_at" or "lbgat".
+
+    The natural prediction is one forward pass, an attack's step a forward pass and a gradient to the image. LBGAT at
+    beta = 0 needs of the clean images no more than the batch norms' statistics: a forward pass without the classifier.
+    """
+    attack = num_steps * net.ascent
+    if method == "pgd_at":
+        return attack + net.training
+    if method == "pgd":
+        return net.forward + attack
+    assert guide is not None
+    clean = net.training if beta else net.forward - net.classifier
+    return net.forward + attack + net.training + clean + guide.training
 
 
 def by_xla(run: config_module.Run, name: str, settings: config_module.Stage, problem: train.Problem) -> float:
     """Operations for one image of a stage's step as XLA counts them."""
-    return dict(compiled(run, name, settings, problem).cost_analysis() or {})["flops"] / run.batch_size
+    return operations(compiled(run, name, settings, problem)) / run.batch_size
+
+
+def operations(program: jax.stages.Compiled) -> float:
+    return dict(program.cost_analysis() or {})["flops"]
+
+
+def with_attack(count: Callable[[int], float], num_steps: int) -> float:
+    """XLA's count of a program with an attack of `num_steps` steps. count: of one with so many steps -> its operations.
+
+    XLA counts a loop's body once, however often it runs. So programs of one and of two steps are written out, and each
+    further step takes as many operations as the second.
+    """
+    with written_out():
+        if num_steps <= 2:
+            return count(num_steps)
+        one = count(1)
+        return one + (num_steps - 1) * (count(2) - one)
+
+
+@contextlib.contextmanager
+def written_out():
+    """What is traced in here has attacks without a loop."""
+    with mock.patch.object(attacks, "pgd", partial(attacks.pgd, unroll=True)):
+        yield
+
+
+def plain_nets(run: config_module.Run, num_classes: int) -> dict[str, Any]:
+    """A run's networks with the convolution of accelerators: ours for CPU writes zeros out and multiplies with them."""
+    nets = {}
+    for name, settings in (("net", run.model), ("guide", run.guide)):
+        if settings:
+            model = dict(settings)
+            nets[name] = models.create(model.pop("name"), num_classes, **model, platform="gpu")
+    return nets
 
 
 def compiled(
@@ -49,16 +154,19 @@ def compiled(
 ) -> jax.stages.Compiled:
     """A stage's step with the plain convolution of accelerators, compiled for one CPU device and not run.
 
-    Our own convolution for CPU writes zeros out and multiplies with them. One step, because XLA counts a loop's body
-    once, however often it runs; of a scan of one step it makes the step alone.
+    One step, because XLA counts a loop's body once; of a scan of one step it makes the step alone.
     """
     cpu = jax.devices("cpu")[0]
-    model = dict(run.model)
-    plain = models.create(model.pop("name"), len(problem.images.class_names), **model, platform="gpu")
-    problem = problem._replace(nets={"net": plain}, mesh=parallel.make_mesh([cpu]))
+    nets = plain_nets(run, len(problem.images.class_names))
+    problem = problem._replace(nets=nets, mesh=parallel.make_mesh([cpu]))
     with jax.default_device(cpu):
         built = train.build_stage(run, name, settings, problem)
         variables = jax.eval_shape(lambda: train.fresh_variables(run, name, problem))
         state = jax.eval_shape(built.init, train.seeds(run), variables)
         source = jax.eval_shape(lambda: problem.train_data)
-        return built.run.lower(state, source, num_steps).compile()
+        return compile_to_count(built.run.lower(state, source, num_steps))
+
+
+def compile_to_count(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """All that XLA does to the operations, and little of what comes after, since nothing is run."""
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})

@@ -8,7 +8,7 @@
 Arguments: method=lbgat|pgd_at|trades|alp|bgat|ce|mixup, or recipe (blocks of configs/recipes.py and configs/robust.py);
 budget=full|short (100 epochs, WRN-34-10, 10 attack steps; or 2 epochs, WRN-10-1, 3 steps for a machine without an
 accelerator), model=wrn34_10|wrn34_20|wrn28_10|preact18|resnet18|..., guide=resnet18|... (LBGAT's natural model), beta
-(weight of the KL; LBGAT 0 or 6, TRADES 6), awp=true (adversarial weight perturbation of 0.005), epsilon=0.031|8/255|...,
+(weight of the KL; LBGAT 0 or 6, TRADES 6), awp=true (adversarial weight perturbation of 0.005), epsilon (0.031, 8/255),
 loss (of the labels, for LBGAT of the guide), sampler, classifier=linear|cosine, augment, mixup, holdout.
 
 Clean / AutoAttack in %, l-inf 0.031 (with AWP 8/255):

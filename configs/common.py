@@ -50,7 +50,7 @@ def nearest(table: dict, imbalance: float):
     return table[min(table, key=lambda key: abs(math.log(key) - math.log(max(imbalance, 1.0))))]
 
 
-def model(text: str) -> dict:
+def model(text: str, argument: str = "model") -> dict:
     """The network of a name: resnet32 (any 6 n + 2), wrn34_10, resnet18 and preact18 (or 34)."""
     if found := re.fullmatch(r"wrn(\d+)_(\d+)", text):
         return dict(name="wide_resnet", depth=int(found[1]), width=int(found[2]))
@@ -58,7 +58,7 @@ def model(text: str) -> dict:
         return dict(name={"resnet": "resnet", "preact": "preact_resnet"}[found[1]], depth=int(found[2]), width=64)
     if found := re.fullmatch(r"resnet(\d+)", text):
         return dict(name="resnet_cifar", depth=int(found[1]), width=16)
-    raise ValueError(f"config argument 'model={text}': such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18")
+    raise ValueError(f"config argument '{argument}={text}': such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18")
 
 
 def choose(value: str, otherwise):
@@ -106,6 +106,11 @@ def small_images(
         raise ValueError(
             f"config argument {given[0]!r} is for adversarial training: {', '.join(recipes.robust.METHODS)}"
         )
+    for key, blocks in recipes.robust.NEEDED_BY.items():
+        if f"{key}=" in (arg or "") and not set(blocks) & set(chosen.blocks):
+            raise ValueError(f"config argument {key!r} is for {', '.join(blocks)}")
+    if "beta=" in (arg or "") and not arguments.beta >= 0:
+        raise ValueError(f"config argument 'beta={arguments.beta:g}': from 0 up")
     if not long_tailed and (tailed := {"reslt", "smoothing"} & set(chosen.blocks)):
         raise ValueError(f"config argument 'recipe={arguments.recipe}': {min(tailed)} is for long-tailed data")
     short, tuned = arguments.budget == "short", "tau_norm" in chosen.blocks
@@ -130,7 +135,7 @@ def small_images(
     head["classifier"] = choose(arguments.classifier, head["classifier"])
     config.model = dict(**model(choose(arguments.model, usual)), **pixels, dtype="float32", **head)
     if {"natural", "lbgat"} & set(chosen.blocks):
-        guide = model(choose(arguments.guide, "wrn10_1" if short else "resnet18"))
+        guide = model(choose(arguments.guide, "wrn10_1" if short else "resnet18"), "guide")
         config.guide = dict(**guide, **pixels, dtype="float32", classifier="linear")
     config.batch_size = 128
     config.seed = 0
@@ -166,7 +171,7 @@ def small_images(
         smoothing=smoothing,
         reslt=dict(reslt, beta=nearest(reslt["beta"], config.data.imbalance)) if reslt else {},
         deferred="drw" in chosen.blocks,
-        robust=recipes.robust.Setting(
+        adversarial=recipes.robust.Setting(
             attack=recipes.robust.attack(arguments.epsilon, short),
             beta=arguments.beta,
             loss=label_loss,

@@ -64,7 +64,7 @@ class Setting(NamedTuple):
     smoothing: tuple[float, float, float, bool]  # MiSLAS: head, tail, classifier's rate, shifted batch norm
     reslt: dict[str, Any]  # ResLT: beta, medium_start, tail_start
     deferred: bool  # the last fifth of the first part is a stage of its own, with class weights
-    robust: robust.Setting = robust.Setting()  # adversarial training
+    adversarial: robust.Setting = robust.Setting()
 
 
 def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
@@ -79,7 +79,7 @@ def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
         stage["title"] = (f"{recipe.title}, stage {number + 1}" if many else recipe.title) if recipe.title else block
         if "eval_classifier" in first:
             stage["eval_classifier"] = first["eval_classifier"]
-        stage["nearest_mean"] = "dro" in recipe.blocks  # DRO-LT is judged by its features, too
+        stage["nearest_mean"] = "dro" in recipe.blocks and block != "natural"  # DRO-LT is judged by its features, too
         config[name] = dict(stage, start_from=before)
         before = name
 
@@ -95,13 +95,12 @@ def parse_recipe(text: str) -> Recipe:
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"config argument 'recipe={text}': each block once")
     if "drw" in blocks[2:] or ("drw" in blocks and blocks[0] in ("reslt", *robust.BLOCKS)):
-        raise ValueError(
-            f"config argument 'recipe={text}': drw comes second, after a block with one loss, not {blocks[0]}"
-        )
+        raise ValueError(f"config argument 'recipe={text}': drw comes second, after a block with one loss such as ce")
     if ("bgat" in blocks or blocks[0] == "natural") and blocks[:2] != ("natural", "bgat"):
         raise ValueError(f"config argument 'recipe={text}': natural and bgat go together, as natural+bgat at the start")
     known = [recipe for recipe in METHODS.values() if recipe.blocks == blocks]
-    return known[0] if known else Recipe("", blocks, weight_decay=METHODS[blocks[0]].weight_decay)
+    first = METHODS["bgat" if blocks[0] == "natural" else blocks[0]]
+    return known[0] if known else Recipe("", blocks, weight_decay=first.weight_decay)
 
 
 def network(blocks: tuple[str, ...]) -> dict[str, Any]:
@@ -163,7 +162,7 @@ def reslt(setting: Setting) -> dict[str, Any]:
 
 def adversarial(name: str, setting: Setting) -> dict[str, Any]:
     """A block of `configs/robust.py`: its recipe has its own schedule, and trains both networks where there are two."""
-    own = setting.robust
+    own = setting.adversarial
     trained = {"natural": ("guide",), "bgat": ("backbone", "classifier")}.get(name, ("backbone", "classifier", "guide"))
     sampler = dict(name=own.sampler, **(dict(in_a_row=4) if own.sampler == "class_aware" else {}))
     return dict(
@@ -183,7 +182,7 @@ def robust_classifier(setting: Setting, first: dict) -> dict[str, Any]:
     """The classifier alone, on the features of attacked images and class-balanced batches."""
     return _later(
         setting,
-        robust.BLOCKS["pgd_at"](setting.robust._replace(awp=0.0)),
+        robust.BLOCKS["pgd_at"](setting.adversarial._replace(awp=0.0)),
         epochs=10,
         short=1,
         lr=0.01,

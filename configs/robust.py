@@ -15,6 +15,8 @@ METHODS = {
     "lbgat": ("LBGAT", ("lbgat",)),
 }
 
+# arguments that some blocks alone have a use for
+NEEDED_BY = {"guide": ("natural", "lbgat"), "beta": ("trades", "bgat", "lbgat")}
 LOSSES = ("cross_entropy", "balanced_softmax", "logit_adjusted", "label_aware_smoothing")
 
 
@@ -43,7 +45,8 @@ def _number(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"config argument 'epsilon={text}': a number, or a fraction such as 8/255") from None
     if not 0 < number <= 1:
-        raise ValueError(f"config argument 'epsilon={text}': above 0 and up to 1; did you mean {text}/255?")
+        hint = f"; did you mean {number:g}/255?" if number > 1 else ""
+        raise ValueError(f"config argument 'epsilon={text}': above 0 and up to 1{hint}")
     return number
 
 

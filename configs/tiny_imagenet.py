@@ -10,7 +10,7 @@ Arguments: see configs/cifar100.py. Any method, ours: not yet run.
 
 from configs import common
 
-MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # for networks that normalise: not adversarial training's
+MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # unless trained adversarially
 
 
 def get_config(arg=None):

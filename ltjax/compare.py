@@ -34,10 +34,13 @@ WITHIN_A_ROW = (
     "dispatch_steps",
     "attack",
 )
+# {key in `Row.figures`: column} of what `--mode=attack` measured, shown where some run has it
+ATTACKED = {"pgd-20": "PGD-20", "cw-20": "CW-20", "autoattack": "AutoAttack", "autoattack few": "AutoAttack few"}
 # {key in `Row.figures`: column}, after the groups; `ncm` and `best` are shown on demand.
-FIGURES = {**{group: group for group in GROUPS}, "ece": "ECE", "ncm": "NCM", "best": "legacy best"}
+FIGURES = {**{group: group for group in GROUPS}, "ece": "ECE", "ncm": "NCM", **ATTACKED, "best": "legacy best"}
 NOTES = "Last epoch; mean ± sample standard deviation over seeds, in %. ECE with 15 bins. Time: h:mm:ss a seed."
 COLUMN_NOTES = {
+    "AutoAttack": "PGD-20, CW-20, AutoAttack: accuracy on test images attacked by `--mode=attack`.",
     "NCM": "NCM: accuracy over all classes of the nearest class mean, instead of the classifier.",
     "legacy best": "Legacy best: the best epoch as picked on the test set, which no fair comparison may use.",
 }
@@ -146,7 +149,7 @@ def read_run(path: Path) -> Run:
     config = _read_json(path.with_name("config.json"), alone, optional=True)
     split = _read_json(path.with_name("split.json"), alone, optional=True) or {}
     try:
-        stages = {name: _stage(stage, results) for name, stage in results["stages"].items()}
+        stages = {name: _stage(name, stage, results) for name, stage in results["stages"].items()}
         final = results["final_stage"]
         run = Run(
             path=path.parent if path.name == "results.json" else path,
@@ -160,6 +163,7 @@ def read_run(path: Path) -> Run:
                 "training images": _text(split.get("sha256")),
                 "number of test images": _text(_measured(results["stages"][final])[0].get("num_images")),
                 "group sizes": _text(results.get("group_sizes")),
+                "attack": _attack(results),
             },
         )
         if any(set(stage.seeds) != set(stages[final].seeds) for stage in stages.values()):
@@ -201,8 +205,21 @@ def _measured(stage: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return stage.get("replicas") or [stage]
 
 
-def _stage(stage: Mapping[str, Any], results: Mapping[str, Any]) -> Stage:
-    seeds = {int((one if stage.get("replicas") else results)["seed"]): _figures(one) for one in _measured(stage)}
+def _attack(results: Mapping[str, Any]) -> str | None:
+    """What a robust accuracy holds for."""
+    about = results.get("robustness")
+    return about and _text([about["norm"], about["epsilon"], about["num_images"]])
+
+
+def _stage(name: str, stage: Mapping[str, Any], results: Mapping[str, Any]) -> Stage:
+    several = bool(stage.get("replicas"))
+    seeds = {int((one if several else results)["seed"]): _figures(one) for one in _measured(stage)}
+    about = results.get("robustness") or {}
+    for test, attacked in about.get("tests", {}).items() if about.get("stage") == name else ():
+        for one in _measured(attacked):
+            figures = seeds[int((one if several else results)["seed"])]
+            found = {test: one["accuracy"]["all"], f"{test} few": one["accuracy"].get("few")}
+            figures.update({key: float(found[key]) for key in ATTACKED if found.get(key) is not None})
     return Stage(title=str(stage["title"]), seconds=float(stage["seconds"]), seeds=seeds)
 
 
@@ -328,7 +345,7 @@ def cells(rows: Sequence[Row], *, legacy_best: bool = False) -> list[list[Cell]]
     legacy_best: a column of the best epoch as picked on the test set.
     """
     keys = [*GROUPS, "ece"]
-    keys += ["ncm"] * any("ncm" in row.figures for row in rows) + ["best"] * legacy_best
+    keys += [key for key in ("ncm", *ATTACKED) if any(key in row.figures for row in rows)] + ["best"] * legacy_best
     best = {key: _best(key, [row.figures[key].mean for row in rows if key in row.figures]) for key in keys}
     table = [[Cell(title) for title in ("last epoch, %", *(FIGURES[key] for key in keys), "time", "seeds")]]
     for row in rows:

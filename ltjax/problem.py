@@ -202,7 +202,10 @@ def fresh_shapes(run: Run, problem: Problem) -> Variables:
 def fresh_variables(run: Run, name: str, problem: Problem) -> Variables:
     """Newly initialised networks, of every replica, on the devices."""
     sharding = parallel.state_sharding(problem.mesh, run.replicas)
-    return jax.jit(_initialise(run, name, problem), out_shardings=sharding)(seeds(run))
+    on_cpu = problem.mesh.devices.flat[0].platform == "cpu"
+    # Run once, and its random numbers take XLA's CPU backend 20 s to optimise: 2 s at level 1.
+    options: Any = {"xla_backend_optimization_level": 1} if on_cpu else None
+    return jax.jit(_initialise(run, name, problem), out_shardings=sharding, compiler_options=options)(seeds(run))
 
 
 def make_surgery(settings: config_module.Stage, problem: Problem) -> Callable:

@@ -394,3 +394,31 @@ def test_the_command_runs_without_the_training_stack(tmp_path):
     assert ran.returncode == 0 and ran.stdout.startswith("| last epoch, % | all |"), ran.stderr
     heavy = {"jax", "numpy", "flax", "optax", "orbax", "tensorflow_datasets", "tensorboardX", "cv2"}
     assert not set(ran.stderr.split()) & heavy
+
+
+def attacked(value, **also):
+    """What --mode=attack adds to results.json."""
+    tests = {"clean": measured(value + 0.1), "pgd-20": measured(value), "autoattack": measured(value - 0.1)}
+    return {"stage": "train", "norm": "linf", "epsilon": 0.031, "num_images": 500, "tests": tests, **also}
+
+
+def attacked_run(folder, value, **also):
+    path = single(folder, 0.5, name=folder.name)
+    made = json.loads((path / "results.json").read_text())
+    (path / "results.json").write_text(json.dumps({**made, "robustness": attacked(value, **also)}))
+    return path
+
+
+def test_robust_accuracies_are_columns_where_some_run_was_attacked(tmp_path):
+    one, other = attacked_run(tmp_path / "robust", 0.4), single(tmp_path / "natural", 0.6, name="natural")
+    header, first, second = compare.cells(compare.rows([one, other]))
+    shown = dict(zip((cell.text for cell in header), first, strict=True))
+    assert [shown[column].text for column in ("PGD-20", "AutoAttack", "AutoAttack few")] == ["40.0", "30.0", "15.0"]
+    assert "CW-20" not in shown
+    assert [cell.text for cell in second[-5:-2]] == ["-", "-", "-"]
+
+
+def test_attacks_of_other_radii_are_not_comparable(tmp_path):
+    runs = attacked_run(tmp_path / "near", 0.4), attacked_run(tmp_path / "far", 0.4, epsilon=0.062)
+    _, notes = compare.compare(runs)
+    assert [note for note in notes if "different attack" in note]

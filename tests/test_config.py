@@ -3,7 +3,9 @@
 import pytest
 
 from ltjax import config
+from ltjax.checkpoint import write_json
 from ltjax.types import UserError
+from ltjax.workdir import open_workdir
 
 
 def small(**changes):
@@ -37,11 +39,23 @@ def message_of(values):
 
 def test_parse_fills_in_the_defaults():
     run, stages = config.parse(small())
-    assert (run.data, run.optimizer) == (config.Data("cifar10"), config.Optimizer())
+    assert (run.data, run.optimizer, run.attack) == (config.Data("cifar10"), config.Optimizer(), config.Attack())
+    assert run.guide == {} and stages["first"].evaluate_net == "net"
     assert list(stages) == ["first", "second"]
     assert stages["first"].title == "first"
     assert stages["first"].schedule == {"kind": "constant"}
     assert stages["first"].sampler == {"name": "instance_balanced"}
+
+
+def test_an_attack_is_that_of_the_tables_unless_told_otherwise():
+    run, _ = config.parse(small(attack={"num_images": 100, "epsilon": 0.031}))
+    assert run.attack == config.Attack(0.031, "linf", 100, ("pgd-20", "cw-20", "autoattack"), "2/255", 500, 0)
+    assert config.parse(small())[0].attack.epsilon == "8/255"
+
+
+def test_a_stage_may_be_judged_by_the_guide_where_there_is_one():
+    values = {**changed_stage(evaluate_net="guide"), "guide": {"name": "resnet"}}
+    assert config.parse(values)[1]["second"].evaluate_net == "guide"
 
 
 def test_parse_keeps_the_order_of_the_stages():
@@ -54,6 +68,7 @@ def test_parse_keeps_the_order_of_the_stages():
         (small(batchsize=64), "config.batchsize"),
         (small(data={"name": "cifar10", "imbalanc": 100}), "config.data.imbalanc"),
         (small(optimizer={"wd": 0.1}), "config.optimizer.wd"),
+        (small(attack={"eps": 0.1}), "config.attack.eps"),
         (changed_stage(learning_rate=0.1), "config.second.learning_rate"),
         (small(third={}), "config.third"),
     ],
@@ -165,6 +180,13 @@ def test_a_seed_below_0_is_refused_before_anything_starts(values, where):
             "config.second.keep_optimizer: a stage from scratch has no optimizer to keep",
         ),
         (changed_stage(drop_last=1), "config.second.drop_last = 1: bool expected"),
+        (changed_stage(evaluate_net="guide"), "config.second.evaluate_net = 'guide'; allowed: net"),
+        (
+            {**changed_stage(evaluate_net="teacher"), "guide": {"name": "resnet"}},
+            "config.second.evaluate_net = 'teacher'; allowed: net, guide",
+        ),
+        (changed_stage(evaluate_net=1), "config.second.evaluate_net = 1: str expected"),
+        (small(attack={"num_images": "all"}), "config.attack.num_images = 'all': int expected"),
         (changed_stage(nearest_mean="cosine"), "config.second.nearest_mean = 'cosine': bool expected"),
         (changed_stage(groups={"all": {"match": ".*", "rate": 1.0, "optional": 0}}), "config.second.groups.all.optio"),
         (changed_stage(groups={"all": {"match": ".*", "rate": -1.0}}), "config.second.groups.all.rate = -1.0"),
@@ -204,6 +226,8 @@ SETTINGS_OF_A_STAGE = ("method", "groups", "schedule", "sampler", "augment", "op
         (small(model="resnet"), "config.model"),
         (small(second="mislas"), "config.second"),
         (small(optimizer="sgd"), "config.optimizer"),
+        (small(attack="pgd-20"), "config.attack"),
+        (small(guide="resnet18"), "config.guide"),
         *((changed_stage(**{key: "name"}), f"config.second.{key}") for key in SETTINGS_OF_A_STAGE),
         (changed_stage(groups={"all": 1.0}), "config.second.groups.all"),
     ],
@@ -240,3 +264,24 @@ def test_a_section_that_became_a_value_is_a_difference():
 def test_stages_as_a_bare_string_are_told_apart_from_a_tuple():
     with pytest.raises(UserError, match=r"a tuple of names, such as \('ce',\)"):
         config.parse(small(stages="ce"))
+
+
+# A folder holds one run; how it is attacked is no part of that.
+
+
+@pytest.mark.parametrize("attack", [{"epsilon": "4/255"}, {"num_images": 10, "tests": ("pgd-20",)}, None])
+def test_a_trained_run_may_be_attacked_in_another_way(tmp_path, attack):
+    write_json(tmp_path / "config.json", small(attack={"epsilon": "8/255"}))
+    open_workdir(tmp_path, small(attack=attack))
+
+
+def test_a_run_from_before_attacks_may_be_attacked(tmp_path):
+    write_json(tmp_path / "config.json", small())
+    open_workdir(tmp_path, small(attack={"epsilon": "4/255"}))
+
+
+def test_another_run_is_refused_whatever_the_attack(tmp_path):
+    write_json(tmp_path / "config.json", small(attack={"epsilon": "8/255"}))
+    with pytest.raises(UserError) as raised:
+        open_workdir(tmp_path, small(attack={"epsilon": "4/255"}, seed=1))
+    assert "another config (seed: (absent) -> 1)" in str(raised.value)

@@ -14,7 +14,17 @@ from ltjax.types import Batch
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SOURCE = ("images", "labels", "permutations", "lams")
-each_number_of_devices = pytest.mark.parametrize("devices", [1, 8])
+# In float32 the rounding of a machine decides about ReLU gates that are all but 0, and one of them moves the weights
+# by 1e-3 of their way. So the steps are held to the authors' in float64, where no machine's rounding matters, and in
+# float32, over eight devices, to the authors' losses and nearly to their weights.
+each_layout = pytest.mark.parametrize("devices, dtype", [(1, "float64"), (8, "float32")])
+CLOSE = {"float64": 1e-3, "float32": 5e-3}
+
+
+@pytest.fixture(autouse=True)
+def double_precision_where_asked(request):
+    with jax.enable_x64(getattr(request.node, "callspec", None) is not None and "float64" in request.node.callspec.id):
+        yield
 
 
 def network(**settings):
@@ -22,11 +32,12 @@ def network(**settings):
 
 
 def variables_of(numbers, prefix, net):
-    return import_state_dict({k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}, net)
+    stored = {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}
+    return jax.tree.map(lambda x: x.astype(net.dtype), import_state_dict(stored, net))
 
 
 def stored_batch(source, seed, step, rng):
-    return Batch(source["images"][step].astype(jnp.float32) / 255, source["labels"][step])
+    return Batch(source["images"][step].astype(jnp.float32) / 255, source["labels"][step].astype(jnp.int32))
 
 
 def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=None, lr=None):
@@ -79,16 +90,16 @@ def assert_repeats(numbers, net, done):
     trees = (done.start, done.state.variables, variables_of(numbers, "final/", net))
     start, ours, theirs = (optim.flatten({"net": tree.params["net"]}) for tree in trees)
     trained = [path for path in start if path in done.stage.trained]
-    assert distance(start, ours, theirs, trained) < 1e-3
+    assert distance(start, ours, theirs, trained) < CLOSE[np.dtype(net.dtype).name]
     for path in set(start) - set(trained):
         np.testing.assert_array_equal(start[path], ours[path])
     start, ours, theirs = (optim.flatten(tree.stats) for tree in trees)
-    assert distance(start, ours, theirs, list(start)) < 1e-3
+    assert distance(start, ours, theirs, list(start)) < CLOSE[np.dtype(net.dtype).name]
 
 
-@each_number_of_devices
-def test_mislas_stage1_repeats_the_authors_steps(golden, devices):
-    numbers, net = golden("mislas_stage1"), network()
+@each_layout
+def test_mislas_stage1_repeats_the_authors_steps(golden, devices, dtype):
+    numbers, net = golden("mislas_stage1"), network(dtype=dtype)
 
     def draw(source, seed, step, rng):
         images = source["images"][step].astype(jnp.float32) / 255
@@ -99,10 +110,10 @@ def test_mislas_stage1_repeats_the_authors_steps(golden, devices):
     assert_repeats(numbers, net, train(numbers, net, method, groups=groups, devices=devices, draw=draw))
 
 
-@each_number_of_devices
-def test_mislas_stage2_repeats_the_authors_steps(golden, devices):
+@each_layout
+def test_mislas_stage2_repeats_the_authors_steps(golden, devices, dtype):
     """With shifted batch norm: the statistics of the frozen backbone move on."""
-    numbers, net = golden("mislas_stage2"), network(logit_scale=True)
+    numbers, net = golden("mislas_stage2"), network(logit_scale=True, dtype=dtype)
     head, tail = float(numbers["smooth_head"]), float(numbers["smooth_tail"])
     lr, classifier_lr = float(numbers["lr_scale"]), float(numbers["lr_classifier"])
     groups = {
@@ -131,10 +142,10 @@ def dro_train(golden):
         "frozen": {"match": "net/classifier/.*", "rate": 0.0},
     }
 
-    def run(radius, *, devices):
+    def run(radius, *, devices, dtype="float32"):
         radius_size = float(numbers["init_epsilon"]) / 2  # a margin is two radii
         settings = dict(radius=radius, radius_size=radius_size, temperature=float(numbers["temperature"]))
-        method, net = methods.create("drolt", class_counts, **settings), network()
+        method, net = methods.create("drolt", class_counts, **settings), network(dtype=dtype)
         arrays = {"features": jnp.asarray(numbers["centroids"])}
         return numbers, net, train(numbers, net, method, groups=groups, devices=devices, arrays=arrays)
 
@@ -146,9 +157,9 @@ def test_drolt_weights_classes_as_the_authors(golden):
     np.testing.assert_allclose(golden("dro_train")["ce_class_weights"], class_counts / class_counts.max(), rtol=1e-6)
 
 
-@each_number_of_devices
-def test_drolt_repeats_the_authors_steps(dro_train, devices):
-    numbers, net, done = dro_train("learned_unconstrained", devices=devices)
+@each_layout
+def test_drolt_repeats_the_authors_steps(dro_train, devices, dtype):
+    numbers, net, done = dro_train("learned_unconstrained", devices=devices, dtype=dtype)
     assert_repeats(numbers, net, done)
     start, ours = (tree.params["method"] for tree in (done.start, done.state.variables))
     assert distance(start, ours, {"margins": numbers["final_epsilons"][None]}, ["margins"]) < 1e-3
@@ -160,9 +171,9 @@ def test_drolts_floor_of_the_radius_changes_nothing_while_it_is_above_0(dro_trai
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), floored, free)
 
 
-@each_number_of_devices
-def test_reslt_repeats_the_authors_steps(golden, devices):
-    numbers, net = golden("reslt_train"), network(branches=3)
+@each_layout
+def test_reslt_repeats_the_authors_steps(golden, devices, dtype):
+    numbers, net = golden("reslt_train"), network(branches=3, dtype=dtype)
     starts = {name: int(numbers[name]) for name in ("medium_start", "tail_start")}
     class_counts = golden("class_counts")["cifar100_exp_if100"]
     method = methods.create("reslt", class_counts, beta=float(numbers["beta"]), **starts)

@@ -28,17 +28,33 @@ CHOICES = (
 )
 FREE = (
     *("reslt+dro+smoothing", "mixup+dro+lws", "ce+drw", "focal+drw+logit_shift", "ldam+crt", "ce+ce_classifier+ncm"),
-    "ce+balanced_softmax_classifier",
+    *("ce+balanced_softmax_classifier", "lbgat+robust_classifier", "trades+smoothing", "natural+bgat+crt"),
 )
+# arguments of adversarial training, each at least once
+ROBUST = (
+    *("method=pgd_at,loss=balanced_softmax,classifier=cosine", "method=trades,loss=label_aware_smoothing,beta=3"),
+    *("method=alp,loss=logit_adjusted,sampler=class_aware", "method=bgat,beta=6,guide=wrn16_2,budget=short"),
+    *("method=lbgat,beta=6,awp=true,epsilon=8/255,model=wrn34_20", "method=lbgat,model=preact18,guide=preact34"),
+    *("method=pgd_at,model=wrn28_10,sampler=class_balanced,mixup=0.2", "recipe=trades+robust_classifier,awp=true"),
+)
+BALANCED = tuple(f"method={name}" for name in ("lbgat", *common.BALANCED))
 CHAINS = tuple(f"method={name}" for name in recipes.METHODS) + tuple(f"recipe={blocks}" for blocks in FREE)
 ARGUMENTS = {
     name: [f"{chain},{CHOICES[(number + offset) % len(CHOICES)]}" for number, chain in enumerate(CHAINS)]
     for offset, name in enumerate(("cifar10_lt", "cifar100_lt"))
 }
+ARGUMENTS = {**{name: arguments + list(ROBUST) for name, arguments in ARGUMENTS.items()}, "cifar10": BALANCED}
+ARGUMENTS |= {"cifar100": ROBUST, "tiny_imagenet": ("method=ce,budget=short", "method=lbgat,beta=6", ROBUST[3])}
 FILES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
 EVERY = [(name, argument) for name in FILES for argument in (None, *ARGUMENTS.get(name, ()))]
 every_config = pytest.mark.parametrize("name, argument", EVERY)
-NUM_CLASSES = {"cifar10": (10, 5000), "cifar100": (100, 500), "fashion_mnist_lt": (10, 1000)}
+# classes, training images of the largest, height and width of each
+DATA = {
+    "cifar10": (10, 5000, 32),
+    "cifar100": (100, 500, 32),
+    "fashion_mnist_lt": (10, 1000, 28),
+    "tiny_imagenet": (200, 500, 64),
+}
 
 
 @pytest.fixture
@@ -63,7 +79,7 @@ def parsed(read):
 
 
 def test_every_file_but_what_they_share_is_a_config():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {"common", "recipes"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {"common", "recipes", "robust"}
 
 
 def test_every_block_is_in_a_chain_that_is_tested():
@@ -74,19 +90,19 @@ def test_every_block_is_in_a_chain_that_is_tested():
 
 
 @functools.cache
-def parameters(num_classes, settings):
+def parameters(num_classes, settings, channels):
     """Shapes of a model's parameters."""
     model = json.loads(settings)
     net = models.create(model.pop("name"), num_classes, **model)
-    images = jnp.zeros((1, 8, 8, len(model["mean"])))
+    images = jnp.zeros((1, 8, 8, channels))
     return jax.eval_shape(net.init, jax.random.key(0), images)["params"]
 
 
 @functools.cache
-def augmented(settings, channels):
+def augmented(settings, size, channels):
     """Shapes of what a stage's augmentation makes of two images."""
     bound = registry.bind("augment", augment.augment, json.loads(settings))
-    images, labels = jnp.zeros((2, 32, 32, channels), jnp.uint8), jnp.zeros(2, jnp.int32)
+    images, labels = jnp.zeros((2, size, size, channels), jnp.uint8), jnp.zeros(2, jnp.int32)
     return jax.eval_shape(bound, jax.random.key(0), images, labels)
 
 
@@ -94,21 +110,25 @@ def augmented(settings, channels):
 def test_every_setting_of_every_config_is_one_that_its_part_takes(parsed, name, argument):
     run, stages = parsed(name, argument)
     assert run.data.name in SOURCES
-    num_classes, most = NUM_CLASSES[run.data.name]
+    num_classes, most, size = DATA[run.data.name]
     most = (run.data.max_count or most) - run.data.holdout
     counts = splits.class_counts(num_classes, most, imbalance=run.data.imbalance, profile=run.data.profile)
-    net, channels = parameters(num_classes, json.dumps(dict(run.model))), len(run.model["mean"])
+    channels = 1 if run.data.name == "fashion_mnist_lt" else 3
+    settings = {"net": run.model, **({"guide": run.guide} if run.guide else {})}
+    nets = {name: parameters(num_classes, json.dumps(dict(each)), channels) for name, each in settings.items()}
     for stage in stages.values():
         hyper = dict(stage.method)
         extra, _ = methods.create(hyper.pop("name"), counts, **hyper).init(jax.random.key(0))
         samplers.create(**stage.sampler)
-        assert augmented(json.dumps(stage.augment), channels).images.shape == (2, 32, 32, channels)
+        shape = (2, size, size, channels)
+        assert augmented(json.dumps(stage.augment), size, channels).images.shape == shape
         registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)
         assert stage.batch_norm in ("train", "eval")
         if stage.surgery:
-            surgery.create(stage.surgery, net, branches=run.model.get("branches", 0), holdout=run.data.holdout > 0)
+            branches, holdout = run.model.get("branches", 0), run.data.holdout > 0
+            surgery.create(stage.surgery, nets["net"], branches=branches, holdout=holdout)
         if stage.epochs:
-            paths = list(optim.flatten({"net": net, **({"method": extra} if extra else {})}))
+            paths = list(optim.flatten({**nets, **({"method": extra} if extra else {})}))
             assigned = optim.assign_groups(paths, stage.groups)
             assert any(stage.groups[group]["rate"] > 0 for group in assigned.values())
         else:
@@ -127,7 +147,7 @@ def test_every_config_means_the_same_after_json(read, name, argument):
 
 @every_config
 def test_overriding_the_epochs_reaches_the_stages_that_share_them(read, name, argument):
-    """Those from scratch; deferred re-weighting takes a fifth of it, rounded up."""
+    """Those from scratch, and BGAT's robust part; deferred re-weighting takes a fifth of it, rounded up."""
     values = read(name, argument)
     before = config.parse(values.to_dict())[1]
     values.epochs = 11
@@ -136,7 +156,7 @@ def test_overriding_the_epochs_reaches_the_stages_that_share_them(read, name, ar
     deferred = "drw" in stages
     for stage, settings in stages.items():
         expected = before[stage].epochs
-        if settings.start_from == "scratch":
+        if settings.start_from == "scratch" or stage == "bgat":
             expected = 8 if deferred else 11
         elif stage == "drw":
             expected = 3
@@ -167,14 +187,19 @@ def test_names_of_runs_tell_the_choices_apart(read):
         "augment=plain",
         "mixup=1",
         "holdout=5",
+        "model=resnet20",
+        "classifier=cosine",
     )
     names += [read("cifar100_lt", f"method=ce,{choice}").name for choice in one_choice]
+    one_choice = ("guide=wrn10_1", "beta=0", "beta=6", "loss=balanced_softmax", "awp=true", "sampler=class_aware")
+    names += [read("cifar100_lt", f"method=lbgat,{choice}").name for choice in (*one_choice, "epsilon=8/255")]
     assert len(set(names)) == len(names)
 
 
 NUMBERS_AND_CHOICES = {
     "methd=ce": "unknown config argument 'methd'; allowed: "
-    "method, recipe, imbalance, profile, budget, augment, mixup, holdout",
+    "method, recipe, imbalance, profile, budget, model, classifier, augment, mixup, holdout, "
+    "guide, beta, loss, awp, sampler, epsilon",
     "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.METHODS)}",
     "method": f"config argument 'method': allowed values of method: {', '.join(recipes.METHODS)}",
     "imbalance=ten": "config argument 'imbalance=ten': imbalance is a number",
@@ -184,6 +209,24 @@ NUMBERS_AND_CHOICES = {
     "profile=linear": "config argument 'profile=linear': allowed values of profile: exp, step",
     "method=ce,budget=tiny": "config argument 'budget=tiny': allowed values of budget: full, short",
     "augment=none": "config argument 'augment=none': allowed values of augment: paper, plain, auto",
+    "classifier=dot": "config argument 'classifier=dot': allowed values of classifier: auto, linear, cosine",
+    "model=foo": "config argument 'model=foo': such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18",
+    "method=lbgat,guide=foo": "config argument 'guide=foo': such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18",
+    "method=lbgat,epsilon=8": "config argument 'epsilon=8': above 0 and up to 1; did you mean 8/255?",
+    "method=lbgat,epsilon=-1/255": "config argument 'epsilon=-1/255': above 0 and up to 1",
+    "method=lbgat,epsilon=8/0": "config argument 'epsilon=8/0': a number, or a fraction such as 8/255",
+    "method=lbgat,epsilon=some": "config argument 'epsilon=some': a number, or a fraction such as 8/255",
+    "method=lbgat,beta=-1": "config argument 'beta=-1': from 0 up",
+    "method=lbgat,awp=0.005": "config argument 'awp=0.005': allowed values of awp: false, true",
+    "method=pgd_at,beta=6": "config argument 'beta' is for trades, bgat, lbgat",
+    "method=trades,guide=resnet18": "config argument 'guide' is for natural, lbgat",
+    **{
+        f"method=ce,{name}={value}": f"config argument '{name}' is for adversarial training: "
+        "pgd_at, trades, alp, bgat, lbgat"
+        for name, value in dict(
+            guide="resnet18", beta=6, loss="balanced_softmax", awp="true", sampler="class_aware", epsilon="8/255"
+        ).items()
+    },
 }
 FIRST, AFTER = ", ".join(recipes.SCRATCH), ", ".join(recipes.NEXT)
 CHAINS_THAT_CANNOT_BE = {
@@ -191,15 +234,39 @@ CHAINS_THAT_CANNOT_BE = {
     "recipe=ce+ldam": f"config argument 'recipe=ce+ldam': after the first may stand: {AFTER}; not 'ldam'",
     "recipe=ce+": f"config argument 'recipe=ce+': after the first may stand: {AFTER}; not ''",
     "recipe=ce+crt+crt": "config argument 'recipe=ce+crt+crt': each block once",
-    "recipe=ce+crt+drw": "config argument 'recipe=ce+crt+drw': "
-    "drw comes second, after a block with one loss, not reslt",
-    "recipe=reslt+drw": "config argument 'recipe=reslt+drw': drw comes second, after a block with one loss, not reslt",
+    **{
+        f"recipe={blocks}": f"config argument 'recipe={blocks}': drw comes second, "
+        "after a block with one loss such as ce"
+        for blocks in ("ce+crt+drw", "reslt+drw", "lbgat+drw", "pgd_at+drw")
+    },
+    "recipe=bgat": f"config argument 'recipe=bgat': first may stand: {FIRST}; not 'bgat'",
+    **{
+        f"recipe={blocks}": f"config argument 'recipe={blocks}': natural and bgat go together, "
+        "as natural+bgat at the start"
+        for blocks in ("natural", "natural+crt", "ce+bgat", "trades+robust_classifier+bgat")
+    },
 }
 
 
 @pytest.mark.parametrize("name", ["cifar10_lt", "cifar100_lt"])
 def test_every_mistaken_argument_is_one_clear_line(read, name):
     for argument, message in {**NUMBERS_AND_CHOICES, **CHAINS_THAT_CANNOT_BE}.items():
+        with pytest.raises(ValueError) as raised:
+            read(name, argument)
+        assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
+def test_what_is_for_long_tailed_data_is_refused_on_balanced_data(read, name):
+    methods = ", ".join(("lbgat", *common.BALANCED))
+    mistakes = {
+        "method=reslt": f"config argument 'method=reslt': allowed values of method: {methods}",
+        "recipe=reslt": "config argument 'recipe=reslt': reslt is for long-tailed data",
+        "recipe=lbgat+smoothing": "config argument 'recipe=lbgat+smoothing': smoothing is for long-tailed data",
+        "imbalance=100": "unknown config argument 'imbalance'; allowed: method, recipe, budget, model, classifier, "
+        "augment, mixup, holdout, guide, beta, loss, awp, sampler, epsilon",
+    }
+    for argument, message in mistakes.items():
         with pytest.raises(ValueError) as raised:
             read(name, argument)
         assert str(raised.value) == message
@@ -468,3 +535,160 @@ def test_the_nearest_is_so_by_ratio():
     table = {10: "a", 50: "b", 100: "c"}
     found = [common.nearest(table, imbalance) for imbalance in (1, 22, 23, 70, 71, 1000)]
     assert found == ["a", "a", "b", "b", "c", "c"]
+
+
+# Adversarial training.
+
+PAPERS_ATTACK = dict(epsilon=0.031, step_size=0.007, num_steps=10, norm="linf", start="gaussian", start_scale=0.001)
+OWN = dict(attack=PAPERS_ATTACK, awp=0.0)
+PLAIN = {"name": "cross_entropy"}
+ROBUST_METHODS = {
+    "pgd_at": [dict(name="pgd_at", loss=PLAIN, **OWN)],
+    "trades": [dict(name="trades", beta=6.0, loss=PLAIN, **OWN)],
+    "alp": [dict(name="alp", pairing_weight=0.5, loss=PLAIN, **OWN)],
+    "bgat": [dict(name="erm", net="guide", loss=PLAIN), dict(name="bgat", beta=0.0, **OWN)],
+    "lbgat": [dict(name="lbgat", beta=0.0, guide_loss=PLAIN, **OWN)],
+}
+PIXELS = dict(mean=(0.0,), std=(1.0,), dtype="float32", classifier="linear")
+RESNET18 = dict(name="resnet", depth=18, width=64)
+
+
+@pytest.mark.parametrize("file", ["cifar10", "cifar100", "tiny_imagenet", "cifar10_lt", "cifar100_lt"])
+@pytest.mark.parametrize("name", ROBUST_METHODS)
+def test_adversarial_methods_are_the_papers(parsed, file, name):
+    assert [stage.method for stage in parsed(file, f"method={name}")[1].values()] == ROBUST_METHODS[name]
+
+
+@pytest.mark.parametrize("name", ROBUST_METHODS)
+def test_adversarial_training_has_the_schedule_of_lbgat(parsed, name):
+    run, stages = parsed("cifar100", f"method={name}")
+    assert (run.batch_size, run.epochs, run.optimizer) == (128, 100, config.Optimizer(0.9, False, 2e-4))
+    for stage in stages.values():
+        assert (stage.epochs, stage.lr, stage.batch_norm) == (100, 0.1, "train")
+        assert (stage.augment["crop_padding"], stage.augment["flip"], stage.augment["auto_augment"]) == (4, True, False)
+        counted_from_1 = 0.1 * np.array([0, *factors_of(stage)])
+        rates = counted_from_1[[1, 2, 75, 76, 90, 91, 100]]
+        np.testing.assert_allclose(rates, [0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+@pytest.mark.parametrize("name", ROBUST_METHODS)
+def test_adversarial_networks_are_those_of_lbgat_and_see_pixels_as_they_are(parsed, name):
+    run, _ = parsed("cifar100", f"method={name}")
+    assert {key: run.model[key] for key in ("name", "depth", "width")} == dict(name="wide_resnet", depth=34, width=10)
+    assert {key: run.model[key] for key in PIXELS} == PIXELS
+    assert run.guide == ({**RESNET18, **PIXELS} if name in ("bgat", "lbgat") else {})
+
+
+def test_cross_entropy_on_balanced_data_normalises(parsed):
+    assert [parsed(name, "method=ce")[0].model["mean"] for name in ("cifar10", "tiny_imagenet")] == [
+        (0.4914, 0.4822, 0.4465),
+        (0.4802, 0.4481, 0.3975),
+    ]
+
+
+def test_all_of_the_balanced_data_is_used(parsed):
+    for name in ("cifar10", "cifar100", "tiny_imagenet"):
+        run, _ = parsed(name)
+        assert (run.data.name, run.data.imbalance, run.data.max_count, run.data.holdout) == (name, 1.0, 0, 0)
+        assert (run.data.groups, run.stages) == ("counts", ("lbgat",))
+
+
+def test_which_networks_train(parsed):
+    rates = {name: [rates_of(s) for s in parsed("cifar10", f"method={name}")[1].values()] for name in ROBUST_METHODS}
+    one = dict(backbone=1.0, classifier=1.0)
+    assert rates["pgd_at"] == rates["trades"] == rates["alp"] == [one]
+    assert rates["lbgat"] == [dict(one, guide=1.0)]
+    assert rates["bgat"] == [dict(backbone=0.0, classifier=0.0, guide=1.0), dict(one, guide=0.0)]
+
+
+def test_the_natural_stage_of_bgat_is_judged_by_its_guide(parsed):
+    run, stages = parsed("cifar10", "method=bgat")
+    assert run.stages == ("natural", "bgat")
+    found = [(s.start_from, s.evaluate_net, s.title) for s in stages.values()]
+    assert found == [("scratch", "guide", "BGAT, stage 1"), ("natural", "net", "BGAT, stage 2")]
+
+
+@pytest.mark.parametrize("classes, head, tail", [(10, 0.3, 0.0), (100, 0.4, 0.1)])
+def test_the_loss_of_the_labels_is_mislass_by_its_name(parsed, classes, head, tail):
+    _, stages = parsed(f"cifar{classes}_lt", "method=trades,loss=label_aware_smoothing")
+    assert stages["trades"].method["loss"] == dict(name="label_aware_smoothing", head=head, tail=tail)
+
+
+@pytest.mark.parametrize(
+    "name, stage, key", [("lbgat", "lbgat", "guide_loss"), ("bgat", "natural", "loss"), ("pgd_at", "pgd_at", "loss")]
+)
+def test_the_loss_goes_to_the_network_that_sees_labels(parsed, name, stage, key):
+    _, stages = parsed("cifar10_lt", f"method={name},loss=logit_adjusted")
+    assert stages[stage].method[key] == {"name": "logit_adjusted"}
+
+
+def test_beta_and_awp_reach_the_method(parsed):
+    found = parsed("cifar100", "method=lbgat,beta=6,awp=true")[1]["lbgat"].method
+    assert (found["beta"], found["awp"]) == (6.0, 0.005)
+    assert parsed("cifar100", "method=trades,beta=0")[1]["trades"].method["beta"] == 0.0
+
+
+@pytest.mark.parametrize("epsilon, number", [("8/255", 8 / 255), ("0.05", 0.05), ("1", 1.0)])
+def test_another_epsilon_has_steps_of_a_quarter_and_is_attacked_with(parsed, epsilon, number):
+    run, stages = parsed("cifar100", f"method=lbgat,epsilon={epsilon}")
+    attack = stages["lbgat"].method["attack"]
+    assert attack == {**PAPERS_ATTACK, "epsilon": number, "step_size": number / 4}
+    assert run.attack.epsilon == epsilon
+
+
+def test_the_attack_in_the_end_is_the_papers(parsed):
+    assert parsed("cifar100")[0].attack == config.Attack("0.031", "linf", 0, ("pgd-20", "cw-20", "autoattack"), "2/255")
+
+
+SAMPLERS = {
+    "instance_balanced": dict(name="instance_balanced"),
+    "class_balanced": dict(name="class_balanced"),
+    "class_aware": dict(name="class_aware", in_a_row=4),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_sampler_is_that_of_the_first_part(parsed, sampler):
+    _, stages = parsed("cifar10_lt", f"recipe=natural+bgat+crt,sampler={sampler}")
+    found = [stage.sampler for stage in stages.values()]
+    assert found == [SAMPLERS[sampler], SAMPLERS[sampler], dict(name="class_balanced")]
+
+
+def test_short_adversarial_training_is_2_epochs_of_tiny_networks(parsed):
+    run, stages = parsed("cifar10", "method=lbgat,budget=short")
+    tiny = dict(name="wide_resnet", depth=10, width=1)
+    assert all({key: net[key] for key in tiny} == tiny for net in (run.model, run.guide))
+    attack = stages["lbgat"].method["attack"]
+    assert (attack["num_steps"], attack["step_size"], attack["epsilon"]) == (3, 0.014, 0.031)
+    np.testing.assert_allclose(factors_of(stages["lbgat"]), [1, 0.1])
+
+
+MODELS = {
+    "resnet32": dict(name="resnet_cifar", depth=32, width=16),
+    "resnet18": RESNET18,
+    "resnet34": dict(name="resnet", depth=34, width=64),
+    "preact18": dict(name="preact_resnet", depth=18, width=64),
+    "wrn28_10": dict(name="wide_resnet", depth=28, width=10),
+    "wrn10_1": dict(name="wide_resnet", depth=10, width=1),
+}
+
+
+@pytest.mark.parametrize("text", MODELS)
+def test_networks_have_short_names(parsed, text):
+    run, _ = parsed("cifar10", f"method=lbgat,model={text},guide={text}")
+    for net in (run.model, run.guide):
+        assert {key: net[key] for key in MODELS[text]} == MODELS[text]
+
+
+def test_a_robust_classifier_is_trained_on_attacked_images_and_nothing_else_is(parsed):
+    _, stages = parsed("cifar10_lt", "recipe=lbgat+robust_classifier,awp=true,loss=balanced_softmax")
+    stage = stages["robust_classifier"]
+    assert stage.method == dict(name="pgd_at", loss={"name": "balanced_softmax"}, **OWN)
+    assert (stage.epochs, stage.lr, stage.start_from, stage.batch_norm) == (10, 0.01, "lbgat", "eval")
+    assert rates_of(stage) == {"backbone": 0.0, "classifier": 1.0, "guide": 0.0}
+    assert stage.sampler == dict(name="class_balanced")
+
+
+def test_features_of_the_guide_are_not_judged_by_the_nets_means(parsed):
+    _, stages = parsed("cifar10_lt", "recipe=natural+bgat+dro")
+    assert [stage.nearest_mean for stage in stages.values()] == [False, True, True]

@@ -274,6 +274,7 @@ def test_a_run_on_other_devices_agrees(finished, tmp_path):
         (("--config=configs/cifar100_lt.py:metod=ce",), ["metod", "method, recipe, imbalance, profile, budget"]),
         (("--config=configs/cifar100_lt.py:method=misslas",), ["misslas", "mislas, ce"]),
         (("--config=configs/cifar100_lt.py:imbalance=lots",), ["imbalance=lots", "number"]),
+        (("--config=configs/cifar10.py:method=lbgat,epsilon=8",), ["epsilon=8", "did you mean 8/255?"]),
         (("--config=configs/nothing.py",), ["nothing.py"]),
         (("--confg=configs/quickstart.py",), ["confg"]),
         (("--config=configs/quickstart.py", "extra"), ["extra"]),
@@ -330,6 +331,13 @@ def test_mistakes_in_a_config_are_named_before_training(changes, words, tmp_path
         [],
         [".lock"],
     )  # the corrected config is not refused as another run's
+
+
+def test_a_method_that_wants_a_second_network_says_where_to_give_it(tmp_path):
+    config = tiny_config()
+    config["ce"]["method"]["net"] = "guide"
+    with pytest.raises(UserError, match=r"wants a network 'guide': give its settings in config\.guide"):
+        train.train(config, tmp_path / "run")
 
 
 def test_missing_data_names_the_folder_and_the_command(tmp_path):

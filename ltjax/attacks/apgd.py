@@ -111,6 +111,7 @@ class Apgd(NamedTuple):
 
         def total(x):
             logits = predict(x)
+            logits = logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
             if self.loss == "dlr-targeted":
                 values = objectives.dlr_targeted(logits, task.labels, target)
             else:
@@ -120,22 +121,21 @@ class Apgd(NamedTuple):
         gradient, (loss, logits) = jax.grad(total, has_aux=True)(moved)
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
         loss = jnp.where(jnp.isnan(loss), -jnp.inf, loss).astype(images.dtype)
-        fools = logits.argmax(-1) != task.labels
+        fools = objectives.fooled(logits, task.labels)
 
         better = begins | (loss > state.best_loss)
         choose = per_image(better, images)
         best = jnp.where(choose, moved, state.best)
         best_gradient = jnp.where(choose, gradient, state.best_gradient)
         best_loss = jnp.where(better, loss, state.best_loss)
-        uphill = jnp.where(begins, 0, state.uphill + (loss > state.loss))
+        uphill = jnp.where(begins, 0, state.uphill + (loss > state.loss).astype(jnp.int32))
         last_best = jnp.where(begins, loss, state.last_best)
         halved = begins | state.halved  # at the first look, a best that has not moved is no reason yet
         step_size = jnp.where(begins, 2 * self.epsilon, state.step_size).astype(images.dtype)
 
         at, covers = looks(self.num_steps)
         look = jnp.asarray([False, *at])[number]
-        window = jnp.asarray([1, *covers])[number]
-        oscillates = uphill <= PATIENCE * window.astype(images.dtype)
+        oscillates = uphill <= jnp.asarray([0, *(int(PATIENCE * steps) for steps in covers)], jnp.int32)[number]
         stuck = ~halved & (last_best >= best_loss)
         halve = look & (oscillates | stuck)
         back = per_image(halve, images)

@@ -73,18 +73,19 @@ def autoattack(
     Where we differ from the authors' code: an attack stops working on an image once it is fooled, FAB evaluates the
     model once a step where they do twice, and cross-entropy is climbed by its log-odds, which do not saturate.
     """
-    epsilon = radius(epsilon, norm=norm)
+    size = radius(epsilon, norm=norm)
     if isinstance(attacks, str):
         raise ValueError(f"attacks = {attacks!r}: a tuple of names, such as ({attacks!r},)")
     budget = dict(num_steps=num_steps, num_targets=num_targets, num_queries=num_queries)
     if min(batch_size, *budget.values()) < 1:
         raise ValueError(f"batch_size = {batch_size}, {budget}: at least 1 each")
-    machines = {name: _machine(name, epsilon, norm, **budget) for name in attacks}
+    machines = {name: _machine(name, size, norm, **budget) for name in attacks}
     images, labels = np.asarray(images), np.asarray(labels)
+    images = images.astype(jax.dtypes.canonicalize_dtype(images.dtype), copy=False)  # float64 has no place without x64
     _check(images, labels)
     mesh = slots.make_mesh(devices)
     predict = predict if isinstance(predict, Partial) else Partial(predict)
-    predict = jax.device_put(predict, NamedSharding(mesh, PartitionSpec()))
+    predict, rng = jax.device_put((predict, rng), NamedSharding(mesh, PartitionSpec()))
     clean = _clean_logits(predict, images, labels, batch_size, mesh)  # [N, C]
     for trouble in look_for_trouble(predict, images, labels, clean):
         warnings.warn(trouble, RuntimeWarning, stacklevel=2)
@@ -95,7 +96,7 @@ def autoattack(
     found = Found(images.copy(), correct, np.ones(len(images), bool), "", {})
     file = None
     if progress_file is not None:
-        settings = repr((epsilon, norm, tuple(attacks), budget, jax.random.key_data(rng).tolist()))
+        settings = repr((size, norm, tuple(attacks), budget, jax.random.key_data(rng).tolist()))
         file = ProgressFile(Path(progress_file), settings, images, labels, clean)
         found = file.load(found)
     try:
@@ -106,13 +107,13 @@ def autoattack(
                 found = found._replace(attack=name, settled=~found.robust)
             todo = np.flatnonzero(found.robust & ~found.settled)
             own = jax.random.fold_in(rng, ATTACKS.index(name))
-            layout: dict[str, Any] = dict(batch_size=batch_size, mesh=mesh)
+            layout: dict[str, Any] = dict(batch_size=min(batch_size, len(images)), mesh=mesh)
             work = slots.run(machine, predict, images, labels, targets, todo, own, **layout) if len(todo) else ()
             saved_at = time.monotonic()
             for now in _follow(name, work, found, len(todo)):
                 if progress:
                     progress(now)
-                if file and time.monotonic() - saved_at > save_seconds:
+                if file and time.monotonic() - saved_at >= save_seconds:
                     file.save(found, images)
                     saved_at = time.monotonic()
             found.robust_after[name] = found.robust.copy()
@@ -154,7 +155,7 @@ def _machine(name: str, epsilon: float, norm: str, *, num_steps: int, num_target
 
 
 def _check(images: np.ndarray, labels: np.ndarray) -> None:
-    if images.ndim < 2 or labels.shape != images.shape[:1] or not len(images):
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
         raise ValueError(f"images {images.shape} and labels {labels.shape}: [N, H, W, channels] and [N], N at least 1")
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise ValueError(f"labels are {labels.dtype}, the smallest {labels.min()}: integers from 0 to C - 1")

@@ -11,21 +11,25 @@ import numpy as np
 NORMS = ("linf", "l2")
 
 
-def radius(value: float | str, *, norm: str = "linf") -> float:
-    """An epsilon as a number: 0.031, "8/255" or "0.5" -> float, in pixel units of [0, 1].
+def radius(value: Any, *, norm: str = "linf", name: str = "epsilon") -> Any:
+    """An epsilon as a number: 0.031, "8/255" or "0.5" -> float, in pixel units of [0, 1]. `name` is for the error.
+
+    What is traced by `jit` has no value to look at, and is returned as it is.
 
     Raises: ValueError for what is no number, for a radius below 0, and for an l-inf radius above 1, which most likely
       counts in 255ths.
     """
     check_norm(norm)
+    if isinstance(value, jax.core.Tracer):
+        return value
     try:
         number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
     except (ValueError, TypeError, ZeroDivisionError):
-        raise ValueError(f'epsilon = {value!r}: a number such as 0.031, or a fraction such as "8/255"') from None
+        raise ValueError(f'{name} = {value!r}: a number such as 0.031, or a fraction such as "8/255"') from None
     if not 0 <= number < math.inf:
-        raise ValueError(f"epsilon = {value}: a radius from 0 up")
+        raise ValueError(f"{name} = {value}: a number from 0 up")
     if norm == "linf" and number > 1:
-        raise ValueError(f"epsilon = {value}: l-inf radii are in [0, 1], as pixels are; did you mean {number:g}/255?")
+        raise ValueError(f"{name} = {value}: l-inf radii are in [0, 1], as pixels are; did you mean {number:g}/255?")
     return number
 
 

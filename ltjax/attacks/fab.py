@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ltjax.attacks import ball
+from ltjax.attacks import ball, objectives
 from ltjax.attacks.slots import Task
 
 OVERSHOOT = 1.05  # eta of the paper: how far past the linearised boundary a step goes
@@ -72,7 +72,7 @@ class Fab(NamedTuple):
             return value.sum(), (logits, value)
 
         (_, (logits, value)), slope = jax.value_and_grad(gap, has_aux=True)(x)
-        wrong = logits.argmax(-1).astype(task.labels.dtype) != task.labels
+        wrong = objectives.fooled(logits, task.labels)
         distance = ball.length(x - images, norm=self.norm)
         fooled = wrong & (distance <= self.epsilon)
 

@@ -6,6 +6,11 @@ import jax.numpy as jnp
 TINY = 1e-12
 
 
+def fooled(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether the label is not the prediction, bool [B]. Logits with a nan predict nothing, and so not the label."""
+    return (logits.argmax(-1).astype(labels.dtype) != labels) | jnp.isnan(logits).any(-1)
+
+
 def _split(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The label's logit [B], and all logits with the label's at -inf [B, C]."""
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
@@ -50,9 +55,8 @@ def dlr_targeted(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> ja
     With three classes the denominator is `z_1st - z_3rd`, with two it is 1.
     """
     num_classes = logits.shape[-1]
-    own = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
-    wanted = jax.nn.one_hot(targets, num_classes, dtype=logits.dtype)
-    difference = ((wanted - own) * logits).sum(-1)
+    own, wanted = (jax.nn.one_hot(c, num_classes, dtype=bool) for c in (labels, targets))
+    difference = jnp.where(wanted, logits, 0).sum(-1) - jnp.where(own, logits, 0).sum(-1)
     if num_classes < 3:
         return difference
     top = jax.lax.top_k(logits, min(num_classes, 4))[0]  # [B, 3 or 4]

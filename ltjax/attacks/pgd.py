@@ -20,7 +20,12 @@ OBJECTIVES = ("ce", "kl", "cw")
 
 
 def random_start(
-    rng: jax.Array, images: jax.Array, *, kind: str = "gaussian", scale: float | str = 0.001, norm: str = "linf"
+    rng: jax.Array,
+    images: jax.Array,
+    *,
+    kind: str = "gaussian",
+    scale: float | str | jax.Array = 0.001,
+    norm: str = "linf",
 ) -> jax.Array:
     """Where an attack begins: images [B, ...] moved at random.
 
@@ -35,15 +40,16 @@ def random_start(
     if kind == "none":
         return images
     if kind == "gaussian":
-        return images + float(scale) * jax.random.normal(rng, images.shape, images.dtype)
-    scale = radius(scale, norm=norm)
+        spread = radius(scale, norm="l2", name="scale")  # whose upper end is open
+        return images + spread * jax.random.normal(rng, images.shape, images.dtype)
+    size = radius(scale, norm=norm, name="scale")
     if norm == "linf":
         noise = jax.random.uniform(rng, images.shape, images.dtype, -1, 1)
-        return jnp.clip(images + scale * noise, 0, 1)
+        return jnp.clip(images + size * noise, 0, 1)
     way, far = jax.random.split(rng)
     towards = direction(jax.random.normal(way, images.shape, images.dtype), norm="l2")
     share = jax.random.uniform(far, images.shape[:1], images.dtype) ** (1 / images[0].size)  # uniform over the volume
-    return jnp.clip(images + scale * per_image(share, images) * towards, 0, 1)
+    return jnp.clip(images + size * per_image(share, images) * towards, 0, 1)
 
 
 def pgd(
@@ -72,10 +78,8 @@ def pgd(
     """
     check_images(images)
     check_norm(norm)
-    if not isinstance(epsilon, jax.Array):
-        epsilon = radius(epsilon, norm=norm)
-    if not isinstance(step_size, jax.Array):
-        step_size = radius(step_size, norm="l2")
+    epsilon = radius(epsilon, norm=norm)
+    step_size = radius(step_size, norm="l2", name="step_size")
     images = jax.lax.stop_gradient(images)
 
     def ascend(_, x):
@@ -95,13 +99,13 @@ def pgd_attack(
     labels: jax.Array,
     rng: jax.Array,
     *,
-    epsilon: float | str,
-    step_size: float | str,
+    epsilon: float | str | jax.Array,
+    step_size: float | str | jax.Array,
     num_steps: int = 20,
     norm: str = "linf",
     objective: str = "ce",
     start: str = "uniform",
-    start_scale: float | str | None = None,
+    start_scale: float | str | jax.Array | None = None,
     num_restarts: int = 1,
 ) -> jax.Array:
     """PGD against a model, as tables report it (PGD-20, CW-20): the adversarial images [B, H, W, channels].
@@ -119,6 +123,7 @@ def pgd_attack(
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
     if num_restarts < 1:
         raise ValueError(f"num_restarts = {num_restarts}: at least 1")
+    epsilon, labels = radius(epsilon, norm=norm), jnp.asarray(labels).astype(jnp.int32)
     if start_scale is None:
         start_scale = epsilon if start == "uniform" else 0.001
     natural = predict(images) if objective == "kl" else None
@@ -140,7 +145,8 @@ def pgd_attack(
 
     def rank(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = predict(x)
-        return logits.argmax(-1) != labels, value(logits)
+        reached = value(logits)
+        return objectives.fooled(logits, labels), jnp.where(jnp.isnan(reached), -jnp.inf, reached)
 
     def again(number, kept):
         best, (fooled, highest) = kept

@@ -61,8 +61,8 @@ class Settled(NamedTuple):
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """One axis over all devices: each has a share of the slots."""
-    devices = jax.devices() if devices is None else devices
+    """One axis over the devices, by default all of this process: each has a share of the slots."""
+    devices = jax.local_devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
@@ -153,10 +153,12 @@ def run(
     Args:
       predict: a `jax.tree_util.Partial`. images [N, H, W, channels], labels [N], targets [N, T]: on the host.
       chosen: int [K], which of them. rng: image i's random numbers follow from it and i, whatever else is attacked.
-      batch_size: slots; fewer once fewer images are left. Slots wait for the slowest of `steps_a_dispatch` steps only
-        where no image is left to take their place.
+      batch_size: slots; a half, a quarter, ... of them for few images, and fewer once fewer are left. Slots wait for
+        the slowest of `steps_a_dispatch` steps only where no image is left to take their place.
     """
-    sizes, waiting = batch_sizes(min(batch_size, len(chosen)), mesh), list(chosen)
+    while batch_size // 2 >= len(chosen) > 0:  # not just as many as chosen: that would compile anew for each number
+        batch_size = -(-batch_size // 2)
+    sizes, waiting = batch_sizes(batch_size, mesh), list(chosen)
     size = sizes[0]
 
     def gather(index: np.ndarray) -> _Slots:

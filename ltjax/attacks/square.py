@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ltjax.attacks import ball
+from ltjax.attacks import ball, objectives
 from ltjax.attacks.slots import Task
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after these proposals, windows cover half the share
@@ -59,7 +59,7 @@ class Square(NamedTuple):
         own = jax.nn.one_hot(task.labels, logits.shape[-1], dtype=bool)
         margin = jnp.where(own, logits, 0).sum(-1) - jnp.where(own, -jnp.inf, logits).max(-1)
         margin = margin.astype(state.margin.dtype)
-        wrong = logits.argmax(-1).astype(task.labels.dtype) != task.labels
+        wrong = objectives.fooled(logits, task.labels)
         accepted = (margin < state.margin) | wrong
         query = state.query + 1
         return State(

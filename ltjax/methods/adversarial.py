@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ltjax import attacks, losses, registry
-from ltjax.types import Apply, Batch, Method, UserError, Variables
+from ltjax.types import Apply, Batch, Method, Variables
 
 # objective(natural logits [B, C], logits [B, C], batch) -> scalar, what the attack maximises
 Objective = Callable[[jax.Array, jax.Array, Batch], jax.Array]
@@ -40,13 +40,20 @@ def _attack_settings(
     start_scale: float | str = 0.001,
 ) -> dict[str, Any]:
     """The papers' PGD. Raises: ValueError for what `attacks.pgd` could not use."""
-    radius = attacks.radius(epsilon, norm=norm)
-    if num_steps < 1:
-        raise ValueError(f"attack num_steps = {num_steps}: at least 1")
+
+    def size(name: str, value: float | str) -> float:
+        try:
+            return attacks.radius(value, norm=norm)
+        except ValueError as error:
+            raise ValueError(str(error).replace("epsilon", name, 1)) from None
+
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"attack num_steps = {num_steps}: a whole number from 1 up")
     if start not in attacks.STARTS:
         raise ValueError(f"unknown start {start!r} of the attack; known: {', '.join(attacks.STARTS)}")
-    moves = dict(epsilon=radius, step_size=attacks.radius(step_size, norm="l2"), num_steps=num_steps, norm=norm)
-    return dict(moves=moves, begin=dict(kind=start, scale=attacks.radius(start_scale, norm="l2"), norm=norm))
+    radius, step = size("epsilon", epsilon), size("step_size", step_size)
+    moves = dict(epsilon=radius, step_size=step, num_steps=num_steps, norm=norm)
+    return dict(moves=moves, begin=dict(kind=start, scale=size("start_scale", start_scale), norm=norm))
 
 
 def create(given: Given, *, objective: Objective, attack: Mapping[str, Any], awp: float) -> Method:
@@ -65,7 +72,7 @@ def create(given: Given, *, objective: Objective, attack: Mapping[str, Any], awp
     """
     settings = registry.bind("attack", _attack_settings, attack)()
     if not 0 <= awp < 1:
-        raise UserError(f"awp = {awp}: a share of the weights' length, from 0 to below 1, such as 0.005")
+        raise ValueError(f"awp = {awp}: a share of the weights' length, from 0 to below 1, such as 0.005")
 
     def adversarial(apply: Apply, variables: Variables, batch: Batch, rng: jax.Array) -> jax.Array:
         variables = jax.lax.stop_gradient(variables)

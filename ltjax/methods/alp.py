@@ -24,6 +24,8 @@ def create(
     The square is summed over classes and averaged over the batch.
     loss: of the labels, see `ltjax.methods.criteria.create`. attack, awp: see `ltjax.methods.adversarial.create`.
     """
+    if not pairing_weight >= 0:
+        raise ValueError(f"pairing_weight = {pairing_weight}: from 0 up")
     criterion = criteria.create(class_counts, loss)
 
     def given(apply, variables, batch, images):

@@ -8,7 +8,7 @@ import numpy as np
 
 from ltjax import losses
 from ltjax.methods import adversarial, criteria
-from ltjax.types import Method, UserError
+from ltjax.types import Method
 
 
 def create(
@@ -35,7 +35,7 @@ def create(
     the attacked images first, then the clean ones.
     """
     if not beta >= 0:
-        raise UserError(f"method 'lbgat': beta = {beta}: from 0 up")
+        raise ValueError(f"beta = {beta}: from 0 up")
     criterion = criteria.create(class_counts, guide_loss)
 
     def given(apply, variables, batch, images):

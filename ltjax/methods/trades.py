@@ -25,6 +25,8 @@ def create(
     f runs once on clean images, which the batch-norm statistics see first, and once on attacked ones; the authors' code
     has a second pass on the clean images, whose value is the same.
     """
+    if not beta >= 0:
+        raise ValueError(f"beta = {beta}: from 0 up")
     criterion = criteria.create(class_counts, loss)
 
     def given(apply, variables, batch, images):

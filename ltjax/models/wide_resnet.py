@@ -2,7 +2,8 @@
 
 A convolution to 16 channels, three stages of (depth - 4) / 6 pre-activation blocks with 16, 32 and 64 times width
 channels, a batch norm and a ReLU. With a 10-way classifier, WRN-34-10 has 46,160,474 parameters. The authors' class
-has a second first stage, `sub_block1`, through which nothing passes; it is not here.
+has a second first stage, `sub_block1`, through which nothing passes; it is not here. Its initial weights are He's for
+the channels that go out; ours, as in all networks here, for those that come in.
 """
 
 from typing import Any

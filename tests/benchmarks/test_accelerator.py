@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import accelerator
+from configs import cifar100_lt
 
 SAVES = """
 import pathlib, signal, sys, time
@@ -69,7 +70,45 @@ def test_the_list_shows_what_is_done_and_what_is_left(tmp_path, capsys):
 def test_pieces_have_names_and_results_of_their_own(tmp_path, tiny):
     found = accelerator.pieces(tmp_path, None, "gpu", tiny)
     assert len({piece.name for piece in found}) == len({piece.result for piece in found}) == len(found)
-    assert len([piece for piece in found if piece.name.startswith("run-")]) == (2 if tiny else len(accelerator.METHODS))
+    runs = [piece for piece in found if piece.name.startswith("run-")]
+    assert len(runs) == (3 if tiny else len(accelerator.METHODS) + len(accelerator.ROBUST))
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_an_attack_follows_its_run_with_the_same_config(tmp_path, tiny):
+    found = {piece.name: piece for piece in accelerator.pieces(tmp_path, None, "gpu", tiny)}
+    names = list(found)
+    attacks = [piece for piece in found.values() if piece.after]
+    assert len(attacks) == (1 if tiny else len(accelerator.ROBUST))
+    for piece in attacks:
+        trained = found[piece.after]
+        assert names.index(piece.name) == names.index(trained.name) + 1
+        assert piece.result.parent == trained.result.parent
+        length = len(trained.command)
+        assert piece.command[:length] == trained.command
+        assert piece.command[length] == "--mode=attack"
+        assert all(flag.startswith("--config.attack.") for flag in piece.command[length + 1 :])
+
+
+@pytest.mark.parametrize("name", accelerator.ROBUST)
+def test_configs_of_robust_runs_can_be_read(tmp_path, name):
+    for tiny in (True, False):
+        path = accelerator.robust_run(name, tmp_path, None, tiny)[0].command[1].partition(":")[2]
+        made = cifar100_lt.get_config(path)
+        assert made.model.name == "preact_resnet" and made.replicas == 1
+
+
+def test_an_attack_waits_for_its_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(accelerator.ROOT)
+    machine = {"platform": "gpu", "device": "gpu: some", "num_devices": 1, "versions": {}}
+    monkeypatch.setattr(accelerator, "run_child", lambda *_: (0, False))
+    monkeypatch.setattr(accelerator, "do", lambda *_: "failed")
+    monkeypatch.setattr(accelerator, "read", lambda path: machine if path.name == "report.json" else None)
+    monkeypatch.setattr(sys, "argv", ["accelerator", f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'out'}"])
+    assert accelerator.main() == 1
+    said = capsys.readouterr().out.splitlines()[-1]
+    left = said.partition("; left: ")[2].partition("; ")[0].split(", ")
+    assert left == [f"attack-{name}-if100" for name in accelerator.ROBUST]
 
 
 def test_results_of_pytest_are_read_from_its_xml(tmp_path):

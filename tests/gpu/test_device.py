@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import losses, methods, models, optim, parallel, stage
+from benchmarks.autoattack import golden
+from ltjax import attacks, losses, methods, models, optim, parallel, stage
 from ltjax.checkpoint import Checkpoints
 from ltjax.data import augment, samplers
 from ltjax.types import Variables
@@ -143,3 +144,32 @@ def test_dro_loss_agrees_with_the_cpu():
     )
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert relative(np.asarray(gradient), np.asarray(expected_gradient)) < 1e-4
+
+
+def test_pgd_reaches_on_the_device_what_it_reaches_on_the_cpu():
+    """Rounding turns the sign of tiny gradients, so what is compared is the divergence that the attack reaches."""
+    images = np.random.default_rng(3).random((16, 32, 32, 3), np.float32)
+    reached = {}
+    for platform, device in (("gpu", jax.devices()[0]), ("cpu", jax.devices("cpu")[0])):
+        apply = stage.make_apply({"net": network(platform=platform)}, "eval")
+
+        def attack(variables, images, apply=apply):
+            def predict(x):
+                return apply(variables, x)[0].logits
+
+            def divergence(x):
+                return losses.kl_divergence(predict(images), predict(x))
+
+            start = attacks.random_start(jax.random.key(0), images)
+            return divergence(attacks.pgd(images, start, divergence, epsilon=0.031, step_size=0.007, num_steps=5))
+
+        reached[platform] = np.asarray(jax.jit(attack)(*jax.device_put((fresh(), images), device)))
+    assert reached["gpu"].mean() == pytest.approx(reached["cpu"].mean(), rel=0.01)
+
+
+def test_apgd_leaves_standing_on_the_device_whom_the_reference_leaves():
+    predict, images, labels, theirs, epsilon = golden(64)
+    settings = dict(epsilon=epsilon, attacks=("apgd-ce",), devices=jax.devices()[:1], progress=None)
+    found = attacks.autoattack(predict, images, labels, jax.random.key(0), **settings)
+    assert (found.robust != theirs["apgd-ce"]).sum() <= 2
+    assert 0 < found.robust.sum() < 64

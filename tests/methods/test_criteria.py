@@ -89,7 +89,7 @@ def test_mixup_combines_the_losses_of_both_labels(name, weighting):
 def test_methods_of_one_loss_take_it_from_the_logits(name, settings):
     criterion = create({"erm": "cross_entropy", "mislas": "label_aware_smoothing"}[name])
 
-    def apply(variables, images):
+    def apply(variables, images, net="net"):
         return Outputs(LOGITS, jnp.zeros((12, 3))), variables
 
     method = methods.create(name, COUNTS, **settings)

@@ -1,0 +1,271 @@
+"""What a step of adversarial training costs: PGD alone, PGD-AT and LBGAT. From the root of the checkout:
+
+    python -m benchmarks.adversarial_step                              # WRN-10-1 on a CPU, WRN-34-10 on an accelerator
+    python -m benchmarks.adversarial_step --batch_size=16 --attack_steps=2 --repeats=2                # a quick look
+    python -m benchmarks.adversarial_step --dtype=bfloat16 --no_flops --out=step.json
+    python -m benchmarks.adversarial_step --model=wrn34_10 --guide=resnet18 --repeats=0    # operations alone, anywhere
+
+The images are random, in the shape of CIFAR-100. Programs, by their names in the table:
+
+- pgd: the attack of TRADES and LBGAT by itself, uphill on the KL from the natural prediction;
+- pgd_at, lbgat-0, lbgat-6: the training step of PGD-AT, and of LBGAT with beta 0 and 6;
+- lbgat-0-recomputed: as lbgat-0, with the natural prediction anew in each step of the attack, as the authors' code has
+  it. What that takes over what lbgat-0 takes is saved by computing it once.
+
+Of each, milliseconds and images a second, by the median of `--repeats` timings in turns, so that other load on the
+machine meets all of them; evaluations of a network for an image (forward passes, with or without a backward one); and
+operations an image as XLA counts them beside the least that will do, see `benchmarks/flops.py`.
+"""
+
+import argparse
+import contextlib
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import flops
+from benchmarks.cifar_step import write_random_images
+from configs import cifar100, common
+from ltjax import config as config_module
+from ltjax import parallel, problem, results, stage, train
+from ltjax.checkpoint import write_json
+from ltjax.methods import adversarial
+from ltjax.types import Batch, Method
+
+
+class Program(NamedTuple):
+    method: str  # "pgd" for the attack alone
+    beta: float = 0.0
+    recomputes: bool = False  # the natural prediction, in each step of the attack
+
+
+PROGRAMS = {
+    "pgd": Program("pgd"),
+    "pgd_at": Program("pgd_at"),
+    "lbgat-0": Program("lbgat"),
+    "lbgat-6": Program("lbgat", 6.0),
+    "lbgat-0-recomputed": Program("lbgat", 0.0, True),
+}
+create = adversarial.create
+
+
+def config(
+    program: Program, *, model: str, guide: str, batch_size: int, attack_steps: int, dtype: str = "float32"
+) -> dict[str, Any]:
+    """`configs/cifar100.py` with one epoch."""
+    method = "lbgat" if program.method == "pgd" else program.method
+    own = f",guide={guide},beta={program.beta:g}" if method == "lbgat" else ""
+    made = cifar100.get_config(f"method={method},model={model}{own}")
+    made.update(batch_size=batch_size, epochs=1)
+    made.model.dtype = dtype
+    if "guide" in made:
+        made.guide.dtype = dtype
+    made[method].method.attack.num_steps = attack_steps
+    return made.to_dict()
+
+
+def recomputing(given: adversarial.Given, *, objective: adversarial.Objective, attack: Any, awp: float) -> Method:
+    """`adversarial.create` whose attack predicts the clean images anew in each step."""
+    inside: list[Any] = []
+
+    def anew(natural: jax.Array, logits: jax.Array, batch: Batch) -> jax.Array:
+        del natural
+        apply, variables = inside[-1]
+        images = batch.images + 0 * jax.lax.stop_gradient(logits).sum()  # else XLA would compute it once, too
+        return objective(apply(variables, images, bn="eval")[0].logits, logits, batch)
+
+    method = create(given, objective=anew, attack=attack, awp=awp)
+
+    def loss(apply, variables, batch, rng):
+        inside.append((apply, jax.lax.stop_gradient(variables)))
+        return method.loss(apply, variables, batch, rng)
+
+    return method._replace(loss=loss)
+
+
+def attack_alone(settings: config_module.Stage, nets: Any) -> Callable[..., jax.Array]:
+    """(variables, images, rng) -> adversarial images, by the attack that the stage's method has."""
+
+    def given(apply, variables, batch, images):
+        return images.sum(), (variables, {"images": images})
+
+    own = dict(objective=adversarial.divergence, attack=settings.method["attack"], awp=0.0)
+    method, apply = adversarial.create(given, **own), stage.make_apply(nets, "train")
+
+    def attack(variables, images, rng):
+        batch = Batch(images, jnp.zeros(len(images), jnp.int32))
+        return method.loss(apply, variables, batch, rng)[1][1]["images"]
+
+    return attack
+
+
+def steps_of(program: Program):
+    return mock.patch.object(adversarial, "create", recomputing) if program.recomputes else contextlib.nullcontext()
+
+
+def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
+    """(run, its stage's name and settings, problem). shape: keywords of `config`."""
+    run, stages = config_module.parse(config(program, **shape))
+    ((name, settings),) = stages.items()
+    return run, name, settings, problem.setup(run, data_dir)
+
+
+def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> tuple[Callable[[], Any], str]:
+    """call(), which runs `steps` training steps or attacks and waits for the device; and the device."""
+    run, name, settings, ready = prepare(program, data_dir, shape)
+    variables = train.fresh_variables(run, name, ready)
+    device = ready.mesh.devices.flat[0]
+    if program.method == "pgd":
+        images = jax.random.uniform(jax.random.key(0), (run.batch_size, *ready.image_shape))
+        images = jax.device_put(images, parallel.split_batch(ready.mesh))
+        attack = jax.jit(attack_alone(settings, ready.nets))
+
+        def call():
+            jax.block_until_ready([attack(variables, images, jax.random.key(number)) for number in range(steps)])
+    else:
+        with steps_of(program):
+            built = train.build_stage(run, name, settings, ready)
+            state = [built.init(train.seeds(run), variables)]
+
+        def call():
+            with steps_of(program):  # the first call traces
+                state[0], _ = jax.block_until_ready(built.run(state[0], ready.train_data, steps))
+
+    return call, f"{device.platform}: {device.device_kind}"
+
+
+def operations(program: Program, data_dir: Path, shape: dict[str, Any]) -> float:
+    """For one image by XLA; compiles, and runs nothing."""
+
+    def count(num_steps: int) -> float:
+        run, name, settings, ready = prepare(program, data_dir, {**shape, "attack_steps": num_steps})
+        with steps_of(program):
+            if program.method != "pgd":
+                return flops.by_xla(run, name, settings, ready)
+        attack = attack_alone(settings, flops.plain_nets(run, len(ready.images.class_names)))
+        images = jax.ShapeDtypeStruct((run.batch_size, *ready.image_shape), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        with jax.default_device(jax.devices("cpu")[0]):
+            lowered = jax.jit(attack).lower(problem.fresh_shapes(run, ready), images, key)
+        return flops.operations(flops.compile_to_count(lowered)) / run.batch_size
+
+    return flops.with_attack(count, shape["attack_steps"])
+
+
+def least(program: Program, shape: dict[str, Any]) -> int:
+    """Operations for one image."""
+    net, guide = (flops.network(common.model(shape[key]), 100) for key in ("model", "guide"))
+    return flops.of_step(program.method, net, guide, num_steps=shape["attack_steps"], beta=program.beta)
+
+
+def evaluations(program: Program, attack_steps: int) -> int:
+    """Forward passes of a network for an image: the attack's, then the training's."""
+    natural = 0 if program.method == "pgd_at" else attack_steps if program.recomputes else 1
+    return natural + attack_steps + {"pgd": 0, "pgd_at": 1, "lbgat": 3}[program.method]
+
+
+def measure(args: argparse.Namespace, data_dir: Path) -> dict[str, Any]:
+    """The numbers of all programs, and the device."""
+    shape = {key: getattr(args, key) for key in ("model", "guide", "batch_size", "attack_steps", "dtype")}
+    rows: dict[str, Any] = {}
+    for name, program in PROGRAMS.items():
+        rows[name] = {"evaluations_per_image": evaluations(program, args.attack_steps)}
+        if not args.no_flops:
+            counted, by_hand = operations(program, data_dir, shape), least(program, shape)
+            rows[name]["flops_per_image"] = {"by_xla": counted, "least": by_hand, "xla_over_least": counted / by_hand}
+    calls, device = {}, "not timed"
+    for name, program in PROGRAMS.items() if args.repeats else ():
+        calls[name], device = runner(program, data_dir, shape, args.steps)
+        started = time.perf_counter()
+        calls[name]()
+        rows[name]["first_call_seconds"] = time.perf_counter() - started
+        rows[name]["seconds_per_step"] = []
+    for turn in range(args.repeats):
+        for name, call in calls.items() if turn % 2 else reversed(calls.items()):
+            started = time.perf_counter()
+            call()
+            rows[name]["seconds_per_step"].append((time.perf_counter() - started) / args.steps)
+    once, anew, saved = rows["lbgat-0"], rows["lbgat-0-recomputed"], {}
+    if args.repeats:
+        saved["seconds"] = median(anew) / median(once)
+        for row in rows.values():
+            row["images_per_second"] = args.batch_size / median(row)
+    if not args.no_flops:
+        saved["flops"] = anew["flops_per_image"]["by_xla"] / once["flops_per_image"]["by_xla"]
+    return {"programs": rows, "recomputed_over_lbgat_0": saved, "device": device, "num_devices": jax.device_count()}
+
+
+def median(row: dict[str, Any]) -> float:
+    return statistics.median(row["seconds_per_step"])
+
+
+def table(numbers: dict[str, Any]) -> Table:
+    made = Table(
+        title="{model}, guide {guide}, batch {batch_size}, {attack_steps} attack steps, {dtype}, {num_devices} x "
+        "{device}".format_map(numbers)
+    )
+    for head in ("", "ms", "images/s", "evaluations", "MFLOP an image, XLA", "the least", "XLA over it"):
+        made.add_column(head, justify="right")
+    for name, row in numbers["programs"].items():
+        speed, counts = ["-", "-"], ["-", "-", "-"]
+        if found := row.get("flops_per_image"):
+            counts = [f"{found['by_xla'] / 1e6:,.1f}", f"{found['least'] / 1e6:,.1f}", f"{found['xla_over_least']:.3f}"]
+        if "images_per_second" in row:
+            speed = [f"{1e3 * median(row):,.1f}", f"{row['images_per_second']:,.1f}"]
+        made.add_row(name, *speed, str(row["evaluations_per_image"]), *counts)
+    saved = numbers["recomputed_over_lbgat_0"]
+    made.caption = "natural prediction in each attack step instead of once: " + ", ".join(
+        f"{saved[key]:.3f} times the {what}" for key, what in (("seconds", "time"), ("flops", "FLOP")) if key in saved
+    )
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adversarial_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="such as wrn10_1 (a CPU's default), wrn34_10 (an accelerator's) or preact18")
+    parser.add_argument("--guide", help="of LBGAT: wrn10_1, or resnet18")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--attack_steps", type=int, default=10)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=1, help="training steps to a timing, one dispatch")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each; 0: count operations alone")
+    parser.add_argument("--no_flops", action="store_true", help="skip counting operations, which compiles for a CPU")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    problem.use_cpu_cores(args.batch_size)
+    commit, on_cpu = results.git_commit(), jax.default_backend() == "cpu"
+    args.model = args.model or ("wrn10_1" if on_cpu else "wrn34_10")
+    args.guide = args.guide or ("wrn10_1" if on_cpu else "resnet18")
+    with tempfile.TemporaryDirectory() as data_dir:
+        write_random_images(Path(data_dir), per_class=-(-args.batch_size // 100))
+        measured = measure(args, Path(data_dir))
+    numbers = {
+        "benchmark": "adversarial_step",
+        **{key: value for key, value in vars(args).items() if key not in ("out", "no_flops")},
+        **measured,
+        "images": "random",
+        "matmul_precision": jax.config.values["jax_default_matmul_precision"],
+        "versions": results.versions(),
+        "git_commit": commit,
+        "command": shlex.join(["python", "-m", "benchmarks.adversarial_step", *sys.argv[1:]]),
+    }
+    Console(width=None if sys.stdout.isatty() else 120).print(table(numbers))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, json.loads(json.dumps(numbers)))
+
+
+if __name__ == "__main__":
+    main()

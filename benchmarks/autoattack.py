@@ -1,0 +1,191 @@
+"""AutoAttack on the CNN of tests/golden/autoattack.npz, beside what the authors' code found there. From the root:
+
+    python -m benchmarks.autoattack                                          # 256 images: long on a CPU
+    python -m benchmarks.autoattack --attacks=apgd-ce --images=32            # a quick look
+    python -m benchmarks.autoattack --out=autoattack.json
+
+Each attack alone on all images, then `standard`, the suite, each attack on what the ones before it left standing. Of
+each: who is robust, and whether the reference says so too; time; and evaluations of the model, a forward pass with or
+without a backward one:
+
+- done: of images that were not settled yet; per image that the attack was given;
+- slots: of the whole batches, idle places included, which is what the device spends;
+- reference: what the authors' code spends on the images it is given, `REFERENCE` each. Square stops there as it does
+  here, so its number is an upper bound;
+- whole batches: slots without compaction within an attack, each image it is given to the attack's end;
+- every attack on all: slots without any, all images through every attack to its end.
+
+Attacks run alone first: their seconds include compilation, those of the suite only that of batches not seen before.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ltjax import attacks, problem, results
+from ltjax.checkpoint import write_json
+from ltjax.models.layers import Conv
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "autoattack.npz"
+WHOLE = {"apgd-ce": 101, "apgd-t": 9 * 101, "fab-t": 9 * 101, "square": 5000}  # evaluations of an image that stands
+REFERENCE = {"apgd-ce": 100, "apgd-t": 9 * 100, "fab-t": 9 * (100 + 100), "square": 5000}  # FAB-T: half forward only
+CONVOLUTIONS = ((0, 1), (2, 2), (4, 2))  # number of the layer, strides
+
+
+def logits(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+    """The golden CNN: images [B, 32, 32, 3] -> [B, 10]."""
+    x = images
+    for number, strides in CONVOLUTIONS:
+        kernel = weights[f"{number}.weight"]
+        x = jnp.asarray(Conv(kernel.shape[-1], strides=strides).apply({"params": {"kernel": kernel}}, x))
+        x = jax.nn.relu(x + weights[f"{number}.bias"])
+    x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # in CHW order
+    x = jax.nn.relu(x @ weights["7.weight"] + weights["7.bias"])
+    return x @ weights["9.weight"] + weights["9.bias"]
+
+
+def golden(num_images: int) -> tuple[jax.tree_util.Partial, np.ndarray, np.ndarray, dict[str, np.ndarray], float]:
+    """The model, images [N, 32, 32, 3], labels [N], the reference's {attack or "standard": bool [N]}, epsilon."""
+    kept = dict(np.load(GOLDEN))
+    axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+    weights = {
+        name.removeprefix("weights/"): jnp.asarray(array.transpose(axes[array.ndim]))
+        for name, array in kept.items()
+        if name.startswith("weights/")
+    }
+    images = (kept["images"][:num_images] / 255).astype(np.float32)
+    robust = {name: kept[f"robust_{name.replace('-', '_')}"][:num_images] for name in (*attacks.STANDARD, "standard")}
+    return jax.tree_util.Partial(logits, weights), images, kept["labels"][:num_images], robust, float(kept["epsilon"])
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Of bool [N] each: how many are robust, and which images only one of them says are."""
+    return {
+        "robust": int(ours.sum()),
+        "reference": int(theirs.sum()),
+        "robust_here_only": np.flatnonzero(ours & ~theirs).tolist(),
+        "robust_there_only": np.flatnonzero(theirs & ~ours).tolist(),
+    }
+
+
+def work(now: attacks.Progress, num_images: int) -> dict[str, Any]:
+    """An attack's evaluations beside those that it saves. now: its last report."""
+    given = now.total
+    return {
+        "given": given,
+        "seconds": now.seconds,
+        "images_per_second": given / now.seconds if now.seconds else None,
+        "evaluations": {
+            "done": now.evaluations,
+            "slots": now.slots,
+            "reference": given * REFERENCE[now.attack],
+            "whole_batches": given * WHOLE[now.attack],
+            "every_attack_on_all": num_images * WHOLE[now.attack],
+        },
+        "evaluations_per_image": now.evaluations / num_images,
+        "evaluations_per_given_image": now.evaluations / given if given else None,
+        "reference_per_given_image": REFERENCE[now.attack],
+    }
+
+
+def measure(name: str, num_images: int, batch_size: int) -> dict[str, Any]:
+    """One attack alone, or "standard"."""
+    predict, images, labels, theirs, epsilon = golden(num_images)
+    last: dict[str, attacks.Progress] = {}
+
+    def follow(now: attacks.Progress) -> None:
+        last[now.attack] = now
+        attacks.show_progress(now)
+
+    chosen = attacks.STANDARD if name == "standard" else (name,)
+    settings: dict[str, Any] = dict(epsilon=epsilon, attacks=chosen, batch_size=batch_size, progress=follow)
+    started = time.perf_counter()
+    found = attacks.autoattack(predict, images, labels, jax.random.key(0), **settings)
+    seconds = time.perf_counter() - started
+    rows = {attack: work(now, len(images)) for attack, now in last.items()}
+    totals = {key: sum(row["evaluations"][key] for row in rows.values()) for key in rows[chosen[0]]["evaluations"]}
+    return {
+        **agreement(found.robust, theirs[name]),
+        "seconds": seconds,
+        "images_per_second": len(images) / seconds,
+        "evaluations": totals,
+        "evaluations_per_image": totals["done"] / len(images),
+        "evaluations_per_standing_image": totals["done"] / max(1, int(found.robust.sum())),
+        "slots_saved": {key: totals[key] / totals["slots"] for key in ("whole_batches", "every_attack_on_all")},
+        "attacks": rows,
+    }
+
+
+def table(numbers: dict[str, Any]) -> Table:
+    made = Table(title=f"{numbers['num_images']} images, batch {numbers['batch_size']}, {numbers['device']}")
+    for head in ("", "robust", "reference", "here / there only", "s", "evaluations an image given", "reference's"):
+        made.add_column(head, justify="right")
+    for head in ("done", "slots", "whole batches", "every attack on all"):
+        made.add_column(head, justify="right")
+
+    def add(title, row, shares, *work):
+        counts = [f"{row['evaluations'][k]:,}" for k in ("done", "slots")]
+        counts += [
+            f"{row['evaluations'][k]:,} ({row['evaluations'][k] / row['evaluations']['slots']:.2f})"
+            for k in ("whole_batches", "every_attack_on_all")
+        ]
+        made.add_row(title, *shares, f"{row['seconds']:.0f}", *work, *counts)
+
+    for name, row in numbers["runs"].items():
+        only = f"{len(row['robust_here_only'])} / {len(row['robust_there_only'])}"
+        shares = (str(row["robust"]), str(row["reference"]), only)
+        for attack, part in row["attacks"].items():
+            each = (f"{part['evaluations_per_given_image']:.1f}", f"{part['reference_per_given_image']:,}")
+            if name == "standard":
+                add(f"  {attack}, of {part['given']}", part, ("", "", ""), *each)
+            else:
+                add(name, row, shares, *each)
+        if name == "standard":
+            add(name, row, shares, f"{row['evaluations_per_image']:.1f}", "")
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.autoattack", description=__doc__.splitlines()[0])
+    runs = (*attacks.STANDARD, "standard")
+    parser.add_argument("--attacks", default=",".join(runs), help="alone, or the suite (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=256, help="the first of the golden images")
+    parser.add_argument("--batch_size", type=int, default=128, help="images to an evaluation, over all devices")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    if unknown := [name for name in args.attacks.split(",") if name not in runs]:
+        parser.error(f"unknown attack {unknown[0]!r}; known: {', '.join(runs)}")
+    problem.use_cpu_cores(args.batch_size)
+    commit = results.git_commit()
+    device = jax.devices()[0]
+    numbers: dict[str, Any] = {
+        "benchmark": "autoattack",
+        "device": f"{device.platform}: {device.device_kind}",
+        "num_devices": jax.device_count(),
+        "num_images": min(args.images, len(np.load(GOLDEN)["labels"])),
+        "batch_size": args.batch_size,
+        "runs": {},
+        "matmul_precision": jax.config.values["jax_default_matmul_precision"],
+        "versions": results.versions(),
+        "git_commit": commit,
+        "command": shlex.join(["python", "-m", "benchmarks.autoattack", *sys.argv[1:]]),
+    }
+    for name in args.attacks.split(","):
+        numbers["runs"][name] = measure(name, args.images, args.batch_size)
+        if args.out:  # after each: they take long
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.out, numbers)
+    Console(width=None if sys.stdout.isatty() else 160).print(table(numbers))
+
+
+if __name__ == "__main__":
+    main()
