@@ -19,10 +19,13 @@ def _logits(predict: Partial, images: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _flat(predict: Partial, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether no pixel of an image has a gradient, bool [B]."""
-    gradient = jax.grad(lambda x: objectives.log_odds(predict(x), labels).sum())(images)
-    return ~(jnp.nan_to_num(gradient) != 0).any(tuple(range(1, images.ndim)))
+def _flat(predict: Partial, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether no pixel of an image has a gradient, bool [B]: of the log-odds; of cross-entropy."""
+    odds, back = jax.vjp(lambda x: objectives.log_odds(predict(x), labels), images)
+    slope = jax.nn.sigmoid(odds)  # of cross-entropy, the softplus of the log-odds
+    both = (back(jnp.ones_like(odds))[0], back(slope)[0])
+    axes = tuple(range(1, images.ndim))
+    return tuple(~(jnp.nan_to_num(gradient) != 0).any(axes) for gradient in both)
 
 
 def look_for_trouble(predict: Partial, images: np.ndarray, labels: np.ndarray, clean: np.ndarray) -> Iterator[str]:
@@ -58,10 +61,16 @@ def look_for_trouble(predict: Partial, images: np.ndarray, labels: np.ndarray, c
         yield f"predict's logits are not finite for {bad} of {len(clean)} clean images; one with a nan counts as wrong"
     elif (clean >= 0).all() and np.abs(clean.sum(1) - 1).max() < 1e-3:
         yield "predict seems to return probabilities: give logits, which the DLR loss and the margins are made for"
-    if (flat := int(np.asarray(_flat(predict, some, own)).sum())) > 0:
+    flat, saturated = (int(np.asarray(zero).sum()) for zero in _flat(predict, some, own))
+    if flat:
         yield (
             f"{flat} of {len(some)} images have a gradient of exactly 0 in every pixel: the attacks that need one are "
             "blind there, and only Square says something about such a model"
+        )
+    elif saturated:
+        yield (
+            f"cross-entropy has vanishing gradients, exactly 0 in every pixel, for {saturated} of {len(some)} images, "
+            "whose logits saturate: APGD here climbs the log-odds, which go on, but attacks elsewhere are blind"
         )
 
 
