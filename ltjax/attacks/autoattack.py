@@ -85,7 +85,9 @@ def autoattack(
     _check(images, labels)
     mesh = slots.make_mesh(devices)
     predict = predict if isinstance(predict, Partial) else Partial(predict)
-    predict, rng = jax.device_put((predict, rng), NamedSharding(mesh, PartitionSpec()))
+    drawn = jax.random.bits(rng, (2,), "uint32")
+    own_rng = jax.random.wrap_key_data(drawn, impl="threefry2x32")  # keys of an "rbg" draw otherwise in other company
+    predict, own_rng = jax.device_put((predict, own_rng), NamedSharding(mesh, PartitionSpec()))
     clean = _clean_logits(predict, images, labels, batch_size, mesh)  # [N, C]
     for trouble in look_for_trouble(predict, images, labels, clean):
         warnings.warn(trouble, RuntimeWarning, stacklevel=2)
@@ -106,7 +108,7 @@ def autoattack(
             if found.attack != name:
                 found = found._replace(attack=name, settled=~found.robust)
             todo = np.flatnonzero(found.robust & ~found.settled)
-            own = jax.random.fold_in(rng, ATTACKS.index(name))
+            own = jax.random.fold_in(own_rng, ATTACKS.index(name))
             layout: dict[str, Any] = dict(batch_size=min(batch_size, len(images)), mesh=mesh)
             work = slots.run(machine, predict, images, labels, targets, todo, own, **layout) if len(todo) else ()
             saved_at = time.monotonic()

@@ -66,8 +66,8 @@ class ProgressFile:
         if not self.path.exists():
             return fresh
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                kept = dict(file)
+            with open(self.path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # closed if damaged, too
+                kept = dict(arrays)
             digest, clean, robust = str(kept["digest"]), kept["clean"], kept["robust"]
             after = dict(zip(kept["names"].tolist(), kept["after"], strict=True))
             settled, attack, moved, index = kept["settled"], str(kept["attack"]), kept["adversarial"], kept["index"]

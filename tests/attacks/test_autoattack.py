@@ -201,25 +201,25 @@ def test_another_checkpoint_compiles_nothing():
 
 
 def test_a_batch_of_one():
-    result = attack(images=IMAGES[2:3], labels=LABELS[2:3], attacks=("apgd-ce",))
+    result = attack(images=IMAGES[2:3], labels=LABELS[2:3], attacks=("square",))
     assert result.robust.shape == (1,) and result.adversarial.shape == (1, 4, 4, 3)
 
 
 def test_radius_0_gives_clean_accuracy():
-    result = attack(epsilon=0, num_steps=2, num_queries=3)
+    result = attack(epsilon=0, num_steps=2, num_queries=3, attacks=("apgd-ce", "square"))
     np.testing.assert_array_equal(result.robust, net(IMAGES).argmax(-1) == LABELS)
     np.testing.assert_array_equal(result.adversarial, IMAGES)
 
 
-@pytest.mark.parametrize("num_classes, name", [(2, "apgd-t"), (2, "fab-t"), (1000, "apgd-t")])
-def test_two_classes_and_a_thousand(num_classes, name):
+@pytest.mark.parametrize("num_classes", [2, 1000])
+def test_two_classes_and_a_thousand(num_classes):
     weights = np.random.default_rng(2).normal(size=(48, num_classes)).astype(np.float32)
 
     def linear(weights, images):
         return images.reshape(len(images), -1) @ weights
 
     labels = np.asarray(linear(weights, IMAGES).argmax(-1))
-    result = attack(Partial(linear, weights), labels=labels, attacks=(name,), epsilon=0.2)
+    result = attack(Partial(linear, weights), labels=labels, attacks=("apgd-t",), epsilon=0.2)
     others = np.asarray(linear(weights, result.adversarial).argmax(-1))
     assert not result.robust.all()
     np.testing.assert_array_equal(others == labels, result.robust)
@@ -235,7 +235,8 @@ def test_saturating_logits_are_no_defence(whole):
 def test_logits_with_a_nan_count_as_wrong():
     weights = [WEIGHTS[0], WEIGHTS[1].copy()]
     weights[1][:, 0] = np.nan
-    with pytest.warns(RuntimeWarning, match="not finite for 20 of 20"):
+    some = pytest.warns(RuntimeWarning, match="gradient of exactly 0")
+    with some, pytest.warns(RuntimeWarning, match="not finite for 20 of 20"):
         assert not attack(Partial(apply, weights), attacks=(), labels=np.zeros(NUM, int)).robust.any()
 
 
@@ -315,6 +316,14 @@ def test_float64_images_and_keys_of_the_old_kind(whole):
     result = attack(images=IMAGES.astype(np.float64), rng=jax.random.PRNGKey(0), attacks=("apgd-ce",))
     assert result.adversarial.dtype == np.float32
     np.testing.assert_array_equal(result.robust, whole[0].robust_after["apgd-ce"])
+
+
+def test_company_does_not_matter_with_keys_of_any_kind():
+    """JAX draws for a batch of "rbg" keys all from the first, so that they would make images depend on each other."""
+    rng, labels = jax.random.key(0, impl="unsafe_rbg"), LABELS.copy()
+    labels[2:12] = (labels[2:12] + 1) % CLASSES  # wrong already: these are not attacked
+    some, every = (attack(rng=rng, labels=chosen, attacks=("apgd-ce",)) for chosen in (labels, LABELS))
+    np.testing.assert_array_equal(some.adversarial[12:], every.adversarial[12:])
 
 
 def test_silent_without_progress(capfd):
