@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from jax import export
 
+from configs import cifar10
 from ltjax import config as config_module
-from ltjax import stage, train
+from ltjax import data, stage, train
+from ltjax.problem import fresh_shapes
+from tests import test_robustness
 from tests.test_run import tiny_config
 
 PLATFORM_MODEL = {"tpu": "tpu", "cuda": "gpu"}
@@ -54,3 +57,21 @@ def test_frozen_parameters_have_no_backward_pass(monkeypatch):
         convolutions[name] = text.count("stablehlo.convolution")
     assert convolutions["classifier"] == 7  # depth 8: one first convolution and two in each of three blocks
     assert convolutions["features"] == 3 * 7 - 1  # the first needs no gradient to the image
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_lbgat_step_lowers_for_accelerators(monkeypatch, platform):
+    """Its attack included: two networks, a loop of ten steps inside the scanned step."""
+    monkeypatch.setattr(data, "load", test_robustness.made_up_images)
+    values = cifar10.get_config("method=lbgat,beta=6,model=wrn10_1,guide=resnet8")
+    values.update(batch_size=16)
+    for net in (values.model, values.guide):
+        net.update(platform=PLATFORM_MODEL[platform])
+    run, stages = config_module.parse(values.to_dict())
+    problem = train.setup(run, None)
+    built = train.build_stage(run, "lbgat", stages["lbgat"], problem)
+    state = jax.eval_shape(built.init, train.seeds(run), fresh_shapes(run, problem))
+    exported = export.export(built.run, platforms=[platform])(state, jax.eval_shape(lambda: problem.train_data), 3)
+    assert exported.platforms == (platform,)
+    text = exported.mlir_module()
+    assert "stablehlo.convolution" in text and text.count("stablehlo.while") >= 2

@@ -149,8 +149,8 @@ def test_attack_settings_are_no_part_of_the_run(attacked, trained, copy):
 
 
 def test_l2(copy):
-    changes = {"attack.epsilon": "1.5", "attack.norm": "l2", "attack.step_size": "0.5", "attack.tests": ("pgd-2", "square")}
-    tests = robustness.attack_workdir(config(**changes), copy)["tests"]
+    ball = {"attack.epsilon": "1.5", "attack.norm": "l2", "attack.step_size": "0.5"}
+    tests = robustness.attack_workdir(config(**ball, **{"attack.tests": ("pgd-2", "square")}), copy)["tests"]
     assert tests["pgd-2"]["accuracy"]["all"] <= tests["clean"]["accuracy"]["all"]
     assert tests["square"]["accuracy"]["all"] <= tests["clean"]["accuracy"]["all"]
 

@@ -83,6 +83,8 @@ def autoattack(
     images, labels = np.asarray(images), np.asarray(labels)
     images = images.astype(jax.dtypes.canonicalize_dtype(images.dtype), copy=False)  # float64 has no place without x64
     _check(images, labels)
+    if "square" in machines and images.ndim != 4:
+        raise ValueError(f"images {images.shape}: square needs [N, H, W, channels]; leave it out of attacks")
     mesh = slots.make_mesh(devices)
     predict = predict if isinstance(predict, Partial) else Partial(predict)
     drawn = jax.random.bits(rng, (2,), "uint32")
@@ -157,7 +159,7 @@ def _machine(name: str, epsilon: float, norm: str, *, num_steps: int, num_target
 
 
 def _check(images: np.ndarray, labels: np.ndarray) -> None:
-    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
+    if images.ndim < 2 or labels.shape != images.shape[:1] or not len(images):
         raise ValueError(f"images {images.shape} and labels {labels.shape}: [N, H, W, channels] and [N], N at least 1")
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise ValueError(f"labels are {labels.dtype}, the smallest {labels.min()}: integers from 0 to C - 1")

@@ -142,7 +142,7 @@ def test_an_linf_proposal_changes_one_square_of_the_schedules_size():
             places.add(int(rows[0]))
             signs.add(tuple(np.sign(inside[0, 0])))
         assert len(signs) == 4 and min(places) >= 0 and max(places) <= 32 - side
-        assert side < 29 or places == {0, 1, 2, 3}
+        assert side < 29 or places == {0, 1, 2}  # never up to the last row, as in the authors' code
 
 
 def test_an_l2_proposal_keeps_the_length_and_touches_two_windows():
@@ -197,12 +197,14 @@ def test_logits_of_nan_or_infinity_end_the_search_in_time():
     _, task = net_of((4, 4, 1), count=3)
     task = task_of(task.images, np.zeros(3))
 
-    def predict(x):  # nan for the first image, infinity for the others
+    def predict(x):  # nan for the first image, which fools, infinity for the others
         own = jnp.where(jnp.arange(len(x)) == 0, jnp.nan, jnp.inf)
         return jnp.stack([own, jnp.zeros(len(x))], -1)
 
     state, steps = drive(Square(0.1, num_queries=5), predict, task)
-    assert (steps == 5).all() and not state.fooled.any() and jnp.isfinite(state.adversarial).all()
+    np.testing.assert_array_equal(steps, [1, 5, 5])
+    np.testing.assert_array_equal(state.fooled, [True, False, False])
+    assert jnp.isfinite(state.adversarial).all()
 
 
 def test_a_step_evaluates_the_model_once_and_keeps_the_state_small():
