@@ -55,7 +55,8 @@ def autoattack(
     Args:
       predict: images [B, H, W, channels] -> logits [B, C], in evaluation mode: an image's logits must not depend on the
         others. `jax.tree_util.Partial(apply, variables)` makes the weights arguments of what is compiled, so that
-        another checkpoint compiles nothing anew; a closure works as well.
+        another checkpoint compiles nothing anew (all that it holds becomes an array: bind flags such as train=False in
+        `apply`); a closure works as well.
       images: [N, H, W, channels] floats in [0, 1]. labels: [N] integers below C.
       rng: a key. Image i's random numbers follow from it and i alone.
       epsilon: radius in pixel units of [0, 1], 8/255 or "8/255", not 8. norm: "linf" or "l2".

@@ -23,9 +23,11 @@ def _flat(predict: Partial, images: jax.Array, labels: jax.Array) -> tuple[jax.A
     """Whether no pixel of an image has a gradient, bool [B]: of the log-odds; of cross-entropy."""
     odds, back = jax.vjp(lambda x: objectives.log_odds(predict(x), labels), images)
     slope = jax.nn.sigmoid(odds)  # of cross-entropy, the softplus of the log-odds
-    both = (back(jnp.ones_like(odds))[0], back(slope)[0])
-    axes = tuple(range(1, images.ndim))
-    return tuple(~(jnp.nan_to_num(gradient) != 0).any(axes) for gradient in both)
+
+    def is_flat(gradient: jax.Array) -> jax.Array:
+        return ~(jnp.nan_to_num(gradient) != 0).any(tuple(range(1, images.ndim)))
+
+    return is_flat(back(jnp.ones_like(odds))[0]), is_flat(back(slope)[0])
 
 
 def look_for_trouble(predict: Partial, images: np.ndarray, labels: np.ndarray, clean: np.ndarray) -> Iterator[str]:

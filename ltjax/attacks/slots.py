@@ -5,6 +5,7 @@ its attack has tried all it may, the slot goes to the next image that waits: no 
 and an image's outcome depends on nothing but itself.
 """
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,7 @@ from ltjax.attacks.ball import per_image
 BATCH_AXIS = "images"
 SHRINK = 4  # each batch of the ladder is a quarter of the one above
 SMALLEST = 16  # images; a smaller batch saves little and has to be compiled
+DISPATCH_SECONDS = 5.0  # between reports
 FULL_ENOUGH = 0.75  # share of slots at work below which waiting images are fetched
 
 
@@ -146,7 +148,7 @@ def run(
     *,
     batch_size: int,
     mesh: Mesh,
-    steps_a_dispatch: int = 50,
+    steps_a_dispatch: int | None = None,
 ) -> Iterator[Settled]:
     """Attack the `chosen` images, and report after each dispatch which of them are settled.
 
@@ -154,7 +156,8 @@ def run(
       predict: a `jax.tree_util.Partial`. images [N, H, W, channels], labels [N], targets [N, T]: on the host.
       chosen: int [K], which of them. rng: image i's random numbers follow from it and i, whatever else is attacked.
       batch_size: slots; a half, a quarter, ... of them for few images, and fewer once fewer are left. Slots wait for
-        the slowest of `steps_a_dispatch` steps only where no image is left to take their place.
+        the slowest only where no image is left to take their place.
+      steps_a_dispatch: at most; by default as many as take `DISPATCH_SECONDS`.
     """
     while batch_size // 2 >= len(chosen) > 0:  # not just as many as chosen: that would compile anew for each number
         batch_size = -(-batch_size // 2)
@@ -172,7 +175,7 @@ def run(
     state = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(attack.init, jax.eval_shape(slots.task, rng))
     )
-    evaluations = spent = 0
+    evaluations, spent, most = 0, 0, 50
     while waiting or (held >= 0).any():
         alive = np.flatnonzero(held >= 0)
         fitting = [s for s in sizes if s >= len(alive) + len(waiting)]
@@ -195,8 +198,11 @@ def run(
             least = max(1, int(FULL_ENOUGH * size))
         else:  # go on until the rest fits into a smaller batch
             least = smaller[0] + 1 if smaller and at_work > smaller[0] else 1
-        state, steps, live = _advance(attack, mesh, predict, slots, state, rng, steps_a_dispatch, least)
-        evaluations, spent = evaluations + int(live), spent + int(steps) * size
+        began = time.monotonic()
+        state, steps, live = _advance(attack, mesh, predict, slots, state, rng, steps_a_dispatch or most, least)
+        evaluations, spent = evaluations + int(live), spent + int(steps) * size  # waits
+        enough = int(steps) * DISPATCH_SECONDS / max(time.monotonic() - began, 1e-6)
+        most = min(max(int(enough), 1), 4 * most)  # a first dispatch takes its compilation's time
         fooled, done = np.asarray(state.fooled), np.asarray(state.done)
         ended = np.flatnonzero((fooled | done) & (held >= 0))
         rows = np.asarray(state.adversarial)[ended] if len(ended) else np.zeros((0, *images.shape[1:]), images.dtype)

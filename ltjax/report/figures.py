@@ -95,7 +95,8 @@ def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> Figure:
         row[0].set_ylabel(class_names[one.label], fontsize="small")
         text = f"at most {largest:.4f}, enlarged" if largest else "stood: left as it is"
         row[1].set_title(text, fontsize="small")
-    figure.supxlabel("image and prediction, perturbation, attacked image and prediction; left: the true class")
+    about = "image with its prediction; what the attack adds; both, with their prediction\nat the left the true class"
+    figure.supxlabel(about, fontsize="small")
     return figure
 
 
