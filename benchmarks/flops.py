@@ -16,6 +16,7 @@ import jax
 from ltjax import attacks, models, parallel, train
 from ltjax import config as config_module
 from ltjax.models import resnet
+from ltjax.problem import fresh_shapes
 
 
 class Convolution(NamedTuple):
@@ -161,8 +162,7 @@ def compiled(
     problem = problem._replace(nets=nets, mesh=parallel.make_mesh([cpu]))
     with jax.default_device(cpu):
         built = train.build_stage(run, name, settings, problem)
-        variables = jax.eval_shape(lambda: train.fresh_variables(run, name, problem))
-        state = jax.eval_shape(built.init, train.seeds(run), variables)
+        state = jax.eval_shape(built.init, train.seeds(run), fresh_shapes(run, problem))
         source = jax.eval_shape(lambda: problem.train_data)
         return compile_to_count(built.run.lower(state, source, num_steps))
 
