@@ -1,8 +1,8 @@
 """Attacks as machines that step, and the loop that keeps full batches of them busy.
 
 Each slot of a batch holds one image with its attack's state and its own random numbers. Whenever an image is fooled, or
-its attack has tried all it may, the slot goes to the next image that waits: no slot works for an image that is settled,
-and an image's outcome depends on nothing but itself.
+its attack has tried all it may, the slot goes to the next image that waits, once a quarter of the slots are free; with
+none waiting, the batch shrinks. An image's outcome depends, up to rounding, on nothing but itself.
 """
 
 import time
