@@ -154,7 +154,7 @@ def operations(program: Program, data_dir: Path, shape: dict[str, Any]) -> float
         with steps_of(program):
             if program.method != "pgd":
                 return flops.by_xla(run, name, settings, ready)
-        attack = attack_alone(settings, flops.plain_nets(run, len(ready.images.class_names)))
+        attack = attack_alone(settings, flops.plain_nets(run, len(ready.class_names)))
         images = jax.ShapeDtypeStruct((run.batch_size, *ready.image_shape), jnp.float32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         with jax.default_device(jax.devices("cpu")[0]):

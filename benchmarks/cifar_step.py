@@ -211,7 +211,7 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
         if with_flops:
             trains = any("backbone" in path for path in built[name].trained)
             size = {key: run.model[key] for key in ("depth", "width")}
-            by_hand = flops.by_hand(**size, num_classes=len(ready.images.class_names), backbone_trains=trains)
+            by_hand = flops.by_hand(**size, num_classes=len(ready.class_names), backbone_trains=trains)
             numbers[name]["flops_per_image"] = {
                 "by_xla": operations[name],
                 "by_hand": by_hand,

@@ -158,7 +158,7 @@ def compiled(
     One step, because XLA counts a loop's body once; of a scan of one step it makes the step alone.
     """
     cpu = jax.devices("cpu")[0]
-    nets = plain_nets(run, len(problem.images.class_names))
+    nets = plain_nets(run, len(problem.class_names))
     problem = problem._replace(nets=nets, mesh=parallel.make_mesh([cpu]))
     with jax.default_device(cpu):
         built = train.build_stage(run, name, settings, problem)

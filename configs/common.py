@@ -66,6 +66,98 @@ def choose(value: str, otherwise):
     return otherwise if value == "auto" else value
 
 
+def checked(arg: str | None, allowed: dict, *, long_tailed: bool) -> tuple[ConfigDict, recipes.Recipe]:
+    """The arguments of a config and the recipe that they name. Raises: ValueError for what does not go together."""
+    arguments = read_arguments(arg, allowed)
+    if arguments.recipe and "method=" in (arg or ""):
+        raise ValueError(f"config arguments method={arguments.method} and recipe={arguments.recipe}: give one of them")
+    if arguments.holdout != int(arguments.holdout):
+        raise ValueError(f"config argument holdout={arguments.holdout}: a whole number of images of each class")
+    chosen = recipes.parse_recipe(arguments.recipe) if arguments.recipe else recipes.METHODS[arguments.method]
+    if not chosen.robust and (given := [key for key in ROBUST_ARGUMENTS if f"{key}=" in (arg or "")]):
+        raise ValueError(
+            f"config argument {given[0]!r} is for adversarial training: {', '.join(recipes.robust.METHODS)}"
+        )
+    for key, blocks in recipes.robust.NEEDED_BY.items():
+        if f"{key}=" in (arg or "") and not set(blocks) & set(chosen.blocks):
+            raise ValueError(f"config argument {key!r} is for {', '.join(blocks)}")
+    if "beta=" in (arg or "") and not arguments.beta >= 0:
+        raise ValueError(f"config argument 'beta={arguments.beta:g}': from 0 up")
+    if not long_tailed and (tailed := {"reslt", "smoothing"} & set(chosen.blocks)):
+        raise ValueError(f"config argument 'recipe={arguments.recipe}': {min(tailed)} is for long-tailed data")
+    return arguments, chosen
+
+
+def held_out(arguments: ConfigDict, chosen: recipes.Recipe) -> int:
+    """Images of each class in the hold-out: where tau is to be chosen, some at least."""
+    return int(arguments.holdout) or (10 if "tau_norm" in chosen.blocks else 0)
+
+
+def networks(arguments: ConfigDict, chosen: recipes.Recipe, pixels: dict, *, usual: dict, guide: dict) -> dict:
+    """The `model` of a run and, where the recipe has one, its `guide`. pixels: their mean and std."""
+    head = recipes.network(chosen.blocks)
+    head["classifier"] = choose(arguments.classifier, head["classifier"])
+    made = dict(model=dict(**usual, **pixels, dtype="float32", **head))
+    if {"natural", "lbgat"} & set(chosen.blocks):
+        made["guide"] = dict(**guide, **pixels, dtype="float32", classifier="linear")
+    return made
+
+
+def add_stages(
+    config: ConfigDict,
+    arguments: ConfigDict,
+    chosen: recipes.Recipe,
+    *,
+    short: bool,
+    smoothing: tuple[float, float, float, bool],
+    reslt: dict,
+    scale: recipes.Scale = recipes.SMALL,
+) -> None:
+    """What all runs have in common: how they go on, how they are attacked, and the recipe's stages."""
+    config.seed = 0
+    config.replicas = 1
+    config.replicate = "loop"
+    config.dispatch_steps = 0
+    config.accumulate = 1
+    config.checkpoint_seconds = 300.0
+    config.weights = ""  # to begin with, see `python -m ltjax.interop.torch --help`
+    config.weights_parts = ()
+    config.attack = dict(
+        epsilon=arguments.epsilon,
+        norm="linf",
+        num_images=0,
+        tests=("pgd-20", "cw-20", "autoattack"),
+        step_size="2/255",
+        batch_size=500,
+        seed=0,
+    )
+    head, tail, *_ = smoothing
+    label_loss = dict(name=arguments.loss, **(dict(head=head, tail=tail) if "smoothing" in arguments.loss else {}))
+    parts = ("branches",) if config.model.branches else ()
+    parts += ("logit_scale",) if config.model.logit_scale else ()
+    parts += ("guide",) if "guide" in config else ()
+    parts += ("block",) if config.model.get("extra_block") else ()
+    setting = recipes.Setting(
+        epochs=config.get_ref("epochs"),
+        short=short,
+        auto_augment={"paper": chosen.auto_augment or None, "plain": False, "auto": True}[arguments.augment],
+        mixup=arguments.mixup,
+        parts=("backbone", "classifier", *parts),
+        smoothing=smoothing,
+        reslt=reslt,
+        deferred="drw" in chosen.blocks,
+        adversarial=recipes.robust.Setting(
+            attack=recipes.robust.attack(arguments.epsilon, short),
+            beta=arguments.beta,
+            loss=label_loss,
+            awp=0.005 if arguments.awp == "true" else 0.0,
+            sampler=arguments.sampler,
+        ),
+        scale=scale,
+    )
+    recipes.chain(config, chosen, setting)
+
+
 def small_images(
     name: str,
     arg: str | None,
@@ -96,25 +188,8 @@ def small_images(
         "holdout": 0.0,
         **ROBUST_ARGUMENTS,
     }
-    arguments = read_arguments(arg, allowed)
-    if arguments.recipe and "method=" in (arg or ""):
-        raise ValueError(f"config arguments method={arguments.method} and recipe={arguments.recipe}: give one of them")
-    if arguments.holdout != int(arguments.holdout):
-        raise ValueError(f"config argument holdout={arguments.holdout}: a whole number of images of each class")
-    chosen = recipes.parse_recipe(arguments.recipe) if arguments.recipe else recipes.METHODS[arguments.method]
-    if not chosen.robust and (given := [key for key in ROBUST_ARGUMENTS if f"{key}=" in (arg or "")]):
-        raise ValueError(
-            f"config argument {given[0]!r} is for adversarial training: {', '.join(recipes.robust.METHODS)}"
-        )
-    for key, blocks in recipes.robust.NEEDED_BY.items():
-        if f"{key}=" in (arg or "") and not set(blocks) & set(chosen.blocks):
-            raise ValueError(f"config argument {key!r} is for {', '.join(blocks)}")
-    if "beta=" in (arg or "") and not arguments.beta >= 0:
-        raise ValueError(f"config argument 'beta={arguments.beta:g}': from 0 up")
-    if not long_tailed and (tailed := {"reslt", "smoothing"} & set(chosen.blocks)):
-        raise ValueError(f"config argument 'recipe={arguments.recipe}': {min(tailed)} is for long-tailed data")
-    short, tuned = arguments.budget == "short", "tau_norm" in chosen.blocks
-    holdout = int(arguments.holdout) or (10 if tuned else 0)  # tau is chosen there
+    arguments, chosen = checked(arg, allowed, long_tailed=long_tailed)
+    short, holdout = arguments.budget == "short", held_out(arguments, chosen)
     config = ConfigDict()
     config.name = _run_name(name, arguments, allowed, holdout, long_tailed)
     config.data = dict(
@@ -130,56 +205,28 @@ def small_images(
         ranges=ranges,  # MiSLAS's and ResLT's groups, with --config.data.groups=ranges
     )
     usual = ("wrn10_1" if short else "wrn34_10") if chosen.robust else "resnet32"
-    pixels = dict(mean=(0.0,), std=(1.0,)) if chosen.robust else dict(mean=mean, std=std)
-    head = recipes.network(chosen.blocks)
-    head["classifier"] = choose(arguments.classifier, head["classifier"])
-    config.model = dict(**model(choose(arguments.model, usual)), **pixels, dtype="float32", **head)
-    if {"natural", "lbgat"} & set(chosen.blocks):
-        guide = model(choose(arguments.guide, "wrn10_1" if short else "resnet18"), "guide")
-        config.guide = dict(**guide, **pixels, dtype="float32", classifier="linear")
+    config.update(
+        networks(
+            arguments,
+            chosen,
+            dict(mean=(0.0,), std=(1.0,)) if chosen.robust else dict(mean=mean, std=std),
+            usual=model(choose(arguments.model, usual)),
+            guide=model(choose(arguments.guide, "wrn10_1" if short else "resnet18"), "guide"),
+        )
+    )
     config.batch_size = 128
-    config.seed = 0
-    config.replicas = 1
-    config.replicate = "loop"
     config.epochs = chosen.epochs(short)
     config.eval_every = (1 if chosen.robust else 3) if short else 1
     config.eval_batch_size = 500
-    config.dispatch_steps = 0
-    config.checkpoint_seconds = 300.0
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=chosen.weight_decay)
-    config.attack = dict(
-        epsilon=arguments.epsilon,
-        norm="linf",
-        num_images=0,
-        tests=("pgd-20", "cw-20", "autoattack"),
-        step_size="2/255",
-        batch_size=500,
-        seed=0,
-    )
-
-    head, tail, *_ = smoothing = nearest(mislas or {1: (0.1, 0.1, 1.0, False)}, config.data.imbalance)
-    label_loss = dict(name=arguments.loss, **(dict(head=head, tail=tail) if "smoothing" in arguments.loss else {}))
-    setting = recipes.Setting(
-        epochs=config.get_ref("epochs"),
+    add_stages(
+        config,
+        arguments,
+        chosen,
         short=short,
-        auto_augment={"paper": chosen.auto_augment or None, "plain": False, "auto": True}[arguments.augment],
-        mixup=arguments.mixup,
-        parts=("backbone", "classifier")
-        + (("branches",) if config.model.branches else ())
-        + (("logit_scale",) if config.model.logit_scale else ())
-        + (("guide",) if "guide" in config else ()),
-        smoothing=smoothing,
+        smoothing=nearest(mislas or {1: (0.1, 0.1, 1.0, False)}, config.data.imbalance),
         reslt=dict(reslt, beta=nearest(reslt["beta"], config.data.imbalance)) if reslt else {},
-        deferred="drw" in chosen.blocks,
-        adversarial=recipes.robust.Setting(
-            attack=recipes.robust.attack(arguments.epsilon, short),
-            beta=arguments.beta,
-            loss=label_loss,
-            awp=0.005 if arguments.awp == "true" else 0.0,
-            sampler=arguments.sampler,
-        ),
     )
-    recipes.chain(config, chosen, setting)
     return config
 
 
@@ -187,6 +234,15 @@ def _run_name(name: str, arguments: ConfigDict, allowed: dict, holdout: int, lon
     parts = [f"{name}_lt" if long_tailed else name, arguments.recipe or arguments.method]
     if long_tailed:
         parts += [f"if{arguments.imbalance:g}"] + ([arguments.profile] if arguments.profile != "exp" else [])
+    parts += changed(arguments, allowed)
+    parts += [f"holdout{holdout}"] if holdout else []
+    parts += ["short"] if arguments.budget == "short" else []
+    return "-".join(parts)
+
+
+def changed(arguments: ConfigDict, allowed: dict) -> list[str]:
+    """What a run's name says of arguments that are not the usual ones."""
+    parts = []
     for key in ("model", "guide", "classifier", "loss", "sampler"):
         default = allowed[key][0] if isinstance(allowed[key], tuple) else allowed[key]
         if arguments[key] != default:
@@ -195,7 +251,4 @@ def _run_name(name: str, arguments: ConfigDict, allowed: dict, holdout: int, lon
     parts += [f"eps{arguments.epsilon.replace('/', '_')}"] if arguments.epsilon != ROBUST_ARGUMENTS["epsilon"] else []
     parts += ["awp"] if arguments.awp == "true" else []
     parts += [f"{arguments.augment}-augment"] if arguments.augment != "paper" else []
-    parts += [f"mixup{arguments.mixup:g}"] if arguments.mixup else []
-    parts += [f"holdout{holdout}"] if holdout else []
-    parts += ["short"] if arguments.budget == "short" else []
-    return "-".join(parts)
+    return parts + ([f"mixup{arguments.mixup:g}"] if arguments.mixup else [])

@@ -5,7 +5,9 @@ where the one before it ended. Lengths are those of 200 epochs, or of a short ru
 in `configs/robust.py`, has 100 or 2.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -53,6 +55,21 @@ METHODS = {
 }
 
 
+class Scale(NamedTuple):
+    """In what training on large images differs from training on small ones."""
+
+    lr: float = 0.1
+    cosine: bool = False  # instead of two decays
+    crop_padding: int = 4  # 0: random windows of another size are cut on the host
+    color_jitter: float = 0.0
+    mixup: float = 1.0  # MiSLAS's Beta(a, a)
+    reslt_classifier: Mapping[str, Any] = MappingProxyType({"tau": 0.0, "bias": True})  # at evaluation
+    frozen_backbone: bool = False  # trained elsewhere; an extra block learns in its place
+
+
+SMALL = Scale()
+
+
 class Setting(NamedTuple):
     """What a block may want to know."""
 
@@ -65,6 +82,7 @@ class Setting(NamedTuple):
     reslt: dict[str, Any]  # ResLT: beta, medium_start, tail_start
     deferred: bool  # the last fifth of the first part is a stage of its own, with class weights
     adversarial: robust.Setting = robust.Setting()
+    scale: Scale = SMALL
 
 
 def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
@@ -122,26 +140,43 @@ def groups(parts: tuple[str, ...], **rates: float) -> dict[str, dict[str, Any]]:
 
 def augment(setting: Setting, *, auto: bool = False, mixup: float = 0.0) -> dict[str, Any]:
     auto = auto if setting.auto_augment is None else setting.auto_augment
-    return dict(crop_padding=4, flip=True, auto_augment=auto, cutout_size=16 if auto else 0, mixup_alpha=mixup)
+    scale = setting.scale
+    mixing = dict(mixup_alpha=mixup)
+    if scale.crop_padding:
+        cut = 16 if auto else 0
+        return dict(crop_padding=scale.crop_padding, flip=True, auto_augment=auto, cutout_size=cut, **mixing)
+    rand = (2, 9.0) if auto else ()  # AutoAugment's policy is for small images
+    return dict(
+        crop_padding=0, flip=True, rand_augment=rand, color_jitter=0.0 if auto else scale.color_jitter, **mixing
+    )
 
 
 def _scratch(setting: Setting, method: dict, *, mixup: float = 0.0, decay: float = 0.1, **more: Any) -> dict[str, Any]:
-    """The whole network: 5 epochs of warm-up, then two decays after 160 and 180 of 200; 2, 10 and 11 of 12 if short."""
+    """The whole network: 5 epochs of warm-up, then two decays after 160 and 180 of 200; 2, 10 and 11 of 12 if short.
+    Large images have a cosine instead, without warm-up."""
     epochs, warmup = setting.epochs, 2 / 12 if setting.short else 5 / 200
     if setting.deferred:
         epochs, warmup = epochs - (epochs + 4) // 5, warmup / 0.8
-    decay_at = () if setting.deferred else (0.8, 0.9)
+    schedule = dict(kind="step", warmup=warmup, decay_at=() if setting.deferred else (0.8, 0.9), decay=decay)
+    if setting.scale.cosine and not setting.deferred:
+        schedule.update(kind="cosine", warmup=0.0, decay_at=())
     return dict(
         method=method,
         epochs=epochs,
-        lr=0.1,
-        schedule=dict(kind="step", warmup=warmup, decay_at=decay_at, decay=decay),
+        lr=setting.scale.lr,
+        schedule=schedule,
         sampler=dict(name="instance_balanced"),
         augment=augment(setting, mixup=setting.mixup or mixup),
         batch_norm="train",
-        groups=groups(setting.parts, backbone=1.0, branches=1.0, classifier=1.0),
+        groups=groups(setting.parts, **whole(setting)),
         **more,
     )
+
+
+def whole(setting: Setting) -> dict[str, float]:
+    """Rates of a stage that trains the whole network, or all of it that is not frozen for good."""
+    backbone = 0.0 if setting.scale.frozen_backbone else 1.0
+    return dict(backbone=backbone, block=1.0, branches=1.0, classifier=1.0)
 
 
 def _loss(name: str, **settings: Any) -> dict[str, Any]:
@@ -155,8 +190,8 @@ def _balanced(**settings: Any) -> dict[str, Any]:
 def reslt(setting: Setting) -> dict[str, Any]:
     stage = _scratch(setting, dict(name="reslt", **setting.reslt), drop_last=True)
     stage["optimizer"] = dict(nesterov=True)
-    stage["eval_classifier"] = dict(tau=0.0, bias=True)  # on large images: tau (the paper's gamma) 0.3 or 0.7, no bias
-    stage["schedule"]["warmup_start"] = 1 / 3
+    stage["eval_classifier"] = dict(setting.scale.reslt_classifier)  # tau is the paper's gamma
+    stage["schedule"].update(warmup=2 / 12 if setting.short else 5 / 200, warmup_start=1 / 3)
     return stage
 
 
@@ -168,7 +203,7 @@ def adversarial(name: str, setting: Setting) -> dict[str, Any]:
     return dict(
         method=robust.BLOCKS[name](own),
         epochs=setting.epochs,
-        lr=0.1,
+        lr=setting.scale.lr,
         schedule=robust.schedule(setting.short),
         sampler=sampler,
         augment=augment(setting, mixup=setting.mixup),
@@ -192,7 +227,7 @@ def robust_classifier(setting: Setting, first: dict) -> dict[str, Any]:
 
 SCRATCH = {
     "ce": lambda s: _scratch(s, _loss("cross_entropy")),
-    "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=1.0),
+    "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=s.scale.mixup),
     "focal": lambda s: _scratch(s, _loss("focal", gamma=1.0)),  # LDAM's comparison; Lin et al. have 2
     "cb_ce": lambda s: _scratch(s, _loss("cross_entropy", class_weights=_balanced())),
     # margins of 0.5 in cosine, on logits that are 30 cosines; its authors decay by 0.01
@@ -249,7 +284,7 @@ def drw(setting: Setting, first: dict) -> dict[str, Any]:
 
 def dro(setting: Setting, first: dict) -> dict[str, Any]:
     """DRO-LT's second stage: features, with the classifier frozen."""
-    parts = groups(setting.parts, backbone=1.0, branches=1.0)
+    parts = groups(setting.parts, **{**whole(setting), "classifier": 0.0})
     return _later(
         setting,
         dict(

@@ -10,14 +10,21 @@ from ltjax.types import UserError
 class Data(NamedTuple):
     name: str  # of `ltjax.data.SOURCES`
     imbalance: float = 1.0  # largest class over smallest
-    profile: str = "exp"  # "exp" or "step"
+    profile: str = "exp"  # "exp" or "step"; "natural": all images, as unequal as they are
     max_count: int = 0  # training images of the largest class; 0: all there are
+    classes: int = 0  # only the first so many; 0: all
     holdout: int = 0  # images of each class held out of training, for selection and tuning
     seed: int = 0  # of the kept images; apart from the training seed, so that seeds share a training set
-    groups: str = "counts"  # "counts" of training images, or "ranges" of class numbers as in some papers
+    groups: str = "counts"  # "counts" of training images; as in some papers, "ranges" of class numbers or of "ranks"
     many_above: int = 100  # counts: many > many_above,
     few_below: int = 20  # few < few_below
     ranges: tuple[int, ...] = ()  # ranges: (a, b), many = classes below a, few = classes from b on
+    root: str = ""  # of an image_folder
+    # of images that stay on disk, of any size:
+    size: int = 224  # side of the square that the network sees, in pixels
+    resize: int = 256  # evaluation: the shorter side, before that square is cut from the middle
+    min_area: float = 0.08  # training: smallest share of an image in a random window
+    threads: int = 0  # that decode; 0: one for each core
 
 
 class Optimizer(NamedTuple):
@@ -82,7 +89,11 @@ class Run(NamedTuple):
     eval_batch_size: int = 500
     replicas: int = 1  # runs with seeds seed, seed + 1, ... in one program
     replicate: str = "loop"  # one replica after the other on a device, or "vmap": all in one batched step
-    dispatch_steps: int = 0  # steps to a dispatch; 0: an epoch on accelerators, at most 16 steps on CPU
+    # steps to a dispatch; 0: an epoch on accelerators, at most 16 steps on CPU, 4 of images that stay on disk
+    dispatch_steps: int = 0
+    weights: str = ""  # a folder that `python -m ltjax.interop.torch` has written, to begin with; "": random ones
+    weights_parts: tuple[str, ...] = ()  # of the network that are taken from there, such as ("backbone",); (): all
+    accumulate: int = 1  # parts of a batch that go through the network one after the other, to save memory
     checkpoint_seconds: float = 300.0  # save within long epochs as well, this often
 
 
@@ -129,7 +140,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
     )
     if not stages or len(set(stages)) != len(stages):
         raise UserError(f"config.stages = {stages}: name one stage or more, each once")
-    for key in ("batch_size", "eval_every", "eval_batch_size", "replicas"):
+    for key in ("batch_size", "eval_every", "eval_batch_size", "replicas", "accumulate"):
         if getattr(run, key) < 1:
             raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")
     for where, seed in (("config.seed", run.seed), ("config.data.seed", run.data.seed)):
@@ -147,10 +158,16 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
     _check_optimizer(run.optimizer, "config.optimizer")
     if run.dispatch_steps < 0:
         raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
-    if run.data.groups not in ("counts", "ranges"):
-        raise UserError(f"config.data.groups = {run.data.groups!r}; allowed: counts, ranges")
+    if run.batch_size % run.accumulate:
+        raise UserError(f"config.accumulate = {run.accumulate} does not divide config.batch_size = {run.batch_size}")
+    if run.data.groups not in ("counts", "ranges", "ranks"):
+        raise UserError(f"config.data.groups = {run.data.groups!r}; allowed: counts, ranges, ranks")
+    if run.data.classes < 0 or run.data.threads < 0 or not 0 < run.data.min_area <= 1:
+        raise UserError("config.data: classes and threads from 0 up, min_area above 0 and up to 1")
+    if not 1 <= run.data.size <= run.data.resize:
+        raise UserError(f"config.data.size = {run.data.size}, resize = {run.data.resize}: 1 or more, resize not below")
     ranges = tuple(run.data.ranges)
-    if run.data.groups == "ranges" and (len(ranges) != 2 or not 0 <= ranges[0] <= ranges[1]):
+    if run.data.groups != "counts" and (len(ranges) != 2 or not 0 <= ranges[0] <= ranges[1]):
         raise UserError(f"config.data.ranges = {ranges}: two class numbers, the first not above the second")
     parsed: dict[str, Stage] = {}
     for name in stages:

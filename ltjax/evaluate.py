@@ -1,6 +1,7 @@
-"""Evaluate a network on images that stay on the device, every image counted once."""
+"""Evaluate a network on images on the device or on disk, every image counted once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ltjax import losses, metrics
-from ltjax.parallel import BATCH_AXIS, over_replicas, replicated, split_batch
+from ltjax.parallel import BATCH_AXIS, over_replicas, put, replicated, split_batch
 from ltjax.stage import make_apply
 from ltjax.types import Variables
 
@@ -22,23 +23,43 @@ class EvaluationSet(NamedTuple):
     labels: jax.Array  # int32 [batches, B]
     size: int  # N
 
+    def parts(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Images and labels, with the leading axis of batches."""
+        yield self.images, self.labels
+
+
+class StoredSet(NamedTuple):
+    """N images that are decoded for every evaluation, a batch at a time."""
+
+    open: Callable[[], AbstractContextManager[Any]]  # -> `ltjax.data.pipeline.Stream`
+    labels: np.ndarray  # int32 [N]
+    size: int  # N
+
+    def parts(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        with self.open() as stream:
+            yield from stream.each()
+
 
 def place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh) -> EvaluationSet:
     """Put images uint8 [N, H, W, channels] and labels [N] on the devices, in batches of about `batch_size`."""
-    devices = mesh.shape[BATCH_AXIS]
-    batch_size = min(batch_size, len(images))
-    batch_size = -(-batch_size // devices) * devices
+    batch_size = shared_batch(batch_size, len(images), mesh)
     batches = -(-len(images) // batch_size)
     pad = batches * batch_size - len(images)
 
     def batched(values):
         values = np.pad(values, ((0, pad), *((0, 0),) * (values.ndim - 1)))
-        return jax.device_put(values.reshape(batches, batch_size, *values.shape[1:]), split_batch(mesh, axis=1))
+        return put(values.reshape(batches, batch_size, *values.shape[1:]), split_batch(mesh, axis=1))
 
     return EvaluationSet(batched(images), batched(labels.astype(np.int32)), len(images))
 
 
-def labels_of(data: EvaluationSet) -> np.ndarray:
+def shared_batch(batch_size: int, size: int, mesh: Mesh) -> int:
+    """About `batch_size`, not much above `size`, and a share for each device."""
+    devices = mesh.shape[BATCH_AXIS]
+    return -(-min(batch_size, size) // devices) * devices
+
+
+def labels_of(data: EvaluationSet | StoredSet) -> np.ndarray:
     """int32 [N]"""
     return np.asarray(data.labels).reshape(-1)[: data.size]
 
@@ -55,7 +76,8 @@ def outcome(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
 def evaluator(
     nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1, net: str = "net"
 ) -> Callable[..., dict[str, np.ndarray]]:
-    """`evaluate(variables, evaluation_set, means=None) -> {"predictions", "confidences", "losses": [N]}`, one dispatch.
+    """`evaluate(variables, evaluation_set, means=None) -> {"predictions", "confidences", "losses": [N]}`; one dispatch
+    where the images are on the devices.
 
     With means, those of the training images' features of each class [C, D], also "nearest": the class of the nearest.
     net: which network. Several replicas: a leading axis in variables, means and everything returned.
@@ -77,10 +99,15 @@ def evaluator(
 
     compiled = jax.jit(over_replicas(run, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
 
-    def evaluate(variables: Variables, data: EvaluationSet, means: jax.Array | None = None) -> dict[str, np.ndarray]:
-        values = compiled((variables, means), (data.images, data.labels))
-        leading = (replicas,) if replicas > 1 else ()
-        return {name: np.asarray(value).reshape(*leading, -1)[..., : data.size] for name, value in values.items()}
+    def evaluate(
+        variables: Variables, data: EvaluationSet | StoredSet, means: jax.Array | None = None
+    ) -> dict[str, np.ndarray]:
+        leading, found = (replicas,) if replicas > 1 else (), []
+        for part in data.parts():
+            found.append(compiled((variables, means), part))
+            jax.block_until_ready(found[-2:-1])  # one batch in work, one on its way, and no more
+        each = [{name: np.asarray(value).reshape(*leading, -1) for name, value in one.items()} for one in found]
+        return {name: np.concatenate([one[name] for one in each], -1)[..., : data.size] for name in each[0]}
 
     return evaluate
 

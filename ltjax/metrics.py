@@ -55,6 +55,15 @@ def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarra
     return {"many": index < bounds[0], "medium": (index >= bounds[0]) & (index < bounds[1]), "few": index >= bounds[1]}
 
 
+def rank_groups(class_counts, bounds: Sequence[int]) -> dict[str, np.ndarray]:
+    """`range_groups` of the classes' ranks by count, most frequent first; of equal counts, the lower number first."""
+    order = np.argsort(-np.asarray(class_counts), kind="stable")
+    groups = range_groups(len(order), bounds)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(order))
+    return {name: member[ranks] for name, member in groups.items()}
+
+
 def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Share of correct images in each group of classes and in `all`; a group without images is absent, never 0.
 

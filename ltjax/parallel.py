@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 REPLICA_AXIS, BATCH_AXIS = "replica", "data"
@@ -33,10 +34,23 @@ def split_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
 
 
-def split(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """Inside `jit`: the first axis of x is split over the devices that share a batch."""
+def split(x: jax.Array, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """Inside `jit`: axis number `axis` of x is split over the devices that share a batch."""
     current: Any = jax.sharding.get_abstract_mesh()  # inside `over_replicas` the replicas' axis is taken
-    return jax.lax.with_sharding_constraint(x, split_batch(current if REPLICA_AXIS in current.axis_names else mesh))
+    mesh = current if REPLICA_AXIS in current.axis_names else mesh
+    return jax.lax.with_sharding_constraint(x, split_batch(mesh, axis))
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """A pytree of host arrays, the same in every process, on the devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def over_replicas(function: Callable, *, replicas: int, mesh: Mesh, replicate: str = "loop") -> Callable:

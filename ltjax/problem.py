@@ -12,31 +12,37 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ltjax import config as config_module
-from ltjax import data, evaluate, methods, metrics, models, optim, parallel, registry, stage, surgery
+from ltjax import data, evaluate, feed, methods, metrics, models, optim, parallel, registry, stage, surgery
 from ltjax.checkpoint import Checkpoints, like
 from ltjax.config import Run
 from ltjax.data import augment, samplers, splits
-from ltjax.data.source import Images
+from ltjax.data.source import Images, Stored, first_classes
 from ltjax.types import UserError, Variables
 
 
 class Problem(NamedTuple):
     """What stays the same through all stages of a run."""
 
-    images: Images
+    data: Images | Stored
     split: splits.Split
     groups: dict[str, np.ndarray]  # {"many": bool [C], ...}
     nets: dict[str, nn.Module]
     mesh: Mesh
-    train_data: stage.Resident
-    test_set: evaluate.EvaluationSet
-    holdout_set: evaluate.EvaluationSet | None
+    image_shape: tuple[int, ...]  # [H, W, channels]
+    train_data: Any  # stage.Resident, or evaluate.StoredSet where the images stay on disk
+    test_set: evaluate.EvaluationSet | evaluate.StoredSet
+    holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
     evaluate: dict[str, Callable[..., dict[str, np.ndarray]]]  # of each network, see `ltjax.evaluate.evaluator`
-    class_means: Callable[[Variables, stage.Resident], jax.Array]  # mean training features, [C, D]
+    class_means: Callable[..., Any]  # of the training images: (variables, layers=()) -> see `ltjax.stage.means_of`
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        return self.images.train_images.shape[1:]
+    def streamed(self) -> bool:
+        """Whether the images stay on disk, and are decoded when they are needed."""
+        return isinstance(self.data, Stored)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.data.class_names
 
     @property
     def shapes(self) -> Variables:
@@ -68,11 +74,13 @@ def use_cpu_cores(batch_size: int) -> None:
 
 
 def setup(run: Run, data_dir: str | Path | None) -> Problem:
-    """Load the data, choose the long-tailed part, build the network, put the images on the devices."""
-    images = data.load(run.data.name, data_dir)
-    num_classes = len(images.class_names)
+    """Load the data, choose the long-tailed part, build the network, put on the devices what fits there."""
+    found = data.load(run.data.name, run.data.root or data_dir)
+    if run.data.classes:
+        found = first_classes(found, run.data.classes)
+    num_classes = len(found.class_names)
     split = splits.long_tailed_split(
-        images.train_labels,
+        found.train_labels,
         num_classes,
         imbalance=run.data.imbalance,
         profile=run.data.profile,
@@ -80,55 +88,44 @@ def setup(run: Run, data_dir: str | Path | None) -> Problem:
         holdout=run.data.holdout,
         seed=run.data.seed,
     )
-    shown = np.concatenate([split.train, split.holdout])
-    black = int((~images.train_images[shown].any(axis=(1, 2, 3))).sum())
-    if black > 0.01 * len(shown):
-        raise UserError(
-            f"{black} of the {len(shown)} chosen images of {run.data.name!r} are black: this may be a part of the data "
-            "that was packed for another config.data; prepare all of it"
-        )
-    if run.data.groups == "ranges":
-        groups = metrics.range_groups(num_classes, run.data.ranges)
-    else:
-        groups = metrics.count_groups(split.class_counts, few_below=run.data.few_below, many_above=run.data.many_above)
     mesh = parallel.make_mesh(replicas=run.replicas)
-    sharing = mesh.shape[parallel.BATCH_AXIS]
+    sharing = mesh.shape[parallel.BATCH_AXIS] * run.accumulate
     if run.batch_size % sharing:
+        parts = f" and {run.accumulate} parts (config.accumulate)" if run.accumulate > 1 else ""
         raise UserError(
-            f"config.batch_size = {run.batch_size} cannot be shared by {sharing} devices: take a multiple of {sharing}"
+            f"config.batch_size = {run.batch_size} cannot be shared by {sharing // run.accumulate} devices{parts}: "
+            f"take a multiple of {sharing}"
         )
     nets: dict[str, nn.Module] = {}
     for name, settings in (("net", run.model), ("guide", run.guide)):
         if settings or name == "net":
             own = dict(settings)
             nets[name] = models.create(own.pop("name", ""), num_classes, **own)
-    everywhere = parallel.replicated(mesh)
-    train_data = stage.Resident(
-        jax.device_put(images.train_images[split.train], everywhere),
-        jax.device_put(images.train_labels[split.train].astype(np.int32), everywhere),
+    images = (
+        feed.stored(run, found, split, mesh) if isinstance(found, Stored) else feed.resident(run, found, split, mesh)
     )
-    holdout_set = None
-    if run.data.holdout:
-        kept = images.train_images[split.holdout], images.train_labels[split.holdout]
-        holdout_set = evaluate.place(*kept, run.eval_batch_size, mesh)
     return Problem(
-        images=images,
+        data=found,
         split=split,
-        groups=groups,
+        groups=_groups(run, split.class_counts),
         nets=nets,
         mesh=mesh,
-        train_data=train_data,
-        test_set=evaluate.place(images.test_images, images.test_labels, run.eval_batch_size, mesh),
-        holdout_set=holdout_set,
+        image_shape=images.shape,
+        train_data=images.train,
+        test_set=images.test,
+        holdout_set=images.holdout,
         evaluate={name: evaluate.evaluator(nets, mesh, replicas=run.replicas, net=name) for name in nets},
-        class_means=jax.jit(
-            parallel.over_replicas(
-                lambda variables, source: stage.feature_means(stage.make_apply(nets, "eval"), variables, source, mesh),
-                replicas=run.replicas,
-                mesh=mesh,
-            )
-        ),
+        class_means=feed.class_means(stage.make_apply(nets, "eval"), images.train, mesh, replicas=run.replicas),
     )
+
+
+def _groups(run: Run, class_counts: np.ndarray) -> dict[str, np.ndarray]:
+    own = run.data
+    if own.groups == "ranges":
+        return metrics.range_groups(len(class_counts), own.ranges)
+    if own.groups == "ranks":
+        return metrics.rank_groups(class_counts, own.ranges)
+    return metrics.count_groups(class_counts, few_below=own.few_below, many_above=own.many_above)
 
 
 def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Problem) -> stage.Stage:
@@ -137,13 +134,14 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
     hyper = dict(settings.method)
     method = methods.create(hyper.pop("name", ""), class_counts, **hyper)
     initial = jax.eval_shape(lambda: stage.init_variables(problem.nets, problem.image_shape, jax.random.key(0), method))
-    draw = stage.resident_draw(
-        samplers.create(**settings.sampler),
-        registry.bind(f"config.{name}.augment", augment.augment, settings.augment),
-        batch_size=run.batch_size,
-        class_counts=class_counts,
-        mesh=problem.mesh,
-    )
+    sampler = samplers.create(**settings.sampler)
+    augmented = registry.bind(f"config.{name}.augment", augment.augment, settings.augment)
+    if problem.streamed:
+        draw = stage.streamed_draw(augmented, problem.mesh)
+    else:
+        draw = stage.resident_draw(
+            sampler, augmented, batch_size=run.batch_size, class_counts=class_counts, mesh=problem.mesh
+        )
     size = int(class_counts.sum())
     built = stage.build(
         problem.nets,
@@ -161,10 +159,11 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
         number=number,
         replicas=run.replicas,
         replicate=run.replicate,
+        accumulate=run.accumulate,
     )
     # errors inside what is compiled, now and not hours later
     seed, step = np.uint32(0), jnp.zeros((), jnp.int32)
-    batch = jax.eval_shape(draw, problem.train_data, seed, step, jax.random.key(0))
+    batch = jax.eval_shape(draw, source_shapes(run, problem), seed, step, jax.random.key(0))
     variables = jax.eval_shape(built.init, seeds(run), fresh_shapes(run, problem)).variables
     apply = stage.make_apply(problem.nets, settings.batch_norm)
     jax.eval_shape(lambda v, b: method.loss(apply, v, b, jax.random.key(0)), _one(run, variables), batch)
@@ -173,6 +172,34 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
     if settings.eval_classifier:
         registry.bind(f"config.{name}.eval_classifier", surgery.tau_normalised, settings.eval_classifier)
     return built
+
+
+def source_shapes(run: Run, problem: Problem, num_steps: int = 1) -> Any:
+    """What a dispatch of `num_steps` steps draws from, as arrays or their shapes."""
+    if not problem.streamed:
+        return problem.train_data
+    shape, split = (num_steps, run.batch_size), parallel.split_batch(problem.mesh, axis=1)
+    shapes: Any = stage.Chunk
+    return shapes(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((*shape, *problem.image_shape), jnp.uint8, sharding=split),
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split),
+    )
+
+
+def batches(run: Run, name: str, settings: config_module.Stage, problem: Problem, num_steps: int) -> feed.Feed:
+    """Where the dispatches of a stage draw from; to be closed."""
+    if isinstance(problem.data, Images):
+        return feed.Feed(problem.train_data)
+    return feed.streamed(
+        run,
+        problem.data,
+        problem.split,
+        problem.mesh,
+        sampler=samplers.create(**settings.sampler),
+        number=run.stages.index(name),
+        num_steps=num_steps,
+    )
 
 
 def _one(run: Run, tree):
@@ -228,7 +255,7 @@ def operate(
         class_counts=problem.split.class_counts,
         branches=problem.num_branches,
         fresh=lambda: fresh_variables(run, name, problem),
-        class_means=lambda v: problem.class_means(v, problem.train_data),
+        class_means=problem.class_means,
         holdout_accuracy=holdout_accuracy if problem.holdout_set is not None else None,
     )
     sharding = parallel.state_sharding(problem.mesh, run.replicas)
@@ -258,7 +285,7 @@ def judged(settings: config_module.Stage, variables: Variables) -> Variables:
 
 def class_means_for(settings: config_module.Stage, problem: Problem, variables: Variables) -> jax.Array | None:
     """What the evaluation of this stage needs to report the nearest class mean, where it does."""
-    return problem.class_means(variables, problem.train_data) if settings.nearest_mean else None
+    return problem.class_means(variables) if settings.nearest_mean else None
 
 
 def evaluate_split(
@@ -266,7 +293,7 @@ def evaluate_split(
     settings: config_module.Stage,
     problem: Problem,
     variables: Variables,
-    held: evaluate.EvaluationSet,
+    held: evaluate.EvaluationSet | evaluate.StoredSet,
     means: jax.Array | None,
 ) -> dict[str, Any]:
     """The figures of a table, see `ltjax.evaluate.summarise` and, of several replicas, `over_seeds`.
@@ -274,7 +301,7 @@ def evaluate_split(
     means: mean training features of each class, see `class_means_for`.
     """
     outcome = problem.evaluate[settings.evaluate_net](judged(settings, variables), held, means)
-    labels, num_classes = evaluate.labels_of(held), len(problem.images.class_names)
+    labels, num_classes = evaluate.labels_of(held), len(problem.class_names)
     if run.replicas == 1:
         return evaluate.summarise(outcome, labels, problem.groups, num_classes)
     each = [{name: values[r] for name, values in outcome.items()} for r in range(run.replicas)]

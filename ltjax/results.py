@@ -106,6 +106,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
             "best_on_test": {"accuracy": best["test"]["accuracy"]["all"], "epoch": best["epoch"]},
             "seconds": record["seconds"],
             "images_per_second": run.batch_size * run.replicas * record["train_steps"] / seconds if seconds else None,
+            "data_wait_share": record.get("wait_seconds", 0.0) / seconds if seconds else None,
         }
         for number, replica in enumerate(summaries[name].get("replicas", [])):
             best = max(evaluations, key=lambda e: e["test"]["replicas"][number]["accuracy"]["all"])
@@ -124,7 +125,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
                 "epoch": chosen["epoch"],
             }
     final = list(summaries)[-1]
-    classes = problem.images.class_names
+    classes = problem.class_names
     groups = {name: int(member.sum()) for name, member in problem.groups.items() if member.any()}
     return {
         "name": run.name,

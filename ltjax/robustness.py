@@ -16,7 +16,7 @@ from ltjax import attacks, evaluate, logs, parallel, results, stage
 from ltjax import config as config_module
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
-from ltjax.problem import judged, restored, seeds, setup
+from ltjax.problem import Problem, judged, restored, seeds, setup
 from ltjax.report import figures
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.types import UserError, Variables
@@ -68,7 +68,7 @@ def attack_workdir(
             raise UserError(f"{settings.title} trains the guide alone: train on with --mode=train before attacking")
         variables = judged(settings, state.variables)
         most = run.attack.num_images or None
-        images, labels = problem.images.test_images[:most].astype(np.float32) / 255, problem.images.test_labels[:most]
+        images, labels = test_images(problem, most)
         console.print(
             f"{settings.title}, step {step}: {len(images):,} test images, {run.attack.norm} radius "
             f"{run.attack.epsilon}, {', '.join(run.attack.tests)}"
@@ -90,12 +90,12 @@ def attack_workdir(
             target = Target(predict, images, labels, run.attack, mesh, console, go_on)
             file = workdir / "attack" / f"{name}-step{step}-seed{run.seed + replica}"
             try:
-                found, made = judge(target, problem.groups, len(problem.images.class_names), file)
+                found, made = judge(target, problem.groups, len(problem.class_names), file)
             except ValueError as error:
                 raise UserError(f"cannot attack: {error}") from error
             each.append(found)
             if replica == 0:
-                figures.write_attack(_shown(target, made), problem.images.class_names, workdir / "report")
+                figures.write_attack(_shown(target, made), problem.class_names, workdir / "report")
         tests = each[0]
         if run.replicas > 1:
             tests = {test: over_seeds([one[test] for one in each], run) for test in each[0]}
@@ -115,6 +115,16 @@ def attack_workdir(
         console.print(results.robustness_table(run.name, summary))
         console.print(f"Figures are in {workdir / 'attack.json'}, pictures in {workdir / 'report' / 'attack.png'}")
     return summary
+
+
+def test_images(problem: Problem, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The first test images, float32 in [0, 1], and their labels."""
+    parts, size = [], min(most or problem.test_set.size, problem.test_set.size)
+    for images, _ in problem.test_set.parts():
+        parts.append(np.asarray(images).reshape(-1, *problem.image_shape))
+        if sum(len(part) for part in parts) >= size:
+            break
+    return np.concatenate(parts)[:size].astype(np.float32) / 255, evaluate.labels_of(problem.test_set)[:size]
 
 
 def check(settings: config_module.Attack) -> None:

@@ -8,7 +8,7 @@ A stage is data: a method, a sampler, augmentation, parameter groups with their 
 
 With several replicas, every array of seeds, variables, state and metrics has a leading axis of replicas, and one
 dispatch trains them all. A batch comes from `draw(source, seed, step, rng)`, inside the compiled step. `source` holds
-whatever it draws from: for data that fits, the images themselves, on the device.
+whatever it draws from: for data that fits, the images themselves, on the device; else the batches of this dispatch.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +43,8 @@ class Stage(NamedTuple):
 
     init: Any  # (seed, variables) -> state
     run: Any  # (state, source, num_steps) -> state, metrics {name: [num_steps]}
-    refresh: Any  # (state, resident images) -> state, before each epoch; None where the method has none
+    refresh: Any  # (state, class means) -> state, before each epoch; None where the method has none
+    layers: tuple[str, ...]  # whose class means `refresh` wants; none: the features'
     steps_per_epoch: int
     num_steps: int  # in all
     factors: np.ndarray  # [epochs] on the learning rate
@@ -60,6 +61,14 @@ class Resident(NamedTuple):
 
     images: jax.Array  # uint8 [N, H, W, channels]
     labels: jax.Array  # int32 [N]
+
+
+class Chunk(NamedTuple):
+    """The batches of K steps, split over the devices."""
+
+    first: jax.Array  # int32, the step of the first
+    images: jax.Array  # uint8 [K, B, H, W, channels]
+    labels: jax.Array  # int32 [K, B]
 
 
 def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
@@ -126,28 +135,54 @@ def resident_draw(
     return draw
 
 
+def streamed_draw(augment: Callable, mesh: Mesh) -> Callable[[Chunk, Any, jax.Array, jax.Array], Batch]:
+    """Batches that come with each dispatch: `draw(source, seed, step, rng)`. augment: as of `resident_draw`."""
+
+    def draw(source, seed, step, rng):
+        images, labels = (
+            parallel.split(jax.lax.dynamic_index_in_dim(x, step - source.first, keepdims=False), mesh)
+            for x in (source.images, source.labels)
+        )
+        return augment(rng, images, labels)
+
+    return draw
+
+
+# {layer: (sum of its features by class [C, D_l], number of images [C])}
+FeatureSums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def feature_sums(
+    apply: Apply, variables: Variables, images: jax.Array, labels: jax.Array, layers: tuple[str, ...] = ()
+) -> FeatureSums:
+    """Sums over uint8 images [B, H, W, channels] as they are, in evaluation mode; labels [B], -1: not counted."""
+    outputs, _ = apply(variables, images.astype(jnp.float32) / 255, bn="eval")
+    num_classes = outputs.logits.shape[-1]
+    wanted = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
+    found = {name: losses.class_means(features, labels, num_classes) for name, features in wanted.items()}
+    return {name: (means * counts[:, None], counts) for name, (means, counts) in found.items()}
+
+
+def means_of(sums: FeatureSums, layers: tuple[str, ...] = ()) -> jax.Array | dict[str, jax.Array]:
+    """Mean feature of each class: [C, D] of `Outputs.features`, or {layer: [C, D_l]} of the named layers."""
+    means = {name: total / jnp.maximum(counts, 1)[:, None] for name, (total, counts) in sums.items()}
+    return means if layers else means["features"]
+
+
 def feature_means(
     apply: Apply, variables: Variables, source: Resident, mesh: Mesh, layers: tuple[str, ...] = ()
 ) -> jax.Array | dict[str, jax.Array]:
-    """Mean feature of each class over the training images as they are, in evaluation mode.
-
-    Returns [C, D] of `Outputs.features`, or {layer: [C, D_l]} of the named layers.
-    """
+    """`means_of` the training images, where they are on the device."""
     size, batch_size = source.labels.shape[0], 64 * mesh.shape[parallel.BATCH_AXIS]
 
     def batch(start):
         index = parallel.split(start + jnp.arange(batch_size), mesh)
-        images = source.images[jnp.minimum(index, size - 1)].astype(jnp.float32) / 255
-        outputs, _ = apply(variables, images, bn="eval")
-        num_classes = outputs.logits.shape[-1]
-        labels = jnp.where(index < size, source.labels[jnp.minimum(index, size - 1)], num_classes)  # past the end: none
-        wanted = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
-        found = {name: losses.class_means(features, labels, num_classes) for name, features in wanted.items()}
-        return {name: (means * counts[:, None], counts) for name, (means, counts) in found.items()}
+        there = jnp.minimum(index, size - 1)
+        labels = jnp.where(index < size, source.labels[there], -1)
+        return feature_sums(apply, variables, source.images[there], labels, layers)
 
     sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(batch, jnp.arange(0, size, batch_size)))
-    means = {name: total / jnp.maximum(counts, 1)[:, None] for name, (total, counts) in sums.items()}
-    return means if layers else means["features"]
+    return means_of(sums, layers)
 
 
 def build(
@@ -169,6 +204,7 @@ def build(
     number: int = 0,
     replicas: int = 1,
     replicate: str = "loop",
+    accumulate: int = 1,
 ) -> Stage:
     """Compile-ready functions of one stage.
 
@@ -182,6 +218,8 @@ def build(
       lr, factors: learning rate and its factor in each epoch [epochs]; with no epochs, nothing trains.
       image_shape: [H, W, channels]. number: of the stage in its run, which makes its random numbers its own.
       replicas, replicate: see `ltjax.parallel.over_replicas`.
+      accumulate: parts of a batch that go through the network one after the other, to save memory. Loss and gradient
+        are the means of the parts', each normalised by its own batch statistics.
     Raises: UserError for groups that do not cover the parameters exactly, or an unknown batch-norm mode.
     """
     if bn not in BATCH_NORM_MODES:
@@ -232,12 +270,30 @@ def build(
         flat = optim.flatten(state.variables.params)
 
         # Only what trains is an argument of the loss: the backward pass ends where the last trained parameter does.
-        def loss_of(own: dict[str, jax.Array]):
-            variables = state.variables._replace(params=optim.unflatten({**flat, **own}))
-            return method.loss(apply, variables, batch, loss_rng)
+        def loss_of(own: dict[str, jax.Array], variables: Variables, batch: Batch, rng: jax.Array):
+            variables = variables._replace(params=optim.unflatten({**flat, **own}))
+            loss, (variables, metrics) = method.loss(apply, variables, batch, rng)
+            return loss, (variables._replace(params={}), metrics)
 
-        own = {path: flat[path] for path in trained}
-        (loss, (variables, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(own)
+        own, variables = {path: flat[path] for path in trained}, state.variables._replace(params={})
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulate == 1:
+            (loss, (variables, metrics)), gradients = gradient_of(own, variables, batch, loss_rng)
+        else:
+
+            def part(carry, numbered):
+                variables, total = carry
+                number, batch = numbered
+                found = gradient_of(own, variables, batch, jax.random.fold_in(loss_rng, number))
+                (loss, (variables, metrics)), gradients = found
+                return (variables, jax.tree.map(jnp.add, total, gradients)), {"loss": loss, **metrics}
+
+            start = variables, jax.tree.map(jnp.zeros_like, own)
+            numbered = jnp.arange(accumulate), _parts(batch, accumulate, mesh)
+            (variables, total), each = jax.lax.scan(part, start, numbered)
+            gradients = jax.tree.map(lambda x: x / accumulate, total)
+            metrics = jax.tree.map(lambda x: x.mean(0), each)
+            loss = metrics.pop("loss")
         updates, opt_state = optimizer.update(gradients, state.opt_state, own)
         params = optim.unflatten({**flat, **jax.tree.map(jnp.add, own, updates)})
         state = State(state.step + 1, state.seed, variables._replace(params=params), opt_state)
@@ -251,10 +307,13 @@ def build(
 
         return over_replicas(one)(state, source)
 
-    def refresh(refresh_arrays: Callable, state: State, source: Resident) -> State:
-        means = feature_means(apply, state.variables, source, mesh, method.layers)
-        arrays = refresh_arrays(state.variables.arrays, means)
-        return state._replace(variables=state.variables._replace(arrays=arrays))
+    def refresh(refresh_arrays: Callable, state: State, means: Any) -> State:
+        def one(own: tuple[State, Any], _: None) -> State:
+            state, means = own
+            arrays = refresh_arrays(state.variables.arrays, means)
+            return state._replace(variables=state.variables._replace(arrays=arrays))
+
+        return over_replicas(one)((state, means), None)
 
     sharding = parallel.state_sharding(mesh, replicas)
     compiled = partial(jax.jit, donate_argnums=0, out_shardings=sharding)
@@ -262,12 +321,25 @@ def build(
     return Stage(
         init=jax.jit(jax.vmap(init) if replicas > 1 else init, out_shardings=sharding),
         run=compiled(run, static_argnums=2),
-        refresh=compiled(over_replicas(partial(refresh, method.refresh))) if method.refresh else None,
+        refresh=compiled(partial(refresh, method.refresh)) if method.refresh else None,
+        layers=method.layers,
         steps_per_epoch=steps_per_epoch,
         num_steps=steps_per_epoch * len(factors),
         factors=factors,
         assigned={path: assigned[path] for path in trained},
     )
+
+
+def _parts(batch: Batch, count: int, mesh: Mesh) -> Batch:
+    """Arrays [B, ...] -> [count, B / count, ...]: every count-th image, so that no image changes its device."""
+
+    def parts(x: jax.Array) -> jax.Array:
+        if not x.ndim:
+            return jnp.broadcast_to(x, count)
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return parallel.split(x, mesh, axis=1)
+
+    return jax.tree.map(parts, batch)
 
 
 def steps_done(state: State) -> int:

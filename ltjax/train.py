@@ -15,8 +15,10 @@ from ltjax import logs, optim, parallel, results, stage
 from ltjax.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
 from ltjax.config import Run
 from ltjax.data import splits
+from ltjax.feed import DISPATCH_STEPS
 from ltjax.problem import (
     Problem,
+    batches,
     build_stage,
     class_means_for,
     evaluate_split,
@@ -33,15 +35,16 @@ from ltjax.types import UserError
 from ltjax.workdir import locked, named_disk_errors, open_workdir
 
 
-def chunk_length(steps_per_epoch: int, asked: int, replicas: int = 1) -> int:
+def chunk_length(steps_per_epoch: int, asked: int, replicas: int = 1, *, streamed: bool = False) -> int:
     """Steps to a dispatch: a whole epoch on accelerators; on CPU at most 16, so that there is something to watch.
-    Of several replicas, 16 together.
+    Of several replicas, 16 together; of streamed batches, which take memory, 4.
 
     A divisor of the epoch where there is a good one, so that one compiled function serves all chunks; else the epoch in
     nearly equal parts, whose last is shorter.
     """
     on_cpu = jax.default_backend() == "cpu"
-    most = min(asked or (max(1, 16 // replicas) if on_cpu else steps_per_epoch), steps_per_epoch)
+    usual = DISPATCH_STEPS if streamed else max(1, 16 // replicas) if on_cpu else steps_per_epoch
+    most = min(asked or usual, steps_per_epoch)
     divisor = max(n for n in range(1, most + 1) if steps_per_epoch % n == 0)
     parts = -(-steps_per_epoch // most)
     return divisor if 2 * divisor >= most else -(-steps_per_epoch // parts)
@@ -128,17 +131,23 @@ def run_stage(
         log.rewind(name, -1 if kept is None else step)
 
     per_epoch, together = built.steps_per_epoch, run.batch_size * run.replicas
-    chunk = chunk_length(per_epoch, run.dispatch_steps, run.replicas)
+    chunk = chunk_length(per_epoch, run.dispatch_steps, run.replicas, streamed=problem.streamed)
+    waited = record.get("wait_seconds", 0.0)
     started, saved_at = began - record["seconds"], time.monotonic()
     compiled: set[int] = set()  # lengths of dispatch that this process has run
-    with logs.StageProgress(console, settings.title, built.num_steps, step, together, settings.epochs) as bar:
+    with (
+        logs.StageProgress(console, settings.title, built.num_steps, step, together, settings.epochs) as bar,
+        batches(run, name, settings, problem, built.num_steps) as feed,
+    ):
         while step < built.num_steps:
             num_steps = min(chunk, per_epoch - step % per_epoch)
             epoch = step // per_epoch  # counted from 0
             chunk_started = time.monotonic()
             if built.refresh is not None and step % per_epoch == 0:
-                state = built.refresh(state, problem.train_data)
-            state, values = built.run(state, problem.train_data, num_steps)
+                state = built.refresh(state, problem.class_means(state.variables, built.layers))
+            then = min(chunk, per_epoch - (step + num_steps) % per_epoch, built.num_steps - step - num_steps)
+            waited_before = feed.waited
+            state, values = built.run(state, feed.take(step, num_steps, then), num_steps)
             values = {key: np.atleast_2d(value) for key, value in values.items()}  # [replicas, steps]; waits
             if not np.isfinite(values["loss"]).all():
                 bad, replica = (int(i[0]) for i in np.nonzero(~np.isfinite(values["loss"].T)))  # the first step's
@@ -148,6 +157,8 @@ def run_stage(
             if num_steps in compiled:  # the first one's time is the compiler's
                 record["train_seconds"] += time.monotonic() - chunk_started
                 record["train_steps"] += num_steps
+                waited += feed.waited - waited_before
+                record["wait_seconds"] = waited
             compiled.add(num_steps)
             step += num_steps
             step_seconds = record["train_seconds"] / record["train_steps"] if record["train_steps"] else None
@@ -167,7 +178,8 @@ def run_stage(
                 score = evaluate_stage(run, name, settings, problem, state, epoch + 1, record, log)
                 speed = together / step_seconds if step_seconds else None
                 test = record["evaluations"][-1]["test"]
-                bar.console.print(epoch_line(settings, epoch + 1, means["loss"], test, speed, left))
+                wait = waited / record["train_seconds"] if record["train_seconds"] else 0.0
+                bar.console.print(epoch_line(settings, epoch + 1, means["loss"], test, speed, left, wait))
             record["seconds"] = time.monotonic() - started
             if saving:
                 checkpoints.save(step, state, record, score)
@@ -229,7 +241,7 @@ def _brief(part: Any) -> Any:
     return {key: _brief(value) if key == "replicas" else value for key, value in part.items() if key in kept}
 
 
-def epoch_line(settings, epoch, loss, test, images_per_second, seconds_left) -> str:
+def epoch_line(settings, epoch, loss, test, images_per_second, seconds_left, wait=0.0) -> str:
     accuracy, spread = test["accuracy"], test.get("std", {}).get("accuracy", {})
     shown = {
         group: results.percent(accuracy[group], spread.get(group)) for group in results.GROUPS if group in accuracy
@@ -238,6 +250,7 @@ def epoch_line(settings, epoch, loss, test, images_per_second, seconds_left) -> 
     progress = f"epoch {epoch}/{settings.epochs}  loss {loss:.3f}  " if epoch else ""
     nearest = f"  nearest mean {test['nearest_mean']['accuracy']['all']:.1%}" if "nearest_mean" in test else ""
     speed = f"  {images_per_second:,.0f} images/s" if images_per_second else ""
+    speed += f" ({wait:.0%} of it waiting for data)" if wait > 0.05 else ""
     left = f"  ETA {logs.clock(seconds_left)}" if epoch else ""
     return f"{settings.title}  {progress}test {groups}  ECE {test['ece']:.1%}{nearest}{speed}{left}"
 

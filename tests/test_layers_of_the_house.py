@@ -25,7 +25,7 @@ ALLOWED = {
     "ltjax.results": {"rich"},
     "ltjax.compare": {"rich", "ltjax.config", "ltjax.results", "ltjax.types"},
     "ltjax.attacks": {"jax", "numpy", "ltjax.attacks"},
-    "ltjax.parallel": {"jax"},
+    "ltjax.parallel": {"jax", "numpy"},
     "ltjax.surgery": {"jax", "numpy", "ltjax.types", "ltjax.losses", "ltjax.registry"},
     "ltjax.methods": {
         "jax",
@@ -37,12 +37,12 @@ ALLOWED = {
         "ltjax.methods",
     },
     "ltjax.models": {"jax", "flax", "ltjax.types", "ltjax.models"},
-    "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "grain", "cv2", "array_record", "rich"}
+    "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "grain", "cv2", "simplejpeg", "array_record", "rich"}
     | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.data"},
 }
 # The package's own `create`, which chooses by name, needs the registry too.
 ALLOWED["ltjax.models.__init__"] = ALLOWED["ltjax.models"] | {"ltjax.registry"}
-SEES_EVERYTHING = ("ltjax.train", "ltjax.problem", "ltjax.evaluate")
+SEES_EVERYTHING = ("ltjax.train", "ltjax.problem", "ltjax.evaluate", "ltjax.feed")
 
 
 def inside(name, package):

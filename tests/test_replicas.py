@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ltjax import compare, config, data, evaluate, methods, parallel, problem, stage, train
+from ltjax import compare, config, data, evaluate, feed, methods, parallel, problem, stage, train
 from ltjax.data import augment, samplers
 from ltjax.models.layers import BatchNorm, Conv, pool
 from ltjax.signals import Interrupted
@@ -113,7 +113,9 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
 
 def trained(built, state, source):
     if built.refresh is not None:
-        state = built.refresh(state, source)
+        apply, mesh = stage.make_apply(NETS, "eval"), source.images.sharding.mesh
+        means = feed.class_means(apply, source, mesh, replicas=state.step.size)
+        state = built.refresh(state, means(state.variables, built.layers))
     return jax.tree.map(np.asarray, built.run(state, source, STEPS))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ltjax import parallel, stage
+from ltjax import feed, parallel, stage
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
 
 COUNTS = np.array([70, 40, 23])
@@ -62,7 +62,9 @@ def build(method, *, devices=8, groups=None, factors=None, lr=0.1, draw=random_d
 @pytest.mark.parametrize("devices", [1, 8])
 def test_refresh_is_given_the_mean_feature_of_each_class(source, devices):
     built, state, _ = build(toy_method(lambda arrays, means: {"centroids": means}), devices=devices)
-    state = built.refresh(state, source)
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    means = feed.class_means(stage.make_apply({"net": Toy()}, "eval"), source, mesh)
+    state = built.refresh(state, means(state.variables))
     features = np.asarray(source.images, np.float64).mean((1, 2)) / 255
     expected = [features[np.asarray(source.labels) == c].mean(0) for c in range(3)]
     np.testing.assert_allclose(state.variables.arrays["centroids"], expected, rtol=1e-5)

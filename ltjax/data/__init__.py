@@ -1,18 +1,22 @@
-"""Where images come from, one file a source: `load(name, data_dir) -> ltjax.data.source.Images`."""
+"""Where images come from, one file a source: `load(name, data_dir) -> Images`, held in memory, or `Stored` on disk."""
 
 import os
 
 from ltjax import registry
-from ltjax.data.source import Images
+from ltjax.data.source import Images, Stored
 
 SOURCES = {
     "cifar10": "ltjax.data.cifar",
     "cifar100": "ltjax.data.cifar",
+    "i_naturalist2018": "ltjax.data.shards",
+    "image_folder": "ltjax.data.image_folder",
+    "imagenet_lt": "ltjax.data.shards",
+    "places_lt": "ltjax.data.shards",
     "fashion_mnist_lt": "ltjax.data.fashion_mnist_lt",
     "tiny_imagenet": "ltjax.data.tiny_imagenet",
 }
 
 
-def load(name: str, data_dir: str | os.PathLike | None = None) -> Images:
+def load(name: str, data_dir: str | os.PathLike | None = None) -> Images | Stored:
     """All images of a data set. Raises: UserError where it is unknown, missing or damaged."""
     return registry.load("data set", SOURCES, name, "load")(name, data_dir)

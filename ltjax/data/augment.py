@@ -18,26 +18,43 @@ def augment(
     crop_padding: int = 4,
     flip: bool = True,
     auto_augment: bool = False,
+    rand_augment: tuple[float, ...] = (),
+    color_jitter: float = 0.0,
     cutout_size: int = 0,
     mixup_alpha: float = 0.0,
 ) -> Batch:
     """What a training step sees of uint8 images [B, H, W, channels] and labels [B].
 
-    In the order of the long-tail papers: crop, flip, AutoAugment, division by 255, Cutout, mixup. Zero or False turns
-    a part off, without a change to the random numbers of the others. Returns float32 images in [0, 1].
+    In the order of the long-tail papers: crop, flip, AutoAugment or RandAugment (`rand_augment`: number of operations,
+    magnitude), division by 255, colour jitter, Cutout, mixup. Zero, False or () turns a part off, without a change to
+    the random numbers of the others. Returns float32 images in [0, 1].
 
-    Raises UserError if AutoAugment is asked for images that are not RGB, ValueError if images are not uint8.
+    Raises UserError if operations on colours are asked for images that are not RGB, ValueError if images are not uint8.
     """
-    for name, value in (("crop_padding", crop_padding), ("cutout_size", cutout_size), ("mixup_alpha", mixup_alpha)):
+    sizes = dict(crop_padding=crop_padding, cutout_size=cutout_size, mixup_alpha=mixup_alpha, color_jitter=color_jitter)
+    for name, value in sizes.items():
         if not value >= 0:
             raise UserError(f"augment {name} = {value}: 0 turns it off, else above 0")
+    if color_jitter > 1:
+        raise UserError(f"augment color_jitter = {color_jitter}: factors from 1 - it to 1 + it, so at most 1")
+    if rand_augment and (len(rand_augment) != 2 or rand_augment[0] < 1 or not 0 <= rand_augment[1] <= 10):
+        raise UserError(
+            f"augment rand_augment = {rand_augment}: (operations, magnitude from 0 to 10), such as (2, 9.0)"
+        )
+    if rand_augment and auto_augment:
+        raise UserError("augment has auto_augment and rand_augment: turn one of them off")
     _require_uint8(images)
     crop_rng, policy_rng, cutout_rng, mixup_rng = jax.random.split(rng, 4)
     if crop_padding or flip:
         images = crop_flip(crop_rng, images, padding=crop_padding, flip=flip)
     if auto_augment:
         images = _auto_augment(policy_rng, images)
+    if rand_augment:
+        number, magnitude = rand_augment
+        images = _rand_augment(policy_rng, images, num_operations=int(number), magnitude=magnitude)
     images = images.astype(jnp.float32) / 255
+    if color_jitter:
+        images = _color_jitter(jax.random.fold_in(policy_rng, 1), images, strength=color_jitter)
     if cutout_size:
         images = cutout(cutout_rng, images, size=cutout_size)
     if mixup_alpha:
@@ -198,7 +215,55 @@ def auto_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
     return jax.lax.scan(lambda images, turn: (_apply(images, *turn), None), images, (operations.T, magnitudes.T))[0]
 
 
-_auto_augment = auto_augment  # `augment` has an argument of that name
+def rand_augment(rng: jax.Array, images: jax.Array, *, num_operations: int = 2, magnitude: float = 9.0) -> jax.Array:
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): uint8 [B, H, W, 3] in and out.
+
+    Each image draws `num_operations` times one of the 14 operations of `apply_operation`, all at one magnitude: 0 to 10
+    are AutoAugment's levels 0 to 9. Signs are drawn.
+
+    Raises UserError if the images are not RGB, ValueError if they are not uint8.
+    """
+    _require_rgb(images, "rand_augment")
+    choice_rng, sign_rng = jax.random.split(rng)
+    shape = (num_operations, len(images))
+    sizes = jnp.array([_magnitude(name, 0.9 * magnitude) for name in _NAMES])
+    is_signed = jnp.array([signed for _, _, signed in MAGNITUDES.values()])
+    operations = jax.random.randint(choice_rng, shape, 0, len(_NAMES))
+    negative = jax.random.bernoulli(sign_rng, 0.5, shape) & is_signed[operations]
+    magnitudes = jnp.where(negative, -sizes[operations], sizes[operations])
+    return jax.lax.scan(lambda images, turn: (_apply(images, *turn), None), images, (operations, magnitudes))[0]
+
+
+def color_jitter(rng: jax.Array, images: jax.Array, *, strength: float = 0.4) -> jax.Array:
+    """Brightness, contrast and saturation of each image times factors in [1 - strength, 1 + strength], in any order.
+
+    Args:
+      rng: key.
+      images: [B, H, W, 3], float in [0, 1]; shape and dtype stay.
+      strength: up to 1.
+
+    Values are cut off to [0, 1] after each factor, and not rounded (torchvision rounds on 8-bit images).
+    Raises UserError if the images are not RGB. Source: Krizhevsky et al. 2012, in the form of torchvision's transform.
+    """
+    if images.shape[-1] != 3:
+        raise UserError(f"color_jitter needs RGB images, but these have {images.shape[-1]} channel(s): set it to 0")
+    order_rng, factor_rng = jax.random.split(rng)
+    order = jnp.argsort(jax.random.uniform(order_rng, (3, len(images))), axis=0)  # [turn, B]
+    factors = jax.random.uniform(factor_rng, (3, len(images)), images.dtype, 1 - strength, 1 + strength)
+
+    def one_turn(images, turn):
+        kind, factor = (x[:, None, None, None] for x in turn)
+        grey = (images * jnp.asarray(_LUMA, images.dtype)).sum(-1, keepdims=True)
+        mean = grey.mean((1, 2), keepdims=True)
+        origin = jnp.where(kind == 0, 0, jnp.where(kind == 1, mean, grey)).astype(images.dtype)
+        return jnp.clip(origin + factor * (images - origin), 0, 1), None
+
+    return jax.lax.scan(one_turn, images, (order, factors))[0]
+
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+# `augment` has arguments of these names
+_auto_augment, _rand_augment, _color_jitter = auto_augment, rand_augment, color_jitter
 
 
 def apply_operation(name: str, images: jax.Array, magnitude: float | jax.Array = 0.0) -> jax.Array:
@@ -226,15 +291,13 @@ def _require_uint8(images: jax.Array) -> None:
         raise ValueError(f"augmentation starts from uint8 images, not {images.dtype}")
 
 
-def _require_rgb(images: jax.Array) -> None:
+def _require_rgb(images: jax.Array, what: str = "auto_augment") -> None:
     _require_uint8(images)
     if images.shape[-1] != 3:
-        raise UserError(
-            f"auto_augment needs RGB images, but these have {images.shape[-1]} channel(s): turn auto_augment off"
-        )
+        raise UserError(f"{what} needs RGB images, but these have {images.shape[-1]} channel(s): turn {what} off")
 
 
-def _magnitude(name: str, level: int) -> float:
+def _magnitude(name: str, level: float) -> float:
     low, high, _ = MAGNITUDES[name]
     magnitude = low + (high - low) * level / 9
     return float(round(magnitude)) if name == "posterize" else magnitude

@@ -9,6 +9,7 @@ from ltjax.hashing import hash32, shuffled
 from ltjax.types import UserError
 
 PROFILES = ("exp", "step")
+NATURAL = "natural"  # a split that keeps all images, as unequal as they are
 
 
 def class_counts(num_classes: int, max_count: int, *, imbalance: float, profile: str = "exp") -> np.ndarray:
@@ -62,11 +63,22 @@ def long_tailed_split(
     are among those at imbalance 10; the last `holdout` ones make a class-balanced set for selection and tuning.
 
     Args:
-      labels: [M] of all training images. max_count: images of the largest class; None takes all the images that every
-        class has beyond the hold-out, or, where classes differ, those that the first class has.
+      labels: [M] of all training images.
+      profile: of `class_counts`; or "natural", which keeps every image, of each class at most `max_count`.
+      max_count: images of the largest class; None takes all the images that every class has beyond the hold-out, or,
+        where classes differ, those that the first class has.
     Raises: UserError where a class has fewer images than asked for, or would be left with none.
     """
     available = np.bincount(labels, minlength=num_classes)
+    if profile == NATURAL:
+        if imbalance != 1:
+            raise UserError(f"data.imbalance = {imbalance:g}: profile {NATURAL!r} keeps classes as unequal as they are")
+        if not 0 <= holdout < available.min():
+            raise UserError(
+                f"data.holdout = {holdout} images a class: class {available.argmin()} has {available.min()} in all"
+            )
+        counts = available - holdout if max_count is None else np.minimum(available - holdout, max_count)
+        return _choose(labels, available, counts, holdout, seed)
     if not 0 <= holdout < available.max():
         raise UserError(f"data.holdout = {holdout} images a class: there are {available.min()} to {available.max()}")
     if max_count is None:
@@ -84,14 +96,21 @@ def long_tailed_split(
                 f"class {c} has {available[c]} images, but {asked} images are asked for: "
                 "lower data.max_count or data.holdout, or raise data.imbalance"
             )
+    return _choose(labels, available, counts, holdout, seed)
+
+
+def _choose(labels: np.ndarray, available: np.ndarray, counts: np.ndarray, holdout: int, seed: int) -> Split:
+    """`counts[c]` training and `holdout` further images of each class, by one seeded permutation of its images."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.cumsum(available) - available
     train, held = [], []
-    for c in range(num_classes):
-        members, size = np.flatnonzero(labels == c), np.uint32(available[c])
+    for c in range(len(available)):
+        members, size = order[starts[c] : starts[c] + available[c]], np.uint32(available[c])
         key = hash32(np.uint32(seed), np.uint32(c))
         members = members[shuffled(np.arange(size, dtype=np.uint32), size, key)]
         train.append(members[: counts[c]])
         held.append(members[len(members) - holdout :])
-    return Split(np.concatenate(train), np.concatenate(held), counts)
+    return Split(np.concatenate(train), np.concatenate(held), np.asarray(counts, np.int64))
 
 
 def describe(split: Split, *, seed: int, groups: dict[str, np.ndarray]) -> dict[str, Any]:

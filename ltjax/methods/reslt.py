@@ -9,15 +9,17 @@ from ltjax import losses
 from ltjax.types import Method, UserError
 
 
-def create(class_counts: np.ndarray, *, medium_start: int, tail_start: int | None = None, beta: float) -> Method:
+def create(class_counts: np.ndarray, *, medium_start: float, tail_start: float | None = None, beta: float) -> Method:
     """The residual fusion of branches, see `ltjax.losses.residual_fusion`.
 
-    medium_start, tail_start: ranks by count at which the second and the third branch begin; a network with two branches
-      has no use for tail_start. beta: weight of the branches' own losses against that of their sum, in [0, 1].
+    medium_start, tail_start: ranks by count at which the second and the third branch begin, or, below 1, shares of the
+      classes; a network with two branches has no use for tail_start.
+    beta: weight of the branches' own losses against that of their sum, in [0, 1].
     """
     if not 0 <= beta <= 1:
         raise UserError(f"method 'reslt': beta = {beta}: from 0 to 1")
-    ranks = (medium_start, len(class_counts) if tail_start is None else tail_start)
+    starts = (medium_start, len(class_counts) if tail_start is None else tail_start)
+    ranks = tuple(max(1, round(start * len(class_counts))) if 0 < start < 1 else int(start) for start in starts)
     if not 0 < ranks[0] <= ranks[1] <= len(class_counts):
         raise UserError(
             f"method 'reslt': medium_start = {medium_start}, tail_start = {tail_start}: ranks from 1 to "

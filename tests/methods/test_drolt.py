@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import losses, methods, models, parallel, stage
+from ltjax import feed, losses, methods, models, parallel, stage
 from ltjax.types import Batch, Outputs, UserError, Variables
 
 COUNTS = np.array([9, 4, 1])
@@ -163,8 +163,13 @@ def trained():
         image_shape=(8, 8, 3),
     )
     state = built.init(np.uint32(0), jax.device_put(variables, parallel.replicated(mesh)))
-    state, metrics = built.run(built.refresh(state, source), source, 2)
-    return net, built, built.refresh(state, source), source, metrics
+    means = feed.class_means(stage.make_apply({"net": net}, "eval"), source, mesh)
+
+    def refreshed(state):
+        return built.refresh(state, means(state.variables, built.layers))
+
+    state, metrics = built.run(refreshed(state), source, 2)
+    return net, built, refreshed(state), source, metrics
 
 
 def test_centroids_are_the_class_means_of_each_layer_in_evaluation_mode(trained):

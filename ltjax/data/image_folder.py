@@ -1,0 +1,149 @@
+"""Anybody's own images, straight from disk: `ROOT/train/<class>/*.jpg` and perhaps `ROOT/validation/<class>/*.jpg`.
+
+Without a folder for validation (or `val`, `test`), a class-balanced part of the training images is held out for it.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ltjax.data import progress
+from ltjax.data.decode import decode
+from ltjax.data.source import Stored, Subset
+from ltjax.data.splits import long_tailed_split
+from ltjax.types import UserError, one_line
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+HELD_OUT = ("validation", "val", "test")
+NAMES_SHOWN = 5
+
+
+class Files:
+    """Images as files, in the order of their paths below a root."""
+
+    def __init__(self, root: Path, paths: list[str]):
+        self._root, self._paths = root, paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> bytes:
+        return (self._root / self._paths[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        return str(self._root / self._paths[index])
+
+
+def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> Stored:
+    """Finds the images below `root`; classes are the folders of `root/train`, in alphabetical order.
+
+    Image files lie in a class's folder or deeper; files of other kinds and hidden ones are passed over. Every image is
+    decoded once to see that it is whole, which is remembered until the files change. Held out where there is no folder
+    for it: a fifth of the smallest class, but at most 20 images, of each class; which ones is the same every time.
+
+    Raises: UserError where there is no such folder, a class has no images, validation has other classes than training,
+      or images cannot be read: their number, and the first of their names.
+    """
+    if not root:
+        raise UserError(
+            "image_folder needs the folder of the images: --config.data.root=DIR, with DIR/train/<class>/*.jpg"
+        )
+    root = Path(root).expanduser()
+    if not (root / "train").is_dir():
+        raise UserError(f"no folder {root / 'train'}: expected {root}/train/<class>/*.jpg, one folder a class")
+    class_names = _classes(root / "train")
+    if len(class_names) < 2:
+        raise UserError(f"{root / 'train'} has {len(class_names)} folder(s): a classifier needs two classes or more")
+    held = next((part for part in HELD_OUT if (root / part).is_dir()), None)
+    train_paths, train_labels = _find(root, "train", class_names)
+    test_paths, test_labels = _find(root, held, class_names) if held else ([], np.empty(0, np.int32))
+    if empty := [class_names[c] for c in np.flatnonzero(np.bincount(train_labels, minlength=len(class_names)) == 0)]:
+        raise UserError(f"{root / 'train'}: no images in {_listed(empty)}; known kinds: {', '.join(SUFFIXES)}")
+    _check(root, train_paths + test_paths)
+    train = Files(root, train_paths)
+    if held:
+        return Stored(train, train_labels, Files(root, test_paths), test_labels, class_names)
+    smallest = int(np.bincount(train_labels).min())
+    if smallest < 2:
+        raise UserError(f"{root}: a class has one image, so none can be held out; make a folder {root}/validation")
+    each = min(20, max(1, smallest // 5))
+    split = long_tailed_split(train_labels, len(class_names), imbalance=1, profile="natural", holdout=each)
+    return Stored(
+        Subset(train, split.train),
+        train_labels[split.train],
+        Subset(train, split.holdout),
+        train_labels[split.holdout],
+        class_names,
+    )
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+    """Paths below `root` of all images of a part, sorted, and their labels."""
+    if foreign := sorted(set(_classes(root / part)) - set(class_names)):
+        raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {_listed(foreign)}")
+    paths, labels = [], []
+    for label, name in enumerate(class_names):
+        found = []
+        for folder, folders, files in os.walk(root / part / name, followlinks=True):
+            folders[:] = sorted(below for below in folders if not below.startswith("."))
+            kept = (file for file in files if file.lower().endswith(SUFFIXES) and not file.startswith("."))
+            found += [os.path.relpath(os.path.join(folder, file), root) for file in kept]
+        paths += sorted(found)
+        labels += [label] * len(found)
+    if not paths:
+        raise UserError(f"no images in {root / part}: expected {root / part}/<class>/*.jpg")
+    return paths, np.asarray(labels, np.int32)
+
+
+def _check(root: Path, paths: list[str]) -> None:
+    """Decode every image once. Raises: UserError naming those that cannot be read."""
+    digest = hashlib.sha256(str(root.resolve()).encode())
+    for path in paths:
+        found = (root / path).stat()
+        digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax"
+    checked = cache / f"images-{digest.hexdigest()[:32]}"
+    if checked.exists():
+        return
+    damaged = _damaged(paths, lambda path: (root / path).read_bytes())
+    if damaged:
+        names = "; ".join(f"{root / path} ({why})" for path, why in damaged[:NAMES_SHOWN])
+        more = f"; and {len(damaged) - NAMES_SHOWN} more" if len(damaged) > NAMES_SHOWN else ""
+        raise UserError(f"{len(damaged)} of {len(paths)} images cannot be read: {names}{more}: replace or remove them")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        checked.touch()
+    except OSError:
+        pass  # then they are checked again next time
+
+
+def _damaged(paths: list[str], read: Callable[[str], bytes]) -> list[tuple[str, str]]:
+    def problem(path: str) -> str:
+        try:
+            decode(read(path))
+        except (OSError, ValueError) as error:
+            return one_line(error)
+        return ""
+
+    with progress.bar(transient=True) as bar, ThreadPoolExecutor() as threads:
+        task = bar.add_task("checking images", total=len(paths))
+        found = []
+        for path, why in zip(paths, threads.map(problem, paths), strict=True):
+            bar.advance(task)
+            if why:
+                found.append((path, why))
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (
+        f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    )

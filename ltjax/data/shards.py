@@ -1,0 +1,141 @@
+"""Large data sets as TFDS lays them out, `<data_dir>/<name>/<version>`: images stay in their array records.
+
+Written by TFDS with TensorFlow or by `python -m ltjax.data.prepare` without it; read without it either way.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltjax.data import progress
+from ltjax.data.index import read_index, shards_fingerprint, write_index
+from ltjax.data.source import Stored, newest_version, prepare_command, resolve_data_dir
+from ltjax.types import UserError, one_line
+
+SPLITS = {  # training and test split
+    "imagenet_lt": ("train", "test"),
+    "places_lt": ("train", "test"),
+    "i_naturalist2018": ("train", "validation"),
+}
+KEYS = ("file_name", "filename", "id")  # features that name an image, and so give the order that all machines share
+CHUNK = 512  # records read at once where all are
+
+
+class Records:
+    """The images of a split, in the order of `records`, their numbers in the files."""
+
+    def __init__(self, source: Any, records: np.ndarray, directory: Path, split: str):
+        self._source, self._records, self._directory, self._split = source, records, directory, split
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return _fields(self._source[int(self._records[index])])["image"].bytes_list.value[0]
+        except Exception as error:  # array_record and protobuf each raise their own kinds
+            raise UserError(f"{self.name(index)} cannot be read ({one_line(error)})") from error
+
+    def name(self, index: int) -> str:
+        return f"record {self._records[index]} of split {self._split!r} in {self._directory}"
+
+
+def load(name: str, data_dir: str | os.PathLike | None = None) -> Stored:
+    """Opens `name`, one of `SPLITS`; images in the order of their file names, or of their ids.
+
+    Labels come from the index beside the records; where there is none, as after TFDS with TensorFlow, it is made in one
+    pass over them and kept there (or in `~/.cache/ltjax`, where that folder cannot be written).
+
+    Raises: UserError for an unknown name, a data set that is not there, damaged files, or files that only TensorFlow
+      reads.
+    """
+    if name not in SPLITS:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(SPLITS)}")
+    data_dir = resolve_data_dir(data_dir)
+    directory = newest_version(data_dir, name)
+    if directory is None:
+        raise UserError(
+            f"{name} is not in {data_dir}: prepare it with `{prepare_command(name, data_dir)} --source=...`"
+        )
+    try:
+        return _open(directory, name)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # TFDS, protobuf and array_record each raise their own kinds on a damaged folder
+        raise UserError(
+            f"{directory} is damaged or incomplete ({one_line(error)}): move that folder away, "
+            f"then run `{prepare_command(name, data_dir)} --source=...`"
+        ) from error
+
+
+def _open(directory: Path, name: str) -> Stored:
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(directory)
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":
+        raise UserError(
+            f"{directory} is in the {file_format} format, which is not readable without TensorFlow: have TFDS write it "
+            "again with file_format='array_record', or prepare it elsewhere with `python -m ltjax.data.prepare`"
+        )
+    if not (directory / "label.labels.txt").is_file():  # else TFDS would silently call the classes "0", "1", ...
+        raise FileNotFoundError("label.labels.txt is missing")
+    class_names = tuple(builder.info.features["label"].names)
+    parts: list[Any] = []
+    for split in SPLITS[name]:
+        if split not in builder.info.splits:
+            raise ValueError(f"it lacks the split {split!r}")
+        source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        paths = [Path(path) for path in builder.info.splits[split].filepaths]
+        labels, records = _index(directory, split, source, paths)
+        if len(labels) != len(source):
+            raise ValueError(f"its index has {len(labels)} images of split {split!r}, not {len(source)}")
+        if labels.min() < 0 or labels.max() >= len(class_names):
+            raise ValueError(f"split {split!r} has labels up to {labels.max()}, of {len(class_names)} classes")
+        parts += [Records(source, records, directory, split), labels]
+    return Stored(parts[0], parts[1], parts[2], parts[3], class_names)
+
+
+def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and record numbers in the order of the images' names; read, or made and kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax"
+    places = (directory / f"{split}.index.npz", cache / f"index-{shards_fingerprint(paths)[:32]}.npz")
+    for place in places:
+        if (found := read_index(place, paths)) is not None:
+            return found
+    labels, keys = np.empty(len(source), np.int32), []
+    with progress.bar(transient=True) as bar:
+        task = bar.add_task(f"reading the labels of {directory.parent.name} {split}", total=len(source))
+        for start in range(0, len(source), CHUNK):
+            chunk = range(start, min(start + CHUNK, len(source)))
+            for number, record in zip(chunk, source.__getitems__(chunk), strict=True):
+                fields = _fields(record)
+                labels[number] = fields["label"].int64_list.value[0]
+                keys.append(_key(fields, number))
+            bar.advance(task, len(chunk))
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_index(place, labels, keys, paths)
+            break
+        except OSError:
+            continue  # a folder that cannot be written
+    order = np.asarray(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    return labels[order], order
+
+
+def _fields(record: bytes) -> Any:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example: Any = tf_example_pb2.Example  # pyrefly: ignore
+    return example.FromString(record).features.feature
+
+
+def _key(fields: Any, number: int) -> Any:
+    for key in KEYS:
+        if key in fields:
+            value = fields[key]
+            return value.bytes_list.value[0] if value.bytes_list.value else value.int64_list.value[0]
+    return number

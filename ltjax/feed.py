@@ -1,0 +1,150 @@
+"""Images on their way to a run: those that fit, put on the devices once; the others, streamed from disk."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ltjax import evaluate, parallel, stage
+from ltjax.config import Run
+from ltjax.data import splits
+from ltjax.data.source import Images, Stored
+from ltjax.hashing import hash32
+from ltjax.types import Apply, UserError, Variables
+
+DISPATCH_STEPS = 4  # batches that go to the devices together
+
+
+class Ready(NamedTuple):
+    """Training, test and held-out images, ready for use."""
+
+    shape: tuple[int, ...]  # [H, W, channels]
+    train: stage.Resident | evaluate.StoredSet  # the latter in order, and cut as for evaluation
+    test: evaluate.EvaluationSet | evaluate.StoredSet
+    holdout: evaluate.EvaluationSet | evaluate.StoredSet | None
+
+
+def resident(run: Run, images: Images, split: splits.Split, mesh: Mesh) -> Ready:
+    """Everything on the devices."""
+    shown = np.concatenate([split.train, split.holdout])
+    black = int((~images.train_images[shown].any(axis=(1, 2, 3))).sum())
+    if black > 0.01 * len(shown):
+        raise UserError(
+            f"{black} of the {len(shown)} chosen images of {run.data.name!r} are black: this may be a part of the data "
+            "that was packed for another config.data; prepare all of it"
+        )
+    everywhere, holdout = parallel.replicated(mesh), None
+    train = stage.Resident(
+        parallel.put(images.train_images[split.train], everywhere),
+        parallel.put(images.train_labels[split.train].astype(np.int32), everywhere),
+    )
+    if run.data.holdout:
+        kept = images.train_images[split.holdout], images.train_labels[split.holdout]
+        holdout = evaluate.place(*kept, run.eval_batch_size, mesh)
+    test = evaluate.place(images.test_images, images.test_labels, run.eval_batch_size, mesh)
+    return Ready(images.train_images.shape[1:], train, test, holdout)
+
+
+def stored(run: Run, data: Stored, split: splits.Split, mesh: Mesh) -> Ready:
+    """Nothing on the devices yet: all images are decoded when they are needed."""
+    from ltjax.data import pipeline  # its decoders are not for everybody
+    from ltjax.data.decode import View
+
+    if run.replicas > 1:
+        raise UserError(
+            f"config.replicas = {run.replicas}: replicas share images on the device, but those of {run.data.name!r} "
+            "stay on disk; run the seeds one after the other with --config.seed"
+        )
+    view = View(run.data.size, run.data.resize, run.data.min_area)
+    sharding = parallel.split_batch(mesh, axis=1)
+
+    def held(files: Any, labels: np.ndarray, order: np.ndarray) -> evaluate.StoredSet:
+        size = evaluate.shared_batch(run.eval_batch_size, len(order), mesh)
+        plan = pipeline.once(files, labels, order, size, view)
+        opened = partial(pipeline.Stream, plan, sharding, run.data.threads)
+        return evaluate.StoredSet(opened, labels[order].astype(np.int32), len(order))
+
+    train = data.train_files, data.train_labels
+    return Ready(
+        shape=(view.size, view.size, 3),
+        train=held(*train, split.train),
+        test=held(data.test_files, data.test_labels, np.arange(len(data.test_labels))),
+        holdout=held(*train, split.holdout) if run.data.holdout else None,
+    )
+
+
+def class_means(
+    apply: Apply, images: stage.Resident | evaluate.StoredSet, mesh: Mesh, *, replicas: int = 1
+) -> Callable[..., Any]:
+    """`(variables, layers=()) -> mean feature of each class` of training images, see `ltjax.stage.means_of`."""
+    if isinstance(images, stage.Resident):
+
+        def resident_means(layers: tuple[str, ...], variables: Variables, source: stage.Resident) -> Any:
+            one = lambda variables, source: stage.feature_means(apply, variables, source, mesh, layers)  # noqa: E731
+            return parallel.over_replicas(one, replicas=replicas, mesh=mesh)(variables, source)
+
+        compiled = jax.jit(resident_means, static_argnums=0)
+        return lambda variables, layers=(): compiled(layers, variables, images)
+
+    @partial(jax.jit, static_argnums=0)
+    def sums(layers: tuple[str, ...], variables: Variables, pixels: jax.Array, labels: jax.Array) -> stage.FeatureSums:
+        return stage.feature_sums(apply, variables, pixels[0], labels[0], layers)
+
+    def streamed_means(variables: Variables, layers: tuple[str, ...] = ()) -> Any:
+        variables, total = variables._replace(arrays={}), None
+        for part in images.parts():
+            found = sums(layers, variables, *part)
+            total = found if total is None else jax.tree.map(jax.numpy.add, total, found)
+            jax.block_until_ready(total)
+        return stage.means_of(total or {}, layers)
+
+    return streamed_means
+
+
+class Feed:
+    """What the dispatches of a stage draw from: always the same images, or a stream's next batches."""
+
+    def __init__(self, resident: Any, stream: Any = None, mesh: Mesh | None = None):
+        self._resident, self._stream, self._mesh = resident, stream, mesh
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for batches."""
+        return 0.0 if self._stream is None else self._stream.waited
+
+    def take(self, step: int, num_steps: int, then: int) -> stage.Resident | stage.Chunk:
+        """For the `num_steps` steps from `step` on. then: how many steps come next; 0: none."""
+        if self._stream is None or self._mesh is None:
+            return self._resident
+        images, labels = self._stream.take(step, num_steps, then)
+        return stage.Chunk(parallel.put(np.int32(step), parallel.replicated(self._mesh)), images, labels)
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def streamed(
+    run: Run, data: Stored, split: splits.Split, mesh: Mesh, *, sampler: Callable, number: int, num_steps: int
+) -> Feed:
+    """Random windows of the training images, as stage `number` draws them."""
+    from ltjax.data import pipeline
+    from ltjax.data.decode import View
+
+    plan = pipeline.training(
+        data,
+        split.train,
+        split.class_counts,
+        sampler,
+        hash32(np.uint32(run.seed), np.uint32(number)),
+        batch_size=run.batch_size,
+        num_steps=num_steps,
+        view=View(run.data.size, run.data.resize, run.data.min_area),
+    )
+    return Feed(None, pipeline.Stream(plan, parallel.split_batch(mesh, axis=1), run.data.threads), mesh)
