@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from pathlib import Path
 
@@ -32,6 +33,12 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack"], "What to do.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Of several processes: HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway)."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_PATIENCE = flags.DEFINE_integer("patience", 60, "Seconds of silence after which another process counts as lost.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: $TFDS_DATA_DIR.")
 
 
@@ -81,7 +88,12 @@ def fail(message: object) -> None:
 
 
 def main(_: list[str]) -> None:
-    from ltjax import problem, robustness, train  # after the flags, so that --help and a mistyped flag answer at once
+    from ltjax import (
+        problem,
+        processes,
+        robustness,
+        train,
+    )  # after the flags, so that --help and a mistyped flag answer at once
     from ltjax.signals import Interrupted
     from ltjax.types import UserError
 
@@ -98,13 +110,27 @@ def main(_: list[str]) -> None:
     do = modes[_MODE.value]
     try:
         problem.use_cpu_cores(config.get("batch_size", 1))
+        processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
         do(config, workdir, _DATA_DIR.value)
+        processes.finish()
     except UserError as error:
         fail(error)
+        if processes.several():
+            processes.leave(2)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"Stopped and saved. To resume, run the same command again:\n  {train.results.command()}")
+        if processes.first():
+            print(f"Stopped and saved. To resume, run the same command again:\n  {train.results.command()}")
+        processes.finish()
         sys.exit(stop.exit_code)
+    except Exception as error:
+        if processes.lost(error):
+            processes.say_lost(f"another process is gone ({str(error).strip().splitlines()[0][:200]})")
+            processes.leave(processes.GONE)
+        if processes.several():
+            traceback.print_exc()
+            processes.leave(1)  # the others notice
+        raise
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class EvaluationSet(NamedTuple):
     images: jax.Array  # uint8 [batches, B, H, W, channels], each batch split over the devices
     labels: jax.Array  # int32 [batches, B]
     size: int  # N
+    host_labels: np.ndarray  # int32 [N]
 
     def parts(self) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Images and labels, with the leading axis of batches."""
@@ -32,8 +33,8 @@ class StoredSet(NamedTuple):
     """N images that are decoded for every evaluation, a batch at a time."""
 
     open: Callable[[], AbstractContextManager[Any]]  # -> `ltjax.data.pipeline.Stream`
-    labels: np.ndarray  # int32 [N]
     size: int  # N
+    host_labels: np.ndarray  # int32 [N]
 
     def parts(self) -> Iterator[tuple[jax.Array, jax.Array]]:
         with self.open() as stream:
@@ -50,18 +51,14 @@ def place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh) -
         values = np.pad(values, ((0, pad), *((0, 0),) * (values.ndim - 1)))
         return put(values.reshape(batches, batch_size, *values.shape[1:]), split_batch(mesh, axis=1))
 
-    return EvaluationSet(batched(images), batched(labels.astype(np.int32)), len(images))
+    labels = labels.astype(np.int32)
+    return EvaluationSet(batched(images), batched(labels), len(images), labels)
 
 
 def shared_batch(batch_size: int, size: int, mesh: Mesh) -> int:
     """About `batch_size`, not much above `size`, and a share for each device."""
     devices = mesh.shape[BATCH_AXIS]
     return -(-min(batch_size, size) // devices) * devices
-
-
-def labels_of(data: EvaluationSet | StoredSet) -> np.ndarray:
-    """int32 [N]"""
-    return np.asarray(data.labels).reshape(-1)[: data.size]
 
 
 def outcome(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

@@ -65,7 +65,7 @@ def stored(run: Run, data: Stored, split: splits.Split, mesh: Mesh) -> Ready:
         size = evaluate.shared_batch(run.eval_batch_size, len(order), mesh)
         plan = pipeline.once(files, labels, order, size, view)
         opened = partial(pipeline.Stream, plan, sharding, run.data.threads)
-        return evaluate.StoredSet(opened, labels[order].astype(np.int32), len(order))
+        return evaluate.StoredSet(opened, len(order), labels[order].astype(np.int32))
 
     train = data.train_files, data.train_labels
     return Ready(

@@ -73,9 +73,25 @@ def _scalars(values: dict[str, Any]):
             yield name, value
 
 
-def make_console() -> Console:
+class NoLog:
+    """In the place of a `RunLog` in all processes but the first."""
+
+    def write(self, stage: str, epoch: int, step: int, split: str, values: dict[str, Any]) -> None:
+        pass
+
+    def rewind(self, stage: str, step: int) -> None:
+        pass
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def make_console(*, quiet: bool = False) -> Console:
     """Where people read: wide enough for a table when the output is a file."""
-    return Console() if sys.stdout.isatty() else Console(width=120, soft_wrap=True)
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=120, soft_wrap=True, quiet=quiet)
 
 
 class StageProgress(Progress):

@@ -249,7 +249,7 @@ def operate(
         held = problem.holdout_set
         assert held is not None
         predictions = problem.evaluate["net"](tried, held)["predictions"]
-        return (predictions == evaluate.labels_of(held)).mean(-1)
+        return (predictions == held.host_labels).mean(-1)
 
     context = surgery.Context(
         class_counts=problem.split.class_counts,
@@ -301,7 +301,7 @@ def evaluate_split(
     means: mean training features of each class, see `class_means_for`.
     """
     outcome = problem.evaluate[settings.evaluate_net](judged(settings, variables), held, means)
-    labels, num_classes = evaluate.labels_of(held), len(problem.class_names)
+    labels, num_classes = held.host_labels, len(problem.class_names)
     if run.replicas == 1:
         return evaluate.summarise(outcome, labels, problem.groups, num_classes)
     each = [{name: values[r] for name, values in outcome.items()} for r in range(run.replicas)]

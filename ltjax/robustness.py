@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from rich.console import Console
 
-from ltjax import attacks, evaluate, logs, parallel, results, stage
+from ltjax import attacks, evaluate, logs, parallel, processes, results, stage
 from ltjax import config as config_module
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
@@ -51,6 +51,8 @@ def attack_workdir(
     workdir, console = Path(workdir), logs.make_console()
     run, stages = config_module.parse(config)
     check(run.attack)
+    if processes.several():
+        raise UserError("--mode=attack works in one process, with all of its devices: start it on one machine")
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
     open_workdir(workdir, config)
@@ -124,7 +126,7 @@ def test_images(problem: Problem, most: int | None) -> tuple[np.ndarray, np.ndar
         parts.append(np.asarray(images).reshape(-1, *problem.image_shape))
         if sum(len(part) for part in parts) >= size:
             break
-    return np.concatenate(parts)[:size].astype(np.float32) / 255, evaluate.labels_of(problem.test_set)[:size]
+    return np.concatenate(parts)[:size].astype(np.float32) / 255, problem.test_set.host_labels[:size]
 
 
 def check(settings: config_module.Attack) -> None:

@@ -1,7 +1,9 @@
 """The training loop: one for every method. Read it top to bottom."""
 
+import signal
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from clu import parameter_overview
 from rich.console import Console
 
 from ltjax import config as config_module
-from ltjax import logs, optim, parallel, results, stage
+from ltjax import logs, optim, parallel, processes, results, stage
 from ltjax.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
 from ltjax.config import Run
 from ltjax.data import splits
@@ -59,11 +61,11 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
     Returns: what `results.json` holds.
     Raises: UserError for anything the caller can mend; Interrupted after Ctrl-C or SIGTERM, once all is saved.
     """
-    workdir, console = Path(workdir), logs.make_console()
+    workdir, console, first = Path(workdir), logs.make_console(quiet=not processes.first()), processes.first()
     run, stages = config_module.parse(config)
-    open_workdir(workdir, config)
-    with locked(workdir), named_disk_errors(workdir):
-        if (workdir / "results.json").exists():
+    processes.on_first(lambda: open_workdir(workdir, config))
+    with locked(workdir) if first else nullcontext(), named_disk_errors(workdir):
+        if processes.on_first((workdir / "results.json").exists):
             finished = read_json(workdir / "results.json")
             console.print(f"{workdir} holds a finished run of this config; remove it to train anew.")
             results.print_table(finished, console)
@@ -73,14 +75,16 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
         problem = setup(run, data_dir)
         built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}  # all errors now
         check_kept_optimizers(stages, built)
-        write_json(workdir / "config.json", config)
-        write_json(workdir / "split.json", splits.describe(problem.split, seed=run.data.seed, groups=problem.groups))
-        show_plan(run, stages, built, problem, workdir, console)
+        if first:
+            described = splits.describe(problem.split, seed=run.data.seed, groups=problem.groups)
+            write_json(workdir / "config.json", config)
+            write_json(workdir / "split.json", described)
+            show_plan(run, stages, built, problem, workdir, console)
 
         steps_before = dict(zip(stages, np.cumsum([0] + [b.num_steps for b in built.values()]).tolist(), strict=False))
         finals: dict[str, State] = {}
         records: dict[str, dict[str, Any]] = {}
-        with StopSignals() as stop, logs.RunLog(workdir, steps_before) as log:
+        with StopSignals() as stop, logs.RunLog(workdir, steps_before) if first else logs.NoLog() as log:
             for name, settings in stages.items():
                 with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
                     try:
@@ -90,8 +94,9 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
                     except OSError as error:  # a full disk can stop the log before it stops a checkpoint
                         raise cannot_save(error, checkpoints.directory) from error
             summary = results.summarise(run, stages, records, problem, commit)
-            figures.write_summary(summary, workdir / "report")
-            write_json(workdir / "results.json", summary)
+            if first:
+                figures.write_summary(summary, workdir / "report")
+                write_json(workdir / "results.json", summary)
         results.print_table(summary, console)
         console.print(f"Results, metrics, checkpoints and report/summary.png are in {workdir}")
         return summary
@@ -105,7 +110,7 @@ def run_stage(
     problem: Problem,
     finals: Mapping[str, State],
     checkpoints: Checkpoints,
-    log: logs.RunLog,
+    log: logs.RunLog | logs.NoLog,
     console: Console,
     stop: StopSignals,
 ) -> tuple[State, dict[str, Any]]:
@@ -170,7 +175,8 @@ def run_stage(
             log.write(name, epoch + 1, step, "train", {**means, **each, "lr": learning_rate})
 
             due = time.monotonic() - saved_at > run.checkpoint_seconds
-            saving = step % per_epoch == 0 or stop.requested is not None or due
+            stopping, due = processes.any_of(stop.requested is not None, due)
+            saving = step % per_epoch == 0 or stopping or due
             if saving and not stage.all_finite(state):
                 raise non_finite(name, epoch, step, "a parameter is no longer finite", settings, checkpoints)
             score = None
@@ -184,17 +190,17 @@ def run_stage(
             if saving:
                 checkpoints.save(step, state, record, score)
                 saved_at = time.monotonic()
-            if saving and stop.requested is not None:
+            if saving and stopping:
                 checkpoints.wait()
-                raise Interrupted(stop.requested)
+                raise Interrupted(stop.requested or signal.SIGTERM)
         if not record["evaluations"]:  # a stage of surgery alone
             score = evaluate_stage(run, name, settings, problem, state, 0, record, log)
             bar.console.print(epoch_line(settings, 0, None, record["evaluations"][-1]["test"], None, None))
             record["seconds"] = time.monotonic() - started
             checkpoints.save(0, state, record, score)
     checkpoints.wait()
-    if not settings.epochs and stop.requested is not None:
-        raise Interrupted(stop.requested)
+    if not settings.epochs and processes.any_of(stop.requested is not None)[0]:
+        raise Interrupted(stop.requested or signal.SIGTERM)
     return state, record
 
 
@@ -288,11 +294,11 @@ def evaluate_workdir(
     config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of every stage that has one; print the table and write `eval.json`."""
-    workdir, console = Path(workdir), logs.make_console()
+    workdir, console = Path(workdir), logs.make_console(quiet=not processes.first())
     run, stages = config_module.parse(config)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
-    open_workdir(workdir, config)
+    processes.on_first(lambda: open_workdir(workdir, config))
     problem = setup(run, data_dir)
     records = {}
     for name, settings in stages.items():
@@ -308,6 +314,7 @@ def evaluate_workdir(
         raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
     summary = results.summarise(run, {name: stages[name] for name in records}, records, problem, results.git_commit())
     with named_disk_errors(workdir):
-        write_json(workdir / "eval.json", summary)
+        if processes.first():
+            write_json(workdir / "eval.json", summary)
     console.print(results.table(summary))
     return summary
