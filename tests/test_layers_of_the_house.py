@@ -37,7 +37,7 @@ ALLOWED = {
         "ltjax.methods",
     },
     "ltjax.models": {"jax", "flax", "ltjax.types", "ltjax.models"},
-    "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "grain", "cv2", "array_record", "rich"}
+    "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "grain", "cv2", "array_record", "rich", "simplejpeg"}
     | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.data"},
 }
 # The package's own `create`, which chooses by name, needs the registry too.
