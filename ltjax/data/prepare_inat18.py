@@ -53,7 +53,7 @@ def plan(source: Path) -> Plan:
                 if key in images:
                     raise UserError(f"{path}: the image {key} belongs to the training split already")
                 images[key] = Image(split, label)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:  # also of values of other types
             raise UserError(
                 f"{path} does not have the layout of the official annotations ({type(error).__name__}: {error}): "
                 "expected `images` with id and file_name, `annotations` with image_id and category_id, and "
@@ -113,7 +113,7 @@ def _labels(path: Path, content: dict[str, Any], num_classes: int) -> dict[str, 
             )
         if image in by_id:
             raise UserError(f"{path}: the image {image!r} has two annotations: expected one")
-        by_id[image] = category
+        by_id[image] = int(category)
     labels: dict[str, int] = {}
     for image in content["images"]:
         key = _key(image["file_name"])

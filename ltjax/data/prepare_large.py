@@ -116,6 +116,8 @@ def prepare(
         shards = Shards(folder, name, _hash(plan), shard_bytes)
         try:
             problems = _pass(plan, shards)
+            left_out = _settle(plan, folder, problems, skip_damaged)
+            directory = _finish(plan, shards)
         except KeyboardInterrupt:
             kept = len(shards.keys())
             raise KeyboardInterrupt(
@@ -124,8 +126,6 @@ def prepare(
             ) from None
         finally:
             shards.abandon()
-        left_out = _settle(plan, folder, problems, skip_damaged)
-        directory = _finish(plan, shards)
     return f"prepared {name}: {_counts(directory)} in {directory}{left_out}"
 
 

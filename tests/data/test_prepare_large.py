@@ -1,15 +1,9 @@
-"""The pass over archives that prepares large data sets, on miniatures of iNaturalist 2018 and made-up archives."""
+"""The pass over archives that prepares large data sets, on miniatures of iNaturalist 2018."""
 
 import io
-import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import tarfile
 import threading
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,46 +12,19 @@ import tensorflow_datasets as tfds
 from PIL import Image as Picture
 
 from ltjax.data import index, prepare, prepare_large, prepare_shards, prepare_sources
-from ltjax.types import UserError
 from tests.data import miniatures
-
-NAME = "i_naturalist2018"
-VERSION = "1.0.0"
-ROOT = Path(__file__).parents[2]
-
-
-def run(source, data_dir, *flags):
-    return prepare.main(["inat18", f"--source={source}", f"--data_dir={data_dir}", *flags])
-
-
-def directory(data_dir):
-    return data_dir / NAME / VERSION
-
-
-def incomplete(data_dir):
-    return data_dir / NAME / f"{VERSION}.incomplete"
-
-
-def records(folder, split):
-    """The records of a split in the order of the shards."""
-    builder = tfds.builder_from_directory(folder)
-    return list(builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}))
-
-
-def raw(folder):
-    """The serialised records by split, and the sidecars' arrays."""
-    builder = tfds.builder_from_directory(folder)
-    method = tfds.decode.DeserializeMethod.RAW_BYTES
-    found = {split: list(builder.as_data_source(split, deserialize_method=method)) for split in builder.info.splits}
-    indices = {split: {k: v.tolist() for k, v in np.load(folder / f"{split}.index.npz").items()} for split in found}
-    return found, indices, {split: info.shard_lengths for split, info in builder.info.splits.items()}
-
-
-def error_line(capsys):
-    """The one line on stderr beside the remark on the miniature's size."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: these are not")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+from tests.data.preparing import (
+    NAME,
+    VERSION,
+    directory,
+    error_line,
+    incomplete,
+    originals,
+    raw,
+    records,
+    run,
+    run_with_small_shards,
+)
 
 
 @pytest.fixture
@@ -73,17 +40,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(source, tmp_path_factory):
     """A prepared miniature, in shards of two images."""
-    data_dir = tmp_path_factory.mktemp("prepared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_shards, "SHARD_IMAGES", 2)
-        assert run(source, data_dir) == 0
-    return directory(data_dir)
-
-
-def originals(source):
-    """{id: content} of the images in a miniature's archive."""
-    with tarfile.open(source / "train_val2018.tar.gz") as tar:
-        return {Path(member.name).stem: tar.extractfile(member).read() for member in tar}
+    return run_with_small_shards(source, tmp_path_factory.mktemp("prepared"))
 
 
 # What is written.
@@ -384,310 +341,6 @@ def test_an_archive_of_another_layout_is_refused(tmp_path, capsys):
 
     assert run(miniatures.inat18(tmp_path / "source", spoil=spoil), tmp_path / "data") == 2
     assert "expected paths like train_val2018/Aves/2820/HASH.jpg" in error_line(capsys)
-
-
-# Archives.
-
-
-@pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg", "..\\x.jpg", "\\x.jpg", "C:\\x.jpg"])
-def test_a_name_that_leads_out_of_the_archive_is_refused(name, tmp_path, capsys):
-    def spoil(images):
-        images[name] = b"x"
-
-    source = miniatures.inat18(tmp_path / "source", spoil=spoil)
-    before = sorted(tmp_path.rglob("*"))
-    assert run(source, tmp_path / "data") == 2
-    assert f"the name {name!r} leads out of the archive" in error_line(capsys)
-    inside = [path for path in tmp_path.rglob("*") if tmp_path / "data" not in [path, *path.parents]]
-    assert sorted(inside) == before and not Path("/x.jpg").exists()
-
-
-@pytest.mark.parametrize(
-    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE], ids=["sym", "hard", "char", "fifo"]
-)
-def test_links_and_devices_are_refused(kind, tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        link = tarfile.TarInfo("a/link.jpg")
-        link.type, link.linkname = kind, "/etc/passwd"
-        tar.addfile(link)
-    with pytest.raises(UserError, match=r"'a/link\.jpg' is a link or a device"):
-        list(prepare_sources.walk(tmp_path / "x.tar"))
-
-
-def test_a_bad_name_in_an_archive_inside_an_archive_is_refused(tmp_path):
-    inner = miniatures.write_tar(tmp_path / "inner.tar", {"../x.JPEG": b"x"}).read_bytes()
-    outer = miniatures.write_tar(tmp_path / "outer.tar", {"n01440764.tar": inner})
-    with pytest.raises(UserError, match=r"outer\.tar/n01440764\.tar: the name '\.\./x\.JPEG' leads out"):
-        list(prepare_sources.walk(outer))
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_an_archive_of_archives_is_walked_in_its_order(mode, tmp_path):
-    inner = {f"n{i}.tar": {f"n{i}_{j}.JPEG": f"{i}{j}".encode() * 3000 for j in range(3)} for i in range(3)}
-    packed = {
-        name: miniatures.write_tar(tmp_path / name, members).read_bytes() for name, members in reversed(inner.items())
-    }
-    outer = miniatures.write_tar(tmp_path / "outer", {"./first.jpg": b"1"} | packed | {"last.jpg": b"2"}, mode)
-    found = {member.name: member.read() for member in prepare_sources.walk(outer)}
-    expected = {"first.jpg": b"1"}
-    for name in reversed(inner):
-        expected |= {f"{name}/{file}": content for file, content in inner[name].items()}
-    assert list(found.items()) == [*expected.items(), ("last.jpg", b"2")]
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-@pytest.mark.parametrize("part", [0.02, 0.5, 0.8])
-def test_an_archive_cut_short_is_named(mode, part, tmp_path):
-    members = {f"{i}.jpg": os.urandom(3000) for i in range(20)}
-    path = miniatures.write_tar(tmp_path / "x.tar", members, mode)
-    os.truncate(path, int(path.stat().st_size * part))
-    with pytest.raises(UserError, match=r"cannot read .*x\.tar.* damaged(,| or) cut short"):
-        for member in prepare_sources.walk(path):
-            member.read()
-
-
-def test_a_damaged_header_does_not_end_an_archive_in_silence(tmp_path):
-    path = miniatures.write_tar(tmp_path / "x.tar", {f"{i}.jpg": b"x" * 100 for i in range(5)})
-    content = bytearray(path.read_bytes())
-    content[2 * 1024 + 10] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read .*x\.tar as a tar archive \(bad checksum at byte 2048\)"):
-        list(prepare_sources.walk(path))
-
-
-def test_a_wrong_byte_in_a_compressed_archive_is_found(tmp_path):
-    path = miniatures.write_tar(tmp_path / "x.tar.gz", {"1.jpg": os.urandom(100000)}, "w:gz")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.tar\.gz"):
-        list(prepare_sources.walk(path))
-
-
-def test_something_else_than_an_archive_is_named(tmp_path):
-    (tmp_path / "x.tar").write_bytes(b"PK\x03\x04" * 1000)
-    with pytest.raises(UserError, match=r"cannot read .*x\.tar as a tar archive"):
-        list(prepare_sources.walk(tmp_path / "x.tar"))
-
-
-def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path):
-    miniatures.write_folder(tmp_path, {"b/2": b"", "b/1": b"", "a": b"", "c/d/3": b""})
-    miniatures.write_tar(tmp_path / "c" / "x.tar", {"4": b""})
-    assert [member.name for member in prepare_sources.walk(tmp_path)] == ["a", "b/1", "b/2", "c/x.tar/4", "c/d/3"]
-
-
-def test_a_folder_that_is_a_link_is_followed_but_not_in_circles(tmp_path):
-    miniatures.write_folder(tmp_path, {"elsewhere/1.jpg": b"", "root/2.jpg": b""})
-    (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "root")
-    assert [member.name for member in prepare_sources.walk(tmp_path / "root")] == ["2.jpg", "linked/1.jpg"]
-
-
-def test_walking_does_not_keep_the_headers(tmp_path):
-    path = miniatures.write_tar(tmp_path / "x.tar", {f"{i:06d}.jpg": b"" for i in range(4000)})
-    tracemalloc.start()
-    assert sum(1 for _ in prepare_sources.walk(path)) == 4000
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1e6  # bytes; the headers would be four times that
-
-
-# Finding the pieces.
-
-
-def test_pieces_are_found_some_folders_down_but_not_among_images(tmp_path):
-    names = ["ILSVRC/Data/CLS-LOC/train/list.txt", "ILSVRC/Annotations/CLS-LOC/train/x", "ILSVRC/lists/list.txt"]
-    miniatures.write_folder(tmp_path, dict.fromkeys(names, b""))
-    found = prepare_sources.find(tmp_path, ["train", "list.txt", "val"])
-    assert found == {"train": tmp_path / "ILSVRC/Data/CLS-LOC/train", "list.txt": tmp_path / "ILSVRC/lists/list.txt"}
-
-
-def test_the_piece_nearest_to_the_source_counts(tmp_path):
-    miniatures.write_folder(tmp_path, {"a/list.txt": b"", "list.txt": b""})
-    assert prepare_sources.find(tmp_path, ["list.txt"]) == {"list.txt": tmp_path / "list.txt"}
-
-
-def test_two_pieces_of_one_name_are_refused(tmp_path):
-    miniatures.write_folder(tmp_path, {"a/list.txt": b"", "b/list.txt": b""})
-    with pytest.raises(UserError, match=r"a/list\.txt and .*b/list\.txt: which one is meant"):
-        prepare_sources.find(tmp_path, ["list.txt"])
-
-
-def test_a_source_that_is_no_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="no folder at"):
-        prepare_sources.find(tmp_path / "nothing", ["x"])
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("a.jpg 0\n\nb.jpg\n", r"list\.txt, line 3: expected the path .* found 'b\.jpg'"),
-        ("a.jpg 0\nb.jpg one\n", r"list\.txt, line 2: expected the path"),
-        ("a.jpg -1\n", r"line 1: expected the path"),
-        ("a.jpg 10\n", r"line 1: the label 10 is out of range: there are 10 classes"),
-        ("\n", "lists no image"),
-        (b"\xff\xfe\x00", "cannot read the list"),
-    ],
-)
-def test_a_line_that_is_another_is_named(text, expected, tmp_path):
-    (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=expected):
-        prepare_sources.read_list(tmp_path / "list.txt", 10)
-
-
-# Interruptions.
-
-
-@pytest.fixture
-def stopped(source, monkeypatch):
-    """`stopped(data_dir, number, error)`: the exit code of a run that an error stops at a number of records."""
-
-    def stopped(data_dir, number, error, *flags):
-        serialise, calls = prepare_large._record, []
-
-        def record(*args):
-            calls.append(args)
-            if len(calls) == number:
-                raise error
-            return serialise(*args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare_large, "_record", record)
-            return run(source, data_dir, *flags)
-
-    return stopped
-
-
-@pytest.mark.parametrize("number", [1, 4, 7, 10, 14])
-def test_a_run_that_was_stopped_ends_with_the_same_records(number, stopped, source, prepared, small_shards, tmp_path):
-    assert stopped(tmp_path, number, KeyboardInterrupt) == 130
-    assert not directory(tmp_path).exists()
-    assert run(source, tmp_path) == 0
-    assert raw(directory(tmp_path)) == raw(prepared)
-    assert set(os.listdir(directory(tmp_path))) == set(os.listdir(prepared))
-
-
-def test_a_run_stopped_again_and_again_ends_with_the_same_records(stopped, source, prepared, small_shards, tmp_path):
-    while (code := stopped(tmp_path, 4, KeyboardInterrupt)) == 130:
-        pass
-    assert code == 0 and raw(directory(tmp_path)) == raw(prepared)
-
-
-def test_only_images_of_unfinished_shards_are_read_again(stopped, source, small_shards, tmp_path, monkeypatch):
-    stopped(tmp_path, 6, KeyboardInterrupt)
-    finished = [json.loads(line)["keys"] for line in journal(tmp_path)[1:]]
-    assert finished
-    read = []
-    walk = prepare_large.walk
-
-    def counting(source):
-        for member in walk(source):
-            yield member._replace(read=lambda member=member: read.append(Path(member.name).stem) or member.read())
-
-    monkeypatch.setattr(prepare_large, "walk", counting)
-    assert run(source, tmp_path) == 0
-    assert sorted(read) == sorted(originals(source).keys() - {key for keys in finished for key in keys})
-
-
-def journal(data_dir):
-    return (incomplete(data_dir) / prepare_shards.JOURNAL).read_text().splitlines()
-
-
-def test_ctrl_c_says_that_the_finished_part_is_kept(stopped, small_shards, tmp_path, capsys):
-    assert stopped(tmp_path, 6, KeyboardInterrupt) == 130
-    line = error_line(capsys)
-    kept = sum(len(json.loads(line)["keys"]) for line in journal(tmp_path)[1:])
-    assert 0 < kept < 6
-    assert f"interrupted: {kept} of 14 images are finished and kept in {incomplete(tmp_path)}" in line
-    assert "the same command goes on" in line
-
-
-def test_killed_with_sigkill_the_same_command_goes_on(source, prepared, small_shards, tmp_path):
-    code = f"""
-import os, signal
-from ltjax.data import prepare, prepare_large, prepare_shards
-prepare_shards.SHARD_IMAGES = 2
-serialise, calls = prepare_large._record, []
-def record(*args):
-    calls.append(args)
-    if len(calls) == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return serialise(*args)
-prepare_large._record = record
-prepare.main(["inat18", "--source={source}", "--data_dir={tmp_path}"])
-"""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
-    assert ran.returncode == -signal.SIGKILL and not directory(tmp_path).exists()
-    assert run(source, tmp_path) == 0
-    assert raw(directory(tmp_path)) == raw(prepared)
-
-
-def test_killed_while_the_shards_get_their_names_the_same_command_goes_on(source, prepared, small_shards, tmp_path):
-    def killed(*args):
-        raise SystemExit
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "write_index", killed)
-        with pytest.raises(SystemExit):
-            run(source, tmp_path)
-    assert list(incomplete(tmp_path).glob("*array_record*")) and not directory(tmp_path).exists()
-    assert run(source, tmp_path) == 0
-    assert raw(directory(tmp_path)) == raw(prepared)
-
-
-def test_a_journal_cut_short_counts_as_far_as_it_goes(stopped, source, prepared, small_shards, tmp_path):
-    stopped(tmp_path, 10, KeyboardInterrupt)
-    path = incomplete(tmp_path) / prepare_shards.JOURNAL
-    path.write_text(path.read_text()[:-20])
-    assert run(source, tmp_path) == 0
-    assert raw(directory(tmp_path)) == raw(prepared)
-
-
-def test_a_finished_shard_that_is_damaged_is_written_again(stopped, source, prepared, small_shards, tmp_path):
-    stopped(tmp_path, 10, KeyboardInterrupt)
-    os.truncate(incomplete(tmp_path) / "train-00001", 100)
-    assert run(source, tmp_path) == 0
-    assert raw(directory(tmp_path)) == raw(prepared)
-
-
-def test_going_on_with_other_lists_is_refused(stopped, small_shards, tmp_path, capsys):
-    stopped(tmp_path / "data", 6, KeyboardInterrupt)
-    capsys.readouterr()
-    other = miniatures.inat18(tmp_path / "other", counts=(5, 3, 2))
-    assert run(other, tmp_path / "data") == 2
-    assert "was begun with other lists" in error_line(capsys)
-
-
-def test_a_full_disk_says_that_the_finished_part_is_kept(stopped, source, prepared, small_shards, tmp_path, capsys):
-    class Full:
-        def __init__(self, *args): ...
-        def write(self, record): ...
-        def close(self):
-            raise RuntimeError("No space left on device")
-
-    from array_record.python import array_record_module
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(array_record_module, "ArrayRecordWriter", Full)
-        assert run(source, tmp_path) == 2
-    line = error_line(capsys)
-    assert "No space left on device" in line and "what is finished is kept" in line
-    assert run(source, tmp_path) == 0
-    assert raw(directory(tmp_path)) == raw(prepared)
-
-
-def test_two_runs_at_once_are_refused(source, tmp_path, capsys):
-    incomplete(tmp_path).mkdir(parents=True)
-    with prepare_shards.locked(incomplete(tmp_path)):
-        assert run(source, tmp_path) == 2
-    assert "another run is writing" in error_line(capsys)
-
-
-def test_an_unwritable_folder_is_named(source, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert run(source, tmp_path / "file") == 2
-    assert "choose another --data_dir" in error_line(capsys)
 
 
 # Memory.
