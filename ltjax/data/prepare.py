@@ -3,6 +3,7 @@
     python -m ltjax.data.prepare cifar100                                # downloads the official archive
     python -m ltjax.data.prepare cifar100 --source=cifar-100-binary.tar.gz --data_dir=/data
     python -m ltjax.data.prepare tiny_imagenet
+    python -m ltjax.data.prepare inat18 --source=FOLDER                  # likewise imagenet_lt and places_lt
 
 The result, `<data_dir>/<name>/<version>`, is read by `ltjax.data` and by `tfds.builder_from_directory` alike.
 """
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from ltjax.data import prepare_tiny_imagenet, records
+from ltjax.data import prepare_imagenet_lt, prepare_inat18, prepare_places_lt, prepare_tiny_imagenet, records
 from ltjax.data.download import basename, download
 from ltjax.data.source import resolve_data_dir
 from ltjax.types import UserError, one_line
@@ -218,6 +219,14 @@ DATASETS: dict[str, Callable[[Path, Path | None], str]] = {
     "tiny_imagenet": prepare_tiny_imagenet.prepare,
 }
 
+# The same for sets that are too large for memory and cannot be downloaded: `(data_dir, source, skip_damaged) -> ...`.
+LARGE: dict[str, Callable[[Path, Path | None, bool], str]] = {
+    "imagenet_lt": prepare_imagenet_lt.prepare,
+    "places_lt": prepare_places_lt.prepare,
+    "inat18": prepare_inat18.prepare,
+    "i_naturalist2018": prepare_inat18.prepare,
+}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -227,26 +236,39 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
     parser = _Parser(prog="python -m ltjax.data.prepare", description="Writes a data set to disk, once.")
-    parser.add_argument("dataset", metavar="DATASET", help=", ".join(DATASETS))
+    parser.add_argument("dataset", metavar="DATASET", help=", ".join([*DATASETS, *LARGE]))
     parser.add_argument(
         "--source",
         metavar="ARCHIVE",
-        help="an archive on disk instead of a download (of tiny_imagenet also the folder it unpacks to)",
+        help=(
+            "an archive on disk instead of a download (of tiny_imagenet also the folder it unpacks to); "
+            f"of {', '.join(LARGE)} the folder that holds the official archives, or what they unpack to, and lists"
+        ),
     )
     parser.add_argument(
         "--data_dir", metavar="DIR", help="where to write (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
     )
+    parser.add_argument(
+        "--skip_damaged",
+        action="store_true",
+        help=f"of {', '.join(LARGE)}: leave out images that are missing or damaged, and list them in skipped.txt",
+    )
     try:
         args = parser.parse_args(argv)
-        if args.dataset not in DATASETS:
-            raise UserError(f"unknown data set {args.dataset!r}: choose one of {', '.join(DATASETS)}")
-        source = Path(args.source).expanduser() if args.source else None
-        print(DATASETS[args.dataset](resolve_data_dir(args.data_dir), source))
+        if args.dataset not in DATASETS | LARGE:
+            raise UserError(f"unknown data set {args.dataset!r}: choose one of {', '.join([*DATASETS, *LARGE])}")
+        data_dir, source = resolve_data_dir(args.data_dir), Path(args.source).expanduser() if args.source else None
+        if args.dataset in LARGE:
+            print(LARGE[args.dataset](data_dir, source, args.skip_damaged))
+        elif args.skip_damaged:
+            raise UserError(f"--skip_damaged is for {', '.join(LARGE)}: leave it out for {args.dataset}")
+        else:
+            print(DATASETS[args.dataset](data_dir, source))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted, nothing was prepared", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"error: {interrupt or 'interrupted, nothing was prepared'}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,0 +1,187 @@
+"""Shards of a data set in the making: each appears whole, and a journal says which are; so a killed run goes on."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ltjax.types import UserError, one_line
+
+JOURNAL = "journal.jsonl"
+SHARD_BYTES = 512 << 20
+SHARD_IMAGES = 1 << 16
+
+
+class Shard(NamedTuple):
+    """A finished shard: its size in bytes, that of its records without the format's own, and its records' keys."""
+
+    split: str
+    number: int
+    size: int
+    num_bytes: int
+    keys: list[str]
+
+    @property
+    def file(self) -> str:
+        return f"{self.split}-{self.number:05d}"
+
+
+class _Open:
+    """A shard that is being written."""
+
+    def __init__(self, path: Path):
+        from array_record.python import array_record_module
+
+        self.path, self.keys, self.num_bytes = path, [], 0
+        self.writer: Any = array_record_module.ArrayRecordWriter(str(path), "group_size:1")  # single records by number
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second preparation out of a folder, also after a kill. Raises: UserError where there is a first one."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: nothing is kept out
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is writing {folder}: wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Shards:
+    """Writes records to shards in a folder and knows those that earlier runs have finished there.
+
+    A shard is written under the name `<split>-<number>.part`, renamed once it is whole, and then noted in the journal.
+    What the journal does not vouch for is deleted at the start; `finish` gives the shards the names that TFDS expects.
+    """
+
+    def __init__(self, folder: Path, name: str, plan_hash: str, shard_bytes: int = SHARD_BYTES):
+        """
+        Args:
+          folder: where to; made if missing.
+          name: of the data set.
+          plan_hash: of what is to be written. Raises UserError where the folder was begun with another.
+          shard_bytes: a shard that has as many bytes of records is full; so is one of `SHARD_IMAGES`.
+        """
+        self.folder, self.name, self.shard_bytes = folder, name, shard_bytes
+        self.finished: dict[str, list[Shard]] = {}
+        self._open: dict[str, _Open] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._take_back_names()
+        self._read_journal(plan_hash)
+        kept = {shard.file for shards in self.finished.values() for shard in shards}
+        for path in folder.iterdir():
+            if re.fullmatch(r"\w+-\d{5}(\.part)?", path.name) and path.name not in kept:
+                path.unlink()
+        lines = [{"plan": plan_hash}] + [shard._asdict() for shards in self.finished.values() for shard in shards]
+        part = folder / f"{JOURNAL}.part"
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(folder / JOURNAL)
+
+    def _take_back_names(self) -> None:
+        """Undoes what a killed `finish` has done."""
+        pattern = re.compile(rf"{self.name}-(\w+)\.array_record-(\d{{5}})-of-\d{{5}}")
+        for path in self.folder.iterdir():
+            if match := pattern.fullmatch(path.name):
+                path.rename(self.folder / f"{match[1]}-{match[2]}")
+
+    def _read_journal(self, plan_hash: str) -> None:
+        """Takes over each split's shards up to the first that is missing or of another size."""
+        journal = self.folder / JOURNAL
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        for number, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # cut short by a kill
+            if number == 0:
+                if entry != {"plan": plan_hash}:
+                    raise UserError(
+                        f"{self.folder} was begun with other lists: go on with those, or delete it to start anew"
+                    )
+                continue
+            shard = Shard(**entry)
+            path, shards = self.folder / shard.file, self.finished.setdefault(shard.split, [])
+            if shard.number == len(shards) and path.is_file() and path.stat().st_size == shard.size:
+                shards.append(shard)
+
+    def keys(self) -> set[str]:
+        """Of the records in finished shards."""
+        return {key for shards in self.finished.values() for shard in shards for key in shard.keys}
+
+    def add(self, split: str, key: str, record: bytes) -> None:
+        """Appends a record to a split. Raises: UserError where it cannot be written."""
+        if split not in self._open:
+            number = len(self.finished.setdefault(split, []))
+            with self._named():
+                self._open[split] = _Open(self.folder / f"{split}-{number:05d}.part")
+        shard = self._open[split]
+        with self._named():
+            shard.writer.write(record)
+        shard.keys.append(key)
+        shard.num_bytes += len(record)
+        if shard.num_bytes >= self.shard_bytes or len(shard.keys) >= SHARD_IMAGES:
+            self._close(split)
+
+    def _close(self, split: str) -> None:
+        """Makes a finished shard of a split's open one."""
+        from array_record.python import array_record_module
+
+        opened = self._open.pop(split)
+        with self._named():
+            opened.writer.close()
+            reader: Any = array_record_module.ArrayRecordReader(str(opened.path))
+            if reader.num_records() != len(opened.keys):
+                raise OSError(f"{opened.path} does not read back")
+            reader.close()
+            with open(opened.path, "rb") as file:
+                os.fsync(file.fileno())
+            shard = Shard(split, len(self.finished[split]), opened.path.stat().st_size, opened.num_bytes, opened.keys)
+            opened.path.replace(self.folder / shard.file)
+            with open(self.folder / JOURNAL, "a") as file:
+                file.write(json.dumps(shard._asdict()) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.finished[split].append(shard)
+
+    def close(self) -> None:
+        """Finishes every open shard, however small."""
+        for split in list(self._open):
+            self._close(split)
+
+    def abandon(self) -> None:
+        """Lets go of the open shards; the next run deletes their files."""
+        for opened in self._open.values():
+            with contextlib.suppress(RuntimeError):
+                opened.writer.close()
+        self._open.clear()
+
+    def finish(self) -> dict[str, list[Path]]:
+        """Gives the shards the names that TFDS expects; returns each split's, in order."""
+        paths: dict[str, list[Path]] = {}
+        for split, shards in self.finished.items():
+            for shard in shards:
+                file = f"{self.name}-{split}.array_record-{shard.number:05d}-of-{len(shards):05d}"
+                paths.setdefault(split, []).append((self.folder / shard.file).rename(self.folder / file))
+        return paths
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # array_record reports a full disk as a RuntimeError
+            raise UserError(
+                f"cannot write {self.folder} ({one_line(error)}): make room there, then run the same command again "
+                "(what is finished is kept)"
+            ) from error

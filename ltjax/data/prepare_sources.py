@@ -1,0 +1,219 @@
+"""What a folder of official files holds: archives and extracted folders walked in their own order, lists, JSON."""
+
+import collections
+import json
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ltjax.types import UserError, one_line
+
+DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+MAX_IMAGE_BYTES = 256 << 20  # more than any photograph has: what claims to be larger is not read
+SEARCH_DEPTH = 4  # of folders below --source, enough for ILSVRC/Data/CLS-LOC/train
+IMAGE_FOLDERS = re.compile(
+    r"(train|val|test)(_256|_large|_val2018|2018)?|data_(256|large)|places365_standard|n\d{8}|Annotations"
+)
+
+
+class Member(NamedTuple):
+    """A file of an archive or folder. `read` is to be called, if at all, before the next one is asked for."""
+
+    where: str  # for messages
+    name: str  # below the archive or folder, with slashes
+    read: Callable[[], bytes]  # at most MAX_IMAGE_BYTES + 1; OSError where a file in a folder cannot be read
+
+
+def archives(stem: str) -> tuple[str, ...]:
+    """The names under which people keep an archive."""
+    return (f"{stem}.tar", f"{stem}.tar.gz", f"{stem}.tgz")
+
+
+def find(source: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The files and folders of these names in a folder and a few levels below, but not inside folders of images.
+
+    Where a name is found at several depths, the one nearest to `source` counts.
+
+    Raises: UserError where `source` is no folder that can be listed, or holds a name twice at one depth.
+    """
+    if not source.is_dir():
+        raise UserError(f"no folder at {source}: --source is the folder that holds the official archives and lists")
+    wanted, found, level = set(names), {}, [source]
+    for _ in range(SEARCH_DEPTH):
+        here: dict[str, list[Path]] = collections.defaultdict(list)
+        below = []
+        for folder in level:
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in sorted(entries, key=lambda entry: entry.name):
+                        if entry.name in wanted:
+                            here[entry.name].append(folder / entry.name)
+                        elif not entry.name.startswith(".") and not IMAGE_FOLDERS.fullmatch(entry.name):
+                            below += [folder / entry.name] if entry.is_dir() else []
+            except OSError as error:
+                raise UserError(f"cannot list {folder}: {error.strerror}") from error
+        for name, paths in here.items():
+            if name not in found and len(paths) > 1:
+                raise UserError(f"{paths[0]} and {paths[1]}: which one is meant? Move one of them out of {source}")
+            found.setdefault(name, paths[0])
+        level = below
+    return found
+
+
+def pick(source: Path, found: dict[str, Path], what: str, names: Sequence[str]) -> Path:
+    """The first of `names` that was found. Raises: UserError that says what is missing."""
+    for name in names:
+        if name in found:
+            return found[name]
+    raise UserError(f"{source} lacks {what}: expected {', '.join(names[:-1])}{' or ' if names[1:] else ''}{names[-1]}")
+
+
+def walk(source: Path) -> Iterator[Member]:
+    """All files of a tar archive, whatever its compression, or of a folder, in their order there; nothing is unpacked.
+
+    Archives inside are walked as well. Memory is that of one header; of a folder, that of one folder's names.
+
+    Raises: UserError for an archive that is damaged or cut short, or has a member that is a link or a device, or whose
+      name leads out of the archive; and for a folder that cannot be listed.
+    """
+    if source.is_dir():
+        yield from _walk_folder(source)
+    else:
+        yield from _walk_file(source, "")
+
+
+def _walk_folder(root: Path) -> Iterator[Member]:
+    def fail(error: OSError):
+        raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
+
+    entered = set()  # folders that links may lead back to
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders.sort()
+        below = Path(folder).relative_to(root).as_posix()
+        prefix = "" if below == "." else below + "/"
+        for file in sorted(files):
+            path = f"{folder}/{file}"
+            if file.endswith(".tar"):
+                yield from _walk_file(Path(path), prefix + file + "/")
+            else:
+                yield Member(path, prefix + file, lambda path=path: _read_file(path))
+
+
+def _read_file(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(MAX_IMAGE_BYTES + 1)
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is damaged ends no archive in silence, as it would with tarfile."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any):  # pyrefly: ignore[bad-override-param-name]
+        try:
+            return super().fromtarfile(tarfile_)
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # pyrefly: ignore[missing-attribute]
+            raise  # the regular end
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{one_line(error)} at byte {tarfile_.offset}") from error
+
+
+def _walk_file(path: Path, prefix: str) -> Iterator[Member]:
+    try:
+        with tarfile.open(path, tarinfo=_Header) as tar:
+            yield from _walk_tar(tar, str(path), prefix)
+            stream: Any = tar.fileobj
+            stream.seek(0, os.SEEK_END)  # compressed files keep their checksum at the end
+    except DAMAGED as error:
+        raise UserError(
+            f"cannot read {path} as a tar archive ({one_line(error)}): it is damaged, cut short or something else; "
+            "replace it and run the same command again (what is finished is kept)"
+        ) from error
+
+
+def _walk_tar(tar: Any, where: str, prefix: str) -> Iterator[Member]:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # tarfile would keep every header that it has seen
+        if re.match(r"[/\\]|[A-Za-z]:", member.name) or ".." in re.split(r"[/\\]", member.name):
+            raise UserError(
+                f"{where}: the name {member.name!r} leads out of the archive; replace it by the official one"
+            )
+        if not (member.isfile() or member.isdir()):
+            raise UserError(f"{where}: {member.name!r} is a link or a device; replace the archive by the official one")
+        name = member.name.removeprefix("./")
+        if member.isfile() and name.endswith(".tar"):
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:", tarinfo=_Header) as inner:
+                yield from _walk_tar(inner, f"{where}/{name}", f"{prefix}{name}/")
+        elif member.isfile():
+            yield Member(f"{where}/{name}", prefix + name, lambda member=member: _read_member(tar, where, member))
+
+
+def _read_member(tar: Any, where: str, member: tarfile.TarInfo) -> bytes:
+    try:
+        return tar.extractfile(member).read(MAX_IMAGE_BYTES + 1)
+    except DAMAGED as error:
+        raise UserError(
+            f"cannot read {member.name} in {where} ({one_line(error)}): the archive is damaged or cut short; replace "
+            "it and run the same command again (what is finished is kept)"
+        ) from error
+
+
+class Line(NamedTuple):
+    """What one line of a list says: the path of an image and its label."""
+
+    where: str  # for messages
+    path: str
+    label: int
+
+
+def read_list(path: Path, num_classes: int) -> list[Line]:
+    """The lines of a list of images: `<path> <label>`, labels from 0 to `num_classes` - 1.
+
+    Raises: UserError naming the file and line that is another, or the file that cannot be read or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list {path}: {one_line(error)}") from error
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not re.fullmatch(r"\d+", label, re.ASCII):
+            raise UserError(f"{where}: expected the path of an image, a space and its label, found {line[:200]!r}")
+        if int(label) >= num_classes:
+            raise UserError(f"{where}: the label {label} is out of range: there are {num_classes} classes, from 0")
+        lines.append(Line(where, name.strip(), int(label)))
+    if not lines:
+        raise UserError(f"{path} lists no image: expected a line `<path> <label>` for each")
+    return lines
+
+
+def read_json(path: Path, keep: Set[str]) -> Any:
+    """What a JSON file says, or the only JSON file in a tar archive; of its objects the keys in `keep` alone.
+
+    Raises: UserError naming a file that cannot be read as such.
+    """
+    if path.name.endswith(".json"):
+        members = iter([Member(str(path), path.name, path.read_bytes)])
+    else:
+        members = (member for member in walk(path) if member.name.endswith(".json") and "/._" not in f"/{member.name}")
+    if (member := next(members, None)) is None:
+        raise UserError(f"{path} holds no JSON file: expected the official one")
+    try:
+        return json.loads(member.read(), object_hook=lambda item: {key: item[key] for key in item.keys() & keep})
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise UserError(
+            f"cannot read {member.where} as JSON ({one_line(error)}): replace it by the official one"
+        ) from error

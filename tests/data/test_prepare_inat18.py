@@ -1,0 +1,215 @@
+"""iNaturalist 2018 from miniatures in the official layout, and annotations that are others."""
+
+import gzip
+
+import pytest
+import tensorflow_datasets as tfds
+
+from ltjax.data import prepare, prepare_inat18
+from ltjax.data.prepare_large import features
+from tests.data import miniatures
+
+NAME = "i_naturalist2018"
+
+
+def run(source, data_dir, name="inat18"):
+    return prepare.main([name, f"--source={source}", f"--data_dir={data_dir}"])
+
+
+def builder(data_dir):
+    return tfds.builder_from_directory(data_dir / NAME / "1.0.0")
+
+
+def contents(data_dir):
+    """{split: {id: (label, supercategory, image)}} of what was prepared."""
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return {
+        split: {
+            record["id"].decode(): (int(record["label"]), int(record["supercategory"]), record["image"])
+            for record in builder(data_dir).as_data_source(split, decoders=decoders)
+        }
+        for split in ("train", "validation")
+    }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    base = tmp_path_factory.mktemp("prepared")
+    assert run(miniatures.inat18(base / "source"), base / "data") == 0
+    return base / "data"
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """`refused(**changes)`: the line with which a miniature so changed is refused."""
+
+    def refused(change=lambda source: None, **options):
+        source = miniatures.inat18(tmp_path / "source", **options)
+        change(source)
+        assert run(source, tmp_path / "data") == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+        assert len(lines) == 1 and not (tmp_path / "data" / NAME / "1.0.0").exists()
+        return lines[0]
+
+    return refused
+
+
+def test_labels_are_category_ids(prepared):
+    found = contents(prepared)
+    images = {image: label for own in found.values() for label, _, image in own.values()}
+    expected = {miniatures.photo(label, i): label for label, count in enumerate((4, 3, 2)) for i in range(count)}
+    assert images == expected | {miniatures.photo(label, 1000): label for label in range(3)}
+
+
+def test_supercategories_are_numbered_as_in_tfds(prepared):
+    names = builder(prepared).info.features["supercategory"].names
+    found = {label: names[group] for own in contents(prepared).values() for label, group, _ in own.values()}
+    assert found == {0: "Aves", 1: "Plantae", 2: "Insecta"}
+
+
+@pytest.mark.parametrize("name", ["inat18", NAME])
+def test_both_names_give_the_data_set_its_name_in_tfds(name, prepared, tmp_path):
+    source = miniatures.inat18(tmp_path / "source")
+    assert run(source, tmp_path / "data", name) == 0
+    assert contents(tmp_path / "data") == contents(prepared)
+
+
+def bare_tar(source):
+    path = source / "train_val2018.tar.gz"
+    (source / "train_val2018.tar").write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+
+
+@pytest.mark.parametrize("extracted, change", [(True, lambda source: None), (False, bare_tar)], ids=["folder", "tar"])
+def test_every_layout_gives_the_same(extracted, change, prepared, tmp_path):
+    source = miniatures.inat18(tmp_path / "source", extracted=extracted)
+    change(source)
+    assert run(source, tmp_path / "data") == 0
+    assert contents(tmp_path / "data") == contents(prepared)
+
+
+@pytest.mark.parametrize("extracted", [False, True])
+def test_categories_json_names_the_species(extracted, tmp_path):
+    source = miniatures.inat18(tmp_path / "source", extracted=extracted, categories=True)
+    assert run(source, tmp_path / "data") == 0
+    assert builder(tmp_path / "data").info.features["label"].names == ["Species 0", "Species 1", "Species 2"]
+
+
+def test_without_it_the_annotations_name_them(prepared):
+    assert builder(prepared).info.features["label"].names == ["0", "1", "2"]
+
+
+def test_as_many_species_as_in_the_official_set_are_named_as_in_tfds(tmp_path):
+    species = [{"id": i, "name": str(i), "supercategory": "Aves"} for i in range(prepare_inat18.NUM_CLASSES)]
+    names = prepare_inat18._class_names(tmp_path, {}, species)
+    assert names == tfds.builder_cls(NAME)(data_dir=tmp_path, file_format="array_record").info.features["label"].names
+
+
+def test_features_are_those_of_the_builder_of_tfds(tmp_path):
+    theirs = tfds.builder_cls(NAME)(data_dir=tmp_path, file_format="array_record").info.features
+    names = {"label": theirs["label"].names, "supercategory": theirs["supercategory"].names}
+    assert features("id", names).to_json() == theirs.to_json()
+
+
+def test_version_and_official_numbers(tmp_path):
+    plan = prepare_inat18.plan(miniatures.inat18(tmp_path))
+    assert (plan.name, plan.version) == (NAME, str(tfds.builder_cls(NAME).VERSION))
+    assert plan.official == {"train": 437513, "validation": 24426} and prepare_inat18.NUM_CLASSES == 8142
+
+
+def unknown_category(annotations):
+    annotations["train"]["annotations"][0]["category_id"] = 3
+
+
+def category_that_is_no_number(annotations):
+    annotations["train"]["annotations"][0]["category_id"] = None
+
+
+def gap_in_categories(annotations):
+    annotations["train"]["categories"][2]["id"] = 5
+
+
+def unknown_supercategory(annotations):
+    annotations["train"]["categories"][0]["supercategory"] = "Cars"
+
+
+def two_annotations(annotations):
+    annotations["train"]["annotations"].append(dict(annotations["train"]["annotations"][0]))
+
+
+def no_annotation(annotations):
+    annotations["val"]["annotations"].pop()
+
+
+def annotation_of_nothing(annotations):
+    annotations["val"]["images"].pop()
+
+
+def image_twice(annotations):
+    images = annotations["train"]["images"]
+    images[1]["file_name"] = images[0]["file_name"]
+
+
+def image_in_both(annotations):
+    annotations["val"]["images"][0]["file_name"] = annotations["train"]["images"][0]["file_name"]
+
+
+def no_images(annotations):
+    del annotations["val"]["images"]
+
+
+def number_for_a_name(annotations):
+    annotations["val"]["images"][0]["file_name"] = 1
+
+
+@pytest.mark.parametrize(
+    "edit, expected",
+    [
+        (unknown_category, "has the unknown category 3: there are 3"),
+        (category_that_is_no_number, "has the unknown category None"),
+        (gap_in_categories, "expected categories with the ids 0, 1, 2"),
+        (unknown_supercategory, "unknown supercategory 'Cars'"),
+        (two_annotations, "has two annotations"),
+        (no_annotation, "has no annotation"),
+        (annotation_of_nothing, "there is no image with the id"),
+        (image_twice, "is there twice"),
+        (image_in_both, "belongs to the training split already"),
+        (number_for_a_name, "does not have the layout of the official annotations (AttributeError"),
+        (no_images, "val2018.json.tar.gz does not have the layout of the official annotations (KeyError: 'images')"),
+    ],
+)
+def test_annotations_that_are_wrong_are_named(edit, expected, refused):
+    assert expected in refused(edit=edit)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff\xfe\xff"])
+def test_a_file_that_is_no_annotations_is_named(content, refused):
+    assert "train2018.json" in refused(lambda source: (source / "train2018.json").write_bytes(content), extracted=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b'{"a": 1}', b'[{"id": 0, "name": "a"}]', b'[{"id": 0}, {"id": 1}, {"id": 2}]']
+)
+def test_another_categories_json_is_refused(content, refused):
+    assert "categories.json" in refused(
+        lambda source: (source / "categories.json").write_bytes(content), extracted=True
+    )
+
+
+@pytest.mark.parametrize(
+    "missing, expected",
+    [
+        ("train_val2018.tar.gz", "the images: expected train_val2018.tar,"),
+        ("train2018.json.tar.gz", "the annotations of the train split: expected train2018.json,"),
+        ("val2018.json.tar.gz", "the annotations of the validation split: expected val2018.json,"),
+    ],
+)
+def test_a_missing_piece_is_named(missing, expected, refused):
+    assert expected in refused(lambda source: (source / missing).unlink())
+
+
+def test_an_archive_of_annotations_without_any_is_named(refused):
+    def change(source):
+        miniatures.write_tar(source / "train2018.json.tar.gz", {"readme.txt": b"x"}, "w:gz")
+
+    assert "holds no JSON file" in refused(change)
