@@ -50,7 +50,9 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
     if not coordinator and not launcher(os.environ):
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    who = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id) if explicit else {}
+    who: dict[str, Any] = {}
+    if explicit:
+        who = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
     try:
         jax.distributed.initialize(**who, heartbeat_timeout_seconds=max(100, 3 * patience))
     except (RuntimeError, ValueError) as error:
@@ -92,7 +94,7 @@ def on_first(function: Callable[[], Any]) -> Any:
     encoded = np.zeros(1024, np.uint8)
     text = message.encode()[:1024]
     encoded[: len(text)] = np.frombuffer(text, np.uint8)
-    sent = encoded, np.asarray(float(value or 0), np.float64 if jax.config.jax_enable_x64 else np.float32)
+    sent = encoded, np.asarray(float(value or 0), np.float32)
     encoded, number = multihost_utils.broadcast_one_to_all(sent)
     if message := bytes(np.asarray(encoded)).rstrip(b"\0").decode(errors="ignore"):
         raise UserError(message)

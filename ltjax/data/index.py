@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ def shards_fingerprint(paths: Iterable[Path]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def write_index(path: Path, labels: Sequence[int], keys: Sequence[str], paths: Iterable[Path]) -> None:
+def write_index(path: Path, labels: Sequence[int] | np.ndarray, keys: Sequence[Any], paths: Iterable[Path]) -> None:
     """Writes the index of a split of N records as an npz file, whole or not at all.
 
     Its arrays are `labels` [N] int32 and `records` [N] int64, the record numbers in the split's concatenated shards,

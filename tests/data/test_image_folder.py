@@ -1,0 +1,96 @@
+"""People's own folders of images."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from ltjax import data
+from ltjax.data import image_folder
+from ltjax.types import UserError
+from tests.data.miniatures import photo
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def make(root, counts, part="train", names="abcdefgh"):
+    for label, count in enumerate(counts):
+        (root / part / names[label]).mkdir(parents=True)
+        for number in range(count):
+            (root / part / names[label] / f"{number:03}.jpg").write_bytes(photo(label, number, 16))
+    return root
+
+
+def test_classes_and_counts_are_found(tmp_path):
+    make(make(tmp_path, (7, 3)), (1, 2), "validation")
+    found = data.load("image_folder", tmp_path)
+    assert found.class_names == ("a", "b")
+    assert np.bincount(found.train_labels).tolist() == [7, 3]
+    assert np.bincount(found.test_labels).tolist() == [1, 2]
+    assert found.train_files.name(7) == str(tmp_path / "train" / "b" / "000.jpg")
+    assert found.train_files[7] == photo(1, 0, 16)
+
+
+def test_images_in_deeper_folders_count_and_other_files_do_not(tmp_path):
+    make(make(tmp_path, (2, 2)), (1, 1), "val")
+    (tmp_path / "train" / "a" / "more").mkdir()
+    (tmp_path / "train" / "a" / "more" / "x.JPEG").write_bytes(photo(0, 5, 16))
+    for name in ("notes.txt", ".hidden.jpg", "Thumbs.db"):
+        (tmp_path / "train" / "a" / name).write_bytes(b"no image")
+    assert np.bincount(data.load("image_folder", tmp_path).train_labels).tolist() == [3, 2]
+
+
+def test_without_a_folder_for_validation_each_class_gives_as_many_images(tmp_path):
+    found = data.load("image_folder", make(tmp_path, (30, 11, 10)))
+    assert np.bincount(found.test_labels).tolist() == [2, 2, 2]
+    assert np.bincount(found.train_labels).tolist() == [28, 9, 8]
+    names = [{files.name(i) for i in range(len(files))} for files in (found.train_files, found.test_files)]
+    assert len(names[0] | names[1]) == 51
+    again = data.load("image_folder", tmp_path)
+    assert [again.test_files.name(i) for i in range(6)] == [found.test_files.name(i) for i in range(6)]
+
+
+def test_damaged_images_are_counted_and_named(tmp_path):
+    make(tmp_path, (8, 8))
+    whole = photo(0, 0, 16)
+    for number, content in enumerate((b"", whole[: len(whole) // 2], b"no image")):
+        (tmp_path / "train" / "a" / f"00{number}.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"3 of 16 images cannot be read: .*a/000.jpg .*an empty file.*a/001.jpg"):
+        data.load("image_folder", tmp_path)
+
+
+def test_images_are_checked_once_and_again_when_they_change(tmp_path, monkeypatch):
+    make(make(tmp_path, (2, 2)), (1, 1), "val")
+    data.load("image_folder", tmp_path)
+    monkeypatch.setattr(image_folder, "decode", lambda content: pytest.fail("decoded again"))
+    data.load("image_folder", tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "train" / "a" / "000.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="1 of 6 images"):
+        data.load("image_folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda root: shutil.rmtree(root / "train"), "no folder .*train: expected"),
+        (lambda root: shutil.rmtree(root / "train" / "b"), "has 1 folder"),
+        (lambda root: (root / "train" / "c").mkdir(), "no images in c; known kinds: .jpg"),
+        (lambda root: (root / "val" / "c").mkdir(parents=True), "classes that .*train lacks: c"),
+        (lambda root: (root / "val").mkdir(), "no images in .*val"),
+        (lambda root: [(root / "train" / "a" / f"00{n}.jpg").unlink() for n in (1, 2)], "a class has one image"),
+    ],
+)
+def test_folders_that_are_no_data_set_are_named(tmp_path, spoil, message):
+    make(tmp_path, (3, 3))
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message):
+        data.load("image_folder", tmp_path)
+
+
+def test_the_folder_has_to_be_given():
+    with pytest.raises(UserError, match="--config.data.root=DIR"):
+        data.load("image_folder", "")

@@ -1,0 +1,126 @@
+"""Streams of stored images."""
+
+import functools
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from ltjax import parallel
+from ltjax.data import pipeline, samplers
+from ltjax.data.decode import View
+from ltjax.data.source import Stored, Subset
+from ltjax.types import UserError
+
+COUNTS = np.array([30, 12, 5])
+VIEW = View(size=12, resize=14)
+
+
+class Encoded:
+    """PNGs in memory: image i is all of value 5 i but for one bright corner."""
+
+    def __init__(self, damaged=()):
+        self.damaged = damaged
+
+    def __len__(self):
+        return int(COUNTS.sum())
+
+    def __getitem__(self, index):
+        if index in self.damaged:
+            return b"no image"
+        pixels = np.full((20, 30, 3), 5 * index, np.uint8)
+        pixels[:4, :4] = 255
+        return cv2.imencode(".png", pixels)[1].tobytes()
+
+    def name(self, index):
+        return f"image {index}"
+
+
+def made(files=None):
+    labels = np.repeat(np.arange(3), COUNTS).astype(np.int32)
+    return Stored(files or Encoded(), labels, Encoded(), labels, ("a", "b", "c"))
+
+
+def training(data, *, seed=0, num_steps=10):
+    sampler = functools.partial(samplers.class_aware, in_a_row=2)
+    order = np.arange(len(data.train_labels))
+    settings = dict(batch_size=8, num_steps=num_steps, view=VIEW)
+    return pipeline.training(data, order, COUNTS, sampler, np.uint32(seed), **settings)
+
+
+@pytest.fixture(scope="module")
+def sharding():
+    return parallel.split_batch(parallel.make_mesh(jax.devices()[:4]), axis=1)
+
+
+def drawn(plan, sharding, *takes, threads=2):
+    with pipeline.Stream(plan, sharding, threads) as stream:
+        return [tuple(np.asarray(x) for x in stream.take(*take)) for take in takes]
+
+
+def test_a_stream_draws_what_its_sampler_says(sharding):
+    plan = training(made())
+    [(images, labels)] = drawn(plan, sharding, (0, 3, 0))
+    assert images.shape == (3, 8, 12, 12, 3) and images.dtype == np.uint8
+    for step in range(3):
+        positions = samplers.class_aware(np.uint32(0), np.uint32(step), batch_size=8, class_counts=COUNTS, in_a_row=2)
+        assert (labels[step] == np.repeat(np.arange(3), COUNTS)[positions]).all()
+        assert (images[step, :, -1, -1, 0] == 5 * positions).all()
+
+
+def test_a_stream_may_begin_at_any_step_and_have_any_number_of_threads(sharding):
+    plan = training(made())
+    whole = drawn(plan, sharding, (0, 2, 3), (2, 3, 3), (5, 3, 0))
+    [later] = drawn(plan, sharding, (5, 3, 0), threads=1)
+    assert (whole[2][0] == later[0]).all() and (whole[2][1] == later[1]).all()
+
+
+def test_what_was_not_foretold_is_read_all_the_same(sharding):
+    plan = training(made())
+    foretold = drawn(plan, sharding, (0, 2, 2), (2, 2, 0))
+    other = drawn(plan, sharding, (0, 2, 5), (2, 2, 0))
+    assert (foretold[1][0] == other[1][0]).all()
+
+
+def test_seeds_draw_other_windows(sharding):
+    first, second = (drawn(training(made(), seed=seed), sharding, (0, 4, 0))[0][0] for seed in (0, 1))
+    assert (first != second).any()
+
+
+def test_batches_lie_on_the_devices_that_share_them(sharding):
+    with pipeline.Stream(training(made()), sharding, 1) as stream:
+        images, labels = stream.take(0, 2, 0)
+    assert images.sharding == sharding and {shard.data.shape for shard in labels.addressable_shards} == {(2, 2)}
+
+
+def test_going_through_once_meets_every_image_and_fills_the_last_batch(sharding):
+    data, order = made(), np.array([40, 3, 17, 8, 9, 10])
+    plan = pipeline.once(data.train_files, data.train_labels, order, 4, VIEW)
+    with pipeline.Stream(plan, sharding, 2) as stream:
+        parts = [(np.asarray(images), np.asarray(labels)) for images, labels in stream.each()]
+    labels = np.concatenate([labels[0] for _, labels in parts])
+    assert labels.tolist() == [*data.train_labels[order], -1, -1]
+    corners = np.concatenate([images[0, :, -1, -1, 0] for images, _ in parts])
+    assert corners.tolist() == [*(5 * order), 0, 0]
+
+
+def test_an_image_that_cannot_be_read_is_named(sharding):
+    data = made(Encoded(damaged=(7,)))
+    plan = pipeline.once(data.train_files, data.train_labels, np.arange(8), 8, VIEW)
+    with (
+        pytest.raises(UserError, match="image 7 cannot be read .*mend or remove it"),
+        pipeline.Stream(plan, sharding, 2) as stream,
+    ):
+        stream.take(0, 1, 0)
+
+
+def test_a_subset_has_the_names_of_its_images():
+    subset = Subset(Encoded(), np.array([4, 9]))
+    assert len(subset) == 2 and subset.name(1) == "image 9" and subset[0] == Encoded()[4]
+
+
+def test_waiting_is_counted(sharding):
+    with pipeline.Stream(training(made()), sharding, 1) as stream:
+        stream.take(0, 1, 0)
+        assert stream.waited > 0
