@@ -92,5 +92,5 @@ def test_folders_that_are_no_data_set_are_named(tmp_path, spoil, message):
 
 
 def test_the_folder_has_to_be_given():
-    with pytest.raises(UserError, match="--config.data.root=DIR"):
+    with pytest.raises(UserError, match=r"--config\.data\.root=DIR"):
         data.load("image_folder", "")

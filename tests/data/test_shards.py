@@ -124,7 +124,7 @@ def test_what_tfds_wrote_is_read_in_the_order_of_the_file_names(tmp_path):
 
 
 def test_a_data_set_that_is_not_there_says_how_to_prepare_it(tmp_path):
-    with pytest.raises(UserError, match="imagenet_lt is not in .*python -m ltjax.data.prepare imagenet_lt .*--source"):
+    with pytest.raises(UserError, match=r"imagenet_lt is not in .*python -m ltjax.data.prepare imagenet_lt .*--source"):
         data.load("imagenet_lt", tmp_path)
 
 
