@@ -145,6 +145,8 @@ def small_images(
     config.eval_every = (1 if chosen.robust else 3) if short else 1
     config.eval_batch_size = 500
     config.dispatch_steps = 0
+    config.weights = ""  # a folder of imported weights to start from, or to judge
+    config.weights_parts = ()  # what to take of it; (): all
     config.checkpoint_seconds = 300.0
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=chosen.weight_decay)
     config.attack = dict(

@@ -84,6 +84,10 @@ class Run(NamedTuple):
     replicate: str = "loop"  # one replica after the other on a device, or "vmap": all in one batched step
     dispatch_steps: int = 0  # steps to a dispatch; 0: an epoch on accelerators, at most 16 steps on CPU
     checkpoint_seconds: float = 300.0  # save within long epochs as well, this often
+    weights: str = (
+        ""  # a folder of `ltjax.interop.weights`: what stages from scratch start from; judged where no run is
+    )
+    weights_parts: tuple[str, ...] = ()  # what to take of it, such as ("backbone",); (): all
 
 
 def _fill(kind: Any, values: Any, where: str, also: tuple[str, ...] = ()) -> Any:
