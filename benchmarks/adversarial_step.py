@@ -125,7 +125,7 @@ def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
 def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> tuple[Callable[[], Any], str]:
     """call(), which runs `steps` training steps or attacks and waits for the device; and the device."""
     run, name, settings, ready = prepare(program, data_dir, shape)
-    variables = train.fresh_variables(run, name, ready)
+    variables = train.initial_variables(run, name, ready)
     device = ready.mesh.devices.flat[0]
     if program.method == "pgd":
         images = jax.random.uniform(jax.random.key(0), (run.batch_size, *ready.image_shape))

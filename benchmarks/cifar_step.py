@@ -186,7 +186,7 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
         if with_flops:
             operations[name] = flops.by_xla(run, name, settings, ready)
         steps = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)
-        state = built[name].init(train.seeds(run), train.fresh_variables(run, name, ready))
+        state = built[name].init(train.seeds(run), train.initial_variables(run, name, ready))
         seconds[name] = time_steps(built[name], state, ready.train_data, steps, repeats)
     epochs = train_one_epoch(config, data_dir, built)
 

@@ -41,6 +41,8 @@ def get_config(arg=None):
     config.eval_every = 6
     config.eval_batch_size = 500
     config.dispatch_steps = 0
+    config.weights = ""  # a folder of imported weights to start from, or to judge
+    config.weights_parts = ()  # what to take of it; (): all
     config.checkpoint_seconds = 300.0
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=5e-4)
 

@@ -91,7 +91,9 @@ class Run(NamedTuple):
     replicate: str = "loop"  # one replica after the other on a device, or "vmap": all in one batched step
     # steps to a dispatch; 0: an epoch on accelerators, at most 16 steps on CPU, 4 of images that stay on disk
     dispatch_steps: int = 0
-    weights: str = ""  # a folder that `python -m ltjax.interop.torch` has written, to begin with; "": random ones
+    # a folder that `python -m ltjax.interop.torch` has written: stages from scratch begin with it, and --mode=eval and
+    # attack judge it where there is no run; "": random ones
+    weights: str = ""
     weights_parts: tuple[str, ...] = ()  # of the network that are taken from there, such as ("backbone",); (): all
     accumulate: int = 1  # parts of a batch that go through the network one after the other, to save memory
     checkpoint_seconds: float = 300.0  # save within long epochs as well, this often

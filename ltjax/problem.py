@@ -1,7 +1,7 @@
 """What a run works on, made ready: data on the devices, networks, and each stage as compiled functions."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ltjax.checkpoint import Checkpoints, like
 from ltjax.config import Run
 from ltjax.data import augment, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
+from ltjax.interop.weights import into, load_weights
 from ltjax.types import UserError, Variables
 
 
@@ -233,6 +234,35 @@ def fresh_variables(run: Run, name: str, problem: Problem) -> Variables:
     # Run once, and its random numbers take XLA's CPU backend 20 s to optimise: 2 s at level 1.
     options: Any = {"xla_backend_optimization_level": 1} if on_cpu else None
     return jax.jit(_initialise(run, name, problem), out_shardings=sharding, compiler_options=options)(seeds(run))
+
+
+def initial_variables(run: Run, name: str, problem: Problem) -> Variables:
+    """What a stage from scratch starts from: new networks, with `config.weights` in them where a run has some."""
+    variables = fresh_variables(run, name, problem)
+    return into(variables, load_weights(run.weights), run.weights_parts) if run.weights else variables
+
+
+class Imported(NamedTuple):
+    """`config.weights`, to be judged in a workdir that holds no run."""
+
+    run: Run  # with the network that the weights are for
+    problem: Problem
+    settings: config_module.Stage  # of the last stage, which says how to judge
+    variables: Variables
+
+
+def imported(
+    run: Run, stages: Mapping[str, config_module.Stage], workdir: Path, data_dir: str | Path | None
+) -> Imported | None:
+    """Weights that are all there is to judge; None where the workdir holds a run, or the config names no weights."""
+    if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
+        return None
+    weights, last = load_weights(run.weights), run.stages[-1]
+    own = {key: run.model[key] for key in ("dtype", "platform") if key in run.model}
+    run = run._replace(model={**weights.settings, **own})
+    problem = setup(run, data_dir)
+    settings = stages[last]._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")
+    return Imported(run, problem, settings, into(fresh_variables(run, last, problem), weights))
 
 
 def make_surgery(settings: config_module.Stage, problem: Problem) -> Callable:

@@ -114,7 +114,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
             replica["best_on_test"] = {"accuracy": accuracy, "epoch": best["epoch"]}
         if "surgery" in record:
             summaries[name]["surgery"] = {**settings.surgery, **record["surgery"]}
-        if not settings.epochs and not record["surgery"].get("calibrated", True):
+        if not settings.epochs and not record.get("surgery", {}).get("calibrated", True):
             for part in (summaries[name], *summaries[name].get("replicas", [])):
                 part.update(ece=None, mce=None)
         if "holdout" in evaluations[-1]:

@@ -16,7 +16,7 @@ from ltjax import attacks, evaluate, logs, parallel, processes, results, stage
 from ltjax import config as config_module
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
-from ltjax.problem import Problem, judged, restored, seeds, setup
+from ltjax.problem import Problem, imported, judged, restored, seeds, setup
 from ltjax.report import figures
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.types import UserError, Variables
@@ -41,7 +41,8 @@ class Target(NamedTuple):
 def attack_workdir(
     config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Attack the newest checkpoint of the last stage that has one, as `config.attack` says, and print a table.
+    """Attack the newest checkpoint of the last stage that has one, as `config.attack` says, and print a table; where
+    the workdir holds no run, `config.weights`.
 
     The figures go to `attack.json`, of a finished run also into `results.json` under "robustness"; a few images to
     `report/attack.png`. Stopped by Ctrl-C, SIGTERM or kill -9, the same command goes on where AutoAttack was.
@@ -53,22 +54,21 @@ def attack_workdir(
     check(run.attack)
     if processes.several():
         raise UserError("--mode=attack works in one process, with all of its devices: start it on one machine")
-    if not (workdir / "config.json").exists():
+    alone = imported(run, stages, workdir, data_dir)
+    if alone is None and not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
     open_workdir(workdir, config)
     with locked(workdir), named_disk_errors(workdir), StopSignals() as stop:
-        problem = setup(run, data_dir)
-        found = None
-        for name in stages:
-            if (there := restored(run, name, stages[name], problem, workdir)) is not None:
-                found = name, there[1]
-        if found is None:
-            raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
-        name, state = found
-        settings, step = stages[name], stage.steps_done(state)
+        if alone is not None:
+            run, problem, settings, variables = alone
+            name, step = "imported", 0
+        else:
+            problem = setup(run, data_dir)
+            name, step, variables = newest(run, stages, problem, workdir)
+            settings = stages[name]
         if settings.evaluate_net != "net":
             raise UserError(f"{settings.title} trains the guide alone: train on with --mode=train before attacking")
-        variables = judged(settings, state.variables)
+        variables = judged(settings, variables)
         most = run.attack.num_images or None
         images, labels = test_images(problem, most)
         console.print(
@@ -109,6 +109,7 @@ def attack_workdir(
             "num_images": len(images),
             "tests": tests,
             "seconds": time.monotonic() - began,
+            **({"weights": run.weights} if alone is not None else {}),
             **results.provenance(problem, results.git_commit()),
         }
         write_json(workdir / "attack.json", summary)
@@ -127,6 +128,19 @@ def test_images(problem: Problem, most: int | None) -> tuple[np.ndarray, np.ndar
         if sum(len(part) for part in parts) >= size:
             break
     return np.concatenate(parts)[:size].astype(np.float32) / 255, problem.test_set.host_labels[:size]
+
+
+def newest(
+    run: Run, stages: Mapping[str, config_module.Stage], problem: Problem, workdir: Path
+) -> tuple[str, int, Variables]:
+    """The last stage that has a checkpoint, the step of the newest one, and what it holds."""
+    found = None
+    for name in stages:
+        if (there := restored(run, name, stages[name], problem, workdir)) is not None:
+            found = name, stage.steps_done(there[1]), there[1].variables
+    if found is None:
+        raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
+    return found
 
 
 def check(settings: config_module.Attack) -> None:

@@ -19,12 +19,14 @@ from ltjax.config import Run
 from ltjax.data import splits
 from ltjax.feed import DISPATCH_STEPS
 from ltjax.problem import (
+    Imported,
     Problem,
     batches,
     build_stage,
     class_means_for,
     evaluate_split,
-    fresh_variables,
+    imported,
+    initial_variables,
     operate,
     restored,
     seeds,
@@ -117,7 +119,7 @@ def run_stage(
     """Train one stage from its last checkpoint, or from its start -> final state and the stage's record."""
     began, fresh = time.monotonic(), settings.start_from == "scratch"
     before = None if fresh else finals[settings.start_from]
-    start = fresh_variables(run, name, problem) if before is None else before.variables
+    start = initial_variables(run, name, problem) if before is None else before.variables
     state: State = built.init(seeds(run), start)
     record: dict[str, Any] = {"seconds": 0.0, "train_seconds": 0.0, "train_steps": 0, "evaluations": []}
 
@@ -293,12 +295,23 @@ def show_plan(run, stages, built, problem, workdir, console) -> None:
 def evaluate_workdir(
     config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of every stage that has one; print the table and write `eval.json`."""
+    """Evaluate the newest checkpoint of every stage that has one, or `config.weights` where the workdir holds no run;
+    print the table and write `eval.json`."""
     workdir, console = Path(workdir), logs.make_console(quiet=not processes.first())
     run, stages = config_module.parse(config)
-    if not (workdir / "config.json").exists():
+    found = imported(run, stages, workdir, data_dir)
+    if found is None and not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
     processes.on_first(lambda: open_workdir(workdir, config))
+    if found is not None:
+        summary = results.summarise(
+            found.run,
+            {"imported": found.settings},
+            {"imported": judge_imported(found)},
+            found.problem,
+            results.git_commit(),
+        )
+        return write_evaluation({**summary, "weights": run.weights}, workdir, console)
     problem = setup(run, data_dir)
     records = {}
     for name, settings in stages.items():
@@ -313,6 +326,19 @@ def evaluate_workdir(
     if not records:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
     summary = results.summarise(run, {name: stages[name] for name in records}, records, problem, results.git_commit())
+    return write_evaluation(summary, workdir, console)
+
+
+def judge_imported(found: Imported) -> dict[str, Any]:
+    """The record, as of a stage without training, of weights alone."""
+    began, (run, problem, settings, variables) = time.monotonic(), found
+    means = class_means_for(settings, problem, variables)
+    test = evaluate_split(run, settings, problem, variables, problem.test_set, means)
+    record = {"train_seconds": 0.0, "train_steps": 0, "evaluations": [{"epoch": 0, "step": 0, "test": test}]}
+    return {**record, "seconds": time.monotonic() - began}
+
+
+def write_evaluation(summary: dict[str, Any], workdir: Path, console: Console) -> dict[str, Any]:
     with named_disk_errors(workdir):
         if processes.first():
             write_json(workdir / "eval.json", summary)

@@ -37,12 +37,17 @@ ALLOWED = {
         "ltjax.methods",
     },
     "ltjax.models": {"jax", "flax", "ltjax.types", "ltjax.models"},
+    "ltjax.interop.weights": {"jax", "numpy", "safetensors", "ltjax.types", "ltjax.optim"},
+    "ltjax.interop.checkpoints": {"numpy", "safetensors", "torch", "ltjax.types", "ltjax.interop.names"},
+    "ltjax.interop.names": {"numpy", "flax"},
+    "ltjax.interop.torch": {"jax", "numpy", "flax", "ltjax.types", "ltjax.optim", "ltjax.models", "ltjax.interop"},
     "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "grain", "cv2", "simplejpeg", "array_record", "rich"}
     | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.data"},
 }
 # The package's own `create`, which chooses by name, needs the registry too.
 ALLOWED["ltjax.models.__init__"] = ALLOWED["ltjax.models"] | {"ltjax.registry"}
 SEES_EVERYTHING = ("ltjax.train", "ltjax.problem", "ltjax.evaluate", "ltjax.feed")
+SEES_MODELS = ("ltjax.interop",)  # whose weights it brings in and takes out
 
 
 def inside(name, package):
@@ -80,6 +85,7 @@ def test_a_module_imports_only_what_its_layer_may(module):
 def test_only_the_training_loop_brings_methods_models_and_data_together(module):
     packages = ("ltjax.methods", "ltjax.models", "ltjax.data")
     own = {package for package in packages if inside(module, package)}
+    own |= {"ltjax.models"} if any(inside(module, package) for package in SEES_MODELS) else set()
     found = {package for package in packages for name in imports(FILES[module]) if inside(name, package)}
     assert found <= own
 
@@ -119,6 +125,10 @@ def test_a_loss_costs_jax_alone(module):
     loaded = loaded_by(f"import ltjax.{module}")
     assert "jax" in loaded
     assert not loaded & {"flax", "optax", "orbax", "tensorflow_datasets", "tensorflow", "grain", "cv2", "rich", "clu"}
+
+
+def test_weights_without_pytorch_need_no_pytorch():
+    assert "torch" not in loaded_by("import ltjax.interop.torch, ltjax.interop.export")
 
 
 def test_training_loads_neither_tensorflow_nor_its_datasets():

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from ltjax import models
-from ltjax.interop.torch import import_state_dict
+from ltjax.interop.torch import class_order, export_state_dict, implied, import_state_dict, place, read_model
 from ltjax.optim import flatten
 from ltjax.types import UserError
 
@@ -176,3 +176,93 @@ def test_weights_are_float32_unless_both_sides_say_float64(golden, net, given, x
         variables = import_state_dict(state_dict, net)
     expected = "float64" if x64 and given == "float64" else "float32"
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(expected)}
+
+
+def test_two_names_of_one_weight_are_named(golden, net):
+    state_dict = initial(golden)
+    with pytest.raises(UserError, match=r"'conv1\.weight \(another one has given backbone/conv/kernel\)'"):
+        import_state_dict({**state_dict, "conv1.weight": state_dict["model.conv1.weight"]}, net)
+
+
+def test_margins_of_drolts_loss_are_passed_over_by_name(golden, net):
+    margins = {"learnable_epsilons": np.ones(100), "module.epsilons": np.ones(100)}
+    done = place({**initial(golden), **margins}, net)
+    assert set(margins) <= set(done.ignored)
+    assert not set(margins) & done.placed.keys()
+
+
+@pytest.mark.parametrize("names", [("branches.0", "branches.1"), ("final.conv", "final.bn"), ("conv1x1", "bn_last")])
+def test_branches_for_large_images_are_known_under_any_name(names, variables_of, same):
+    large = models.create("resnet", 10, width=2, branches=3, branch_kind="conv")
+    variables = variables_of(large)
+    state_dict = export_state_dict(variables, large)
+    for ours, theirs in zip(("branches.0", "branches.1"), names, strict=True):
+        state_dict = {
+            f"module.{theirs}{key.removeprefix(ours)}" if key.startswith(ours) else key: value
+            for key, value in state_dict.items()
+        }
+    same(import_state_dict(state_dict, large), variables)
+
+
+def test_branches_for_large_images_are_not_guessed_among_several(variables_of):
+    large = models.create("resnet", 10, width=2, branches=3, branch_kind="conv")
+    state_dict = export_state_dict(variables_of(large), large)
+    state_dict["other.weight"] = state_dict["final.weight"] = state_dict.pop("branches.0.weight")
+    with pytest.raises(UserError, match=r"no place for \['other\.weight', 'final\.weight'\]; nothing for \['branches"):
+        import_state_dict(state_dict, large)
+
+
+def test_a_network_for_grey_images_takes_them(variables_of, same):
+    grey = models.create("resnet_cifar", 10, depth=8)
+    variables = variables_of(grey, channels=1)
+    same(import_state_dict(export_state_dict(variables, grey), grey), variables)
+
+
+def test_a_model_is_read_from_its_spec():
+    assert read_model("resnet,blocks=(3, 8,36,2),logit_scale=True,classifier=cosine,normalise=imagenet") == {
+        "name": "resnet",
+        "blocks": (3, 8, 36, 2),
+        "logit_scale": True,
+        "classifier": "cosine",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    }
+
+
+@pytest.mark.parametrize(
+    "spec, message", [("resnet,depth", "'depth' is no setting"), ("x,normalise=mnist", "imagenet")]
+)
+def test_a_mistake_in_a_spec_is_named(spec, message):
+    with pytest.raises(UserError, match=message):
+        read_model(spec)
+
+
+def test_names_ask_for_their_parts(golden):
+    numbers = golden("reslt_train")
+    state_dict = {key.removeprefix("final/"): value for key, value in numbers.items() if key.startswith("final/")}
+    assert implied(state_dict) == {"num_classes": 100, "branches": 3}
+    assert implied({"lws_model.learned_norm": np.ones((1, 7))}) == {"logit_scale": True}
+
+
+@pytest.mark.parametrize(
+    "kind, content, order",
+    [
+        ("", "[2, 0, 1, 3]", [2, 0, 1, 3]),
+        ("", "2 0\n1 3\n", [2, 0, 1, 3]),
+        ("map:", "[1, 2, 0, 3]", [2, 0, 1, 3]),  # class 2 is output 0, class 0 output 1
+        ("counts:", "[5, 9, 5, 20]", [3, 1, 0, 2]),
+        ("counts-ascending:", "[5, 9, 5, 20]", [0, 2, 1, 3]),
+    ],
+)
+def test_the_order_of_classes_is_read(kind, content, order, tmp_path):
+    (tmp_path / "order").write_text(content)
+    assert class_order(f"{kind}{tmp_path / 'order'}", 4) == order
+
+
+@pytest.mark.parametrize(
+    "content, message", [("[0, 1]", "2 numbers for 4"), ("[0, 1, 1, 3]", "counts:FILE"), ("a b c d", "no list")]
+)
+def test_an_order_that_is_none_is_named(content, message, tmp_path):
+    (tmp_path / "order").write_text(content)
+    with pytest.raises(UserError, match=message):
+        class_order(str(tmp_path / "order"), 4)

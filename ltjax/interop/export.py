@@ -1,0 +1,175 @@
+"""Weights of a run, or of a folder of weights, for others to use.
+
+    python -m ltjax.interop.export WORKDIR_OR_WEIGHTS --format=safetensors --out=net.safetensors
+    python -m ltjax.interop.export WORKDIR_OR_WEIGHTS --format=stablehlo --image_size=32 --out=net.stablehlo
+
+`state_dict` (a file of `torch.save`; needs PyTorch) and `safetensors` have PyTorch's names, see
+`ltjax.interop.torch.export_state_dict`; `weights` is a folder for `config.weights`; `stablehlo` is the whole network as
+one file, for cpu, cuda and tpu and batches of any size, which needs jax and nothing of ltjax:
+
+    import jax.export, pathlib
+    file = bytearray(pathlib.Path("net.stablehlo").read_bytes())
+    network = jax.export.deserialize(file).call
+    logits = network(images)  # float32 [b, H, W, channels] in [0, 1] -> [b, num_classes]
+    print(logits.argmax(-1))
+
+Of a run, the network is that of the newest checkpoint of its last stage, as its evaluation has it. Outputs of a
+`stablehlo` are in the order of our classes; the other formats keep a folder's own order.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
+
+from ltjax import config as config_module
+from ltjax import models
+from ltjax.checkpoint import complete_steps, read_json
+from ltjax.interop.torch import Parser, export_state_dict
+from ltjax.interop.weights import DESCRIPTION, Weights, described, in_our_order, load_weights, save_weights
+from ltjax.problem import judged
+from ltjax.types import UserError, Variables, one_line
+
+FORMATS = ("state_dict", "safetensors", "weights", "stablehlo")
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
+    """The weights in a folder of weights, or those that a run has come to. Needs no data set.
+
+    net: "net", or "guide" where the run trains one. replica: which, of a run with several.
+    """
+    source = Path(source)
+    if (source / DESCRIPTION).is_file():
+        return load_weights(source)
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source} is neither a run's workdir (no config.json) nor a folder of weights")
+    run, stages = config_module.parse(read_json(source / "config.json"))
+    settings = dict(run.guide if net == "guide" else run.model)
+    if net not in ("net", "guide") or not settings:
+        raise UserError(f"--net={net}: the run has {'net and guide' if run.guide else 'net alone'}")
+    if not 0 <= replica < run.replicas:
+        raise UserError(f"--replica={replica}: the run has {run.replicas}, counted from 0")
+    trained = [name for name in run.stages if complete_steps(source / "checkpoints" / name)]
+    if not trained:
+        raise UserError(f"{source} holds no checkpoint yet: train first, with --mode=train")
+    own = _restore(source / "checkpoints" / trained[-1])
+    own = jax.tree.map(lambda x: x[replica], own) if run.replicas > 1 else own
+    own = judged(stages[trained[-1]], own) if net == "net" else own
+    variables = Variables({"net": own.params[net]}, {"net": own.stats.get(net, {})}, {})
+    num_classes = own.params[net]["classifier"]["kernel"].shape[-1]
+    return Weights(jax.tree.map(np.asarray, variables), settings, num_classes)
+
+
+def _restore(directory: Path) -> Variables:
+    """The networks' variables in the newest checkpoint below a directory, on one device."""
+    path = directory.absolute() / str(complete_steps(directory)[-1]) / "state"
+    on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            there: Any = checkpointer.metadata(path).item_metadata
+            there = getattr(there, "tree", there)
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on), there)
+            variables = checkpointer.restore(path, like)["variables"]
+    except Exception as error:  # Orbax and TensorStore pass damage on as many types
+        raise UserError(f"cannot read the checkpoint {path} ({one_line(error)})") from error
+    return Variables(variables["params"], variables.get("stats") or {}, {})
+
+
+def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
+    """A network with its weights as one `jax.export` artifact.
+
+    It maps images float32 [b, H, W, channels] in [0, 1] to logits [b, num_classes], in the order of our classes, for
+    any b, on cpu, cuda and tpu, in this version of JAX or a newer one. image_size: H and W.
+    """
+    from jax import export
+
+    weights = in_our_order(weights)
+    settings: dict[str, Any] = {**weights.settings, "platform": "gpu"}  # whose convolution is that of all platforms
+    model = models.create(settings.pop("name"), weights.num_classes, **settings)
+    params, stats = weights.variables.params["net"], weights.variables.stats["net"]
+    channels = params["backbone"]["conv"]["kernel"].shape[2]
+
+    def network(images):
+        outputs: Any = model.apply({"params": params, "batch_stats": stats}, images, False)
+        return outputs.logits
+
+    (batch,) = export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *image_size, channels), jnp.float32)
+    exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
+    try:
+        return bytes(exported.serialize())
+    except ImportError as error:
+        raise UserError("--format=stablehlo needs flatbuffers: pip install flatbuffers") from error
+
+
+def write(weights: Weights, kind: str, out: Path, image_size: tuple[int, int] | None = None) -> None:
+    """Write weights in one of `FORMATS`. image_size: H and W, for "stablehlo"."""
+    if kind == "weights":
+        shape = dict(num_classes=weights.num_classes, class_order=weights.class_order)
+        save_weights(out, weights.variables, weights.settings, **shape)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "stablehlo":
+        if image_size is None:
+            raise UserError("--format=stablehlo needs --image_size=SIDE or HEIGHTxWIDTH of the images, such as 32")
+        out.write_bytes(stablehlo(weights, image_size))
+        return
+    settings = dict(weights.settings)
+    model = models.create(settings.pop("name"), weights.num_classes, **settings)
+    state_dict = export_state_dict(weights.variables, model)
+    if kind == "safetensors":
+        about = {"model": weights.settings, "class_order": weights.class_order}
+        save_file(state_dict, out, {"format": "pt", "ltjax": json.dumps(about)})
+        return
+    try:
+        import torch  # pyrefly: ignore[missing-import]
+    except ImportError as error:
+        raise UserError("--format=state_dict needs PyTorch: install torch, or take --format=safetensors") from error
+    torch.save({key: torch.from_numpy(value) for key, value in state_dict.items()}, out)
+
+
+def _image_size(text: str) -> tuple[int, int] | None:
+    sides = text.lower().split("x") if text else []
+    if not sides:
+        return None
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise UserError(f"--image_size={text}: SIDE or HEIGHTxWIDTH in pixels, such as 32 or 224x224")
+    return int(sides[0]), int(sides[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
+    parser = Parser(
+        prog="python -m ltjax.interop.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="WORKDIR_OR_WEIGHTS")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--out", required=True, help="file to write; for weights, a folder")
+    parser.add_argument("--image_size", default="", help="SIDE or HEIGHTxWIDTH, for stablehlo")
+    parser.add_argument("--net", default="net", help="net (default) or guide")
+    parser.add_argument("--replica", type=int, default=0, help="which, of a run with several; default: 0")
+    try:
+        args = parser.parse_args(argv)
+        image_size = _image_size(args.image_size)
+        weights = read(args.source, net=args.net, replica=args.replica)
+        write(weights, args.format, Path(args.out), image_size)
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {described(weights.settings, weights.num_classes)}, as {args.format}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+import jax
+import numpy as np
+import pytest
+
+from ltjax.types import Variables
+
+
+def random_variables(model, channels=3, seed=0):
+    """Variables of a network, every array of different numbers; nothing is compiled."""
+    image = np.zeros((1, 32, 32, channels), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    rng = np.random.default_rng(seed)
+    made = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes)
+    return Variables({"net": made["params"]}, {"net": made.get("batch_stats", {})}, {})
+
+
+@pytest.fixture(scope="session")
+def variables_of():
+    return random_variables
+
+
+@pytest.fixture
+def same():
+    """Asserts that two pytrees are of one structure and equal to the bit."""
+    return lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -1,0 +1,172 @@
+"""Runs and other people's weights: out of a run, into another, judged without one."""
+
+import json
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltjax import config, models, problem, robustness, surgery, train
+from ltjax.checkpoint import Checkpoints, write_json
+from ltjax.interop import export, torch
+from ltjax.interop.weights import load_weights, save_weights
+from ltjax.stage import State
+from ltjax.types import UserError
+from tests.test_run import tiny_config
+
+
+def quick(**changes):
+    """One epoch of cross-entropy with a ResNet-8 on long-tailed Fashion-MNIST."""
+    return tiny_config(**{"stages": ("ce",), "epochs": 1, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    return workdir, train.train(quick(), workdir)
+
+
+@pytest.fixture(scope="module")
+def weights(trained):
+    folder = trained[0].with_name("weights")
+    assert export.main([str(trained[0]), "--format=weights", f"--out={folder}"]) == 0
+    return folder
+
+
+FIGURES = ("accuracy", "ece", "loss", "per_class_accuracy")
+
+
+def test_weights_judged_on_their_own_have_the_figures_of_the_run_they_come_from(trained, weights, tmp_path, capsys):
+    found = train.evaluate_workdir(quick(weights=str(weights)), tmp_path / "new")
+    assert {key: found[key] for key in FIGURES} == {key: trained[1][key] for key in FIGURES}
+    written = json.loads((tmp_path / "new" / "eval.json").read_text())
+    assert written["weights"] == str(weights)
+    assert "Imported weights" in capsys.readouterr().out
+
+
+def test_a_trip_through_pytorchs_names_changes_no_figure(trained, tmp_path):
+    file = tmp_path / "net.safetensors"
+    assert export.main([str(trained[0]), "--format=safetensors", f"--out={file}"]) == 0
+    command = [str(file), "--model=resnet_cifar,depth=8,width=2,mean=(0.286,),std=(0.353,)"]
+    assert torch.main([*command, f"--out={tmp_path / 'w'}"]) == 0
+    found = train.evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
+    assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
+
+
+def test_weights_in_another_order_of_classes_have_the_same_figures(trained, weights, tmp_path):
+    order = np.random.default_rng(0).permutation(10)
+    file, there = tmp_path / "net.safetensors", load_weights(weights)
+    theirs = there.variables.params["net"]["classifier"]
+    theirs |= {"kernel": theirs["kernel"][:, order], "bias": theirs["bias"][order]}
+    save_weights(file.with_suffix(""), there.variables, there.settings, num_classes=10)
+    assert export.main([str(file.with_suffix("")), "--format=safetensors", f"--out={file}"]) == 0
+    (tmp_path / "order.json").write_text(json.dumps(order.tolist()))
+    command = [str(file), "--model=resnet_cifar,depth=8,width=2,mean=(0.286,),std=(0.353,)", f"--out={tmp_path / 'w'}"]
+    assert torch.main([*command, f"--class_order={tmp_path / 'order.json'}"]) == 0
+    assert load_weights(tmp_path / "w").class_order == tuple(order)
+    found = train.evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
+    assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
+
+
+def test_weights_alone_are_attacked(trained, weights, tmp_path):
+    settings = {"tests": ("pgd-1",), "num_images": 20, "batch_size": 20}
+    values = {**quick(weights=str(weights)), "attack": settings}
+    found = robustness.attack_workdir(values, tmp_path)
+    same = robustness.attack_workdir({**quick(), "attack": settings}, trained[0])
+    assert found["stage"] == "imported"
+    for test in ("clean", "pgd-1"):
+        assert found["tests"][test]["accuracy"] == same["tests"][test]["accuracy"]
+    assert json.loads((tmp_path / "attack.json").read_text())["weights"] == str(weights)
+
+
+def test_training_starts_from_them(trained, weights):
+    run, _ = config.parse(quick(weights=str(weights)))
+    start = problem.initial_variables(run, "ce", problem.setup(run, None))
+    for tree, name in ((start.params, "params"), (start.stats, "stats")):
+        given = getattr(load_weights(weights).variables, name)["net"]
+        jax.tree.map(np.testing.assert_array_equal, tree["net"], given)
+
+
+def test_a_new_head_of_surgery_is_not_theirs(weights):
+    run, stages = config.parse(quick(weights=str(weights)))
+    ready = problem.setup(run, None)
+    settings = stages["ce"]._replace(surgery={"name": next(iter(surgery.SURGERIES))})
+    assert settings.surgery["name"] == "new_head"
+    start = problem.initial_variables(run, "ce", ready)
+    changed, _ = problem.operate(run, "ce", settings, ready, start)
+    ours, theirs = (np.asarray(v.params["net"]["classifier"]["kernel"]) for v in (changed, start))
+    assert not np.allclose(ours, theirs)
+
+
+def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
+    values = quick(**{"weights": str(weights), "weights_parts": ("backbone",), "model.logit_scale": False})
+    run, _ = config.parse(values)
+    ready = problem.setup(run, None)
+    start = problem.initial_variables(run, "ce", ready)
+    theirs = load_weights(weights).variables.params["net"]
+    np.testing.assert_array_equal(
+        start.params["net"]["backbone"]["conv"]["kernel"], theirs["backbone"]["conv"]["kernel"]
+    )
+    assert not np.allclose(start.params["net"]["classifier"]["kernel"], theirs["classifier"]["kernel"])
+    with pytest.raises(
+        UserError,
+        match=r"logit_scale \(weights \(10,\), network none.*config\.weights_parts=\('backbone', 'classifier'\)",
+    ):
+        problem.initial_variables(run._replace(weights_parts=()), "ce", ready)
+
+
+def test_weights_of_another_network_are_judged_as_what_they_are(trained, weights, tmp_path):
+    values = quick(**{"weights": str(weights), "model.width": 4, "model.logit_scale": False})
+    found = train.evaluate_workdir(values, tmp_path)
+    assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
+
+
+def test_weights_for_other_classes_are_refused(weights, tmp_path):
+    there = load_weights(weights)
+    classifier = there.variables.params["net"]["classifier"]
+    classifier |= {key: value[..., :7] for key, value in classifier.items()}
+    save_weights(tmp_path / "w", there.variables, there.settings, num_classes=7)
+    with pytest.raises(UserError, match=r"classifier/bias \(weights \(7,\), network \(10,\)\)"):
+        train.evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
+
+
+def test_without_weights_an_empty_workdir_says_to_train(tmp_path):
+    with pytest.raises(UserError, match="train first"):
+        train.evaluate_workdir(quick(), tmp_path)
+
+
+def test_stablehlo_of_a_run_has_the_logits_of_its_network(trained, weights, tmp_path):
+    file = tmp_path / "net"
+    assert export.main([str(trained[0]), "--format=stablehlo", "--image_size=28", f"--out={file}"]) == 0
+    images = np.random.default_rng(0).uniform(size=(2, 28, 28, 1)).astype(np.float32)
+    there = load_weights(weights)
+    settings = dict(there.settings)
+    model = models.create(settings.pop("name"), 10, **settings)
+    collections = {"params": there.variables.params["net"], "batch_stats": there.variables.stats["net"]}
+    expected = jax.jit(lambda x: model.apply(collections, x).logits)(images)
+    found = jax.export.deserialize(bytearray(file.read_bytes())).call(images)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_replica_of_a_run_can_be_taken_out(tmp_path, variables_of, same):
+    model = models.create("resnet_cifar", 10, depth=8, width=2)
+    each = [variables_of(model, seed=seed) for seed in (0, 1)]
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    step = jnp.zeros(2, jnp.int32)
+    with Checkpoints(tmp_path / "checkpoints" / "ce") as checkpoints:
+        checkpoints.save(7, State(step, step.astype(jnp.uint32), both, {}), {})
+        checkpoints.wait()
+    write_json(tmp_path / "config.json", quick(**{"replicas": 2, "model.logit_scale": False}))
+    for replica in (0, 1):
+        same(export.read(tmp_path, replica=replica).variables, each[replica])
+    with pytest.raises(UserError, match="the run has 2"):
+        export.read(tmp_path, replica=2)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoints" / "ce" / "7" / "state").mkdir(parents=True)
+    write_json(tmp_path / "config.json", quick())
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*ce/7/state"):
+        export.read(tmp_path)

@@ -1,0 +1,125 @@
+"""Folders of weights, and how they go into a run's networks."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ltjax import models
+from ltjax.interop.weights import Weights, in_our_order, into, load_weights, save_weights
+from ltjax.types import UserError
+
+SETTINGS = dict(name="resnet_cifar", depth=8, width=4, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+
+
+def network(num_classes=5, **changes):
+    settings = {**SETTINGS, **changes}
+    return models.create(settings.pop("name"), num_classes, **settings)
+
+
+@pytest.fixture(scope="module")
+def weights(variables_of):
+    return Weights(variables_of(network(logit_scale=True)), {**SETTINGS, "logit_scale": True}, 5)
+
+
+@pytest.fixture(scope="module")
+def fresh(variables_of):
+    return variables_of(network(logit_scale=True), seed=1)
+
+
+def test_a_folder_holds_all_that_was_saved(weights, tmp_path, same):
+    order = (4, 0, 1, 2, 3)
+    source = {"file": "net.pth", "sha256": "0"}
+    more = dict(num_classes=5, class_order=order, source=source)
+    save_weights(tmp_path / "w", weights.variables, weights.settings, **more)
+    found = load_weights(tmp_path / "w")
+    same(found.variables, weights.variables)
+    assert found._replace(variables=None) == Weights(None, weights.settings, 5, order)
+    assert json.loads((tmp_path / "w" / "weights.json").read_text())["source"] == source
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"format": 99}'])
+def test_a_description_that_is_not_understood_is_named(tmp_path, content):
+    (tmp_path / "weights.json").write_text(content)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_weights(tmp_path)
+
+
+def test_a_folder_without_weights_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=r"python -m ltjax\.interop\.torch"):
+        load_weights(tmp_path)
+
+
+def test_an_order_of_other_classes_is_refused(weights, tmp_path):
+    with pytest.raises(UserError, match="each class from 0 to 4 once"):
+        save_weights(tmp_path, weights.variables, {}, num_classes=5, class_order=(0, 1, 2, 3, 3))
+
+
+def test_output_k_becomes_class_order_k(weights):
+    order = (3, 0, 4, 1, 2)
+    theirs = weights.variables.params["net"]
+    ours = in_our_order(weights._replace(class_order=order)).variables.params["net"]
+    for k, ours_of in enumerate(order):
+        np.testing.assert_array_equal(ours["classifier"]["kernel"][:, ours_of], theirs["classifier"]["kernel"][:, k])
+        assert ours["classifier"]["bias"][ours_of] == theirs["classifier"]["bias"][k]
+        assert ours["logit_scale"][ours_of] == theirs["logit_scale"][k]
+
+
+def test_all_parts_are_taken(weights, fresh, same):
+    same(into(fresh, weights), weights.variables)
+
+
+def test_the_order_of_classes_is_applied_on_the_way_in(weights, fresh, same):
+    ordered = weights._replace(class_order=(3, 0, 4, 1, 2))
+    same(into(fresh, ordered), in_our_order(ordered).variables)
+
+
+def test_parts_not_named_stay_as_they_are(weights, fresh, same):
+    found = into(fresh, weights, ("backbone",))
+    same(found.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
+    same(found.stats, weights.variables.stats)
+    same(found.params["net"]["classifier"], fresh.params["net"]["classifier"])
+
+
+def test_each_replica_gets_the_same_weights_where_it_was(weights, fresh, same):
+    device = jax.devices()[3]
+    replicas = jax.device_put(jax.tree.map(lambda x: np.stack([x, x + 1]), fresh), device)
+    found = into(replicas, weights)
+    for replica in (0, 1):
+        same(jax.tree.map(lambda x, r=replica: x[r], found), weights.variables)
+    assert {d for leaf in jax.tree.leaves(found) for d in leaf.devices()} == {device}
+
+
+def test_another_network_keeps_its_weights(weights, fresh, same):
+    both = fresh._replace(
+        params={"net": fresh.params["net"], "guide": fresh.params["net"]},
+        stats={"net": fresh.stats["net"], "guide": fresh.stats["net"]},
+    )
+    found = into(both, weights, net="guide")
+    same(found.params, {"net": fresh.params["net"], "guide": weights.variables.params["net"]})
+
+
+def test_another_number_of_classes_leaves_the_backbone(weights, variables_of):
+    with pytest.raises(UserError, match=r"classifier/kernel \(weights \(16, 5\), network \(16, 7\)\).*\('backbone',\)"):
+        into(variables_of(network(7, logit_scale=True)), weights)
+
+
+def test_a_part_that_the_weights_lack_is_named(weights, variables_of):
+    with pytest.raises(UserError, match=r"params/branches/norm1/bias \(weights none, network \(16,\)\)"):
+        into(variables_of(network(logit_scale=True, branches=2)), weights)
+
+
+def test_a_part_that_the_network_lacks_is_named(weights, variables_of):
+    with pytest.raises(UserError, match=r"logit_scale \(weights \(5,\), network none\).*\('backbone', 'classifier'\)"):
+        into(variables_of(network()), weights)
+
+
+def test_another_width_fits_nowhere_and_says_what_the_weights_are_for(weights, variables_of):
+    with pytest.raises(UserError, match=r"and \d+ more; set config\.model to .*resnet_cifar\(depth=8, width=4"):
+        into(variables_of(network(width=2)), weights)
+
+
+def test_a_part_that_is_not_there_is_refused(weights, fresh):
+    with pytest.raises(UserError, match="names 'block': the network has backbone, classifier, logit_scale"):
+        into(fresh, weights, ("backbone", "block"))
