@@ -269,8 +269,12 @@ def show_plan(run, stages, built, problem, workdir, console) -> None:
     held = f", {len(problem.split.holdout)} held out" if run.data.holdout else ""
     console.print(
         f"{run.data.name}: {counts.sum():,} training images of {len(counts)} classes, {counts.max()} down to "
-        f"{counts.min()} a class{held}; {problem.test_set.size:,} test images"
+        f"{counts.min()} a class (imbalance factor {counts.max() / counts.min():.4g}){held}; "
+        f"{problem.test_set.size:,} test images"
     )
+    for group, member in problem.groups.items():
+        if member.any():
+            console.print(f"  {group}: {_classes(np.flatnonzero(member), counts, problem.class_names)}")
     console.print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), workdir {workdir}")
     if run.replicas > 1:
         groups = problem.mesh.shape[parallel.REPLICA_AXIS]
@@ -290,6 +294,13 @@ def show_plan(run, stages, built, problem, workdir, console) -> None:
         length = f"{steps}, {trained:,} of {total:,} parameters train" if settings.epochs else "no training"
         what = ", ".join(filter(None, (settings.surgery.get("name"), length)))
         console.print(f"stage {name} ({settings.title}): {what}, from {settings.start_from}")
+
+
+def _classes(members: np.ndarray, counts: np.ndarray, names: tuple[str, ...], shown: int = 8) -> str:
+    """How many classes a group has, the images in it, and the names and counts of the largest ones."""
+    largest = members[np.argsort(-counts[members], kind="stable")][:shown]
+    listed = ", ".join(f"{names[c]} {counts[c]}" for c in largest) + (", ..." if len(members) > shown else "")
+    return f"{len(members):,} classes, {counts[members].sum():,} images: {listed}"
 
 
 def evaluate_workdir(
