@@ -258,7 +258,7 @@ def imported(
     if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
         return None
     weights, last = load_weights(run.weights), run.stages[-1]
-    own = {key: run.model[key] for key in ("dtype", "platform") if key in run.model}
+    own = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
     run = run._replace(model={**weights.settings, **own})
     problem = setup(run, data_dir)
     settings = stages[last]._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
@@ -100,10 +100,11 @@ def branches_by_shape(unplaced: dict[str, np.ndarray], width: int) -> dict[str, 
 
 
 def family(model: nn.Module) -> str:
-    """The kind of a network's backbone, as in `Rule.families`."""
-    backbone = model.backbone  # pyrefly: ignore[missing-attribute]
+    """The kind of a network's backbone, as in `Rule.families`; those of three stages may share another one's class."""
+    backbone: Any = model.backbone  # pyrefly: ignore[missing-attribute]
     name = type(backbone).__module__.rpartition(".")[2]
-    return "wide_resnet" if name == "preact_resnet" and len(backbone.blocks) == 3 else name
+    three = len(getattr(backbone, "blocks", ())) == 3
+    return {"preact_resnet": "wide_resnet", "resnet": "resnet_cifar"}.get(name, name) if three else name
 
 
 def key_of(path: str, kind: str, *, mislas: bool, reslt: bool) -> str:

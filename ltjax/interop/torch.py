@@ -167,6 +167,8 @@ def implied(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         found["num_classes"] = paths["classifier/kernel"].shape[0]
     if "logit_scale" in paths:
         found["logit_scale"] = True
+    if any(path and path.startswith("block/") for path in paths):
+        found["extra_block"] = True
     norms = [path for path in ("branches/norm1/scale", "branches/norm2/scale", "branches/norm3/scale") if path in paths]
     if norms:
         found["branches"] = len(norms)

@@ -1,5 +1,6 @@
 """Weights in PyTorch's names and as StableHLO: what comes out goes in again."""
 
+import inspect
 import json
 import sys
 
@@ -25,6 +26,12 @@ NETWORKS = {
     "lbgat": ("wide_resnet", dict(depth=16, width=1)),
     "cosine": ("resnet_cifar", dict(depth=8, width=4, classifier="cosine")),
 }
+if "extra_block" in inspect.signature(models.create).parameters:
+    NETWORKS |= {
+        "resnet50": ("resnet", dict(depth=50, stem="large", width=4)),
+        "resnext50": ("resnet", dict(depth=50, stem="large", width=16, groups=8, group_width=4)),
+        "places": ("resnet", dict(depth=50, blocks=(1, 1, 1, 1), width=4, stem="large", extra_block=True)),
+    }
 
 
 @pytest.fixture(params=NETWORKS)
@@ -45,14 +52,24 @@ THEIRS = {
     "mislas": ("model.conv1.weight", "model.layer1.0.bn2.weight", "classifier.fc.bias", "lws_model.learned_norm"),
     "reslt": ("model.bn1.weight", "model.layer2.0.conv1.weight", "BNH.weight", "BNT.running_mean", "linear.bias"),
     "torchvision": ("conv1.weight", "layer2.0.downsample.0.weight", "layer4.0.downsample.1.running_var", "fc.weight"),
+    "resnet50": (
+        "conv1.weight",
+        "layer1.0.downsample.0.weight",
+        "layer3.5.conv3.weight",
+        "layer4.2.bn3.bias",
+        "fc.bias",
+    ),
+    "resnext50": ("layer1.0.conv2.weight", "layer1.0.downsample.1.running_var", "fc.weight"),
+    "places": ("model.conv1.weight", "model.layer4.0.conv3.weight", "block.bn3.bias", "classifier.fc.weight"),
     "preact": ("conv1.weight", "bn.weight", "layer2.0.shortcut.0.weight", "linear.weight"),
     "lbgat": ("block1.layer.1.bn2.running_mean", "block2.layer.0.convShortcut.weight", "bn1.weight", "fc.bias"),
 }
 
 
+@pytest.mark.parametrize("network", [kind for kind in NETWORKS if kind in THEIRS], indirect=True)
 def test_names_are_the_authors(network):
     kind, model, variables = network
-    assert set(THEIRS.get(kind, ())) <= export_state_dict(variables, model).keys()
+    assert set(THEIRS[kind]) <= export_state_dict(variables, model).keys()
 
 
 def test_every_batch_norm_has_counted_no_batches(network):
