@@ -133,3 +133,12 @@ def test_range_groups_end_before_their_bounds():
 def test_an_empty_range_is_absent_from_the_accuracies():
     groups = metrics.range_groups(4, (2, 2))
     assert metrics.accuracy_by_group([1, 0, 1, 1], [0, 1, 2, 3], groups) == {"many": 0.5, "few": 1.0, "all": 0.75}
+
+
+def test_rank_groups_are_those_of_classes_by_count():
+    groups = metrics.rank_groups([5, 50, 7, 50, 1], (2, 3))
+    assert {name: np.flatnonzero(member).tolist() for name, member in groups.items()} == {
+        "many": [1, 3],
+        "medium": [2],
+        "few": [0, 4],
+    }

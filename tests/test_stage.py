@@ -88,6 +88,42 @@ def test_one_dispatch_of_many_steps_equals_many_of_one(source):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state, outcomes[0][1])
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_batch_in_parts_has_the_mean_of_their_losses_and_gradients(source, devices):
+    """Without batch norm and noise, that is the batch's own."""
+    outcomes = []
+    for accumulate in (1, 4):
+        built, state, _ = build(toy_method(), devices=devices, accumulate=accumulate)
+        state, metrics = built.run(state, source, 5)
+        outcomes.append((np.asarray(metrics["loss"]), jax.tree.map(np.asarray, state.variables.params)))
+    np.testing.assert_allclose(outcomes[1][0], outcomes[0][0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), outcomes[1][1], outcomes[0][1])
+
+
+def test_the_parts_of_a_batch_share_its_images_out(source):
+    labels = []
+
+    def keeping(batch):
+        labels.append(batch.labels.shape)
+        return batch
+
+    def draw(source, seed, step, rng):
+        return Batch(jnp.zeros((16, 4, 4, 2)), jnp.arange(16), jnp.arange(16)[::-1], jnp.float32(0.3))
+
+    def loss(apply, variables, batch, rng):
+        keeping(batch)
+        outputs, variables = apply(variables, batch.images)
+        total = outputs.logits.sum() * 0 + batch.labels.sum().astype(jnp.float32) * batch.lam
+        return total, (variables, {"partners": batch.partner_labels.sum() + batch.labels.sum()})
+
+    method = Method(lambda rng: ({}, {}), loss)
+    built, state, _ = build(method, draw=draw, accumulate=4)
+    _, metrics = built.run(state, source, 1)
+    assert set(labels) == {(4,)}
+    np.testing.assert_allclose(metrics["loss"], [120 * 0.3 / 4], rtol=1e-6)
+    np.testing.assert_allclose(metrics["partners"], [240 / 4])
+
+
 def test_the_start_survives_the_stage(source):
     """`run` takes over its state's memory, not that of the variables the stage started from."""
     built, state, start = build(toy_method())

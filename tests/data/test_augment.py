@@ -276,3 +276,62 @@ def test_augment_in_a_scan_over_two_devices_gives_the_same_as_on_one():
         np.testing.assert_allclose(shared.images[step], alone.images, atol=2e-7)  # the last bit of mixup's sum
         np.testing.assert_array_equal(shared.partner_labels[step], alone.partner_labels)
         assert shared.lam[step] == alone.lam
+
+
+def test_colour_jitter_is_a_chain_of_blends_in_any_order():
+    """Each image is one of the six orders of brightness, contrast and saturation, with factors of its own."""
+    images = jnp.asarray(np.random.default_rng(0).uniform(0.3, 0.6, (12, 6, 5, 3)), jnp.float32)
+    found = np.asarray(augment.color_jitter(jax.random.key(1), images, strength=0.3))
+    order_rng, factor_rng = jax.random.split(jax.random.key(1))
+    order = np.argsort(np.asarray(jax.random.uniform(order_rng, (3, 12))), axis=0)
+    factors = np.asarray(jax.random.uniform(factor_rng, (3, 12), jnp.float32, 0.7, 1.3))
+    assert len({tuple(column) for column in order.T}) > 3
+    for i, image in enumerate(np.asarray(images)):
+        expected = image
+        for kind, factor in zip(order[:, i], factors[:, i], strict=True):
+            grey = (expected @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+            origin = [np.zeros_like(grey), np.full_like(grey, grey.mean()), grey][kind]
+            expected = np.clip(origin + factor * (expected - origin), 0, 1)
+        np.testing.assert_allclose(found[i], expected, atol=2e-6)
+
+
+def test_colour_jitter_of_strength_0_changes_nothing():
+    images = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (4, 6, 5, 3)), jnp.float32)
+    np.testing.assert_allclose(augment.color_jitter(jax.random.key(1), images, strength=0.0), images, atol=1e-6)
+
+
+def test_rand_augment_applies_that_many_operations_at_one_magnitude():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3)), jnp.uint8)
+    once = np.asarray(augment.rand_augment(jax.random.key(0), images, num_operations=1, magnitude=6.0))
+    candidates = []
+    for name, (low, high, signed) in augment.MAGNITUDES.items():
+        size = low + (high - low) * 0.6
+        size = round(size) if name == "posterize" else size
+        for sign in (1, -1) if signed else (1,):
+            candidates.append(np.asarray(augment.apply_operation(name, images, sign * size)))
+    which = [{n for n, c in enumerate(candidates) if (c[i] == once[i]).all()} for i in range(40)]
+    assert all(which) and len(set.union(*which)) > 12
+    twice = augment.rand_augment(jax.random.key(0), images, num_operations=2, magnitude=6.0)
+    assert (np.asarray(twice) != once).any()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"color_jitter": 1.5}, "augment color_jitter = 1.5: factors from"),
+        ({"color_jitter": -0.1}, "augment color_jitter = -0.1: 0 turns it off"),
+        ({"rand_augment": (2, 11.0)}, r"augment rand_augment = \(2, 11.0\)"),
+        ({"rand_augment": (2,)}, "augment rand_augment"),
+        ({"rand_augment": (2, 9.0), "auto_augment": True}, "auto_augment and rand_augment: turn one"),
+    ],
+)
+def test_settings_of_large_images_that_cannot_be_are_named(settings, message):
+    images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
+    with pytest.raises(UserError, match=message):
+        augment.augment(jax.random.key(0), images, jnp.zeros(2, jnp.int32), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"color_jitter": 0.4}, {"rand_augment": (2, 9.0)}])
+def test_operations_on_colours_refuse_grey_images(settings):
+    with pytest.raises(UserError, match="needs RGB images, but these have 1 channel"):
+        augment.augment(jax.random.key(0), jnp.zeros((2, 8, 8, 1), jnp.uint8), jnp.zeros(2, jnp.int32), **settings)

@@ -152,3 +152,31 @@ def test_the_description_is_json_with_the_groups_classes():
     assert json.loads(json.dumps(told)) == told
     assert (told["groups"], told["seed"]) == ({"many": [0, 1], "few": [8, 9]}, 5)
     assert told["class_counts"] == split(10).class_counts.tolist()
+
+
+def test_a_natural_split_keeps_all_that_is_not_held_out():
+    labels = np.repeat([2, 0, 1], [9, 4, 6])
+    split = splits.long_tailed_split(labels, 3, imbalance=1, profile="natural", holdout=2)
+    assert split.class_counts.tolist() == [2, 4, 7]
+    assert np.bincount(labels[split.holdout]).tolist() == [2, 2, 2]
+    assert sorted([*split.train, *split.holdout]) == list(range(19))
+    assert (np.diff(labels[split.train]) >= 0).all()
+
+
+def test_a_natural_split_may_cap_its_largest_classes():
+    labels = np.repeat([0, 1], [9, 4])
+    split = splits.long_tailed_split(labels, 2, imbalance=1, profile="natural", max_count=5)
+    assert split.class_counts.tolist() == [5, 4]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"imbalance": 10}, "data.imbalance = 10: profile 'natural' keeps"),
+        ({"imbalance": 1, "holdout": 4}, "data.holdout = 4 images a class: class 1 has 4 in all"),
+    ],
+)
+def test_what_a_natural_split_cannot_do_is_named(settings, message):
+    labels = np.repeat([0, 1], [9, 4])
+    with pytest.raises(UserError, match=message):
+        splits.long_tailed_split(labels, 2, profile="natural", **settings)
