@@ -79,7 +79,7 @@ def parsed(read):
 
 
 def test_every_file_but_what_they_share_is_a_config():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {"common", "recipes", "robust"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {"common", "large", "recipes", "robust"}
 
 
 def test_every_block_is_in_a_chain_that_is_tested():

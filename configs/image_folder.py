@@ -1,0 +1,31 @@
+"""Your own images, however unequal their classes: DIR/train/<class>/*.jpg, and perhaps DIR/validation/<class>/*.jpg.
+
+    python run.py --config=configs/image_folder.py --config.data.root=DIR
+    python run.py --config=configs/image_folder.py:method=ce,size=112 --config.data.root=DIR --config.epochs=30
+
+Classes, counts, imbalance factor and groups are found and shown before training. Without a folder for validation, a
+class-balanced part of the training images is held out. Arguments: size=128 (pixels) and those of
+configs/imagenet_lt.py, such as method=mislas, model=resnet10. Weights of a network trained elsewhere, to begin with:
+--config.weights=FOLDER --config.weights_parts="('backbone',)" (see `python -m ltjax.interop.torch --help`).
+"""
+
+from configs import large
+
+RECIPE = large.Recipe(
+    epochs=60,
+    model="resnet10",
+    smoothing=(0.3, 0.0, 0.2, True),
+    mixup=0.2,
+    weight_decay=5e-4,
+    reslt_model="resnet10",
+    reslt=dict(beta=0.99, medium_start=0.35, tail_start=0.7),
+    reslt_branches=3,
+    gammas={},
+    ranks=(0, 0),
+    size=128,
+    batch_size=64,
+)
+
+
+def get_config(arg=None):
+    return large.images("image_folder", arg, RECIPE)

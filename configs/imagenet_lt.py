@@ -1,0 +1,37 @@
+"""ImageNet-LT: 115,846 images of 1,000 classes, 1,280 down to 5 a class; 50 test images of each. Every method.
+
+    python -m ltjax.data.prepare imagenet_lt --source=DIR    # ILSVRC2012_img_train.tar, _val.tar, ImageNet_LT_*.txt
+    python run.py --config=configs/imagenet_lt.py:method=mislas
+    python run.py --config=configs/imagenet_lt.py:method=reslt,model=resnext50
+    python run.py --config=configs/imagenet_lt.py:method=mislas,runlocal    # on a laptop
+
+Arguments: method, or recipe; model (resnet10, 50, ..., resnext50, resnext101), size=224, augment=paper|auto (auto:
+RandAugment), mixup, holdout, and those of adversarial training (configs/cifar100.py). On a small accelerator:
+--config.accumulate=4 --config.model.remat=true --config.model.dtype=bfloat16.
+With ResLT, the papers' batches and rates are model=resnext101 --config.batch_size=128 --config.reslt.lr=0.05.
+
+Top-1 / ECE in %, last epoch, full length:
+  MiSLAS, ResNet-50, paper      52.7 / 1.78
+  DRO-LT, ResNet-50, paper      53.5            (its recipe for large images is not published: ours is CIFAR's chain)
+  ResLT, paper                  43.8 (ResNet-10), 52.9 (ResNeXt-50), 55.1 (ResNeXt-101)
+  any method, ours              not yet run
+"""
+
+from configs import large
+
+RECIPE = large.Recipe(
+    epochs=180,
+    model="resnet50",
+    smoothing=(0.3, 0.0, 0.05, True),
+    mixup=0.2,
+    weight_decay=5e-4,
+    reslt_model="resnext50",
+    reslt=dict(beta=0.99, medium_start=175, tail_start=780),
+    reslt_branches=3,
+    gammas=dict(resnet10=0.3, resnext50=0.7, resnext101=0.7),
+    ranks=(390, 835),
+)
+
+
+def get_config(arg=None):
+    return large.images("imagenet_lt", arg, RECIPE)

@@ -1,0 +1,38 @@
+"""Places-LT: 62,500 images of 365 kinds of places, 4,980 down to 5 a class; 100 test images of each.
+
+    python -m ltjax.data.prepare places_lt --source=DIR    # places365standard_easyformat.tar, Places_LT_*.txt
+    python -m ltjax.interop.torch resnet152.pth --model=resnet,depth=152,stem=large --normalise=imagenet --out=resnet152
+    python run.py --config=configs/places_lt.py:method=mislas
+
+As in MiSLAS, a ResNet-152 trained on ImageNet is frozen, and one new block and the classifier learn. Its weights are
+looked for in the folder config.weights, resnet152. Any other network that was trained on ImageNet will do:
+model=resnet50, with its weights. Arguments: as in configs/imagenet_lt.py.
+
+Top-1 / ECE in %, last epoch, ResNet-152, full length:
+  MiSLAS, paper     40.4 / 3.41
+  ResLT, paper      39.8
+  any method, ours  not yet run
+"""
+
+from configs import large
+
+RECIPE = large.Recipe(
+    epochs=90,
+    model="resnet152",
+    smoothing=(0.4, 0.1, 0.05, True),
+    mixup=0.2,
+    weight_decay=5e-4,
+    reslt_model="resnet152",
+    reslt=dict(beta=0.99, medium_start=131, tail_start=288),
+    reslt_branches=3,
+    gammas=dict(resnet152=0.3),
+    ranks=(131, 288),
+    extra_block=True,
+)
+
+
+def get_config(arg=None):
+    config = large.images("places_lt", arg, RECIPE)
+    if config.model.extra_block:
+        config.weights, config.weights_parts = config.model.name + str(config.model.depth), ("backbone",)
+    return config
