@@ -106,6 +106,7 @@ def images(name: str, arg: str | None, recipe: Recipe, *, source: str = "") -> C
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=decay)
     scale = recipes.Scale(
         lr=0.1,
+        warmup=5 / recipe.epochs,
         cosine=True,
         crop_padding=0,
         color_jitter=0.4,

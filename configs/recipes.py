@@ -59,6 +59,7 @@ class Scale(NamedTuple):
     """In what training on large images differs from training on small ones."""
 
     lr: float = 0.1
+    warmup: float = 5 / 200  # share of the epochs
     cosine: bool = False  # instead of two decays
     crop_padding: int = 4  # 0: random windows of another size are cut on the host
     color_jitter: float = 0.0
@@ -154,7 +155,7 @@ def augment(setting: Setting, *, auto: bool = False, mixup: float = 0.0) -> dict
 def _scratch(setting: Setting, method: dict, *, mixup: float = 0.0, decay: float = 0.1, **more: Any) -> dict[str, Any]:
     """The whole network: 5 epochs of warm-up, then two decays after 160 and 180 of 200; 2, 10 and 11 of 12 if short.
     Large images have a cosine instead, without warm-up."""
-    epochs, warmup = setting.epochs, 2 / 12 if setting.short else 5 / 200
+    epochs, warmup = setting.epochs, 2 / 12 if setting.short else setting.scale.warmup
     if setting.deferred:
         epochs, warmup = epochs - (epochs + 4) // 5, warmup / 0.8
     schedule = dict(kind="step", warmup=warmup, decay_at=() if setting.deferred else (0.8, 0.9), decay=decay)
@@ -191,7 +192,7 @@ def reslt(setting: Setting) -> dict[str, Any]:
     stage = _scratch(setting, dict(name="reslt", **setting.reslt), drop_last=True)
     stage["optimizer"] = dict(nesterov=True)
     stage["eval_classifier"] = dict(setting.scale.reslt_classifier)  # tau is the paper's gamma
-    stage["schedule"].update(warmup=2 / 12 if setting.short else 5 / 200, warmup_start=1 / 3)
+    stage["schedule"].update(warmup=2 / 12 if setting.short else setting.scale.warmup, warmup_start=1 / 3)
     return stage
 
 

@@ -2,9 +2,7 @@
 
 import functools
 import json
-import runpy
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +15,8 @@ from configs import common, recipes
 from ltjax import config, losses, methods, models, optim, registry, surgery
 from ltjax.data import SOURCES, augment, samplers, splits
 from ltjax.types import Batch
+from tests.configs.reading import ROOT, factors_of, parsed, rates_of, read
 
-ROOT = Path(__file__).parents[1]
 # Every method with one of these, in turn, and in each file with another.
 CHOICES = (
     "imbalance=100",
@@ -44,6 +42,13 @@ ARGUMENTS = {
     for offset, name in enumerate(("cifar10_lt", "cifar100_lt"))
 }
 ARGUMENTS = {**{name: arguments + list(ROBUST) for name, arguments in ARGUMENTS.items()}, "cifar10": BALANCED}
+LARGE = ("method=mislas,runlocal", "method=reslt,model=resnext50", "method=ldam_drw,augment=auto", "method=lbgat")
+ARGUMENTS |= {
+    "imagenet_lt": (*CHAINS, *LARGE[:3]),
+    "inat18": LARGE,
+    "places_lt": (*LARGE, "method=reslt,runlocal", "method=drolt,model=resnet50"),
+    "image_folder": (*LARGE, "recipe=reslt+dro+smoothing,size=64", "method=trades,sampler=class_aware"),
+}
 ARGUMENTS |= {"cifar100": ROBUST, "tiny_imagenet": ("method=ce,budget=short", "method=lbgat,beta=6", ROBUST[3])}
 FILES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
 EVERY = [(name, argument) for name in FILES for argument in (None, *ARGUMENTS.get(name, ()))]
@@ -54,32 +59,24 @@ DATA = {
     "cifar100": (100, 500, 32),
     "fashion_mnist_lt": (10, 1000, 28),
     "tiny_imagenet": (200, 500, 64),
+    # the sizes are of what the augmentation is tried on
+    "imagenet_lt": (1000, 1280, 16),
+    "i_naturalist2018": (8142, 1000, 16),
+    "places_lt": (365, 4980, 16),
+    "image_folder": (23, 300, 16),
 }
-
-
-@pytest.fixture
-def read(monkeypatch):
-    """read("cifar10_lt", "imbalance=50"): the ConfigDict of a file with its arguments."""
-    monkeypatch.syspath_prepend(str(ROOT))
-
-    def read(name, argument=None):
-        arguments = () if argument is None else (argument,)
-        return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](*arguments)
-
-    return read
-
-
-@pytest.fixture
-def parsed(read):
-    """The same, checked: the run and its stages."""
-    return lambda *arguments: config.parse(read(*arguments).to_dict())
 
 
 # The files in configs/.
 
 
 def test_every_file_but_what_they_share_is_a_config():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {"common", "large", "recipes", "robust"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {
+        "common",
+        "large",
+        "recipes",
+        "robust",
+    }
 
 
 def test_every_block_is_in_a_chain_that_is_tested():
@@ -107,12 +104,15 @@ def augmented(settings, size, channels):
 
 
 @every_config
-def test_every_setting_of_every_config_is_one_that_its_part_takes(parsed, name, argument):
+def test_every_setting_of_every_config_is_one_that_its_part_takes(name, argument):
     run, stages = parsed(name, argument)
     assert run.data.name in SOURCES
     num_classes, most, size = DATA[run.data.name]
     most = (run.data.max_count or most) - run.data.holdout
-    counts = splits.class_counts(num_classes, most, imbalance=run.data.imbalance, profile=run.data.profile)
+    if run.data.profile == "natural":
+        counts = np.maximum(most // np.arange(1, num_classes + 1), 2)
+    else:
+        counts = splits.class_counts(num_classes, most, imbalance=run.data.imbalance, profile=run.data.profile)
     channels = 1 if run.data.name == "fashion_mnist_lt" else 3
     settings = {"net": run.model, **({"guide": run.guide} if run.guide else {})}
     nets = {name: parameters(num_classes, json.dumps(dict(each)), channels) for name, each in settings.items()}
@@ -136,7 +136,7 @@ def test_every_setting_of_every_config_is_one_that_its_part_takes(parsed, name, 
 
 
 @every_config
-def test_every_config_means_the_same_after_json(read, name, argument):
+def test_every_config_means_the_same_after_json(name, argument):
     """A run's folder holds its config as JSON."""
     values = read(name, argument).to_dict()
     run, stages = config.parse(values)
@@ -146,7 +146,7 @@ def test_every_config_means_the_same_after_json(read, name, argument):
 
 
 @every_config
-def test_overriding_the_epochs_reaches_the_stages_that_share_them(read, name, argument):
+def test_overriding_the_epochs_reaches_the_stages_that_share_them(name, argument):
     """Those from scratch, and BGAT's robust part; deferred re-weighting takes a fifth of it, rounded up."""
     values = read(name, argument)
     before = config.parse(values.to_dict())[1]
@@ -177,7 +177,7 @@ def test_flags_override_the_epochs_and_a_stages_own_settings(monkeypatch):
     assert stages["classifier"].method["head"] == 0.2
 
 
-def test_names_of_runs_tell_the_choices_apart(read):
+def test_names_of_runs_tell_the_choices_apart():
     names = [read(name, argument).name for name, argument in EVERY if argument]
     one_choice = (
         "imbalance=50",
@@ -249,7 +249,7 @@ CHAINS_THAT_CANNOT_BE = {
 
 
 @pytest.mark.parametrize("name", ["cifar10_lt", "cifar100_lt"])
-def test_every_mistaken_argument_is_one_clear_line(read, name):
+def test_every_mistaken_argument_is_one_clear_line(name):
     for argument, message in {**NUMBERS_AND_CHOICES, **CHAINS_THAT_CANNOT_BE}.items():
         with pytest.raises(ValueError) as raised:
             read(name, argument)
@@ -257,7 +257,7 @@ def test_every_mistaken_argument_is_one_clear_line(read, name):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
-def test_what_is_for_long_tailed_data_is_refused_on_balanced_data(read, name):
+def test_what_is_for_long_tailed_data_is_refused_on_balanced_data(name):
     methods = ", ".join(("lbgat", *common.BALANCED))
     mistakes = {
         "method=reslt": f"config argument 'method=reslt': allowed values of method: {methods}",
@@ -272,7 +272,7 @@ def test_what_is_for_long_tailed_data_is_refused_on_balanced_data(read, name):
         assert str(raised.value) == message
 
 
-def test_a_chains_blocks_are_its_stages_each_from_the_one_before(parsed):
+def test_a_chains_blocks_are_its_stages_each_from_the_one_before():
     run, stages = parsed("cifar100_lt", "recipe=reslt+dro+smoothing")
     assert run.stages == ("reslt", "dro", "smoothing")
     assert [stage.start_from for stage in stages.values()] == ["scratch", "reslt", "dro"]
@@ -292,7 +292,7 @@ AUGMENTED = {  # (AutoAugment, Cutout) of each stage
 
 
 @pytest.mark.parametrize("argument", AUGMENTED)
-def test_augment_is_that_of_the_paper_or_one_kind_for_all_stages(parsed, argument):
+def test_augment_is_that_of_the_paper_or_one_kind_for_all_stages(argument):
     found = [stage.augment for stage in parsed("cifar10_lt", argument)[1].values()]
     assert [(a["auto_augment"], a["cutout_size"]) for a in found] == AUGMENTED[argument]
     assert all((a["crop_padding"], a["flip"]) == (4, True) for a in found)
@@ -308,7 +308,7 @@ def test_augment_is_that_of_the_paper_or_one_kind_for_all_stages(parsed, argumen
         ("method=ldam_drw,mixup=0.2", [0.2, 0.2]),
     ],
 )
-def test_mixup_is_for_stages_that_train_the_whole_network(parsed, argument, alphas):
+def test_mixup_is_for_stages_that_train_the_whole_network(argument, alphas):
     _, stages = parsed("cifar10_lt", argument)
     assert [stage.augment["mixup_alpha"] for stage in stages.values()] == alphas
 
@@ -316,31 +316,23 @@ def test_mixup_is_for_stages_that_train_the_whole_network(parsed, argument, alph
 @pytest.mark.parametrize(
     "argument, holdout", [("method=ce", 0), ("method=tau_norm", 10), ("method=tau_norm,holdout=3", 3)]
 )
-def test_tau_is_chosen_on_a_holdout(parsed, argument, holdout):
+def test_tau_is_chosen_on_a_holdout(argument, holdout):
     assert parsed("cifar100_lt", argument)[0].data.holdout == holdout
 
 
 @pytest.mark.parametrize("imbalance", ["0", "-10", "0.5", "nan", "inf"])
-def test_an_impossible_imbalance_is_an_error_that_names_it(parsed, imbalance):
+def test_an_impossible_imbalance_is_an_error_that_names_it(imbalance):
     with pytest.raises(ValueError, match=f"imbalance.*{imbalance}"):
         run, _ = parsed("cifar100_lt", f"imbalance={imbalance}")
         splits.long_tailed_split(np.repeat(np.arange(100), 500), 100, imbalance=run.data.imbalance)
 
 
-def test_quickstart_takes_no_arguments(read):
+def test_quickstart_takes_no_arguments():
     with pytest.raises(ValueError, match="unknown config argument 'method'; allowed: none"):
         read("quickstart", "method=ce")
 
 
 CROSS_ENTROPY = {"name": "erm", "loss": {"name": "cross_entropy"}}
-
-
-def rates_of(stage):
-    return {name: group["rate"] for name, group in stage.groups.items()}
-
-
-def factors_of(stage):
-    return registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)
 
 
 # MiSLAS's table: (classes, imbalance) -> smoothing of head and tail, factor on the classifier's rate, batch norm
@@ -356,7 +348,7 @@ each_recipe = pytest.mark.parametrize("classes, imbalance", RECIPES)
 
 
 @each_recipe
-def test_the_second_stage_of_mislas_is_the_papers(parsed, classes, imbalance):
+def test_the_second_stage_of_mislas_is_the_papers(classes, imbalance):
     _, stages = parsed(f"cifar{classes}_lt", f"method=mislas,imbalance={imbalance}")
     stage, (head, tail, factor, batch_norm) = stages["classifier"], RECIPES[classes, imbalance]
     assert stage.method == {"name": "mislas", "head": head, "tail": tail, "shape": "concave"}
@@ -368,7 +360,7 @@ def test_the_second_stage_of_mislas_is_the_papers(parsed, classes, imbalance):
 
 
 @each_recipe
-def test_the_first_stage_of_mislas_is_the_papers(parsed, classes, imbalance):
+def test_the_first_stage_of_mislas_is_the_papers(classes, imbalance):
     run, stages = parsed(f"cifar{classes}_lt", f"method=mislas,imbalance={imbalance}")
     stage = stages["features"]
     assert (run.data.name, run.data.imbalance, run.data.profile) == (f"cifar{classes}", imbalance, "exp")
@@ -383,13 +375,13 @@ def test_the_first_stage_of_mislas_is_the_papers(parsed, classes, imbalance):
 
 
 @pytest.mark.parametrize("classes, ranges", [(100, (36, 71)), (10, (3, 7))])
-def test_mislass_groups_by_class_number_are_one_switch_away(parsed, classes, ranges):
+def test_mislass_groups_by_class_number_are_one_switch_away(classes, ranges):
     run, _ = parsed(f"cifar{classes}_lt")
     assert (run.data.groups, run.data.ranges) == ("counts", ranges)
     assert (run.data.many_above, run.data.few_below) == (100, 20)
 
 
-def test_cross_entropy_differs_from_mislas_stage_1_in_mixup_and_the_scale_alone(parsed):
+def test_cross_entropy_differs_from_mislas_stage_1_in_mixup_and_the_scale_alone():
     baseline = parsed("cifar100_lt", "method=ce")[1]["ce"]
     features = parsed("cifar100_lt", "method=mislas")[1]["features"]
     changed = {field for field in config.Stage._fields if getattr(baseline, field) != getattr(features, field)}
@@ -398,12 +390,12 @@ def test_cross_entropy_differs_from_mislas_stage_1_in_mixup_and_the_scale_alone(
 
 
 @pytest.mark.parametrize("imbalance, nearest", [(1, 10), (20, 10), (25, 50), (75, 100), (200, 100)])
-def test_an_imbalance_that_no_paper_has_takes_the_nearest_ones_recipe(parsed, imbalance, nearest):
+def test_an_imbalance_that_no_paper_has_takes_the_nearest_ones_recipe(imbalance, nearest):
     found, expected = (parsed("cifar100_lt", f"imbalance={i}")[1]["classifier"] for i in (imbalance, nearest))
     assert (found.method, found.groups) == (expected.method, expected.groups)
 
 
-def test_the_short_budget_is_12_and_2_epochs(parsed):
+def test_the_short_budget_is_12_and_2_epochs():
     stages = parsed("cifar100_lt", "budget=short")[1]
     assert [stage.epochs for stage in stages.values()] == [12, 2]
     np.testing.assert_allclose(factors_of(stages["features"]), [0.5, *[1] * 9, 0.1, 0.01])
@@ -414,14 +406,14 @@ BETAS = {(100, 100): 0.995, (100, 50): 0.99, (100, 10): 0.72, (10, 100): 0.998, 
 
 
 @pytest.mark.parametrize("classes, imbalance", BETAS)
-def test_the_branches_of_reslt_are_the_papers(parsed, classes, imbalance):
+def test_the_branches_of_reslt_are_the_papers(classes, imbalance):
     run, stages = parsed(f"cifar{classes}_lt", f"method=reslt,imbalance={imbalance}")
     ranks = {100: dict(medium_start=35, tail_start=70), 10: dict(medium_start=2, tail_start=4)}[classes]
     assert stages["reslt"].method == {"name": "reslt", "beta": BETAS[classes, imbalance], **ranks}
     assert (run.model["branches"], run.model["classifier"], run.model["logit_scale"]) == (3, "linear", False)
 
 
-def test_the_training_of_reslt_is_the_papers(parsed):
+def test_the_training_of_reslt_is_the_papers():
     run, stages = parsed("cifar100_lt", "method=reslt")
     stage = stages["reslt"]
     assert stage.optimizer == {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
@@ -433,7 +425,7 @@ def test_the_training_of_reslt_is_the_papers(parsed):
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_the_stages_of_drolt_are_the_papers(parsed, classes):
+def test_the_stages_of_drolt_are_the_papers(classes):
     _, stages = parsed(f"cifar{classes}_lt", "method=drolt")
     assert [(name, stage.epochs, stage.lr) for name, stage in stages.items()] == [
         ("ce", 200, 0.1),
@@ -450,7 +442,7 @@ def test_the_stages_of_drolt_are_the_papers(parsed, classes):
     assert stages["ce_classifier"].method == CROSS_ENTROPY
 
 
-def test_the_loss_of_drolt_is_the_papers(parsed):
+def test_the_loss_of_drolt_is_the_papers():
     """Margins 2 e begin at 1, T = 1, and cross-entropy there is weighted by n_c / n_max."""
     method = dict(parsed("cifar10_lt", "method=drolt")[1]["dro"].method)
     extra, _ = methods.create(method.pop("name"), np.array([30, 20, 10]), **method).init(jax.random.key(0))
@@ -459,7 +451,7 @@ def test_the_loss_of_drolt_is_the_papers(parsed):
     assert method["loss"] == {"name": "cross_entropy", "class_weights": {"kind": "count"}}
 
 
-def test_drw_goes_on_with_ldam_and_effective_numbers(parsed):
+def test_drw_goes_on_with_ldam_and_effective_numbers():
     run, stages = parsed("cifar100_lt", "method=ldam_drw")
     first, second = stages["ldam"], stages["drw"]
     weights = second.method["loss"]["class_weights"]
@@ -473,12 +465,12 @@ def test_drw_goes_on_with_ldam_and_effective_numbers(parsed):
     assert all(getattr(first, field) == getattr(second, field) for field in same)
 
 
-def test_ldam_decays_by_a_hundredth(parsed):
+def test_ldam_decays_by_a_hundredth():
     factors = factors_of(parsed("cifar10_lt", "method=ldam")[1]["ldam"])
     np.testing.assert_allclose(factors[[159, 160, 179, 180]], [1, 0.01, 0.01, 1e-4])
 
 
-def test_margins_on_scaled_logits_are_the_papers_on_cosines(parsed):
+def test_margins_on_scaled_logits_are_the_papers_on_cosines():
     run, stages = parsed("cifar10_lt", "method=ldam")
     counts, labels = np.array([500, 50, 5]), np.array([0, 1, 2, 2])
     cosines = np.random.default_rng(0).uniform(-1, 1, (4, 3)).astype(np.float32)
@@ -490,7 +482,7 @@ def test_margins_on_scaled_logits_are_the_papers_on_cosines(parsed):
 
 
 @pytest.mark.parametrize("name, trained", [("crt", "classifier"), ("lws", "logit_scale")])
-def test_crt_and_lws_train_their_part_on_class_balanced_batches(parsed, name, trained):
+def test_crt_and_lws_train_their_part_on_class_balanced_batches(name, trained):
     run, stages = parsed("cifar100_lt", f"method={name}")
     stage = stages[name]
     assert stage.sampler == {"name": "class_balanced"}
@@ -508,7 +500,7 @@ def test_crt_and_lws_train_their_part_on_class_balanced_batches(parsed, name, tr
         ("logit_adjustment_posthoc", {"name": "logit_shift", "tau": 1.0}),
     ],
 )
-def test_post_hoc_methods_only_change_the_classifier_of_cross_entropy(parsed, method, surgery):
+def test_post_hoc_methods_only_change_the_classifier_of_cross_entropy(method, surgery):
     _, stages = parsed("cifar100_lt", f"method={method}")
     first, last = stages.values()
     assert first.method == CROSS_ENTROPY
@@ -525,7 +517,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("method", LOSSES)
-def test_baselines_are_cross_entropys_recipe_with_another_loss(parsed, method):
+def test_baselines_are_cross_entropys_recipe_with_another_loss(method):
     (baseline,), (stage,) = (parsed("cifar10_lt", f"method={name}")[1].values() for name in ("ce", method))
     assert stage.method == {"name": "erm", "loss": LOSSES[method]}
     assert stage._replace(method=baseline.method, title=baseline.title) == baseline
@@ -535,160 +527,3 @@ def test_the_nearest_is_so_by_ratio():
     table = {10: "a", 50: "b", 100: "c"}
     found = [common.nearest(table, imbalance) for imbalance in (1, 22, 23, 70, 71, 1000)]
     assert found == ["a", "a", "b", "b", "c", "c"]
-
-
-# Adversarial training.
-
-PAPERS_ATTACK = dict(epsilon=0.031, step_size=0.007, num_steps=10, norm="linf", start="gaussian", start_scale=0.001)
-OWN = dict(attack=PAPERS_ATTACK, awp=0.0)
-PLAIN = {"name": "cross_entropy"}
-ROBUST_METHODS = {
-    "pgd_at": [dict(name="pgd_at", loss=PLAIN, **OWN)],
-    "trades": [dict(name="trades", beta=6.0, loss=PLAIN, **OWN)],
-    "alp": [dict(name="alp", pairing_weight=0.5, loss=PLAIN, **OWN)],
-    "bgat": [dict(name="erm", net="guide", loss=PLAIN), dict(name="bgat", beta=0.0, **OWN)],
-    "lbgat": [dict(name="lbgat", beta=0.0, guide_loss=PLAIN, **OWN)],
-}
-PIXELS = dict(mean=(0.0,), std=(1.0,), dtype="float32", classifier="linear")
-RESNET18 = dict(name="resnet", depth=18, width=64)
-
-
-@pytest.mark.parametrize("file", ["cifar10", "cifar100", "tiny_imagenet", "cifar10_lt", "cifar100_lt"])
-@pytest.mark.parametrize("name", ROBUST_METHODS)
-def test_adversarial_methods_are_the_papers(parsed, file, name):
-    assert [stage.method for stage in parsed(file, f"method={name}")[1].values()] == ROBUST_METHODS[name]
-
-
-@pytest.mark.parametrize("name", ROBUST_METHODS)
-def test_adversarial_training_has_the_schedule_of_lbgat(parsed, name):
-    run, stages = parsed("cifar100", f"method={name}")
-    assert (run.batch_size, run.epochs, run.optimizer) == (128, 100, config.Optimizer(0.9, False, 2e-4))
-    for stage in stages.values():
-        assert (stage.epochs, stage.lr, stage.batch_norm) == (100, 0.1, "train")
-        assert (stage.augment["crop_padding"], stage.augment["flip"], stage.augment["auto_augment"]) == (4, True, False)
-        counted_from_1 = 0.1 * np.array([0, *factors_of(stage)])
-        rates = counted_from_1[[1, 2, 75, 76, 90, 91, 100]]
-        np.testing.assert_allclose(rates, [0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-
-
-@pytest.mark.parametrize("name", ROBUST_METHODS)
-def test_adversarial_networks_are_those_of_lbgat_and_see_pixels_as_they_are(parsed, name):
-    run, _ = parsed("cifar100", f"method={name}")
-    assert {key: run.model[key] for key in ("name", "depth", "width")} == dict(name="wide_resnet", depth=34, width=10)
-    assert {key: run.model[key] for key in PIXELS} == PIXELS
-    assert run.guide == ({**RESNET18, **PIXELS} if name in ("bgat", "lbgat") else {})
-
-
-def test_cross_entropy_on_balanced_data_normalises(parsed):
-    assert [parsed(name, "method=ce")[0].model["mean"] for name in ("cifar10", "tiny_imagenet")] == [
-        (0.4914, 0.4822, 0.4465),
-        (0.4802, 0.4481, 0.3975),
-    ]
-
-
-def test_all_of_the_balanced_data_is_used(parsed):
-    for name in ("cifar10", "cifar100", "tiny_imagenet"):
-        run, _ = parsed(name)
-        assert (run.data.name, run.data.imbalance, run.data.max_count, run.data.holdout) == (name, 1.0, 0, 0)
-        assert (run.data.groups, run.stages) == ("counts", ("lbgat",))
-
-
-def test_which_networks_train(parsed):
-    rates = {name: [rates_of(s) for s in parsed("cifar10", f"method={name}")[1].values()] for name in ROBUST_METHODS}
-    one = dict(backbone=1.0, classifier=1.0)
-    assert rates["pgd_at"] == rates["trades"] == rates["alp"] == [one]
-    assert rates["lbgat"] == [dict(one, guide=1.0)]
-    assert rates["bgat"] == [dict(backbone=0.0, classifier=0.0, guide=1.0), dict(one, guide=0.0)]
-
-
-def test_the_natural_stage_of_bgat_is_judged_by_its_guide(parsed):
-    run, stages = parsed("cifar10", "method=bgat")
-    assert run.stages == ("natural", "bgat")
-    found = [(s.start_from, s.evaluate_net, s.title) for s in stages.values()]
-    assert found == [("scratch", "guide", "BGAT, stage 1"), ("natural", "net", "BGAT, stage 2")]
-
-
-@pytest.mark.parametrize("classes, head, tail", [(10, 0.3, 0.0), (100, 0.4, 0.1)])
-def test_the_loss_of_the_labels_is_mislass_by_its_name(parsed, classes, head, tail):
-    _, stages = parsed(f"cifar{classes}_lt", "method=trades,loss=label_aware_smoothing")
-    assert stages["trades"].method["loss"] == dict(name="label_aware_smoothing", head=head, tail=tail)
-
-
-@pytest.mark.parametrize(
-    "name, stage, key", [("lbgat", "lbgat", "guide_loss"), ("bgat", "natural", "loss"), ("pgd_at", "pgd_at", "loss")]
-)
-def test_the_loss_goes_to_the_network_that_sees_labels(parsed, name, stage, key):
-    _, stages = parsed("cifar10_lt", f"method={name},loss=logit_adjusted")
-    assert stages[stage].method[key] == {"name": "logit_adjusted"}
-
-
-def test_beta_and_awp_reach_the_method(parsed):
-    found = parsed("cifar100", "method=lbgat,beta=6,awp=true")[1]["lbgat"].method
-    assert (found["beta"], found["awp"]) == (6.0, 0.005)
-    assert parsed("cifar100", "method=trades,beta=0")[1]["trades"].method["beta"] == 0.0
-
-
-@pytest.mark.parametrize("epsilon, number", [("8/255", 8 / 255), ("0.05", 0.05), ("1", 1.0)])
-def test_another_epsilon_has_steps_of_a_quarter_and_is_attacked_with(parsed, epsilon, number):
-    run, stages = parsed("cifar100", f"method=lbgat,epsilon={epsilon}")
-    attack = stages["lbgat"].method["attack"]
-    assert attack == {**PAPERS_ATTACK, "epsilon": number, "step_size": number / 4}
-    assert run.attack.epsilon == epsilon
-
-
-def test_the_attack_in_the_end_is_the_papers(parsed):
-    assert parsed("cifar100")[0].attack == config.Attack("0.031", "linf", 0, ("pgd-20", "cw-20", "autoattack"), "2/255")
-
-
-SAMPLERS = {
-    "instance_balanced": dict(name="instance_balanced"),
-    "class_balanced": dict(name="class_balanced"),
-    "class_aware": dict(name="class_aware", in_a_row=4),
-}
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_sampler_is_that_of_the_first_part(parsed, sampler):
-    _, stages = parsed("cifar10_lt", f"recipe=natural+bgat+crt,sampler={sampler}")
-    found = [stage.sampler for stage in stages.values()]
-    assert found == [SAMPLERS[sampler], SAMPLERS[sampler], dict(name="class_balanced")]
-
-
-def test_short_adversarial_training_is_2_epochs_of_tiny_networks(parsed):
-    run, stages = parsed("cifar10", "method=lbgat,budget=short")
-    tiny = dict(name="wide_resnet", depth=10, width=1)
-    assert all({key: net[key] for key in tiny} == tiny for net in (run.model, run.guide))
-    attack = stages["lbgat"].method["attack"]
-    assert (attack["num_steps"], attack["step_size"], attack["epsilon"]) == (3, 0.014, 0.031)
-    np.testing.assert_allclose(factors_of(stages["lbgat"]), [1, 0.1])
-
-
-MODELS = {
-    "resnet32": dict(name="resnet_cifar", depth=32, width=16),
-    "resnet18": RESNET18,
-    "resnet34": dict(name="resnet", depth=34, width=64),
-    "preact18": dict(name="preact_resnet", depth=18, width=64),
-    "wrn28_10": dict(name="wide_resnet", depth=28, width=10),
-    "wrn10_1": dict(name="wide_resnet", depth=10, width=1),
-}
-
-
-@pytest.mark.parametrize("text", MODELS)
-def test_networks_have_short_names(parsed, text):
-    run, _ = parsed("cifar10", f"method=lbgat,model={text},guide={text}")
-    for net in (run.model, run.guide):
-        assert {key: net[key] for key in MODELS[text]} == MODELS[text]
-
-
-def test_a_robust_classifier_is_trained_on_attacked_images_and_nothing_else_is(parsed):
-    _, stages = parsed("cifar10_lt", "recipe=lbgat+robust_classifier,awp=true,loss=balanced_softmax")
-    stage = stages["robust_classifier"]
-    assert stage.method == dict(name="pgd_at", loss={"name": "balanced_softmax"}, **OWN)
-    assert (stage.epochs, stage.lr, stage.start_from, stage.batch_norm) == (10, 0.01, "lbgat", "eval")
-    assert rates_of(stage) == {"backbone": 0.0, "classifier": 1.0, "guide": 0.0}
-    assert stage.sampler == dict(name="class_balanced")
-
-
-def test_features_of_the_guide_are_not_judged_by_the_nets_means(parsed):
-    _, stages = parsed("cifar10_lt", "recipe=natural+bgat+dro")
-    assert [stage.nearest_mean for stage in stages.values()] == [False, True, True]

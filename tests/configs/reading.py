@@ -1,0 +1,27 @@
+"""Reading configs, and what the tests of all kinds ask of them."""
+
+import runpy
+from pathlib import Path
+
+from ltjax import config, optim, registry
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(name, argument=None):
+    """read("cifar10_lt", "imbalance=50"): the ConfigDict of a file with its arguments."""
+    arguments = () if argument is None else (argument,)
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](*arguments)
+
+
+def parsed(name, argument=None):
+    """The same, checked: the run and its stages."""
+    return config.parse(read(name, argument).to_dict())
+
+
+def rates_of(stage):
+    return {name: group["rate"] for name, group in stage.groups.items()}
+
+
+def factors_of(stage):
+    return registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)

@@ -1,0 +1,95 @@
+"""The configs of large images, against the papers' recipes."""
+
+import numpy as np
+import pytest
+
+from ltjax import config
+from tests.configs.reading import factors_of, parsed, rates_of, read
+
+# epochs, network, weight decay, head and tail of the smoothing, ranks of the groups
+PAPERS = {
+    "imagenet_lt": (180, 50, 5e-4, (0.3, 0.0), (390, 835)),
+    "inat18": (200, 50, 1e-4, (0.3, 0.0), (842, 4543)),
+    "places_lt": (90, 152, 5e-4, (0.4, 0.1), (131, 288)),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_mislas_is_the_papers(name):
+    epochs, depth, decay, (head, tail), ranks = PAPERS[name]
+    run, stages = parsed(name, "method=mislas")
+    features, classifier = stages["features"], stages["classifier"]
+    assert (run.epochs, run.batch_size, run.optimizer) == (epochs, 256, config.Optimizer(0.9, False, decay))
+    assert (run.model["depth"], run.model["stem"], run.data.size, run.data.resize) == (depth, "large", 224, 256)
+    assert (features.lr, features.augment["mixup_alpha"], features.augment["color_jitter"]) == (0.1, 0.2, 0.4)
+    np.testing.assert_allclose(factors_of(features), (1 + np.cos(np.pi * np.arange(epochs) / epochs)) / 2)
+    assert classifier.method == dict(name="mislas", head=head, tail=tail, shape="concave")
+    assert (classifier.epochs, classifier.lr, classifier.batch_norm) == (10, 0.1, "train")
+    assert rates_of(classifier)["classifier"] == 0.05 and rates_of(classifier)["logit_scale"] == 1.0
+    assert (run.data.profile, run.data.ranges, run.data.groups) == ("natural", ranks, "counts")
+
+
+def test_places_trains_one_new_block_on_a_frozen_backbone():
+    run, stages = parsed("places_lt", "method=mislas")
+    assert run.model["extra_block"] and (run.weights, run.weights_parts) == ("resnet152", ("backbone",))
+    rates = dict(backbone=0.0, block=1.0, classifier=1.0, logit_scale=0.0)
+    assert rates_of(stages["features"]) == rates
+    assert rates_of(stages["classifier"]) == dict(backbone=0.0, block=0.0, classifier=0.05, logit_scale=1.0)
+
+
+# file, arguments -> epochs, depth, groups of convolutions, weight decay, beta, starts of branches, their number, gamma
+RESLT = {
+    ("imagenet_lt", "model=resnet10"): (180, 10, 1, 5e-4, 0.99, (175, 780), 3, 0.3),
+    ("imagenet_lt", "model=resnext50"): (180, 50, 32, 5e-4, 0.99, (175, 780), 3, 0.7),
+    ("imagenet_lt", "model=resnext101"): (180, 101, 32, 5e-4, 0.99, (175, 780), 3, 0.7),
+    ("inat18", "model=auto"): (200, 50, 1, 1e-4, 0.85, (842, None), 2, 0.3),
+}
+
+
+@pytest.mark.parametrize("name, model", RESLT)
+def test_reslt_is_the_papers(name, model):
+    epochs, depth, groups, decay, beta, (medium, tail), branches, gamma = RESLT[name, model]
+    run, stages = parsed(name, f"method=reslt,{model}")
+    stage = stages["reslt"]
+    assert (run.epochs, run.model["depth"], run.model.get("groups", 1)) == (epochs, depth, groups)
+    assert stage.optimizer == dict(momentum=0.9, nesterov=True, weight_decay=decay)
+    assert (stage.method["beta"], stage.method["medium_start"], stage.method.get("tail_start")) == (beta, medium, tail)
+    assert (run.model["branches"], run.model["branch_kind"]) == (branches, "conv")
+    assert stage.eval_classifier == dict(tau=gamma, bias=False)
+    assert (stage.schedule["kind"], round(stage.schedule["warmup"] * epochs)) == ("cosine", 5)
+
+
+@pytest.mark.parametrize("name", [*PAPERS, "image_folder"])
+def test_runlocal_shrinks_everything(name):
+    run, stages = parsed(name, "method=mislas,runlocal")
+    assert (run.model["depth"], run.data.size, run.batch_size, run.epochs) == (10, 64, 64, 6)
+    assert (run.data.classes, run.data.max_count, run.weights) == (50, 100, "")
+    assert all(stage.epochs <= 6 for stage in stages.values())
+    assert run.name.endswith("-runlocal")
+
+
+def test_augmentation_of_large_images_is_jitter_or_rand_augment():
+    paper, auto = (parsed("imagenet_lt", f"method=ce,augment={kind}")[1]["ce"].augment for kind in ("paper", "auto"))
+    assert (paper["crop_padding"], paper["rand_augment"], paper["color_jitter"]) == (0, (), 0.4)
+    assert (auto["rand_augment"], auto["color_jitter"]) == ((2, 9.0), 0.0)
+
+
+@pytest.mark.parametrize("size, resize", [(112, 128), (64, 73), (224, 256)])
+def test_the_evaluation_shows_the_same_part_of_an_image_at_every_size(size, resize):
+    run, _ = parsed("image_folder", f"size={size}")
+    assert (run.data.size, run.data.resize) == (size, resize)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("model=resnet20", "config argument 'model=resnet20': one of resnet10, resnet18"),
+        ("model=resnext10", "config argument 'model=resnext10': one of"),
+        ("size=16", "config argument size=16: a whole number of pixels, 32 or more"),
+        ("size=100.5", "config argument size=100.5"),
+        ("imbalance=10", "unknown config argument 'imbalance'; allowed: method, recipe, model"),
+    ],
+)
+def test_every_mistaken_argument_is_one_clear_line(argument, message):
+    with pytest.raises(ValueError, match=message):
+        read("imagenet_lt", argument)

@@ -1,0 +1,161 @@
+"""Adversarial training in the configs, against LBGAT's recipe."""
+
+import numpy as np
+import pytest
+
+from ltjax import config
+from tests.configs.reading import factors_of, parsed, rates_of
+
+PAPERS_ATTACK = dict(epsilon=0.031, step_size=0.007, num_steps=10, norm="linf", start="gaussian", start_scale=0.001)
+OWN = dict(attack=PAPERS_ATTACK, awp=0.0)
+PLAIN = {"name": "cross_entropy"}
+ROBUST_METHODS = {
+    "pgd_at": [dict(name="pgd_at", loss=PLAIN, **OWN)],
+    "trades": [dict(name="trades", beta=6.0, loss=PLAIN, **OWN)],
+    "alp": [dict(name="alp", pairing_weight=0.5, loss=PLAIN, **OWN)],
+    "bgat": [dict(name="erm", net="guide", loss=PLAIN), dict(name="bgat", beta=0.0, **OWN)],
+    "lbgat": [dict(name="lbgat", beta=0.0, guide_loss=PLAIN, **OWN)],
+}
+PIXELS = dict(mean=(0.0,), std=(1.0,), dtype="float32", classifier="linear")
+RESNET18 = dict(name="resnet", depth=18, width=64)
+
+
+@pytest.mark.parametrize("file", ["cifar10", "cifar100", "tiny_imagenet", "cifar10_lt", "cifar100_lt"])
+@pytest.mark.parametrize("name", ROBUST_METHODS)
+def test_adversarial_methods_are_the_papers(file, name):
+    assert [stage.method for stage in parsed(file, f"method={name}")[1].values()] == ROBUST_METHODS[name]
+
+
+@pytest.mark.parametrize("name", ROBUST_METHODS)
+def test_adversarial_training_has_the_schedule_of_lbgat(name):
+    run, stages = parsed("cifar100", f"method={name}")
+    assert (run.batch_size, run.epochs, run.optimizer) == (128, 100, config.Optimizer(0.9, False, 2e-4))
+    for stage in stages.values():
+        assert (stage.epochs, stage.lr, stage.batch_norm) == (100, 0.1, "train")
+        assert (stage.augment["crop_padding"], stage.augment["flip"], stage.augment["auto_augment"]) == (4, True, False)
+        counted_from_1 = 0.1 * np.array([0, *factors_of(stage)])
+        rates = counted_from_1[[1, 2, 75, 76, 90, 91, 100]]
+        np.testing.assert_allclose(rates, [0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+@pytest.mark.parametrize("name", ROBUST_METHODS)
+def test_adversarial_networks_are_those_of_lbgat_and_see_pixels_as_they_are(name):
+    run, _ = parsed("cifar100", f"method={name}")
+    assert {key: run.model[key] for key in ("name", "depth", "width")} == dict(name="wide_resnet", depth=34, width=10)
+    assert {key: run.model[key] for key in PIXELS} == PIXELS
+    assert run.guide == ({**RESNET18, **PIXELS} if name in ("bgat", "lbgat") else {})
+
+
+def test_cross_entropy_on_balanced_data_normalises():
+    assert [parsed(name, "method=ce")[0].model["mean"] for name in ("cifar10", "tiny_imagenet")] == [
+        (0.4914, 0.4822, 0.4465),
+        (0.4802, 0.4481, 0.3975),
+    ]
+
+
+def test_all_of_the_balanced_data_is_used():
+    for name in ("cifar10", "cifar100", "tiny_imagenet"):
+        run, _ = parsed(name)
+        assert (run.data.name, run.data.imbalance, run.data.max_count, run.data.holdout) == (name, 1.0, 0, 0)
+        assert (run.data.groups, run.stages) == ("counts", ("lbgat",))
+
+
+def test_which_networks_train():
+    rates = {name: [rates_of(s) for s in parsed("cifar10", f"method={name}")[1].values()] for name in ROBUST_METHODS}
+    one = dict(backbone=1.0, classifier=1.0)
+    assert rates["pgd_at"] == rates["trades"] == rates["alp"] == [one]
+    assert rates["lbgat"] == [dict(one, guide=1.0)]
+    assert rates["bgat"] == [dict(backbone=0.0, classifier=0.0, guide=1.0), dict(one, guide=0.0)]
+
+
+def test_the_natural_stage_of_bgat_is_judged_by_its_guide():
+    run, stages = parsed("cifar10", "method=bgat")
+    assert run.stages == ("natural", "bgat")
+    found = [(s.start_from, s.evaluate_net, s.title) for s in stages.values()]
+    assert found == [("scratch", "guide", "BGAT, stage 1"), ("natural", "net", "BGAT, stage 2")]
+
+
+@pytest.mark.parametrize("classes, head, tail", [(10, 0.3, 0.0), (100, 0.4, 0.1)])
+def test_the_loss_of_the_labels_is_mislass_by_its_name(classes, head, tail):
+    _, stages = parsed(f"cifar{classes}_lt", "method=trades,loss=label_aware_smoothing")
+    assert stages["trades"].method["loss"] == dict(name="label_aware_smoothing", head=head, tail=tail)
+
+
+@pytest.mark.parametrize(
+    "name, stage, key", [("lbgat", "lbgat", "guide_loss"), ("bgat", "natural", "loss"), ("pgd_at", "pgd_at", "loss")]
+)
+def test_the_loss_goes_to_the_network_that_sees_labels(name, stage, key):
+    _, stages = parsed("cifar10_lt", f"method={name},loss=logit_adjusted")
+    assert stages[stage].method[key] == {"name": "logit_adjusted"}
+
+
+def test_beta_and_awp_reach_the_method():
+    found = parsed("cifar100", "method=lbgat,beta=6,awp=true")[1]["lbgat"].method
+    assert (found["beta"], found["awp"]) == (6.0, 0.005)
+    assert parsed("cifar100", "method=trades,beta=0")[1]["trades"].method["beta"] == 0.0
+
+
+@pytest.mark.parametrize("epsilon, number", [("8/255", 8 / 255), ("0.05", 0.05), ("1", 1.0)])
+def test_another_epsilon_has_steps_of_a_quarter_and_is_attacked_with(epsilon, number):
+    run, stages = parsed("cifar100", f"method=lbgat,epsilon={epsilon}")
+    attack = stages["lbgat"].method["attack"]
+    assert attack == {**PAPERS_ATTACK, "epsilon": number, "step_size": number / 4}
+    assert run.attack.epsilon == epsilon
+
+
+def test_the_attack_in_the_end_is_the_papers():
+    assert parsed("cifar100")[0].attack == config.Attack("0.031", "linf", 0, ("pgd-20", "cw-20", "autoattack"), "2/255")
+
+
+SAMPLERS = {
+    "instance_balanced": dict(name="instance_balanced"),
+    "class_balanced": dict(name="class_balanced"),
+    "class_aware": dict(name="class_aware", in_a_row=4),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_sampler_is_that_of_the_first_part(sampler):
+    _, stages = parsed("cifar10_lt", f"recipe=natural+bgat+crt,sampler={sampler}")
+    found = [stage.sampler for stage in stages.values()]
+    assert found == [SAMPLERS[sampler], SAMPLERS[sampler], dict(name="class_balanced")]
+
+
+def test_short_adversarial_training_is_2_epochs_of_tiny_networks():
+    run, stages = parsed("cifar10", "method=lbgat,budget=short")
+    tiny = dict(name="wide_resnet", depth=10, width=1)
+    assert all({key: net[key] for key in tiny} == tiny for net in (run.model, run.guide))
+    attack = stages["lbgat"].method["attack"]
+    assert (attack["num_steps"], attack["step_size"], attack["epsilon"]) == (3, 0.014, 0.031)
+    np.testing.assert_allclose(factors_of(stages["lbgat"]), [1, 0.1])
+
+
+MODELS = {
+    "resnet32": dict(name="resnet_cifar", depth=32, width=16),
+    "resnet18": RESNET18,
+    "resnet34": dict(name="resnet", depth=34, width=64),
+    "preact18": dict(name="preact_resnet", depth=18, width=64),
+    "wrn28_10": dict(name="wide_resnet", depth=28, width=10),
+    "wrn10_1": dict(name="wide_resnet", depth=10, width=1),
+}
+
+
+@pytest.mark.parametrize("text", MODELS)
+def test_networks_have_short_names(text):
+    run, _ = parsed("cifar10", f"method=lbgat,model={text},guide={text}")
+    for net in (run.model, run.guide):
+        assert {key: net[key] for key in MODELS[text]} == MODELS[text]
+
+
+def test_a_robust_classifier_is_trained_on_attacked_images_and_nothing_else_is():
+    _, stages = parsed("cifar10_lt", "recipe=lbgat+robust_classifier,awp=true,loss=balanced_softmax")
+    stage = stages["robust_classifier"]
+    assert stage.method == dict(name="pgd_at", loss={"name": "balanced_softmax"}, **OWN)
+    assert (stage.epochs, stage.lr, stage.start_from, stage.batch_norm) == (10, 0.01, "lbgat", "eval")
+    assert rates_of(stage) == {"backbone": 0.0, "classifier": 1.0, "guide": 0.0}
+    assert stage.sampler == dict(name="class_balanced")
+
+
+def test_features_of_the_guide_are_not_judged_by_the_nets_means():
+    _, stages = parsed("cifar10_lt", "recipe=natural+bgat+dro")
+    assert [stage.nearest_mean for stage in stages.values()] == [False, True, True]
