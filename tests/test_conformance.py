@@ -12,7 +12,7 @@ import pytest
 
 from configs import cifar10_lt, cifar100_lt, recipes
 from ltjax import config as config_module
-from ltjax import data, optim, parallel, train
+from ltjax import data, models, optim, parallel, train
 from ltjax.data.source import Images
 from ltjax.signals import Interrupted
 
@@ -49,8 +49,6 @@ TINY = {
     "data.imbalance": 4.0,
     "data.many_above": 80,
     "data.few_below": 45,
-    "model.depth": 8,
-    "model.width": 4,
     "batch_size": 16,
     "epochs": 3,
     "dispatch_steps": 13,
@@ -78,8 +76,9 @@ def tiny_config(name):
     values.update_from_flattened_dict(TINY)
     values.data.holdout = 5 if values.data.holdout else 0
     for net in ("model", "guide"):
-        if net in values and values[net].name != "resnet_cifar":  # adversarial training's
-            values[net] = {**values[net], "name": "wide_resnet", "depth": 10, "width": 1}
+        if net in values:
+            head = {key: value for key, value in values[net].items() if key not in ("depth", "width")}
+            values[net] = {**head, "name": "tiny"}
     for stage in values.stages:
         settings = values[stage]
         if settings.start_from != "scratch" and settings.epochs:
@@ -103,6 +102,7 @@ def two_devices_and_made_up_images():
     make_mesh = parallel.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, data_dir=None: made_up_images())
+        patch.setitem(models.MODELS, "tiny", "tests.tiny_network")
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         yield
 
