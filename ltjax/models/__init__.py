@@ -1,12 +1,14 @@
-"""Networks. A file gives `backbone(dtype, platform, *, settings) -> module: (x, train) -> {stage: map [B, h, w, D_l]}`,
-the final map last, under names that sort in that order (JAX hands dictionaries back sorted). Around it go what all of
-them share: the normalisation, the mean over space, ResLT's branches, the classifier and the logit scale."""
+"""Networks. A file gives `backbone(dtype, platform, remat, *, settings) -> module`, which is
+`(x, train) -> {stage: map [B, h, w, D_l]}`: maps named stage1, stage2, ..., the final one last (at most nine, since JAX
+hands dictionaries back sorted). Around it go what all of them share: the normalisation, one more block, the mean over
+space, ResLT's branches, the classifier and the logit scale."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
 from ltjax import registry
+from ltjax.models.blocks import Bottleneck, rematerialised
 from ltjax.models.branches import ConvBranches, NormBranches
 from ltjax.models.layers import CLASSIFIERS, Network
 from ltjax.types import UserError
@@ -25,8 +27,10 @@ def create(
     classifier: str = "linear",
     cosine_scale: float = 1.0,
     logit_scale: bool = False,
+    extra_block: bool = False,
     branches: int = 0,
     branch_kind: str = "norm",
+    remat: bool = False,
     dtype: str = "float32",
     platform: str | None = None,
     **backbone: Any,
@@ -38,9 +42,13 @@ def create(
       mean, std: of each channel, for images in [0, 1].
       classifier: "linear" or "cosine" (whose logits are `cosine_scale` times a cosine).
       logit_scale: learn a factor for each class's logit.
+      extra_block: one more bottleneck after the backbone, `block/...`, with as many channels out as in; the backbone is
+        then frozen: in evaluation mode always. MiSLAS's network for Places-LT: `depth=152, blocks=(3, 8, 36, 2)`, since
+        the block takes the place of the last one, and parameter groups that hold `net/backbone/.*` still.
       branches: R, ResLT's branches in front of the classifier: 0 for none, 2 or 3.
       branch_kind: "norm" (batch norms; the authors on CIFAR) or "conv" (a 1x1 convolution, batch norm and ReLU; the
         authors on larger images, with 2 branches on iNaturalist). See `ltjax.models.branches`.
+      remat: compute the inside of each block once more in the backward pass, instead of keeping it in memory.
       dtype: of the computation. "float32" or "bfloat16": parameters, statistics and logits are float32. "float64",
         which needs JAX_ENABLE_X64=1: statistics and logits are computed in float64, and parameters begin as float32.
       platform: "cpu", "gpu" or "tpu", whose convolution to build; None: that of JAX's own devices.
@@ -59,11 +67,15 @@ def create(
     branch_layers = None
     if branches:
         branch_layers = NormBranches(branches) if branch_kind == "norm" else ConvBranches(branches, compute, platform)
+    block = None
+    if extra_block:
+        block = rematerialised(Bottleneck, remat)(dtype=compute, platform=platform, fan="fan_out")
     return Network(
-        backbone=function(compute, platform),
+        backbone=function(compute, platform, remat),
         num_classes=num_classes,
         mean=tuple(mean),
         std=tuple(std),
+        block=block,
         branches=branch_layers,
         classifier=classifier,
         cosine_scale=cosine_scale,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,12 @@ from jax import lax
 from ltjax.types import Outputs, UserError
 
 CLASSIFIERS = ("linear", "cosine")
+Fan = Literal["fan_in", "fan_out"]
 
-kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+def he_normal(fan: Fan = "fan_in") -> Callable[..., jax.Array]:
+    """Normal weights of variance 2 / fan, as PyTorch's `kaiming_normal_`."""
+    return nn.initializers.variance_scaling(2.0, fan, "normal")
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -33,7 +37,8 @@ def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
 
 # XLA's CPU backend runs the two gradient convolutions of `lax.conv_general_dilated` 8 to 25 times slower inside a
 # loop, because their transposed dimension order stays as it is there. Written as plain NHWC convolutions they run at
-# full speed. The result is the same to rounding; forward-mode differentiation is not available through it.
+# full speed. The result is the same to rounding; forward-mode differentiation is not available through it. Of a grouped
+# convolution the kernel's gradient is 100 times slower and more even outside of loops: it becomes a plain one.
 
 
 def _dilate(x: jax.Array, strides: Sequence[int]) -> jax.Array:
@@ -73,40 +78,55 @@ def _cpu_convolution_backward(strides, padding, precision, residuals, dy):
 _cpu_convolution.defvjp(_cpu_convolution_forward, _cpu_convolution_backward)
 
 
+def _ungrouped(kernel: jax.Array, groups: int) -> jax.Array:
+    """[kh, kw, Cin / groups, Cout] -> [kh, kw, Cin, Cout]: zeros where input and output are of different groups."""
+    height, width, came, out = kernel.shape
+    blocks = kernel.reshape(height, width, 1, came, groups, out // groups)
+    own = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
+    blocks = jnp.where(own, blocks, 0)  # [kh, kw, groups, Cin / groups, groups, Cout / groups]
+    return blocks.reshape(height, width, groups * came, out)
+
+
 def _convolution_for(platform: str | None) -> Callable[..., jax.Array]:
     """The `conv_general_dilated` of a platform ("cpu", "gpu", "tpu"); None means the one that JAX runs on."""
     if (platform or jax.default_backend()) != "cpu":
         return lax.conv_general_dilated
 
     def convolution(lhs, rhs, window_strides, padding, *, feature_group_count=1, precision=None, **rest):
-        if feature_group_count != 1 or any(d != 1 for d in (*rest["lhs_dilation"], *rest["rhs_dilation"])):
+        if any(d != 1 for d in (*rest["lhs_dilation"], *rest["rhs_dilation"])):
             return lax.conv_general_dilated(
                 lhs, rhs, window_strides, padding, feature_group_count=feature_group_count, precision=precision, **rest
             )
         if isinstance(padding, str):
             padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
         padding = tuple((int(low), int(high)) for low, high in padding)
+        rhs = rhs if feature_group_count == 1 else _ungrouped(rhs, feature_group_count)
         return _cpu_convolution(lhs, rhs, tuple(window_strides), padding, precision)
 
     return convolution
 
 
 class Conv(nn.Module):
-    """2-D convolution without bias, padded as in PyTorch (`padding` pixels on each side), He-normal weights."""
+    """2-D convolution without bias, padded as in PyTorch (`padding` pixels on each side), He-normal weights.
+
+    groups: of channels, each output seeing the inputs of its own group alone. fan: as in `he_normal`; as in PyTorch,
+    fan_in counts the channels of one group and fan_out those of all.
+    """
 
     features: int
     kernel_size: int = 3
     strides: int = 1
     padding: int | None = None  # None: (kernel_size - 1) // 2
+    groups: int = 1
+    fan: Fan = "fan_in"
     dtype: Any = jnp.float32
     platform: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         pad = (self.kernel_size - 1) // 2 if self.padding is None else self.padding
-        kernel = self.param(
-            "kernel", kaiming_normal, (self.kernel_size, self.kernel_size, x.shape[-1], self.features), jnp.float32
-        )
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", he_normal(self.fan), shape, jnp.float32)
         return _convolution_for(self.platform)(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -115,6 +135,7 @@ class Conv(nn.Module):
             lhs_dilation=(1, 1),
             rhs_dilation=(1, 1),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
         )
 
 
@@ -163,7 +184,7 @@ class LinearClassifier(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         width = features.shape[-1]
-        kernel = self.param("kernel", kaiming_normal, (width, self.num_classes), jnp.float32)
+        kernel = self.param("kernel", he_normal(), (width, self.num_classes), jnp.float32)
         bias = self.param("bias", torch_bias_init(width), (self.num_classes,), jnp.float32)
         return features @ kernel.astype(features.dtype) + bias.astype(features.dtype)
 
@@ -202,17 +223,19 @@ def pool(x: jax.Array) -> jax.Array:
 
 
 class Network(nn.Module):
-    """Normalisation, a backbone, a classifier and, as switches, branches and a learnable scale of each class's logit.
+    """Normalisation, a backbone, a classifier and, as switches, one more block, branches and a scale for each logit.
 
     `backbone(x, train) -> {stage: map [B, h, w, D_l]}`, whose last map is the final one. Images come in [0, 1]: the
-    network normalises them itself, so that attacks work in pixels. Parameter paths begin with `backbone`, `branches`,
-    `classifier` and `logit_scale`.
+    network normalises them itself, so that attacks work in pixels. Parameter paths begin with `backbone`, `block`,
+    `branches`, `classifier` and `logit_scale`.
 
     `features` is the mean over space of the final map, `layers` that of every stage's, float32 (of a float64
     network, float64). With branches the classifier sees theirs instead, each [B, D]: `branches` holds the logits of
     each and `logits` their sum, while `features` stays what it is without branches, so that class means and losses on
     features have one meaning.
 
+    block: a module of `ltjax.models.blocks` after the backbone, whose map is one more stage and the final one. The
+    backbone in front of it is in evaluation mode always: MiSLAS's for Places-LT is frozen, batch norms and all.
     branches: a module of `ltjax.models.branches`. logit_scale: MiSLAS's learnable weight scaling,
     `logits = s * (W z + b)` with s [C] initially 1; with branches, of each one's logits.
     """
@@ -221,6 +244,7 @@ class Network(nn.Module):
     num_classes: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    block: nn.Module | None = None
     branches: nn.Module | None = None
     classifier: str = "linear"
     cosine_scale: float = 1.0
@@ -241,7 +265,9 @@ class Network(nn.Module):
         dtype = at_least_float32(self.dtype)
         mean, std = jnp.asarray(self.mean, dtype), jnp.asarray(self.std, dtype)
         x = ((images.astype(dtype) - mean) / std).astype(self.dtype)
-        maps = self.backbone(x, train)
+        maps = self.backbone(x, train and self.block is None)
+        if self.block is not None:
+            maps = {**maps, f"stage{len(maps) + 1}": self.block(list(maps.values())[-1], train)}
         layers = {name: pool(x) for name, x in maps.items()}  # unused ones are dead code once compiled
         last = list(maps)[-1]
         if self.branches is None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ltjax.models.blocks import rematerialised
 from ltjax.models.layers import BatchNorm, Conv
 from ltjax.models.resnet import stage_blocks
 from ltjax.types import UserError
@@ -48,16 +49,18 @@ class PreActBackbone(nn.Module):
     blocks: tuple[int, ...]
     dtype: Any = jnp.float32
     platform: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
         x = Conv(self.stem, dtype=self.dtype, platform=self.platform, name="conv")(x)
+        block_class = rematerialised(PreActBlock, self.remat)
         maps = {}
         for stage, (features, num_blocks) in enumerate(zip(self.features, self.blocks, strict=True)):
             for block in range(num_blocks):
                 strides = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage + 1}_block{block + 1}"
-                x = PreActBlock(features, strides, self.dtype, self.platform, name=name)(x, train)
+                x = block_class(features, strides, self.dtype, self.platform, name=name)(x, train)
             maps[f"stage{stage + 1}"] = x
         return {**maps, f"stage{len(self.blocks)}": nn.relu(BatchNorm(name="norm")(x, train))}
 
@@ -65,6 +68,7 @@ class PreActBackbone(nn.Module):
 def backbone(
     dtype: Any,
     platform: str | None,
+    remat: bool,
     *,
     depth: int = 18,
     width: int = 64,
@@ -73,9 +77,9 @@ def backbone(
     """depth: 18 or 34. width: channels of the first stage, 64 in the paper. blocks: of each stage, instead of those of
     the depth.
 
-    dtype, platform: as in `ltjax.models.create`.
+    dtype, platform, remat: as in `ltjax.models.create`.
     """
     if width < 1:
         raise UserError(f"model width = {width}: the first stage needs at least one channel")
     features = tuple(width * 2**stage for stage in range(4))
-    return PreActBackbone(width, features, stage_blocks(depth, blocks), dtype, platform)
+    return PreActBackbone(width, features, stage_blocks(depth, blocks, (18, 34)), dtype, platform, remat)

@@ -1,8 +1,16 @@
-"""ResNet-18 and 34 of basic blocks (He et al. 2016), for small images: a 3x3 convolution first, and no max-pooling.
+"""ResNets (He et al. 2016) and ResNeXts (Xie et al. 2017), for large images and, with another stem, for small ones.
 
-Four stages with width, 2, 4 and 8 times width channels. LBGAT's teacher keeps the size of the image in the second stage
-too, so that 32x32 ends as 8x8; `strides = (1, 2, 2, 2)` is the usual ResNet-18 for CIFAR. Shortcuts are option B: where
-the shape changes, a 1x1 convolution and a batch norm. ResNet-18 with a 10-way classifier has 11,173,962 parameters.
+Four stages with width, 2, 4 and 8 times width channels, or four times as many after bottlenecks. Depth 10, 18 and 34
+are of basic blocks, 50, 101 and 152 of bottlenecks, and where a block changes the shape its shortcut is option B: a 1x1
+convolution and a batch norm.
+
+- `stem="large"`: a 7x7 convolution of stride 2, max-pooling, stages of strides 1, 2, 2, 2. These are torchvision's,
+  which the long-tailed papers take for ImageNet-LT, iNaturalist 2018 and Places-LT. With a 1000-way classifier
+  ResNet-50 has 25,557,032 parameters, and ResNeXt-50 32x4d (`depth=50, groups=32, group_width=4`) 25,028,904. As there,
+  initial weights are He's for the channels that go out.
+- `stem="small"`: a 3x3 convolution and no max-pooling. LBGAT's teacher keeps the size of the image in the second stage
+  too, so that 32x32 ends as 8x8; `strides = (1, 2, 2, 2)` is the usual ResNet-18 for CIFAR. With a 10-way classifier it
+  has 11,173,962 parameters. Initial weights are He's for the channels that come in.
 """
 
 from typing import Any
@@ -11,59 +19,73 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ltjax.models.layers import BatchNorm, Conv
+from ltjax import registry
+from ltjax.models.blocks import BasicBlock, Bottleneck, rematerialised
+from ltjax.models.layers import BatchNorm, Conv, Fan
 from ltjax.types import UserError
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of each stage, by depth
-
-
-class BasicBlock(nn.Module):
-    features: int
-    strides: int
-    dtype: Any
-    platform: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = dict(features=self.features, dtype=self.dtype, platform=self.platform)
-        y = nn.relu(BatchNorm(name="norm1")(Conv(**conv, strides=self.strides, name="conv1")(x), train))
-        y = BatchNorm(name="norm2")(Conv(**conv, name="conv2")(y), train)
-        if self.strides != 1 or x.shape[-1] != self.features:
-            x = Conv(**conv, kernel_size=1, strides=self.strides, name="shortcut")(x)
-            x = BatchNorm(name="shortcut_norm")(x, train)
-        return nn.relu(x + y)
+BLOCKS = {  # of each stage, by depth
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+BASIC = (10, 18, 34)  # depths of basic blocks
+STRIDES = {"small": (1, 1, 2, 2), "large": (1, 2, 2, 2)}  # of each stage, by stem
 
 
 class ResNetBackbone(nn.Module):
-    """[B, H, W, channels] -> {"stage1": [B, H/s1, W/s1, width], "stage2": [B, H/(s1 s2), W/(s1 s2), 2 width], ...}.
+    """[B, H, W, channels] -> {"stage1": [B, h, w, D], "stage2": [B, h/s2, w/s2, 2 D], ...}.
 
-    blocks, strides: of each stage; the first block of a stage takes its stride.
+    D is `width`, of bottlenecks 4 `width`; h is H/s1, after the large stem H/(4 s1).
+
+    blocks, strides: of each stage; the first block of a stage takes its stride. stem: "small" or "large".
+    inner: channels of the 3x3 convolution in the first stage's bottlenecks; None: basic blocks. groups: of the same.
+    shortcut: of basic blocks. dtype, platform, remat: as in `ltjax.models.create`.
     """
 
     blocks: tuple[int, ...]
     strides: tuple[int, ...]
     width: int = 64
+    stem: str = "small"
+    inner: int | None = None
+    groups: int = 1
+    shortcut: str = "conv"
     dtype: Any = jnp.float32
     platform: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
-        x = Conv(self.width, dtype=self.dtype, platform=self.platform, name="conv")(x)
+        large = self.stem == "large"
+        fan: Fan = "fan_out" if large else "fan_in"
+        conv: dict[str, Any] = dict(dtype=self.dtype, platform=self.platform, fan=fan)
+        taps, stride = (7, 2) if large else (3, 1)
+        x = Conv(self.width, kernel_size=taps, strides=stride, **conv, name="conv")(x)
         x = nn.relu(BatchNorm(name="norm")(x, train))
+        if large:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         maps = {}
         for stage, (num_blocks, stride) in enumerate(zip(self.blocks, self.strides, strict=True)):
-            for block in range(num_blocks):
-                strides = stride if block == 0 else 1
-                name = f"stage{stage + 1}_block{block + 1}"
-                x = BasicBlock(self.width * 2**stage, strides, self.dtype, self.platform, name=name)(x, train)
+            if self.inner is None:
+                kind, settings = BasicBlock, dict(features=self.width * 2**stage, shortcut=self.shortcut)
+            else:
+                sizes = dict(features=4 * self.width * 2**stage, inner=self.inner * 2**stage)
+                kind, settings = Bottleneck, dict(**sizes, groups=self.groups)
+            for number in range(num_blocks):
+                name, strides = f"stage{stage + 1}_block{number + 1}", stride if number == 0 else 1
+                x = rematerialised(kind, self.remat)(**settings, strides=strides, **conv, name=name)(x, train)
             maps[f"stage{stage + 1}"] = x
         return maps
 
 
-def stage_blocks(depth: int, blocks: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Blocks of each of the four stages: `blocks` where given, else those of the depth."""
-    if depth not in BLOCKS:
-        raise UserError(f"model depth = {depth}: take {' or '.join(map(str, BLOCKS))}")
+def stage_blocks(depth: int, blocks: tuple[int, ...] | None, known: tuple[int, ...] = tuple(BLOCKS)) -> tuple[int, ...]:
+    """Blocks of each of the four stages: `blocks` where given, else those of the depth. known: depths there are."""
+    if depth not in known:
+        *others, last = map(str, known)
+        raise UserError(f"model depth = {depth}: take {', '.join(others)} or {last}")
     return BLOCKS[depth] if blocks is None else of_each_stage("blocks", blocks)
 
 
@@ -77,17 +99,43 @@ def of_each_stage(setting: str, values: tuple[int, ...]) -> tuple[int, ...]:
 def backbone(
     dtype: Any,
     platform: str | None,
+    remat: bool,
     *,
     depth: int = 18,
+    stem: str = "small",
     width: int = 64,
-    strides: tuple[int, ...] = (1, 1, 2, 2),
+    strides: tuple[int, ...] | None = None,
     blocks: tuple[int, ...] | None = None,
+    groups: int = 1,
+    group_width: int = 64,
 ) -> ResNetBackbone:
-    """depth: 18 or 34. width: channels of the first stage, 64 in the paper. strides: of each stage's first block.
-    blocks: of each stage, instead of those of the depth.
+    """depth: 10, 18, 34, 50, 101 or 152. stem: "small" or "large". width: channels of the first stage's blocks, 64 in
+    the papers. strides: of each stage's first block, instead of those of the stem. blocks: of each stage, instead of
+    those of the depth: MiSLAS's frozen ResNet-152 is (3, 8, 36, 2), without the block that its new one is there for.
 
-    dtype, platform: as in `ltjax.models.create`.
+    groups, group_width: of the bottlenecks' 3x3 convolutions, 32 and 4 in ResNeXt "32x4d". In the first stage each
+    group has group_width * width / 64 channels, and twice as many in every further one.
+
+    dtype, platform, remat: as in `ltjax.models.create`.
     """
     if width < 1:
         raise UserError(f"model width = {width}: the first stage needs at least one channel")
-    return ResNetBackbone(stage_blocks(depth, blocks), of_each_stage("strides", strides), width, dtype, platform)
+    numbers = stage_blocks(depth, blocks)
+    registry.choose("model stem", STRIDES, stem)
+    strides = STRIDES[stem] if strides is None else of_each_stage("strides", strides)
+    inner = None
+    if depth not in BASIC:
+        if groups < 1 or group_width < 1 or group_width * width % 64:
+            raise UserError(
+                f"model groups = {groups}, group_width = {group_width}: at least 1 each, and "
+                f"group_width * width / 64 a whole number (width = {width})"
+            )
+        inner = group_width * width // 64 * groups
+    elif (groups, group_width) != (1, 64):
+        raise UserError(
+            f"model groups = {groups}, group_width = {group_width}: depth {depth} has no bottlenecks for them; take "
+            "depth 50, 101 or 152"
+        )
+    return ResNetBackbone(
+        numbers, strides, width, stem, inner=inner, groups=groups, dtype=dtype, platform=platform, remat=remat
+    )

@@ -12,13 +12,13 @@ from ltjax.models.preact_resnet import PreActBackbone
 from ltjax.types import UserError
 
 
-def backbone(dtype: Any, platform: str | None, *, depth: int = 34, width: int = 10) -> PreActBackbone:
+def backbone(dtype: Any, platform: str | None, remat: bool, *, depth: int = 34, width: int = 10) -> PreActBackbone:
     """depth: 6 n + 4, such as 16, 28, 34 (10 for tests). width: the factor on 16, 32 and 64 channels, 10 in LBGAT.
 
-    dtype, platform: as in `ltjax.models.create`.
+    dtype, platform, remat: as in `ltjax.models.create`.
     """
     if depth < 10 or (depth - 4) % 6:
         raise UserError(f"model depth = {depth} is no wide ResNet: take 6 n + 4, such as 10, 16, 28 or 34")
     if width < 1:
         raise UserError(f"model width = {width}: channels are 16, 32 and 64 times it, so it is at least 1")
-    return PreActBackbone(16, (16 * width, 32 * width, 64 * width), ((depth - 4) // 6,) * 3, dtype, platform)
+    return PreActBackbone(16, (16 * width, 32 * width, 64 * width), ((depth - 4) // 6,) * 3, dtype, platform, remat)

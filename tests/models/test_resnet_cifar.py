@@ -11,7 +11,7 @@ from jax import lax
 
 from ltjax import models
 from ltjax.models import layers
-from ltjax.models.resnet_cifar import BasicBlock
+from ltjax.models.blocks import BasicBlock
 from ltjax.optim import assign_groups, flatten, unflatten
 from ltjax.types import UserError
 
@@ -129,14 +129,24 @@ CONVOLUTIONS = [  # image, kernel, strides, padding
 
 @pytest.mark.parametrize("size, taps, strides, padding", CONVOLUTIONS)
 def test_the_cpu_convolution_and_both_gradients_are_laxs(size, taps, strides, padding):
+    compare_with_lax(size, taps, strides, padding, came=4, out=5, groups=1)
+
+
+@pytest.mark.parametrize("came, out, groups", [(4, 6, 2), (6, 3, 3), (4, 4, 4), (3, 6, 3)])
+@pytest.mark.parametrize("size, taps, strides, padding", [CONVOLUTIONS[0], CONVOLUTIONS[2], CONVOLUTIONS[-2]])
+def test_the_grouped_cpu_convolution_and_both_gradients_are_laxs(size, taps, strides, padding, came, out, groups):
+    compare_with_lax(size, taps, strides, padding, came=came, out=out, groups=groups)
+
+
+def compare_with_lax(size, taps, strides, padding, *, came, out, groups):
     random = np.random.default_rng(0)
-    x = random.normal(size=(3, *size, 4)).astype(np.float32)
-    kernel = random.normal(size=(*taps, 4, 5)).astype(np.float32)
+    x = random.normal(size=(3, *size, came)).astype(np.float32)
+    kernel = random.normal(size=(*taps, came // groups, out)).astype(np.float32)
 
     def both(convolution):
         def run(x, kernel):
             rest = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            return convolution(x, kernel, strides, padding, **rest)
+            return convolution(x, kernel, strides, padding, feature_group_count=groups, **rest)
 
         value, pull_back = jax.vjp(run, x, kernel)
         weights = np.random.default_rng(1).normal(size=value.shape).astype(np.float32)
@@ -147,15 +157,13 @@ def test_the_cpu_convolution_and_both_gradients_are_laxs(size, taps, strides, pa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "name, value", [("feature_group_count", 2), ("rhs_dilation", (2, 2)), ("lhs_dilation", (2, 2))]
-)
-def test_grouped_and_dilated_convolutions_are_laxs(name, value):
+@pytest.mark.parametrize("name", ["rhs_dilation", "lhs_dilation"])
+def test_dilated_convolutions_are_laxs(name):
     random = np.random.default_rng(0)
     x = random.normal(size=(2, 8, 8, 4)).astype(np.float32)
-    kernel = random.normal(size=(3, 3, 2 if name == "feature_group_count" else 4, 6)).astype(np.float32)
+    kernel = random.normal(size=(3, 3, 4, 6)).astype(np.float32)
     settings = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"), padding=ONE)
-    settings[name] = value
+    settings[name] = (2, 2)
     found = layers._convolution_for("cpu")(x, kernel, (1, 1), **settings)
     np.testing.assert_array_equal(found, lax.conv_general_dilated(x, kernel, (1, 1), **settings))
 
@@ -227,7 +235,7 @@ def zeros(block, x):
 @pytest.mark.parametrize("before, after", [(4, 8), (3, 8)])
 def test_the_shortcut_takes_every_second_pixel_and_adds_zero_channels(before, after, size):
     x = np.random.default_rng(0).normal(size=(2, size, size, before)).astype(np.float32)
-    block = BasicBlock(after, 2, jnp.float32, None)
+    block = BasicBlock(after, 2, shortcut="pad")
     variables = zeros(block, x)  # leaves the shortcut alone
     expected = np.zeros((2, (size + 1) // 2, (size + 1) // 2, after), np.float32)
     first = (after - before) // 2
@@ -237,7 +245,7 @@ def test_the_shortcut_takes_every_second_pixel_and_adds_zero_channels(before, af
 
 def test_a_block_of_the_same_shape_adds_its_input():
     x = np.random.default_rng(0).normal(size=(2, 5, 5, 4)).astype(np.float32)
-    block = BasicBlock(4, 1, jnp.float32, None)
+    block = BasicBlock(4, shortcut="pad")
     np.testing.assert_array_equal(block.apply(zeros(block, x), x, False), np.maximum(x, 0))
 
 
