@@ -47,8 +47,24 @@ def _dilate(x: jax.Array, strides: Sequence[int]) -> jax.Array:
 
 
 def _nhwc(lhs: jax.Array, rhs: jax.Array, strides, padding, precision) -> jax.Array:
+    if max(lhs.shape[1:3]) <= 2 and tuple(strides) == (1, 1):
+        return _by_taps(lhs, rhs, padding, precision)
     dimensions = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(lhs, rhs, strides, padding, dimension_numbers=dimensions, precision=precision)
+
+
+def _by_taps(lhs: jax.Array, rhs: jax.Array, padding, precision) -> jax.Array:
+    """A convolution of stride 1 as one matrix product for each tap: on a map of 2x2 pixels, where ResNets for large
+    images end that are given small ones, XLA's CPU backend takes 13 times as long for it."""
+    zero = jnp.zeros((), lhs.dtype)
+    padded = lax.pad(lhs, zero, ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)))
+    taps_h, taps_w = rhs.shape[:2]
+    height, width = padded.shape[1] - taps_h + 1, padded.shape[2] - taps_w + 1
+    total = jnp.zeros((lhs.shape[0], height, width, rhs.shape[3]), lhs.dtype)
+    for i in range(taps_h):
+        for j in range(taps_w):
+            total += jnp.matmul(padded[:, i : i + height, j : j + width], rhs[i, j], precision=precision)
+    return total
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
