@@ -89,7 +89,7 @@ def class_means(
         compiled = jax.jit(resident_means, static_argnums=0)
         return lambda variables, layers=(): compiled(layers, variables, images)
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0, out_shardings=parallel.replicated(mesh))
     def sums(layers: tuple[str, ...], variables: Variables, pixels: jax.Array, labels: jax.Array) -> stage.FeatureSums:
         return stage.feature_sums(apply, variables, pixels[0], labels[0], layers)
 

@@ -61,8 +61,9 @@ def _by_taps(lhs: jax.Array, rhs: jax.Array, padding, precision) -> jax.Array:
     taps_h, taps_w = rhs.shape[:2]
     height, width = padded.shape[1] - taps_h + 1, padded.shape[2] - taps_w + 1
     total = jnp.zeros((lhs.shape[0], height, width, rhs.shape[3]), lhs.dtype)
-    for i in range(taps_h):
-        for j in range(taps_w):
+    (rows, _), (columns, _) = padding  # zeros before the map; taps that meet nothing else are left out
+    for i in range(max(0, rows - height + 1), min(taps_h, rows + lhs.shape[1])):
+        for j in range(max(0, columns - width + 1), min(taps_w, columns + lhs.shape[2])):
             total += jnp.matmul(padded[:, i : i + height, j : j + width], rhs[i, j], precision=precision)
     return total
 
