@@ -56,7 +56,9 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
     try:
         jax.distributed.initialize(**who, heartbeat_timeout_seconds=max(100, 3 * patience))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot join the other processes ({one_line(error)}): is {coordinator} process 0?") from error
+        raise UserError(
+            f"cannot join the other processes ({one_line(error)}): check --coordinator, --num_processes and --process_id"
+        ) from error
     if several():
         threading.Thread(target=_watch, args=(_store(), patience), daemon=True).start()
 
