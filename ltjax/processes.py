@@ -57,7 +57,7 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
         jax.distributed.initialize(**who, heartbeat_timeout_seconds=max(100, 3 * patience))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot join the other processes ({one_line(error)}): check --coordinator, --num_processes and --process_id"
+            f"cannot join the other processes ({one_line(error)}): look at --coordinator, --num_processes, --process_id"
         ) from error
     if several():
         threading.Thread(target=_watch, args=(_store(), patience), daemon=True).start()
