@@ -1,0 +1,331 @@
+"""Every file in configs/, as `run.py` reads it: its arguments, its names, settings that their parts take."""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import common, recipes
+from ltjax import config, methods, models, optim, registry, surgery
+from ltjax.data import SOURCES, augment, samplers, splits
+from tests.configs.reading import ROOT, parsed, read
+
+# Every method with one of these, in turn, and in each file with another.
+CHOICES = (
+    "imbalance=100",
+    "imbalance=10,profile=step,budget=short,augment=plain",
+    "imbalance=50,budget=short,augment=auto,mixup=0.2",
+    "imbalance=10,holdout=20",
+)
+FREE = (
+    *("reslt+dro+smoothing", "mixup+dro+lws", "ce+drw", "focal+drw+logit_shift", "ldam+crt", "ce+ce_classifier+ncm"),
+    *("ce+balanced_softmax_classifier", "lbgat+robust_classifier", "trades+smoothing", "natural+bgat+crt"),
+)
+# arguments of adversarial training, each at least once
+ROBUST = (
+    *("method=pgd_at,loss=balanced_softmax,classifier=cosine", "method=trades,loss=label_aware_smoothing,beta=3"),
+    *("method=alp,loss=logit_adjusted,sampler=class_aware", "method=bgat,beta=6,guide=wrn16_2,budget=short"),
+    *("method=lbgat,beta=6,awp=true,epsilon=8/255,model=wrn34_20", "method=lbgat,model=preact18,guide=preact34"),
+    *("method=pgd_at,model=wrn28_10,sampler=class_balanced,mixup=0.2", "recipe=trades+robust_classifier,awp=true"),
+)
+BALANCED = tuple(f"method={name}" for name in ("lbgat", *common.BALANCED))
+CHAINS = tuple(f"method={name}" for name in recipes.METHODS) + tuple(f"recipe={blocks}" for blocks in FREE)
+ARGUMENTS = {
+    name: [f"{chain},{CHOICES[(number + offset) % len(CHOICES)]}" for number, chain in enumerate(CHAINS)]
+    for offset, name in enumerate(("cifar10_lt", "cifar100_lt"))
+}
+ARGUMENTS = {**{name: arguments + list(ROBUST) for name, arguments in ARGUMENTS.items()}, "cifar10": BALANCED}
+LARGE = ("method=mislas,runlocal", "method=reslt,model=resnext50", "method=ldam_drw,augment=auto", "method=lbgat")
+ARGUMENTS |= {
+    "imagenet_lt": (*CHAINS, *LARGE[:3]),
+    "inat18": LARGE,
+    "places_lt": (*LARGE, "method=reslt,runlocal", "method=drolt,model=resnet50"),
+    "image_folder": (*LARGE, "recipe=reslt+dro+smoothing,size=64", "method=trades,sampler=class_aware"),
+}
+ARGUMENTS |= {"cifar100": ROBUST, "tiny_imagenet": ("method=ce,budget=short", "method=lbgat,beta=6", ROBUST[3])}
+FILES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
+EVERY = [(name, argument) for name in FILES for argument in (None, *ARGUMENTS.get(name, ()))]
+every_config = pytest.mark.parametrize("name, argument", EVERY)
+# classes, training images of the largest, height and width of each
+DATA = {
+    "cifar10": (10, 5000, 32),
+    "cifar100": (100, 500, 32),
+    "fashion_mnist_lt": (10, 1000, 28),
+    "tiny_imagenet": (200, 500, 64),
+    # the sizes are of what the augmentation is tried on
+    "imagenet_lt": (1000, 1280, 16),
+    "i_naturalist2018": (8142, 1000, 16),
+    "places_lt": (365, 4980, 16),
+    "image_folder": (23, 300, 16),
+}
+
+
+# The files in configs/.
+
+
+def test_every_file_but_what_they_share_is_a_config():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {
+        "common",
+        "large",
+        "recipes",
+        "robust",
+    }
+
+
+def test_every_block_is_in_a_chain_that_is_tested():
+    used = {block for recipe in recipes.METHODS.values() for block in recipe.blocks} | {
+        b for f in FREE for b in f.split("+")
+    }
+    assert used == {*recipes.SCRATCH, *recipes.NEXT}
+
+
+@functools.cache
+def parameters(num_classes, settings, channels):
+    """Shapes of a model's parameters."""
+    model = json.loads(settings)
+    net = models.create(model.pop("name"), num_classes, **model)
+    images = jnp.zeros((1, 8, 8, channels))
+    return jax.eval_shape(net.init, jax.random.key(0), images)["params"]
+
+
+@functools.cache
+def augmented(settings, size, channels):
+    """Shapes of what a stage's augmentation makes of two images."""
+    bound = registry.bind("augment", augment.augment, json.loads(settings))
+    images, labels = jnp.zeros((2, size, size, channels), jnp.uint8), jnp.zeros(2, jnp.int32)
+    return jax.eval_shape(bound, jax.random.key(0), images, labels)
+
+
+@every_config
+def test_every_setting_of_every_config_is_one_that_its_part_takes(name, argument):
+    run, stages = parsed(name, argument)
+    assert run.data.name in SOURCES
+    num_classes, most, size = DATA[run.data.name]
+    most = (run.data.max_count or most) - run.data.holdout
+    if run.data.profile == "natural":
+        counts = np.maximum(most // np.arange(1, num_classes + 1), 2)
+    else:
+        counts = splits.class_counts(num_classes, most, imbalance=run.data.imbalance, profile=run.data.profile)
+    channels = 1 if run.data.name == "fashion_mnist_lt" else 3
+    settings = {"net": run.model, **({"guide": run.guide} if run.guide else {})}
+    nets = {name: parameters(num_classes, json.dumps(dict(each)), channels) for name, each in settings.items()}
+    for stage in stages.values():
+        hyper = dict(stage.method)
+        extra, _ = methods.create(hyper.pop("name"), counts, **hyper).init(jax.random.key(0))
+        samplers.create(**stage.sampler)
+        shape = (2, size, size, channels)
+        assert augmented(json.dumps(stage.augment), size, channels).images.shape == shape
+        registry.bind("schedule", optim.schedule_table, stage.schedule)(stage.epochs)
+        assert stage.batch_norm in ("train", "eval")
+        if stage.surgery:
+            branches, holdout = run.model.get("branches", 0), run.data.holdout > 0
+            surgery.create(stage.surgery, nets["net"], branches=branches, holdout=holdout)
+        if stage.epochs:
+            paths = list(optim.flatten({**nets, **({"method": extra} if extra else {})}))
+            assigned = optim.assign_groups(paths, stage.groups)
+            assert any(stage.groups[group]["rate"] > 0 for group in assigned.values())
+        else:
+            assert stage.surgery and stage.groups == {}
+
+
+@every_config
+def test_every_config_means_the_same_after_json(name, argument):
+    """A run's folder holds its config as JSON."""
+    values = read(name, argument).to_dict()
+    run, stages = config.parse(values)
+    same_run, same_stages = config.parse(json.loads(json.dumps(values)))
+    assert same_run.stages == run.stages
+    assert json.dumps(same_stages) == json.dumps(stages)
+
+
+@every_config
+def test_overriding_the_epochs_reaches_the_stages_that_share_them(name, argument):
+    """Those from scratch, and BGAT's robust part; deferred re-weighting takes a fifth of it, rounded up."""
+    values = read(name, argument)
+    before = config.parse(values.to_dict())[1]
+    values.epochs = 11
+    run, stages = config.parse(values.to_dict())
+    assert run.epochs == 11
+    deferred = "drw" in stages
+    for stage, settings in stages.items():
+        expected = before[stage].epochs
+        if settings.start_from == "scratch" or stage == "bgat":
+            expected = 8 if deferred else 11
+        elif stage == "drw":
+            expected = 3
+        assert settings.epochs == expected, stage
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
+def test_flags_override_the_epochs_and_a_stages_own_settings(monkeypatch):
+    path = ROOT / "configs" / "cifar100_lt.py"
+    line = ["run.py", f"--config={path}:imbalance=50", "--config.epochs=3", "--config.classifier.method.head=0.2"]
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "argv", line)  # where ml_collections looks for what is overridden
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(line)
+    run, stages = config.parse(values["config"].value.to_dict())
+    assert (run.data.imbalance, run.epochs, stages["features"].epochs, stages["classifier"].epochs) == (50, 3, 3, 10)
+    assert stages["classifier"].method["head"] == 0.2
+
+
+def test_names_of_runs_tell_the_choices_apart():
+    names = [read(name, argument).name for name, argument in EVERY if argument]
+    one_choice = (
+        "imbalance=50",
+        "profile=step",
+        "budget=short",
+        "augment=auto",
+        "augment=plain",
+        "mixup=1",
+        "holdout=5",
+        "model=resnet20",
+        "classifier=cosine",
+    )
+    names += [read("cifar100_lt", f"method=ce,{choice}").name for choice in one_choice]
+    one_choice = ("guide=wrn10_1", "beta=0", "beta=6", "loss=balanced_softmax", "awp=true", "sampler=class_aware")
+    names += [read("cifar100_lt", f"method=lbgat,{choice}").name for choice in (*one_choice, "epsilon=8/255")]
+    assert len(set(names)) == len(names)
+
+
+NUMBERS_AND_CHOICES = {
+    "methd=ce": "unknown config argument 'methd'; allowed: "
+    "method, recipe, imbalance, profile, budget, model, classifier, augment, mixup, holdout, "
+    "guide, beta, loss, awp, sampler, epsilon",
+    "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.METHODS)}",
+    "method": f"config argument 'method': allowed values of method: {', '.join(recipes.METHODS)}",
+    "imbalance=ten": "config argument 'imbalance=ten': imbalance is a number",
+    "imbalance=": "config argument 'imbalance=': imbalance is a number",
+    "mixup=yes": "config argument 'mixup=yes': mixup is a number",
+    "holdout=some": "config argument 'holdout=some': holdout is a number",
+    "profile=linear": "config argument 'profile=linear': allowed values of profile: exp, step",
+    "method=ce,budget=tiny": "config argument 'budget=tiny': allowed values of budget: full, short",
+    "augment=none": "config argument 'augment=none': allowed values of augment: paper, plain, auto",
+    "classifier=dot": "config argument 'classifier=dot': allowed values of classifier: auto, linear, cosine",
+    "model=foo": "config argument 'model=foo': such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18",
+    "method=lbgat,guide=foo": "config argument 'guide=foo': such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18",
+    "method=lbgat,epsilon=8": "config argument 'epsilon=8': above 0 and up to 1; did you mean 8/255?",
+    "method=lbgat,epsilon=-1/255": "config argument 'epsilon=-1/255': above 0 and up to 1",
+    "method=lbgat,epsilon=8/0": "config argument 'epsilon=8/0': a number, or a fraction such as 8/255",
+    "method=lbgat,epsilon=some": "config argument 'epsilon=some': a number, or a fraction such as 8/255",
+    "method=lbgat,beta=-1": "config argument 'beta=-1': from 0 up",
+    "method=lbgat,awp=0.005": "config argument 'awp=0.005': allowed values of awp: false, true",
+    "method=pgd_at,beta=6": "config argument 'beta' is for trades, bgat, lbgat",
+    "method=trades,guide=resnet18": "config argument 'guide' is for natural, lbgat",
+    **{
+        f"method=ce,{name}={value}": f"config argument '{name}' is for adversarial training: "
+        "pgd_at, trades, alp, bgat, lbgat"
+        for name, value in dict(
+            guide="resnet18", beta=6, loss="balanced_softmax", awp="true", sampler="class_aware", epsilon="8/255"
+        ).items()
+    },
+}
+FIRST, AFTER = ", ".join(recipes.SCRATCH), ", ".join(recipes.NEXT)
+CHAINS_THAT_CANNOT_BE = {
+    "recipe=smoothing": f"config argument 'recipe=smoothing': first may stand: {FIRST}; not 'smoothing'",
+    "recipe=ce+ldam": f"config argument 'recipe=ce+ldam': after the first may stand: {AFTER}; not 'ldam'",
+    "recipe=ce+": f"config argument 'recipe=ce+': after the first may stand: {AFTER}; not ''",
+    "recipe=ce+crt+crt": "config argument 'recipe=ce+crt+crt': each block once",
+    **{
+        f"recipe={blocks}": f"config argument 'recipe={blocks}': drw comes second, "
+        "after a block with one loss such as ce"
+        for blocks in ("ce+crt+drw", "reslt+drw", "lbgat+drw", "pgd_at+drw")
+    },
+    "recipe=bgat": f"config argument 'recipe=bgat': first may stand: {FIRST}; not 'bgat'",
+    **{
+        f"recipe={blocks}": f"config argument 'recipe={blocks}': natural and bgat go together, "
+        "as natural+bgat at the start"
+        for blocks in ("natural", "natural+crt", "ce+bgat", "trades+robust_classifier+bgat")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["cifar10_lt", "cifar100_lt"])
+def test_every_mistaken_argument_is_one_clear_line(name):
+    for argument, message in {**NUMBERS_AND_CHOICES, **CHAINS_THAT_CANNOT_BE}.items():
+        with pytest.raises(ValueError) as raised:
+            read(name, argument)
+        assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
+def test_what_is_for_long_tailed_data_is_refused_on_balanced_data(name):
+    methods = ", ".join(("lbgat", *common.BALANCED))
+    mistakes = {
+        "method=reslt": f"config argument 'method=reslt': allowed values of method: {methods}",
+        "recipe=reslt": "config argument 'recipe=reslt': reslt is for long-tailed data",
+        "recipe=lbgat+smoothing": "config argument 'recipe=lbgat+smoothing': smoothing is for long-tailed data",
+        "imbalance=100": "unknown config argument 'imbalance'; allowed: method, recipe, budget, model, classifier, "
+        "augment, mixup, holdout, guide, beta, loss, awp, sampler, epsilon",
+    }
+    for argument, message in mistakes.items():
+        with pytest.raises(ValueError) as raised:
+            read(name, argument)
+        assert str(raised.value) == message
+
+
+def test_a_chains_blocks_are_its_stages_each_from_the_one_before():
+    run, stages = parsed("cifar100_lt", "recipe=reslt+dro+smoothing")
+    assert run.stages == ("reslt", "dro", "smoothing")
+    assert [stage.start_from for stage in stages.values()] == ["scratch", "reslt", "dro"]
+    assert [stage.title for stage in stages.values()] == ["reslt", "dro", "smoothing"]
+    assert (run.model["branches"], run.model["logit_scale"]) == (3, True)
+
+
+AUGMENTED = {  # (AutoAugment, Cutout) of each stage
+    "method=ce": [(False, 0)],
+    "method=ce,augment=auto": [(True, 16)],
+    "method=drolt": [(True, 16)] * 3,
+    "method=drolt,augment=plain": [(False, 0)] * 3,
+    "recipe=ce+dro+crt": [(False, 0), (True, 16), (False, 0)],
+    "recipe=ce+dro+crt,augment=auto": [(True, 16)] * 3,
+    "recipe=ce+dro+crt,augment=plain": [(False, 0)] * 3,
+}
+
+
+@pytest.mark.parametrize("argument", AUGMENTED)
+def test_augment_is_that_of_the_paper_or_one_kind_for_all_stages(argument):
+    found = [stage.augment for stage in parsed("cifar10_lt", argument)[1].values()]
+    assert [(a["auto_augment"], a["cutout_size"]) for a in found] == AUGMENTED[argument]
+    assert all((a["crop_padding"], a["flip"]) == (4, True) for a in found)
+
+
+@pytest.mark.parametrize(
+    "argument, alphas",
+    [
+        ("method=mislas", [1.0, 0.0]),
+        ("method=mislas,mixup=0.2", [0.2, 0.0]),
+        ("method=reslt,mixup=0.2", [0.2]),
+        ("method=drolt,mixup=0.2", [0.2, 0.0, 0.0]),
+        ("method=ldam_drw,mixup=0.2", [0.2, 0.2]),
+    ],
+)
+def test_mixup_is_for_stages_that_train_the_whole_network(argument, alphas):
+    _, stages = parsed("cifar10_lt", argument)
+    assert [stage.augment["mixup_alpha"] for stage in stages.values()] == alphas
+
+
+@pytest.mark.parametrize(
+    "argument, holdout", [("method=ce", 0), ("method=tau_norm", 10), ("method=tau_norm,holdout=3", 3)]
+)
+def test_tau_is_chosen_on_a_holdout(argument, holdout):
+    assert parsed("cifar100_lt", argument)[0].data.holdout == holdout
+
+
+@pytest.mark.parametrize("imbalance", ["0", "-10", "0.5", "nan", "inf"])
+def test_an_impossible_imbalance_is_an_error_that_names_it(imbalance):
+    with pytest.raises(ValueError, match=f"imbalance.*{imbalance}"):
+        run, _ = parsed("cifar100_lt", f"imbalance={imbalance}")
+        splits.long_tailed_split(np.repeat(np.arange(100), 500), 100, imbalance=run.data.imbalance)
+
+
+def test_quickstart_takes_no_arguments():
+    with pytest.raises(ValueError, match="unknown config argument 'method'; allowed: none"):
+        read("quickstart", "method=ce")
