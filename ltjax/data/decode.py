@@ -1,14 +1,20 @@
 """From the bytes of an image file to the pixels that a network sees: decoding, cropping, resizing, on a host."""
 
 import math
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
 
 from ltjax.hashing import hash32
+from ltjax.types import one_line
 
+JPEG = b"\xff\xd8"  # how one begins
+MAX_IMAGE_BYTES = 256 << 20  # more than any photograph has: what claims to be larger is not read
+# What libjpeg warns of and goes on from, with pixels made up. Its other warnings are harmless: stray bytes, versions.
+MADE_UP = re.compile(r"premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
 ATTEMPTS = 10  # at a window of the drawn area and shape, before the middle of the image is taken
 SHAPES = (3 / 4, 4 / 3)  # of a random window, width over height
 
@@ -24,22 +30,44 @@ class View(NamedTuple):
 def decode(encoded: bytes) -> np.ndarray:
     """A JPEG, PNG or other image file -> RGB uint8 [h, w, 3], whatever its colours: grey, CMYK, with transparency.
 
-    Orientations noted in the file are not heeded, as in the code of the papers. Raises: ValueError where the bytes are
-    no whole image.
+    Orientations noted in the file are not heeded, as in the code of the papers. Raises: ValueError where `problem` has
+    something to say.
     """
-    if encoded[:2] == b"\xff\xd8":
+    if encoded.startswith(JPEG):
         try:
             return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True)
-        except ValueError:
-            pass  # CMYK, or damaged: OpenCV reads the first
-        if b"\xff\xd9" not in encoded[-1024:]:
-            raise ValueError("a JPEG without an end: cut short")
-    if not encoded:
-        raise ValueError("an empty file")
-    pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels is None:
-        raise ValueError("not an image, or damaged")
-    return np.asarray(pixels)
+        except (ValueError, KeyError):
+            pass  # CMYK, which OpenCV reads, a harmless warning, or damage
+    if found := problem(encoded):
+        raise ValueError(found)
+    pixels: Any = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    return pixels
+
+
+def problem(content: bytes) -> str:
+    """What is wrong with the file of an image; empty if nothing.
+
+    Any colour space, orientation and name will do. A JPEG is decoded by libjpeg at an eighth of its size, with an eye
+    on the warnings by which it tells that pixels are made up; OpenCV is asked about everything else.
+    """
+    if not content:
+        return "empty"
+    if len(content) > MAX_IMAGE_BYTES:
+        return f"more than {MAX_IMAGE_BYTES} bytes"
+    if content.startswith(JPEG):
+        try:
+            space = simplejpeg.decode_jpeg_header(content, strict=False)[2]
+            space = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
+            simplejpeg.decode_jpeg(content, space, min_height=1, min_width=1, min_factor=8, strict=True)
+            return ""
+        except (ValueError, KeyError) as error:  # KeyError: a kind of JPEG that simplejpeg has no name for
+            if MADE_UP.search(str(error)):
+                return one_line(error)
+    try:
+        pixels: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:  # one that claims to have more pixels than OpenCV accepts
+        return one_line(error)
+    return "not an image that can be decoded" if pixels is None else ""
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ltjax.data import progress
-from ltjax.data.decode import decode
+from ltjax.data import decode, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.types import UserError, one_line
@@ -128,10 +127,9 @@ def _check(root: Path, paths: list[str]) -> None:
 def _damaged(paths: list[str], read: Callable[[str], bytes]) -> list[tuple[str, str]]:
     def problem(path: str) -> str:
         try:
-            decode(read(path))
-        except (OSError, ValueError) as error:
+            return decode.problem(read(path))
+        except OSError as error:
             return one_line(error)
-        return ""
 
     with progress.bar(transient=True) as bar, ThreadPoolExecutor() as threads:
         task = bar.add_task("checking images", total=len(paths))

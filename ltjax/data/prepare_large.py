@@ -8,7 +8,6 @@ import collections
 import contextlib
 import hashlib
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,21 +15,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
-import numpy as np
-import simplejpeg
 from rich.progress import MofNCompleteColumn, ProgressColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ltjax.data import index, progress
+from ltjax.data.decode import problem
 from ltjax.data.prepare_shards import JOURNAL, SHARD_BYTES, Shards, locked
-from ltjax.data.prepare_sources import MAX_IMAGE_BYTES, walk
+from ltjax.data.prepare_sources import walk
 from ltjax.data.source import newest_version
 from ltjax.types import UserError, one_line
 
 IN_FLIGHT = 64  # images in memory, being checked
-# What libjpeg warns of and goes on from, with pixels made up. Its other warnings are harmless: stray bytes, versions.
-MADE_UP = re.compile(r"premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
 
 
 class Image(NamedTuple):
@@ -183,32 +178,6 @@ def _hash(plan: Plan) -> str:
     for key in sorted(plan.images):
         digest.update(f"{key}\t{plan.images[key].split}\t{plan.images[key].label}\n".encode())
     return digest.hexdigest()
-
-
-def problem(content: bytes) -> str:
-    """What is wrong with the file of an image; empty if nothing.
-
-    Any colour space, orientation and name will do. A JPEG is decoded by libjpeg at an eighth of its size, with an eye
-    on the warnings by which it tells that pixels are made up; OpenCV is asked about everything else.
-    """
-    if not content:
-        return "empty"
-    if len(content) > MAX_IMAGE_BYTES:
-        return f"more than {MAX_IMAGE_BYTES} bytes"
-    if content.startswith(b"\xff\xd8"):
-        try:
-            space = simplejpeg.decode_jpeg_header(content, strict=False)[2]
-            space = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
-            simplejpeg.decode_jpeg(content, space, min_height=1, min_width=1, min_factor=8, strict=True)
-            return ""
-        except (ValueError, KeyError) as error:  # KeyError: a kind of JPEG that simplejpeg has no name for
-            if MADE_UP.search(str(error)):
-                return one_line(error)
-    try:
-        pixels: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error as error:  # one that claims to have more pixels than OpenCV accepts
-        return one_line(error)
-    return "not an image that can be decoded" if pixels is None else ""
 
 
 def _pass(plan: Plan, shards: Shards) -> list[Problem]:

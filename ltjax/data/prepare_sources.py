@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ltjax.data.decode import MAX_IMAGE_BYTES
 from ltjax.types import UserError, one_line
 
 DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
-MAX_IMAGE_BYTES = 256 << 20  # more than any photograph has: what claims to be larger is not read
 SEARCH_DEPTH = 4  # of folders below --source, enough for ILSVRC/Data/CLS-LOC/train
 IMAGE_FOLDERS = re.compile(
     r"(train|val|test)(_256|_large|_val2018|2018)?|data_(256|large)|places365_standard|n\d{8}|Annotations"

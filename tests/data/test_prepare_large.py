@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image as Picture
 
-from ltjax.data import index, prepare, prepare_large, prepare_shards, prepare_sources
+from ltjax.data import decode, index, prepare, prepare_large, prepare_shards, prepare_sources
 from tests.data import miniatures
 from tests.data.preparing import (
     NAME,
@@ -388,7 +388,7 @@ def test_few_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
 
 def test_an_image_that_claims_to_be_huge_is_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_sources, "MAX_IMAGE_BYTES", 1000)
-    monkeypatch.setattr(prepare_large, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(decode, "MAX_IMAGE_BYTES", 1000)
     path = miniatures.write_tar(tmp_path / "x.tar", {"1.jpg": bytes(5000)})
     (member,) = [(len(m.read()), prepare_large.problem(m.read())) for m in prepare_sources.walk(path)]
     assert member == (1001, "more than 1000 bytes")
