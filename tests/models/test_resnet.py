@@ -165,8 +165,9 @@ def test_group_width_gives_the_channels_of_a_group(settings):
 
 @pytest.mark.parametrize("stem, axes", [("small", (0, 1, 2)), ("large", (0, 1, 3))])
 def test_initial_weights_are_hes_for_the_channels_in_or_with_the_large_stem_for_those_out(stem, axes):
+    key = jax.random.key(0, impl="unsafe_rbg")  # quick to compile
     net = tiny(depth=50, stem=stem, width=16, groups=2, group_width=32, extra_block=True)
-    kernels = {p: k for p, k in flatten(jax.jit(net.init)(jax.random.key(0), IMAGES)["params"]).items() if k.ndim == 4}
+    kernels = {p: k for p, k in flatten(jax.jit(net.init)(key, IMAGES)["params"]).items() if k.ndim == 4}
     assert len(kernels) == 1 + 4 * (3 + 1) + 3
     for path, kernel in kernels.items():
         fans = (0, 1, 3) if path.startswith("block/") else axes
@@ -331,7 +332,7 @@ def test_bfloat16_computes_alike_with_float32_outside():
     """With all that a network for large images may have."""
     settings = dict(depth=50, stem="large", width=8, groups=2, group_width=32, extra_block=True)
     whole, half = (tiny(**settings, branches=2, branch_kind="conv", dtype=dtype) for dtype in ("float32", "bfloat16"))
-    variables = jax.jit(whole.init)(jax.random.key(0), IMAGES)
+    variables = random_variables(shapes(whole))
     images = np.random.default_rng(0).uniform(size=(4, 64, 64, 3)).astype(np.float32)
     logits = [jax.jit(net.apply)(variables, images).logits for net in (whole, half)]
     after = jax.eval_shape(lambda v: half.apply(v, images, True, mutable=True), variables)
