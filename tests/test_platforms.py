@@ -22,7 +22,7 @@ def build(monkeypatch, name, *, devices, platform=None, **changes):
     problem = train.setup(run, None)
     assert problem.mesh.devices.size == devices
     built = train.build_stage(run, name, stages[name], problem)
-    return built, problem, built.init(train.seeds(run), train.fresh_variables(run, "features", problem))
+    return built, problem, built.init(train.seeds(run), train.initial_variables(run, "features", problem))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
