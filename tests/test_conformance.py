@@ -12,7 +12,7 @@ import pytest
 
 from configs import cifar10_lt, cifar100_lt, recipes
 from ltjax import config as config_module
-from ltjax import data, models, optim, parallel, train
+from ltjax import data, optim, parallel, train
 from ltjax.data.source import Images
 from ltjax.signals import Interrupted
 
@@ -49,6 +49,8 @@ TINY = {
     "data.imbalance": 4.0,
     "data.many_above": 80,
     "data.few_below": 45,
+    "model.depth": 8,
+    "model.width": 4,
     "batch_size": 16,
     "epochs": 3,
     "dispatch_steps": 13,
@@ -76,9 +78,8 @@ def tiny_config(name):
     values.update_from_flattened_dict(TINY)
     values.data.holdout = 5 if values.data.holdout else 0
     for net in ("model", "guide"):
-        if net in values:
-            head = {key: value for key, value in values[net].items() if key not in ("depth", "width")}
-            values[net] = {**head, "name": "tiny"}
+        if net in values and values[net].name != "resnet_cifar":  # adversarial training's
+            values[net] = {**values[net], "name": "wide_resnet", "depth": 10, "width": 1}
     for stage in values.stages:
         settings = values[stage]
         if settings.start_from != "scratch" and settings.epochs:
@@ -88,9 +89,6 @@ def tiny_config(name):
         if settings.get("augment"):
             settings.augment.crop_padding = 1
             settings.augment.cutout_size = settings.augment.cutout_size and 3
-            settings.augment.auto_augment = (
-                False  # takes XLA as long as all the rest; `tests/data/test_augment.py` has it
-            )
         if settings.method.name == "drolt" or stage == "drw":
             settings.lr = 0.05  # the papers' are for more steps
         if settings.method.name == "bgat":
@@ -105,7 +103,6 @@ def two_devices_and_made_up_images():
     make_mesh = parallel.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, data_dir=None: made_up_images())
-        patch.setitem(models.MODELS, "tiny", "tests.tiny_network")
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         yield
 

@@ -88,7 +88,7 @@ def test_where_the_folder_cannot_be_written_the_index_is_kept_elsewhere(copy, tm
     assert same(data.load("i_naturalist2018", data_dir), first)
 
 
-class ImagenetLt(tfds.core.GeneratorBasedBuilder):
+class ImagenetLt(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The features of TFDS's own builder, whose records it writes in its shuffled order."""
 
     name = "imagenet_lt"
