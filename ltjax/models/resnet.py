@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ltjax import registry
 from ltjax.models.blocks import BasicBlock, Bottleneck, rematerialised
 from ltjax.models.layers import BatchNorm, Conv, Fan
 from ltjax.types import UserError
@@ -121,7 +120,8 @@ def backbone(
     if width < 1:
         raise UserError(f"model width = {width}: the first stage needs at least one channel")
     numbers = stage_blocks(depth, blocks)
-    registry.choose("model stem", STRIDES, stem)
+    if stem not in STRIDES:
+        raise UserError(f"unknown model stem {stem!r}; known: {', '.join(STRIDES)}")
     strides = STRIDES[stem] if strides is None else of_each_stage("strides", strides)
     inner = None
     if depth not in BASIC:
