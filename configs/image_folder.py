@@ -10,8 +10,8 @@ configs/imagenet_lt.py, such as method=mislas, model=resnet10. Weights of a netw
 
 23 classes of Caltech-101, 300 down to 21 training images each (2,016 in all) and 10 for testing, size=64, ResNet-10,
 last epoch, top-1 (the 17 classes with up to 100 images) / ECE in %, seed 0, two busy CPU cores, jax 0.10.2:
-  ce, 30 epochs                  66.5 (57.6) / 8.4     commit 7990f1c, 25 images/s
-  mislas, stage 1, 20 epochs     55.2 (42.9) / 8.3     commit db321ae, 58 images/s: faster convolutions of 2x2 maps
+  ce, 30 epochs                  66.5 (57.6) / 8.4     commit b1eacc8, 25 images/s
+  mislas, stage 1, 20 epochs     55.2 (42.9) / 8.3     commit b47a0ee, 58 images/s: faster convolutions of 2x2 maps
   mislas, stage 2, 10 epochs     62.6 (54.7) / 10.4    the same, 261 images/s
 So few epochs are too few for mixup. Training waited for its images for less than 0.2 % of the time.
 """
