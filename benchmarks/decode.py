@@ -154,7 +154,7 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     files = made_up(200) if stored is None else [stored.train_files[i] for i in range(len(stored.train_files))]
-    sizes = [simplejpeg.decode_jpeg_header(content)[:2] for content in files[:200]]
+    sizes = [simplejpeg.decode_jpeg_header(content)[:2] for content in files]
     height, width = (int(statistics.median(side)) for side in zip(*sizes, strict=True))
     found, cores = rates(files, turns=args.turns, chunk=args.chunk), len(os.sched_getaffinity(0))
     whole = pipeline_rate(files, args.batches)
