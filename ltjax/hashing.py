@@ -51,16 +51,18 @@ def shuffled(index, size, seed):
     return index
 
 
-@jax.jit
-def fingerprint(tree) -> jax.Array:
-    """One uint32 that changes, but for one chance in 2**32, with any bit of any array of 32, 16 or 8 bits in a pytree.
+def fingerprint(tree) -> np.uint32:
+    """A number that changes, but for one chance in 2**32, with any bit of any array of 32, 16 or 8 bits in a pytree.
 
     A sum of element hashes, so it does not depend on how the arrays are sharded.
     """
-    total = jnp.zeros((), jnp.uint32)
-    for number, leaf in enumerate(jax.tree.leaves(tree)):
-        bits = leaf if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        flat = bits.astype(jnp.uint32).reshape(-1)
-        elements = hash32(np.uint32(number), flat, jnp.arange(flat.size, dtype=jnp.uint32))
-        total = total + elements.sum(dtype=jnp.uint32)
-    return total
+    # One small program for each shape instead of one for the tree: networks have few shapes, and every tree its own.
+    each = [_array_fingerprint(np.uint32(number), leaf) for number, leaf in enumerate(jax.tree.leaves(tree))]
+    return np.sum([np.asarray(one) for one in each], dtype=np.uint32)
+
+
+@jax.jit
+def _array_fingerprint(number: jax.Array, array: jax.Array) -> jax.Array:
+    bits = array if array.dtype == bool else jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    flat = bits.astype(jnp.uint32).reshape(-1)
+    return hash32(number, flat, jnp.arange(flat.size, dtype=jnp.uint32)).sum(dtype=jnp.uint32)

@@ -107,11 +107,13 @@ def init_variables(
     return Variables(params, stats, arrays)
 
 
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Whether no array of a pytree holds an inf or nan; scalar bool."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))
+def all_finite(tree: Any) -> bool:
+    """Whether no array of a pytree holds an inf or nan."""
+    each = [_finite(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return all(map(bool, each))
+
+
+_finite = jax.jit(lambda array: jnp.isfinite(array).all())  # for each shape, of which every tree has few
 
 
 def stage_rng(seed: Any, number: int) -> jax.Array:

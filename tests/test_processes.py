@@ -142,7 +142,7 @@ def test_a_killed_process_stops_the_other_one_which_says_what_to_do_and_one_proc
     assert codes == [processes.GONE, -signal.SIGKILL], outputs
     assert "Run the same command again" in outputs[0], outputs[0]
 
-    codes, outputs = Launched(folder, tmp_path, count=1, devices=2).finish()
+    codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
     assert codes == [0], outputs
     assert "Resuming" in outputs[0]
     assert_same(losses(tmp_path), alone)
