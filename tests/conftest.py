@@ -1,4 +1,8 @@
-"""Every test runs on 8 virtual CPU devices, with strict dtype promotion and a shared compilation cache."""
+"""Every test runs on 8 virtual CPU devices, with strict dtype promotion and a shared compilation cache.
+
+Compiling is most of what the tests do, so on a CPU they leave out what makes programs fast and not right: a quarter of
+the time. LTJAX_TEST_OPTIMISED=1 compiles as users do; tests whose point is the optimised program ask for `optimised`.
+"""
 
 import os
 import pathlib
@@ -8,9 +12,15 @@ import numpy as np
 import pytest
 
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+NO_EMITTERS = jax.__version_info__ < (0, 11)  # later versions have no flag for that
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+if jax.config.values["jax_platforms"] == "cpu" and not os.environ.get("LTJAX_TEST_OPTIMISED"):
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of programs that tests start, too
+    jax.config.update("jax_disable_most_optimizations", True)
+    if NO_EMITTERS:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -22,3 +32,15 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 def golden():
     """`golden("mislas_stage1")`: the arrays of one golden file; its README says where they come from."""
     return lambda name: dict(np.load(GOLDEN / f"{name}.npz"))
+
+
+@pytest.fixture
+def optimised():
+    """Compile as users do, all but in full: for that, give `jax.jit` this fixture as its compiler options.
+
+    For programs that run long, and where a test is about what XLA's optimisations do.
+    """
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield {"xla_cpu_use_fusion_emitters": True} if NO_EMITTERS and jax.default_backend() == "cpu" else {}
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -363,7 +363,7 @@ def cnn(weights, x):
     return x @ weights["9.weight"] + weights["9.bias"]
 
 
-def test_the_authors_numbers(golden):
+def test_the_authors_numbers(golden, optimised):
     """Source: `autoattack.npz`. The full budget; of the first 24 images, 9 are right, and 5 withstand their suite."""
     z, num = golden("autoattack"), 24
     axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # of PyTorch
