@@ -57,6 +57,10 @@ def parse_flags(arguments: list[str]) -> list[str]:
         if _CALIBRATE.value and _MODE.value == "attack":
             raise ValueError("--calibrate goes with --mode=train, eval or predict")
         if _CONFIG.value is None and not told_by_workdir():
+            if _MODE.value == "predict" and _WORKDIR.value is not None:
+                raise ValueError(
+                    f"{_WORKDIR.value} holds no run (no config.json): give the --workdir of one, or a --config"
+                )
             raise ValueError("--config is needed, such as --config=configs/quickstart.py")
         if rest[1:]:
             raise ValueError(f"unexpected argument {rest[1]!r}: flags begin with --")

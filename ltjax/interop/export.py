@@ -19,6 +19,7 @@ Of a run, the network is that of the newest checkpoint of its last stage, as its
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,9 @@ def _restore(checkpoint: Path) -> Variables:
     """The networks' variables in a checkpoint, on one device."""
     path = checkpoint.absolute() / "state"
     on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    chatty = logging.getLogger("absl")  # Orbax misses a file that is of no use here
+    level = chatty.level
+    chatty.setLevel(logging.ERROR)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             there: Any = checkpointer.metadata(path).item_metadata
@@ -101,6 +105,8 @@ def _restore(checkpoint: Path) -> Variables:
             variables = checkpointer.restore(path, like)["variables"]
     except Exception as error:  # Orbax and TensorStore pass damage on as many types
         raise UserError(f"cannot read the checkpoint {path} ({one_line(error)})") from error
+    finally:
+        chatty.setLevel(level)
     return Variables(variables["params"], variables.get("stats") or {}, {})
 
 
