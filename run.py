@@ -1,4 +1,6 @@
-"""Train, evaluate or attack: python run.py --config=configs/quickstart.py [--mode=train|eval|attack] [--workdir=DIR]
+"""Train, evaluate, attack or use: python run.py --config=configs/quickstart.py [--mode=MODE] [--workdir=DIR]
+
+MODE is train, eval, attack, or predict: --mode=predict --workdir=DIR --images=FOLDER --out=FILE.csv
 
 Settings after the config: --config=configs/cifar100_lt.py:method=mislas,imbalance=50 --config.epochs=100.
 The same command resumes a run that was stopped. Exit code 2: something to mend, named in one line.
@@ -12,6 +14,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -32,7 +35,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack", "predict"], "What to do.")
+_IMAGES = flags.DEFINE_string("images", "", "Of --mode=predict: a folder, or a quoted pattern such as 'photos/*.jpg'.")
+_OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl, or - for a table on standard output.")
+_TOP_K = flags.DEFINE_integer("top_k", 5, "Of --mode=predict: classes of each image.")
+_CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Of several processes: HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway)."
 )
@@ -47,7 +54,13 @@ def parse_flags(arguments: list[str]) -> list[str]:
     try:
         check_overrides(arguments)
         rest = flags.FLAGS(arguments)
-        if _CONFIG.value is None:
+        if _CALIBRATE.value and _MODE.value == "attack":
+            raise ValueError("--calibrate goes with --mode=train, eval or predict")
+        if _CONFIG.value is None and not told_by_workdir():
+            if _MODE.value == "predict" and _WORKDIR.value is not None:
+                raise ValueError(
+                    f"{_WORKDIR.value} holds no run (no config.json): give the --workdir of one, or a --config"
+                )
             raise ValueError("--config is needed, such as --config=configs/quickstart.py")
         if rest[1:]:
             raise ValueError(f"unexpected argument {rest[1]!r}: flags begin with --")
@@ -56,6 +69,11 @@ def parse_flags(arguments: list[str]) -> list[str]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         fail(lines[-1])
         raise SystemExit(2) from None
+
+
+def told_by_workdir() -> bool:
+    """Whether the config is that of the run in the workdir: who uses a model need not know it."""
+    return _CONFIG.value is None and _MODE.value == "predict" and (Path(_WORKDIR.value or "") / "config.json").is_file()
 
 
 def check_overrides(arguments: list[str]) -> None:
@@ -88,12 +106,11 @@ def fail(message: object) -> None:
 
 
 def main(_: list[str]) -> None:
-    from ltjax import (
-        problem,
-        processes,
-        robustness,
-        train,
-    )  # after the flags, so that --help and a mistyped flag answer at once
+    # after the flags, so that --help and a mistyped flag answer at once
+    from rich.console import Console
+
+    from ltjax import prediction, problem, processes, robustness, temperature, train
+    from ltjax.checkpoint import read_json
     from ltjax.signals import Interrupted
     from ltjax.types import UserError
 
@@ -102,16 +119,29 @@ def main(_: list[str]) -> None:
     # A background save that fails is raised again in this thread, which says it in one line.
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     threading.excepthook = sys.unraisablehook = lambda _: None
-    config = _CONFIG.value.to_dict()
+    config = read_json(Path(_WORKDIR.value or "") / "config.json") if told_by_workdir() else _CONFIG.value.to_dict()
     seed, replicas = config.get("seed", 0), config.get("replicas", 1)
     seeds = f"seeds{seed}-{seed + replicas - 1}" if replicas > 1 else f"seed{seed}"
     workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-{seeds}")
-    modes = {"train": train.train, "eval": train.evaluate_workdir, "attack": robustness.attack_workdir}
+
+    def predict(config, workdir, data_dir):
+        if _CALIBRATE.value:  # standard output may be the table's
+            temperature.calibrate_workdir(config, workdir, data_dir, Console(stderr=True))
+        prediction.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
+
+    modes: dict[str, Callable] = {
+        "train": train.train,
+        "eval": train.evaluate_workdir,
+        "attack": robustness.attack_workdir,
+        "predict": predict,
+    }
     do = modes[_MODE.value]
     try:
         problem.use_cpu_cores(config.get("batch_size", 1))
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
         do(config, workdir, _DATA_DIR.value)
+        if _CALIBRATE.value and do is not predict:
+            temperature.calibrate_workdir(config, workdir, _DATA_DIR.value)
         processes.finish()
     except UserError as error:
         fail(error)

@@ -78,7 +78,8 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
         built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}  # all errors now
         check_kept_optimizers(stages, built)
         if first:
-            described = splits.describe(problem.split, seed=run.data.seed, groups=problem.groups)
+            known = dict(groups=problem.groups, class_names=problem.class_names)
+            described = splits.describe(problem.split, seed=run.data.seed, **known)
             write_json(workdir / "config.json", config)
             write_json(workdir / "split.json", described)
             show_plan(run, stages, built, problem, workdir, console)

@@ -26,19 +26,10 @@ DISK_ERRORS = (
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """Make the folder, or check that it holds a run of the same config. Raises: UserError naming what differs."""
-    config = json.loads(json.dumps(config))
-    path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            trained, asked = ({**each, "attack": None} for each in (read_json(path), config))  # no part of training
-            changed = differences(trained, asked)
-            if changed:
-                more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-                raise UserError(
-                    f"{workdir} holds a run of another config ({'; '.join(changed[:5])}{more}): "
-                    "use another --workdir, or the old settings to resume"
-                )
+        if (workdir / "config.json").exists():
+            check_same_config(workdir, config)
         elif (workdir / "results.json").exists():
             raise UserError(f"{workdir} holds results without a config.json: use another --workdir")
         probe = workdir / ".writable"
@@ -46,6 +37,22 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot use workdir {workdir}: {error}; give another --workdir") from error
+
+
+def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raises: UserError naming what differs, where the folder holds a run of another config."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    config = json.loads(json.dumps(config))
+    trained, asked = ({**each, "attack": None} for each in (read_json(path), config))  # no part of training
+    changed = differences(trained, asked)
+    if changed:
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changed[:5])}{more}): "
+            "use another --workdir, or the old settings to resume"
+        )
 
 
 @contextlib.contextmanager

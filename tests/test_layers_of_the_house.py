@@ -19,6 +19,7 @@ ALLOWED = {
     "ltjax.types": {"jax"},
     "ltjax.losses": {"jax", "numpy"},
     "ltjax.metrics": {"jax", "numpy"},
+    "ltjax.calibration": {"jax"},
     "ltjax.hashing": {"jax", "numpy"},
     "ltjax.registry": {"ltjax.types"},
     "ltjax.config": {"ltjax.types"},
@@ -47,7 +48,8 @@ ALLOWED = {
 # The package's own `create`, which chooses by name, needs the registry too.
 ALLOWED["ltjax.models.__init__"] = ALLOWED["ltjax.models"] | {"ltjax.registry"}
 SEES_EVERYTHING = ("ltjax.train", "ltjax.problem", "ltjax.evaluate", "ltjax.feed")
-SEES_MODELS = ("ltjax.interop",)  # whose weights it brings in and takes out
+SEES_MODELS = ("ltjax.interop", "ltjax.predictor")  # whose weights come in and go out, and are used
+SEES_DATA = ("ltjax.predictor", "ltjax.prediction")  # what is predicted becomes of files what test images become
 
 
 def inside(name, package):
@@ -86,6 +88,7 @@ def test_only_the_training_loop_brings_methods_models_and_data_together(module):
     packages = ("ltjax.methods", "ltjax.models", "ltjax.data")
     own = {package for package in packages if inside(module, package)}
     own |= {"ltjax.models"} if any(inside(module, package) for package in SEES_MODELS) else set()
+    own |= {"ltjax.data"} if module in SEES_DATA else set()
     found = {package for package in packages for name in imports(FILES[module]) if inside(name, package)}
     assert found <= own
 
@@ -120,7 +123,7 @@ def test_ltjax_alone_loads_nothing():
     assert not loaded_by("import ltjax") & {"jax", "numpy", "flax", "optax"}
 
 
-@pytest.mark.parametrize("module", ["losses", "metrics", "hashing", "attacks"])
+@pytest.mark.parametrize("module", ["losses", "metrics", "calibration", "hashing", "attacks"])
 def test_a_loss_costs_jax_alone(module):
     loaded = loaded_by(f"import ltjax.{module}")
     assert "jax" in loaded

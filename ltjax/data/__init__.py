@@ -15,6 +15,8 @@ SOURCES = {
     "fashion_mnist_lt": "ltjax.data.fashion_mnist_lt",
     "tiny_imagenet": "ltjax.data.tiny_imagenet",
 }
+# Side in pixels of the images that are held in memory; those of the other sources are as large as config.data says.
+SIDES = {"cifar10": 32, "cifar100": 32, "fashion_mnist_lt": 28, "tiny_imagenet": 64}
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Images | Stored:

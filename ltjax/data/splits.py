@@ -113,13 +113,16 @@ def _choose(labels: np.ndarray, available: np.ndarray, counts: np.ndarray, holdo
     return Split(np.concatenate(train), np.concatenate(held), np.asarray(counts, np.int64))
 
 
-def describe(split: Split, *, seed: int, groups: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What `split.json` holds: counts, a SHA-256 of the kept indices (little-endian int64), the seed, the groups."""
+def describe(
+    split: Split, *, seed: int, groups: dict[str, np.ndarray], class_names: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """What `split.json` holds: counts, a SHA-256 of the kept indices (little-endian int64), the seed, groups, names."""
 
     def digest(indices):
         return hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()
 
     return {
+        "class_names": list(class_names),
         "class_counts": split.class_counts.tolist(),
         "num_train": len(split.train),
         "num_holdout": len(split.holdout),

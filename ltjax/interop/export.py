@@ -19,9 +19,10 @@ Of a run, the network is that of the newest checkpoint of its last stage, as its
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,27 @@ FORMATS = ("state_dict", "safetensors", "weights", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
+class Trained(NamedTuple):
+    """What a run has come to: its last stage that has a checkpoint, and the newest of them."""
+
+    run: config_module.Run
+    stage: str
+    settings: config_module.Stage
+    step: int
+
+
+def newest(workdir: Path) -> Trained:
+    """Of a run's workdir. Raises: UserError where it holds no run, or none that has trained."""
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} is neither a run's workdir (no config.json) nor a folder of weights")
+    run, stages = config_module.parse(read_json(workdir / "config.json"))
+    steps = {name: complete_steps(workdir / "checkpoints" / name) for name in run.stages}
+    trained = [name for name in run.stages if steps[name]]
+    if not trained:
+        raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
+    return Trained(run, trained[-1], stages[trained[-1]], steps[trained[-1]][-1])
+
+
 def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
     """The weights in a folder of weights, or those that a run has come to. Needs no data set.
 
@@ -49,29 +71,32 @@ def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
     source = Path(source)
     if (source / DESCRIPTION).is_file():
         return load_weights(source)
-    if not (source / "config.json").is_file():
-        raise UserError(f"{source} is neither a run's workdir (no config.json) nor a folder of weights")
-    run, stages = config_module.parse(read_json(source / "config.json"))
+    return weights_of(source, newest(source), net=net, replica=replica)
+
+
+def weights_of(workdir: Path, trained: Trained, *, net: str = "net", replica: int = 0) -> Weights:
+    """The weights of what `newest` has found in a workdir, as the stage's evaluation has them."""
+    run = trained.run
     settings = dict(run.guide if net == "guide" else run.model)
     if net not in ("net", "guide") or not settings:
         raise UserError(f"--net={net}: the run has {'net and guide' if run.guide else 'net alone'}")
     if not 0 <= replica < run.replicas:
         raise UserError(f"--replica={replica}: the run has {run.replicas}, counted from 0")
-    trained = [name for name in run.stages if complete_steps(source / "checkpoints" / name)]
-    if not trained:
-        raise UserError(f"{source} holds no checkpoint yet: train first, with --mode=train")
-    own = _restore(source / "checkpoints" / trained[-1])
+    own = _restore(workdir / "checkpoints" / trained.stage / str(trained.step))
     own = jax.tree.map(lambda x: x[replica], own) if run.replicas > 1 else own
-    own = judged(stages[trained[-1]], own) if net == "net" else own
+    own = judged(trained.settings, own) if net == "net" else own
     variables = Variables({"net": own.params[net]}, {"net": own.stats.get(net, {})}, {})
     num_classes = own.params[net]["classifier"]["kernel"].shape[-1]
     return Weights(jax.tree.map(np.asarray, variables), settings, num_classes)
 
 
-def _restore(directory: Path) -> Variables:
-    """The networks' variables in the newest checkpoint below a directory, on one device."""
-    path = directory.absolute() / str(complete_steps(directory)[-1]) / "state"
+def _restore(checkpoint: Path) -> Variables:
+    """The networks' variables in a checkpoint, on one device."""
+    path = checkpoint.absolute() / "state"
     on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    chatty = logging.getLogger("absl")  # Orbax misses a file that is of no use here
+    level = chatty.level
+    chatty.setLevel(logging.ERROR)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             there: Any = checkpointer.metadata(path).item_metadata
@@ -80,6 +105,8 @@ def _restore(directory: Path) -> Variables:
             variables = checkpointer.restore(path, like)["variables"]
     except Exception as error:  # Orbax and TensorStore pass damage on as many types
         raise UserError(f"cannot read the checkpoint {path} ({one_line(error)})") from error
+    finally:
+        chatty.setLevel(level)
     return Variables(variables["params"], variables.get("stats") or {}, {})
 
 
