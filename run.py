@@ -1,9 +1,12 @@
-"""Train, evaluate, attack or use: python run.py --config=configs/quickstart.py [--mode=MODE] [--workdir=DIR]
+"""Train, judge and use classifiers of long-tailed and of attacked images.
 
-MODE is train, eval, attack, or predict: --mode=predict --workdir=DIR --images=FOLDER --out=FILE.csv
+  python run.py --config=configs/quickstart.py             trains; the same command resumes a run that was stopped
+  python run.py --config=configs/cifar100_lt.py:help       lists the arguments of a config, and settings worth knowing
+  python run.py --config=configs/cifar100_lt.py:method=mislas,imbalance=50 --config.epochs=100 --dry_run
+  python run.py --config=configs/cifar100_lt.py:method=mislas,imbalance=50 --mode=attack
+  python run.py --workdir=runs/quickstart-seed0 --mode=predict --images=FOLDER --out=FILE.csv
 
-Settings after the config: --config=configs/cifar100_lt.py:method=mislas,imbalance=50 --config.epochs=100.
-The same command resumes a run that was stopped. Exit code 2: something to mend, named in one line.
+Exit code 2: something to mend, named in one line.
 """
 
 import logging
@@ -31,7 +34,12 @@ if __name__ == "__main__":
 from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its arguments after a colon.")
+from configs.common import Help  # noqa: E402
+from ltjax import usage  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with its arguments after a colon; :help lists them."
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
 )
@@ -40,17 +48,30 @@ _IMAGES = flags.DEFINE_string("images", "", "Of --mode=predict: a folder, or a q
 _OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl, or - for a table on standard output.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "Of --mode=predict: classes of each image.")
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
+_DRY_RUN = flags.DEFINE_boolean(
+    "dry_run", False, "Print stages, parameter groups, schedules, class counts and memory; train and write nothing."
+)
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "Of several processes: HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway)."
+    "coordinator", "", "HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway)."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
 _PATIENCE = flags.DEFINE_integer("patience", 60, "Seconds of silence after which another process counts as lost.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: $TFDS_DATA_DIR.")
 
+GROUPS = {"Several processes": ("coordinator", "num_processes", "process_id", "patience")}  # in --help
+
+
+def help_page() -> str:
+    own = flags.FLAGS.find_module_defining_flag(_MODE.name)
+    return usage.flags_page(__doc__ or "", flags.FLAGS.flags_by_module_dict()[own or ""], GROUPS)
+
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """Read the flags; every mistake in them, or in the config, becomes one line."""
+    if not arguments[1:] or {"-h", "-help", "--help"} & set(arguments[1:]):
+        print(help_page())
+        raise SystemExit(0)
     try:
         check_overrides(arguments)
         rest = flags.FLAGS(arguments)
@@ -77,7 +98,8 @@ def told_by_workdir() -> bool:
 
 
 def check_overrides(arguments: list[str]) -> None:
-    """Load the config once by itself: ml_collections wraps its errors in tracebacks, and names no allowed keys."""
+    """Load the config once by itself: ml_collections wraps its errors in tracebacks, and names no allowed keys.
+    Of `help` among its arguments, print what that lists, and exit."""
     given = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--config") and "=" in a)
     path, *argument = given.pop("config", "").split(":", 1)
     if not path:
@@ -85,7 +107,14 @@ def check_overrides(arguments: list[str]) -> None:
     if not Path(path).is_file():
         have = ", ".join(str(p) for p in sorted(Path(path).parent.glob("*.py")))
         raise ValueError(f"no config file {path}; in its folder: {have or 'none'}")
-    config = runpy.run_path(path)["get_config"](*argument).to_dict()
+    file = runpy.run_path(path)
+    try:
+        config = file["get_config"](*argument).to_dict()
+    except Help as asked:
+        others = ",".join(part for part in argument[0].split(",") if part != "help")
+        heading = (file["__doc__"] or path).partition("\n")[0]
+        print(usage.config_page(path, heading, asked.arguments, file["get_config"](others or None).to_dict()))
+        raise SystemExit(0) from None
     for key in given:
         check_key(config, key.removeprefix("config."))
 
@@ -135,8 +164,10 @@ def main(_: list[str]) -> None:
         "attack": robustness.attack_workdir,
         "predict": predict,
     }
-    do = modes[_MODE.value]
+    do = train.dry_run if _DRY_RUN.value else modes[_MODE.value]
     try:
+        if _DRY_RUN.value and _MODE.value != "train":
+            raise UserError(f"--dry_run is for --mode=train, not {_MODE.value}")
         problem.use_cpu_cores(config.get("batch_size", 1))
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
         do(config, workdir, _DATA_DIR.value)

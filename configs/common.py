@@ -2,46 +2,106 @@
 
 import math
 import re
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs import recipes
 
+LONG_TAILED = {"reslt", "smoothing"}  # blocks that need rare classes
 BALANCED = ("pgd_at", "trades", "alp", "bgat", "ce", "mixup")  # and lbgat, methods where no class is rare
-# Arguments of adversarial training: the guide's network; the KL's weight, -1 for the method's own; the loss of the
-# labels (LBGAT's guide); adversarial weight perturbation; the sampler of the first part; the radius.
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the papers', for CIFAR-100 as well
+
+
+class Text(NamedTuple):
+    """An argument that is read later."""
+
+    default: str
+    form: str  # what it may be, in words
+
+
+# What each argument of a config means, for `:help`.
+MEANINGS = {
+    "method": "the recipe: a chain of stages",
+    "recipe": "instead of a method: blocks joined by +, such as reslt+dro+smoothing",
+    "imbalance": "images of the largest class over those of the smallest, 1 or more",
+    "profile": "how the images of a class become fewer: exponentially, or half of the classes in one step",
+    "budget": "the papers' epochs, or a few, for a machine without an accelerator",
+    "model": "the network; auto: the recipe's",
+    "classifier": "the network's last layer; auto: the method's",
+    "augment": "paper: the recipe's own; plain: crops and flips; auto: AutoAugment and Cutout, or RandAugment",
+    "mixup": "of Beta(a, a), in stages that train the whole network; 0: the recipe's own",
+    "holdout": "images of each class that are kept out of training, to choose by",
+    "size": "side of the images that the network sees, in pixels",
+    "runlocal": "shrink everything to a laptop: 64 pixels, a ResNet-10, few classes, images and epochs",
+    "guide": "adversarial training, lbgat and bgat: the natural network; auto: the recipe's",
+    "beta": "adversarial training: weight of the KL divergence, from 0 up; else the method's own",
+    "loss": "adversarial training: of the labels (lbgat: of the guide)",
+    "awp": "adversarial training: perturb the weights as well",
+    "sampler": "adversarial training: of the first stage",
+    "epsilon": "adversarial training: l-inf radius in pixel units of [0, 1]",
+}
+NETWORKS = "such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18"
 ROBUST_ARGUMENTS = {
-    "guide": "auto",
-    "beta": -1.0,
+    "guide": Text("auto", NETWORKS),
+    "beta": -1.0,  # the method's own
     "loss": recipes.robust.LOSSES,
     "awp": ("false", "true"),
     "sampler": ("instance_balanced", "class_aware", "class_balanced"),
-    "epsilon": "0.031",
+    "epsilon": Text("0.031", "a number, or a fraction such as 8/255"),
 }
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the papers', for CIFAR-100 as well
+
+
+class Help(Exception):
+    """`help` was among the arguments of a config. arguments: {name: (default, what is allowed, meaning)}."""
+
+    def __init__(self, allowed: dict):
+        super().__init__("help is for `python run.py --config=FILE:help`")
+        self.arguments = {name: (*_in_words(choice), MEANINGS.get(name, "")) for name, choice in allowed.items()}
+
+
+def _in_words(choice) -> tuple[str, str]:
+    """The default of an argument, and what is allowed."""
+    if isinstance(choice, Text):
+        return choice
+    if isinstance(choice, tuple):
+        return choice[0], ", ".join(choice)
+    if isinstance(choice, bool):
+        return "", "no value"
+    return f"{choice:g}" if choice >= 0 else "", "a number"
 
 
 def read_arguments(text: str | None, allowed: dict) -> ConfigDict:
     """`"method=ce,imbalance=50"` -> values, with defaults.
 
-    allowed: {name: (default, other choices...), or a number, or a text}.
+    allowed: {name: (default, other choices...), or a `Text`, or a number, or False: given without a value}.
+    Raises: ValueError for a mistake; Help where an argument is `help`.
     """
     values = {name: choice[0] if isinstance(choice, tuple) else choice for name, choice in allowed.items()}
-    for part in filter(None, (text or "").split(",")):
+    parts = [part for part in (text or "").split(",") if part]
+    for part in parts:
         name, _, value = part.partition("=")
+        if part == "help":
+            continue
         if name not in allowed:
             raise ValueError(f"unknown config argument {name!r}; allowed: {', '.join(allowed) or 'none'}")
-        if isinstance(allowed[name], tuple):
+        if isinstance(allowed[name], Text):
+            values[name] = value
+        elif isinstance(allowed[name], tuple):
             if value not in allowed[name]:
                 raise ValueError(f"config argument {part!r}: allowed values of {name}: {', '.join(allowed[name])}")
             values[name] = value
-        elif isinstance(allowed[name], str):
-            values[name] = value
+        elif isinstance(allowed[name], bool):
+            if part != name:
+                raise ValueError(f"config argument {part!r}: {name} takes no value")
+            values[name] = True
         else:
             try:
                 values[name] = float(value)
             except ValueError:
                 raise ValueError(f"config argument {part!r}: {name} is a number") from None
+    if "help" in parts:
+        raise Help(allowed)
     return ConfigDict(values)
 
 
@@ -58,12 +118,18 @@ def model(text: str, argument: str = "model") -> dict:
         return dict(name={"resnet": "resnet", "preact": "preact_resnet"}[found[1]], depth=int(found[2]), width=64)
     if found := re.fullmatch(r"resnet(\d+)", text):
         return dict(name="resnet_cifar", depth=int(found[1]), width=16)
-    raise ValueError(f"config argument '{argument}={text}': such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18")
+    raise ValueError(f"config argument '{argument}={text}': {NETWORKS}")
 
 
 def choose(value: str, otherwise):
     """An argument whose default is "auto"."""
     return otherwise if value == "auto" else value
+
+
+def chains(*, long_tailed: bool) -> Text:
+    """The argument `recipe`."""
+    fitting = lambda blocks: ", ".join(block for block in blocks if long_tailed or block not in LONG_TAILED)  # noqa: E731
+    return Text("", f"first {fitting(recipes.SCRATCH)}; then any of {fitting(recipes.NEXT)}")
 
 
 def checked(arg: str | None, allowed: dict, *, long_tailed: bool) -> tuple[ConfigDict, recipes.Recipe]:
@@ -83,7 +149,7 @@ def checked(arg: str | None, allowed: dict, *, long_tailed: bool) -> tuple[Confi
             raise ValueError(f"config argument {key!r} is for {', '.join(blocks)}")
     if "beta=" in (arg or "") and not arguments.beta >= 0:
         raise ValueError(f"config argument 'beta={arguments.beta:g}': from 0 up")
-    if not long_tailed and (tailed := {"reslt", "smoothing"} & set(chosen.blocks)):
+    if not long_tailed and (tailed := LONG_TAILED & set(chosen.blocks)):
         raise ValueError(f"config argument 'recipe={arguments.recipe}': {min(tailed)} is for long-tailed data")
     return arguments, chosen
 
@@ -178,10 +244,10 @@ def small_images(
     long_tailed = mislas is not None
     allowed: dict = {
         "method": tuple(recipes.METHODS) if long_tailed else ("lbgat", *BALANCED),
-        "recipe": "",
+        "recipe": chains(long_tailed=long_tailed),
         **({"imbalance": 100.0, "profile": ("exp", "step")} if long_tailed else {}),
         "budget": ("full", "short"),
-        "model": "auto",
+        "model": Text("auto", NETWORKS),
         "classifier": ("auto", "linear", "cosine"),
         "augment": ("paper", "plain", "auto"),
         "mixup": 0.0,
@@ -248,7 +314,11 @@ def changed(arguments: ConfigDict, allowed: dict) -> list[str]:
         if arguments[key] != default:
             parts.append(arguments[key] if key != "guide" else f"{arguments[key]}-guide")
     parts += [f"beta{arguments.beta:g}"] if arguments.beta >= 0 else []
-    parts += [f"eps{arguments.epsilon.replace('/', '_')}"] if arguments.epsilon != ROBUST_ARGUMENTS["epsilon"] else []
+    parts += (
+        [f"eps{arguments.epsilon.replace('/', '_')}"]
+        if arguments.epsilon != ROBUST_ARGUMENTS["epsilon"].default
+        else []
+    )
     parts += ["awp"] if arguments.awp == "true" else []
     parts += [f"{arguments.augment}-augment"] if arguments.augment != "paper" else []
     return parts + ([f"mixup{arguments.mixup:g}"] if arguments.mixup else [])

@@ -10,6 +10,7 @@ from configs import common, recipes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 LOCAL_STARTS = dict(medium_start=0.35, tail_start=0.7)  # of ResLT's branches, as shares of the classes
 DEPTHS = {"resnet": (10, 18, 34, 50, 101, 152), "resnext": (50, 101)}
+NETWORKS = "one of " + ", ".join(f"{kind}{depth}" for kind, depths in DEPTHS.items() for depth in depths)
 
 
 class Recipe(NamedTuple):
@@ -34,8 +35,7 @@ def model(text: str) -> dict[str, Any]:
     """The network of a name: resnet10, 18, 34, 50, 101 or 152; resnext50 or 101 (32x4d)."""
     found = re.fullmatch(r"(resnet|resnext)(\d+)", text)
     if not found or int(found[2]) not in DEPTHS[found[1]]:
-        known = ", ".join(f"{kind}{depth}" for kind, depths in DEPTHS.items() for depth in depths)
-        raise ValueError(f"config argument 'model={text}': one of {known}")
+        raise ValueError(f"config argument 'model={text}': {NETWORKS}")
     groups = dict(groups=32, group_width=4) if found[1] == "resnext" else {}
     return dict(name="resnet", depth=int(found[2]), stem="large", strides=(1, 2, 2, 2), **groups)
 
@@ -47,17 +47,18 @@ def images(name: str, arg: str | None, recipe: Recipe, *, source: str = "") -> C
     epochs, at most 100 images of each of the first 50 classes, and no network that was trained elsewhere.
     """
     local = "runlocal" in (arg or "").split(",")
-    arg = ",".join(part for part in (arg or "").split(",") if part != "runlocal")
     allowed: dict = {
         "method": tuple(recipes.METHODS),
-        "recipe": "",
-        "model": "auto",
+        "recipe": common.chains(long_tailed=True),
+        "model": common.Text("auto", NETWORKS),
         "classifier": ("auto", "linear", "cosine"),
         "augment": ("paper", "plain", "auto"),
         "mixup": 0.0,
         "holdout": 0.0,
         "size": float(64 if local else recipe.size),
+        "runlocal": False,
         **common.ROBUST_ARGUMENTS,
+        "guide": common.Text("auto", NETWORKS),
     }
     arguments, chosen = common.checked(arg, allowed, long_tailed=True)
     if arguments.size != int(arguments.size) or arguments.size < 32:

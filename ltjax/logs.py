@@ -1,7 +1,8 @@
-"""What can be watched while a run goes on: a progress bar, `metrics.jsonl`, TensorBoard."""
+"""What can be watched while a run goes on: a progress bar or lines, `metrics.jsonl`, TensorBoard."""
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from tensorboardX import SummaryWriter
+
+LINE_SECONDS = 30.0  # between lines about progress, where nobody sees a bar
 
 
 class RunLog:
@@ -90,15 +94,37 @@ class NoLog:
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """Where people read: wide enough for a table when the output is a file."""
-    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=120, soft_wrap=True, quiet=quiet)
+    """Where people read. A file gets plain lines, however long, and tables of up to 120 columns, even where
+    FORCE_COLOR claims a terminal."""
+    if sys.stdout.isatty():
+        return Console(quiet=quiet)
+    return Console(width=120, soft_wrap=True, quiet=quiet, force_terminal=False)
 
 
-class StageProgress(Progress):
-    """A live bar in a terminal (epoch, rate, loss, time left); in a file nothing but the lines printed."""
+class LiveOrLines(Progress):
+    """A live bar in a terminal; in a file, a line when `LINE_SECONDS` have passed without one."""
+
+    def __init__(self, console: Console, *columns: ProgressColumn):
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._last = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """A line that stays, in a terminal and in a file."""
+        self.console.print(line)
+        self._last = time.monotonic()
+
+    def pulse(self, line: str) -> None:
+        """What the bar shows, in words."""
+        if self.disable and time.monotonic() - self._last >= LINE_SECONDS:
+            self.say(line)
+
+
+class StageProgress(LiveOrLines):
+    """Of a stage: epoch, rate, loss, time left."""
 
     def __init__(self, console: Console, title: str, num_steps: int, done: int, batch_size: int, epochs: int):
         super().__init__(
+            console,
             TextColumn("[bold]{task.description}"),
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
@@ -106,11 +132,8 @@ class StageProgress(Progress):
             TextColumn("loss {task.fields[loss]}"),
             TimeElapsedColumn(),
             TextColumn("ETA {task.fields[eta]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
         )
-        self._batch_size, self._epochs = batch_size, epochs
+        self._title, self._num_steps, self._batch_size, self._epochs = title, num_steps, batch_size, epochs
         self._bar = self.add_task(
             title, total=num_steps, completed=done, epoch=f"-/{epochs}", rate="compiling", loss="-", eta="-"
         )
@@ -125,13 +148,18 @@ class StageProgress(Progress):
             loss=f"{loss:.3f}",
             eta=clock(seconds_left),
         )
+        self.pulse(
+            f"{self._title}  epoch {epoch}/{self._epochs}  step {step:,}/{self._num_steps:,}  loss {loss:.3f}  {rate}  "
+            f"ETA {clock(seconds_left)}"
+        )
 
 
-class AttackProgress(Progress):
-    """A live bar in a terminal for each attack: images settled, robust accuracy so far, time left; else nothing."""
+class AttackProgress(LiveOrLines):
+    """Of each attack: images settled, robust accuracy so far, time left."""
 
     def __init__(self, console: Console):
         super().__init__(
+            console,
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -139,18 +167,21 @@ class AttackProgress(Progress):
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
         )
         self._bars: dict[str, Any] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # of each attack: when, and the images settled by then
 
     def show(self, attack: str, settled: int, total: int, robust: float | None = None) -> None:
         """robust: share of all images that still stand, where it is known."""
         if attack not in self._bars:
             self._bars[attack] = self.add_task(attack, total=total, robust="")
+            self._began[attack] = time.monotonic(), settled
         shown = "" if robust is None else f"robust accuracy so far {robust:.1%}"
         self.update(self._bars[attack], completed=settled, total=total, robust=shown)
+        began, before = self._began[attack]
+        rate = (settled - before) / max(time.monotonic() - began, 1e-9)
+        left = clock((total - settled) / rate if rate else None)
+        self.pulse("  ".join(filter(None, (f"{attack}: {settled:,} of {total:,} images", shown, f"ETA {left}"))))
 
 
 def clock(seconds: float | None) -> str:

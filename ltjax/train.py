@@ -9,15 +9,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from rich.console import Console
 
 from ltjax import config as config_module
-from ltjax import logs, optim, parallel, processes, results, stage
+from ltjax import logs, plan, processes, results, stage
 from ltjax.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
 from ltjax.config import Run
 from ltjax.data import splits
 from ltjax.feed import DISPATCH_STEPS
+from ltjax.interop.weights import into, load_weights
 from ltjax.problem import (
     Imported,
     Problem,
@@ -25,6 +25,7 @@ from ltjax.problem import (
     build_stage,
     class_means_for,
     evaluate_split,
+    fresh_shapes,
     imported,
     initial_variables,
     operate,
@@ -36,7 +37,7 @@ from ltjax.report import figures
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.stage import State
 from ltjax.types import UserError
-from ltjax.workdir import locked, named_disk_errors, open_workdir
+from ltjax.workdir import check_workdir, locked, named_disk_errors, open_workdir
 
 
 def chunk_length(steps_per_epoch: int, asked: int, replicas: int = 1, *, streamed: bool = False) -> int:
@@ -74,15 +75,14 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
             return finished
 
         commit = results.git_commit()
-        problem = setup(run, data_dir)
-        built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}  # all errors now
-        check_kept_optimizers(stages, built)
+        problem, built = prepare(run, stages, data_dir)
         if first:
             known = dict(groups=problem.groups, class_names=problem.class_names)
             described = splits.describe(problem.split, seed=run.data.seed, **known)
             write_json(workdir / "config.json", config)
             write_json(workdir / "split.json", described)
-            show_plan(run, stages, built, problem, workdir, console)
+            plan.write_parameters(problem, workdir / "parameters.txt")
+            plan.show(run, stages, built, problem, workdir, console)
 
         steps_before = dict(zip(stages, np.cumsum([0] + [b.num_steps for b in built.values()]).tolist(), strict=False))
         finals: dict[str, State] = {}
@@ -103,6 +103,34 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
         results.print_table(summary, console)
         console.print(f"Results, metrics, checkpoints and report/summary.png are in {workdir}")
         return summary
+
+
+def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> None:
+    """Print what `train` is going to do, and in how much memory; train and write nothing. Raises: UserError, as `train`
+    before its first step."""
+    console = logs.make_console(quiet=not processes.first())
+    run, stages = config_module.parse(config)
+    processes.on_first(lambda: check_workdir(Path(workdir), config))
+    problem, built = prepare(run, stages, data_dir)
+    plan.show(run, stages, built, problem, Path(workdir), console)
+    plan.show_details(run, stages, built, problem, console)
+
+
+def prepare(
+    run: Run, stages: Mapping[str, config_module.Stage], data_dir: str | Path | None
+) -> tuple[Problem, dict[str, stage.Stage]]:
+    """All that can go wrong before the first step goes wrong here."""
+    problem = setup(run, data_dir)
+    built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}
+    for name, settings in stages.items():
+        if settings.keep_optimizer and built[name].assigned != built[settings.start_from].assigned:
+            raise UserError(
+                f"config.{name}.keep_optimizer: stage {settings.start_from!r} does not train the same parameters "
+                "in the same groups"
+            )
+    if run.weights:
+        into(fresh_shapes(run, problem), load_weights(run.weights), run.weights_parts)
+    return problem, built
 
 
 def run_stage(
@@ -188,7 +216,7 @@ def run_stage(
                 speed = together / step_seconds if step_seconds else None
                 test = record["evaluations"][-1]["test"]
                 wait = waited / record["train_seconds"] if record["train_seconds"] else 0.0
-                bar.console.print(epoch_line(settings, epoch + 1, means["loss"], test, speed, left, wait))
+                bar.say(epoch_line(settings, epoch + 1, means["loss"], test, speed, left, wait))
             record["seconds"] = time.monotonic() - started
             if saving:
                 checkpoints.save(step, state, record, score)
@@ -198,7 +226,7 @@ def run_stage(
                 raise Interrupted(stop.requested or signal.SIGTERM)
         if not record["evaluations"]:  # a stage of surgery alone
             score = evaluate_stage(run, name, settings, problem, state, 0, record, log)
-            bar.console.print(epoch_line(settings, 0, None, record["evaluations"][-1]["test"], None, None))
+            bar.say(epoch_line(settings, 0, None, record["evaluations"][-1]["test"], None, None))
             record["seconds"] = time.monotonic() - started
             checkpoints.save(0, state, record, score)
     checkpoints.wait()
@@ -219,15 +247,6 @@ def evaluate_stage(run, name, settings, problem, state, epoch, record, log) -> f
     earlier = [{key: _brief(part) for key, part in each.items()} for each in record["evaluations"]]
     record["evaluations"] = [*earlier, evaluation]
     return evaluation["holdout" if problem.holdout_set else "test"]["accuracy"]["all"]
-
-
-def check_kept_optimizers(stages: Mapping[str, config_module.Stage], built: Mapping[str, stage.Stage]) -> None:
-    for name, settings in stages.items():
-        if settings.keep_optimizer and built[name].assigned != built[settings.start_from].assigned:
-            raise UserError(
-                f"config.{name}.keep_optimizer: stage {settings.start_from!r} does not train the same parameters "
-                "in the same groups"
-            )
 
 
 def non_finite(name, epoch, step, what, settings, checkpoints: Checkpoints) -> UserError:
@@ -262,46 +281,6 @@ def epoch_line(settings, epoch, loss, test, images_per_second, seconds_left, wai
     speed += f" ({wait:.0%} of it waiting for data)" if wait > 0.05 else ""
     left = f"  ETA {logs.clock(seconds_left)}" if epoch else ""
     return f"{settings.title}  {progress}test {groups}  ECE {test['ece']:.1%}{nearest}{speed}{left}"
-
-
-def show_plan(run, stages, built, problem, workdir, console) -> None:
-    """Print what is about to happen; every parameter, by path, goes to `parameters.txt`."""
-    counts, devices = problem.split.class_counts, problem.mesh.devices.flat
-    held = f", {len(problem.split.holdout)} held out" if run.data.holdout else ""
-    console.print(
-        f"{run.data.name}: {counts.sum():,} training images of {len(counts)} classes, {counts.max()} down to "
-        f"{counts.min()} a class (imbalance factor {counts.max() / counts.min():.4g}){held}; "
-        f"{problem.test_set.size:,} test images"
-    )
-    for group, member in problem.groups.items():
-        if member.any():
-            console.print(f"  {group}: {_classes(np.flatnonzero(member), counts, problem.class_names)}")
-    console.print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), workdir {workdir}")
-    if run.replicas > 1:
-        groups = problem.mesh.shape[parallel.REPLICA_AXIS]
-        console.print(
-            f"{run.replicas} replicas, seeds {run.seed} to {run.seed + run.replicas - 1}, on {groups} group(s) of "
-            f"{len(devices) // groups} device(s)"
-        )
-    params = problem.shapes.params
-    (workdir / "parameters.txt").write_text(
-        parameter_overview.get_parameter_overview(params, include_stats=False) + "\n"
-    )
-    sizes = {path: leaf.size for path, leaf in optim.flatten(params).items()}
-    total = sum(sizes.values())
-    for name, settings in stages.items():
-        trained = sum(sizes.get(path, 0) for path in built[name].trained)
-        steps = f"{settings.epochs} epochs of {built[name].steps_per_epoch} steps"
-        length = f"{steps}, {trained:,} of {total:,} parameters train" if settings.epochs else "no training"
-        what = ", ".join(filter(None, (settings.surgery.get("name"), length)))
-        console.print(f"stage {name} ({settings.title}): {what}, from {settings.start_from}")
-
-
-def _classes(members: np.ndarray, counts: np.ndarray, names: tuple[str, ...], shown: int = 8) -> str:
-    """How many classes a group has, the images in it, and the names and counts of the largest ones."""
-    largest = members[np.argsort(-counts[members], kind="stable")][:shown]
-    listed = ", ".join(f"{names[c]} {counts[c]}" for c in largest) + (", ..." if len(members) > shown else "")
-    return f"{len(members):,} classes, {counts[members].sum():,} images: {listed}"
 
 
 def evaluate_workdir(

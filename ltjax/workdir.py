@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,33 @@ DISK_ERRORS = (
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """Make the folder, or check that it holds a run of the same config. Raises: UserError naming what differs."""
+    check_workdir(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if (workdir / "config.json").exists():
-            check_same_config(workdir, config)
-        elif (workdir / "results.json").exists():
-            raise UserError(f"{workdir} holds results without a config.json: use another --workdir")
         probe = workdir / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot use workdir {workdir}: {error}; give another --workdir") from error
+        raise _unusable(workdir, error) from error
+
+
+def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """The part of `open_workdir` that writes nothing."""
+    try:
+        there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            error = errno.EACCES if there.is_dir() else errno.ENOTDIR
+            raise OSError(error, os.strerror(error), str(there))
+        if (workdir / "config.json").exists():
+            check_same_config(workdir, config)
+        elif (workdir / "results.json").exists():
+            raise UserError(f"{workdir} holds results without a config.json: use another --workdir")
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+
+
+def _unusable(workdir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot use workdir {workdir}: {error}; give another --workdir")
 
 
 def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
