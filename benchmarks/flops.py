@@ -59,7 +59,12 @@ class Network(NamedTuple):
 
 
 def network(model: Mapping[str, Any], num_classes: int, *, size: int = 32, channels: int = 3) -> Network:
-    """model: as in a config: name (any of `ltjax.models.MODELS`), depth, width and what else there is."""
+    """model: as in a config: name (any of `ltjax.models.MODELS`), depth, width and what else there is.
+
+    Raises: ValueError for bottlenecks and the stem for large images, which are not counted here.
+    """
+    if model.get("stem", "small") != "small" or model["name"] == "resnet" and model["depth"] >= 50:
+        raise ValueError(f"no count by hand for {dict(model)}: basic blocks and the small stem alone")
     layers = convolutions(size=size, channels=channels, **{key: model[key] for key in ("name", "depth", "width")})
     classifier = 2 * layers[-1].out * num_classes
     return Network(sum(layer.operations for layer in layers) + classifier, layers[0].operations, classifier)

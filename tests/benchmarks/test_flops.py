@@ -65,6 +65,12 @@ def variables_of(net):
     return jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
 
 
+@pytest.mark.parametrize("settings", [dict(depth=50), dict(depth=18, stem="large")])
+def test_what_is_not_counted_by_hand_is_refused(settings):
+    with pytest.raises(ValueError, match="basic blocks and the small stem alone"):
+        flops.network(dict(name="resnet", width=64, **settings), 100)
+
+
 @pytest.mark.parametrize("model", NETWORKS, ids=lambda model: "{name}-{depth}-{width}".format(**model))
 def test_the_convolutions_counted_are_those_of_the_network(model):
     params = jax.tree.leaves(variables_of(models.create(**model, num_classes=100))["params"])

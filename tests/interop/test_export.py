@@ -1,6 +1,5 @@
 """Weights in PyTorch's names and as StableHLO: what comes out goes in again."""
 
-import inspect
 import json
 import sys
 
@@ -25,13 +24,10 @@ NETWORKS = {
     "preact": ("preact_resnet", dict(width=2)),
     "lbgat": ("wide_resnet", dict(depth=16, width=1)),
     "cosine": ("resnet_cifar", dict(depth=8, width=4, classifier="cosine")),
+    "resnet50": ("resnet", dict(depth=50, stem="large", width=4)),
+    "resnext50": ("resnet", dict(depth=50, stem="large", width=16, groups=8, group_width=4)),
+    "places": ("resnet", dict(depth=50, blocks=(1, 1, 1, 1), width=4, stem="large", extra_block=True)),
 }
-if "extra_block" in inspect.signature(models.create).parameters:
-    NETWORKS |= {
-        "resnet50": ("resnet", dict(depth=50, stem="large", width=4)),
-        "resnext50": ("resnet", dict(depth=50, stem="large", width=16, groups=8, group_width=4)),
-        "places": ("resnet", dict(depth=50, blocks=(1, 1, 1, 1), width=4, stem="large", extra_block=True)),
-    }
 
 
 @pytest.fixture(params=NETWORKS)
