@@ -64,9 +64,10 @@ def run(copy, *command):
 
 
 def test_the_added_method_trains_on_the_added_data_set(copy):
-    command = "run.py --config=configs/plankton.py:method=centre,model=resnet8,budget=short --data_dir=. --workdir=run"
-    small = "--config.epochs=1 --config.batch_size=8 --config.model.width=2 --config.data.many_above=10 --config.data.few_below=6"
-    shown = run(copy, *command.split(), *small.split())
+    config = "--config=configs/plankton.py:method=centre,model=resnet8,budget=short"
+    small = ("epochs=1", "batch_size=8", "model.width=2", "data.many_above=10", "data.few_below=6")
+    flags = [f"--config.{setting}" for setting in small]
+    shown = run(copy, "run.py", config, *flags, "--data_dir=.", "--workdir=run")
     assert "Centre loss" in shown
     assert (copy / "run" / "results.json").is_file()
 
