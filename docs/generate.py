@@ -246,8 +246,10 @@ def figures(method: str) -> str:
 
 def docstring(name: str) -> str:
     """The figures of a config as its docstring has them."""
-    found = "\n\n".join("\n".join([f"{heading}:", *lines]) for heading, lines in sections(name))
-    return f"```text\n{found}\n```"
+    return "\n\n".join(
+        "\n".join([f"{heading}:\n", *(f"- {part.strip()}" for line in lines for part in line.split(";"))])
+        for heading, lines in sections(name)
+    )
 
 
 BLOCKS = {"recipe": recipe, "across": across, "reproduction": reproduction, "figures": figures, "docstring": docstring}

@@ -53,10 +53,11 @@ def smoothing_by_count(
     """MiSLAS's label smoothing of each class, growing with its number of training images.
 
     With `x = (n_c - n_min) / (n_max - n_min)`:
-      concave  tail + (head - tail) sin(pi x / 2)
-      linear   tail + (head - tail) x
-      convex   head + (head - tail) sin(3 pi / 2 + pi x / 2)
-      exp      tail + (head - tail) x^power
+
+        concave  tail + (head - tail) sin(pi x / 2)
+        linear   tail + (head - tail) x
+        convex   head + (head - tail) sin(3 pi / 2 + pi x / 2)
+        exp      tail + (head - tail) x^power
 
     Args:
       class_counts: [C] training images of each class.
