@@ -17,7 +17,12 @@ SMOOTHING_SHAPES = ("concave", "linear", "convex", "exp")
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Softmax cross-entropy `-log p_y`: logits [B, C], integer labels [B] -> [B]."""
+    """Softmax cross-entropy `-log p_y`: logits [B, C], integer labels [B] -> [B].
+
+    Examples:
+      >>> losses.cross_entropy(jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1]))
+      Array([0.127, 0.693], dtype=float32)
+    """
     return -_own(jax.nn.log_softmax(logits), labels)
 
 
@@ -29,6 +34,11 @@ def mixed(loss: Callable[[jax.Array], jax.Array], labels: jax.Array, partner_lab
       labels: [B]. partner_labels: [B], or None where the batch was not mixed: then plain `loss(labels)`.
       lam: the weight of the image's own label, scalar or [B].
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+
+    Examples:
+      >>> logits, own, partner = jnp.array([[2.0, 0.0]]), jnp.array([0]), jnp.array([1])
+      >>> losses.mixed(lambda labels: losses.cross_entropy(logits, labels), own, partner, 0.75)
+      Array([0.627], dtype=float32)
     """
     if partner_labels is None:
         return loss(labels)
@@ -43,10 +53,11 @@ def smoothing_by_count(
     """MiSLAS's label smoothing of each class, growing with its number of training images.
 
     With `x = (n_c - n_min) / (n_max - n_min)`:
-      concave  tail + (head - tail) sin(pi x / 2)
-      linear   tail + (head - tail) x
-      convex   head + (head - tail) sin(3 pi / 2 + pi x / 2)
-      exp      tail + (head - tail) x^power
+
+        concave  tail + (head - tail) sin(pi x / 2)
+        linear   tail + (head - tail) x
+        convex   head + (head - tail) sin(3 pi / 2 + pi x / 2)
+        exp      tail + (head - tail) x^power
 
     Args:
       class_counts: [C] training images of each class.
@@ -55,6 +66,12 @@ def smoothing_by_count(
     Returns: [C] float32. Balanced counts give every class `head` (the authors' code divides by zero there).
     Raises: ValueError for an unknown shape or a smoothing outside [0, 1].
     Source: Zhong et al., "Improving Calibration for Long-Tailed Recognition", CVPR 2021, section 3.3.
+
+    Examples:
+      >>> losses.smoothing_by_count(jnp.array([500, 50, 5]), head=0.4, tail=0.1)
+      Array([0.4  , 0.143, 0.1  ], dtype=float32)
+      >>> losses.smoothing_by_count(jnp.array([500, 50, 5]), head=0.4, tail=0.1, shape="linear")
+      Array([0.4  , 0.127, 0.1  ], dtype=float32)
     """
     if shape not in SMOOTHING_SHAPES:
         raise ValueError(f"unknown smoothing shape {shape!r}; known: {', '.join(SMOOTHING_SHAPES)}")
@@ -83,6 +100,11 @@ def label_aware_smoothing(logits: jax.Array, labels: jax.Array, *, smoothing: Ar
     Returns: [B].
     The smoothed share goes to all C classes, as in the authors' code; their paper spreads it over the C - 1 others.
     Source: Zhong et al., CVPR 2021, equation 4.
+
+    Examples:
+      >>> smoothing = losses.smoothing_by_count(jnp.array([1000, 100, 10]), head=0.3, tail=0.0)
+      >>> losses.label_aware_smoothing(jnp.array([[2.0, 0.5, -1.0]]), jnp.array([0]), smoothing=smoothing)
+      Array([0.691], dtype=float32)
     """
     log_p = jax.nn.log_softmax(logits)  # [B, C]
     share = _own(jnp.broadcast_to(jnp.asarray(smoothing).astype(log_p.dtype), log_p.shape), labels)  # [B]
@@ -97,6 +119,10 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
     Args: p_logits [B, C], of the prediction held to be right; q_logits [B, C]. Differentiable in both.
     Both gradients stay finite where a logit is -inf in both: that class counts as 0.
     Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (TRADES), ICML 2019.
+
+    Examples:
+      >>> losses.kl_divergence(jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 0.0]]))
+      Array([0.328], dtype=float32)
     """
     log_p, log_q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
     present = jnp.isfinite(log_p)  # 0 log 0 = 0
@@ -111,6 +137,10 @@ def logit_pairing(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
       model's on clean ones; ALP one model's on both.
     Source: Cui et al., "Learnable Boundary Guided Adversarial Training", ICCV 2021, equation 2; Kannan et al.,
       "Adversarial Logit Pairing", 2018.
+
+    Examples:
+      >>> losses.logit_pairing(jnp.array([[3.0, 0.0]]), jnp.array([[1.0, 0.0]]))
+      Array([2.], dtype=float32)
     """
     return jnp.square(logits - target_logits).mean(-1)
 
@@ -119,6 +149,14 @@ def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tup
     """Mean feature of each class: features [B, D], labels [B] -> means [C, D], counts [C].
 
     A class without examples has mean 0 and count 0.
+
+    Examples:
+      >>> means, counts = losses.class_means(jnp.array([[1.0, 0.0], [3.0, 0.0]]), jnp.array([0, 0]), 2)
+      >>> means
+      Array([[2., 0.],
+             [0., 0.]], dtype=float32)
+      >>> counts
+      Array([2., 0.], dtype=float32)
     """
     features, labels = _whole(features), _whole(labels)
     member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)  # [B, C]
@@ -132,6 +170,10 @@ def balanced_softmax(logits: jax.Array, labels: jax.Array, *, class_counts: Arra
 
     Args: logits [B, C], labels [B], class_counts [C], at least 1 each.
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020.
+
+    Examples:
+      >>> losses.balanced_softmax(jnp.zeros((2, 2)), jnp.array([0, 1]), class_counts=jnp.array([90, 10]))
+      Array([0.105, 2.303], dtype=float32)
     """
     return logit_adjusted(logits, labels, class_counts=class_counts, tau=1.0)
 
@@ -142,12 +184,21 @@ def logit_adjusted(logits: jax.Array, labels: jax.Array, *, class_counts: ArrayL
     Args: logits [B, C], labels [B], class_counts [C], at least 1 each. tau: strength; 0 is cross-entropy, 1 balanced
       softmax.
     Source: Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021, equation 10.
+
+    Examples:
+      >>> losses.logit_adjusted(jnp.zeros((2, 2)), jnp.array([0, 1]), class_counts=jnp.array([90, 10]), tau=0.5)
+      Array([0.288, 1.386], dtype=float32)
     """
     return cross_entropy(logits + tau * log_prior(class_counts).astype(logits.dtype), labels)
 
 
 def log_prior(class_counts: ArrayLike) -> jax.Array:
-    """Logarithm of each class's share of the training images, [C] float32."""
+    """Logarithm of each class's share of the training images, [C] float32.
+
+    Examples:
+      >>> losses.log_prior(jnp.array([90, 10]))
+      Array([-0.105, -2.303], dtype=float32)
+    """
     counts = jnp.asarray(class_counts).astype(jnp.float32)
     return jnp.log(counts) - jnp.log(counts.sum())
 
@@ -158,6 +209,11 @@ def focal(logits: jax.Array, labels: jax.Array, *, gamma: float = 2.0) -> jax.Ar
     Args: logits [B, C], labels [B]. gamma: 0 is cross-entropy. 1 - p_y is the sum of the other classes' softmax, so
       that value and gradient stay exact where p_y is near 1.
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, with a softmax as in LDAM's comparison.
+
+    Examples:
+      >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 0])
+      >>> losses.focal(logits, labels, gamma=2.0)
+      Array([0.002, 0.173], dtype=float32)
     """
     log_p = jax.nn.log_softmax(logits)  # [B, C]
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
@@ -178,6 +234,11 @@ def ldam(
       scale: on logits that are scaled already (`models.create(..., cosine_scale=30)`) the same loss is `scale=1` and
       `max_margin=0.5 * 30`.
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019.
+
+    Examples:
+      >>> cosines, labels = jnp.array([[0.5, 0.3], [0.3, 0.5]]), jnp.array([0, 1])
+      >>> losses.ldam(cosines, labels, class_counts=jnp.array([160, 10]))
+      Array([1.701, 9.   ], dtype=float32)
     """
     counts = jnp.asarray(class_counts).astype(jnp.float32)  # half precision does not hold large counts
     margins = max_margin * (counts.min() / counts) ** 0.25  # [C]
@@ -192,6 +253,10 @@ def effective_number_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -
       `1 / n_c`.
     Raises: ValueError for a beta outside [0, 1).
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019.
+
+    Examples:
+      >>> losses.effective_number_weights(jnp.array([1000, 100, 10]), beta=0.999)
+      Array([0.042, 0.28 , 2.678], dtype=float32)
     """
     if not 0 <= beta < 1:
         raise ValueError(f"effective number beta = {beta}: from 0 up to, not including, 1")
@@ -220,6 +285,15 @@ def dro_bound(
     `log(sum(exp))` underflows from d/T of about 88 on, and gives margins to the wrong samples unless the batch is
     sorted by class; neither happens here.
     Source: Samuel & Chechik, "Distributional Robustness Loss for Long-tail Learning", ICCV 2021, equation 10.
+
+    Examples:
+      >>> features, labels = jnp.array([[0.0, 0.0], [0.0, 1.0], [4.0, 0.0]]), jnp.array([0, 0, 1])
+      >>> centroids = jnp.array([[0.0, 0.5], [4.0, 0.0], [9.0, 9.0]])
+      >>> bound, present = losses.dro_bound(features, labels, centroids, margins=1.0)
+      >>> bound
+      Array([0.732, 0.09 , 0.   ], dtype=float32)
+      >>> present
+      Array([ True,  True, False], dtype=bool)
     """
     features, labels, centroids = _whole(features), _whole(labels), _whole(centroids)  # every pair of examples meets
     num_classes, dtype = centroids.shape[0], features.dtype
@@ -259,6 +333,12 @@ def dro_loss(
 
     class_weights: w [C]; then `sum_c w_c L_c / sum_c w_c`, where the sum of weights runs over all C classes and not
       just those in the batch, as in the authors' code. Other arguments: see `dro_bound`.
+
+    Examples:
+      >>> features, labels = jnp.array([[0.0, 0.0], [0.0, 1.0], [4.0, 0.0]]), jnp.array([0, 0, 1])
+      >>> centroids = jnp.array([[0.0, 0.5], [4.0, 0.0]])
+      >>> losses.dro_loss(features, labels, centroids, margins=1.0)
+      Array(0.411, dtype=float32)
     """
     bound, present = dro_bound(features, labels, centroids, margins=margins, temperature=temperature)
     if class_weights is None:
@@ -274,6 +354,12 @@ def branch_masks(class_counts: ArrayLike, *, medium_start: int, tail_start: int)
     `medium_start`, tail at rank `tail_start`.
     Raises: ValueError unless 0 <= medium_start <= tail_start.
     Source: Cui et al., "ResLT: Residual Learning for Long-Tailed Recognition", TPAMI 2022, section 3.2.
+
+    Examples:
+      >>> losses.branch_masks(jnp.array([5, 500, 50]), medium_start=1, tail_start=2)
+      Array([[ True,  True,  True],
+             [ True, False,  True],
+             [ True, False, False]], dtype=bool)
     """
     if not 0 <= medium_start <= tail_start:
         raise ValueError(f"branches medium_start = {medium_start}, tail_start = {tail_start}: ranks, in this order")
@@ -292,6 +378,12 @@ def residual_fusion(branch_logits: jax.Array, labels: jax.Array, *, masks: Array
       branch_logits: [R, B, C]. labels: [B]. masks: bool [R, C], see `branch_masks`. beta: in [0, 1].
     In log-softmax form; the authors' `log(softmax + 1e-7)` cannot pass 16.1 and has no gradient there.
     Source: Cui et al., TPAMI 2022, equations 2 to 4.
+
+    Examples:
+      >>> masks = losses.branch_masks(jnp.array([500, 50, 5]), medium_start=1, tail_start=2)
+      >>> branch_logits = jnp.zeros((3, 2, 3)).at[:, 0, 0].set(2.0)  # of two examples
+      >>> losses.residual_fusion(branch_logits, jnp.array([0, 2]), masks=masks, beta=0.9)
+      Array(0.851, dtype=float32)
     """
     own = jax.nn.one_hot(labels, branch_logits.shape[-1], dtype=branch_logits.dtype)  # [B, C]
     responsible = jnp.asarray(masks).astype(own.dtype) @ own.T  # [R, B], 1 or 0

@@ -26,6 +26,13 @@ def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 1
       num_bins: bins are right-closed, `(lo, hi]`; a confidence of exactly 0, in no bin of the authors' code, counts in
         the first.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; MiSLAS reports it with 15 bins.
+
+    Examples:
+      >>> found = metrics.calibration(jnp.array([0.9, 0.9, 0.6]), jnp.array([True, False, True]), num_bins=10)
+      >>> found.ece
+      Array(0.4, dtype=float32)
+      >>> found.counts
+      Array([0, 0, 0, 0, 0, 1, 0, 0, 2, 0], dtype=int32)
     """
     values = jnp.asarray(confidences)
     dtype = jnp.float64 if values.dtype == jnp.float64 else jnp.float32  # half precision cannot count to 3,000
@@ -43,20 +50,35 @@ def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 1
 
 
 def count_groups(class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, np.ndarray]:
-    """The usual groups: many > `many_above` training images, few < `few_below`, medium between -> {name: bool [C]}."""
+    """The usual groups: many > `many_above` training images, few < `few_below`, medium between -> {name: bool [C]}.
+
+    Examples:
+      >>> {name: member.tolist() for name, member in metrics.count_groups([500, 50, 5]).items()}
+      {'many': [True, False, False], 'medium': [False, True, False], 'few': [False, False, True]}
+    """
     counts = np.asarray(class_counts)
     many, few = counts > many_above, counts < few_below
     return {"many": many, "medium": ~many & ~few, "few": few}
 
 
 def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarray]:
-    """Groups by fixed class numbers, as some papers have them: many [0, a), medium [a, b), few [b, C)."""
+    """Groups by fixed class numbers, as some papers have them: many [0, a), medium [a, b), few [b, C).
+
+    Examples:
+      >>> {name: member.tolist() for name, member in metrics.range_groups(4, (1, 3)).items()}
+      {'many': [True, False, False, False], 'medium': [False, True, True, False], 'few': [False, False, False, True]}
+    """
     index = np.arange(num_classes)
     return {"many": index < bounds[0], "medium": (index >= bounds[0]) & (index < bounds[1]), "few": index >= bounds[1]}
 
 
 def rank_groups(class_counts, bounds: Sequence[int]) -> dict[str, np.ndarray]:
-    """`range_groups` of the classes' ranks by count, most frequent first; of equal counts, the lower number first."""
+    """`range_groups` of the classes' ranks by count, most frequent first; of equal counts, the lower number first.
+
+    Examples:
+      >>> {name: member.tolist() for name, member in metrics.rank_groups([5, 500, 50], (1, 2)).items()}
+      {'many': [False, True, False], 'medium': [False, False, True], 'few': [True, False, False]}
+    """
     order = np.argsort(-np.asarray(class_counts), kind="stable")
     groups = range_groups(len(order), bounds)
     ranks = np.empty_like(order)
@@ -68,6 +90,10 @@ def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict
     """Share of correct images in each group of classes and in `all`; a group without images is absent, never 0.
 
     correct: [N] bool or 0/1. labels: [N]. groups: {name: bool [C]}. Concrete arrays, outside `jit`.
+
+    Examples:
+      >>> metrics.accuracy_by_group([1, 0, 1], [0, 0, 1], {"even": np.array([True, False])})
+      {'even': 0.5, 'all': 0.6666666666666666}
     """
     correct, labels = np.asarray(correct).astype(np.float64), np.asarray(labels)
     members = {name: np.asarray(member)[labels] for name, member in groups.items()}  # {name: bool [N]}
@@ -80,6 +106,10 @@ def group_accuracy(correct, labels, class_counts, *, few_below: int = 20, many_a
 
     correct: [N] bool or 0/1. labels: [N]. class_counts: [C] *training* images, which define the groups
     (`count_groups`). A group without images is absent from the answer, never 0.
+
+    Examples:
+      >>> metrics.group_accuracy([True, False, True, True], [0, 0, 1, 2], [500, 50, 5])
+      {'many': 0.5, 'medium': 1.0, 'few': 1.0, 'all': 0.75}
     """
     groups = count_groups(class_counts, few_below=few_below, many_above=many_above)
     return accuracy_by_group(correct, labels, groups)

@@ -35,6 +35,12 @@ def tau_normalised(params: Params, *, tau: float | jax.Array, bias: bool = False
     tau: 0 changes nothing, 1 gives all classes the same length; a scalar, or an array that broadcasts against [..., 1].
     bias: keep the classifier's; tau-normalisation and ResLT's evaluation (its gamma is tau) drop it.
     Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, section 4.2.
+
+    Examples:
+      >>> params = {"classifier": {"kernel": jnp.array([[3.0, 0.0], [4.0, 0.5]]), "bias": jnp.array([1.0, 0.0])}}
+      >>> surgery.tau_normalised(params, tau=1.0)["classifier"]["kernel"]
+      Array([[0.6, 0. ],
+             [0.8, 1. ]], dtype=float32)
     """
     classifier, scale = dict(params["classifier"]), {}
     if "logit_scale" in params:
@@ -57,6 +63,13 @@ def nearest_mean(params: Params, class_means: jax.Array, *, metric: str = "cosin
     class_means: [C, D]. metric: "cosine", of the features' angle to the means; "euclidean", where the logits are
     `z m_c - |m_c|^2 / 2`. A logit scale becomes 1. The logits' size means nothing, so neither does their calibration.
     Source: Kang et al., ICLR 2020, section 4.2.
+
+    Examples:
+      >>> params = {"classifier": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
+      >>> made = surgery.nearest_mean(params, jnp.array([[3.0, 4.0], [0.0, 2.0]]))
+      >>> made["classifier"]["kernel"]
+      Array([[0.6, 0. ],
+             [0.8, 1. ]], dtype=float32)
     """
     classifier = dict(params["classifier"])
     length = jnp.sqrt(jnp.maximum(jnp.square(class_means).sum(-1, keepdims=True), 1e-12))  # [..., C, 1]
@@ -74,6 +87,11 @@ def logit_shifted(params: Params, class_counts: np.ndarray, *, tau: float = 1.0,
 
     branches: how often the bias counts in the prediction, where the logits of several branches are summed.
     Source: Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021, equation 9.
+
+    Examples:
+      >>> params = {"classifier": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
+      >>> surgery.logit_shifted(params, np.array([90, 10]))["classifier"]["bias"]
+      Array([0.105, 2.303], dtype=float32)
     """
     shift = tau * losses.log_prior(class_counts) / max(branches, 1)  # [C]
     if "logit_scale" in params:

@@ -73,6 +73,14 @@ def autoattack(
 
     Where we differ from the authors' code: an attack stops working on an image once it is fooled, FAB evaluates the
     model once a step where they do twice, and cross-entropy is climbed by its log-odds, which do not saturate.
+
+    Examples:
+      >>> def predict(images):  # the first pixel decides
+      ...     return 20 * jnp.stack([images[:, 0, 0, 0] - 0.5, 0.5 - images[:, 0, 0, 0]], -1)
+      >>> images, labels = np.float32([0.52, 0.9]).reshape(2, 1, 1, 1), np.array([0, 0])
+      >>> settings = dict(epsilon=0.1, attacks=("apgd-ce",), batch_size=8, num_steps=5, progress=None)
+      >>> attacks.autoattack(predict, images, labels, jax.random.key(0), **settings).robust
+      array([False,  True])
     """
     size = radius(epsilon, norm=norm)
     if isinstance(attacks, str):

@@ -18,6 +18,10 @@ def radius(value: Any, *, norm: str = "linf", name: str = "epsilon") -> Any:
 
     Raises: ValueError for what is no number, for a radius below 0, and for an l-inf radius above 1, which most likely
       counts in 255ths.
+
+    Examples:
+      >>> attacks.radius("8/255") == 8 / 255, attacks.radius(0.031)
+      (True, 0.031)
     """
     check_norm(norm)
     if isinstance(value, jax.core.Tracer):

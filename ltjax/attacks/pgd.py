@@ -33,6 +33,12 @@ def random_start(
       the ball of radius `scale` (Madry: epsilon), clipped to [0, 1]; "none", the images.
     norm: of the uniform ball, "linf" or "l2".
     Raises: ValueError for an unknown kind or norm.
+
+    Examples:
+      >>> images = jnp.full((1, 2, 2, 1), 0.5)
+      >>> start = attacks.random_start(jax.random.key(0), images, kind="uniform", scale="8/255")
+      >>> bool(jnp.abs(start - images).max() <= 8 / 255), start.shape
+      (True, (1, 2, 2, 1))
     """
     check_norm(norm)
     if kind not in STARTS:
@@ -75,6 +81,12 @@ def pgd(
     Returns: [B, H, W, channels], in the ball and in [0, 1], without a gradient to anything.
     Raises: ValueError for an epsilon that cannot be one, an unknown norm, or images outside [0, 1].
     Where the objective's gradient is nan or 0, that pixel stays.
+
+    Examples:
+      >>> images = jnp.full((1, 1, 2, 1), 0.5)
+      >>> brighter = attacks.pgd(images, images, lambda x: x.sum((1, 2, 3)), epsilon=0.1, step_size=0.05, num_steps=3)
+      >>> brighter.ravel()
+      Array([0.6, 0.6], dtype=float32)
     """
     check_images(images)
     check_norm(norm)
@@ -118,6 +130,15 @@ def pgd_attack(
       num_restarts: each with its own start. Of the last images of all, one that fools the model is kept, else the one
         with the largest objective.
     Raises: ValueError as `pgd` does, and for an unknown objective.
+
+    Examples:
+      >>> def predict(images):  # the first pixel decides
+      ...     return 20 * jnp.stack([images[:, 0, 0, 0] - 0.5, 0.5 - images[:, 0, 0, 0]], -1)
+      >>> images, labels = jnp.array([0.52, 0.9]).reshape(2, 1, 1, 1), jnp.array([0, 0])
+      >>> settings = dict(epsilon=0.1, step_size=0.05, num_steps=5)
+      >>> attacked = attacks.pgd_attack(predict, images, labels, jax.random.key(0), **settings)
+      >>> predict(attacked).argmax(-1) == labels
+      Array([False,  True], dtype=bool)
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")

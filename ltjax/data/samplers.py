@@ -23,6 +23,11 @@ def instance_balanced(seed, step, *, batch_size: int, class_counts):
 
     An epoch's last batch runs on into the next pass over the data, so every batch is full and no image is left out
     (PyTorch's loader ends an epoch with a smaller batch, or drops it).
+
+    Examples:
+      >>> sampler = samplers.create("instance_balanced")
+      >>> sampler(np.uint32(0), np.uint32(0), batch_size=6, class_counts=[4, 2])
+      array([2, 4, 1, 5, 0, 3], dtype=int32)
     """
     position, _, _ = _positions(seed, step, batch_size)
     size = np.uint32(np.sum(class_counts))
@@ -30,7 +35,14 @@ def instance_balanced(seed, step, *, batch_size: int, class_counts):
 
 
 def class_balanced(seed, step, *, batch_size: int, class_counts):
-    """Each draw: a class at random, then one of its images at random (Kang et al., ICLR 2020)."""
+    """Each draw: a class at random, then one of its images at random (Kang et al., ICLR 2020).
+
+    Examples:
+      >>> sampler = samplers.create("class_balanced")
+      >>> picked = sampler(np.uint32(0), np.uint32(0), batch_size=1000, class_counts=[900, 100])
+      >>> int((picked >= 900).sum())  # of the rare class
+      495
+    """
     position, counts, starts = _positions(seed, step, batch_size, class_counts)
     chosen = hash32(seed, np.uint32(1), position) % np.uint32(len(class_counts))
     return (starts[chosen] + hash32(seed, np.uint32(2), position) % counts[chosen]).astype(np.int32)
@@ -40,6 +52,11 @@ def class_aware(seed, step, *, batch_size: int, class_counts, in_a_row: int = 4)
     """Cycle over the shuffled classes, `in_a_row` images of each; every class walks its own reshuffled images.
 
     Source: Shen et al., ECCV 2016, with the 4 in a row of MiSLAS's and DRO-LT's code.
+
+    Examples:
+      >>> sampler = samplers.create("class_aware", in_a_row=2)
+      >>> sampler(np.uint32(0), np.uint32(0), batch_size=8, class_counts=[6, 2])
+      array([6, 7, 4, 2, 7, 6, 1, 0], dtype=int32)
     """
     if not isinstance(in_a_row, int) or in_a_row < 1:
         raise UserError(f"sampler class_aware: in_a_row = {in_a_row}: a whole number of images, at least 1")
@@ -61,7 +78,13 @@ SAMPLERS: dict[str, Callable] = {
 
 
 def create(name: str, **settings) -> Callable:
-    """A sampler by its name in a config. Raises: UserError for an unknown name or setting."""
+    """A sampler by its name in a config. Raises: UserError for an unknown name or setting.
+
+    Examples:
+      >>> sampler = samplers.create("class_aware", in_a_row=2)
+      >>> sampler(np.uint32(0), np.uint32(1), batch_size=4, class_counts=[6, 2]).shape
+      (4,)
+    """
     sampler = registry.choose("sampler", SAMPLERS, name)
     trial = {"batch_size": 1, "class_counts": [1]}  # the caller's to fill in
     registry.bind(f"sampler {name!r}", sampler, {**trial, **settings})(np.uint32(0), np.uint32(0))

@@ -23,6 +23,12 @@ def class_counts(num_classes: int, max_count: int, *, imbalance: float, profile:
     Returns: int64 [C].
     Raises: UserError (a ValueError) for an unknown profile, an imbalance below 1 or sizes below 1.
     Source: Cao et al., "Learning Imbalanced Datasets with LDAM", NeurIPS 2019.
+
+    Examples:
+      >>> splits.class_counts(5, 100, imbalance=100)
+      array([100,  31,  10,   3,   1])
+      >>> splits.class_counts(4, 100, imbalance=50, profile="step")
+      array([100, 100,   2,   2])
     """
     if profile not in PROFILES:
         raise UserError(f"unknown imbalance profile {profile!r}; known: {', '.join(PROFILES)}")
@@ -68,6 +74,14 @@ def long_tailed_split(
       max_count: images of the largest class; None takes all the images that every class has beyond the hold-out, or,
         where classes differ, those that the first class has.
     Raises: UserError where a class has fewer images than asked for, or would be left with none.
+
+    Examples:
+      >>> labels = np.repeat(np.arange(3), 10)
+      >>> split = splits.long_tailed_split(labels, 3, imbalance=4, holdout=2)
+      >>> split.class_counts, len(split.train), len(split.holdout)
+      (array([8, 4, 2]), 14, 6)
+      >>> labels[split.train]
+      array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
     """
     available = np.bincount(labels, minlength=num_classes)
     if profile == NATURAL:
@@ -116,7 +130,14 @@ def _choose(labels: np.ndarray, available: np.ndarray, counts: np.ndarray, holdo
 def describe(
     split: Split, *, seed: int, groups: dict[str, np.ndarray], class_names: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """What `split.json` holds: counts, a SHA-256 of the kept indices (little-endian int64), the seed, groups, names."""
+    """What `split.json` holds: counts, a SHA-256 of the kept indices (little-endian int64), seed, groups, names.
+
+    Examples:
+      >>> split = splits.long_tailed_split(np.repeat(np.arange(2), 4), 2, imbalance=2)
+      >>> found = splits.describe(split, seed=0, groups={"few": np.array([False, True])})
+      >>> found["class_counts"], found["groups"], found["sha256"][:8]
+      ([4, 2], {'few': [1]}, 'df2709fe')
+    """
 
     def digest(indices):
         return hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest()

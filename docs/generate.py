@@ -1,0 +1,278 @@
+"""Writes what the pages take from the configs: recipes, settings and figures. Run it when a config has changed.
+
+    python -m docs.generate
+
+A page holds a block between two comments, `<!-- recipe: cifar100_lt:method=mislas -->` and `<!-- end -->`; what stands
+between them is made here, and a test sees to it that it is what would be made now.
+"""
+
+import re
+import runpy
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs import common, recipes
+from ltjax import config as config_module
+
+ROOT = Path(__file__).parents[1]
+LONG_TAILED = ("cifar100_lt", "cifar10_lt", "imagenet_lt", "inat18", "places_lt", "image_folder")
+BALANCED = ("cifar100", "cifar10", "tiny_imagenet")
+NOT_RUN = "not yet run"
+TITLES = {
+    "cifar100_lt": "CIFAR-100-LT",
+    "cifar10_lt": "CIFAR-10-LT",
+    "imagenet_lt": "ImageNet-LT",
+    "inat18": "iNaturalist 2018",
+    "places_lt": "Places-LT",
+    "image_folder": "a folder of images",
+    "cifar100": "CIFAR-100",
+    "cifar10": "CIFAR-10",
+    "tiny_imagenet": "Tiny ImageNet",
+}
+
+
+def load(text: str) -> tuple[config_module.Run, dict[str, config_module.Stage]]:
+    """ "cifar100_lt:method=mislas" -> the run and its stages."""
+    name, _, arguments = text.partition(":")
+    return config_module.parse(module(name)["get_config"](arguments or None).to_dict())
+
+
+def module(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))
+
+
+def command(text: str) -> str:
+    name, colon, arguments = text.partition(":")
+    return f"python run.py --config=configs/{name}.py{colon}{arguments}"
+
+
+def shown(value: Any) -> str:
+    """A setting as a reader wants it: {"name": "erm", "net": "net"} -> "erm, net net"; floats without noise."""
+    if isinstance(value, Mapping):
+        own = {key: item for key, item in value.items() if key not in ("name", "kind") and said(item)}
+        rest = [
+            f"{key} ({shown(item)})" if isinstance(item, Mapping) else f"{key} {shown(item)}"
+            for key, item in own.items()
+        ]
+        return ", ".join([str(value[key]) for key in ("name", "kind") if key in value] + rest)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, tuple):
+        return " ".join(map(shown, value)) if len(value) <= 4 else f"{shown(value[0])} to {shown(value[-1])}"
+    return str(value)
+
+
+def said(value: Any) -> bool:
+    """Whether a setting is worth a word: not 0, not empty, not off."""
+    return value not in (False, 0, "", None) and not (isinstance(value, (Mapping, tuple)) and not value)
+
+
+def recipe(text: str) -> str:
+    """A table with a column for each stage, and the command."""
+    run, stages = load(text)
+    rows: list[tuple[str, list[str]]] = [("", [stage.title for stage in stages.values()])]
+
+    def row(title: str, values: list[str]) -> None:
+        if any(values):
+            rows.append((title, [value or "-" for value in values]))
+
+    every = list(stages.values())
+    row("name", [f"`config.{name}`" for name in stages])
+    row("starts from", [stage.start_from for stage in every])
+    row("weights made anew", [shown(stage.surgery) for stage in every])
+    row("method", [shown(stage.method) if stage.epochs else "" for stage in every])
+    row("trains", [_trained(stage) for stage in every])
+    row("epochs", [str(stage.epochs) for stage in every])
+    row("learning rate", [_schedule(stage) for stage in every])
+    row("sampler", [shown(stage.sampler) if stage.epochs else "" for stage in every])
+    row("augmentation", [_augmentation(stage.augment) if stage.epochs else "" for stage in every])
+    row("batch norm", [stage.batch_norm if stage.epochs else "" for stage in every])
+    row("at evaluation", [shown(stage.eval_classifier) if stage.eval_classifier.get("tau") else "" for stage in every])
+    optimizer = run.optimizer._replace(nesterov=any(stage.optimizer["nesterov"] for stage in every))
+    lines = [f"| {title} | {' | '.join(values)} |" for title, values in rows]
+    lines.insert(1, "|---|" + "---|" * len(every))
+    lines += ["", f"Network: {_network(run.model)}{f'; guide: {_network(run.guide)}' if run.guide else ''}. "]
+    decay, momentum = shown(optimizer.weight_decay), shown(optimizer.momentum)
+    nesterov = " (Nesterov)" if optimizer.nesterov else ""
+    lines[-1] += f"SGD with momentum {momentum}{nesterov}, weight decay {decay}, batches of {run.batch_size}."
+    lines += ["", f"    {command(text)}"]
+    return "\n".join(lines)
+
+
+def _schedule(stage: config_module.Stage) -> str:
+    """ "0.1; warm-up over 5 epochs; times 0.1 at epoch 160 and 180"."""
+    if not stage.epochs:
+        return ""
+    parts, own = [f"{stage.lr:g}"], dict(stage.schedule)
+    if own["kind"] == "cosine":
+        parts.append("falling as a cosine")
+    if warm := round(own.get("warmup", 0) * stage.epochs):
+        start = own.get("warmup_start", 0)
+        parts.append(f"warm-up over {warm} epoch{'s' * (warm > 1)}" + (f" from {start:.3g} of it" if start else ""))
+    if own["kind"] == "step" and own.get("decay_at"):
+        at = " and again at ".join(str(round(share * stage.epochs)) for share in own["decay_at"])
+        parts.append(f"times {own['decay']:g} at epoch {at}")
+    return "; ".join(parts)
+
+
+def _trained(stage: config_module.Stage) -> str:
+    rates = {name: group["rate"] for name, group in stage.groups.items() if group["rate"]}
+    return ", ".join(name if rate == 1 else f"{name} at {rate:g} of the rate" for name, rate in rates.items())
+
+
+def _augmentation(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        key if value is True else f"{key} {shown(value)}" for key, value in settings.items() if said(value)
+    )
+
+
+def _network(settings: Mapping[str, Any]) -> str:
+    """Its name and what is not usual about it."""
+    usual = dict(classifier="linear", cosine_scale=30.0, dtype="float32", branch_kind="norm")
+    if settings.get("classifier") == "cosine":
+        del usual["cosine_scale"]
+    rest = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("name", "mean", "std") and said(value) and usual.get(key) != value
+    }
+    return f"`{settings['name']}`" + "".join(f", {key} {shown(value)}" for key, value in rest.items())
+
+
+def across(text: str) -> str:
+    """ "mislas: epochs, features.augment.mixup_alpha=mixup" -> these settings of a method on each long-tailed set."""
+    method, _, columns = text.partition(":")
+    paths = [column.strip().partition("=") for column in columns.split(",")]
+    lines = ["| data set | " + " | ".join(title or path for path, _, title in paths) + " |"]
+    lines.append("|---|" + "---|" * len(paths))
+    for name in LONG_TAILED:
+        for imbalance in (100, 50, 10) if name.startswith("cifar") else (None,):
+            arguments = f"method={method}" + (f",imbalance={imbalance}" if imbalance else "")
+            config = module(name)["get_config"](arguments).to_dict()
+            title = TITLES[name] + (f", imbalance {imbalance}" if imbalance else "")
+            lines.append(f"| {title} | " + " | ".join(shown(_at(config, path)) for path, _, _ in paths) + " |")
+    return "\n".join(lines)
+
+
+def _at(config: Any, path: str) -> Any:
+    for key in path.split("."):
+        config = config.get(key, "-") if isinstance(config, Mapping) else "-"
+    return config
+
+
+def sections(name: str) -> Iterator[tuple[str, list[str]]]:
+    """The figures in a config's docstring: a heading that ends with a colon, and the indented lines below it."""
+    for paragraph in module(name)["__doc__"].split("\n\n"):
+        lines = paragraph.strip("\n").split("\n")
+        first = next((n for n, line in enumerate(lines) if line.startswith("  ") and line.strip()), 0)
+        if first and lines[first - 1].endswith(":"):
+            yield " ".join(lines[:first]).rstrip(":"), [line.strip() for line in lines[first:] if line[:2] == "  "]
+
+
+def published(name: str, method: str) -> list[str]:
+    """What the method's paper has on this data set, as the config's docstring gives it."""
+    return [value for who, value in _lines(name, "paper") if _is(who, method)]
+
+
+def ours(name: str, method: str) -> list[str]:
+    """What runs of ours at full length gave, or that there are none."""
+    own = [value for who, value in _lines(name, "ours") if _is(who, method)]
+    return [value for value in own if value != NOT_RUN] or [NOT_RUN]
+
+
+def ours_short(name: str, method: str) -> list[str]:
+    """The same with budget=short, and the commit where the line has one."""
+    found = []
+    for heading, lines in sections(name):
+        if "budget=short" in heading:
+            pattern = rf"\b{method}(, \w+ \d+)?\s+(\d+\.\d+(?: / \d+\.\d+)+)(?:\s+(?:commit )?([0-9a-f]{{7}}))?"
+            for variant, values, commit in re.findall(pattern, "\n".join(lines)):
+                found.append(values + (f" ({variant[2:]})" if variant else "") + (f", {commit}" if commit else ""))
+    return found
+
+
+def _lines(name: str, whose: str) -> Iterator[tuple[str, str]]:
+    """`MiSLAS, ResNet-50, paper    52.7 / 1.78` -> ("MiSLAS", "ResNet-50: 52.7 / 1.78")."""
+    for _, lines in sections(name):
+        for line in lines:
+            if found := re.match(rf"(.*?), {whose}[^ ]*\s{{2,}}(.*)", line):
+                who, _, variant = found[1].partition(", ")
+                parts = re.split(r"\s{2,}", found[2])
+                values = "".join(part + ("; " if re.search(r"\d\.\d|^-$", part) else " ") for part in parts)
+                values = values.rstrip("; ").replace("; (", " (")
+                yield who, (f"{variant}: " if variant else "") + values
+
+
+def _is(who: str, method: str) -> bool:
+    return who in (recipes.METHODS[method].title, method, "any method")
+
+
+def headings(name: str) -> list[str]:
+    return [heading for heading, _ in sections(name)]
+
+
+def reproduction(name: str) -> str:
+    """Every method on a data set: the paper's figure, ours, and the command."""
+    methods = tuple(recipes.METHODS) if name in LONG_TAILED else ("lbgat", *common.BALANCED)
+    lines = [f"{heading}.\n" for heading in headings(name)] or ["No figures yet.\n"]
+    lines.append("| method | published | ours, full length | ours, budget=short | to make it |")
+    lines.append("|---|---|---|---|---|")
+    for method in methods:
+        cells = (published(name, method), ours(name, method), ours_short(name, method))
+        values = ["<br>".join(cell) or "-" for cell in cells]
+        made = command(f"{name}:method={method}")
+        lines.append(f"| {recipes.METHODS[method].title} | {' | '.join(values)} | `{made}` |")
+    return "\n".join(lines)
+
+
+def figures(method: str) -> str:
+    """A method's figures on every data set that has any."""
+    lines = ["| data set | published | ours, full length | ours, budget=short |", "|---|---|---|---|"]
+    for name in (*LONG_TAILED, *BALANCED):
+        cells = (published(name, method), ours(name, method), ours_short(name, method))
+        if cells[0] or cells[2] or cells[1] != [NOT_RUN]:
+            about = headings(name)[0].partition(", full length")[0]
+            lines.append(
+                f"| {TITLES[name]}: {about} | " + " | ".join("<br>".join(cell) or "-" for cell in cells) + " |"
+            )
+    if len(lines) == 2:
+        return "Published on these data sets with these networks: none that we know of. Ours: not yet run."
+    return "\n".join(lines)
+
+
+def docstring(name: str) -> str:
+    """The figures of a config as its docstring has them."""
+    return "\n\n".join(
+        "\n".join([f"{heading}:\n", *(f"- {part.strip()}" for line in lines for part in line.split(";"))])
+        for heading, lines in sections(name)
+    )
+
+
+BLOCKS = {"recipe": recipe, "across": across, "reproduction": reproduction, "figures": figures, "docstring": docstring}
+PATTERN = re.compile(r"(<!-- (?P<kind>\w+): (?P<what>.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(markdown: str) -> str:
+    """A page with its blocks made anew."""
+    return PATTERN.sub(lambda found: f"{found[1]}\n{BLOCKS[found['kind']](found['what'])}\n\n{found[4]}", markdown)
+
+
+def pages() -> list[Path]:
+    return sorted((ROOT / "docs").rglob("*.md"))
+
+
+def main() -> None:
+    for page in pages():
+        before = page.read_text()
+        after = filled(before)
+        if before != after:
+            page.write_text(after)
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The worked examples of docs/extend.md, put into a copy of the repository and run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "extend.md"
+BLOCK = re.compile(r'^```(python|diff) title="(.*?)"\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+def patched(text, diff):
+    """A file after a diff whose lines stand somewhere in it, once."""
+    lines = diff.splitlines(keepends=True)
+    before, after = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+    assert text.count(before) == 1, f"docs/extend.md changes what is not there, or not once:\n{before}"
+    return text.replace(before, after)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository with what the page adds to it, and a few made-up images."""
+    root = tmp_path_factory.mktemp("repository")
+    for name in ("ltjax", "configs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "tests" / "methods").mkdir(parents=True)
+    for name in ("run.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, root)
+    for kind, name, code in BLOCK.findall(PAGE.read_text()):
+        path = root / name
+        if kind == "python":
+            assert not path.exists(), f"docs/extend.md adds {name}, which is there already"
+            path.write_text(code)
+        else:
+            path.write_text(patched(path.read_text(), code))
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), (16, 8, 4))
+    np.savez(
+        root / "plankton.npz",
+        train_images=rng.integers(0, 256, (28, 8, 8), np.uint8),
+        train_labels=labels,
+        test_images=rng.integers(0, 256, (6, 8, 8), np.uint8),
+        test_labels=np.arange(6) % 3,
+        class_names=np.array(["diatom", "krill", "jelly"]),
+    )
+    return root
+
+
+def run(copy, *command):
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(copy), **cache}
+    ran = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_the_added_method_trains_on_the_added_data_set(copy):
+    config = "--config=configs/plankton.py:method=centre,model=resnet8,budget=short"
+    small = ("epochs=1", "batch_size=8", "model.width=2", "data.many_above=10", "data.few_below=6")
+    flags = [f"--config.{setting}" for setting in small]
+    shown = run(copy, "run.py", config, *flags, "--data_dir=.", "--workdir=run")
+    assert "Centre loss" in shown
+    assert (copy / "run" / "results.json").is_file()
+
+
+def test_the_added_tests_pass(copy):
+    assert "3 passed" in run(
+        copy, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/methods/test_centre.py"
+    )

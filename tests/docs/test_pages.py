@@ -1,0 +1,194 @@
+"""What the pages say is so: commands parse, links lead somewhere, figures and recipes are those of today."""
+
+import argparse
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import recipes
+from docs import figures, generate
+from ltjax import losses
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*generate.pages(), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"))]
+WRITTEN = [
+    page for page in PAGES if page.name not in ("extend.md",)
+]  # whose config is there only once one has added it
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def commands(text):
+    """Every `python run.py ...` and `python -m ...` of a page, whole, without comments and shell."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    for found in re.finditer(r"\bpython3? (?:run\.py|-m (?:ltjax|benchmarks|docs)\.[\w.]+)([^`\n]*)", text):
+        line = re.split(r"\s+#|&&|;|</|\s+\(", found[0])[0]
+        lexer = shlex.shlex(line.rstrip("\"'.,)]"), posix=True, punctuation_chars=False)
+        lexer.whitespace_split, lexer.commenters = True, ""
+        yield list(lexer)
+
+
+@pytest.fixture(scope="module")
+def known_flags():
+    """Names of run.py's flags, and what --mode takes, read off its source: importing it would define them here."""
+    source = (ROOT / "run.py").read_text()
+    names = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
+    modes = set(re.findall(r'"(\w+)"', re.search(r'"mode",\s*"train",\s*\[(.*?)\]', source, re.DOTALL)[1]))
+    return names | {"images", "dry_run"}, modes | {"predict", "report"}
+
+
+def check_run(arguments, known_flags):
+    names, modes = known_flags
+    given = [argument.removeprefix("--").partition("=")[::2] for argument in arguments]
+    settings = {name: value for name, value in given if name.startswith("config.")}
+    rest = dict(item for item in given if not item[0].startswith("config."))
+    assert set(rest) <= names, f"unknown flags {sorted(set(rest) - names)}"
+    assert rest.get("mode", "train") in modes
+    if "config" in rest and rest["config"] not in ("CONFIG", "FILE"):
+        path, _, text = rest["config"].partition(":")
+        values = runpy.run_path(str(ROOT / path))["get_config"](*([text] if text and text != "help" else []))
+        for key in settings:
+            folder = values
+            for part in key.removeprefix("config.").split("."):
+                assert part in folder, f"{path} has no {key}"
+                folder = folder[part]
+
+
+class Parsed(Exception):
+    """The arguments were understood."""
+
+
+COMING = {"ltjax.compare": ("--html",)}  # options that may be described before they are there
+
+
+def understood(module, arguments):
+    """Whether a module's command line takes these arguments."""
+    arguments = [argument for argument in arguments if not argument.startswith(COMING.get(module, ("\0",)))]
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *given):
+        parse(parser, *given)
+        raise Parsed
+
+    main = importlib.import_module(module).main
+    if module.startswith("docs."):
+        return not arguments
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [module, *arguments])
+        try:
+            return main() is Parsed  # it gave up on them, and said so
+        except Parsed:
+            return True
+        except SystemExit:
+            return "--help" in arguments
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_every_command_on_a_page_is_understood(page, known_flags):
+    for command in commands(page.read_text()):
+        if command[1] == "run.py":
+            check_run(command[2:], known_flags)
+        else:
+            assert understood(command[2], command[3:]), " ".join(command)
+
+
+def test_commands_are_found_whole():
+    text = "x `python run.py --config=configs/cifar10.py` (y).\n    python -m ltjax.compare \\\n  a --no  # why\n"
+    found = [["python", "run.py", "--config=configs/cifar10.py"], ["python", "-m", "ltjax.compare", "a", "--no"]]
+    assert list(commands(text)) == found
+
+
+def test_wrong_commands_are_noticed(known_flags):
+    with pytest.raises(AssertionError, match="epoks"):
+        check_run(["--config=configs/cifar100_lt.py:method=ce", "--config.epoks=3"], known_flags)
+    with pytest.raises(ValueError, match="unknown config argument"):
+        check_run(["--config=configs/cifar100_lt.py:metod=ce"], known_flags)
+    with pytest.raises(AssertionError, match="modus"):
+        check_run(["--modus=eval"], known_flags)
+    assert not understood("ltjax.compare", ["runs", "--no"])
+
+
+def anchors(page):
+    """What headings of a page may be linked by."""
+    found = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        there = (page.parent / target).resolve() if target else page
+        assert there.is_file(), f"{target} is not there"
+        assert not anchor or anchor in anchors(there), f"{target} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("page", [page for page in generate.pages() if "<!-- end -->" in page.read_text()], ids=name_of)
+def test_what_a_page_takes_from_the_configs_is_what_they_say(page):
+    text = page.read_text()
+    assert generate.filled(text) == text, "run `python -m docs.generate`"
+
+
+def numbers(text):
+    return set(re.findall(r"\d+\.\d+", text))
+
+
+@pytest.mark.parametrize("name", [*generate.LONG_TAILED[:-1], *generate.BALANCED])
+def test_every_figure_of_a_config_is_in_its_table(name):
+    said = "\n".join(line for _, lines in generate.sections(name) for line in lines)
+    assert numbers(said) <= numbers(generate.reproduction(name))
+    assert generate.headings(name) or name == "tiny_imagenet"
+
+
+def test_a_figure_of_ours_takes_the_place_of_not_yet_run(monkeypatch):
+    lines = (
+        "Top-1 in %, full length:",
+        "MiSLAS, paper  47.0",
+        "MiSLAS, ours  46.5, commit abc",
+        "any method, ours  not yet run",
+    )
+    doc = "\n  ".join(lines)
+    monkeypatch.setattr(generate, "module", lambda name: {"__doc__": doc})
+    assert generate.ours("cifar100_lt", "mislas") == ["46.5, commit abc"]
+    assert generate.ours("cifar100_lt", "ce") == ["not yet run"]
+
+
+def test_every_method_has_a_page():
+    listed = (ROOT / "docs" / "methods" / "index.md").read_text()
+    assert all(f"`{method}`" in listed for method in recipes.METHODS)
+
+
+def test_every_block_is_on_the_page_of_combinations():
+    listed = (ROOT / "docs" / "methods" / "combinations.md").read_text()
+    assert all(f"`{block}`" in listed for block in (*recipes.SCRATCH, *recipes.NEXT))
+
+
+def test_every_public_loss_is_drawn_or_linked_from_a_page():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "methods").glob("*.md"))
+    public = [name for name, value in vars(losses).items() if getattr(value, "__module__", "") == losses.__name__]
+    assert [
+        name for name in public if name[0] != "_" and name not in pages and name not in ("cross_entropy", "log_prior")
+    ] == []
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_picture_shows_todays_numbers(name):
+    drawn = (figures.FOLDER / f"{name}.svg").read_text()
+    said = [float(number) for number in re.search(r"<dc:description>(.*?)</dc:description>", drawn)[1].split()]
+    today = figures.numbers(figures.FIGURES[name]())
+    assert said == pytest.approx(today, rel=0.01, abs=0.003), "run `python -m docs.figures`"
+
+
+def test_every_page_is_in_the_menu():
+    menu = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert {str(page.relative_to(ROOT / "docs")) for page in generate.pages()} <= menu
