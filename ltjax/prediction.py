@@ -29,6 +29,7 @@ from ltjax.checkpoint import read_json
 from ltjax.data import progress
 from ltjax.data.decode import MAX_IMAGE_BYTES, View, center_crop, decode
 from ltjax.data.image_folder import SUFFIXES
+from ltjax.data.pipeline import num_cores
 from ltjax.predictor import Model, load_as_configured
 from ltjax.signals import StopSignals
 from ltjax.types import UserError, one_line
@@ -141,7 +142,7 @@ def predictions(model: Model, files: Iterable[str], *, top_k: int = 5, threads: 
     if model.channels not in (1, 3):
         raise UserError(f"{model.about}: takes images of {model.channels} channels, and files have 1 or 3")
     cv2.setNumThreads(0)  # the threads are ours
-    pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)
+    pool = ThreadPoolExecutor(threads or num_cores())
     return _stream(model, model.view, iter(files), min(top_k, len(model.class_names)), pool)
 
 

@@ -16,6 +16,7 @@ from ltjax import data, evaluate, feed, methods, metrics, models, optim, paralle
 from ltjax.checkpoint import Checkpoints, like
 from ltjax.config import Run
 from ltjax.data import augment, samplers, splits
+from ltjax.data.pipeline import num_cores
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.interop.weights import into, load_weights
 from ltjax.types import UserError, Variables
@@ -66,8 +67,7 @@ def use_cpu_cores(batch_size: int) -> None:
     """
     if os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(1, min(cores, batch_size // 16))
+    most = max(1, min(num_cores(), batch_size // 16))
     try:
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
     except RuntimeError:

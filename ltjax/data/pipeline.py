@@ -24,6 +24,11 @@ from ltjax.types import UserError, one_line
 AHEAD = 2  # batches that are being decoded while one is waited for
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Plan(NamedTuple):
     """What a stream of batches consists of."""
 
@@ -111,7 +116,7 @@ class Stream:
         """sharding: of [K, B] arrays. threads: that decode; 0: one for each core."""
         cv2.setNumThreads(0)  # the threads are ours
         self._plan, self._sharding = plan, sharding
-        self._threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 8
+        self._threads = threads or num_cores()
         self._rows = local_rows(sharding, plan.batch_size)
         self._worker = ThreadPoolExecutor(1)
         self._batches: Iterator[Any] | None = None
