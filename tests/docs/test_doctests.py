@@ -2,24 +2,25 @@
 
 import doctest
 import importlib
-import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import attacks, losses, metrics, surgery
+from ltjax import attacks, calibration, losses, metrics, surgery
 from ltjax.data import samplers, splits
 
 # what docs/api/index.md says that the examples begin with
 PRELUDE = {
-    module.__name__.rpartition(".")[2]: module for module in (attacks, losses, metrics, surgery, samplers, splits)
+    module.__name__.rpartition(".")[2]: module
+    for module in (attacks, calibration, losses, metrics, surgery, samplers, splits)
 }
 PRELUDE |= {"jax": jax, "jnp": jnp, "np": np}
 MODULES = (
     "ltjax.losses",
     "ltjax.metrics",
+    "ltjax.calibration",
     "ltjax.surgery",
     "ltjax.attacks.ball",
     "ltjax.attacks.pgd",
@@ -52,7 +53,11 @@ def test_an_example_gives_what_it_says(example):
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_function_has_an_example(name):
     module = importlib.import_module(name)
-    own = {key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == name}
+    own = {
+        key
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == name and not isinstance(value, type)
+    }
     public = OF_THEIR_HOUSE.get(name, {key for key in own if key[0] != "_"})
     lacking = [key for key in public if ">>>" not in (getattr(module, key).__doc__ or "")]
     assert own.issuperset(public) and not lacking, f"{name} has functions without an example: {lacking}"

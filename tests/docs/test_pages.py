@@ -41,7 +41,7 @@ def known_flags():
     source = (ROOT / "run.py").read_text()
     names = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
     modes = set(re.findall(r'"(\w+)"', re.search(r'"mode",\s*"train",\s*\[(.*?)\]', source, re.DOTALL)[1]))
-    return names | {"images", "dry_run"}, modes | {"predict", "report"}
+    return names, modes | {"report"}
 
 
 def check_run(arguments, known_flags):
