@@ -51,20 +51,20 @@ _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hol
 _DRY_RUN = flags.DEFINE_boolean(
     "dry_run", False, "Print stages, parameter groups, schedules, class counts and memory; train and write nothing."
 )
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway)."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
-_PATIENCE = flags.DEFINE_integer("patience", 60, "Seconds of silence after which another process counts as lost.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: $TFDS_DATA_DIR.")
-
-GROUPS = {"Several processes": ("coordinator", "num_processes", "process_id", "patience")}  # in --help
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Of several processes: HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway)."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of several processes: how many there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which one this is, from 0.")
+_PATIENCE = flags.DEFINE_integer(
+    "patience", 60, "Of several processes: seconds of silence after which another one counts as lost."
+)
 
 
 def help_page() -> str:
     own = flags.FLAGS.find_module_defining_flag(_MODE.name)
-    return usage.flags_page(__doc__ or "", flags.FLAGS.flags_by_module_dict()[own or ""], GROUPS)
+    return usage.flags_page(__doc__ or "", flags.FLAGS.flags_by_module_dict()[own or ""])
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -135,6 +135,7 @@ def fail(message: object) -> None:
 
 
 def main(_: list[str]) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before XLA is loaded, whose remarks would tear the bars
     # after the flags, so that --help and a mistyped flag answer at once
     from rich.console import Console
 
@@ -171,7 +172,7 @@ def main(_: list[str]) -> None:
         problem.use_cpu_cores(config.get("batch_size", 1))
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
         do(config, workdir, _DATA_DIR.value)
-        if _CALIBRATE.value and do is not predict:
+        if _CALIBRATE.value and not _DRY_RUN.value and do is not predict:
             temperature.calibrate_workdir(config, workdir, _DATA_DIR.value)
         processes.finish()
     except UserError as error:

@@ -74,10 +74,10 @@ def show_details(
     for name, settings in stages.items():
         console.print(f"\nstage {name}: {_recipe(settings)}", highlight=False)
         if settings.epochs:
-            console.print(groups_table(settings, built[name], stage_params(run, built[name], problem)))
+            console.print(groups_table(settings, stage_params(run, built[name], problem)))
             console.print(f"  learning rate {schedule(settings.lr * built[name].factors)}", highlight=False)
     console.print()
-    memory = expected_memory(run, stages, built, problem)
+    memory = expected_memory(run, stages, problem)
     console.print(memory_table(memory, stages))
     limit = (problem.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     peak, where = memory.peak()
@@ -106,7 +106,7 @@ def stage_params(run: Run, built: stage.Stage, problem: Problem) -> dict[str, in
     return {path: leaf.size // run.replicas for path, leaf in optim.flatten(variables.params).items()}
 
 
-def groups_table(settings: Settings, built: stage.Stage, sizes: Mapping[str, int]) -> Table:
+def groups_table(settings: Settings, sizes: Mapping[str, int]) -> Table:
     """A row for each parameter group that has parameters."""
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("  group")
@@ -151,9 +151,7 @@ class Memory(NamedTuple):
         return most
 
 
-def expected_memory(
-    run: Run, stages: Mapping[str, Settings], built: Mapping[str, stage.Stage], problem: Problem
-) -> Memory:
+def expected_memory(run: Run, stages: Mapping[str, Settings], problem: Problem) -> Memory:
     """What a run takes of each device: images and states counted, training steps estimated (`peak_bytes`)."""
     groups, sharing = (problem.mesh.shape[axis] for axis in (parallel.REPLICA_AXIS, parallel.BATCH_AXIS))
     # what one device does: its share of the replicas, and of each batch

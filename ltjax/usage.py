@@ -1,5 +1,6 @@
 """What `run.py --help` and `--config=FILE:help` print, read off the flags and the config."""
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -27,22 +28,20 @@ INDENT = 28  # columns before the texts
 WITHOUT_VALUE = "no value"  # what is allowed of an argument that is there or not
 
 
-def flags_page(heading: str, flags: Iterable[Any], groups: Mapping[str, Iterable[str]]) -> str:
-    """The page of `--help`.
+def flags_page(heading: str, flags: Iterable[Any]) -> str:
+    """The page of `--help`: what comes first, and the flags of absl to list.
 
-    Args:
-      heading: what comes first. flags: those of absl to list. groups: {title: names of the flags below it}; all
-        others come first, without a title.
+    Flags whose text begins as in "Of several processes: how many" are listed together, below those of every run.
     """
-    listed = {flag.name: flag for flag in flags}
-    grouped = {name for names in groups.values() for name in names}
-    sections = {"": [name for name in listed if name not in grouped], **groups}
+    sections: dict[str, list[str]] = {"": []}
+    for flag in flags:
+        text = flag.help.rpartition(">: ")[2]  # absl puts the values of a choice first
+        found = re.fullmatch("Of ([^:]+): (.*)", text)
+        title, text = found.groups() if found else ("", text)
+        sections.setdefault(title, []).extend(_entry(_flag(flag), text[:1].upper() + text[1:] + _default(flag)))
     lines = [heading.strip()]
-    for title, names in sections.items():
-        lines += ["", *([f"{title}:"] if title else [])]
-        for name in names:
-            flag = listed[name]
-            lines += _entry(_flag(flag), flag.help.rpartition(">: ")[2] + _default(flag))
+    for title, entries in sections.items():
+        lines += ["", *([f"{title[:1].upper()}{title[1:]}:"] if title else []), *entries]
     return "\n".join([*lines, "", "--helpfull lists the flags of all libraries."])
 
 
@@ -84,7 +83,8 @@ def config_page(
     names = config.get("stages", ())
     for name in names[:1]:
         lines += _entry(f"{name}.lr={_value(config, f'{name}.lr')}", f"so for each stage: {', '.join(names)}")
-    return "\n".join([*lines, "", "All others are in the run's config.json; a wrong name lists what may stand there."])
+    others = "All others are in the run's config.json; a wrong name lists what may stand there."
+    return "\n".join([*lines, "", *textwrap.wrap(others, _width())])
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
@@ -94,10 +94,14 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return str(config).lower() if isinstance(config, bool) else config
 
 
+def _width() -> int:
+    """Columns of the terminal, up to 120; of a file, 120."""
+    return min(shutil.get_terminal_size((120, 0)).columns, 120)
+
+
 def _entry(name: str, text: str) -> list[str]:
     """ "  name    text", the text wrapped; it begins on a line of its own where the name is long."""
-    width = min(shutil.get_terminal_size((120, 0)).columns, 120) - INDENT
-    wrapped = textwrap.wrap(text, max(width, 40), break_on_hyphens=False) or [""]
+    wrapped = textwrap.wrap(text, max(_width() - INDENT, 40), break_on_hyphens=False) or [""]
     if len(name) + 3 > INDENT:
         wrapped.insert(0, "")
     heads = [f"  {name}".ljust(INDENT), *[" " * INDENT] * (len(wrapped) - 1)]
