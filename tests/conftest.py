@@ -34,13 +34,23 @@ def golden():
     return lambda name: dict(np.load(GOLDEN / f"{name}.npz"))
 
 
-@pytest.fixture
-def optimised():
-    """Compile as users do, all but in full: for that, give `jax.jit` this fixture as its compiler options.
-
-    For programs that run long, and where a test is about what XLA's optimisations do.
-    """
+def _optimised():
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield {"xla_cpu_use_fusion_emitters": True} if NO_EMITTERS and jax.default_backend() == "cpu" else {}
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def optimised():
+    """Compile as users do, all but in full: for that, give `jax.jit` this fixture as its compiler options.
+
+    For programs that run long, and where a test is about rounding or about what XLA's optimisations do.
+    """
+    yield from _optimised()
+
+
+@pytest.fixture(scope="module")
+def all_optimised():
+    """`optimised`, for a module with `pytestmark = pytest.mark.usefixtures("all_optimised")`."""
+    yield from _optimised()

@@ -203,7 +203,7 @@ def test_jit_and_vmap_give_what_a_loop_gives(name):
 @every_loss
 @pytest.mark.parametrize("axis_type", [None, AxisType.Auto], ids=["explicit", "auto"])
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-def test_a_sharded_batch_has_the_same_losses_and_gradient(name, axis_type, jitted):
+def test_a_sharded_batch_has_the_same_losses_and_gradient(name, axis_type, jitted, optimised):
     mesh = jax.make_mesh((8,), ("data",), axis_types=axis_type and (axis_type,))
     assert mesh.axis_types == ((axis_type or AxisType.Explicit),)
     logits, labels, class_counts = random_batch(8)

@@ -12,6 +12,8 @@ from ltjax.data import augment
 from ltjax.interop.torch import import_state_dict
 from ltjax.types import Batch
 
+pytestmark = pytest.mark.usefixtures("all_optimised")
+
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SOURCE = ("images", "labels", "permutations", "lams")
 # On one device in float64: in float32 the rounding of a machine decides about ReLU gates that are all but 0, and one of

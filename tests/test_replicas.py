@@ -22,6 +22,8 @@ from ltjax.signals import Interrupted
 from ltjax.types import Method, Outputs, UserError
 from tests.test_conformance import before_dispatch, made_up_images, rewound, saved, steps_of, tiny_config
 
+pytestmark = pytest.mark.usefixtures("all_optimised")
+
 ROOT = Path(__file__).parents[1]
 COUNTS = np.array([30, 20, 9])
 SHAPE = (8, 8, 3)

@@ -18,6 +18,8 @@ from ltjax.checkpoint import Checkpoints
 from ltjax.data import augment, samplers
 from ltjax.types import Variables
 
+pytestmark = pytest.mark.usefixtures("all_optimised")
+
 COUNTS = np.full(10, 16)
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 

@@ -10,6 +10,8 @@ from ltjax.interop.torch import import_state_dict
 from ltjax.methods import adversarial
 from ltjax.types import Batch, Variables
 
+pytestmark = pytest.mark.usefixtures("all_optimised")
+
 NETS = {"net": "model", "guide": "teacher"}  # ours and the authors' names
 
 
