@@ -29,10 +29,10 @@ def commands(text):
     """Every `python run.py ...` and `python -m ...` of a page, whole, without comments and shell."""
     text = re.sub(r"\\\n\s*", " ", text)
     for found in re.finditer(r"\bpython3? (?:run\.py|-m (?:ltjax|benchmarks|docs)\.[\w.]+)([^`\n]*)", text):
-        line = re.split(r"\s+#|&&|;|</|\s+\(", found[0])[0]
-        lexer = shlex.shlex(line.rstrip("\"'.,)]"), posix=True, punctuation_chars=False)
-        lexer.whitespace_split, lexer.commenters = True, ""
-        yield list(lexer)
+        line = re.split(r"\s+#|&&|;|</", found[0])[0]
+        if line.count('"') % 2:  # the end of a quotation that the command stands in
+            line = line.rpartition('"')[0]
+        yield shlex.split(line)
 
 
 @pytest.fixture(scope="module")
