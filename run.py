@@ -43,7 +43,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack", "predict"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack", "report", "predict"], "What to do.")
+OF_A_RUN = ("predict", "report")  # modes that need no --config where the workdir holds a run
 _IMAGES = flags.DEFINE_string("images", "", "Of --mode=predict: a folder, or a quoted pattern such as 'photos/*.jpg'.")
 _OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl, or - for a table on standard output.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "Of --mode=predict: classes of each image.")
@@ -75,10 +76,10 @@ def parse_flags(arguments: list[str]) -> list[str]:
     try:
         check_overrides(arguments)
         rest = flags.FLAGS(arguments)
-        if _CALIBRATE.value and _MODE.value == "attack":
+        if _CALIBRATE.value and _MODE.value in ("attack", "report"):
             raise ValueError("--calibrate goes with --mode=train, eval or predict")
         if _CONFIG.value is None and not told_by_workdir():
-            if _MODE.value == "predict" and _WORKDIR.value is not None:
+            if _MODE.value in OF_A_RUN and _WORKDIR.value is not None:
                 raise ValueError(
                     f"{_WORKDIR.value} holds no run (no config.json): give the --workdir of one, or a --config"
                 )
@@ -94,7 +95,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 def told_by_workdir() -> bool:
     """Whether the config is that of the run in the workdir: who uses a model need not know it."""
-    return _CONFIG.value is None and _MODE.value == "predict" and (Path(_WORKDIR.value or "") / "config.json").is_file()
+    return _CONFIG.value is None and _MODE.value in OF_A_RUN and (Path(_WORKDIR.value or "") / "config.json").is_file()
 
 
 def check_overrides(arguments: list[str]) -> None:
@@ -141,6 +142,7 @@ def main(_: list[str]) -> None:
 
     from ltjax import prediction, problem, processes, robustness, temperature, train
     from ltjax.checkpoint import read_json
+    from ltjax.report import make
     from ltjax.signals import Interrupted
     from ltjax.types import UserError
 
@@ -163,6 +165,7 @@ def main(_: list[str]) -> None:
         "train": train.train,
         "eval": train.evaluate_workdir,
         "attack": robustness.attack_workdir,
+        "report": make.report_workdir,
         "predict": predict,
     }
     do = train.dry_run if _DRY_RUN.value else modes[_MODE.value]

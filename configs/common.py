@@ -194,6 +194,7 @@ def add_stages(
         num_images=0,
         tests=("pgd-20", "cw-20", "autoattack"),
         step_size="2/255",
+        radii=(0.25, 0.5, 2.0, 4.0),  # of the curve in the report; (): none
         batch_size=500,
         seed=0,
     )

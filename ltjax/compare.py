@@ -2,6 +2,7 @@
 
     python -m ltjax.compare runs/*                                # in the terminal
     python -m ltjax.compare runs/ce-seed* runs/mislas-seed* --stages --format=latex > table.tex
+    python -m ltjax.compare runs/* --html=comparison.html         # and a page with figures
 
 Figures are those of the last epoch, as each run's results.json has them: mean ± sample standard deviation over seeds.
 """
@@ -10,6 +11,7 @@ import argparse
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,6 +76,7 @@ class Row(NamedTuple):
     seconds: float  # a seed, mean over runs
     seeds: tuple[int, ...]
     runs: tuple[Path, ...]  # those whose seeds were counted
+    stage: str | None = None  # None: the final one
 
 
 class Cell(NamedTuple):
@@ -307,6 +310,7 @@ def make_row(name: str, owners: Mapping[int, Run], stage: str | None) -> Row:
         seconds=math.fsum(seconds) / len(seconds),
         seeds=tuple(owners),
         runs=tuple(run.path for run in runs),
+        stage=stage,
     )
 
 
@@ -442,15 +446,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--best", action="store_true", help="also the legacy figure: the best epoch as picked on the test set"
     )
+    parser.add_argument("--html", metavar="FILE", help="also a page with figures, one file that needs nothing else")
     try:
         args = parser.parse_args(argv)
         made, notes = compare(args.runs, stages=args.stages)
+        table = cells(made, legacy_best=args.best)
+        if args.html:
+            from ltjax.report import compared  # what draws is for those who want it
+
+            command = shlex.join(["python", "-m", "ltjax.compare", *(sys.argv[1:] if argv is None else argv)])
+            compared.write(Path(args.html), [c.text for c in table[0]], table[1:], made, notes, command)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for note in notes:
         print(note, file=sys.stderr)
-    table = cells(made, legacy_best=args.best)
     if args.format == "plain":
         _print_plain(table)
     else:

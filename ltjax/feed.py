@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ltjax import evaluate, parallel, stage
 from ltjax.config import Run
 from ltjax.data import splits
-from ltjax.data.source import Images, Stored
+from ltjax.data.source import ImageFiles, Images, Stored
 from ltjax.hashing import hash32
 from ltjax.types import Apply, UserError, Variables
 
@@ -50,30 +50,46 @@ def resident(run: Run, images: Images, split: splits.Split, mesh: Mesh) -> Ready
 
 def stored(run: Run, data: Stored, split: splits.Split, mesh: Mesh) -> Ready:
     """Nothing on the devices yet: all images are decoded when they are needed."""
-    from ltjax.data import pipeline  # its decoders are not for everybody
-    from ltjax.data.decode import View
-
     if run.replicas > 1:
         raise UserError(
             f"config.replicas = {run.replicas}: replicas share images on the device, but those of {run.data.name!r} "
             "stay on disk; run the seeds one after the other with --config.seed"
         )
-    view = View(run.data.size, run.data.resize, run.data.min_area)
-    sharding = parallel.split_batch(mesh, axis=1)
-
-    def held(files: Any, labels: np.ndarray, order: np.ndarray) -> evaluate.StoredSet:
-        size = evaluate.shared_batch(run.eval_batch_size, len(order), mesh)
-        plan = pipeline.once(files, labels, order, size, view)
-        opened = partial(pipeline.Stream, plan, sharding, run.data.threads)
-        return evaluate.StoredSet(opened, len(order), labels[order].astype(np.int32))
-
-    train = data.train_files, data.train_labels
+    held, train = partial(_in_order, run, mesh), (data.train_files, data.train_labels)
     return Ready(
-        shape=(view.size, view.size, 3),
+        shape=(run.data.size, run.data.size, 3),
         train=held(*train, split.train),
         test=held(data.test_files, data.test_labels, np.arange(len(data.test_labels))),
         holdout=held(*train, split.holdout) if run.data.holdout else None,
     )
+
+
+def _in_order(run: Run, mesh: Mesh, files: ImageFiles, labels: np.ndarray, order: np.ndarray) -> evaluate.StoredSet:
+    """The images `order`, to be decoded one after the other and cut as for evaluation."""
+    from ltjax.data import pipeline  # its decoders are not for everybody
+    from ltjax.data.decode import View
+
+    view = View(run.data.size, run.data.resize, run.data.min_area)
+    size = evaluate.shared_batch(run.eval_batch_size, len(order), mesh)
+    plan = pipeline.once(files, labels, order, size, view)
+    opened = partial(pipeline.Stream, plan, parallel.split_batch(mesh, axis=1), run.data.threads)
+    return evaluate.StoredSet(opened, len(order), labels[order].astype(np.int32))
+
+
+def some_of_each_class(run: Run, data: Any, split: splits.Split, mesh: Mesh, most: int) -> evaluate.StoredSet:
+    """Training images on disk, `most` of each class or all it has."""
+    starts = np.cumsum(split.class_counts) - split.class_counts
+    some = [split.train[start : start + min(n, most)] for start, n in zip(starts, split.class_counts, strict=True)]
+    return _in_order(run, mesh, data.train_files, data.train_labels, np.concatenate(some))
+
+
+def picture(run: Run, data: Images | Stored, index: int) -> np.ndarray:
+    """One test image, uint8 [H, W, channels], as the network sees it."""
+    if isinstance(data, Images):
+        return data.test_images[index]
+    from ltjax.data.decode import View, center_crop, decode
+
+    return center_crop(decode(data.test_files[index]), View(run.data.size, run.data.resize, run.data.min_area))
 
 
 def class_means(

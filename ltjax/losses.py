@@ -223,12 +223,18 @@ def focal(logits: jax.Array, labels: jax.Array, *, gamma: float = 2.0) -> jax.Ar
     return jnp.exp(gamma * log_rest) * -_own(log_p, labels)
 
 
+def ldam_margins(class_counts: ArrayLike, *, max_margin: float = 0.5) -> jax.Array:
+    """LDAM's margin of each class, [C]: `max_margin * (n_min / n_c)^(1/4)`."""
+    counts = jnp.asarray(class_counts).astype(jnp.float32)  # half precision does not hold large counts
+    return max_margin * (counts.min() / counts) ** 0.25
+
+
 def ldam(
     logits: jax.Array, labels: jax.Array, *, class_counts: ArrayLike, max_margin: float = 0.5, scale: float = 30.0
 ) -> jax.Array:
     """Cross-entropy with a larger margin for rarer classes: `-log softmax(scale * (z - m_y [c = y]))_y`, [B].
 
-    The margin of class c is `max_margin * (n_min / n_c)^(1/4)`.
+    The margin m is that of `ldam_margins`.
 
     Args: logits [B, C], cosines in the paper (a cosine classifier of scale 1). labels [B]. class_counts [C].
       scale: on logits that are scaled already (`models.create(..., cosine_scale=30)`) the same loss is `scale=1` and
@@ -240,8 +246,7 @@ def ldam(
       >>> losses.ldam(cosines, labels, class_counts=jnp.array([160, 10]))
       Array([1.701, 9.   ], dtype=float32)
     """
-    counts = jnp.asarray(class_counts).astype(jnp.float32)  # half precision does not hold large counts
-    margins = max_margin * (counts.min() / counts) ** 0.25  # [C]
+    margins = ldam_margins(class_counts, max_margin=max_margin)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)  # [B, C]
     return cross_entropy(scale * (logits - own * margins.astype(logits.dtype)), labels)
 

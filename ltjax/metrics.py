@@ -37,8 +37,7 @@ def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 1
     values = jnp.asarray(confidences)
     dtype = jnp.float64 if values.dtype == jnp.float64 else jnp.float32  # half precision cannot count to 3,000
     values = values.astype(dtype)  # [N]
-    edges = jnp.asarray(np.linspace(0, 1, num_bins + 1), dtype)  # NumPy: k / num_bins to the last bit
-    index = jnp.clip(jnp.searchsorted(edges, values, side="left") - 1, 0, num_bins - 1)  # [N]
+    edges, index = _bins(values, num_bins)
     member = jax.nn.one_hot(index, num_bins, dtype=dtype)  # [N, bins]
     counts = member.sum(0)
     pairs = jnp.stack([jnp.asarray(correct).astype(dtype), values])  # [2, N]
@@ -47,6 +46,38 @@ def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 1
     gaps = jnp.abs(accuracies - means)
     ece = jnp.abs(hits - mass).sum() / jnp.maximum(counts.sum(), 1)
     return Calibration(ece, gaps.max(), accuracies, means, counts.astype(jnp.int32), edges)
+
+
+def _bins(values: jax.Array, num_bins: int) -> tuple[jax.Array, jax.Array]:
+    """Edges [num_bins + 1] of equal right-closed bins of [0, 1], and the bin of each value."""
+    edges = jnp.asarray(np.linspace(0, 1, num_bins + 1), values.dtype)  # NumPy: k / num_bins to the last bit
+    return edges, jnp.clip(jnp.searchsorted(edges, values, side="left") - 1, 0, num_bins - 1)
+
+
+def classwise_gaps(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> jax.Array:
+    """Sums over images of `[y = c] - p_c`, by class c and by the bin that p_c falls in: [C, bins] float32.
+
+    Gaps of several batches add up to those of their union, of which `classwise_ece` makes a figure.
+    probabilities: [N, C], softmax. labels: [N], -1 for images that do not count. Bins as in `calibration`.
+    """
+    values, labels = jnp.asarray(probabilities).astype(jnp.float32), jnp.asarray(labels)
+    own = jax.nn.one_hot(labels, values.shape[1], dtype=values.dtype)  # [N, C]
+    gaps = jnp.where((labels >= 0)[:, None], own - values, 0)
+    index = _bins(values, num_bins)[1]  # [N, C]
+    # a bin at a time: with 8,142 classes, [N, C, bins] would be gigabytes
+    return jax.lax.map(lambda b: jnp.where(index == b, gaps, 0).sum(0), jnp.arange(num_bins)).T
+
+
+def classwise_ece(gaps: ArrayLike, num_images: int) -> float:
+    """Class-wise expected calibration error: `1/C sum_c sum_b n_cb / N |share of class c - mean p_c|` over bins of p_c.
+
+    Looks at the probability of every class, where `calibration` looks at the predicted one's alone. It falls with the
+    number of classes, since most probabilities of most classes are near 0: comparable between models, not data sets.
+    gaps: [C, bins] of `classwise_gaps`, over N = num_images.
+    Source: Kull et al., "Beyond Temperature Scaling", NeurIPS 2019, equation 4.
+    """
+    gaps = np.asarray(gaps, np.float64)
+    return float(np.abs(gaps).sum(1).mean() / num_images)
 
 
 def count_groups(class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, np.ndarray]:

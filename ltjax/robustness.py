@@ -17,12 +17,13 @@ from ltjax import config as config_module
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
 from ltjax.problem import Problem, imported, judged, restored, seeds, setup
-from ltjax.report import figures
+from ltjax.report import figures, page
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.types import UserError, Variables
 from ltjax.workdir import locked, named_disk_errors, open_workdir
 
 NUMBERED = r"(pgd|cw)-[1-9]\d*"  # tests with their number of steps
+OF_CURVE = "pgd-20"  # the test that is repeated at `config.attack.radii`
 PICTURES = 6  # images shown
 
 
@@ -75,7 +76,7 @@ def attack_workdir(
             f"{settings.title}, step {step}: {len(images):,} test images, {run.attack.norm} radius "
             f"{run.attack.epsilon}, {', '.join(run.attack.tests)}"
         )
-        began, each, mesh = time.monotonic(), [], parallel.make_mesh()
+        began, each, curves, mesh = time.monotonic(), [], [], parallel.make_mesh()
 
         apply = stage.make_apply(problem.nets, "eval")
 
@@ -96,11 +97,13 @@ def attack_workdir(
             except ValueError as error:
                 raise UserError(f"cannot attack: {error}") from error
             each.append(found)
+            curves.append(curve(target, found, problem.groups, len(problem.class_names)))
             if replica == 0:
                 figures.write_attack(_shown(target, made), problem.class_names, workdir / "report")
-        tests = each[0]
+        tests, points = each[0], curves[0]
         if run.replicas > 1:
-            tests = {test: over_seeds([one[test] for one in each], run) for test in each[0]}
+            tests = {test: over_seeds([one[test] for one in each], run) for test in tests}
+            points = {at: over_seeds([one[at] for one in curves], run) for at in points}
         summary = {
             "stage": name,
             "step": step,
@@ -108,6 +111,7 @@ def attack_workdir(
             "norm": run.attack.norm,
             "num_images": len(images),
             "tests": tests,
+            "curve": [{"epsilon": at, **_accuracy(figures)} for at, figures in sorted(points.items())],
             "seconds": time.monotonic() - began,
             **({"weights": run.weights} if alone is not None else {}),
             **results.provenance(problem, results.git_commit()),
@@ -115,6 +119,7 @@ def attack_workdir(
         write_json(workdir / "attack.json", summary)
         if (workdir / "results.json").exists():
             write_json(workdir / "results.json", {**read_json(workdir / "results.json"), "robustness": summary})
+            page.write(workdir)
         console.print(results.robustness_table(run.name, summary))
         console.print(f"Figures are in {workdir / 'attack.json'}, pictures in {workdir / 'report' / 'attack.png'}")
     return summary
@@ -150,6 +155,11 @@ def check(settings: config_module.Attack) -> None:
         attacks.radius(settings.step_size, norm="l2")
     except ValueError as error:
         raise UserError(f"config.attack: {error}") from error
+    for times in settings.radii:
+        if not isinstance(times, (int, float)) or not times > 0:
+            raise UserError(f"config.attack.radii = {settings.radii}: multiples of epsilon above 0, such as (0.5, 2.0)")
+        if settings.norm == "linf" and times * attacks.radius(settings.epsilon) > 1:
+            raise UserError(f"config.attack.radii = {settings.radii}: {times} times epsilon is more than pixels have")
     known = (*attacks.ATTACKS, "autoattack")
     for test in settings.tests:
         if test not in known and not re.fullmatch(NUMBERED, test):
@@ -217,6 +227,28 @@ def judge(target: Target, groups: Mapping[str, np.ndarray], num_classes: int, fi
         accuracy, ece = results.percent(found[test]["accuracy"]["all"]), results.percent(found[test]["ece"])
         target.console.print(f"{title}: accuracy {accuracy}%, ECE {ece}%, {logs.clock(found[test]['seconds'])}")
     return found, images
+
+
+def curve(target: Target, found: Mapping[str, Any], groups: Mapping[str, np.ndarray], num_classes: int) -> dict:
+    """{radius: figures of `OF_CURVE`}, from 0 on; {} where `config.attack.radii` names none. found: from `judge`."""
+    settings = target.settings
+    if not settings.radii:
+        return {}
+    radius, step = attacks.radius(settings.epsilon, norm=settings.norm), attacks.radius(settings.step_size, norm="l2")
+    points = {0.0: found["clean"], **({radius: found[OF_CURVE]} if OF_CURVE in found else {})}
+    for times in settings.radii if OF_CURVE in found else (1.0, *settings.radii):
+        at = target._replace(settings=settings._replace(epsilon=times * radius, step_size=times * step))
+        began, images = time.monotonic(), pgd_images(at, OF_CURVE)
+        figures_of = evaluate.summarise(outcome(at, images), target.labels, groups, num_classes)
+        title = f"{OF_CURVE.upper()}, radius {times * radius:.4g}"
+        points[times * radius] = {"title": title, **figures_of, "seconds": time.monotonic() - began}
+        target.console.print(f"{title}: accuracy {results.percent(figures_of['accuracy']['all'])}%")
+    return points
+
+
+def _accuracy(figures: Mapping[str, Any]) -> dict[str, Any]:
+    spread = {"std": figures["std"]["accuracy"]} if "std" in figures else {}
+    return {"accuracy": figures["accuracy"], **spread}
 
 
 def outcome(target: Target, images: np.ndarray, robust: np.ndarray | None = None) -> dict[str, np.ndarray]:

@@ -33,10 +33,10 @@ from ltjax.problem import (
     seeds,
     setup,
 )
-from ltjax.report import figures
+from ltjax.report import make
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.stage import State
-from ltjax.types import UserError
+from ltjax.types import UserError, one_line
 from ltjax.workdir import check_workdir, locked, named_disk_errors, open_workdir
 
 
@@ -97,11 +97,11 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
                     except OSError as error:  # a full disk can stop the log before it stops a checkpoint
                         raise cannot_save(error, checkpoints.directory) from error
             summary = results.summarise(run, stages, records, problem, commit)
+            report(run, stages, problem, finals, summary, workdir, console, stop)
             if first:
-                figures.write_summary(summary, workdir / "report")
                 write_json(workdir / "results.json", summary)
         results.print_table(summary, console)
-        console.print(f"Results, metrics, checkpoints and report/summary.png are in {workdir}")
+        console.print(f"Results, metrics and checkpoints are in {workdir}; look at {workdir}/report/index.html")
         return summary
 
 
@@ -247,6 +247,22 @@ def evaluate_stage(run, name, settings, problem, state, epoch, record, log) -> f
     earlier = [{key: _brief(part) for key, part in each.items()} for each in record["evaluations"]]
     record["evaluations"] = [*earlier, evaluation]
     return evaluation["holdout" if problem.holdout_set else "test"]["accuracy"]["all"]
+
+
+def report(run, stages, problem, finals, summary, workdir, console, stop) -> None:
+    """Leave `report/`; a report that cannot be made takes no results with it."""
+
+    def go_on() -> None:
+        if processes.any_of(stop.requested is not None)[0]:
+            raise Interrupted(stop.requested or signal.SIGTERM)
+
+    variables = {name: state.variables for name, state in finals.items()}
+    try:
+        make.write_report(run, stages, problem, variables, summary, workdir, go_on)
+    except (Interrupted, OSError):
+        raise
+    except Exception as error:
+        console.print(f"No report this time ({type(error).__name__}: {one_line(error)}); --mode=report tries again.")
 
 
 def non_finite(name, epoch, step, what, settings, checkpoints: Checkpoints) -> UserError:

@@ -36,6 +36,26 @@ def test_calibration_equals_the_authors(golden, jitted):
         np.testing.assert_allclose(getattr(found, name), numbers[f"bin_{theirs}"], rtol=1e-5, err_msg=name)
 
 
+def test_classwise_ece_is_the_mean_over_classes_of_the_gaps_in_bins_of_their_own_probability():
+    """Three images, three classes, two bins, by hand; the fourth image does not count."""
+    probabilities = np.array([[0.8, 0.2, 0.0], [0.6, 0.3, 0.1], [0.1, 0.7, 0.2], [1.0, 0.0, 0.0]])
+    labels = np.array([0, 1, 1, -1])
+    gaps = metrics.classwise_gaps(probabilities, labels, num_bins=2)
+    # class 0: bin 1 holds 0.1 of image 2; bin 2 holds 0.8 and 0.6, one of them right
+    # class 1: bin 1 holds 0.2 and 0.3, one of them right; bin 2 holds 0.7, right; class 2: 0, 0.1 and 0.2, all wrong
+    np.testing.assert_allclose(gaps, [[-0.1, 1 - 1.4], [1 - 0.5, 1 - 0.7], [-0.3, 0.0]], atol=1e-6)
+    expected = ((0.1 + 0.4) + (0.5 + 0.3) + 0.3) / 3 / 3
+    assert metrics.classwise_ece(gaps, 3) == pytest.approx(expected, rel=1e-6)
+
+
+def test_classwise_gaps_of_batches_add_up():
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.dirichlet(np.ones(5), 40).astype(np.float32), rng.integers(0, 5, 40)
+    whole = metrics.classwise_gaps(probabilities, labels)
+    parts = [jax.jit(metrics.classwise_gaps)(probabilities[i : i + 10], labels[i : i + 10]) for i in range(0, 40, 10)]
+    np.testing.assert_allclose(sum(parts), whole, atol=1e-5)
+
+
 def test_bins_are_closed_on_the_right():
     edges = np.asarray(metrics.calibration(np.zeros(1, np.float32), np.zeros(1), num_bins=10).edges)
     assert [bin_of(edge) for edge in edges[1:]] == list(range(10))

@@ -45,6 +45,7 @@ def config(**changes):
             "trades.method.attack.num_steps": 1,
             "trades.augment.crop_padding": 1,
             "attack.tests": TESTS,
+            "attack.radii": (),
             "attack.batch_size": 16,
             "attack.epsilon": "32/255",
             "attack.step_size": "16/255",
@@ -148,6 +149,17 @@ def test_attack_settings_are_no_part_of_the_run(attacked, trained, copy):
     assert found["pgd-1"]["accuracy"] == found["apgd-ce"]["accuracy"] == found["clean"]["accuracy"]
 
 
+def test_radii_make_a_curve_from_the_clean_accuracy_down_and_a_page(attacked, copy):
+    changes = {"attack.tests": ("pgd-3",), "attack.radii": (0.5, 4.0), "attack.num_images": 20}
+    found = robustness.attack_workdir(config(**changes), copy)
+    assert [point["epsilon"] for point in found["curve"]] == pytest.approx([0, 16 / 255, 32 / 255, 128 / 255])
+    along = [point["accuracy"]["all"] for point in found["curve"]]
+    assert along[0] == found["tests"]["clean"]["accuracy"]["all"]
+    assert along == sorted(along, reverse=True) and along[-1] < along[0]
+    page = (copy / "report" / "index.html").read_text()
+    assert 'id="robust-curve-t"' in page and "data:image/jpeg" in page
+
+
 def test_l2(copy):
     ball = {"attack.epsilon": "1.5", "attack.norm": "l2", "attack.step_size": "0.5"}
     tests = robustness.attack_workdir(config(**ball, **{"attack.tests": ("pgd-2", "square")}), copy)["tests"]
@@ -173,6 +185,8 @@ def test_replicas_are_attacked_each(tmp_path):
         ({"attack.tests": ("pgd",)}, "pgd-N, cw-N"),
         ({"attack.num_images": -1}, "num_images"),
         ({"attack.batch_size": 0}, "batch_size"),
+        ({"attack.radii": (0.0,)}, "multiples of epsilon"),
+        ({"attack.radii": (9.0,)}, "attack.radii"),
     ],
 )
 def test_a_mistake_in_the_settings_is_named(trained, change, message):

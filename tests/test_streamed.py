@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ltjax import config as config_module
-from ltjax import data, parallel, problem, stage, train
+from ltjax import data, feed, parallel, problem, stage, train
 from ltjax.data.source import Images, Stored
+from ltjax.report import measure
 from ltjax.signals import Interrupted
 from ltjax.types import UserError
 
@@ -104,6 +105,23 @@ def test_evaluation_is_that_of_images_on_the_device(problems):
     assert (resident.test_set.host_labels == streamed.test_set.host_labels).all()
     for name in first:
         np.testing.assert_allclose(second[name], first[name], rtol=1e-6, err_msg=name)
+
+
+def test_the_report_sees_what_it_sees_of_images_on_the_device(problems):
+    run, stages = config_module.parse(settings())
+    variables = problem.fresh_variables(run, "dro", problems[0])
+    (first,), (second,) = (measure.Observer(run, each).observe(stages["dro"], variables) for each in problems)
+    for name in first:
+        np.testing.assert_allclose(second[name], first[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for index in (0, 5):
+        pictures = [feed.picture(run, each.data, index) for each in problems]
+        np.testing.assert_array_equal(*pictures)
+
+
+def test_class_means_of_the_report_take_a_few_images_of_each_class(problems):
+    run, streamed = config_module.parse(settings())[0], problems[1]
+    some = feed.some_of_each_class(run, streamed.data, streamed.split, streamed.mesh, 6)
+    assert np.bincount(some.host_labels).tolist() == [6, 6, 5]
 
 
 @pytest.mark.parametrize("layers", [(), ("stage2", "stage3")])

@@ -1,0 +1,136 @@
+"""The report that every run ends with, and `--mode=report`, which makes it again."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ltjax import config as config_module
+from ltjax import feed, logs, processes, results
+from ltjax.checkpoint import read_json, write_json
+from ltjax.config import Run
+from ltjax.problem import Problem, restored, setup
+from ltjax.report import analysis, figures, page
+from ltjax.report.measure import Observer, learned
+from ltjax.types import UserError, Variables
+from ltjax.workdir import named_disk_errors, open_workdir
+
+SIDE = 64  # pixels of a sample image, at most
+
+
+def report_workdir(
+    config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Make `report/` again, from the newest checkpoint of each stage that has been evaluated.
+
+    Returns: what the page shows in its table, as in results.json.
+    Raises: UserError for anything the caller can mend.
+    """
+    workdir, console = Path(workdir), logs.make_console(quiet=not processes.first())
+    run, stages = config_module.parse(config)
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
+    processes.on_first(lambda: open_workdir(workdir, config))
+    problem = setup(run, data_dir)
+    records, variables = {}, {}
+    for name, settings in stages.items():
+        found = restored(run, name, settings, problem, workdir)
+        if found is not None and found[2]["evaluations"]:
+            variables[name], records[name] = found[1].variables, found[2]
+    if not records:
+        raise UserError(f"{workdir} holds no evaluated checkpoint yet: train first, with --mode=train")
+    kept = {name: stages[name] for name in records}
+    if (workdir / "results.json").exists():
+        summary = read_json(workdir / "results.json")
+    else:
+        summary = results.summarise(run, kept, records, problem, results.git_commit())
+    with named_disk_errors(workdir):
+        write_report(run, kept, problem, variables, summary, workdir)
+    console.print(f"The report is in {workdir / 'report' / 'index.html'}")
+    return summary
+
+
+def write_report(
+    run: Run,
+    stages: Mapping[str, config_module.Stage],
+    problem: Problem,
+    variables: Mapping[str, Variables],
+    summary: dict[str, Any],
+    workdir: Path,
+    go_on: Callable[[], None] = lambda: None,
+) -> None:
+    """`report/`: index.html, the numbers it is made of, and summary.png. All processes have to call this.
+
+    variables: what each stage ended with. summary: what results.json holds, or is about to.
+    go_on: called before each stage; may raise to stop.
+    """
+    observer, observed = Observer(run, problem), {}
+    for name in stages:
+        go_on()
+        observed[name] = observer.observe(stages[name], variables[name])
+    if not processes.first():
+        return
+    numbers = {
+        "final_stage": summary["final_stage"],
+        "stages": {
+            name: analysis.stage_numbers(
+                observed[name],
+                problem.test_set.host_labels,
+                problem.groups,
+                learned(stages[name], variables[name], problem.split.class_counts),
+            )
+            for name in stages
+        },
+        "pairs": pairs(run, problem, {name: each[0] for name, each in observed.items()}, summary["final_stage"]),
+    }
+    folder = workdir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "numbers.json", numbers)
+    figures.write_summary(summary, folder)
+    page.write(workdir, summary)
+
+
+def pairs(
+    run: Run, problem: Problem, observed: Mapping[str, Mapping[str, np.ndarray]], final: str
+) -> list[dict[str, Any]]:
+    """The pairs of classes that the final stage confuses most, in the tail and elsewhere, with test images of them."""
+    labels, own = problem.test_set.host_labels, observed[final]
+    totals = np.bincount(labels, minlength=len(problem.class_names))
+    tail = analysis.rarest(problem.groups)
+    members = problem.groups[tail]
+    lists = {f"Most confused: classes with {tail} training images" if not members.all() else "Most confused": members}
+    lists |= {} if members.all() else {"Most confused: the other classes": ~members}
+    found = []
+    for title, members in lists.items():
+        shown = []
+        for pair in analysis.confused_pairs(own["predictions"], labels, members):
+            images = [
+                {**sample(run, problem, i), "confidence": float(own["confidences"][i])}
+                for i in analysis.samples(pair, own["predictions"], own["confidences"], labels)
+            ]
+            there = np.flatnonzero((labels == pair.predicted) & (own["predictions"] == pair.predicted))
+            there = there if len(there) else np.flatnonzero(labels == pair.predicted)
+            images += [{**sample(run, problem, int(i)), "confidence": None} for i in there[:1]]
+            taken = {
+                name: float(((one["predictions"] == pair.predicted) & (labels == pair.true)).sum() / totals[pair.true])
+                for name, one in observed.items()
+            }
+            here = {"true": pair.true, "predicted": pair.predicted, "total": int(totals[pair.true])}
+            shown.append({**here, "shares": taken, "images": images})
+        found.append({"title": title, "pairs": shown})
+    return found
+
+
+def sample(run: Run, problem: Problem, index: int) -> dict[str, Any]:
+    """A test image small enough for the page: {"uri", "small": whether its pixels are to be seen as squares}."""
+    pixels = feed.picture(run, problem.data, index)  # [H, W, channels]
+    pixels = pixels[..., ::-1] if pixels.shape[-1] == 3 else pixels[..., :1]
+    scale = SIDE / max(pixels.shape[:2])
+    if scale >= 1:
+        return {"uri": page.data_uri("png", cv2.imencode(".png", pixels)[1].tobytes()), "small": True}
+    height, width = (max(1, round(scale * side)) for side in pixels.shape[:2])
+    shrunk = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=cv2.INTER_AREA)
+    encoded = cv2.imencode(".jpg", shrunk, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+    return {"uri": page.data_uri("jpeg", encoded), "small": False}

@@ -1,0 +1,175 @@
+"""`report/index.html`: one file that needs nothing else, made of what lies in a run's folder."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from ltjax.checkpoint import read_json
+from ltjax.report import panels, sections
+from ltjax.report.sections import Section, Table
+from ltjax.results import GROUPS, percent
+
+PICTURE_WIDTH = 640  # of the attack's picture, in pixels
+
+
+def write(workdir: Path, results: Mapping[str, Any] | None = None) -> Path:
+    """The page of the run in `workdir`. results: what results.json holds or is about to; None: read it."""
+    folder = workdir / "report"
+    results = read_json(workdir / "results.json") if results is None else results
+    numbers = read_json(folder / "numbers.json") if (folder / "numbers.json").exists() else {}
+    made = of_run(
+        results,
+        groups_of(read_json(workdir / "split.json"), len(results["class_names"])),
+        numbers,
+        panels.read_curves(workdir / "metrics.jsonl"),
+        attack_image(folder / "attack.png") if "robustness" in results else "",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "index.html"
+    temporary = path.with_name("index.html.tmp")
+    temporary.write_text(made)
+    temporary.replace(path)
+    return path
+
+
+def groups_of(split: Mapping[str, Any], num_classes: int) -> dict[str, np.ndarray]:
+    """{name: bool [C]} from split.json, without groups that have no class."""
+    found = {name: np.isin(np.arange(num_classes), members) for name, members in split["groups"].items()}
+    return {name: member for name, member in found.items() if member.any()}
+
+
+def attack_image(path: Path) -> str:
+    """The picture of `--mode=attack` as a data URI, smaller than it is; empty where there is none."""
+    import cv2
+
+    pixels = cv2.imread(str(path)) if path.exists() else None
+    if pixels is None:
+        return ""
+    scale = min(1.0, PICTURE_WIDTH / pixels.shape[1])
+    if scale < 1:
+        pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return data_uri("jpeg", cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes())
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def of_run(
+    results: Mapping[str, Any],
+    groups: Mapping[str, np.ndarray],
+    numbers: Mapping[str, Any],
+    curves: Mapping[str, Any],
+    image: str = "",
+) -> str:
+    """The page of one run as HTML.
+
+    results, numbers: what results.json and report/numbers.json hold; numbers may be {}. groups: {name: bool [C]}.
+    curves: of `ltjax.report.panels.read_curves`. image: of the attack, a data URI.
+    """
+    stages = [panels.of_stage(results, name, groups, numbers, curves) for name in results["stages"]]
+    made = sections.of_panels(stages)
+    made = [_with_pairs(one, results, numbers) if one.id == "errors" else one for one in made]
+    if "robustness" in results:
+        title = results["stages"].get(results["robustness"]["stage"], {}).get("title", "")
+        made.append(sections.robustness(results["robustness"], image=image, title=title))
+    counts = np.asarray(results["class_counts"])
+    seeds = f", mean ± standard deviation of {len(results['seeds'])} seeds" if "seeds" in results else ""
+    sizes = f"{counts.max():,} down to {counts.min():,} a class (imbalance factor {counts.max() / counts.min():.4g})"
+    return render(
+        title=results["name"],
+        subtitle=f"{counts.sum():,} training images of {len(counts):,} classes, {sizes}; "
+        f"{results['num_images']:,} test images{seeds}.",
+        main=stage_table(results, stages),
+        notes=["Last epoch. Legacy best: the best epoch as picked on the test set, which no fair comparison may use."],
+        sections=made,
+        how_title="How to get this again",
+        commands=[results["command"]],
+        facts=facts(results),
+    )
+
+
+def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> Table:
+    nearest = any("nearest_mean" in stage for stage in results["stages"].values())
+    sizes = results["group_sizes"]
+    groups = [group for group in GROUPS if any(group in panel.accuracy for panel in stages)]
+    header = ["", *(f"{group} ({sizes[group]:,})" if group in sizes else group for group in groups)]
+    header += ["ECE", "class-wise ECE", *["nearest mean"] * nearest, "legacy best", "seconds"]
+    rows = []
+    for panel, stage in zip(stages, results["stages"].values(), strict=True):
+        cells = [percent(*panel.accuracy[group]) if group in panel.accuracy else "-" for group in groups]
+        cells += ["-" if panel.ece is None else percent(*panel.ece)]
+        cells += ["-" if panel.classwise_ece is None else sections.small(panel.classwise_ece)]
+        if nearest:
+            both = (
+                part.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all")
+                for part in (stage, stage.get("std", {}))
+            )
+            cells += [percent(*both)]
+        cells += ["-" if panel.best is None else percent(*panel.best), f"{panel.seconds:,.0f}"]
+        rows.append([panel.title, *cells])
+    return Table("Test accuracy (number of classes) and calibration at the last epoch, %", header, rows)
+
+
+def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    seeds = results.get("seeds")
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return [
+        ("commit", results["git_commit"] or "not a checkout"),
+        ("seeds" if seeds else "seed", ", ".join(map(str, seeds)) if seeds else str(results["seed"])),
+        ("device", f"{results['num_devices']} x {results['device']}"),
+        ("versions", versions),
+    ]
+
+
+def _with_pairs(section: Section, results: Mapping[str, Any], numbers: Mapping[str, Any]) -> Section:
+    """The most confused pairs of classes, with names instead of class numbers."""
+    names, counts, titles = results["class_names"], results["class_counts"], results["stages"]
+    lists = []
+    for found in numbers.get("pairs", []):
+        shown = []
+        for pair in found["pairs"]:
+            share = f"{100 * pair['shares'][numbers['final_stage']]:.0f} % of its {pair['total']:,} test images"
+            others = [
+                f"{titles[s]['title']} {100 * v:.0f} %"
+                for s, v in pair["shares"].items()
+                if s != numbers["final_stage"]
+            ]
+            shown.append(
+                {
+                    "true": names[pair["true"]],
+                    "true_count": f"{counts[pair['true']]:,} training images",
+                    "predicted": names[pair["predicted"]],
+                    "predicted_count": f"{counts[pair['predicted']]:,}",
+                    "share": share + (f" ({', '.join(others)})" if others else ""),
+                    "images": [
+                        {
+                            "uri": image["uri"],
+                            "small": image["small"],
+                            "caption": f"{image['confidence']:.0%} sure"
+                            if image["confidence"] is not None
+                            else names[pair["predicted"]],
+                            "alt": f"test image of {names[pair['true']]}"
+                            if image["confidence"] is not None
+                            else f"test image of {names[pair['predicted']]}, for comparison",
+                        }
+                        for image in pair["images"]
+                    ],
+                }
+            )
+        if shown:
+            lists.append({"title": found["title"], "pairs": shown})
+    return section._replace(pairs=lists)
+
+
+def render(**context: Any) -> str:
+    """The page: title, subtitle, main (a Table), notes, sections, how_title, commands, facts."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    footer = Markup("Colours and shapes: many (circle), medium (square), few (triangle) training images a class.")
+    return environment.get_template("page.html").render(footer=footer, **context)

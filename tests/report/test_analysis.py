@@ -1,0 +1,97 @@
+"""The numbers behind the page, by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ltjax.report import analysis, charts, panels
+from ltjax.report.charts import Scale
+
+GROUPS = {"many": np.array([True, False, False]), "few": np.array([False, True, True])}
+LABELS = np.array([0, 0, 1, 1, 2, 2, 2, 2])
+PREDICTIONS = np.array([0, 1, 0, 1, 2, 1, 1, 0])
+
+
+def test_errors_are_counted_by_the_group_they_are_taken_for():
+    found = analysis.errors_by_group(PREDICTIONS, LABELS, GROUPS)
+    assert found["many"] == {"right": 0.5, "many": 0.0, "few": 0.5}
+    # of six images: two right; 1 -> 0 and 2 -> 0 many; twice 2 -> 1 few
+    assert found["few"] == pytest.approx({"right": 2 / 6, "many": 2 / 6, "few": 2 / 6})
+
+
+def test_a_group_without_test_images_is_absent():
+    assert list(analysis.errors_by_group(PREDICTIONS[:2], LABELS[:2], GROUPS)) == ["many"]
+
+
+def test_pairs_are_ordered_by_their_share_of_the_class():
+    found = analysis.confused_pairs(PREDICTIONS, LABELS, np.array([True, True, True]))
+    assert [(p.true, p.predicted, p.share) for p in found] == [(2, 1, 0.5), (0, 1, 0.5), (1, 0, 0.5), (2, 0, 0.25)]
+    assert [p.true for p in analysis.confused_pairs(PREDICTIONS, LABELS, GROUPS["many"])] == [0]
+
+
+def test_samples_of_a_pair_begin_with_the_surest_mistake():
+    pair = analysis.Pair(2, 1, 2, 0.5)
+    confidences = np.array([0.9, 0.9, 0.9, 0.9, 0.9, 0.3, 0.7, 0.9])
+    assert analysis.samples(pair, PREDICTIONS, confidences, LABELS) == [6, 5]
+
+
+def test_a_class_without_images_has_no_mean():
+    found = analysis.by_class(np.array([1.0, 3.0]), np.array([0, 0]), 2)
+    assert found[0] == 2 and np.isnan(found[1])
+    assert analysis.brief(found) == [2.0, None]
+
+
+def test_distances_tell_how_often_the_own_mean_is_nearest():
+    own = {"own": np.arange(8.0), "wrong": np.full(8, 3.5), "predictions": PREDICTIONS, "gaps": np.ones((3, 15))}
+    numbers = analysis.stage_numbers([own], LABELS, GROUPS, {"Logit scale": np.array([1.0, 2.0, 3.0])})
+    assert numbers["distances"]["own"] == [0.5, 2.5, 5.5]
+    assert numbers["distances"]["nearest_is_own"] == pytest.approx({"many": 1.0, "few": 2 / 6, "all": 0.5})
+    assert numbers["learned"] == {"Logit scale": [1.0, 2.0, 3.0]}
+
+
+def test_replicas_are_taken_together():
+    one = {"predictions": PREDICTIONS, "gaps": np.zeros((3, 15))}
+    other = {"predictions": LABELS, "gaps": np.ones((3, 15))}
+    numbers = analysis.stage_numbers([one, other], LABELS, GROUPS, {})
+    assert numbers["errors"]["many"]["right"] == 0.75
+    assert numbers["classwise_ece"] == pytest.approx(15 / 8 / 2)
+    assert "distances" not in numbers
+
+
+def test_classes_of_one_count_stand_side_by_side_and_never_beyond_the_frame():
+    counts = np.array([100, 100, 100, 10, 10])
+    scale = Scale(100, 10, 0, 300, log=True)
+    found = charts.places(counts, np.array([0.1, 0.9, 0.5, 0.2, 0.3]), scale)
+    assert (np.argsort(found) == [1, 2, 0, 4, 3]).all()  # the best first
+    assert found.min() >= 0 and found.max() <= 300
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 0.031), (3, 4000), (-2, 7), (5, 5)])
+def test_ticks_are_few_and_inside(low, high):
+    ticks = charts.round_ticks(low, high)
+    assert 1 <= len(ticks) <= 9
+    assert min(ticks) >= low - 1e-9 and max(ticks) <= high + 1e-9
+
+
+def test_ranges_of_counts_hold_every_class_once():
+    counts = np.geomspace(1000, 2, 8142).astype(int)
+    found = charts.count_ranges(counts)
+    assert sorted(np.concatenate(found)) == list(range(8142))
+    assert len(found) <= charts.BINS and counts[found[0]].min() > counts[found[-1]].max()
+
+
+def test_learning_curves_are_thinned_to_their_means(tmp_path):
+    path, steps = tmp_path / "metrics.jsonl", 5 * panels.MOST_POINTS
+    entries = [
+        {"stage": "ce", "epoch": 1 + s // 100, "step": s + 1, "split": "train", "values": {"loss": s, "lr": 0.1}}
+        for s in range(steps)
+    ]
+    entries.append({"stage": "ce", "epoch": 8, "step": steps, "split": "test", "values": {"accuracy": {"all": 0.5}}})
+    path.write_text("\n".join(map(json.dumps, entries)) + '\n{"st')  # cut short by a kill
+    found = panels.read_curves(path)["ce"]
+    assert found["test"] == [(8, {"all": 0.5})]
+    assert len(found["train"]) == panels.MOST_POINTS
+    places, losses, _ = zip(*found["train"], strict=True)
+    assert np.mean(losses) == pytest.approx((steps - 1) / 2)
+    assert places[0] == pytest.approx(0.025) and places[-1] == pytest.approx(7.975)  # the middle of 5 steps of 100

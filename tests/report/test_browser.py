@@ -1,0 +1,83 @@
+"""The page in a real browser: nothing to complain of, everything visible, at the width of a phone and of a desk."""
+
+import numpy as np
+import pytest
+
+from ltjax.report import page
+from tests.report import browser, made_up
+
+pytestmark = pytest.mark.skipif(browser.program() is None, reason=f"none of {', '.join(browser.PROGRAMS)} on the PATH")
+WIDTHS = (360, 1280)
+# Figures that take up room, and those among them that hold something drawn.
+DRAWN = """[...document.querySelectorAll('svg')].filter(f => f.getBoundingClientRect().height > 100
+           && f.querySelectorAll('line, path, rect, circle, polygon').length > 5).length"""
+# Text that is cut off by the frame of its figure.
+CUT = """[...document.querySelectorAll('svg text')].filter(t => {
+  const [a, b] = [t.getBoundingClientRect(), t.ownerSVGElement.getBoundingClientRect()];
+  return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
+}).map(t => t.textContent)"""
+# How far a text's colour is from its background, as the WCAG counts it.
+CONTRAST = """(() => {
+  const light = c => { const [r, g, b] = c.match(/\\d+/g).map(v => { v /= 255;
+    return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const paper = light(getComputedStyle(document.body).backgroundColor);
+  const ratio = c => { const [a, b] = [light(c), paper].sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); };
+  const html = [...document.querySelectorAll('h1, h2, p, td, th, a')].map(e => ratio(getComputedStyle(e).color));
+  const drawn = [...document.querySelectorAll('svg text:not(.inside)')].map(e => ratio(getComputedStyle(e).fill));
+  return Math.min(...html, ...drawn); })()"""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A page and a tab that can open it."""
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    names = [f"a class with quite a long name indeed, number {c}" for c in range(10)]
+    results = made_up.results(names=names, robustness=made_up.robustness())
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    path.write_text(page.of_run(results, groups, made_up.numbers(), made_up.curves()))
+    with browser.opened() as tab:
+        yield path, tab
+
+
+@pytest.fixture(params=WIDTHS)
+def opened(shown, request):
+    path, tab = shown
+    tab.open(path, request.param)
+    return tab, request.param
+
+
+def test_the_console_stays_empty_and_nothing_is_fetched(opened):
+    tab, _ = opened
+    assert tab.complaints == []
+    assert [url for url in tab.requests if not url.startswith(("file:", "data:"))] == []
+
+
+def test_all_figures_are_drawn(opened):
+    tab, _ = opened
+    assert tab.evaluate(DRAWN) == tab.evaluate("document.querySelectorAll('svg').length") == 16
+
+
+def test_the_page_does_not_scroll_sideways(opened):
+    tab, width = opened
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_no_text_is_cut_off(opened):
+    tab, _ = opened
+    assert tab.evaluate(CUT) == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_stands_out_by_day_and_by_night(shown, dark):
+    path, tab = shown
+    tab.open(path, 1280, dark=dark)
+    assert tab.evaluate(CONTRAST) >= 4.5
+
+
+def test_tab_leads_to_the_figures_first(shown):
+    path, tab = shown
+    tab.open(path, 1280)
+    tab.key("Tab")
+    assert tab.evaluate("document.activeElement.getAttribute('href')") == "#main"
+    assert tab.evaluate("document.activeElement.getBoundingClientRect().left") >= 0

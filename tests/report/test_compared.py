@@ -1,0 +1,92 @@
+"""`python -m ltjax.compare RUN... --html=FILE`: runs side by side, seeds of a config together."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from ltjax import compare
+from ltjax.report import compared
+from tests.report import made_up
+from tests.test_compare import config
+
+
+def write(folder, seed=0, *, stages=("ce",), attacked=None, numbers=True, **settings):
+    """A workdir, as training leaves it."""
+    (folder / "report").mkdir(parents=True)
+    results = made_up.results(stages=stages, seed=seed)
+    if attacked is not None:
+        results["robustness"] = made_up.robustness(seed, stages[-1], attacked)
+    groups = {name: np.flatnonzero(m).tolist() for name, m in made_up.groups_of(made_up.class_counts(10)).items()}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.json").write_text(json.dumps(config(seed, "made-up", stages=stages, **settings)))
+    (folder / "split.json").write_text(json.dumps({"sha256": "5a", "groups": groups}))
+    if numbers:
+        (folder / "report" / "numbers.json").write_text(json.dumps(made_up.numbers(stages=stages, seed=seed)))
+    return folder
+
+
+def page(tmp_path, *arguments):
+    file = tmp_path / "compared.html"
+    assert compare.main([*map(str, arguments), f"--html={file}"]) == 0
+    return file.read_text()
+
+
+def test_a_config_has_one_panel_whatever_its_seeds(tmp_path, capsys):
+    runs = [write(tmp_path / "a", 0), write(tmp_path / "b", 1), write(tmp_path / "c", 0, lr=0.5)]
+    found = page(tmp_path, *runs)
+    assert found.count('id="accuracy0-t"') == found.count('id="accuracy1-t"') == 1
+    assert 'id="accuracy2-t"' not in found
+    values = [json.loads((run / "results.json").read_text())["accuracy"]["all"] for run in runs[:2]]
+    assert f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}" in found
+
+
+def test_stages_are_panels_where_that_is_asked(tmp_path, capsys):
+    found = page(tmp_path, write(tmp_path / "a", stages=("ce", "classifier")), "--stages")
+    titles = re.findall(r'<title id="accuracy\d-t">([^<]*)', found)
+    assert [title.split(":")[0] for title in titles] == ["made-up / Stage ce", "made-up / Stage classifier"]
+
+
+def test_figures_by_class_are_means_over_seeds(tmp_path):
+    row = compare.rows([write(tmp_path / "a", 0), write(tmp_path / "b", 1)])[0]
+    each = [compared.of_row(run, None, "") for run in row.runs]
+    found = compared.panels.pooled("both", [panel for _, panel in each], [1, 1], row.figures)
+    expected = np.mean([panel.own for _, panel in each], axis=0)
+    np.testing.assert_allclose(found.own, expected)
+    assert found.accuracy["few"] == row.figures["few"]
+    assert found.bins["counts"].sum() == 2 * sum(range(15))
+
+
+def test_seeds_with_replicas_weigh_as_many(tmp_path):
+    panels = [compared.of_row(write(tmp_path / str(seed), seed), None, "")[1] for seed in (0, 1)]
+    found = compared.panels.pooled("both", panels, [3, 1], {})
+    np.testing.assert_allclose(found.own, (3 * panels[0].own + panels[1].own) / 4)
+
+
+def test_attacked_runs_have_means_and_spread(tmp_path, capsys):
+    runs = [write(tmp_path / "a", 0, attacked=0.5), write(tmp_path / "b", 1, attacked=0.3)]
+    found = page(tmp_path, *runs)
+    assert f"{100 * 0.2:.1f} ± {100 * np.std([0.25, 0.15], ddof=1):.1f}" in found  # PGD-20
+    assert 'id="robust0-curve-t"' in found
+
+
+def test_runs_without_a_report_show_what_their_results_hold(tmp_path, capsys):
+    found = page(tmp_path, write(tmp_path / "a", numbers=False))
+    assert 'id="accuracy0-t"' in found and 'id="geometry0-t"' not in found
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    run = write(tmp_path / "a")
+    assert compare.main([str(run), f"--html={tmp_path / 'no' / 'where.html'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("missing", ["per_class_accuracy", "calibration_bins"])
+def test_results_that_cannot_be_drawn_are_named(tmp_path, capsys, missing):
+    run = write(tmp_path / "a")
+    results = json.loads((run / "results.json").read_text())
+    del results["stages"]["ce"][missing]
+    (run / "results.json").write_text(json.dumps(results))
+    assert compare.main([str(run), f"--html={tmp_path / 'x.html'}"]) == 2
+    assert str(run / "results.json") in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""The report's page, of numbers that nobody has measured: what is in it, at any size, whatever classes are called."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ltjax.report import page
+from tests.report import made_up
+
+VOID = {"meta", "link", "img", "br", "input", "rect", "line", "circle", "path", "polygon"}
+
+
+class Checked(HTMLParser):
+    """Every element closed in order; texts by element; identifiers."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.open, self.ids, self.tags = [], [], []
+        self.feed(made)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def made(num_classes=10, **also):
+    results = made_up.results(num_classes, **also)
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    stages = tuple(results["stages"])
+    return page.of_run(results, groups, made_up.numbers(num_classes, stages), made_up.curves(stages))
+
+
+SECTIONS = ("accuracy", "calibration", "learning", "errors", "geometry", "learned", "how")
+
+
+def test_it_answers_the_questions_in_their_order():
+    found = [name for name in Checked(made(robustness=made_up.robustness())).ids if name in (*SECTIONS, "robust")]
+    assert found == ["accuracy", "calibration", "learning", "errors", "geometry", "learned", "robust", "how"]
+
+
+def test_elements_are_closed_and_identifiers_unique():
+    parsed = Checked(made(robustness=made_up.robustness()))
+    assert len(parsed.ids) == len(set(parsed.ids))
+
+
+def test_every_figure_has_a_name_and_a_description():
+    parsed = Checked(made())
+    figures = [attributes for tag, attributes in parsed.tags if tag == "svg"]
+    assert len(figures) == 14  # of two stages: five figures each, and two learned numbers
+    for attributes in figures:
+        assert attributes["role"] == "img"
+        assert set(attributes["aria-labelledby"].split()) <= set(parsed.ids)
+
+
+def test_every_section_with_figures_has_its_numbers_in_tables():
+    sections = re.findall(r"<section.*?</section>", made(robustness=made_up.robustness()), re.DOTALL)
+    drawn = [section for section in sections if "<svg" in section]
+    assert len(drawn) == 7
+    assert all("<table" in section for section in drawn)
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b 'c'"])
+def test_what_a_class_is_called_stays_text(name):
+    names = [f"{name}{c}" for c in range(10)]
+    found = made(names=names)
+    assert name not in found
+    assert not [tag for tag, attributes in Checked(found).tags if tag == "script" or "onerror" in attributes]
+
+
+def test_it_needs_nothing_from_elsewhere():
+    found = made(robustness=made_up.robustness())
+    for reference in re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)""", found):
+        assert "".join(reference).startswith(("#", "data:"))
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 365, 8142])
+def test_it_stays_below_3_megabytes(num_classes):
+    stages = ("a", "b", "c", "d")
+    names = tuple(f"Plantae Tracheophyta Magnoliopsida Asterales number {c}" for c in range(num_classes))
+    assert len(made(num_classes, stages=stages, names=names)) < 3e6
+
+
+def test_many_classes_are_drawn_as_ranges_of_counts():
+    found = made(8142)
+    assert found.count("<polygon") + found.count("<rect") + found.count("<circle") < 2000
+    assert "classes of" in found
+
+
+def test_balanced_classes_do_not_lie_on_one_another():
+    found = Checked(made(largest=500, smallest=500))
+    centres = [a["cx"] for tag, a in found.tags if tag == "circle" and a["class"] == "mark many"]
+    assert len(set(centres)) >= 8
+
+
+def test_a_stage_without_calibration_has_none_drawn():
+    results = made_up.results()
+    results["stages"]["classifier"].update(ece=None, mce=None)
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    found = Checked(page.of_run(results, groups, made_up.numbers(), made_up.curves()))
+    assert "calibration0-t" in found.ids and "calibration1-t" not in found.ids
+
+
+def test_without_numbers_it_shows_what_the_results_hold():
+    results = made_up.results()
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    found = Checked(page.of_run(results, groups, {}, {})).ids
+    assert "accuracy" in found and "calibration" in found
+    assert "geometry" not in found and "learning" not in found
+
+
+def test_seeds_are_told_with_their_spread():
+    results = made_up.results(seeds=[0, 1])
+    for stage in results["stages"].values():
+        stage["std"] = {"accuracy": dict.fromkeys(stage["accuracy"], 0.0123), "ece": 0.005}
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    found = page.of_run(results, groups, made_up.numbers(), made_up.curves())
+    assert "± 1.2" in found and "10.0 ± 0.5" in found and "0, 1" in found
+    assert found.count('class="band') == 6  # of two stages' three groups
+
+
+def test_the_table_has_every_stage_with_last_and_legacy_best():
+    results = made_up.results()
+    found = re.search(r"<table.*?</table>", made(), re.DOTALL)
+    assert found is not None
+    for name in ("Stage ce", "Stage classifier"):
+        assert name in found[0]
+    last, best = (f"{100 * value:.1f}" for value in (results["accuracy"]["all"], results["best_on_test"]["accuracy"]))
+    assert last in found[0] and best in found[0]
+    assert results["command"] in made()
