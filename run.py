@@ -78,6 +78,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
         rest = flags.FLAGS(arguments)
         if _CALIBRATE.value and _MODE.value in ("attack", "report"):
             raise ValueError("--calibrate goes with --mode=train, eval or predict")
+        if _DRY_RUN.value and _MODE.value != "train":
+            raise ValueError(f"--dry_run is for --mode=train, not {_MODE.value}")
         if _CONFIG.value is None and not told_by_workdir():
             if _MODE.value in OF_A_RUN and _WORKDIR.value is not None:
                 raise ValueError(
@@ -170,8 +172,6 @@ def main(_: list[str]) -> None:
     }
     do = train.dry_run if _DRY_RUN.value else modes[_MODE.value]
     try:
-        if _DRY_RUN.value and _MODE.value != "train":
-            raise UserError(f"--dry_run is for --mode=train, not {_MODE.value}")
         problem.use_cpu_cores(config.get("batch_size", 1))
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
         do(config, workdir, _DATA_DIR.value)

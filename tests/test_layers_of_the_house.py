@@ -23,6 +23,7 @@ ALLOWED = {
     "ltjax.hashing": {"jax", "numpy"},
     "ltjax.registry": {"ltjax.types"},
     "ltjax.config": {"ltjax.types"},
+    "ltjax.usage": set(),
     "ltjax.results": {"rich"},
     "ltjax.compare": {"rich", "ltjax.config", "ltjax.results", "ltjax.types", "ltjax.report.compared"},
     "ltjax.report.charts": {"numpy", "markupsafe"},

@@ -279,6 +279,7 @@ def test_a_run_on_other_devices_agrees(finished, tmp_path):
         (("--confg=configs/quickstart.py",), ["confg"]),
         (("--config=configs/quickstart.py", "extra"), ["extra"]),
         (("--config=configs/quickstart.py", "--mode=tain"), ["tain", "train", "eval"]),
+        (("--config=configs/quickstart.py", "--mode=eval", "--dry_run"), ["--dry_run", "--mode=train"]),
         ((), ["--config"]),
     ],
 )
