@@ -4,6 +4,7 @@ Compiling is most of what the tests do, so on a CPU they leave out what makes pr
 the time. LTJAX_TEST_OPTIMISED=1 compiles as users do; tests whose point is the optimised program ask for `optimised`.
 """
 
+import contextlib
 import os
 import pathlib
 
@@ -34,23 +35,22 @@ def golden():
     return lambda name: dict(np.load(GOLDEN / f"{name}.npz"))
 
 
-def _optimised():
+@contextlib.contextmanager
+def optimised_programs():
+    """Compile as users do, all but in full: for that, give `jax.jit` the options that this yields.
+
+    For programs that run long, and where a test is about rounding or about what XLA's optimisations do.
+    """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
-    yield {"xla_cpu_use_fusion_emitters": True} if NO_EMITTERS and jax.default_backend() == "cpu" else {}
-    jax.config.update("jax_disable_most_optimizations", before)
+    try:
+        yield {"xla_cpu_use_fusion_emitters": True} if NO_EMITTERS and jax.default_backend() == "cpu" else {}
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
 def optimised():
-    """Compile as users do, all but in full: for that, give `jax.jit` this fixture as its compiler options.
-
-    For programs that run long, and where a test is about rounding or about what XLA's optimisations do.
-    """
-    yield from _optimised()
-
-
-@pytest.fixture(scope="module")
-def all_optimised():
-    """`optimised`, for a module with `pytestmark = pytest.mark.usefixtures("all_optimised")`."""
-    yield from _optimised()
+    """`optimised_programs` for one test."""
+    with optimised_programs() as options:
+        yield options

@@ -11,8 +11,7 @@ from ltjax import methods, models, optim, parallel, stage
 from ltjax.data import augment
 from ltjax.interop.torch import import_state_dict
 from ltjax.types import Batch
-
-pytestmark = pytest.mark.usefixtures("all_optimised")
+from tests.conftest import optimised_programs
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SOURCE = ("images", "labels", "permutations", "lams")
@@ -23,7 +22,11 @@ each_layout = pytest.mark.parametrize("devices, dtype", [(1, "float64"), (8, "fl
 
 @pytest.fixture(autouse=True)
 def double_precision_where_asked(request):
-    with jax.enable_x64(getattr(request.node, "callspec", None) is not None and "float64" in request.node.callspec.id):
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or "float64" not in callspec.id:
+        yield
+        return
+    with jax.enable_x64(True), optimised_programs():  # whose convolutions are slow
         yield
 
 

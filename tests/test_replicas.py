@@ -20,9 +20,8 @@ from ltjax.data import augment, samplers
 from ltjax.models.layers import BatchNorm, Conv, pool
 from ltjax.signals import Interrupted
 from ltjax.types import Method, Outputs, UserError
+from tests.conftest import optimised_programs
 from tests.test_conformance import before_dispatch, made_up_images, rewound, saved, steps_of, tiny_config
-
-pytestmark = pytest.mark.usefixtures("all_optimised")
 
 ROOT = Path(__file__).parents[1]
 COUNTS = np.array([30, 20, 9])
@@ -235,7 +234,7 @@ def settings(seed=FIRST, **changes):
 def replicated(tmp_path_factory):
     """The workdir of a run of two replicas, a device each."""
     workdir = tmp_path_factory.mktemp("replicated") / "run"
-    with devices(2):
+    with devices(2), optimised_programs():
         train.train(settings(replicas=2), workdir)
     return workdir
 
@@ -244,7 +243,7 @@ def replicated(tmp_path_factory):
 def alone(tmp_path_factory):
     """The workdirs of the two single runs, on one device."""
     workdirs = [tmp_path_factory.mktemp("alone") / str(FIRST + number) for number in range(2)]
-    with devices(1):
+    with devices(1), optimised_programs():
         for number, workdir in enumerate(workdirs):
             train.train(settings(FIRST + number), workdir)
     return workdirs
@@ -300,7 +299,7 @@ def test_the_summary_is_mean_and_sample_deviation(replicated):
     assert (replicated / "report" / "summary.png").exists()
 
 
-def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(replicated, tmp_path):
+def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(replicated, tmp_path, optimised):
     stages = ["ce", "drw", "tau_norm"]
     workdir = rewound(replicated, tmp_path, "ce", stages)
 
@@ -319,7 +318,7 @@ def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(replicated, tmp
     assert (workdir / "metrics.jsonl").read_text() == (replicated / "metrics.jsonl").read_text()
 
 
-def test_eval_mode_repeats_the_figures_of_the_replicas(replicated):
+def test_eval_mode_repeats_the_figures_of_the_replicas(replicated, optimised):
     with devices(2):
         evaluated = train.evaluate_workdir(settings(replicas=2), replicated)
     for name, expected in results_of(replicated)["stages"].items():

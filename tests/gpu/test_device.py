@@ -18,8 +18,6 @@ from ltjax.checkpoint import Checkpoints
 from ltjax.data import augment, samplers
 from ltjax.types import Variables
 
-pytestmark = pytest.mark.usefixtures("all_optimised")
-
 COUNTS = np.full(10, 16)
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -148,7 +146,7 @@ def test_dro_loss_agrees_with_the_cpu():
     assert relative(np.asarray(gradient), np.asarray(expected_gradient)) < 1e-4
 
 
-def test_pgd_reaches_on_the_device_what_it_reaches_on_the_cpu():
+def test_pgd_reaches_on_the_device_what_it_reaches_on_the_cpu(optimised):
     """Rounding turns the sign of tiny gradients, so what is compared is the divergence that the attack reaches."""
     images = np.random.default_rng(3).random((16, 32, 32, 3), np.float32)
     reached = {}
@@ -169,7 +167,7 @@ def test_pgd_reaches_on_the_device_what_it_reaches_on_the_cpu():
     assert reached["gpu"].mean() == pytest.approx(reached["cpu"].mean(), rel=0.01)
 
 
-def test_apgd_leaves_standing_on_the_device_whom_the_reference_leaves():
+def test_apgd_leaves_standing_on_the_device_whom_the_reference_leaves(optimised):
     predict, images, labels, theirs, epsilon = golden(64)
     settings = dict(epsilon=epsilon, attacks=("apgd-ce",), devices=jax.devices()[:1], progress=None)
     found = attacks.autoattack(predict, images, labels, jax.random.key(0), **settings)

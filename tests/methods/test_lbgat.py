@@ -9,8 +9,7 @@ from ltjax import attacks, losses, methods, models, optim, stage
 from ltjax.interop.torch import import_state_dict
 from ltjax.methods import adversarial
 from ltjax.types import Batch, Variables
-
-pytestmark = pytest.mark.usefixtures("all_optimised")
+from tests.conftest import optimised_programs
 
 NETS = {"net": "model", "guide": "teacher"}  # ours and the authors' names
 
@@ -23,7 +22,7 @@ def of(numbers, prefix):
 def pair(request, golden):
     """The authors' step: numbers, apply, variables of both networks, batch, in one precision."""
     dtype, numbers = request.param, golden("lbgat_step")
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype == "float64"), optimised_programs():
         net = models.create("wide_resnet", 100, depth=10, width=1, dtype=dtype)
         found = {ours: import_state_dict(of(numbers, f"init/{theirs}."), net) for ours, theirs in NETS.items()}
         variables = Variables(
