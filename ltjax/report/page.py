@@ -136,7 +136,7 @@ def _with_pairs(section: Section, results: Mapping[str, Any], numbers: Mapping[s
         for pair in found["pairs"]:
             share = f"{100 * pair['shares'][numbers['final_stage']]:.0f} % of its {pair['total']:,} test images"
             others = [
-                f"{titles[s]['title']} {100 * v:.0f} %"
+                f"{titles[s]['title']}: {100 * v:.0f} %"
                 for s, v in pair["shares"].items()
                 if s != numbers["final_stage"]
             ]
@@ -146,7 +146,7 @@ def _with_pairs(section: Section, results: Mapping[str, Any], numbers: Mapping[s
                     "true_count": f"{counts[pair['true']]:,} training images",
                     "predicted": names[pair["predicted"]],
                     "predicted_count": f"{counts[pair['predicted']]:,}",
-                    "share": share + (f" ({', '.join(others)})" if others else ""),
+                    "share": share + (f" ({'; '.join(others)})" if others else ""),
                     "images": [
                         {
                             "uri": image["uri"],

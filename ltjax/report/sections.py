@@ -59,7 +59,7 @@ def of_panels(panels: Sequence[Panel]) -> list[Section]:
         Section(
             "errors",
             "Where the errors go",
-            "A bar is the test images of a group. Dark: right. Coloured: wrong, and the group they are taken for.",
+            "A bar is the test images of a group. Grey: right. Coloured: wrong, and the group they are taken for.",
             _figures(panels, "errors", plots.errors, lambda p: bool(p.errors)),
             [table for table in [_errors_table(panels)] if table.rows],
         ),
