@@ -196,9 +196,7 @@ def _shown(target: Target, made: np.ndarray) -> list[figures.Attacked]:
     ]
 
 
-_pgd = jax.jit(
-    attacks.pgd_attack, static_argnames=("epsilon", "step_size", "num_steps", "norm", "objective", "start_scale")
-)
+_pgd = jax.jit(attacks.pgd_attack, static_argnames=("num_steps", "norm", "objective"))  # compiled once for all radii
 _outcome = jax.jit(lambda predict, images, labels: evaluate.outcome(predict(images), labels))
 
 

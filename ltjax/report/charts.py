@@ -141,6 +141,13 @@ def x_axis(scale: Scale, bottom: float, title: str, ticks: Sequence[float], labe
     return [*parts, text(middle, bottom + 31, title, class_="axis")]
 
 
+def count_axis(scale: Scale, bottom: float) -> list[Markup]:
+    """The axis below classes that stand at their counts, see `places`."""
+    if scale.low == scale.high:
+        return x_axis(scale, bottom, f"classes of {number(scale.low)} training images each, highest first", [])
+    return x_axis(scale, bottom, "training images of the class", count_ticks(scale))
+
+
 def counts_scale(counts: np.ndarray) -> Scale:
     """Training images, the most frequent classes at the left; with a margin for the outermost marks."""
     return Scale(float(counts.max()), float(counts.min()), LEFT + 10, WIDTH - RIGHT - 10, log=True)

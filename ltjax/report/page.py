@@ -80,7 +80,9 @@ def of_run(
         made.append(sections.robustness(results["robustness"], image=image, title=title))
     counts = np.asarray(results["class_counts"])
     seeds = f", mean ± standard deviation of {len(results['seeds'])} seeds" if "seeds" in results else ""
-    sizes = f"{counts.max():,} down to {counts.min():,} a class (imbalance factor {counts.max() / counts.min():.4g})"
+    imbalance = counts.max() / counts.min()
+    sizes = f"{counts.max():,} down to {counts.min():,} a class (imbalance factor {imbalance:.4g})"
+    sizes = sizes if imbalance > 1 else f"{counts.max():,} of each"
     return render(
         title=results["name"],
         subtitle=f"{counts.sum():,} training images of {len(counts):,} classes, {sizes}; "

@@ -20,7 +20,7 @@ def accuracy_by_count(key: str, panel: Panel) -> Markup:
     across, up = charts.counts_scale(panel.class_counts), Scale(0, 100, BOTTOM, TOP + 26)
     found = charts.points(100 * panel.per_class, panel.class_counts, panel.groups, panel.class_names, across)
     parts = charts.y_axis(up, "test accuracy, %")
-    parts += charts.x_axis(across, BOTTOM, "training images of the class", charts.count_ticks(across))
+    parts += charts.count_axis(across, BOTTOM)
     parts += charts.draw_points(found, up)
     labels = []
     for group in panel.groups:
@@ -195,9 +195,9 @@ def geometry(key: str, panel: Panel) -> Markup:
     highest = float(np.nanmax([own, wrong]))
     across, up = charts.counts_scale(panel.class_counts), Scale(0, highest * 1.05, BOTTOM, TOP + 8)
     parts = charts.y_axis(up, "distance")
-    parts += charts.x_axis(across, BOTTOM, "training images of the class", charts.count_ticks(across))
+    parts += charts.count_axis(across, BOTTOM)
     if len(own) <= charts.MOST_DOTS:
-        at = charts.places(panel.class_counts, np.nan_to_num(panel.per_class), across)
+        at = charts.places(panel.class_counts, np.nan_to_num(own), across)
         groups = charts.group_names(panel.groups, len(own))
         for c in np.flatnonzero(np.isfinite(own) & np.isfinite(wrong)):
             size = 4.0 if len(own) <= 40 else 2.6
@@ -225,7 +225,7 @@ def learned(key: str, panel: Panel, title: str) -> Markup:
     across, up = charts.counts_scale(panel.class_counts), Scale(low - room, high + room, BOTTOM, TOP + 8)
     found = charts.points(values, panel.class_counts, panel.groups, panel.class_names, across)
     parts = charts.y_axis(up, title)
-    parts += charts.x_axis(across, BOTTOM, "training images of the class", charts.count_ticks(across))
+    parts += charts.count_axis(across, BOTTOM)
     parts += charts.draw_points(found, up)
     order = np.argsort(-panel.class_counts, kind="stable")
     ends = f"{values[order[0]]:.3g} for the most frequent class, {values[order[-1]]:.3g} for the rarest"

@@ -45,7 +45,7 @@ def results(num_classes=10, stages=STAGES, seed=0, *, largest=1000, smallest=2, 
 
 
 def class_counts(num_classes, largest=1000, smallest=2):
-    return np.geomspace(largest, smallest, num_classes).astype(int)
+    return np.rint(np.geomspace(largest, smallest, num_classes)).astype(int)
 
 
 def groups_of(counts):

@@ -101,6 +101,11 @@ def test_balanced_classes_do_not_lie_on_one_another():
     assert len(set(centres)) >= 8
 
 
+def test_balanced_classes_are_not_told_of_as_a_tail():
+    found = made(largest=500, smallest=500)
+    assert "classes of 500 training images each" in found and "imbalance factor" not in found
+
+
 def test_a_stage_without_calibration_has_none_drawn():
     results = made_up.results()
     results["stages"]["classifier"].update(ece=None, mce=None)
