@@ -57,8 +57,8 @@ def calibrate_workdir(
         if not has_minimum(logits, labels):
             right = (logits.argmax(-1) == labels).mean()
             raise UserError(
-                f"no temperature is the best for {len(labels)} held-out images of which {right:.0%} are right: hold "
-                "out more (config.data.holdout), or train longer"
+                f"no temperature is the best for {len(labels)} held-out images of which {right:.0%} are right: "
+                + ("hold out more (config.data.holdout)" if right > 0.5 else "train longer")
             )
         temperature = float(fit_temperature(logits, labels))
         each = {name: _before_and_after(*pair, temperature) for name, pair in found.items()}
