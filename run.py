@@ -140,9 +140,7 @@ def fail(message: object) -> None:
 def main(_: list[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before XLA is loaded, whose remarks would tear the bars
     # after the flags, so that --help and a mistyped flag answer at once
-    from rich.console import Console
-
-    from ltjax import prediction, problem, processes, robustness, temperature, train
+    from ltjax import problem, processes, robustness, temperature, train
     from ltjax.checkpoint import read_json
     from ltjax.report import make
     from ltjax.signals import Interrupted
@@ -159,6 +157,10 @@ def main(_: list[str]) -> None:
     workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-{seeds}")
 
     def predict(config, workdir, data_dir):
+        from rich.console import Console
+
+        from ltjax import prediction  # which needs OpenCV, and training not
+
         if _CALIBRATE.value:  # standard output may be the table's
             temperature.calibrate_workdir(config, workdir, data_dir, Console(stderr=True))
         prediction.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)

@@ -41,10 +41,10 @@ class Attack(NamedTuple):
     num_images: int = 0  # the first of the test set; 0: all
     tests: tuple[str, ...] = ("pgd-20", "cw-20", "autoattack")
     step_size: float | str = "2/255"  # of pgd-N and cw-N
-    # of the report's curve of accuracy against epsilon, as multiples of it: PGD-20 at each, its steps in proportion
-    radii: tuple[float, ...] = ()
     batch_size: int = 500  # images, over all devices
     seed: int = 0
+    # of the report's curve of accuracy against epsilon, as multiples of it: PGD-20 at each, its steps in proportion
+    radii: tuple[float, ...] = ()
 
 
 class Group(NamedTuple):

@@ -224,7 +224,12 @@ def focal(logits: jax.Array, labels: jax.Array, *, gamma: float = 2.0) -> jax.Ar
 
 
 def ldam_margins(class_counts: ArrayLike, *, max_margin: float = 0.5) -> jax.Array:
-    """LDAM's margin of each class, [C]: `max_margin * (n_min / n_c)^(1/4)`."""
+    """LDAM's margin of each class, [C]: `max_margin * (n_min / n_c)^(1/4)`.
+
+    Examples:
+      >>> losses.ldam_margins([1600, 100]).tolist()
+      [0.25, 0.5]
+    """
     counts = jnp.asarray(class_counts).astype(jnp.float32)  # half precision does not hold large counts
     return max_margin * (counts.min() / counts) ** 0.25
 

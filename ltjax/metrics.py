@@ -59,6 +59,10 @@ def classwise_gaps(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int
 
     Gaps of several batches add up to those of their union, of which `classwise_ece` makes a figure.
     probabilities: [N, C], softmax. labels: [N], -1 for images that do not count. Bins as in `calibration`.
+
+    Examples:
+      >>> np.asarray(metrics.classwise_gaps([[0.75, 0.25], [0.75, 0.25]], [0, 1], num_bins=2)).tolist()
+      [[0.0, -0.5], [0.5, 0.0]]
     """
     values, labels = jnp.asarray(probabilities).astype(jnp.float32), jnp.asarray(labels)
     own = jax.nn.one_hot(labels, values.shape[1], dtype=values.dtype)  # [N, C]
@@ -75,6 +79,11 @@ def classwise_ece(gaps: ArrayLike, num_images: int) -> float:
     number of classes, since most probabilities of most classes are near 0: comparable between models, not data sets.
     gaps: [C, bins] of `classwise_gaps`, over N = num_images.
     Source: Kull et al., "Beyond Temperature Scaling", NeurIPS 2019, equation 4.
+
+    Examples:
+      >>> gaps = metrics.classwise_gaps([[0.9, 0.1], [0.8, 0.2]], [0, 1], num_bins=2)
+      >>> round(metrics.classwise_ece(gaps, num_images=2), 3)
+      0.35
     """
     gaps = np.asarray(gaps, np.float64)
     return float(np.abs(gaps).sum(1).mean() / num_images)

@@ -26,10 +26,10 @@ from rich.progress import TextColumn, TimeElapsedColumn
 
 from ltjax import processes
 from ltjax.checkpoint import read_json
+from ltjax.cores import num_cores
 from ltjax.data import progress
 from ltjax.data.decode import MAX_IMAGE_BYTES, View, center_crop, decode
 from ltjax.data.image_folder import SUFFIXES
-from ltjax.data.pipeline import num_cores
 from ltjax.predictor import Model, load_as_configured
 from ltjax.signals import StopSignals
 from ltjax.types import UserError, one_line

@@ -15,8 +15,8 @@ from ltjax import config as config_module
 from ltjax import data, evaluate, feed, methods, metrics, models, optim, parallel, registry, stage, surgery
 from ltjax.checkpoint import Checkpoints, like
 from ltjax.config import Run
+from ltjax.cores import num_cores
 from ltjax.data import augment, samplers, splits
-from ltjax.data.pipeline import num_cores
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.interop.weights import into, load_weights
 from ltjax.types import UserError, Variables

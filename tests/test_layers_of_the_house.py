@@ -24,6 +24,7 @@ ALLOWED = {
     "ltjax.registry": {"ltjax.types"},
     "ltjax.config": {"ltjax.types"},
     "ltjax.usage": set(),
+    "ltjax.cores": set(),
     "ltjax.results": {"rich"},
     "ltjax.compare": {"rich", "ltjax.config", "ltjax.results", "ltjax.types", "ltjax.report.compared"},
     "ltjax.report.charts": {"numpy", "markupsafe"},
@@ -49,7 +50,7 @@ ALLOWED = {
     "ltjax.interop.names": {"numpy", "flax"},
     "ltjax.interop.torch": {"jax", "numpy", "flax", "ltjax.types", "ltjax.optim", "ltjax.models", "ltjax.interop"},
     "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "grain", "cv2", "simplejpeg", "array_record", "rich"}
-    | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.data"},
+    | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.cores", "ltjax.data"},
 }
 # The package's own `create`, which chooses by name, needs the registry too.
 ALLOWED["ltjax.models.__init__"] = ALLOWED["ltjax.models"] | {"ltjax.registry"}

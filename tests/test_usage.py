@@ -124,8 +124,8 @@ def page_of(name, argument="help"):
 @pytest.mark.parametrize("name", FILES)
 def test_settings_that_help_names_are_the_configs_own(name):
     config = read(name)
-    listed = page_of(name).partition("--config.KEY=VALUE")[2]
-    names = [line.split()[0].partition("=") for line in listed.splitlines() if line[:3].strip()][:-1]
+    listed = page_of(name).partition("--config.KEY=VALUE")[2].partition("\n\n")[0]
+    names = [line.split()[0].partition("=") for line in listed.splitlines() if line[:3].strip()]
     assert len(names) > 8
     for key, _, value in names:
         found = config

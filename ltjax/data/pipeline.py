@@ -5,7 +5,6 @@ any step, and is the same on any number of processes and threads.
 """
 
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,17 +15,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ltjax.cores import num_cores
 from ltjax.data.decode import View, center_crop, decode, random_resized_crop
 from ltjax.data.source import ImageFiles, Stored
 from ltjax.hashing import hash32
 from ltjax.types import UserError, one_line
 
 AHEAD = 2  # batches that are being decoded while one is waited for
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Plan(NamedTuple):

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from ltjax import config as config_module
 from ltjax import feed, logs, processes, results
@@ -126,11 +126,7 @@ def pairs(
 def sample(run: Run, problem: Problem, index: int) -> dict[str, Any]:
     """A test image small enough for the page: {"uri", "small": whether its pixels are to be seen as squares}."""
     pixels = feed.picture(run, problem.data, index)  # [H, W, channels]
-    pixels = pixels[..., ::-1] if pixels.shape[-1] == 3 else pixels[..., :1]
-    scale = SIDE / max(pixels.shape[:2])
-    if scale >= 1:
-        return {"uri": page.data_uri("png", cv2.imencode(".png", pixels)[1].tobytes()), "small": True}
-    height, width = (max(1, round(scale * side)) for side in pixels.shape[:2])
-    shrunk = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=cv2.INTER_AREA)
-    encoded = cv2.imencode(".jpg", shrunk, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-    return {"uri": page.data_uri("jpeg", encoded), "small": False}
+    picture = Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0]))
+    small = max(picture.size) <= SIDE
+    picture.thumbnail((SIDE, SIDE))
+    return {"uri": page.data_uri(picture, "png" if small else "jpeg"), "small": small}

@@ -1,6 +1,7 @@
 """`report/index.html`: one file that needs nothing else, made of what lies in a run's folder."""
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from ltjax.checkpoint import read_json
 from ltjax.report import panels, sections
@@ -45,19 +47,20 @@ def groups_of(split: Mapping[str, Any], num_classes: int) -> dict[str, np.ndarra
 
 def attack_image(path: Path) -> str:
     """The picture of `--mode=attack` as a data URI, smaller than it is; empty where there is none."""
-    import cv2
-
-    pixels = cv2.imread(str(path)) if path.exists() else None
-    if pixels is None:
+    try:
+        with Image.open(path) as picture:
+            picture = picture.convert("RGB")
+    except OSError:  # what is no image among them
         return ""
-    scale = min(1.0, PICTURE_WIDTH / pixels.shape[1])
-    if scale < 1:
-        pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    return data_uri("jpeg", cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes())
+    picture.thumbnail((PICTURE_WIDTH, picture.height))
+    return data_uri(picture, "jpeg")
 
 
-def data_uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def data_uri(picture: Image.Image, kind: str) -> str:
+    """kind: "png" or "jpeg"."""
+    file = io.BytesIO()
+    picture.save(file, kind, **(dict(quality=85) if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def of_run(

@@ -150,7 +150,10 @@ def index(monkeypatch):
 
 
 def test_wheels_are_those_that_are_missing_or_too_old_with_what_they_need(index, tmp_path):
-    here = "absl_py,clu,flax,jax,matplotlib,numpy,optax,orbax.checkpoint,rich,safetensors,pytest,PyYAML,protobuf==3.19"
+    here = (
+        "absl_py,clu,flax,jax,jinja2,matplotlib,numpy,optax,orbax.checkpoint,pillow,rich,safetensors,pytest,PyYAML,"
+        "protobuf==3.19"
+    )
     common = dict(python="3.12", platform="manylinux_2_28_x86_64")
     names = pack.fetch_wheels(pack.parse_have(here), tmp_path / "missing", carry=(), **common)
     assert [name.partition("-")[0] for name in names] == ["ml", "protobuf", "tensorboardX"]
