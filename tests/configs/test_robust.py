@@ -104,7 +104,8 @@ def test_another_epsilon_has_steps_of_a_quarter_and_is_attacked_with(epsilon, nu
 
 
 def test_the_attack_in_the_end_is_the_papers():
-    assert parsed("cifar100")[0].attack == config.Attack("0.031", "linf", 0, ("pgd-20", "cw-20", "autoattack"), "2/255")
+    expected = config.Attack("0.031", "linf", 0, ("pgd-20", "cw-20", "autoattack"), "2/255", (0.25, 0.5, 2.0, 4.0))
+    assert parsed("cifar100")[0].attack == expected
 
 
 SAMPLERS = {
