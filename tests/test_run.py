@@ -137,6 +137,7 @@ def test_a_run_leaves_its_results(finished):
     assert list((workdir / "tensorboard").glob("events*"))
     assert "net/backbone/stage1_block1/conv1/kernel" in (workdir / "parameters.txt").read_text()
     assert (workdir / "report" / "summary.png").stat().st_size > 10_000
+    assert "MiSLAS, stage 2" in (workdir / "report" / "index.html").read_text()
     assert "MiSLAS, stage 2" in out and "ECE" in out
 
 

@@ -120,10 +120,19 @@ def small(figure: Any) -> str:
 
 def _class_tables(panels: Sequence[Panel]) -> list[Table]:
     """A table for all panels that share their classes: a row a class, or a range of counts where there are many."""
-    first = panels[0]
-    mates = [
-        p for p in panels if p.class_names == first.class_names and np.array_equal(p.class_counts, first.class_counts)
-    ]
+    tables: list[Table] = []
+    while panels:
+        first, same = panels[0], [_same_classes(panels[0], panel) for panel in panels]
+        tables.append(_class_table(first, [panel for panel, mate in zip(panels, same, strict=True) if mate]))
+        panels = [panel for panel, mate in zip(panels, same, strict=True) if not mate]
+    return tables
+
+
+def _same_classes(a: Panel, b: Panel) -> bool:
+    return a.class_names == b.class_names and np.array_equal(a.class_counts, b.class_counts)
+
+
+def _class_table(first: Panel, mates: Sequence[Panel]) -> Table:
     order = np.argsort(-first.class_counts, kind="stable")
     groups = charts.group_names(first.groups, len(order))
     header = ["class", "training images", "group", *(p.title for p in mates)]
@@ -132,7 +141,7 @@ def _class_tables(panels: Sequence[Panel]) -> list[Table]:
             [first.class_names[c], f"{first.class_counts[c]:,}", groups[c], *(_percent(p.per_class[c]) for p in mates)]
             for c in order
         ]
-        return [Table("Test accuracy of each class, %", header, rows)]
+        return Table("Test accuracy of each class, %", header, rows)
     rows = []
     for members in charts.count_ranges(first.class_counts):
         counts = first.class_counts[members]
@@ -140,7 +149,7 @@ def _class_tables(panels: Sequence[Panel]) -> list[Table]:
         between = f"{counts.min():,} to {counts.max():,}"
         rows.append([f"{len(members):,}", between, groups[members[0]], *means])
     header[0] = "classes"
-    return [Table("Mean test accuracy of classes by training images, %", header, rows)]
+    return Table("Mean test accuracy of classes by training images, %", header, rows)
 
 
 def _nanmean(values: np.ndarray) -> float:
