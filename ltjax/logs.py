@@ -95,9 +95,10 @@ class NoLog:
 
 def make_console(*, quiet: bool = False) -> Console:
     """Where people read. A file gets plain lines, however long, and tables of up to 120 columns, even where
-    FORCE_COLOR claims a terminal."""
-    if sys.stdout.isatty():
-        return Console(quiet=quiet)
+    FORCE_COLOR claims a terminal; a terminal and a notebook get lines that are broken where they end."""
+    console = Console(quiet=quiet)
+    if sys.stdout.isatty() or console.is_jupyter:
+        return console
     return Console(width=120, soft_wrap=True, quiet=quiet, force_terminal=False)
 
 

@@ -103,3 +103,9 @@ def read_all(descriptor):
             os.close(descriptor)
             return b"".join(parts).decode()
         parts.append(part)
+
+
+def test_a_notebook_breaks_lines_that_a_file_keeps_whole(monkeypatch, capsys):
+    assert logs.make_console().soft_wrap
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert not logs.make_console().soft_wrap

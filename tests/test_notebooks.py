@@ -34,7 +34,9 @@ def run(name, folder):
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    printed = "".join(
+        output.text if output.output_type == "stream" else output.data.get("text/plain", "") for output in outputs
+    )
     pictures = sum("image/png" in output.data for output in outputs if output.output_type == "display_data")
     return printed, pictures
 

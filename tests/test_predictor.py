@@ -13,7 +13,7 @@ from ltjax import data, models
 from ltjax.checkpoint import write_json
 from ltjax.data.decode import View
 from ltjax.interop.weights import Weights, save_weights
-from ltjax.predictor import TEMPERATURE, Model
+from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.stage import State
 from ltjax.types import UserError, Variables
 from tests.test_run import tiny_config
@@ -162,6 +162,23 @@ def test_a_temperature_is_a_number_above_0(tmp_path, net, temperature):
     save_weights(tmp_path, net[1], SETTINGS, num_classes=CLASSES)
     with pytest.raises(UserError, match="'fitted', or a number above 0"):
         ltjax.load(tmp_path, temperature=temperature)
+
+
+def test_imported_weights_are_loaded_as_the_evaluation_would_judge_them(tmp_path):
+    net, own = variables(classes=10)
+    save_weights(tmp_path / "w", own, SETTINGS, num_classes=10)
+    config, empty = tiny_config(weights=str(tmp_path / "w")), tmp_path / "run"
+    empty.mkdir()
+    write_json(empty / "eval.json", {"class_names": list("abcdefghij")})
+    kept = {**imported_key(str(tmp_path / "w")), "replicas": [{"temperature": 1.5}]}
+    write_json(empty / TEMPERATURE, kept)
+    model = load_as_configured(config, empty)
+    assert (model.class_names, model.temperature, model.image_size) == (tuple("abcdefghij"), 1.5, 28)
+    images = np.zeros((1, 28, 28, 1), np.uint8)
+    np.testing.assert_allclose(model.logits(images), expected_logits((net, own), images), rtol=1e-4, atol=1e-5)
+    save_weights(tmp_path / "w", variables(1, classes=10)[1], SETTINGS, num_classes=10)
+    with pytest.raises(UserError, match="belongs to step 0 of stage imported, not to this checkpoint"):
+        load_as_configured(config, empty)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
