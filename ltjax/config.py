@@ -43,7 +43,8 @@ class Attack(NamedTuple):
     step_size: float | str = "2/255"  # of pgd-N and cw-N
     batch_size: int = 500  # images, over all devices
     seed: int = 0
-    # of the report's curve of accuracy against epsilon, as multiples of it: PGD-20 at each, its steps in proportion
+    # of the report's curve of accuracy against epsilon, as multiples of it: pgd-20, where that is among the tests, at
+    # each of them, its steps in proportion
     radii: tuple[float, ...] = ()
 
 

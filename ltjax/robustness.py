@@ -117,6 +117,8 @@ def attack_workdir(
             **results.provenance(problem, results.git_commit()),
         }
         write_json(workdir / "attack.json", summary)
+        for kept in (workdir / "attack").glob(f"{name}-step{step}-seed*.npz"):
+            kept.unlink()  # not before: who is stopped on the way, in a later test or replica, has AutoAttack's answer
         if (workdir / "results.json").exists():
             write_json(workdir / "results.json", {**read_json(workdir / "results.json"), "robustness": summary})
             page.write(workdir)
@@ -158,8 +160,6 @@ def check(settings: config_module.Attack) -> None:
     for times in settings.radii:
         if not isinstance(times, (int, float)) or not times > 0:
             raise UserError(f"config.attack.radii = {settings.radii}: multiples of epsilon above 0, such as (0.5, 2.0)")
-        if settings.norm == "linf" and times * attacks.radius(settings.epsilon) > 1:
-            raise UserError(f"config.attack.radii = {settings.radii}: {times} times epsilon is more than pixels have")
     known = (*attacks.ATTACKS, "autoattack")
     for test in settings.tests:
         if test not in known and not re.fullmatch(NUMBERED, test):
@@ -203,7 +203,7 @@ _outcome = jax.jit(lambda predict, images, labels: evaluate.outcome(predict(imag
 def judge(target: Target, groups: Mapping[str, np.ndarray], num_classes: int, file: Path) -> tuple[dict, np.ndarray]:
     """One network under all tests of a config.
 
-    file: where AutoAttack keeps its progress; removed at the end.
+    file: where AutoAttack keeps its progress.
     Returns: {"clean" and each test: the figures of `evaluate.summarise`, with title and seconds}, and the images that
       the last test made [N, H, W, channels].
     """
@@ -228,13 +228,16 @@ def judge(target: Target, groups: Mapping[str, np.ndarray], num_classes: int, fi
 
 
 def curve(target: Target, found: Mapping[str, Any], groups: Mapping[str, np.ndarray], num_classes: int) -> dict:
-    """{radius: figures of `OF_CURVE`}, from 0 on; {} where `config.attack.radii` names none. found: from `judge`."""
+    """{radius: figures of `OF_CURVE`}, from 0 to 1 (l-inf) at most; {} where that is no test of the config, or
+    `config.attack.radii` names none. found: from `judge`."""
     settings = target.settings
-    if not settings.radii:
+    if not settings.radii or OF_CURVE not in found:
         return {}
     radius, step = attacks.radius(settings.epsilon, norm=settings.norm), attacks.radius(settings.step_size, norm="l2")
-    points = {0.0: found["clean"], **({radius: found[OF_CURVE]} if OF_CURVE in found else {})}
-    for times in settings.radii if OF_CURVE in found else (1.0, *settings.radii):
+    points = {0.0: found["clean"], radius: found[OF_CURVE]}
+    for times in settings.radii:
+        if settings.norm == "linf" and times * radius > 1:
+            continue
         at = target._replace(settings=settings._replace(epsilon=times * radius, step_size=times * step))
         began, images = time.monotonic(), pgd_images(at, OF_CURVE)
         figures_of = evaluate.summarise(outcome(at, images), target.labels, groups, num_classes)
@@ -291,7 +294,7 @@ def pgd_images(target: Target, test: str) -> np.ndarray:
 
 
 def suite(target: Target, names: tuple[str, ...], file: Path) -> attacks.AutoAttackResult:
-    """AutoAttack, or one of its attacks, kept in `file` until it is over."""
+    """AutoAttack, or one of its attacks, kept in `file`: asked again, it answers from there."""
     settings = target.settings
     with logs.AttackProgress(target.console) as bar:
 
@@ -312,5 +315,4 @@ def suite(target: Target, names: tuple[str, ...], file: Path) -> attacks.AutoAtt
             progress_file=file,
             progress=show,
         )
-    file.unlink(missing_ok=True)
     return result

@@ -142,6 +142,23 @@ def test_stopped_by_a_signal_it_ends_with_the_same_figures(attacked, copy, when,
     assert without_seconds(again["tests"]) == without_seconds(attacked["tests"])
 
 
+def test_stopped_after_autoattack_it_has_its_answer_kept(copy, monkeypatch):
+    changes = {"attack.tests": ("apgd-ce",), "attack.num_images": 20}
+
+    def stopped(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "curve", stopped)
+        with pytest.raises(Interrupted):
+            robustness.attack_workdir(config(**changes), copy)
+    assert len(list((copy / "attack").iterdir())) == 1
+    worked = []
+    monkeypatch.setattr(logs.AttackProgress, "show", lambda self, *now: worked.append(now))
+    robustness.attack_workdir(config(**changes), copy)
+    assert not worked and not list((copy / "attack").iterdir())
+
+
 def test_attack_settings_are_no_part_of_the_run(attacked, trained, copy):
     changes = {"attack.epsilon": "0", "attack.tests": ("pgd-1", "apgd-ce"), "attack.num_images": 7}
     found = robustness.attack_workdir(config(**changes), copy)["tests"]
@@ -150,8 +167,8 @@ def test_attack_settings_are_no_part_of_the_run(attacked, trained, copy):
 
 
 def test_radii_make_a_curve_from_the_clean_accuracy_down_and_a_page(attacked, copy):
-    changes = {"attack.tests": ("pgd-3",), "attack.radii": (0.5, 4.0), "attack.num_images": 20}
-    found = robustness.attack_workdir(config(**changes), copy)
+    changes = {"attack.tests": ("pgd-20",), "attack.radii": (0.5, 4.0, 9.0), "attack.num_images": 20}
+    found = robustness.attack_workdir(config(**changes), copy)  # 9 times epsilon is more than pixels have
     assert [point["epsilon"] for point in found["curve"]] == pytest.approx([0, 16 / 255, 32 / 255, 128 / 255])
     along = [point["accuracy"]["all"] for point in found["curve"]]
     assert along[0] == found["tests"]["clean"]["accuracy"]["all"]
@@ -186,7 +203,6 @@ def test_replicas_are_attacked_each(tmp_path):
         ({"attack.num_images": -1}, "num_images"),
         ({"attack.batch_size": 0}, "batch_size"),
         ({"attack.radii": (0.0,)}, "multiples of epsilon"),
-        ({"attack.radii": (9.0,)}, "attack.radii"),
     ],
 )
 def test_a_mistake_in_the_settings_is_named(trained, change, message):
