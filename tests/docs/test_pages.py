@@ -41,7 +41,7 @@ def known_flags():
     source = (ROOT / "run.py").read_text()
     names = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
     modes = set(re.findall(r'"(\w+)"', re.search(r'"mode",\s*"train",\s*\[(.*?)\]', source, re.DOTALL)[1]))
-    return names, modes | {"report"}
+    return names, modes
 
 
 def check_run(arguments, known_flags):
@@ -65,12 +65,8 @@ class Parsed(Exception):
     """The arguments were understood."""
 
 
-COMING = {"ltjax.compare": ("--html",)}  # options that may be described before they are there
-
-
 def understood(module, arguments):
     """Whether a module's command line takes these arguments."""
-    arguments = [argument for argument in arguments if not argument.startswith(COMING.get(module, ("\0",)))]
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, *given):
