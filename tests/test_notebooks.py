@@ -35,7 +35,8 @@ def run(name, folder):
     client.execute(env=environment)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(
-        output.text if output.output_type == "stream" else output.data.get("text/plain", "") for output in outputs
+        output.text if output.output_type == "stream" else output.data.get("text/plain", "") + "\n"
+        for output in outputs
     )
     pictures = sum("image/png" in output.data for output in outputs if output.output_type == "display_data")
     return printed, pictures
