@@ -162,6 +162,7 @@ def main(_: list[str]) -> None:
         from ltjax import prediction  # which needs OpenCV, and training not
 
         if _CALIBRATE.value:  # standard output may be the table's
+            prediction.check(_IMAGES.value, _OUT.value)
             temperature.calibrate_workdir(config, workdir, data_dir, Console(stderr=True))
         prediction.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
 
@@ -176,6 +177,8 @@ def main(_: list[str]) -> None:
     try:
         problem.use_cpu_cores(config.get("batch_size", 1))
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
+        if _CALIBRATE.value:
+            temperature.check(config)
         do(config, workdir, _DATA_DIR.value)
         if _CALIBRATE.value and not _DRY_RUN.value and do is not predict:
             temperature.calibrate_workdir(config, workdir, _DATA_DIR.value)

@@ -256,6 +256,15 @@ def _opened(out: str) -> Iterator[Any]:
         raise SystemExit(0) from None
 
 
+def check(images: str, out: str) -> tuple[str, Iterator[str]]:
+    """`kind_of(out)` and `find(images)`, before anything is loaded. Raises: UserError, as they do."""
+    if processes.several():
+        raise UserError("--mode=predict works in one process, with all of its devices: start it on one machine")
+    if not images:
+        raise UserError("--mode=predict needs --images=FOLDER, or a quoted pattern such as --images='photos/*.jpg'")
+    return kind_of(out), find(images)
+
+
 def predict_workdir(
     config: Mapping[str, Any] | None, workdir: str | Path, *, images: str, out: str = "-", top_k: int = 5
 ) -> dict[str, int]:
@@ -268,11 +277,7 @@ def predict_workdir(
     Raises: UserError for anything the caller can mend, and where no file could be read.
     """
     workdir, began = Path(workdir), time.monotonic()
-    if processes.several():
-        raise UserError("--mode=predict works in one process, with all of its devices: start it on one machine")
-    if not images:
-        raise UserError("--mode=predict needs --images=FOLDER, or a quoted pattern such as --images='photos/*.jpg'")
-    kind, files = kind_of(out), find(images)
+    kind, files = check(images, out)
     if config is None:
         config = read_json(workdir / "config.json")
     else:

@@ -22,6 +22,20 @@ from ltjax.workdir import check_same_config, named_disk_errors
 SPLITS = {"holdout": "hold-out", "test": "test images"}
 
 
+def check(config: Mapping[str, Any]) -> config_module.Run:
+    """What can be said before anything is trained or read. Raises: UserError without a hold-out, and of several
+    processes."""
+    run, _ = config_module.parse(config)
+    if processes.several():
+        raise UserError("--calibrate works in one process, with all of its devices: start it on one machine")
+    if not run.data.holdout:
+        raise UserError(
+            "config.data.holdout = 0: a temperature is fitted on images that training did not see; train with "
+            "--config.data.holdout=10 (images of each class) and another --workdir"
+        )
+    return run
+
+
 def calibrate_workdir(
     config: Mapping[str, Any],
     workdir: str | Path,
@@ -35,15 +49,7 @@ def calibrate_workdir(
     Returns: what `temperature.json` holds.
     Raises: UserError without a hold-out, and where no temperature is the best.
     """
-    workdir, console = Path(workdir), console or logs.make_console()
-    run, _ = config_module.parse(config)
-    if processes.several():
-        raise UserError("--calibrate works in one process, with all of its devices: start it on one machine")
-    if not run.data.holdout:
-        raise UserError(
-            "config.data.holdout = 0: a temperature is fitted on images that training did not see; train with "
-            "--config.data.holdout=10 (images of each class) and another --workdir"
-        )
+    workdir, console, run = Path(workdir), console or logs.make_console(), check(config)
     check_same_config(workdir, config)
     alone = not (workdir / "config.json").exists() and bool(run.weights)
     about = imported_key(run.weights) if alone else _key(workdir)

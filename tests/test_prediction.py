@@ -279,6 +279,20 @@ def test_the_program_writes_lines_names_what_it_could_not_read_and_goes_on(train
     assert f"unreadable: {tmp_path}/3.png: empty" in ran.stderr and "3 images, 1 of them unreadable" in ran.stderr
 
 
+def test_no_temperature_is_fitted_before_the_images_are_found(trained, tmp_path):
+    _, workdir, _ = trained
+    ran = predict(workdir, "--calibrate", f"--images={tmp_path}/*.png", f"--out={tmp_path}/o.csv")
+    assert ran.returncode == 2 and "nothing matches" in ran.stderr, ran.stderr
+    assert not (workdir / "temperature.json").exists()
+
+
+@pytest.mark.parametrize(("images", "out"), [("", "o.csv"), ("{}", "o.txt"), ("{}/none", "o.csv")])
+def test_what_predict_is_asked_for_is_checked_without_a_model(tmp_path, images, out):
+    touch(tmp_path, "1.png")
+    with pytest.raises(UserError, match=r"--images|no images|--out"):
+        prediction.check(images.format(tmp_path), out)
+
+
 def test_nothing_readable_is_a_failure(trained, tmp_path):
     touch(tmp_path, "3.png")
     with pytest.raises(UserError, match="none of the 1 files"):

@@ -1,6 +1,8 @@
 """`--calibrate` on a network that is known: nearest mean of pixels, far too sure of itself."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from ltjax import data, metrics, temperature
 from ltjax.calibration import fit_temperature
 from ltjax.checkpoint import write_json
 from ltjax.types import UserError
-from tests.test_run import tiny_config
+from tests.test_run import ROOT, environment, tiny_config
 
 HELD_OUT = {"data.holdout": 2, "data.max_count": 18, "data.imbalance": 3.0, "stages": ("ce",)}
 
@@ -88,6 +90,14 @@ def test_each_replica_has_its_own(workdir, capsys):
 def test_without_a_holdout_it_says_how_to_get_one(workdir):
     with pytest.raises(UserError, match=r"config\.data\.holdout = 0: .*train with --config\.data\.holdout=10"):
         temperature.calibrate_workdir(*workdir(1.0, **{"data.holdout": 0}))
+
+
+def test_without_a_holdout_nothing_is_trained_first(tmp_path):
+    told = ("--config.data.holdout=0", "--config.epochs=1", "--calibrate", f"--workdir={tmp_path / 'run'}")
+    command = [sys.executable, "run.py", "--config=configs/quickstart.py", *told]
+    ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 2 and ran.stderr.startswith("error: config.data.holdout = 0"), ran.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_no_temperature_is_the_best_nothing_is_kept(workdir):
