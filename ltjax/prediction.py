@@ -83,11 +83,18 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             if here not in above:
                 yield from _walk(entry.path, (*above, here))
         elif entry.name.lower().endswith(SUFFIXES):
             yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: where it is called an image, reading it will say so
+        return False
 
 
 def _natural(name: str) -> tuple[list[Any], str]:
@@ -197,24 +204,33 @@ def header(top_k: int) -> list[str]:
 
 
 def as_table(batch: Iterable[Prediction], top_k: int) -> str:
-    """Rows of a CSV table, without its header."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    for one in batch:
+    """Rows of a CSV table, without its header. Names of files are written byte for byte, which may be no UTF-8."""
+
+    def row(one: Prediction) -> str:
         pairs = [(name, f"{p:.6f}") for name, p in zip(one.classes, one.confidences, strict=True)]
         empty = [""] * (2 * (top_k - len(pairs)))
-        rows.writerow([one.file, *itertools.chain(*pairs), *empty, one.error])
-    return text.getvalue()
+        text, end = io.StringIO(), "\r\n"  # a csv.writer of Python 3.11 quotes what its line ends are made of
+        csv.writer(text, lineterminator=end).writerow([one.file, *itertools.chain(*pairs), *empty, one.error])
+        return text.getvalue().removesuffix(end) + "\n"
+
+    return "".join(map(row, batch))
 
 
 def as_lines(batch: Iterable[Prediction]) -> str:
-    """JSON objects, one a line: {"file", "classes": [{"class", "confidence"}, ...]} or {"file", "error"}."""
+    """JSON objects, one a line: {"file", "classes": [{"class", "confidence"}, ...]} or {"file", "error"}.
+
+    JSON is Unicode and names of files are bytes: those of them that are no UTF-8 become U+FFFD.
+    """
+
+    def text(name: str) -> str:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     def one(found: Prediction) -> dict[str, Any]:
         if found.error:
-            return {"file": found.file, "error": found.error}
+            return {"file": text(found.file), "error": text(found.error)}
         pairs = zip(found.classes, found.confidences, strict=True)
-        return {"file": found.file, "classes": [{"class": name, "confidence": round(p, 6)} for name, p in pairs]}
+        classes = [{"class": text(name), "confidence": round(p, 6)} for name, p in pairs]
+        return {"file": text(found.file), "classes": classes}
 
     return "".join(json.dumps(one(found)) + "\n" for found in batch)
 

@@ -10,6 +10,8 @@ for found in model.predict("photos/"):
 
 import hashlib
 import itertools
+import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +108,9 @@ class Model:
             return np.zeros((0, len(self.class_names)), np.float32)
         return np.concatenate([*found, np.asarray(waiting[1])[: waiting[0]]])
 
-    def predict(self, images: str | Iterable[str], *, top_k: int = 5) -> Iterator["Prediction"]:
+    def predict(
+        self, images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, top_k: int = 5
+    ) -> Iterator["Prediction"]:
         """The most probable classes of image files, one `ltjax.prediction.Prediction` each, as they are decoded.
 
         images: a folder, which is searched whole, a pattern such as "photos/*.jpg", or files. Those that cannot be read
@@ -114,7 +118,10 @@ class Model:
         """
         from ltjax import prediction  # its decoders are not for everybody
 
-        files = prediction.find(images) if isinstance(images, str) else images
+        if isinstance(images, (str, os.PathLike)):
+            files = prediction.find(os.fspath(images))
+        else:
+            files = (os.fspath(file) for file in images)
         return itertools.chain.from_iterable(prediction.predictions(self, files, top_k=top_k))
 
     def start(self, images: np.ndarray) -> jax.Array:
@@ -251,8 +258,10 @@ def _of_size(view: "View | None", size: int | None) -> "View | None":
 def _temperature(workdir: Path, key: Mapping[str, Any] | None, replica: int, asked: float | str) -> float:
     """key: stage and step (and weights) of what is loaded; None: nothing that a temperature could belong to."""
     if asked != FITTED:
-        if isinstance(asked, str) or not asked > 0:
-            raise UserError(f"temperature = {asked!r}: {FITTED!r}, or a number above 0 (1.0: logits as they are)")
+        if isinstance(asked, str) or not 0 < asked < math.inf:
+            raise UserError(
+                f"temperature = {asked!r}: {FITTED!r}, or a finite number above 0 (1.0: logits as they are)"
+            )
         return float(asked)
     path = workdir / TEMPERATURE
     if key is None or not path.is_file():
@@ -260,7 +269,10 @@ def _temperature(workdir: Path, key: Mapping[str, Any] | None, replica: int, ask
     kept = read_json(path)
     try:
         if all(kept[name] == value for name, value in key.items()):
-            return float(kept["replicas"][replica]["temperature"])
+            fitted = float(kept["replicas"][replica]["temperature"])
+            if not 0 < fitted < math.inf:
+                raise ValueError(f"temperature {fitted}")
+            return fitted
         whose = f"step {kept['step']} of stage {kept['stage']}"
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"cannot read {path} ({type(error).__name__}: {error}): delete it, or calibrate anew") from None

@@ -84,7 +84,11 @@ def calibrate_workdir(
     if alone:
         console.print("Whether these weights were trained on the images held out here, nobody can tell: if so, they")
         console.print("are surer there than on new images, and the temperature is too low.")
-    console.print(f"Kept in {workdir / TEMPERATURE}; --mode=predict and ltjax.load divide logits by it from now on.")
+        in_python = f"ltjax.load({run.weights!r}, temperature={replicas[0]['temperature']:.6g})"
+        users = f"--mode=predict with this --workdir divides logits by it from now on; in Python, {in_python}."
+    else:
+        users = "--mode=predict and ltjax.load divide logits by it from now on."
+    console.print(f"Kept in {workdir / TEMPERATURE}; {users}", markup=False)
     return summary
 
 

@@ -58,6 +58,14 @@ def test_a_link_that_leads_back_ends(tmp_path):
     assert set(found(tmp_path)) >= {"a/1.jpg", "linked/1.jpg"}
 
 
+def test_a_link_to_itself_is_no_folder_and_named_where_it_is_called_an_image(tmp_path):
+    touch(tmp_path, "a.jpg")
+    for name in ("loop", "loop.jpg"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    assert found(tmp_path) == ["a.jpg", "loop.jpg"]
+    assert "symbolic links" in prediction.read_image(str(tmp_path / "loop.jpg"), View(8, 8), 3)
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [("", "no images in .* or below it; known kinds: .jpg"), ("*.jpg", "nothing matches .*\\*.jpg")],
@@ -137,6 +145,13 @@ def test_confidences_are_the_softmax_of_the_logits_over_the_temperature(tmp_path
     np.testing.assert_allclose(one.confidences, expected, rtol=1e-6)
 
 
+def test_paths_are_as_good_as_their_names(tmp_path):
+    write_levels(tmp_path, [1])
+    for images in (tmp_path, tmp_path / "*.png", [tmp_path / "0.png"]):
+        (one,) = Brightness().predict(images)
+        assert (one.file, one.classes[0]) == (str(tmp_path / "0.png"), "b")
+
+
 def test_unreadable_files_are_told_among_the_others(tmp_path):
     write_levels(tmp_path, [0, 1, 2, 3])
     content = (tmp_path / "0.png").read_bytes()
@@ -175,7 +190,11 @@ def test_a_model_that_cannot_look_at_files_says_so_at_once(change, message):
         model.predict(["a.png"], top_k=top_k)
 
 
-ROWS = [Prediction('a "b",\n.png', ("x", "y"), (0.75, 0.25)), Prediction("c\udcff.png", (), (), "empty")]
+ROWS = [
+    Prediction('a "b",\n.png', ("x", "y"), (0.75, 0.25)),
+    Prediction("c\udcff.png", (), (), "empty"),
+    Prediction("d\r.png", (), (), "empty"),
+]
 
 
 def test_a_table_has_all_columns_in_every_row():
@@ -183,13 +202,19 @@ def test_a_table_has_all_columns_in_every_row():
     assert list(csv.DictReader(io.StringIO(text))) == [
         dict(file=ROWS[0].file, class_1="x", confidence_1="0.750000", class_2="y", confidence_2="0.250000", error=""),
         dict(file=ROWS[1].file, class_1="", confidence_1="", class_2="", confidence_2="", error="empty"),
+        dict(file=ROWS[2].file, class_1="", confidence_1="", class_2="", confidence_2="", error="empty"),
     ]
+    assert text.count("\r") == 1
 
 
-def test_lines_are_json_objects():
+def test_lines_are_json_objects_of_unicode():
     lines = [json.loads(line) for line in prediction.as_lines(ROWS).splitlines()]
     classes = [{"class": "x", "confidence": 0.75}, {"class": "y", "confidence": 0.25}]
-    assert lines == [{"file": ROWS[0].file, "classes": classes}, {"file": ROWS[1].file, "error": "empty"}]
+    assert lines == [
+        {"file": ROWS[0].file, "classes": classes},
+        {"file": "c\ufffd.png", "error": "empty"},
+        {"file": ROWS[2].file, "error": "empty"},
+    ]
 
 
 def test_all_of_a_batch_is_written_past_any_buffer():

@@ -1,6 +1,7 @@
 """A model as a function of images: what it takes, what it refuses, and that it is its network."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ltjax import data, models
 from ltjax.checkpoint import write_json
 from ltjax.data.decode import View
 from ltjax.interop.weights import Weights, save_weights
-from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
+from ltjax.predictor import FITTED, TEMPERATURE, Model, _temperature, imported_key, load_as_configured
 from ltjax.stage import State
 from ltjax.types import UserError, Variables
 from tests.test_run import tiny_config
@@ -150,17 +151,21 @@ def test_a_temperature_of_another_checkpoint_is_refused(tmp_path):
     assert ltjax.load(tmp_path, temperature=1.0).temperature == 1.0
 
 
-def test_a_damaged_temperature_is_named(tmp_path):
-    workdir(tmp_path)
-    (tmp_path / TEMPERATURE).write_text(json.dumps({"stage": "ce", "step": 7, "replicas": []}))
-    with pytest.raises(UserError, match=r"cannot read .*temperature\.json \(IndexError"):
-        ltjax.load(tmp_path)
+@pytest.mark.parametrize(
+    ("replicas", "message"),
+    [([], "IndexError")]
+    + [([{"temperature": t}], f"ValueError: temperature {t}") for t in (0.0, -1.0, math.nan, math.inf)],
+)
+def test_a_damaged_temperature_is_named(tmp_path, replicas, message):
+    (tmp_path / TEMPERATURE).write_text(json.dumps({"stage": "ce", "step": 7, "replicas": replicas}))
+    with pytest.raises(UserError, match=rf"cannot read .*temperature\.json \({message}"):
+        _temperature(tmp_path, {"stage": "ce", "step": 7}, 0, FITTED)
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, "cold"])
+@pytest.mark.parametrize("temperature", [0, -1.0, "cold", math.nan, math.inf])
 def test_a_temperature_is_a_number_above_0(tmp_path, net, temperature):
     save_weights(tmp_path, net[1], SETTINGS, num_classes=CLASSES)
-    with pytest.raises(UserError, match="'fitted', or a number above 0"):
+    with pytest.raises(UserError, match="'fitted', or a finite number above 0"):
         ltjax.load(tmp_path, temperature=temperature)
 
 

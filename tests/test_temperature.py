@@ -10,6 +10,7 @@ import pytest
 from ltjax import data, metrics, temperature
 from ltjax.calibration import fit_temperature
 from ltjax.checkpoint import write_json
+from ltjax.interop.weights import ARRAYS
 from ltjax.types import UserError
 from tests.test_run import ROOT, environment, tiny_config
 
@@ -105,6 +106,18 @@ def test_where_no_temperature_is_the_best_nothing_is_kept(workdir):
     with pytest.raises(UserError, match=r"no temperature is the best for 20 held-out images of which \d+% are right"):
         temperature.calibrate_workdir(config, folder)
     assert not (folder / "temperature.json").exists()
+
+
+def test_of_imported_weights_it_says_who_uses_it(workdir, capsys):
+    _, folder = workdir(1.0)
+    (folder / "config.json").unlink()
+    (folder / "w").mkdir()
+    (folder / "w" / ARRAYS).write_bytes(b"arrays")
+    config = tiny_config(**HELD_OUT, weights=str(folder / "w"))
+    (one,) = temperature.calibrate_workdir(config, folder)["replicas"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"temperature={one['temperature']:.6g})." in said
+    assert "ltjax.load divide" not in said
 
 
 def test_the_run_of_another_config_is_not_calibrated(workdir):
