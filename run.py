@@ -11,6 +11,7 @@ Exit code 2: something to mend, named in one line.
 
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -103,14 +104,18 @@ def told_by_workdir() -> bool:
 def check_overrides(arguments: list[str]) -> None:
     """Load the config once by itself: ml_collections wraps its errors in tracebacks, and names no allowed keys.
     Of `help` among its arguments, print what that lists, and exit."""
-    given = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--config") and "=" in a)
+    given = of_the_config(arguments)
     path, *argument = given.pop("config", "").split(":", 1)
     if not path:
         return
-    if not Path(path).is_file():
-        have = ", ".join(str(p) for p in sorted(Path(path).parent.glob("*.py")))
-        raise ValueError(f"no config file {path}; in its folder: {have or 'none'}")
-    file = runpy.run_path(path)
+    file = runpy.run_path(path) if Path(path).is_file() else {}
+    if "get_config" not in file:
+        python = sorted(Path(path).parent.glob("*.py"))
+        have = ", ".join(
+            str(p) for p in python if re.search(r"^def get_config\b", p.read_text("utf-8", "replace"), re.MULTILINE)
+        )
+        what = f"{path} is no config file (no get_config in it)" if file else f"no config file {path}"
+        raise ValueError(f"{what}; in its folder: {have or 'none'}")
     try:
         config = file["get_config"](*argument).to_dict()
     except Help as asked:
@@ -120,6 +125,16 @@ def check_overrides(arguments: list[str]) -> None:
         raise SystemExit(0) from None
     for key in given:
         check_key(config, key.removeprefix("config."))
+
+
+def of_the_config(arguments: list[str]) -> dict[str, str]:
+    """{"config": FILE, "config.KEY": VALUE} of the flags, each either --name=value or --name value."""
+    given = {}
+    for flag, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = flag.partition("=")
+        if re.match(r"--?config($|\.)", name):
+            given[name.lstrip("-")] = value if equals else after
+    return given
 
 
 def check_key(config: dict, key: str) -> None:

@@ -3,6 +3,7 @@
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -108,6 +109,36 @@ def test_help_among_other_arguments_shows_what_they_set(program, capsys):
     assert end.value.code == 0
     assert "\n  epochs=12 " in page and "ce, dro, ce_classifier" in page
     assert "\n  method=mislas " in page  # the default all the same
+
+
+def test_help_is_found_after_a_space_as_well(program, capsys):
+    pages = []
+    for given in (
+        [f"--config={ROOT}/configs/cifar100_lt.py:help"],
+        ["--config", f"{ROOT}/configs/cifar100_lt.py:help"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            program["parse_flags"](["run.py", *given])
+        assert end.value.code == 0
+        pages.append(capsys.readouterr().out)
+    assert "\n  method=mislas " in pages[1] and pages[0] == pages[1]
+
+
+def test_a_mistake_after_a_space_is_named(program, capsys):
+    with pytest.raises(SystemExit) as end:
+        program["parse_flags"](["run.py", "--config", f"{ROOT}/configs/quickstart.py", "--config.epoch", "3"])
+    assert end.value.code == 2
+    assert "unknown config key config.epoch; allowed in config: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "message"), [("common", "is no config file"), ("commons", "no config file")])
+def test_a_file_that_is_no_config_is_told_which_are(program, capsys, name, message):
+    with pytest.raises(SystemExit) as end:
+        program["parse_flags"](["run.py", f"--config={ROOT}/configs/{name}.py"])
+    assert end.value.code == 2
+    error, _, have = capsys.readouterr().err.partition("; in its folder: ")
+    assert message in error and f"configs/{name}.py" in error
+    assert sorted(Path(path).stem for path in have.strip().split(", ")) == sorted(FILES)
 
 
 def test_a_mistake_beside_help_is_named(program, capsys):
