@@ -56,7 +56,7 @@ def write(
         commands=[command],
         facts=[(row.name, ", ".join(map(str, row.runs))) for row in rows],
     )
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8", errors="replace")
 
 
 def of_row(run: Path, stage: str | None, title: str) -> tuple[Mapping[str, Any], panels.Panel]:

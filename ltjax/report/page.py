@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ltjax.checkpoint import read_json
-from ltjax.report import panels, sections
+from ltjax.report import panels, plots, sections
 from ltjax.report.sections import Section, Table
 from ltjax.results import GROUPS, percent
 
@@ -34,7 +34,7 @@ def write(workdir: Path, results: Mapping[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"
     temporary = path.with_name("index.html.tmp")
-    temporary.write_text(made)
+    temporary.write_text(made, encoding="utf-8", errors="replace")  # a class may be called what UTF-8 cannot hold
     temporary.replace(path)
     return path
 
@@ -108,7 +108,7 @@ def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> T
     rows = []
     for panel, stage in zip(stages, results["stages"].values(), strict=True):
         cells = [percent(*panel.accuracy[group]) if group in panel.accuracy else "-" for group in groups]
-        cells += ["-" if panel.ece is None else percent(*panel.ece)]
+        cells += [plots.shown_figure(panel.ece)]
         cells += ["-" if panel.classwise_ece is None else sections.small(panel.classwise_ece)]
         if nearest:
             both = (
@@ -116,7 +116,7 @@ def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> T
                 for part in (stage, stage.get("std", {}))
             )
             cells += [percent(*both)]
-        cells += ["-" if panel.best is None else percent(*panel.best), f"{panel.seconds:,.0f}"]
+        cells += [plots.shown_figure(panel.best), f"{panel.seconds:,.0f}"]
         rows.append([panel.title, *cells])
     return Table("Test accuracy (number of classes) and calibration at the last epoch, %", header, rows)
 

@@ -35,8 +35,8 @@ def of_panels(panels: Sequence[Panel]) -> list[Section]:
         Section(
             "accuracy",
             "Accuracy by class",
-            f"Each mark is a class{_or_range(panels)}, the most frequent at the left; the bars are the means of the "
-            "groups. Point at a mark for its name.",
+            "Each mark is a class, the most frequent at the left; the bars are the means of the groups. "
+            f"Point at a mark for its name.{_ranges(panels)}",
             _figures(panels, "accuracy", plots.accuracy_by_count, lambda p: bool(np.isfinite(p.per_class).any())),
             _class_tables(panels),
         ),
@@ -68,7 +68,7 @@ def of_panels(panels: Sequence[Panel]) -> list[Section]:
             "Distances to class means",
             "Mean distance of a class's test features to the mean training feature of the class (filled) and to the "
             "nearest mean of another class (hollow), in units of the median of the latter. Where the filled mark "
-            f"is the higher one, features are nearer to a wrong class than to their own.{_quartiles(panels)}",
+            f"is the higher one, features are nearer to a wrong class than to their own.{_ranges(panels)}",
             _figures(panels, "geometry", plots.geometry, _has_distances),
             [table for table in [_geometry_table(panels)] if table.rows],
         ),
@@ -94,13 +94,13 @@ def _figures(
     return [(heading(p), draw(f"{key}{n}", p)) for n, p in enumerate(panels) if shown(p)]
 
 
-def _or_range(panels: Sequence[Panel]) -> str:
-    many = any(len(panel.class_counts) > charts.MOST_DOTS for panel in panels)
-    return " (of many, a mark is the mean of the classes in a range of counts, with their quartiles)" if many else ""
+def _many_classes(panel: Panel) -> bool:
+    """Whether a mark is a range of counts instead of a class, see `ltjax.report.charts.points`."""
+    return len(panel.class_counts) > charts.MOST_DOTS
 
 
-def _quartiles(panels: Sequence[Panel]) -> str:
-    many = any(len(panel.class_counts) > charts.MOST_DOTS for panel in panels)
+def _ranges(panels: Sequence[Panel]) -> str:
+    many = any(map(_many_classes, panels))
     return " Of many classes, a mark is the mean of a range of counts, with quartiles." if many else ""
 
 
@@ -158,7 +158,7 @@ def _nanmean(values: np.ndarray) -> float:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f}" if np.isfinite(value) else "-"
+    return percent(value if np.isfinite(value) else None)
 
 
 def _bins_table(panel: Panel) -> Table:
@@ -177,11 +177,12 @@ def _bins_table(panel: Panel) -> Table:
 
 
 def _curve_table(panel: Panel) -> Table:
-    test = panel.curves[0]["test"]
+    tested = [one["test"] for one in panel.curves if one["test"]]
+    test = tested[0]
     shown = [test[i] for i in np.unique(np.linspace(0, len(test) - 1, min(len(test), 20)).astype(int))]
     groups = [group for group in ("all", *GROUPS) if group in shown[-1][1]]
     rows = [[f"{epoch:g}", *(percent(values.get(group)) for group in groups)] for epoch, values in shown]
-    which = ", first run" if len(panel.curves) > 1 else ""
+    which = ", first run" if len(tested) > 1 else ""
     return Table(f"{panel.title}: test accuracy by epoch, %{which}", ["epoch", *groups], rows)
 
 

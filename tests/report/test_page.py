@@ -1,5 +1,6 @@
 """The report's page, of numbers that nobody has measured: what is in it, at any size, whatever classes are called."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -112,6 +113,13 @@ def test_a_stage_without_calibration_has_none_drawn():
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
     found = Checked(page.of_run(results, groups, made_up.numbers(), made_up.curves()))
     assert "calibration0-t" in found.ids and "calibration1-t" not in found.ids
+
+
+def test_names_that_utf8_cannot_hold_are_written_with_question_marks(tmp_path):
+    results = made_up.results(names=["caf\udce9 au lait", *map(str, range(9))])
+    split = {name: np.flatnonzero(m).tolist() for name, m in made_up.groups_of(made_up.class_counts(10)).items()}
+    (tmp_path / "split.json").write_text(json.dumps({"groups": split}))
+    assert "caf? au lait" in page.write(tmp_path, results).read_text(encoding="utf-8")
 
 
 def test_without_numbers_it_shows_what_the_results_hold():
