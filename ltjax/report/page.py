@@ -14,7 +14,7 @@ from PIL import Image
 from ltjax.checkpoint import read_json
 from ltjax.report import panels, plots, sections
 from ltjax.report.sections import Section, Table
-from ltjax.results import GROUPS, percent
+from ltjax.results import GROUPS, LEGACY_BEST, percent
 
 PICTURE_WIDTH = 640  # of the attack's picture, in pixels
 
@@ -91,12 +91,25 @@ def of_run(
         subtitle=f"{counts.sum():,} training images of {len(counts):,} classes, {sizes}; "
         f"{results['num_images']:,} test images{seeds}.",
         main=stage_table(results, stages),
-        notes=["Last epoch. Legacy best: the best epoch as picked on the test set, which no fair comparison may use."],
+        notes=[*unfinished(results), f"{when(results).capitalize()}. {LEGACY_BEST}"],
         sections=made,
-        how_title="How to get this again",
-        commands=[results["command"]],
+        how_title="How to get this again" if results["command"] else "What evaluated it",
+        commands=[results["command"]] if results["command"] else [],
         facts=facts(results),
     )
+
+
+def unfinished(results: Mapping[str, Any]) -> list[str]:
+    """How far a run is that has not been trained to its end, see `ltjax.report.make.report_workdir`."""
+    reached = results.get("unfinished")
+    if not reached:
+        return []
+    where = f"{reached['stage']} (stage {reached['number']} of {reached['stages']})"
+    return [f"warning: not trained to its end: {where} is at epoch {reached['epoch']:g} of {reached['epochs']}."]
+
+
+def when(results: Mapping[str, Any]) -> str:
+    return "newest checkpoint" if results.get("unfinished") else "last epoch"
 
 
 def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> Table:
@@ -118,7 +131,7 @@ def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> T
             cells += [percent(*both)]
         cells += [plots.shown_figure(panel.best), f"{panel.seconds:,.0f}"]
         rows.append([panel.title, *cells])
-    return Table("Test accuracy (number of classes) and calibration at the last epoch, %", header, rows)
+    return Table(f"Test accuracy (number of classes) and calibration, {when(results)}, %", header, rows)
 
 
 def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:

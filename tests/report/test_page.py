@@ -115,6 +115,14 @@ def test_a_stage_without_calibration_has_none_drawn():
     assert "calibration0-t" in found.ids and "calibration1-t" not in found.ids
 
 
+def test_a_run_that_is_not_finished_says_so_before_its_table():
+    reached = {"stage": "Stage ce", "number": 1, "stages": 2, "epoch": 2.5, "epochs": 4}
+    found = made(stages=("ce",), command=None, unfinished=reached)
+    note = "not trained to its end: Stage ce (stage 1 of 2) is at epoch 2.5 of 4."
+    assert 0 < found.find(note) < found.find("<table")
+    assert "last epoch" not in found.lower() and "How to get this again" not in found
+
+
 def test_names_that_utf8_cannot_hold_are_written_with_question_marks(tmp_path):
     results = made_up.results(names=["caf\udce9 au lait", *map(str, range(9))])
     split = {name: np.flatnonzero(m).tolist() for name, m in made_up.groups_of(made_up.class_counts(10)).items()}
