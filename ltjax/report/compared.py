@@ -40,7 +40,7 @@ def write(
         ]
         if attacked:
             robust.append((row.name, sections.robustness(pooled(attacked), key=f"robust{number}", title=row.name)))
-    shown = sections.of_panels(made)
+    shown = sections.of_panels(made, ends=made)
     if robust:
         figures = [(f"{name}: {heading}", chart) for name, one in robust for heading, chart in one.figures]
         tables = [table for _, one in robust for table in one.tables]

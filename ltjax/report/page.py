@@ -76,7 +76,7 @@ def of_run(
     curves: of `ltjax.report.panels.read_curves`. image: of the attack, a data URI.
     """
     stages = [panels.of_stage(results, name, groups, numbers, curves) for name in results["stages"]]
-    made = sections.of_panels(stages)
+    made = sections.of_panels(stages, ends=stages[-1:])
     made = [_with_pairs(one, results, numbers) if one.id == "errors" else one for one in made]
     if "robustness" in results:
         title = results["stages"].get(results["robustness"]["stage"], {}).get("title", "")

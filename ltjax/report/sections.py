@@ -11,6 +11,7 @@ from ltjax.report.panels import GROUPS, Panel
 from ltjax.results import percent
 
 MOST_ROWS = 200  # of a table of classes
+WORST = 50  # classes named where each has no mark of its own
 
 
 class Table(NamedTuple):
@@ -29,16 +30,19 @@ class Section(NamedTuple):
     image: str = ""  # a data URI
 
 
-def of_panels(panels: Sequence[Panel]) -> list[Section]:
-    """What can be shown of any panels, in the order of a reader's questions. Sections without figures are left out."""
+def of_panels(panels: Sequence[Panel], ends: Sequence[Panel]) -> list[Section]:
+    """What can be shown of any panels, in the order of a reader's questions. Sections without figures are left out.
+
+    ends: those whose worst classes are named where there are many: the final stage, or the rows of a comparison.
+    """
     made = [
         Section(
             "accuracy",
             "Accuracy by class",
             "Each mark is a class, the most frequent at the left; the bars are the means of the groups. "
-            f"Point at a mark for its name.{_ranges(panels)}",
+            f"Point at a mark for its name.{_ranges(panels)}{_worst_hint(ends)}",
             _figures(panels, "accuracy", plots.accuracy_by_count, lambda p: bool(np.isfinite(p.per_class).any())),
-            _class_tables(panels),
+            [*_worst_tables(ends), *_class_tables(panels)],
         ),
         Section(
             "calibration",
@@ -104,6 +108,10 @@ def _ranges(panels: Sequence[Panel]) -> str:
     return " Of many classes, a mark is the mean of a range of counts, with quartiles." if many else ""
 
 
+def _worst_hint(panels: Sequence[Panel]) -> str:
+    return f' The {WORST} worst classes are named under "As numbers".' if any(map(_many_classes, panels)) else ""
+
+
 def _has_distances(panel: Panel) -> bool:
     return bool(panel.own.size and np.isfinite(panel.own).any() and np.isfinite(panel.wrong).any())
 
@@ -125,6 +133,18 @@ def _class_tables(panels: Sequence[Panel]) -> list[Table]:
         first, same = panels[0], [_same_classes(panels[0], panel) for panel in panels]
         tables.append(_class_table(first, [panel for panel, mate in zip(panels, same, strict=True) if mate]))
         panels = [panel for panel, mate in zip(panels, same, strict=True) if not mate]
+    return tables
+
+
+def _worst_tables(panels: Sequence[Panel]) -> list[Table]:
+    """The classes of lowest accuracy of panels with no mark for each; of equals, the most frequent first."""
+    tables = []
+    for panel in filter(_many_classes, panels):
+        order = np.lexsort((-panel.class_counts, panel.per_class))  # nan last
+        worst = [c for c in order[:WORST] if np.isfinite(panel.per_class[c])]
+        rows = [[panel.class_names[c], f"{panel.class_counts[c]:,}", _percent(panel.per_class[c])] for c in worst]
+        caption = f"{panel.title}: the {len(rows)} classes of lowest test accuracy, %"
+        tables += [Table(caption, ["class", "training images", "accuracy"], rows)] if rows else []
     return tables
 
 

@@ -96,6 +96,21 @@ def test_many_classes_are_drawn_as_ranges_of_counts():
     assert "classes of" in found
 
 
+def test_of_many_classes_the_worst_at_the_final_stage_are_named():
+    results = made_up.results(151)
+    results["stages"]["classifier"]["per_class_accuracy"][5] = 0.0
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    found = page.of_run(results, groups, {}, {})
+    tables = re.findall(r"<table[^>]*the 50 classes of lowest test accuracy.*?</table>", found, re.DOTALL)
+    assert len(tables) == 1 and "Stage classifier" in tables[0]
+    assert tables[0].count('<th scope="row">') == 50 and "class 3<" not in tables[0]
+    assert f'<th scope="row">class 5</th><td>{results["class_counts"][5]:,}</td><td>0.0</td>' in tables[0]
+
+
+def test_of_few_classes_none_is_named_as_worst():
+    assert "lowest test accuracy" not in made(150)
+
+
 def test_balanced_classes_do_not_lie_on_one_another():
     found = Checked(made(largest=500, smallest=500))
     centres = [a["cx"] for tag, a in found.tags if tag == "circle" and a["class"] == "mark many"]
