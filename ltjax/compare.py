@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ltjax import config as config_module
-from ltjax.results import GROUPS, percent
+from ltjax.results import GROUPS, LEGACY_BEST, percent
 from ltjax.types import UserError, one_line
 
 # Settings in which runs of one row may differ: which seeds were trained, and what changes no trained number.
@@ -44,7 +44,7 @@ NOTES = "Last epoch; mean ± sample standard deviation over seeds, in %. ECE wit
 COLUMN_NOTES = {
     "AutoAttack": "PGD-20, CW-20, AutoAttack: accuracy on test images attacked by `--mode=attack`.",
     "NCM": "NCM: accuracy over all classes of the nearest class mean, instead of the classifier.",
-    "legacy best": "Legacy best: the best epoch as picked on the test set, which no fair comparison may use.",
+    "legacy best": LEGACY_BEST,
 }
 MOST_DIFFERENCES = 3
 

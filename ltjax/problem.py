@@ -337,3 +337,13 @@ def evaluate_split(
     each = [{name: values[r] for name, values in outcome.items()} for r in range(run.replicas)]
     summaries = [evaluate.summarise(one, labels, problem.groups, num_classes) for one in each]
     return evaluate.over_seeds(summaries, seeds(run).tolist())
+
+
+def evaluate_restored(
+    run: Run, settings: config_module.Stage, problem: Problem, built: stage.Stage, state: stage.State
+) -> dict[str, Any]:
+    """What a checkpoint, see `restored`, makes of the test images: {"epoch": as begun, "step", "test"}."""
+    step = stage.steps_done(state)
+    means = class_means_for(settings, problem, state.variables)
+    test = evaluate_split(run, settings, problem, state.variables, problem.test_set, means)
+    return {"epoch": -(-step // built.steps_per_epoch), "step": step, "test": test}

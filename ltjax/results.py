@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 GROUPS = ("all", "many", "medium", "few")
+LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
 PACKAGES = ("ltjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

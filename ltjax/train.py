@@ -24,6 +24,7 @@ from ltjax.problem import (
     batches,
     build_stage,
     class_means_for,
+    evaluate_restored,
     evaluate_split,
     fresh_shapes,
     imported,
@@ -325,11 +326,7 @@ def evaluate_workdir(
         found = restored(run, name, settings, problem, workdir)
         if found is not None:
             built, state, record = found
-            step = stage.steps_done(state)
-            evaluation: dict[str, Any] = {"epoch": -(-step // built.steps_per_epoch), "step": step}
-            means = class_means_for(settings, problem, state.variables)
-            evaluation["test"] = evaluate_split(run, settings, problem, state.variables, problem.test_set, means)
-            records[name] = {**record, "evaluations": [evaluation]}
+            records[name] = {**record, "evaluations": [evaluate_restored(run, settings, problem, built, state)]}
     if not records:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
     summary = results.summarise(run, {name: stages[name] for name in records}, records, problem, results.git_commit())

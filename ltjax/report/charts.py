@@ -4,7 +4,7 @@ Groups of classes differ by colour and by shape; all texts are escaped, whatever
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,12 +131,12 @@ def y_axis(scale: Scale, title: str, right: float = WIDTH - RIGHT, count: int = 
     return parts
 
 
-def x_axis(scale: Scale, bottom: float, title: str, ticks: Sequence[float], label: Callable = number) -> list[Markup]:
+def x_axis(scale: Scale, bottom: float, title: str, ticks: Sequence[float]) -> list[Markup]:
     parts = [line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis")]
     for tick in ticks:
         at = scale(tick)
         anchor = "end" if at > WIDTH - RIGHT - 8 else "middle"
-        parts += [line(at, bottom, at, bottom + 3, "axis"), text(at, bottom + 15, label(tick), anchor)]
+        parts += [line(at, bottom, at, bottom + 3, "axis"), text(at, bottom + 15, number(tick), anchor)]
     middle = (LEFT + WIDTH - RIGHT) / 2
     return [*parts, text(middle, bottom + 31, title, class_="axis")]
 

@@ -40,7 +40,7 @@ def write(
         ]
         if attacked:
             robust.append((row.name, sections.robustness(pooled(attacked), key=f"robust{number}", title=row.name)))
-    shown = sections.of_panels(made)
+    shown = sections.of_panels(made, ends=made)
     if robust:
         figures = [(f"{name}: {heading}", chart) for name, one in robust for heading, chart in one.figures]
         tables = [table for _, one in robust for table in one.tables]
@@ -56,7 +56,7 @@ def write(
         commands=[command],
         facts=[(row.name, ", ".join(map(str, row.runs))) for row in rows],
     )
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8", errors="replace")
 
 
 def of_row(run: Path, stage: str | None, title: str) -> tuple[Mapping[str, Any], panels.Panel]:

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from ltjax import config as config_module
-from ltjax import feed, logs, processes, results
+from ltjax import feed, logs, processes, results, stage
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
-from ltjax.problem import Problem, restored, setup
+from ltjax.problem import Problem, evaluate_restored, restored, setup
 from ltjax.report import analysis, figures, page
 from ltjax.report.measure import Observer, learned
 from ltjax.types import UserError, Variables
@@ -23,9 +23,9 @@ SIDE = 64  # pixels of a sample image, at most
 def report_workdir(
     config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Make `report/` again, from the newest checkpoint of each stage that has been evaluated.
+    """Make `report/` again, from the newest checkpoint of each stage; of a run that is not finished, with its figures.
 
-    Returns: what the page shows in its table, as in results.json.
+    Returns: what the page shows in its table, as in results.json; of a run that is not finished, "unfinished" too.
     Raises: UserError for anything the caller can mend.
     """
     workdir, console = Path(workdir), logs.make_console(quiet=not processes.first())
@@ -34,18 +34,28 @@ def report_workdir(
         raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
     processes.on_first(lambda: open_workdir(workdir, config))
     problem = setup(run, data_dir)
-    records, variables = {}, {}
+    finished = processes.on_first((workdir / "results.json").exists)
+    records, variables, epoch = {}, {}, 0.0
     for name, settings in stages.items():
         found = restored(run, name, settings, problem, workdir)
-        if found is not None and found[2]["evaluations"]:
-            variables[name], records[name] = found[1].variables, found[2]
+        if found is not None:
+            built, state, record = found
+            variables[name], epoch = state.variables, stage.steps_done(state) / built.steps_per_epoch
+            evaluations = record["evaluations"]
+            if not finished and (not evaluations or evaluations[-1]["step"] != stage.steps_done(state)):
+                evaluations = [*evaluations, evaluate_restored(run, settings, problem, built, state)]
+            records[name] = {**record, "evaluations": evaluations}
     if not records:
-        raise UserError(f"{workdir} holds no evaluated checkpoint yet: train first, with --mode=train")
+        raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
     kept = {name: stages[name] for name in records}
-    if (workdir / "results.json").exists():
+    if finished:
         summary = read_json(workdir / "results.json")
     else:
+        last = stages[list(kept)[-1]]
+        reached = {"stage": last.title, "number": len(kept), "stages": len(stages)}
         summary = results.summarise(run, kept, records, problem, results.git_commit())
+        # the command of this process is not what trained
+        summary |= {"command": None, "unfinished": {**reached, "epoch": round(epoch, 1), "epochs": last.epochs}}
     with named_disk_errors(workdir):
         write_report(run, kept, problem, variables, summary, workdir)
     console.print(f"The report is in {workdir / 'report' / 'index.html'}")

@@ -12,9 +12,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from ltjax.checkpoint import read_json
-from ltjax.report import panels, sections
+from ltjax.report import panels, plots, sections
 from ltjax.report.sections import Section, Table
-from ltjax.results import GROUPS, percent
+from ltjax.results import GROUPS, LEGACY_BEST, percent
 
 PICTURE_WIDTH = 640  # of the attack's picture, in pixels
 
@@ -34,7 +34,7 @@ def write(workdir: Path, results: Mapping[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"
     temporary = path.with_name("index.html.tmp")
-    temporary.write_text(made)
+    temporary.write_text(made, encoding="utf-8", errors="replace")  # a class may be called what UTF-8 cannot hold
     temporary.replace(path)
     return path
 
@@ -76,7 +76,7 @@ def of_run(
     curves: of `ltjax.report.panels.read_curves`. image: of the attack, a data URI.
     """
     stages = [panels.of_stage(results, name, groups, numbers, curves) for name in results["stages"]]
-    made = sections.of_panels(stages)
+    made = sections.of_panels(stages, ends=stages[-1:])
     made = [_with_pairs(one, results, numbers) if one.id == "errors" else one for one in made]
     if "robustness" in results:
         title = results["stages"].get(results["robustness"]["stage"], {}).get("title", "")
@@ -91,12 +91,25 @@ def of_run(
         subtitle=f"{counts.sum():,} training images of {len(counts):,} classes, {sizes}; "
         f"{results['num_images']:,} test images{seeds}.",
         main=stage_table(results, stages),
-        notes=["Last epoch. Legacy best: the best epoch as picked on the test set, which no fair comparison may use."],
+        notes=[*unfinished(results), f"{when(results).capitalize()}. {LEGACY_BEST}"],
         sections=made,
-        how_title="How to get this again",
-        commands=[results["command"]],
+        how_title="How to get this again" if results["command"] else "What evaluated it",
+        commands=[results["command"]] if results["command"] else [],
         facts=facts(results),
     )
+
+
+def unfinished(results: Mapping[str, Any]) -> list[str]:
+    """How far a run is that has not been trained to its end, see `ltjax.report.make.report_workdir`."""
+    reached = results.get("unfinished")
+    if not reached:
+        return []
+    where = f"{reached['stage']} (stage {reached['number']} of {reached['stages']})"
+    return [f"warning: not trained to its end: {where} is at epoch {reached['epoch']:g} of {reached['epochs']}."]
+
+
+def when(results: Mapping[str, Any]) -> str:
+    return "newest checkpoint" if results.get("unfinished") else "last epoch"
 
 
 def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> Table:
@@ -108,7 +121,7 @@ def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> T
     rows = []
     for panel, stage in zip(stages, results["stages"].values(), strict=True):
         cells = [percent(*panel.accuracy[group]) if group in panel.accuracy else "-" for group in groups]
-        cells += ["-" if panel.ece is None else percent(*panel.ece)]
+        cells += [plots.shown_figure(panel.ece)]
         cells += ["-" if panel.classwise_ece is None else sections.small(panel.classwise_ece)]
         if nearest:
             both = (
@@ -116,9 +129,9 @@ def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> T
                 for part in (stage, stage.get("std", {}))
             )
             cells += [percent(*both)]
-        cells += ["-" if panel.best is None else percent(*panel.best), f"{panel.seconds:,.0f}"]
+        cells += [plots.shown_figure(panel.best), f"{panel.seconds:,.0f}"]
         rows.append([panel.title, *cells])
-    return Table("Test accuracy (number of classes) and calibration at the last epoch, %", header, rows)
+    return Table(f"Test accuracy (number of classes) and calibration, {when(results)}, %", header, rows)
 
 
 def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:

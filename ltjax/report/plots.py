@@ -75,12 +75,9 @@ def reliability(key: str, panel: Panel) -> Markup:
     parts += charts.x_axis(across, low, "confidence, %; bars: share of images", range(0, 101, 20))
     confidence = float((panel.bins["confidences"] * shares).sum() - (panel.bins["accuracies"] * shares).sum())
     word = "above" if confidence > 0 else "below"
-    about = f"ECE {_ece(panel)} %. On the mean, confidence is {100 * abs(confidence):.1f} points {word} accuracy."
+    about = f"On the mean, confidence is {100 * abs(confidence):.1f} points {word} accuracy."
+    about = f"ECE {shown_figure(panel.ece)} %. {about}"
     return charts.picture(key, f"{panel.title}: reliability", about, BOTTOM + 86, parts)
-
-
-def _ece(panel: Panel) -> str:
-    return percent(*panel.ece) if panel.ece else "-"
 
 
 def learning(key: str, panel: Panel) -> Markup:

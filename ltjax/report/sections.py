@@ -11,6 +11,7 @@ from ltjax.report.panels import GROUPS, Panel
 from ltjax.results import percent
 
 MOST_ROWS = 200  # of a table of classes
+WORST = 50  # classes named where each has no mark of its own
 
 
 class Table(NamedTuple):
@@ -29,16 +30,19 @@ class Section(NamedTuple):
     image: str = ""  # a data URI
 
 
-def of_panels(panels: Sequence[Panel]) -> list[Section]:
-    """What can be shown of any panels, in the order of a reader's questions. Sections without figures are left out."""
+def of_panels(panels: Sequence[Panel], ends: Sequence[Panel]) -> list[Section]:
+    """What can be shown of any panels, in the order of a reader's questions. Sections without figures are left out.
+
+    ends: those whose worst classes are named where there are many: the final stage, or the rows of a comparison.
+    """
     made = [
         Section(
             "accuracy",
             "Accuracy by class",
-            f"Each mark is a class{_or_range(panels)}, the most frequent at the left; the bars are the means of the "
-            "groups. Point at a mark for its name.",
+            "Each mark is a class, the most frequent at the left; the bars are the means of the groups. "
+            f"Point at a mark for its name.{_ranges(panels)}{_worst_hint(ends)}",
             _figures(panels, "accuracy", plots.accuracy_by_count, lambda p: bool(np.isfinite(p.per_class).any())),
-            _class_tables(panels),
+            [*_worst_tables(ends), *_class_tables(panels)],
         ),
         Section(
             "calibration",
@@ -68,7 +72,7 @@ def of_panels(panels: Sequence[Panel]) -> list[Section]:
             "Distances to class means",
             "Mean distance of a class's test features to the mean training feature of the class (filled) and to the "
             "nearest mean of another class (hollow), in units of the median of the latter. Where the filled mark "
-            f"is the higher one, features are nearer to a wrong class than to their own.{_quartiles(panels)}",
+            f"is the higher one, features are nearer to a wrong class than to their own.{_ranges(panels)}",
             _figures(panels, "geometry", plots.geometry, _has_distances),
             [table for table in [_geometry_table(panels)] if table.rows],
         ),
@@ -94,14 +98,18 @@ def _figures(
     return [(heading(p), draw(f"{key}{n}", p)) for n, p in enumerate(panels) if shown(p)]
 
 
-def _or_range(panels: Sequence[Panel]) -> str:
-    many = any(len(panel.class_counts) > charts.MOST_DOTS for panel in panels)
-    return " (of many, a mark is the mean of the classes in a range of counts, with their quartiles)" if many else ""
+def _many_classes(panel: Panel) -> bool:
+    """Whether a mark is a range of counts instead of a class, see `ltjax.report.charts.points`."""
+    return len(panel.class_counts) > charts.MOST_DOTS
 
 
-def _quartiles(panels: Sequence[Panel]) -> str:
-    many = any(len(panel.class_counts) > charts.MOST_DOTS for panel in panels)
+def _ranges(panels: Sequence[Panel]) -> str:
+    many = any(map(_many_classes, panels))
     return " Of many classes, a mark is the mean of a range of counts, with quartiles." if many else ""
+
+
+def _worst_hint(panels: Sequence[Panel]) -> str:
+    return f' The {WORST} worst classes are named under "As numbers".' if any(map(_many_classes, panels)) else ""
 
 
 def _has_distances(panel: Panel) -> bool:
@@ -125,6 +133,18 @@ def _class_tables(panels: Sequence[Panel]) -> list[Table]:
         first, same = panels[0], [_same_classes(panels[0], panel) for panel in panels]
         tables.append(_class_table(first, [panel for panel, mate in zip(panels, same, strict=True) if mate]))
         panels = [panel for panel, mate in zip(panels, same, strict=True) if not mate]
+    return tables
+
+
+def _worst_tables(panels: Sequence[Panel]) -> list[Table]:
+    """The classes of lowest accuracy of panels with no mark for each; of equals, the most frequent first."""
+    tables = []
+    for panel in filter(_many_classes, panels):
+        order = np.lexsort((-panel.class_counts, panel.per_class))  # nan last
+        worst = [c for c in order[:WORST] if np.isfinite(panel.per_class[c])]
+        rows = [[panel.class_names[c], f"{panel.class_counts[c]:,}", _percent(panel.per_class[c])] for c in worst]
+        caption = f"{panel.title}: the {len(rows)} classes of lowest test accuracy, %"
+        tables += [Table(caption, ["class", "training images", "accuracy"], rows)] if rows else []
     return tables
 
 
@@ -158,7 +178,7 @@ def _nanmean(values: np.ndarray) -> float:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f}" if np.isfinite(value) else "-"
+    return percent(value if np.isfinite(value) else None)
 
 
 def _bins_table(panel: Panel) -> Table:
@@ -177,11 +197,12 @@ def _bins_table(panel: Panel) -> Table:
 
 
 def _curve_table(panel: Panel) -> Table:
-    test = panel.curves[0]["test"]
+    tested = [one["test"] for one in panel.curves if one["test"]]
+    test = tested[0]
     shown = [test[i] for i in np.unique(np.linspace(0, len(test) - 1, min(len(test), 20)).astype(int))]
     groups = [group for group in ("all", *GROUPS) if group in shown[-1][1]]
     rows = [[f"{epoch:g}", *(percent(values.get(group)) for group in groups)] for epoch, values in shown]
-    which = ", first run" if len(panel.curves) > 1 else ""
+    which = ", first run" if len(tested) > 1 else ""
     return Table(f"{panel.title}: test accuracy by epoch, %{which}", ["epoch", *groups], rows)
 
 

@@ -76,6 +76,24 @@ def test_runs_without_a_report_show_what_their_results_hold(tmp_path, capsys):
     assert 'id="accuracy0-t"' in found and 'id="geometry0-t"' not in found
 
 
+def test_a_first_run_without_test_lines_leaves_the_curves_to_the_others(tmp_path, capsys):
+    runs = [write(tmp_path / "a", 0), write(tmp_path / "b", 1)]
+    train = {"stage": "ce", "epoch": 1, "step": 1, "split": "train", "values": {"loss": 2.0, "lr": 0.1}}
+    test = {**train, "split": "test", "values": {"accuracy": {"all": 0.4321}}}
+    for run, lines in zip(runs, ([train], [train, test]), strict=True):
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = page(tmp_path, *runs)
+    assert "test accuracy by epoch" in found and "43.2" in found
+
+
+def test_names_that_utf8_cannot_hold_are_written_with_question_marks(tmp_path, capsys):
+    run = write(tmp_path / "a")
+    results = json.loads((run / "results.json").read_text())
+    results["class_names"][0] = "caf\udce9 au lait"
+    (run / "results.json").write_text(json.dumps(results))
+    assert "caf? au lait" in page(tmp_path, run)
+
+
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
     run = write(tmp_path / "a")
     assert compare.main([str(run), f"--html={tmp_path / 'no' / 'where.html'}"]) == 2

@@ -147,8 +147,23 @@ def test_of_a_run_that_was_stopped_it_has_the_stages_so_far(trained, made, kept,
     found = make.report_workdir(quick(), tmp_path)
     assert found["accuracy"] == trained[1]["stages"]["features"]["accuracy"]
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "MiSLAS, stage 1" in page and "MiSLAS, stage 2" not in page
+    assert "not trained to its end: MiSLAS, stage 1 (stage 1 of 2) is at epoch 1 of 1." in page
+    assert "MiSLAS, stage 2" not in page and 'aria-label="Command"' not in page
     assert not (tmp_path / "results.json").exists()
+
+
+def test_figures_of_a_run_that_was_stopped_are_those_of_its_newest_checkpoint(
+    trained, made, kept, tmp_path, monkeypatch
+):
+    for path in ("config.json", "split.json"):
+        (tmp_path / path).symlink_to(trained[0] / path)
+    built, state, record = kept["features"]
+    early = {"epoch": 0, "step": 1, "test": {"accuracy": {"all": 0.0}}}
+    stopped = built, state, {**record, "evaluations": [early]}
+    monkeypatch.setattr(make, "setup", lambda *_: made)
+    monkeypatch.setattr(make, "restored", lambda run, name, *_: stopped if name == "features" else None)
+    found = make.report_workdir(quick(), tmp_path)
+    assert found["accuracy"] == pytest.approx(trained[1]["stages"]["features"]["accuracy"])
 
 
 def test_a_workdir_without_a_run_is_refused(tmp_path):

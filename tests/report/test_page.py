@@ -1,5 +1,6 @@
 """The report's page, of numbers that nobody has measured: what is in it, at any size, whatever classes are called."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -95,6 +96,21 @@ def test_many_classes_are_drawn_as_ranges_of_counts():
     assert "classes of" in found
 
 
+def test_of_many_classes_the_worst_at_the_final_stage_are_named():
+    results = made_up.results(151)
+    results["stages"]["classifier"]["per_class_accuracy"][5] = 0.0
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    found = page.of_run(results, groups, {}, {})
+    tables = re.findall(r"<table[^>]*the 50 classes of lowest test accuracy.*?</table>", found, re.DOTALL)
+    assert len(tables) == 1 and "Stage classifier" in tables[0]
+    assert tables[0].count('<th scope="row">') == 50 and "class 3<" not in tables[0]
+    assert f'<th scope="row">class 5</th><td>{results["class_counts"][5]:,}</td><td>0.0</td>' in tables[0]
+
+
+def test_of_few_classes_none_is_named_as_worst():
+    assert "lowest test accuracy" not in made(150)
+
+
 def test_balanced_classes_do_not_lie_on_one_another():
     found = Checked(made(largest=500, smallest=500))
     centres = [a["cx"] for tag, a in found.tags if tag == "circle" and a["class"] == "mark many"]
@@ -112,6 +128,21 @@ def test_a_stage_without_calibration_has_none_drawn():
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
     found = Checked(page.of_run(results, groups, made_up.numbers(), made_up.curves()))
     assert "calibration0-t" in found.ids and "calibration1-t" not in found.ids
+
+
+def test_a_run_that_is_not_finished_says_so_before_its_table():
+    reached = {"stage": "Stage ce", "number": 1, "stages": 2, "epoch": 2.5, "epochs": 4}
+    found = made(stages=("ce",), command=None, unfinished=reached)
+    note = "not trained to its end: Stage ce (stage 1 of 2) is at epoch 2.5 of 4."
+    assert 0 < found.find(note) < found.find("<table")
+    assert "last epoch" not in found.lower() and "How to get this again" not in found
+
+
+def test_names_that_utf8_cannot_hold_are_written_with_question_marks(tmp_path):
+    results = made_up.results(names=["caf\udce9 au lait", *map(str, range(9))])
+    split = {name: np.flatnonzero(m).tolist() for name, m in made_up.groups_of(made_up.class_counts(10)).items()}
+    (tmp_path / "split.json").write_text(json.dumps({"groups": split}))
+    assert "caf? au lait" in page.write(tmp_path, results).read_text(encoding="utf-8")
 
 
 def test_without_numbers_it_shows_what_the_results_hold():
