@@ -455,7 +455,9 @@ def main(argv: list[str] | None = None) -> int:
             from ltjax.report import compared  # what draws is for those who want it
 
             command = shlex.join(["python", "-m", "ltjax.compare", *(sys.argv[1:] if argv is None else argv)])
-            compared.write(Path(args.html), [c.text for c in table[0]], table[1:], made, notes, command)
+            header, *body = cells(made, legacy_best=True)
+            about = [COLUMN_NOTES[cell.text] for cell in header if cell.text in COLUMN_NOTES]
+            compared.write(Path(args.html), [cell.text for cell in header], body, made, [*about, *notes], command)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ltjax.checkpoint import read_json
 from ltjax.report import panels, plots, sections
-from ltjax.report.sections import Section, Table
+from ltjax.report.sections import Table
 from ltjax.results import GROUPS, LEGACY_BEST, percent
 
 PICTURE_WIDTH = 640  # of the attack's picture, in pixels
@@ -77,7 +77,7 @@ def of_run(
     """
     stages = [panels.of_stage(results, name, groups, numbers, curves) for name in results["stages"]]
     made = sections.of_panels(stages, ends=stages[-1:])
-    made = [_with_pairs(one, results, numbers) if one.id == "errors" else one for one in made]
+    made = [one._replace(pairs=confused(results, numbers)) if one.id == "errors" else one for one in made]
     if "robustness" in results:
         title = results["stages"].get(results["robustness"]["stage"], {}).get("title", "")
         made.append(sections.robustness(results["robustness"], image=image, title=title))
@@ -145,8 +145,8 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _with_pairs(section: Section, results: Mapping[str, Any], numbers: Mapping[str, Any]) -> Section:
-    """The most confused pairs of classes, with names instead of class numbers."""
+def confused(results: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The most confused pairs of classes, with names instead of class numbers; see `ltjax.report.sections.Section`."""
     names, counts, titles = results["class_names"], results["class_counts"], results["stages"]
     lists = []
     for found in numbers.get("pairs", []):
@@ -182,7 +182,7 @@ def _with_pairs(section: Section, results: Mapping[str, Any], numbers: Mapping[s
             )
         if shown:
             lists.append({"title": found["title"], "pairs": shown})
-    return section._replace(pairs=lists)
+    return lists
 
 
 def render(**context: Any) -> str:

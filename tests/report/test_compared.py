@@ -51,15 +51,15 @@ def test_stages_are_panels_where_that_is_asked(tmp_path, capsys):
 def test_figures_by_class_are_means_over_seeds(tmp_path):
     row = compare.rows([write(tmp_path / "a", 0), write(tmp_path / "b", 1)])[0]
     each = [compared.of_row(run, None, "") for run in row.runs]
-    found = compared.panels.pooled("both", [panel for _, panel in each], [1, 1], row.figures)
-    expected = np.mean([panel.own for _, panel in each], axis=0)
+    found = compared.panels.pooled("both", [one.panel for one in each], [1, 1], row.figures)
+    expected = np.mean([one.panel.own for one in each], axis=0)
     np.testing.assert_allclose(found.own, expected)
     assert found.accuracy["few"] == row.figures["few"]
     assert found.bins["counts"].sum() == 2 * sum(range(15))
 
 
 def test_seeds_with_replicas_weigh_as_many(tmp_path):
-    panels = [compared.of_row(write(tmp_path / str(seed), seed), None, "")[1] for seed in (0, 1)]
+    panels = [compared.of_row(write(tmp_path / str(seed), seed), None, "").panel for seed in (0, 1)]
     found = compared.panels.pooled("both", panels, [3, 1], {})
     np.testing.assert_allclose(found.own, (3 * panels[0].own + panels[1].own) / 4)
 
@@ -69,6 +69,40 @@ def test_attacked_runs_have_means_and_spread(tmp_path, capsys):
     found = page(tmp_path, *runs)
     assert f"{100 * 0.2:.1f} ± {100 * np.std([0.25, 0.15], ddof=1):.1f}" in found  # PGD-20
     assert 'id="robust0-curve-t"' in found
+
+
+def test_a_run_attacked_at_another_radius_is_named_and_left_out_of_the_means(tmp_path, capsys):
+    runs = [write(tmp_path / "a", 0, attacked=0.5), write(tmp_path / "b", 1, attacked=0.3)]
+    results = json.loads((runs[1] / "results.json").read_text())
+    results["robustness"]["epsilon"] = 4 / 255
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    found = page(tmp_path, *runs)
+    assert f"warning: made-up: {runs[1]} left out of the means under attack" in found
+    assert "<td>25.0</td>" in found.partition('id="robust"')[2]  # PGD-20 of the first alone
+
+
+def test_how_each_run_was_trained_is_told(tmp_path, capsys):
+    runs = [write(tmp_path / "a", 0), write(tmp_path / "b", 1)]
+    found = page(tmp_path, *runs)
+    for seed, run in enumerate(runs):
+        told = f"seed {seed}; commit 0123456789; device 2 x cpu: cpu; command: python run.py"
+        assert f"<dt>{run}</dt><dd>{told}" in found
+
+
+def test_legacy_best_has_a_column_and_a_caution_on_the_page_alone(tmp_path, capsys):
+    found = page(tmp_path, write(tmp_path / "a"))
+    assert ">legacy best</th>" in found and "which no fair comparison may use" in found
+    assert "legacy best" not in capsys.readouterr().out
+
+
+def test_confused_pairs_are_those_of_the_first_run_of_each_row(tmp_path, capsys):
+    runs = [write(tmp_path / "a", 0), write(tmp_path / "b", 1), write(tmp_path / "c", 0, lr=0.5)]
+    found = page(tmp_path, *runs)
+    assert re.findall(r"<h3>(made-up[^<]*): Most confused", found) == [
+        "made-up, first run",
+        "made-up (ce.lr 0.1 -&gt; 0.5)",
+    ]
+    assert found.count('<img class="small"') == 4  # two images of one pair of each
 
 
 def test_runs_without_a_report_show_what_their_results_hold(tmp_path, capsys):
