@@ -105,7 +105,8 @@ def unfinished(results: Mapping[str, Any]) -> list[str]:
     if not reached:
         return []
     where = f"{reached['stage']} (stage {reached['number']} of {reached['stages']})"
-    return [f"warning: not trained to its end: {where} is at epoch {reached['epoch']:g} of {reached['epochs']}."]
+    at = f"at epoch {reached['epoch']:g} of {reached['epochs']}" if reached["epochs"] else "the last one done"
+    return [f"warning: not trained to its end: {where} is {at}."]
 
 
 def when(results: Mapping[str, Any]) -> str:
