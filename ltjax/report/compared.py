@@ -58,7 +58,7 @@ def write(
         if attacked:
             alike, others = parted(attacked)
             robust.append((row.name, sections.robustness(pooled(alike), key=f"robust{number}", title=row.name)))
-            left_out = "left out of the means under attack (another radius, norm or number of images)"
+            left_out = "left out below, Under attack (another radius, norm or number of images)"
             notes += [f"warning: {row.name}: {', '.join(map(str, others))} {left_out}"] if others else []
     shown = sections.of_panels(made, ends=made)
     shown = [one._replace(pairs=pairs) if one.id == "errors" else one for one in shown]

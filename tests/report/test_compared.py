@@ -77,7 +77,7 @@ def test_a_run_attacked_at_another_radius_is_named_and_left_out_of_the_means(tmp
     results["robustness"]["epsilon"] = 4 / 255
     (runs[1] / "results.json").write_text(json.dumps(results))
     found = page(tmp_path, *runs)
-    assert f"warning: made-up: {runs[1]} left out of the means under attack" in found
+    assert f"warning: made-up: {runs[1]} left out below, Under attack" in found
     assert "<td>25.0</td>" in found.partition('id="robust"')[2]  # PGD-20 of the first alone
 
 
