@@ -24,7 +24,7 @@ from pathlib import Path
 
 def stop_at_once(number: int, _frame) -> None:
     """Ctrl-C or SIGTERM before training begins, when an exception could be swallowed by whatever is being imported."""
-    os.write(2, b"\nStopped before training began; nothing to save.\n")
+    os.write(2, b"\nStopped before anything began that could be saved.\n")
     os._exit(128 + number)
 
 
@@ -47,7 +47,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack", "report", "predict"], "What to do.")
 OF_A_RUN = ("predict", "report")  # modes that need no --config where the workdir holds a run
 _IMAGES = flags.DEFINE_string("images", "", "Of --mode=predict: a folder, or a quoted pattern such as 'photos/*.jpg'.")
-_OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl, or - for a table on standard output.")
+_OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl, or - for CSV on standard output.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "Of --mode=predict: classes of each image.")
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
 _DRY_RUN = flags.DEFINE_boolean(

@@ -102,11 +102,20 @@ def rows(paths: Iterable[str | Path], *, stages: bool = False) -> list[Row]:
 
 def compare(paths: Iterable[str | Path], *, stages: bool = False) -> Comparison:
     """`rows`, and notes on what was left out, counted once, or is not comparable."""
-    files, notes = [], []
+    files, notes, refused = [], [], []
     for path in paths:
-        found, unfinished = results_files(Path(path))
+        try:
+            found, unfinished = results_files(Path(path))
+        except UserError as error:
+            if not Path(path).is_dir():
+                raise
+            refused.append(error)  # `runs/*` has what is still training, too
+            continue
         files += found
         notes += [f"note: {folder} is left out: no results.json, not trained to the end" for folder in unfinished]
+    if refused and not files:
+        raise refused[0]
+    notes += [f"note: left out: {error}" for error in refused]
     distinct = list({file.resolve(): file for file in reversed(files)}.values())[::-1]
     groups = group([read_run(file) for file in distinct])
     made, seen = [], {}

@@ -288,7 +288,7 @@ def predict_workdir(
 
     Args:
       config: that of the run, for checking; None: whatever the workdir holds. images: see `find`.
-      out: FILE.csv, FILE.jsonl, or "-" for a table on standard output. top_k: classes of each image.
+      out: FILE.csv, FILE.jsonl, or "-" for CSV on standard output. top_k: classes of each image.
     Returns: {"images", "unreadable"}: how many.
     Raises: UserError for anything the caller can mend, and where no file could be read.
     """

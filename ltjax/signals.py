@@ -36,4 +36,5 @@ class StopSignals:
         if self.requested is not None:
             os._exit(128 + number)
         self.requested = number
-        os.write(2, b"\nStopping: finishing this dispatch, then saving. A second signal stops at once.\n")
+        said = "Stopping: finishing the steps under way (or compiling), then saving. A second signal stops at once."
+        os.write(2, f"\n{said}\n".encode())

@@ -84,6 +84,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
             write_json(workdir / "split.json", described)
             plan.write_parameters(problem, workdir / "parameters.txt")
             plan.show(run, stages, built, problem, workdir, console)
+            console.print("The first steps are being compiled, which takes longer than they do.")
 
         steps_before = dict(zip(stages, np.cumsum([0] + [b.num_steps for b in built.values()]).tolist(), strict=False))
         finals: dict[str, State] = {}
@@ -112,6 +113,7 @@ def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path
     console = logs.make_console(quiet=not processes.first())
     run, stages = config_module.parse(config)
     processes.on_first(lambda: check_workdir(Path(workdir), config))
+    console.print(f"Dry run of {run.name}: making data, networks and stages ready.")
     problem, built = prepare(run, stages, data_dir)
     plan.show(run, stages, built, problem, Path(workdir), console)
     plan.show_details(run, stages, built, problem, console)

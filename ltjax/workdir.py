@@ -93,4 +93,11 @@ def locked(workdir: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is training in {workdir}: wait for it, or use another --workdir"
             ) from error
-        yield
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(OSError):
+                if [path.name for path in workdir.iterdir()] == [".lock"]:  # nothing has begun: leave no trace
+                    (workdir / ".lock").unlink()
+                    workdir.rmdir()
+            raise

@@ -328,6 +328,18 @@ def test_an_unfinished_run_is_refused(tmp_path, capsys):
     assert run_main(capsys, run) == (2, "", expected)
 
 
+def test_an_unfinished_run_among_finished_ones_is_left_out_with_a_note(tmp_path, capsys):
+    done, begun, empty = single(tmp_path / "done"), single(tmp_path / "begun"), tmp_path / "empty"
+    (begun / "results.json").unlink()
+    empty.mkdir()
+    code, out, err = run_main(capsys, begun, empty, done, "--format=markdown")
+    assert (code, out) == (0, compare.markdown(compare.cells(compare.rows([done]))))
+    assert [line.partition(": train")[0].partition(": name")[0] for line in err.splitlines()] == [
+        f"note: left out: {begun} has no results.json",
+        f"note: left out: {empty} holds no finished run",
+    ]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

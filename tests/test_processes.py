@@ -126,6 +126,7 @@ def test_only_the_first_process_prints_and_logs(together):
     assert "test accuracy and calibration" in first and "epoch 1/2" in first
     assert "epoch" not in second and "accuracy" not in second
     assert json.loads((workdir / "results.json").read_text())["num_devices"] == 4
+    assert (workdir / "report" / "index.html").exists() and "No report" not in first
 
 
 def test_a_killed_process_stops_the_other_one_which_says_what_to_do_and_one_process_goes_on(folder, alone, tmp_path):

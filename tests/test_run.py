@@ -346,6 +346,7 @@ def test_missing_data_names_the_folder_and_the_command(tmp_path):
     code, _, error = run("--config=configs/cifar10_lt.py", f"--workdir={tmp_path / 'run'}", f"--data_dir={tmp_path}")
     assert code == 2
     assert str(tmp_path) in error and f"python -m ltjax.data.prepare cifar10 --data_dir={tmp_path}" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_of_another_config_is_refused(finished):
