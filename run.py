@@ -92,7 +92,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
         return rest
     except Exception as error:  # flags, ml_collections and the config file each raise their own kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        fail(lines[-1])
+        fail(re.sub(r"^Unknown command line flag '(\w+)'\.(.*?)(\w+) \?$", r"unknown flag --\1.\2--\3?", lines[-1]))
         raise SystemExit(2) from None
 
 

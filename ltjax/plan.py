@@ -49,8 +49,10 @@ def show(
     total = sum(sizes.values())
     for name, settings in stages.items():
         trained = sum(sizes.get(path, 0) for path in built[name].trained)
+        frozen = sorted(set(sizes) - set(built[name].trained))
+        rest = f" (all but {frozen[0]})" if len(frozen) == 1 else ""
         steps = f"{settings.epochs} epochs of {built[name].steps_per_epoch} steps"
-        length = f"{steps}, {trained:,} of {total:,} parameters train" if settings.epochs else "no training"
+        length = f"{steps}, {trained:,} of {total:,} parameters train{rest}" if settings.epochs else "no training"
         what = ", ".join(filter(None, (settings.surgery.get("name"), length)))
         console.print(f"stage {name} ({settings.title}): {what}, from {settings.start_from}")
 
