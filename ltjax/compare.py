@@ -467,6 +467,7 @@ def main(argv: list[str] | None = None) -> int:
             header, *body = cells(made, legacy_best=True)
             about = [COLUMN_NOTES[cell.text] for cell in header if cell.text in COLUMN_NOTES]
             compared.write(Path(args.html), [cell.text for cell in header], body, made, [*about, *notes], command)
+            print(f"The page is in {args.html}", file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

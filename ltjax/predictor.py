@@ -85,6 +85,10 @@ class Model:
 
         self._run = run
 
+    def __repr__(self) -> str:
+        size = "" if self.image_size is None else f", images of {self.image_size} pixels"
+        return f"<ltjax model: {self.about}, {len(self.class_names)} classes{size}>"
+
     @property
     def image_size(self) -> int | None:
         return None if self.view is None else self.view.size

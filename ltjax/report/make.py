@@ -33,6 +33,7 @@ def report_workdir(
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
     processes.on_first(lambda: open_workdir(workdir, config))
+    console.print(f"Looking at the test images of {run.name} again.")
     problem = setup(run, data_dir)
     finished = processes.on_first((workdir / "results.json").exists)
     records, variables, epoch = {}, {}, 0.0
