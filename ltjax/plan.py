@@ -77,7 +77,10 @@ def show_details(
         console.print(f"\nstage {name}: {_recipe(settings)}", highlight=False)
         if settings.epochs:
             console.print(groups_table(settings, stage_params(run, built[name], problem)))
-            console.print(f"  learning rate {schedule(settings.lr * built[name].factors)}", highlight=False)
+            console.print(
+                f"  the stage's learning rate, groups in proportion: {schedule(settings.lr * built[name].factors)}",
+                highlight=False,
+            )
     console.print()
     memory = expected_memory(run, stages, problem)
     console.print(memory_table(memory, stages))
@@ -95,7 +98,7 @@ def _recipe(settings: Settings) -> str:
     method = dict(settings.method)
     name = method.pop("name", "")
     given = ", ".join(f"{key}={value}" for key, value in method.items() if not isinstance(value, Mapping))
-    sampler = ", ".join(str(value) for value in settings.sampler.values())
+    sampler = ", ".join(str(v) if key == "name" else f"{key} {v}" for key, v in settings.sampler.items())
     surgery = f"{settings.surgery['name']}, then " if settings.surgery else ""
     if not settings.epochs:
         return f"{settings.surgery['name']}, no training"
