@@ -312,6 +312,8 @@ def make_row(name: str, owners: Mapping[int, Run], stage: str | None) -> Row:
     chosen = {id(run): run.stages[stage or run.final_stage] for run in runs}
     measured = [chosen[id(run)].seeds[seed] for seed, run in owners.items()]
     common = [key for key in FIGURES if all(key in values for values in measured)]
+    if len({run.facts["attack"] for run in runs}) > 1:  # of which a mean would say nothing, see `not_comparable`
+        common = [key for key in common if key not in ATTACKED]
     seconds = [(run.seconds if stage is None else chosen[id(run)].seconds) / len(chosen[id(run)].seeds) for run in runs]
     return Row(
         name=name if stage is None else f"{name} / {chosen[id(runs[0])].title}",

@@ -19,7 +19,7 @@ from ltjax.cores import num_cores
 from ltjax.data import augment, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.interop.weights import into, load_weights
-from ltjax.types import UserError, Variables
+from ltjax.types import Method, UserError, Variables
 
 
 class Problem(NamedTuple):
@@ -129,11 +129,15 @@ def _groups(run: Run, class_counts: np.ndarray) -> dict[str, np.ndarray]:
     return metrics.count_groups(class_counts, few_below=own.few_below, many_above=own.many_above)
 
 
+def make_method(settings: config_module.Stage, problem: Problem) -> Method:
+    hyper = dict(settings.method)
+    return methods.create(hyper.pop("name", ""), problem.split.class_counts, **hyper)
+
+
 def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Problem) -> stage.Stage:
     """The compiled functions of one stage of a config. Raises: UserError for all that a config can get wrong there."""
     class_counts, number = problem.split.class_counts, run.stages.index(name)
-    hyper = dict(settings.method)
-    method = methods.create(hyper.pop("name", ""), class_counts, **hyper)
+    method = make_method(settings, problem)
     initial = jax.eval_shape(lambda: stage.init_variables(problem.nets, problem.image_shape, jax.random.key(0), method))
     sampler = samplers.create(**settings.sampler)
     augmented = registry.bind(f"config.{name}.augment", augment.augment, settings.augment)

@@ -64,9 +64,12 @@ class Method(NamedTuple):
     refresh: `(extra_arrays, class_means) -> extra_arrays`, called once an epoch when set; class_means [C, D] of the
       training images' features, or {layer: [C, D_l]} where `layers` names some.
     layers: names in `Outputs.layers` whose class means `refresh` wants; none: those of `Outputs.features`.
+    per_class: `extra_params -> {title: [C]}`, what each class has of its own, learned or by its count, for the report.
+      Parameters of several replicas have a leading axis, which stays: [..., C].
     """
 
     init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]
     loss: Callable[[Apply, Variables, Batch, jax.Array], tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
     refresh: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
     layers: tuple[str, ...] = ()
+    per_class: Callable[[dict[str, Any]], dict[str, Any]] = lambda extra_params: {}

@@ -434,3 +434,13 @@ def test_attacks_of_other_radii_are_not_comparable(tmp_path):
     runs = attacked_run(tmp_path / "near", 0.4), attacked_run(tmp_path / "far", 0.4, epsilon=0.062)
     _, notes = compare.compare(runs)
     assert [note for note in notes if "different attack" in note]
+
+
+def test_seeds_attacked_otherwise_have_no_robust_mean(tmp_path):
+    made = [single(tmp_path / str(seed), 0.5, seed=seed) for seed in (0, 1)]
+    for path, epsilon in zip(made, (0.031, 0.062), strict=True):
+        found = json.loads((path / "results.json").read_text())
+        (path / "results.json").write_text(json.dumps({**found, "robustness": attacked(0.4, epsilon=epsilon)}))
+    (row,) = compare.rows(made)
+    assert row.seeds == (0, 1) and "all" in row.figures
+    assert not set(row.figures) & set(compare.ATTACKED)

@@ -1,6 +1,7 @@
 """What adversarial training methods share: the attack inside a step, and perhaps one on the weights."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -56,7 +57,14 @@ def _attack_settings(
     return dict(moves=moves, begin=dict(kind=start, scale=size("start_scale", start_scale), norm=norm))
 
 
-def create(given: Given, *, objective: Objective, attack: Mapping[str, Any], awp: float) -> Method:
+def create(
+    given: Given,
+    *,
+    objective: Objective,
+    attack: Mapping[str, Any],
+    awp: float,
+    per_class: Mapping[str, jax.Array] = MappingProxyType({}),
+) -> Method:
     """A method that trains on images attacked in each step.
 
     Args:
@@ -67,6 +75,7 @@ def create(given: Given, *, objective: Objective, attack: Mapping[str, Any], awp
       awp: size of the adversarial weight perturbation over that of the weights, 0 for none (Wu et al., NeurIPS 2020:
         0.005): the loss is taken where each kernel w has moved by `awp |w| g / |g|`, g its gradient of the loss on the
         same adversarial images. Biases, batch norms, and networks other than `net` stay.
+      per_class: of the loss's criterion, {title: [C]}, see `ltjax.types.Method`.
     The attacked network `net` runs in evaluation mode there: running statistics, gradients to the images alone, its
     natural prediction computed once.
     """
@@ -107,4 +116,4 @@ def create(given: Given, *, objective: Objective, attack: Mapping[str, Any], awp
         value, (after, metrics) = given(apply, where, batch, images)
         return value, (after._replace(params=variables.params), metrics)
 
-    return Method(init=lambda rng: ({}, {}), loss=loss)
+    return Method(init=lambda rng: ({}, {}), loss=loss, per_class=lambda extra_params: dict(per_class))

@@ -36,4 +36,5 @@ def create(
         metrics = {"labels_loss": labels_loss, "pairing_loss": pairing}
         return labels_loss + pairing_weight * pairing, (variables, metrics)
 
-    return adversarial.create(given, objective=adversarial.cross_entropy, attack=attack, awp=awp)
+    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class)
+    return adversarial.create(given, objective=adversarial.cross_entropy, **shared)

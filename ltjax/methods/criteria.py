@@ -1,7 +1,8 @@
 """Classification losses by the name that a config gives them: the part of a method that other methods share."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,34 +11,45 @@ import numpy as np
 from ltjax import losses, registry
 from ltjax.types import Batch, UserError
 
-# criterion(logits [B, C], batch) -> scalar
-Criterion = Callable[[jax.Array, Batch], jax.Array]
+
+class Criterion(NamedTuple):
+    """`criterion(logits [B, C], batch) -> scalar`, and what it has for each class."""
+
+    mean: Callable[[jax.Array, Batch], jax.Array]
+    per_class: dict[str, jax.Array]  # {title: [C]}, see `ltjax.types.Method`
+
+    def __call__(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        return self.mean(logits, batch)
+
+
+# {name: (class_counts, *, settings) -> (loss of each image (logits, labels) -> [B], {title: [C]})}
 
 
 def _cross_entropy(class_counts):
-    return losses.cross_entropy
+    return losses.cross_entropy, {}
 
 
 def _focal(class_counts, *, gamma: float = 2.0):
-    return lambda logits, labels: losses.focal(logits, labels, gamma=gamma)
+    return partial(losses.focal, gamma=gamma), {}
 
 
 def _balanced_softmax(class_counts):
-    return lambda logits, labels: losses.balanced_softmax(logits, labels, class_counts=class_counts)
+    return partial(losses.balanced_softmax, class_counts=class_counts), {}
 
 
 def _logit_adjusted(class_counts, *, tau: float = 1.0):
-    return lambda logits, labels: losses.logit_adjusted(logits, labels, class_counts=class_counts, tau=tau)
+    return partial(losses.logit_adjusted, class_counts=class_counts, tau=tau), {}
 
 
 def _ldam(class_counts, *, max_margin: float = 0.5, scale: float = 30.0):
-    settings = dict(class_counts=class_counts, max_margin=max_margin, scale=scale)
-    return lambda logits, labels: losses.ldam(logits, labels, **settings)
+    margins = losses.ldam_margins(class_counts, max_margin=max_margin)  # [C]
+    per_image = partial(losses.ldam, class_counts=class_counts, max_margin=max_margin, scale=scale)
+    return per_image, {"LDAM's margin": margins}
 
 
 def _label_aware_smoothing(class_counts, *, head: float, tail: float, shape: str = "concave", power: float = 1.0):
     smoothing = losses.smoothing_by_count(class_counts, head=head, tail=tail, shape=shape, power=power)  # [C]
-    return lambda logits, labels: losses.label_aware_smoothing(logits, labels, smoothing=smoothing)
+    return partial(losses.label_aware_smoothing, smoothing=smoothing), {"Label smoothing": smoothing}
 
 
 CRITERIA: dict[str, Callable] = {
@@ -84,10 +96,10 @@ def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
     settings = dict(settings)
     name, weighting = settings.pop("name", "cross_entropy"), settings.pop("class_weights", None)
     function = registry.choose("loss", CRITERIA, name)
-    per_image = registry.bind(f"loss {name!r}", function, settings)(class_counts)
+    per_image, per_class = registry.bind(f"loss {name!r}", function, settings)(class_counts)
     weights = class_weights(class_counts, weighting)
 
-    def criterion(logits: jax.Array, batch: Batch) -> jax.Array:
+    def batch_mean(logits: jax.Array, batch: Batch) -> jax.Array:
         def mean(labels):
             values = per_image(logits, labels)  # [B]
             if weights is None:
@@ -97,4 +109,4 @@ def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
 
         return losses.mixed(mean, batch.labels, batch.partner_labels, batch.lam)
 
-    return criterion
+    return Criterion(batch_mean, per_class if weights is None else {**per_class, "Class weight": weights})

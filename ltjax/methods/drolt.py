@@ -68,11 +68,16 @@ def create(
         del rng
         return ({"margins": fixed} if learned else {}), {}
 
-    def margins_of(variables):  # [L, C]
+    def margins_of(extra_params):  # [..., L, C]
         if not learned:
             return fixed
-        margins = variables.params["method"]["margins"]
+        margins = extra_params["margins"]
         return jnp.maximum(margins, 0) if radius == "learned" else margins
+
+    def per_class(extra_params):
+        margins = margins_of(extra_params)
+        titles = [f"DRO-LT's margin, {layer}" for layer in layers] or ["DRO-LT's margin"]
+        return {**criterion.per_class, **{title: margins[..., n, :] for n, title in enumerate(titles)}}
 
     def robust(features, centroids, margins, batch):
         def bound(labels):
@@ -86,7 +91,7 @@ def create(
         outputs, variables = apply(variables, batch.images)
         classification = criterion(outputs.logits, batch)
         robustness = jnp.zeros((), classification.dtype)
-        for name, margins in zip(where, margins_of(variables), strict=True):
+        for name, margins in zip(where, margins_of(variables.params.get("method")), strict=True):
             features = outputs.layers[name] if layers else outputs.features
             robustness += robust(features, variables.arrays[name], margins, batch)
         metrics = {"classification_loss": classification, "robust_loss": robustness}
@@ -96,4 +101,4 @@ def create(
         del arrays
         return dict(class_means) if layers else {"features": class_means}
 
-    return Method(init=init, loss=total, refresh=refresh, layers=layers)
+    return Method(init=init, loss=total, refresh=refresh, layers=layers, per_class=per_class)

@@ -27,4 +27,4 @@ def create(
         outputs, variables = apply(variables, batch.images, net=net)
         return criterion(outputs.logits, batch), (variables, {})
 
-    return Method(init=lambda rng: ({}, {}), loss=mean_loss)
+    return Method(init=lambda rng: ({}, {}), loss=mean_loss, per_class=lambda extra_params: criterion.per_class)

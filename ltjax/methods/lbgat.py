@@ -52,4 +52,5 @@ def create(
             total += beta * metrics["robust_loss"]
         return total, (variables, metrics)
 
-    return adversarial.create(given, objective=adversarial.divergence, attack=attack, awp=awp)
+    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class)
+    return adversarial.create(given, objective=adversarial.divergence, **shared)

@@ -28,4 +28,5 @@ def create(
         outputs, variables = apply(variables, images)
         return criterion(outputs.logits, batch), (variables, {})
 
-    return adversarial.create(given, objective=adversarial.cross_entropy, attack=attack, awp=awp)
+    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class)
+    return adversarial.create(given, objective=adversarial.cross_entropy, **shared)

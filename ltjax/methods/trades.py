@@ -36,4 +36,5 @@ def create(
         robust = losses.kl_divergence(clean.logits, attacked.logits).mean()
         return natural + beta * robust, (variables, {"natural_loss": natural, "robust_loss": robust})
 
-    return adversarial.create(given, objective=adversarial.divergence, attack=attack, awp=awp)
+    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class)
+    return adversarial.create(given, objective=adversarial.divergence, **shared)

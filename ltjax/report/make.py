@@ -11,7 +11,7 @@ from ltjax import config as config_module
 from ltjax import feed, logs, processes, results, stage
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
-from ltjax.problem import Problem, evaluate_restored, restored, setup
+from ltjax.problem import Problem, evaluate_restored, make_method, restored, setup
 from ltjax.report import analysis, figures, page
 from ltjax.report.measure import Observer, learned
 from ltjax.types import UserError, Variables
@@ -90,7 +90,7 @@ def write_report(
                 observed[name],
                 problem.test_set.host_labels,
                 problem.groups,
-                learned(stages[name], variables[name], problem.split.class_counts),
+                learned(stages[name], make_method(stages[name], problem), variables[name], len(problem.class_names)),
             )
             for name in stages
         },

@@ -1,16 +1,15 @@
 """What the report needs to know of a stage beyond its table: one more look at the test images, and its parameters."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax import feed, losses, metrics, parallel, stage
+from ltjax import feed, metrics, parallel, stage
 from ltjax.config import Run, Stage
 from ltjax.problem import Problem, judged
-from ltjax.types import Variables
+from ltjax.types import Method, Variables
 
 SAMPLED = 20_000  # training images, about, of which class means are made where images are decoded for it
 LEAST_SAMPLED = 4  # of each class
@@ -89,35 +88,17 @@ def distances(features: jax.Array, labels: jax.Array, means: jax.Array) -> tuple
     return to(means[labels]), to(means[nearest])
 
 
-def learned(settings: Stage, variables: Variables, class_counts: np.ndarray) -> dict[str, np.ndarray]:
+def learned(settings: Stage, method: Method, variables: Variables, num_classes: int) -> dict[str, np.ndarray]:
     """What the classes have of their own: {title: [C]}, of several replicas the mean.
 
-    Lengths of the classifier's weight vectors, learned logit scales and DRO-LT's margins; by count, and not learned,
-    LDAM's margins and label-aware smoothing.
+    Learned logit scales and the lengths of the classifier's weight vectors; and what the stage's method has.
     """
     found: dict[str, Any] = {}
     net = judged(settings, variables).params.get(settings.evaluate_net, {})
-    classes = len(class_counts)
     if "logit_scale" in net:
-        found["Logit scale"] = np.asarray(net["logit_scale"]).reshape(-1, classes)
-    kernel = net.get("classifier", {}).get("kernel")
-    if kernel is not None:
-        found["Length of the classifier's weights"] = np.linalg.norm(np.asarray(kernel), axis=-2).reshape(-1, classes)
-    margins = variables.params.get("method", {}).get("margins")
-    if margins is not None:  # [..., layers, C]
-        margins = (
-            np.maximum(np.asarray(margins), 0) if settings.method.get("radius") != "learned_unconstrained" else margins
-        )
-        layers = settings.method.get("layers") or ("",)
-        for number, layer in enumerate(layers):
-            own = np.asarray(margins).reshape(-1, len(layers), classes)[:, number]
-            found["DRO-LT's margin" + (f", {layer}" if layer else "")] = own
-    loss = settings.method.get("loss")
-    loss = loss if isinstance(loss, Mapping) else settings.method
-    given = {key: loss[key] for key in ("head", "tail", "shape", "power", "max_margin") if key in loss}
-    if loss.get("name") in ("label_aware_smoothing", "mislas"):
-        found["Label smoothing"] = np.asarray(losses.smoothing_by_count(class_counts, **given))[None]
-    if loss.get("name") == "ldam":
-        found["LDAM's margin"] = np.asarray(losses.ldam_margins(class_counts, **given))[None]
-    means = {title: values.mean(0) for title, values in found.items()}
+        found["Logit scale"] = net["logit_scale"]
+    if "classifier" in net:
+        found["Length of the classifier's weights"] = np.linalg.norm(np.asarray(net["classifier"]["kernel"]), axis=-2)
+    found |= method.per_class(variables.params.get("method", {}))  # [..., C], each
+    means = {title: np.asarray(values).reshape(-1, num_classes).mean(0) for title, values in found.items()}
     return {title: values for title, values in means.items() if np.ptp(values) > 0}  # equal for all: nothing to see

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ltjax import config, feed, metrics, parallel, problem, stage, train
+from ltjax import config, feed, methods, metrics, parallel, problem, stage, train
 from ltjax.checkpoint import read_json
 from ltjax.report import make, measure
 from ltjax.types import UserError
@@ -102,22 +102,26 @@ def test_classwise_ece_is_that_of_all_probabilities(restored, outputs, numbers):
 
 def test_what_classes_have_of_their_own_is_found(restored):
     made, settings, variables = restored
-    found = measure.learned(settings, variables, made.split.class_counts)
+    found = measure.learned(settings, problem.make_method(settings, made), variables, 10)
     np.testing.assert_array_equal(found["Logit scale"], variables.params["net"]["logit_scale"])
     assert found["Label smoothing"][0] == pytest.approx(0.1) and found["Label smoothing"][-1] == pytest.approx(0)
     kernel = np.asarray(variables.params["net"]["classifier"]["kernel"])
     np.testing.assert_allclose(found["Length of the classifier's weights"], np.sqrt((kernel**2).sum(0)), rtol=1e-5)
 
 
-def test_margins_of_drolt_and_ldam_are_found(restored):
+def test_of_replicas_what_a_method_learned_is_their_mean(restored):
     made, settings, variables = restored
-    counts, margins = made.split.class_counts, np.linspace(-1, 1, 10, dtype=np.float32)[None]
-    learned = variables._replace(params={**variables.params, "method": {"margins": margins}})
-    found = measure.learned(settings._replace(method={"name": "drolt", "radius": "learned"}), learned, counts)
-    np.testing.assert_array_equal(found["DRO-LT's margin"], np.maximum(margins[0], 0))
-    ldam = settings._replace(method={"name": "erm", "loss": {"name": "ldam", "max_margin": 0.5, "scale": 30.0}})
-    rarest = measure.learned(ldam, variables, counts)["LDAM's margin"][counts.argmin()]
-    assert rarest == pytest.approx(0.5)
+    margins = np.stack([np.linspace(-1, 1, 10), np.ones(10)])[:, None]  # [replicas, layers, C]
+    learned = variables._replace(params={"net": {}, "method": {"margins": margins.astype(np.float32)}})
+    drolt = methods.create("drolt", made.split.class_counts)
+    found = measure.learned(settings, drolt, learned, 10)["DRO-LT's margin"]
+    np.testing.assert_allclose(found, np.maximum(margins, 0).mean((0, 1)), rtol=1e-6)
+
+
+def test_what_is_equal_for_all_classes_is_left_out(restored):
+    _, settings, variables = restored
+    balanced = methods.create("mislas", np.full(10, 7), head=0.3, tail=0.1)
+    assert "Label smoothing" not in measure.learned(settings, balanced, variables, 10)
 
 
 def test_pairs_show_their_images(numbers):
