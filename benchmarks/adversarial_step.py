@@ -19,8 +19,6 @@ operations an image as XLA counts them beside the least that will do, see `bench
 
 import argparse
 import contextlib
-import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -35,12 +33,11 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import flops
+from benchmarks import flops, provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100, common
 from ltjax import config as config_module
-from ltjax import parallel, problem, results, stage, train
-from ltjax.checkpoint import write_json
+from ltjax import parallel, problem, stage, train
 from ltjax.methods import adversarial
 from ltjax.types import Batch, Method
 
@@ -76,7 +73,7 @@ def config(
     return made.to_dict()
 
 
-def recomputing(given: adversarial.Given, *, objective: adversarial.Objective, attack: Any, awp: float) -> Method:
+def recomputing(given: adversarial.Given, *, objective: adversarial.Objective, **settings: Any) -> Method:
     """`adversarial.create` whose attack predicts the clean images anew in each step."""
     inside: list[Any] = []
 
@@ -86,7 +83,7 @@ def recomputing(given: adversarial.Given, *, objective: adversarial.Objective, a
         images = batch.images + 0 * jax.lax.stop_gradient(logits).sum()  # else XLA would compute it once, too
         return objective(apply(variables, images, bn="eval")[0].logits, logits, batch)
 
-    method = create(given, objective=anew, attack=attack, awp=awp)
+    method = create(given, objective=anew, **settings)
 
     def loss(apply, variables, batch, rng):
         inside.append((apply, jax.lax.stop_gradient(variables)))
@@ -122,11 +119,10 @@ def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
     return run, name, settings, problem.setup(run, data_dir)
 
 
-def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> tuple[Callable[[], Any], str]:
-    """call(), which runs `steps` training steps or attacks and waits for the device; and the device."""
+def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> Callable[[], Any]:
+    """call(), which runs `steps` training steps or attacks and waits for the device."""
     run, name, settings, ready = prepare(program, data_dir, shape)
     variables = train.initial_variables(run, name, ready)
-    device = ready.mesh.devices.flat[0]
     if program.method == "pgd":
         images = jax.random.uniform(jax.random.key(0), (run.batch_size, *ready.image_shape))
         images = jax.device_put(images, parallel.split_batch(ready.mesh))
@@ -143,7 +139,7 @@ def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) 
             with steps_of(program):  # the first call traces
                 state[0], _ = jax.block_until_ready(built.run(state[0], ready.train_data, steps))
 
-    return call, f"{device.platform}: {device.device_kind}"
+    return call
 
 
 def operations(program: Program, data_dir: Path, shape: dict[str, Any]) -> float:
@@ -177,7 +173,7 @@ def evaluations(program: Program, attack_steps: int) -> int:
 
 
 def measure(args: argparse.Namespace, data_dir: Path) -> dict[str, Any]:
-    """The numbers of all programs, and the device."""
+    """The numbers of all programs."""
     shape = {key: getattr(args, key) for key in ("model", "guide", "batch_size", "attack_steps", "dtype")}
     rows: dict[str, Any] = {}
     for name, program in PROGRAMS.items():
@@ -185,9 +181,9 @@ def measure(args: argparse.Namespace, data_dir: Path) -> dict[str, Any]:
         if not args.no_flops:
             counted, by_hand = operations(program, data_dir, shape), least(program, shape)
             rows[name]["flops_per_image"] = {"by_xla": counted, "least": by_hand, "xla_over_least": counted / by_hand}
-    calls, device = {}, "not timed"
+    calls = {}
     for name, program in PROGRAMS.items() if args.repeats else ():
-        calls[name], device = runner(program, data_dir, shape, args.steps)
+        calls[name] = runner(program, data_dir, shape, args.steps)
         started = time.perf_counter()
         calls[name]()
         rows[name]["first_call_seconds"] = time.perf_counter() - started
@@ -204,7 +200,7 @@ def measure(args: argparse.Namespace, data_dir: Path) -> dict[str, Any]:
             row["images_per_second"] = args.batch_size / median(row)
     if not args.no_flops:
         saved["flops"] = anew["flops_per_image"]["by_xla"] / once["flops_per_image"]["by_xla"]
-    return {"programs": rows, "recomputed_over_lbgat_0": saved, "device": device, "num_devices": jax.device_count()}
+    return {"programs": rows, "recomputed_over_lbgat_0": saved}
 
 
 def median(row: dict[str, Any]) -> float:
@@ -245,26 +241,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     problem.use_cpu_cores(args.batch_size)
-    commit, on_cpu = results.git_commit(), jax.default_backend() == "cpu"
+    origin, on_cpu = provenance.of("adversarial_step"), jax.default_backend() == "cpu"
     args.model = args.model or ("wrn10_1" if on_cpu else "wrn34_10")
     args.guide = args.guide or ("wrn10_1" if on_cpu else "resnet18")
     with tempfile.TemporaryDirectory() as data_dir:
         write_random_images(Path(data_dir), per_class=-(-args.batch_size // 100))
         measured = measure(args, Path(data_dir))
     numbers = {
-        "benchmark": "adversarial_step",
+        **origin,
         **{key: value for key, value in vars(args).items() if key not in ("out", "no_flops")},
         **measured,
         "images": "random",
-        "matmul_precision": jax.config.values["jax_default_matmul_precision"],
-        "versions": results.versions(),
-        "git_commit": commit,
-        "command": shlex.join(["python", "-m", "benchmarks.adversarial_step", *sys.argv[1:]]),
     }
     Console(width=None if sys.stdout.isatty() else 120).print(table(numbers))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, json.loads(json.dumps(numbers)))
+    provenance.write(args.out, numbers)
 
 
 if __name__ == "__main__":

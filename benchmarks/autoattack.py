@@ -19,7 +19,6 @@ Attacks run alone first: their seconds include compilation, those of the suite o
 """
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -31,8 +30,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ltjax import attacks, problem, results
-from ltjax.checkpoint import write_json
+from benchmarks import provenance
+from ltjax import attacks, problem
 from ltjax.models.layers import Conv
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "autoattack.npz"
@@ -165,25 +164,15 @@ def main() -> None:
     if unknown := [name for name in args.attacks.split(",") if name not in runs]:
         parser.error(f"unknown attack {unknown[0]!r}; known: {', '.join(runs)}")
     problem.use_cpu_cores(args.batch_size)
-    commit = results.git_commit()
-    device = jax.devices()[0]
     numbers: dict[str, Any] = {
-        "benchmark": "autoattack",
-        "device": f"{device.platform}: {device.device_kind}",
-        "num_devices": jax.device_count(),
+        **provenance.of("autoattack"),
         "num_images": min(args.images, len(np.load(GOLDEN)["labels"])),
         "batch_size": args.batch_size,
         "runs": {},
-        "matmul_precision": jax.config.values["jax_default_matmul_precision"],
-        "versions": results.versions(),
-        "git_commit": commit,
-        "command": shlex.join(["python", "-m", "benchmarks.autoattack", *sys.argv[1:]]),
     }
     for name in args.attacks.split(","):
         numbers["runs"][name] = measure(name, args.images, args.batch_size)
-        if args.out:  # after each: they take long
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(args.out, numbers)
+        provenance.write(args.out, numbers)  # after each: they take long
     Console(width=None if sys.stdout.isatty() else 160).print(table(numbers))
 
 

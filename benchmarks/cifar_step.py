@@ -18,11 +18,9 @@ The images are random: the speed does not depend on what they show. Per stage it
 import argparse
 import contextlib
 import io
-import json
 import math
 import os
 import re
-import shlex
 import statistics
 import sys
 import tempfile
@@ -38,11 +36,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import flops
+from benchmarks import flops, provenance
 from configs import cifar100_lt
 from ltjax import config as config_module
-from ltjax import problem, results, stage, train
-from ltjax.checkpoint import write_json
+from ltjax import problem, stage, train
 from ltjax.data.source import Images
 
 
@@ -217,12 +214,9 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
                 "by_hand": by_hand,
                 "xla_over_hand": operations[name] / by_hand,
             }
-    device = ready.mesh.devices.flat[0]
     return {
         "stages": numbers,
         "num_images": int(ready.split.class_counts.sum()),
-        "device": f"{device.platform}: {device.device_kind}",
-        "num_devices": int(ready.mesh.devices.size),
     }
 
 
@@ -271,7 +265,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     problem.use_cpu_cores(args.batch_size)
-    commit = results.git_commit()
+    origin = provenance.of("cifar_step")
     config = one_epoch_config(
         depth=args.depth,
         width=args.width,
@@ -284,19 +278,13 @@ def main() -> None:
         write_random_images(Path(data_dir), per_class=args.max_count)
         measured = measure(config, Path(data_dir), repeats=args.repeats, with_flops=not args.no_flops)
     numbers = {
-        "benchmark": "cifar_step",
+        **origin,
         **measured,
         "images": "random",
         "config": config,
-        "matmul_precision": jax.config.values["jax_default_matmul_precision"],
-        "versions": results.versions(),
-        "git_commit": commit,
-        "command": shlex.join(["python", "-m", "benchmarks.cifar_step", *sys.argv[1:]]),
     }
     Console(width=None if sys.stdout.isatty() else 120).print(table(numbers))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, json.loads(json.dumps(numbers)))
+    provenance.write(args.out, numbers)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from ltjax import parallel, results
-from ltjax.checkpoint import write_json
+from benchmarks import provenance
+from ltjax import parallel
 from ltjax.data import decode, image_folder, pipeline
 from ltjax.data.decode import View
 from ltjax.types import UserError
@@ -148,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.made_up == (args.root is not None):
         parser.error("give one of --root=DIR and --made_up")
-    console = Console()
+    console, origin = Console(), provenance.of("decode")
     try:
         stored = None if args.made_up else image_folder.load(root=args.root)
     except UserError as error:
@@ -165,10 +165,8 @@ def main() -> None:
         table.add_row(name, f"{rate:,.0f}", f"{rate / found['ltjax']:.2f}")
     console.print(table)
     console.print(f"pipeline, {cores} threads: {whole:,.0f} images/s, {whole / cores:,.0f} a core")
-    if args.out:
-        numbers = {"images": len(files), "median_size": [height, width], "images_per_second": found}
-        numbers |= {"pipeline_images_per_second": whole, "threads": cores, "versions": results.versions()}
-        write_json(args.out, {**numbers, "git_commit": results.git_commit(), "command": results.command()})
+    numbers = {"images": len(files), "median_size": [height, width], "images_per_second": found}
+    provenance.write(args.out, {**origin, **numbers, "pipeline_images_per_second": whole, "threads": cores})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import provenance
 from ltjax import results
 from ltjax.checkpoint import write_json
 
@@ -232,8 +233,7 @@ def main(argv: list[str] | None = None) -> int:
             "git_commit": commit,
             "command": shlex.join(["python", "-m", "benchmarks.dro_loss", *argv]),
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, numbers)
+        provenance.write(args.out, numbers)
     return 0 if same else 1
 
 

@@ -10,8 +10,6 @@ speed does not depend on what they show. The programs are timed in turns, so tha
 """
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -23,11 +21,11 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100_lt
 from ltjax import config as config_module
-from ltjax import parallel, problem, results
-from ltjax.checkpoint import write_json
+from ltjax import parallel, problem
 
 
 def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate: str) -> tuple[Any, Any, Any, Any]:
@@ -96,28 +94,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     problem.use_cpu_cores(args.batch_size)
-    commit = results.git_commit()
+    origin = provenance.of("replicas", argv)
     args.steps = args.steps or (2 if jax.default_backend() == "cpu" else 50)
     with tempfile.TemporaryDirectory() as folder:
         write_random_images(Path(folder), per_class=args.max_count)
         rows = measure(args, Path(folder))
-    devices = jax.devices()
-    device = f"{devices[0].platform}: {devices[0].device_kind}"
-    title = f"ResNet-{args.depth}, batch {args.batch_size} a replica, {args.dtype}, {len(devices)} x {device}"
+    on = f"{origin['num_devices']} x {origin['device']}"
+    title = f"ResNet-{args.depth}, batch {args.batch_size} a replica, {args.dtype}, {on}"
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows, title))
-    if args.out:
-        numbers = {
-            "benchmark": "replicas",
-            "rows": rows,
-            "settings": {key: value for key, value in vars(args).items() if key != "out"},
-            "device": device,
-            "num_devices": len(devices),
-            "versions": results.versions(),
-            "git_commit": commit,
-            "command": shlex.join(["python", "-m", "benchmarks.replicas", *argv]),
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, json.loads(json.dumps(numbers)))
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    provenance.write(args.out, {**origin, "rows": rows, "settings": settings})
 
 
 if __name__ == "__main__":

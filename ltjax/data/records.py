@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ltjax.data import progress
-from ltjax.data.source import Images, newest_version, prepare_command
+from ltjax.data import prepared, progress
+from ltjax.data.source import Images, newest_version
 from ltjax.types import UserError, one_line
 
 
@@ -24,34 +24,11 @@ def load(name: str, data_dir: Path) -> Images:
 
     Raises: UserError for a data set that is not there, damaged files, or files that only TensorFlow reads.
     """
-    directory = newest_version(data_dir, name)
-    if directory is None:
-        raise UserError(f"{name} is not in {data_dir}: prepare it with `{prepare_command(name, data_dir)}`")
-    try:
-        return _read(directory)
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # TFDS, protobuf and array_record each raise their own kinds on a damaged folder
-        raise UserError(
-            f"{directory} is damaged or incomplete ({one_line(error)}): delete that folder, "
-            f"then run `{prepare_command(name, data_dir)}`"
-        ) from error
+    return prepared.read(name, data_dir, _read)
 
 
-def _read(directory: Path) -> Images:
+def _read(builder: Any, directory: Path, class_names: tuple[str, ...]) -> Images:
     import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder_from_directory(directory)
-    file_format = builder.info.file_format.value
-    if file_format != "array_record":
-        raise UserError(
-            f"{directory} is in the {file_format} format, which is not readable without TensorFlow: prepare an "
-            f"array_record copy elsewhere with `{prepare_command(builder.name, 'OTHER_DIR')}`"
-        )
-    # Without this file TFDS would silently call the classes "0", "1", ...
-    if not (directory / "label.labels.txt").is_file():
-        raise FileNotFoundError("label.labels.txt is missing")
-    class_names = tuple(builder.info.features["label"].names)
 
     arrays: list[np.ndarray] = []
     with progress.bar(transient=True) as bar:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ltjax.data import progress
+from ltjax.data import prepared, progress
 from ltjax.data.index import read_index, shards_fingerprint, write_index
-from ltjax.data.source import Stored, newest_version, prepare_command, resolve_data_dir
+from ltjax.data.source import Stored, resolve_data_dir
 from ltjax.types import UserError, one_line
 
 SPLITS = {  # training and test split
@@ -53,38 +53,14 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Stored:
     """
     if name not in SPLITS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(SPLITS)}")
-    data_dir = resolve_data_dir(data_dir)
-    directory = newest_version(data_dir, name)
-    if directory is None:
-        raise UserError(
-            f"{name} is not in {data_dir}: prepare it with `{prepare_command(name, data_dir)} --source=...`"
-        )
-    try:
-        return _open(directory, name)
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # TFDS, protobuf and array_record each raise their own kinds on a damaged folder
-        raise UserError(
-            f"{directory} is damaged or incomplete ({one_line(error)}): move that folder away, "
-            f"then run `{prepare_command(name, data_dir)} --source=...`"
-        ) from error
+    return prepared.read(name, resolve_data_dir(data_dir), _open, flags=" --source=...")
 
 
-def _open(directory: Path, name: str) -> Stored:
+def _open(builder: Any, directory: Path, class_names: tuple[str, ...]) -> Stored:
     import tensorflow_datasets as tfds
 
-    builder: Any = tfds.builder_from_directory(directory)
-    file_format = builder.info.file_format.value
-    if file_format != "array_record":
-        raise UserError(
-            f"{directory} is in the {file_format} format, which is not readable without TensorFlow: have TFDS write it "
-            "again with file_format='array_record', or prepare it elsewhere with `python -m ltjax.data.prepare`"
-        )
-    if not (directory / "label.labels.txt").is_file():  # else TFDS would silently call the classes "0", "1", ...
-        raise FileNotFoundError("label.labels.txt is missing")
-    class_names = tuple(builder.info.features["label"].names)
     parts: list[Any] = []
-    for split in SPLITS[name]:
+    for split in SPLITS[directory.parent.name]:
         if split not in builder.info.splits:
             raise ValueError(f"it lacks the split {split!r}")
         source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)

@@ -1,0 +1,45 @@
+"""Opening what TFDS or `python -m ltjax.data.prepare` wrote, `<data_dir>/<name>/<version>`, without TensorFlow."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ltjax.data.source import newest_version, prepare_command
+from ltjax.types import UserError, one_line
+
+T = TypeVar("T")
+
+
+def read(name: str, data_dir: Path, use: Callable[[Any, Path, tuple[str, ...]], T], *, flags: str = "") -> T:
+    """`use(TFDS's builder, its folder, class names)` of the newest prepared version of a data set.
+
+    flags: that the command which prepares it needs besides --data_dir, for messages.
+    Raises: UserError for a data set that is not there, damaged files, or files that only TensorFlow reads.
+    """
+    directory, command = newest_version(data_dir, name), prepare_command(name, data_dir) + flags
+    if directory is None:
+        raise UserError(f"{name} is not in {data_dir}: prepare it with `{command}`")
+    try:
+        return use(*_open(directory, prepare_command(name, "OTHER_DIR") + flags))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # TFDS, protobuf and array_record each raise their own kinds on a damaged folder
+        raise UserError(
+            f"{directory} is damaged or incomplete ({one_line(error)}): delete that folder, then run `{command}`"
+        ) from error
+
+
+def _open(directory: Path, elsewhere: str) -> tuple[Any, Path, tuple[str, ...]]:
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(directory)
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":
+        raise UserError(
+            f"{directory} is in the {file_format} format, which is not readable without TensorFlow: have TFDS write it "
+            f"again with file_format='array_record', or prepare a copy elsewhere with `{elsewhere}`"
+        )
+    # Without this file TFDS would silently call the classes "0", "1", ...
+    if not (directory / "label.labels.txt").is_file():
+        raise FileNotFoundError("label.labels.txt is missing")
+    return builder, directory, tuple(builder.info.features["label"].names)
