@@ -1,5 +1,6 @@
 """AutoAttack's standard suite (Croce & Hein, ICML 2020): four attacks in order, each on the images that still stand."""
 
+import math
 import os
 import time
 import warnings
@@ -82,14 +83,14 @@ def autoattack(
       >>> attacks.autoattack(predict, images, labels, jax.random.key(0), **settings).robust
       array([False,  True])
     """
-    size = radius(epsilon, norm=norm)
+    images, labels = np.asarray(images), np.asarray(labels)
+    size = radius(epsilon, norm=norm, size=math.prod(images.shape[1:]))
     if isinstance(attacks, str):
         raise ValueError(f"attacks = {attacks!r}: a tuple of names, such as ({attacks!r},)")
     budget = dict(num_steps=num_steps, num_targets=num_targets, num_queries=num_queries)
     if min(batch_size, *budget.values()) < 1:
         raise ValueError(f"batch_size = {batch_size}, {budget}: at least 1 each")
     machines = {name: _machine(name, size, norm, **budget) for name in attacks}
-    images, labels = np.asarray(images), np.asarray(labels)
     images = images.astype(jax.dtypes.canonicalize_dtype(images.dtype), copy=False)  # float64 has no place without x64
     _check(images, labels)
     if "square" in machines and images.ndim != 4:
@@ -195,5 +196,6 @@ def _clean_logits(predict: Partial, images: np.ndarray, labels: np.ndarray, batc
     for start in range(0, len(images), size):
         index = np.arange(start, start + size)
         batch = slots.split(images[np.where(index < len(images), index, 0)], mesh)
-        found.append(np.asarray(_evaluate(predict, batch)).astype(np.float32))
+        logits = np.asarray(_evaluate(predict, batch))
+        found.append(logits.astype(np.promote_types(logits.dtype, np.float32)))
     return np.concatenate(found)[: len(images)]

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 NORMS = ("linf", "l2")
+ROUNDING = 1e-3  # by so much, arithmetic alone can take pixels out of [0, 1]
 
 
-def radius(value: Any, *, norm: str = "linf", name: str = "epsilon") -> Any:
-    """An epsilon as a number: 0.031, "8/255" or "0.5" -> float, in pixel units of [0, 1]. `name` is for the error.
+def radius(value: Any, *, norm: str = "linf", name: str = "epsilon", size: int | None = None) -> Any:
+    """An epsilon as a number: 0.031, "8/255" or "0.5" -> float, in pixel units of [0, 1].
 
+    name: for the error. size: numbers in an image, H * W * channels, where they are known.
     What is traced by `jit` has no value to look at, and is returned as it is.
 
-    Raises: ValueError for what is no number, for a radius below 0, and for an l-inf radius above 1, which most likely
-      counts in 255ths.
+    Raises: ValueError for what is no number, for a radius below 0, and for one that most likely counts in 255ths: of
+      l-inf above 1, of l2 above sqrt(size), as far as two images can be apart.
 
     Examples:
       >>> attacks.radius("8/255") == 8 / 255, attacks.radius(0.031)
@@ -34,6 +36,11 @@ def radius(value: Any, *, norm: str = "linf", name: str = "epsilon") -> Any:
         raise ValueError(f"{name} = {value}: a number from 0 up")
     if norm == "linf" and number > 1:
         raise ValueError(f"{name} = {value}: l-inf radii are in [0, 1], as pixels are; did you mean {number:g}/255?")
+    if norm == "l2" and size is not None and number > math.sqrt(size):
+        raise ValueError(
+            f"{name} = {value}: no two images of {size} numbers in [0, 1] are further apart in l2 than "
+            f"{math.sqrt(size):.3g}; did you mean {number:g}/255?"
+        )
     return number
 
 
@@ -42,16 +49,24 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"unknown norm {norm!r}; known: {', '.join(NORMS)}")
 
 
-def check_images(images: Any) -> None:
-    """Raises: ValueError unless images [B, ...] are floats in [0, 1]. Inside `jit`, only their type can be seen."""
+def check_floats(images: Any) -> None:
+    """Raises: ValueError unless images are floats."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}: give floats in [0, 1] (of uint8: images / 255)")
+
+
+def check_images(images: Any) -> None:
+    """Raises: ValueError unless images [B, ...] are floats in [0, 1]. Inside `jit`, only their type can be seen."""
+    check_floats(images)
     if not isinstance(images, jax.core.Tracer) and images.size:
         values = np.asarray(images)  # by numpy: inside `jit`, jax would trace even what is known
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= 1):  # nan is caught as well
-            hint = "divide by 255" if high > 2 else "undo the normalisation, and put it inside the model"
-            raise ValueError(f"images run from {low:g} to {high:g}: attacks work on pixels in [0, 1]; {hint}")
+            if -ROUNDING <= low and high <= 1 + ROUNDING:
+                hint = "clip what rounding has left outside: images.clip(0, 1)"
+            else:
+                hint = "divide by 255" if high > 2 else "undo the normalisation, and put it inside the model"
+            raise ValueError(f"images run from {low!r} to {high!r}: attacks work on pixels in [0, 1]; {hint}")
 
 
 def per_image(values: jax.Array, like: jax.Array) -> jax.Array:

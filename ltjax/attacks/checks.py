@@ -83,4 +83,8 @@ def _traces_differ(predict: Partial, images: jax.Array) -> bool:
     if programs[0] != programs[1]:
         return True
     pairs = zip(one.consts, two.consts, strict=True)
-    return any(a is not b and not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+    return any(a is not b and not _equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a, b, equal_nan=jnp.issubdtype(a.dtype, jnp.inexact))

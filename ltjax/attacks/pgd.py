@@ -6,6 +6,7 @@
 Pure functions to be called inside `jit`; the steps are one `lax.fori_loop`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ltjax.attacks import objectives
-from ltjax.attacks.ball import check_images, check_norm, direction, per_image, project, radius
+from ltjax.attacks.ball import check_floats, check_images, check_norm, direction, per_image, project, radius
 
 STARTS = ("gaussian", "uniform", "none")
 OBJECTIVES = ("ce", "kl", "cw")
@@ -32,7 +33,7 @@ def random_start(
     kind: "gaussian", `images + scale N(0, 1)`, neither projected nor clipped (TRADES, LBGAT: 0.001); "uniform", from
       the ball of radius `scale` (Madry: epsilon), clipped to [0, 1]; "none", the images.
     norm: of the uniform ball, "linf" or "l2".
-    Raises: ValueError for an unknown kind or norm.
+    Raises: ValueError for an unknown kind or norm, or images that are no floats.
 
     Examples:
       >>> images = jnp.full((1, 2, 2, 1), 0.5)
@@ -43,18 +44,20 @@ def random_start(
     check_norm(norm)
     if kind not in STARTS:
         raise ValueError(f"unknown start {kind!r}; known: {', '.join(STARTS)}")
+    check_floats(images)
     if kind == "none":
         return images
+    dtype = jax.dtypes.canonicalize_dtype(images.dtype)  # of float64 without x64, float32
     if kind == "gaussian":
         spread = radius(scale, norm="l2", name="scale")  # whose upper end is open
-        return images + spread * jax.random.normal(rng, images.shape, images.dtype)
-    size = radius(scale, norm=norm, name="scale")
+        return images + spread * jax.random.normal(rng, images.shape, dtype)
+    size = radius(scale, norm=norm, name="scale", size=math.prod(images.shape[1:]))
     if norm == "linf":
-        noise = jax.random.uniform(rng, images.shape, images.dtype, -1, 1)
+        noise = jax.random.uniform(rng, images.shape, dtype, -1, 1)
         return jnp.clip(images + size * noise, 0, 1)
     way, far = jax.random.split(rng)
-    towards = direction(jax.random.normal(way, images.shape, images.dtype), norm="l2")
-    share = jax.random.uniform(far, images.shape[:1], images.dtype) ** (1 / images[0].size)  # uniform over the volume
+    towards = direction(jax.random.normal(way, images.shape, dtype), norm="l2")
+    share = jax.random.uniform(far, images.shape[:1], dtype) ** (1 / math.prod(images.shape[1:]))  # over the volume
     return jnp.clip(images + size * per_image(share, images) * towards, 0, 1)
 
 
@@ -79,7 +82,7 @@ def pgd(
       norm: "linf" (sign of the gradient) or "l2" (the gradient over its length).
       unroll: write the steps out instead of looping over them.
     Returns: [B, H, W, channels], in the ball and in [0, 1], without a gradient to anything.
-    Raises: ValueError for an epsilon that cannot be one, an unknown norm, or images outside [0, 1].
+    Raises: ValueError for an epsilon that cannot be one, num_steps below 0, an unknown norm, or images outside [0, 1].
     Where the objective's gradient is nan or 0, that pixel stays.
 
     Examples:
@@ -90,8 +93,11 @@ def pgd(
     """
     check_images(images)
     check_norm(norm)
-    epsilon = radius(epsilon, norm=norm)
+    epsilon = radius(epsilon, norm=norm, size=math.prod(images.shape[1:]))
     step_size = radius(step_size, norm="l2", name="step_size")
+    known = not isinstance(num_steps, jax.core.Tracer)
+    if known and num_steps < 0:
+        raise ValueError(f"num_steps = {num_steps}: 0 or more")
     images = jax.lax.stop_gradient(images)
 
     def ascend(_, x):
@@ -100,9 +106,9 @@ def pgd(
         return project(x + step_size * direction(gradient, norm=norm), images, epsilon=epsilon, norm=norm)
 
     x = jax.lax.stop_gradient(start.astype(images.dtype))
-    if not num_steps:
-        return project(x, images, epsilon=epsilon, norm=norm)
-    return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, ascend, x, unroll=unroll))
+    if not known or num_steps > 0:
+        x = jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, ascend, x, unroll=unroll))
+    return x if known and num_steps > 0 else project(x, images, epsilon=epsilon, norm=norm)
 
 
 def pgd_attack(
@@ -144,7 +150,8 @@ def pgd_attack(
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
     if num_restarts < 1:
         raise ValueError(f"num_restarts = {num_restarts}: at least 1")
-    epsilon, labels = radius(epsilon, norm=norm), jnp.asarray(labels).astype(jnp.int32)
+    epsilon = radius(epsilon, norm=norm, size=math.prod(images.shape[1:]))
+    labels = jnp.asarray(labels).astype(jnp.int32)
     if start_scale is None:
         start_scale = epsilon if start == "uniform" else 0.001
     natural = predict(images) if objective == "kl" else None

@@ -78,11 +78,12 @@ class ProgressFile:
         near = 0.01 * float(np.ptp(np.nan_to_num(self.clean, posinf=0, neginf=0)))  # another device rounds otherwise
         if clean.shape != self.clean.shape or not np.allclose(clean, self.clean, rtol=0, atol=near, equal_nan=True):
             raise ValueError(f"the progress file is of another model, whose clean logits differ: {self.mend}")
-        fresh.adversarial[index] = moved
+        fresh.adversarial[index] = moved.astype(fresh.adversarial.dtype)
         return Found(fresh.adversarial, robust, settled, attack, after)
 
     def save(self, found: Found, images: np.ndarray) -> None:
         """images: [N, H, W, channels], the clean ones; only what differs from them is written."""
+        kept = np.promote_types(images.dtype, np.float32)  # of bfloat16, which NumPy's files do not know
         index = np.flatnonzero((found.adversarial != images).reshape(len(images), -1).any(1))
         arrays = dict(
             digest=np.asarray(self.digest),
@@ -93,7 +94,7 @@ class ProgressFile:
             names=np.asarray(list(found.robust_after), dtype=str),
             after=np.asarray(list(found.robust_after.values()), bool).reshape(-1, len(images)),
             index=index,
-            adversarial=found.adversarial[index],
+            adversarial=found.adversarial[index].astype(kept),
         )
         part = self.path.with_name(self.path.name + f".{os.getpid()}.part")
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ def _advance(attack: Attack, mesh: Mesh, predict: Any, slots: _Slots, state: Any
         working = _at_work(state)
         new = attack.step(predict, task, state)
         state = jax.tree.map(lambda new, old: jnp.where(per_image(working, new), new, old), new, state)
-        return _constrain(state, mesh), steps + 1, evaluations + working.sum()
+        return _constrain(state, mesh), steps + 1, evaluations + working.sum(dtype=jnp.int32)
 
     zero = jnp.zeros((), jnp.int32)
     return jax.lax.while_loop(go_on, step, (state, zero, zero))

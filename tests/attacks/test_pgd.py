@@ -67,6 +67,31 @@ def test_no_steps_bring_the_start_into_the_ball():
     np.testing.assert_allclose(ours, np.minimum(IMAGES + np.float32(0.1), 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_the_number_of_steps_may_be_traced(num_steps):
+    def attack(num_steps):
+        how = dict(epsilon=0.1, step_size=0.05, num_steps=num_steps)
+        return attacks.pgd(IMAGES, jnp.asarray(IMAGES + 0.5), cross_entropy, **how)
+
+    np.testing.assert_allclose(jax.jit(attack)(num_steps), attack(num_steps), atol=1e-6)
+
+
+def test_fewer_steps_than_none_are_refused():
+    with pytest.raises(ValueError, match="num_steps = -1: 0 or more"):
+        attacks.pgd(IMAGES, IMAGES, cross_entropy, epsilon=0.1, step_size=0.1, num_steps=-1)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
+def test_a_start_from_float64_images_is_float32_without_x64(kind):
+    start = attacks.random_start(KEY, IMAGES.astype(np.float64), kind=kind, scale=0.1)
+    assert start.dtype == jnp.float32
+
+
+def test_a_start_from_whole_numbers_is_refused():
+    with pytest.raises(ValueError, match="images are uint8: give floats"):
+        attacks.random_start(KEY, IMAGES.astype(np.uint8))
+
+
 @pytest.mark.parametrize("norm", ball.NORMS)
 def test_a_ball_of_radius_0_is_the_image(norm):
     ours = attacks.pgd_attack(linear, IMAGES, LABELS, KEY, epsilon=0, step_size=0.1, num_steps=2, norm=norm)
