@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+# Of all clones: most of what a suite takes is compiling. Delete it when it has grown too large.
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax" / "tests"
 NO_EMITTERS = jax.__version_info__ < (0, 11)  # later versions have no flag for that
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -15,6 +15,7 @@ import pytest
 
 from ltjax import processes
 from ltjax.types import UserError
+from tests.conftest import CACHE
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 8  # seconds
@@ -48,7 +49,7 @@ class Launched:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "XDG_CACHE_HOME": str(folder.parent / "cache"),
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+            "JAX_COMPILATION_CACHE_DIR": str(CACHE),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.processes = [

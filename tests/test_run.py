@@ -19,6 +19,7 @@ import pytest
 from ltjax import train, workdir
 from ltjax.checkpoint import Checkpoints
 from ltjax.types import UserError
+from tests.conftest import CACHE
 
 ROOT = pathlib.Path(__file__).parents[1]
 # 105 images, 7 steps an epoch; stages of 2, 2 and 1 epochs
@@ -61,7 +62,7 @@ def environment(devices=2):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

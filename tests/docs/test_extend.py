@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.conftest import CACHE
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extend.md"
 BLOCK = re.compile(r'^```(python|diff) title="(.*?)"\n(.*?)^```$', re.DOTALL | re.MULTILINE)
@@ -54,7 +56,7 @@ def copy(tmp_path_factory):
 
 def run(copy, *command):
     cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(copy), **cache}
