@@ -159,7 +159,7 @@ def main(_: list[str]) -> None:
     from ltjax.checkpoint import read_json
     from ltjax.report import make
     from ltjax.signals import Interrupted
-    from ltjax.types import UserError
+    from ltjax.types import UserError, one_line
 
     for chatty in ("absl", "jax", "orbax", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
@@ -210,8 +210,7 @@ def main(_: list[str]) -> None:
         sys.exit(stop.exit_code)
     except Exception as error:
         if processes.lost(error):
-            processes.say_lost(f"another process is gone ({str(error).strip().splitlines()[0][:200]})")
-            processes.leave(processes.GONE)
+            processes.leave_lost(f"another process is gone ({one_line(error)[:200]})")
         if processes.several():
             traceback.print_exc()
             processes.leave(1)  # the others notice

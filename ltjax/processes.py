@@ -4,10 +4,13 @@ With one process, everything here does nothing.
 """
 
 import os
+import re
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -17,8 +20,11 @@ from ltjax.types import UserError, one_line
 
 GONE = 75  # exit code of processes that stop because another one did: try again
 PULSE_SECONDS = 1.0
+JOIN_SECONDS = 300  # for process 0 to be there
 _KEY = "ltjax/pulse/{}"
 _ended = threading.Event()
+_saying = threading.Lock()
+_SHOWN = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 def launcher(environment: Mapping[str, str]) -> str:
@@ -30,6 +36,33 @@ def launcher(environment: Mapping[str, str]) -> str:
     if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
         return "TPU"
     return ""
+
+
+def own_devices(environment: Mapping[str, str]) -> str:
+    """Which of its machine's GPUs a process of SLURM or Open MPI uses: "0,1" or "all"; "": what JAX takes, one.
+
+    The processes of a machine share its GPUs evenly, so that one alone has them all. Where the launcher has given each
+    its own already, it shows fewer GPUs than there are processes, and each uses what it sees.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return ""
+    if "SLURM_LOCALID" in environment and "SLURM_STEP_TASKS_PER_NODE" in environment:
+        # "2(x3),1": two tasks on each of three machines, one on the fourth
+        found = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])
+        tasks = [int(number) for number, times in found for _ in range(int(times or 1))]
+        node = min(int(environment.get("SLURM_NODEID", 0)), len(tasks) - 1)
+        count, own = tasks[node], int(environment["SLURM_LOCALID"])
+    elif "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        count = int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"])
+        own = int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+    else:
+        return ""
+    shown = next((environment[name] for name in _SHOWN if name in environment), "")
+    gpus = len(shown.split(",")) if shown else int(environment.get("SLURM_GPUS_ON_NODE", 0))
+    if count == 1 or 0 < gpus < count:
+        return "all"
+    share = gpus // count
+    return ",".join(str(own * share + number) for number in range(share))
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None, patience: int = 60) -> None:
@@ -53,12 +86,17 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
     who: dict[str, Any] = {}
     if explicit:
         who = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+        who["cluster_detection_method"] = "deactivate"  # which would take one GPU where SLURM has started the process
     try:
-        jax.distributed.initialize(**who, heartbeat_timeout_seconds=max(100, 3 * patience))
-    except (RuntimeError, ValueError) as error:
+        with _relayed():
+            jax.distributed.initialize(**who, heartbeat_timeout_seconds=max(100, 3 * patience))
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot join the other processes ({one_line(error)}): look at --coordinator, --num_processes, --process_id"
         ) from error
+    if not explicit and (own := own_devices(os.environ)):
+        for kind in ("cuda", "rocm"):  # `initialize` has made it one; no device is in use yet
+            jax.config.update(f"jax_{kind}_visible_devices", own)
     if several():
         threading.Thread(target=_watch, args=(_store(), patience), daemon=True).start()
 
@@ -117,9 +155,8 @@ def finish() -> None:
         _store().key_value_set(_KEY.format(jax.process_index()), "done", allow_overwrite=True)
 
 
-def lost(error: BaseException) -> bool:
-    """Whether an exception is what JAX raises where another process went away."""
-    text = str(error).lower()
+def lost(error: BaseException | None) -> bool:
+    """Whether an exception, or one that it was raised from, is what JAX raises where another process went away."""
     signs = (
         "gloo",
         "nccl",
@@ -128,23 +165,109 @@ def lost(error: BaseException) -> bool:
         "heartbeat",
         "coordination service",
         "unavailable",
+        "barrier timed out",
     )
-    return several() and any(sign in text for sign in signs)
+    while several() and error is not None:
+        text = str(error).lower()
+        if any(sign in text for sign in signs):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
-def say_lost(what: str) -> None:
-    print(
-        f"error: {what}; this process stops too. Run the same command again, on all machines: it goes on from the last "
-        "checkpoint.",
-        file=sys.stderr,
-        flush=True,
-    )
+def leave_lost(what: str) -> None:
+    """Say once that another process is gone, and what to do, and end this one."""
+    with _saying:  # until the end, so that threads which notice at the same time say it once
+        print(
+            f"error: {what}; this process stops too. Run the same command again, on all machines: it goes on from the "
+            "last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        leave(GONE)
 
 
 def _store() -> Any:
     from jax._src import distributed  # the one place of the processes' shared key-value store
 
     return distributed.global_state.client
+
+
+@contextmanager
+def _relayed() -> Iterator[None]:
+    """While JAX connects: give its client, instead of process 0, a relay to it inside this process.
+
+    JAX ends a process in a backtrace at the moment that its connection to process 0 breaks, and its own callback for
+    that (`missed_heartbeat_callback`) cannot be called from jax 0.10 to 0.12. The connection to the relay never breaks.
+    """
+    from jax._src import distributed
+
+    connect = distributed._jax.get_distributed_runtime_client
+
+    def by_relay(address: str, process: int, *rest: Any, **settings: Any) -> Any:
+        return connect(_relay(address) if process else address, process, *rest, **settings)
+
+    distributed._jax.get_distributed_runtime_client = by_relay
+    try:
+        yield
+    finally:
+        distributed._jax.get_distributed_runtime_client = connect
+
+
+def _relay(address: str) -> str:
+    """Address of a relay to `address`, which ends this process where that breaks off.
+
+    Raises: OSError where `address` does not answer for `JOIN_SECONDS`.
+    """
+    host, _, port = address.rpartition(":")
+    there = host.strip("[]"), int(port)
+    until = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection(there, timeout=10).close()
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                raise OSError(f"process 0 does not answer at {address}: {one_line(error)}") from error
+            time.sleep(0.2)
+    listener = socket.create_server(("127.0.0.1", 0))
+    here = listener.getsockname()
+    passed_by = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+    os.environ["no_grpc_proxy"] = f"{passed_by},{here[0]}".strip(",")  # a proxy cannot reach this machine's own address
+    threading.Thread(target=_serve, args=(listener, there), daemon=True).start()
+    return f"{here[0]}:{here[1]}"
+
+
+def _serve(listener: socket.socket, there: tuple[str, int]) -> None:
+    while True:
+        near, _ = listener.accept()
+        try:
+            far = socket.create_connection(there)
+        except OSError:
+            near.close()  # the client tries again
+            continue
+        left = threading.Event()  # the client itself has hung up
+        threading.Thread(target=_pass_on, args=(near, far, left.set), daemon=True).start()
+        threading.Thread(target=_pass_on, args=(far, near, lambda left=left: _broken(left)), daemon=True).start()
+
+
+def _pass_on(source: socket.socket, sink: socket.socket, at_end: Callable[[], None]) -> None:
+    try:
+        while chunk := source.recv(1 << 16):
+            sink.sendall(chunk)
+    except OSError:
+        pass
+    at_end()
+    for end in (source, sink):
+        try:
+            end.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is closed already
+
+
+def _broken(left: threading.Event) -> None:
+    if not (left.is_set() or _ended.is_set()):
+        leave_lost("process 0 is gone")
 
 
 def _pulse(store: Any, process: int) -> str:
@@ -161,22 +284,26 @@ def _watch(store: Any, patience: float) -> None:
 
     A collective operation waits for lost processes, on some machines for ever, and JAX's own watch ends in a backtrace.
     """
-    mine, reached, beat = jax.process_index(), time.monotonic(), 0
-    heard = {other: ("", reached) for other in range(jax.process_count()) if other != mine}
+    mine, began = jax.process_index(), time.monotonic()
+    heard = {other: ("", began) for other in range(jax.process_count()) if other != mine}
+    threading.Thread(target=_listen, args=(store, mine, heard), daemon=True).start()
     while not _ended.wait(PULSE_SECONDS):
-        beat, now = beat + 1, time.monotonic()
+        now = time.monotonic()
+        # where process 0 is silent so is everybody, for the signs are kept there; it comes first
+        silent = [other for other, (pulse, since) in heard.items() if pulse != "done" and now - since > patience]
+        if silent:
+            leave_lost(f"process {silent[0]} has shown no sign of life for {patience:g} s")
+
+
+def _listen(store: Any, mine: int, heard: dict[int, tuple[str, float]]) -> None:
+    """On a thread of its own, since asking a process that has stopped may take for ever."""
+    beat = 0
+    while not _ended.wait(PULSE_SECONDS):
+        beat += 1
         try:
             store.key_value_set(_KEY.format(mine), str(beat), allow_overwrite=True)
-            pulses = {other: _pulse(store, other) for other in heard}
-            reached = now
+            for other, (before, _) in list(heard.items()):
+                if (pulse := _pulse(store, other)) != before:
+                    heard[other] = pulse, time.monotonic()
         except jax.errors.JaxRuntimeError:
-            pulses = {}
-        for other, pulse in pulses.items():
-            if pulse != heard[other][0]:
-                heard[other] = pulse, now
-        silent = [other for other, (pulse, since) in heard.items() if pulse != "done" and now - since > patience]
-        if now - reached > patience:
-            silent = [0]  # the others' signs are kept there
-        if silent:
-            say_lost(f"process {silent[0]} has shown no sign of life for {patience:g} s")
-            leave(GONE)
+            pass  # nobody is heard, then

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
 from ltjax import processes
+from ltjax.checkpoint import Checkpoints
 from ltjax.types import UserError
 from tests.conftest import CACHE
 
@@ -90,23 +93,24 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
-    """The losses of one process with one device."""
+    """The workdir of one process with one device."""
     workdir = tmp_path_factory.mktemp("alone")
     codes, outputs = Launched(folder, workdir, count=1, devices=1).finish()
     assert codes == [0], outputs
-    return losses(workdir)
+    return workdir
 
 
-def assert_same(found, expected):
-    assert set(found) == set(expected) == {"features", "classifier", "residual"}
-    for stage in expected:
+def assert_same(workdir, alone, stages=("features", "classifier", "residual")):
+    found, expected = losses(workdir), losses(alone)
+    assert set(found) >= set(stages)
+    for stage in stages:
         np.testing.assert_allclose(found[stage], expected[stage], rtol=2e-4, err_msg=stage)
 
 
 def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alone, tmp_path):
     codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
     assert codes == [0], outputs
-    assert_same(losses(tmp_path), alone)
+    assert_same(tmp_path, alone)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,7 @@ def together(folder, tmp_path_factory):
 
 
 def test_two_processes_with_two_devices_each_have_the_losses_of_one_device(together, alone):
-    assert_same(losses(together[0]), alone)
+    assert_same(together[0], alone)
 
 
 def test_only_the_first_process_prints_and_logs(together):
@@ -130,24 +134,80 @@ def test_only_the_first_process_prints_and_logs(together):
     assert (workdir / "report" / "index.html").exists() and "No report" not in first
 
 
-def test_a_killed_process_stops_the_other_one_which_says_what_to_do_and_one_process_goes_on(folder, alone, tmp_path):
-    launched = Launched(folder, tmp_path, count=2, devices=2)
-    saved = tmp_path / "checkpoints" / "features"
+def assert_the_other_says_what_to_do(launched, victim, saved):
+    """Kill one of two processes once a checkpoint is in the folder `saved`."""
     until = time.monotonic() + 200
     while not any(path.name.isdigit() for path in saved.glob("*")) and time.monotonic() < until:
-        assert launched.processes[1].poll() is None
+        assert launched.processes[victim].poll() is None
         time.sleep(0.05)
-    launched.processes[1].send_signal(signal.SIGKILL)
+    launched.processes[victim].send_signal(signal.SIGKILL)
     began = time.monotonic()
     codes, outputs = launched.finish(timeout=PATIENCE + 30)
     assert time.monotonic() - began < PATIENCE + 25
-    assert codes == [processes.GONE, -signal.SIGKILL], outputs
-    assert "Run the same command again" in outputs[0], outputs[0]
+    assert (codes[1 - victim], codes[victim]) == (processes.GONE, -signal.SIGKILL), outputs
+    errors = [line for line in outputs[1 - victim].splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Run the same command again" in errors[0], outputs[1 - victim]
+    assert "stack trace" not in outputs[1 - victim]
 
+
+def test_a_killed_process_stops_the_first_one_and_one_process_goes_on(folder, alone, tmp_path):
+    launched = Launched(folder, tmp_path, count=2, devices=2)
+    assert_the_other_says_what_to_do(launched, 1, tmp_path / "checkpoints" / "features")
     codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
     assert codes == [0], outputs
     assert "Resuming" in outputs[0]
-    assert_same(losses(tmp_path), alone)
+    assert_same(tmp_path, alone)
+
+
+def test_two_processes_go_on_where_one_was_and_the_first_one_killed_stops_the_other(folder, alone, tmp_path):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    for gone in ("classifier", "residual"):
+        shutil.rmtree(tmp_path / "checkpoints" / gone)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints" / "features").glob("[0-9]*"))
+    shutil.rmtree(tmp_path / "checkpoints" / "features" / str(steps[-1]))  # half of the stage is left to do
+    (tmp_path / "results.json").unlink()
+    launched = Launched(folder, tmp_path, count=2, devices=2)
+    assert_the_other_says_what_to_do(launched, 0, tmp_path / "checkpoints" / "classifier")
+    assert_same(tmp_path, alone, stages=["features"])
+
+
+@pytest.fixture
+def one_of_several(monkeypatch):
+    monkeypatch.setattr(processes, "several", lambda: True)
+
+
+def raises(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+GLOO = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+
+def test_a_process_lost_while_saving_is_no_full_disk(tmp_path, monkeypatch, one_of_several):
+    with Checkpoints(tmp_path / "stage") as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", raises(GLOO))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            checkpoints.save(1, {"x": np.zeros(2)}, {})
+        monkeypatch.setattr(checkpoints._manager, "save", raises(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="No space left"):
+            checkpoints.save(1, {"x": np.zeros(2)}, {})
+
+
+def test_a_process_lost_while_restoring_damages_no_checkpoint(tmp_path, monkeypatch, one_of_several):
+    with Checkpoints(tmp_path / "stage") as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "all_steps", lambda: [1, 2])
+        monkeypatch.setattr(checkpoints, "restore_step", raises(GLOO))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            checkpoints.restore({"x": np.zeros(2)})
+
+
+def test_a_lost_process_is_known_by_what_an_error_was_raised_from(one_of_several):
+    wrapped = RuntimeError("save failed")
+    wrapped.__cause__ = GLOO
+    assert processes.lost(wrapped) and not processes.lost(RuntimeError("save failed"))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +223,68 @@ def test_a_killed_process_stops_the_other_one_which_says_what_to_do_and_one_proc
 )
 def test_launchers_are_known_by_their_environment(environment, expected):
     assert processes.launcher(environment) == expected
+
+
+SLURM = {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
+EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, ""),
+        (SLURM, "all"),
+        ({**SLURM, **EIGHT}, "all"),
+        ({**SLURM, **EIGHT, "SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_LOCALID": "3"}, "3"),
+        ({**SLURM, "SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_LOCALID": "3"}, "3"),
+        ({**SLURM, **EIGHT, "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_LOCALID": "1"}, "4,5,6,7"),
+        # the second node has one task, the first four
+        ({**SLURM, **EIGHT, "SLURM_STEP_TASKS_PER_NODE": "4,1", "SLURM_NODEID": "1"}, "all"),
+        # SLURM has given each task its own
+        ({**SLURM, "CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_LOCALID": "3"}, "all"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8"}, ""),  # how many GPUs there are, nobody says
+        ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2"}, ""),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "all"),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", **EIGHT}, "2,3"),
+    ],
+)
+def test_processes_of_a_machine_share_its_devices(environment, expected):
+    assert processes.own_devices(environment) == expected
+
+
+@pytest.fixture
+def gpus_of(monkeypatch):
+    """`gpus_of(*flags, **environment)`: which GPUs JAX is left to use after `join`, and how `initialize` was called."""
+
+    def found(*flags, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        calls = []
+
+        def initialize(**settings):
+            calls.append(settings)
+            if settings.get("cluster_detection_method") != "deactivate":  # as JAX does under SLURM
+                jax.config.update("jax_cuda_visible_devices", environment["SLURM_LOCALID"])
+
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+        processes.join(*flags)
+        return jax.config._read("jax_cuda_visible_devices"), calls[0]
+
+    kept = {name: jax.config._read(name) for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices")}
+    collectives = jax.config._read("jax_cpu_collectives_implementation")
+    yield found
+    for name, value in {**kept, "jax_cpu_collectives_implementation": collectives}.items():
+        jax.config.update(name, value)
+
+
+def test_one_task_a_node_uses_all_its_gpus(gpus_of):
+    assert gpus_of("auto", None, None, SLURM_STEP_NUM_TASKS="4", **SLURM)[0] == "all"
+
+
+def test_explicit_flags_are_heeded_under_slurm(gpus_of):
+    devices, settings = gpus_of("host:1", 4, 2, SLURM_STEP_NUM_TASKS="4", **SLURM)
+    assert devices == "all"
+    assert (settings["coordinator_address"], settings["num_processes"], settings["process_id"]) == ("host:1", 4, 2)
 
 
 @pytest.mark.parametrize("flags", [("host:1", None, 0), ("host:1", 2, None), ("", 2, 0), ("auto", 2, None)])
