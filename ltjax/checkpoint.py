@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ltjax import processes
 from ltjax.hashing import fingerprint
 from ltjax.types import UserError, one_line
 
@@ -44,6 +45,7 @@ class Checkpoints:
         """Save in the background what the next steps may go on changing. score: for keeping the best, if evaluated.
 
         Raises: UserError where this save cannot start or the one before it failed; what was saved earlier survives.
+          JAX's own error where another process went away (`processes.lost`), here and below.
         """
         if step in self._manager.all_steps():
             return
@@ -60,6 +62,8 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # Orbax and TensorStore pass a full disk on as many types
+            if processes.lost(error):
+                raise
             raise cannot_save(error, self.directory) from error
 
     def restore(self, target: Any, *, move_damaged: bool = True) -> tuple[Any, dict[str, Any]] | None:
@@ -76,6 +80,8 @@ class Checkpoints:
             except (MemoryError, PermissionError):
                 raise
             except Exception as error:  # any kind of damage: the next older one may be whole
+                if processes.lost(error):
+                    raise
                 damaged[step] = one_line(error)
                 continue
             for number, reason in damaged.items():

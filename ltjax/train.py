@@ -97,6 +97,8 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
                             run, name, settings, built[name], problem, finals, checkpoints, log, console, stop
                         )
                     except OSError as error:  # a full disk can stop the log before it stops a checkpoint
+                        if processes.lost(error):
+                            raise
                         raise cannot_save(error, checkpoints.directory) from error
             summary = results.summarise(run, stages, records, problem, commit)
             report(run, stages, problem, finals, summary, workdir, console, stop)
