@@ -28,7 +28,9 @@ class Recipe(NamedTuple):
     ranks: tuple[int, int]  # where some papers let their medium and few-shot classes begin, by rank of count
     size: int = 224
     batch_size: int = 256
-    extra_block: bool = False  # one new block on a frozen backbone that was trained elsewhere (config.weights)
+    # One new block on a frozen backbone that was trained elsewhere (config.weights). Adversarial training goes without:
+    # a frozen backbone keeps the features of clean images, so all of its network trains, from scratch.
+    extra_block: bool = False
 
 
 def model(text: str) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def images(name: str, arg: str | None, recipe: Recipe, *, source: str = "") -> C
     )
     if residual:
         config.model.update(branches=2 if recipe.reslt_branches == 2 else 3, branch_kind="conv")
-    config.model.extra_block = extended = recipe.extra_block and not local
+    config.model.extra_block = extended = recipe.extra_block and not (local or chosen.robust)
     config.batch_size = 64 if local else recipe.batch_size
     config.epochs = (2 if chosen.robust else 6) if local else chosen.epochs(False) if chosen.robust else recipe.epochs
     config.eval_every = 1 if local else 5

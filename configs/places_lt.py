@@ -1,12 +1,14 @@
 """Places-LT: 62,500 images of 365 kinds of places, 4,980 down to 5 a class; 100 test images of each.
 
     python -m ltjax.data.prepare places_lt --source=DIR    # places365standard_easyformat.tar, Places_LT_*.txt
-    python -m ltjax.interop.torch resnet152.pth --model=resnet,depth=152,stem=large --normalise=imagenet --out=resnet152
+    python -m ltjax.interop.torch resnet152.pth --model=resnet,depth=152,stem=large,normalise=imagenet --out=resnet152
     python run.py --config=configs/places_lt.py:method=mislas
 
-As in MiSLAS, a ResNet-152 trained on ImageNet is frozen, and one new block and the classifier learn. Its weights are
-looked for in the folder config.weights, resnet152. Any other network that was trained on ImageNet will do:
-model=resnet50, with its weights. Arguments: as in configs/imagenet_lt.py.
+As in MiSLAS, a ResNet-152 trained on ImageNet is frozen, one new block takes the place of its last one, and the new
+block and the classifier learn. Its weights, of the whole network as torchvision has it, are looked for in the folder
+config.weights, resnet152; the last block's are passed over, which the run says. Any other network that was trained on
+ImageNet will do, its last block kept under the new one: model=resnet50, with its weights. Adversarial training freezes
+nothing, and begins from scratch. Arguments: as in configs/imagenet_lt.py.
 
 Top-1 / ECE in %, last epoch, ResNet-152, full length:
   MiSLAS, paper     40.4 / 3.41
@@ -23,9 +25,9 @@ RECIPE = large.Recipe(
     mixup=0.2,
     weight_decay=5e-4,
     reslt_model="resnet152",
-    reslt=dict(beta=0.99, medium_start=131, tail_start=288),
+    reslt=dict(beta=0.99, medium_start=131, tail_start=288),  # beta is our choice, ImageNet-LT's
     reslt_branches=3,
-    gammas=dict(resnet152=0.3),
+    gammas=dict(resnet152=0.3),  # our choice, that of ImageNet-LT's ResNet-10
     ranks=(131, 288),
     extra_block=True,
 )
@@ -35,4 +37,6 @@ def get_config(arg=None):
     config = large.images("places_lt", arg, RECIPE)
     if config.model.extra_block:
         config.weights, config.weights_parts = config.model.name + str(config.model.depth), ("backbone",)
+        if config.model.depth == 152:
+            config.model.blocks = (3, 8, 36, 2)
     return config

@@ -14,6 +14,7 @@ from rich.table import Table
 from ltjax import feed, optim, parallel, stage
 from ltjax.config import Run
 from ltjax.config import Stage as Settings
+from ltjax.interop.weights import load_weights, surplus
 from ltjax.problem import Problem, build_stage, fresh_shapes, seeds, source_shapes
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -55,6 +56,8 @@ def show(
         length = f"{steps}, {trained:,} of {total:,} parameters train{rest}" if settings.epochs else "no training"
         what = ", ".join(filter(None, (settings.surgery.get("name"), length)))
         console.print(f"stage {name} ({settings.title}): {what}, from {settings.start_from}")
+    if run.weights and (left := surplus(fresh_shapes(run, problem), load_weights(run.weights))):
+        console.print(f"config.weights {run.weights}: {', '.join(left)} passed over, for a new block in its place")
 
 
 def _classes(members: np.ndarray, counts: np.ndarray, names: tuple[str, ...], shown: int = 8) -> str:

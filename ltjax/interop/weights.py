@@ -6,6 +6,7 @@ they come from. `config.weights` of a run names such a folder.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,17 +107,39 @@ def in_our_order(weights: Weights) -> Weights:
     return weights._replace(variables=variables, class_order=None)
 
 
+def surplus(variables: Variables, weights: Weights, net: str = "net") -> tuple[str, ...]:
+    """Blocks of the weights' backbone that a new `block` of the network takes the place of: ("stage4_block3",), mostly
+    none. They come right after the network's own last one, and the weights have no such `block`."""
+    have, given = (side.params[key] for side, key in ((variables, net), (weights.variables, "net")))
+    if "block" not in have or "block" in given:
+        return ()
+    blocks = [
+        {path.split("/")[0] for path in flatten(side.get("backbone", {})) if re.match(r"stage\d+_block\d+/", path)}
+        for side in (have, given)
+    ]
+    if not all(blocks) or not blocks[0] < blocks[1]:
+        return ()
+    more = sorted(blocks[1] - blocks[0], key=_numbers)
+    return tuple(more) if _numbers(more[0]) > max(map(_numbers, blocks[0])) else ()
+
+
+def _numbers(block: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", block)]
+
+
 def into(variables: Variables, weights: Weights, parts: Sequence[str] = (), net: str = "net") -> Variables:
     """`variables` with those of one network replaced by `weights`, outputs in the order of our classes.
 
     Args:
       variables: newly initialised; of several replicas, with a leading axis, each gets the same weights.
       parts: which of the network's parts to take ("backbone", "branches", "block", "classifier", "logit_scale"); the
-        others stay as they are. None: all, and then both sides must have the same.
+        others stay as they are. None: all, and then both sides must have the same. What is `surplus` is passed over.
       net: which of the networks in `variables`.
     Raises: UserError naming the arrays that only one side has or that have another shape, and what would fit.
     """
     have, given = _flat(variables, net), _flat(in_our_order(weights).variables, "net")
+    unused = tuple(f"backbone/{block}/" for block in surplus(variables, weights, net))
+    given = {path: value for path, value in given.items() if not path.partition("/")[2].startswith(unused or (" ",))}
     known = [sorted({_part(path) for path in side}) for side in (have, given)]
     for part in parts:
         if part not in known[0] or part not in known[1]:

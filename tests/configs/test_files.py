@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from configs import common, recipes
 from ltjax import config, methods, models, optim, registry, surgery
 from ltjax.data import SOURCES, augment, samplers, splits
-from tests.configs.reading import ROOT, parsed, read
+from tests.configs.reading import ROOT, parsed, rates_of, read
 
 # Every method with one of these, in turn, and in each file with another.
 CHOICES = (
@@ -160,6 +160,31 @@ def test_overriding_the_epochs_reaches_the_stages_that_share_them(name, argument
         elif stage == "drw":
             expected = 3
         assert settings.epochs == expected, stage
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "quickstart"])
+def test_no_new_part_of_a_network_is_frozen_in_the_first_stage_that_uses_it(name):
+    methods = (None, *(f"method={method}" for method in read_methods(name)))
+    for argument in methods:
+        run, stages = parsed(name, argument)
+        trained = {"logit_scale", *run.weights_parts}  # it begins as 1, which changes nothing
+        for stage, settings in stages.items():
+            rates = rates_of(settings)
+            used = {part for part in rates if part != "guide"}
+            if settings.method["name"] in ("lbgat", "bgat"):
+                used.add("guide")
+            if settings.method.get("net") == "guide":
+                used = {"guide"}
+            frozen = {part for part in used - trained if not rates[part]}
+            assert not frozen, f"{name}:{argument}, {stage}"
+            trained |= used
+
+
+def read_methods(name):
+    """The methods that a config takes."""
+    with pytest.raises(common.Help) as asked:
+        read(name, "help")
+    return asked.value.arguments["method"][1].split(", ")
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11

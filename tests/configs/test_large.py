@@ -32,9 +32,23 @@ def test_mislas_is_the_papers(name):
 def test_places_trains_one_new_block_on_a_frozen_backbone():
     run, stages = parsed("places_lt", "method=mislas")
     assert run.model["extra_block"] and (run.weights, run.weights_parts) == ("resnet152", ("backbone",))
+    assert run.model["blocks"] == (3, 8, 36, 2)  # the authors delete layer4.2, whose place the new block takes
     rates = dict(backbone=0.0, block=1.0, classifier=1.0, logit_scale=0.0)
     assert rates_of(stages["features"]) == rates
     assert rates_of(stages["classifier"]) == dict(backbone=0.0, block=0.0, classifier=0.05, logit_scale=1.0)
+
+
+@pytest.mark.parametrize("argument", ["method=mislas,model=resnet50", "method=trades", "method=mislas,runlocal"])
+def test_only_a_frozen_resnet_152_lacks_its_last_block(argument):
+    assert "blocks" not in parsed("places_lt", argument)[0].model
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "trades", "alp", "bgat", "lbgat"])
+def test_adversarial_training_on_places_trains_all_of_its_networks_from_scratch(name):
+    run, stages = parsed("places_lt", f"method={name}")
+    assert (run.model["extra_block"], run.weights) == (False, "")
+    trained = {part for stage in stages.values() for part, rate in rates_of(stage).items() if rate}
+    assert trained >= {"backbone", "classifier"}
 
 
 # file, arguments -> epochs, depth, groups of convolutions, weight decay, beta, starts of branches, their number, gamma

@@ -35,6 +35,9 @@ def commands(text):
         yield shlex.split(line)
 
 
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
+
+
 @pytest.fixture(scope="module")
 def known_flags():
     """Names of run.py's flags, and what --mode takes, read off its source: importing it would define them here."""
@@ -87,7 +90,7 @@ def understood(module, arguments):
             return "--help" in arguments
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+@pytest.mark.parametrize("page", [*WRITTEN, *CONFIGS], ids=name_of)
 def test_every_command_on_a_page_is_understood(page, known_flags):
     for command in commands(page.read_text()):
         if command[1] == "run.py":

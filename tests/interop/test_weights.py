@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ltjax import models
-from ltjax.interop.weights import Weights, in_our_order, into, load_weights, save_weights
+from ltjax.interop.weights import Weights, in_our_order, into, load_weights, save_weights, surplus
 from ltjax.types import UserError
 
 SETTINGS = dict(name="resnet_cifar", depth=8, width=4, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
@@ -123,3 +123,40 @@ def test_another_width_fits_nowhere_and_says_what_the_weights_are_for(weights, v
 def test_a_part_that_is_not_there_is_refused(weights, fresh):
     with pytest.raises(UserError, match="names 'block': the network has backbone, classifier, logit_scale"):
         into(fresh, weights, ("backbone", "block"))
+
+
+LARGE = dict(name="resnet", depth=50, width=2, stem="large")
+
+
+@pytest.fixture(scope="module")
+def whole(variables_of):
+    """A network as torchvision has it, two blocks in its last stage."""
+    settings = dict(LARGE, blocks=(1, 1, 1, 2))
+    return Weights(variables_of(network(**settings)), settings, 5)
+
+
+@pytest.fixture(scope="module")
+def places(variables_of):
+    """MiSLAS's for Places-LT: a new block instead of the last one."""
+    return variables_of(network(**LARGE, blocks=(1, 1, 1, 1), extra_block=True), seed=1)
+
+
+def test_the_block_that_a_new_one_replaces_is_passed_over_by_name(whole, places, same):
+    assert surplus(places, whole) == ("stage4_block2",)
+    found = into(places, whole, ("backbone",))
+    theirs = {k: v for k, v in whole.variables.params["net"]["backbone"].items() if k != "stage4_block2"}
+    same(found.params["net"]["backbone"], theirs)
+    same(found.params["net"]["block"], places.params["net"]["block"])
+
+
+@pytest.mark.parametrize("blocks, extra_block", [((1, 1, 1, 1), False), ((1, 1, 2, 1), True), ((1, 1, 1, 3), True)])
+def test_other_blocks_are_not_passed_over(whole, blocks, extra_block, variables_of):
+    net = variables_of(network(**LARGE, blocks=blocks, extra_block=extra_block))
+    assert surplus(net, whole) == ()
+    with pytest.raises(UserError, match=r"do not fit the network: params/backbone/stage"):
+        into(net, whole, ("backbone",))
+
+
+def test_weights_with_a_block_of_their_own_go_in_whole(places, same):
+    mislas = Weights(jax.tree.map(lambda x: x + 1, places), dict(LARGE, blocks=(1, 1, 1, 1), extra_block=True), 5)
+    same(into(places, mislas), mislas.variables)
