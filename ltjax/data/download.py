@@ -32,7 +32,7 @@ def download(url: str, folder: Path, difference: Callable[[Path], str]) -> Path:
         with (
             urllib.request.urlopen(url, timeout=60) as response,
             open(part, "wb") as file,
-            progress.bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar,
+            progress.bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), unit=("MB", 10**6)) as bar,
         ):
             length = response.headers.get("Content-Length")
             task = bar.add_task(path.name, total=int(length) if length else None)
