@@ -1,23 +1,27 @@
 """Anybody's own images, straight from disk: `ROOT/train/<class>/*.jpg` and perhaps `ROOT/validation/<class>/*.jpg`.
 
 Without a folder for validation (or `val`, `test`), a class-balanced part of the training images is held out for it.
+What is passed over, and what is held out, is said on stderr.
 """
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from ltjax.data import decode, progress
+from ltjax.data import decode, folders, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.types import UserError, one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 HELD_OUT = ("validation", "val", "test")
+MEANT = (*HELD_OUT, "valid", "testing", "dev", "eval")  # in whatever case: for validation, as other programs call it
 NAMES_SHOWN = 5
 
 
@@ -34,15 +38,16 @@ class Files:
         return (self._root / self._paths[index]).read_bytes()
 
     def name(self, index: int) -> str:
-        return str(self._root / self._paths[index])
+        return _shown(str(self._root / self._paths[index]))
 
 
 def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> Stored:
     """Finds the images below `root`; classes are the folders of `root/train`, in alphabetical order.
 
-    Image files lie in a class's folder or deeper; files of other kinds and hidden ones are passed over. Every image is
-    decoded once to see that it is whole, which is remembered until the files change. Held out where there is no folder
-    for it: a fifth of the smallest class, but at most 20 images, of each class; which ones is the same every time.
+    Image files lie in a class's folder or deeper; files of other kinds, hidden ones and `__MACOSX` are passed over, and
+    each folder counts once, whatever links lead there. Every image is decoded once to see that it is whole, which is
+    remembered until the files change. Held out where there is no folder for it: a fifth of the smallest class, but at
+    most 20 images, of each class; which ones is the same every time.
 
     Raises: UserError where there is no such folder, a class has no images, validation has other classes than training,
       or images cannot be read: their number, and the first of their names.
@@ -58,43 +63,62 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
     if len(class_names) < 2:
         raise UserError(f"{root / 'train'} has {len(class_names)} folder(s): a classifier needs two classes or more")
     held = next((part for part in HELD_OUT if (root / part).is_dir()), None)
+    shown = tuple(map(_shown, class_names))
     train_paths, train_labels = _find(root, "train", class_names)
     test_paths, test_labels = _find(root, held, class_names) if held else ([], np.empty(0, np.int32))
-    if empty := [class_names[c] for c in np.flatnonzero(np.bincount(train_labels, minlength=len(class_names)) == 0)]:
+    counts = np.bincount(train_labels, minlength=len(class_names))
+    if empty := [shown[c] for c in np.flatnonzero(counts == 0)]:
         raise UserError(f"{root / 'train'}: no images in {_listed(empty)}; known kinds: {', '.join(SUFFIXES)}")
     _check(root, train_paths + test_paths)
+    _say_passed_over(root, held)
     train = Files(root, train_paths)
     if held:
-        return Stored(train, train_labels, Files(root, test_paths), test_labels, class_names)
-    smallest = int(np.bincount(train_labels).min())
+        if lacking := [name for label, name in enumerate(shown) if label not in test_labels]:
+            _note(f"{root / held} has no images of {_listed(lacking)}: nothing will be known of their accuracy")
+        return Stored(train, train_labels, Files(root, test_paths), test_labels, shown)
+    smallest = int(counts.min())
     if smallest < 2:
-        raise UserError(f"{root}: a class has one image, so none can be held out; make a folder {root}/validation")
+        single = _listed([shown[c] for c in np.flatnonzero(counts < 2)])
+        raise UserError(f"{root}: one image in {single}, so none can be held out; make a folder {root}/validation")
     each = min(20, max(1, smallest // 5))
+    _note(f"{root} has no folder {', '.join(HELD_OUT)}: {each} image(s) of each class are held out of train to test on")
     split = long_tailed_split(train_labels, len(class_names), imbalance=1, profile="natural", holdout=each)
     return Stored(
         Subset(train, split.train),
         train_labels[split.train],
         Subset(train, split.holdout),
         train_labels[split.holdout],
-        class_names,
+        shown,
     )
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and _counts(path.name)))
+
+
+def _counts(name: str) -> bool:
+    """Whether a file or folder of that name is anybody's: `__MACOSX` is what macOS packs beside the folders."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _is_image(name: str) -> bool:
+    return _counts(name) and name.lower().endswith(SUFFIXES)
 
 
 def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
     """Paths below `root` of all images of a part, sorted, and their labels."""
-    if foreign := sorted(set(_classes(root / part)) - set(class_names)):
-        raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {_listed(foreign)}")
+    own = _classes(root / part)
+    if foreign := sorted(set(own) - set(class_names)):
+        known = _listed([_shown(name) for name in foreign])
+        raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {known}")
+    # a link out of a class, to all of the classes or to another one, would give it their images
+    outside = {folders.identity(folder) for folder in (root, root / part, *(root / part / name for name in own))}
     paths, labels = [], []
     for label, name in enumerate(class_names):
         found = []
-        for folder, folders, files in os.walk(root / part / name, followlinks=True):
-            folders[:] = sorted(below for below in folders if not below.startswith("."))
-            kept = (file for file in files if file.lower().endswith(SUFFIXES) and not file.startswith("."))
-            found += [os.path.relpath(os.path.join(folder, file), root) for file in kept]
+        for folder, below, files in folders.walk(root / part / name, outside) if name in own else ():
+            below[:] = [name for name in below if _counts(name)]
+            found += [os.path.relpath(os.path.join(folder, file), root) for file in files if _is_image(file)]
         paths += sorted(found)
         labels += [label] * len(found)
     if not paths:
@@ -102,19 +126,46 @@ def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str
     return paths, np.asarray(labels, np.int32)
 
 
+def _say_passed_over(root: Path, held: str | None) -> None:
+    """Folders that may be meant for validation and are not read, and images that lie beside the classes."""
+    read = {folders.identity(root / part) for part in ("train", held) if part}
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and path.name.lower() in MEANT and folders.identity(path) not in read:
+            instead = f"{held} is" if held else "for validation, call it validation"
+            _note(f"{path} is not read: {instead}")
+    for part in filter(None, ("train", held)):
+        if strays := [_shown(path.name) for path in sorted((root / part).iterdir()) if _is_image(path.name)]:
+            where = f"right in {root / part}, in no class's folder"
+            _note(f"{len(strays)} image(s) {where}, are passed over: {_listed(strays)}")
+
+
+def _note(text: str) -> None:
+    if jax.process_index() == 0:
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _shown(name: str) -> str:
+    """A file's name as text that can be printed, whatever its bytes are."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def _check(root: Path, paths: list[str]) -> None:
     """Decode every image once. Raises: UserError naming those that cannot be read."""
-    digest = hashlib.sha256(str(root.resolve()).encode())
+    digest = hashlib.sha256(os.fsencode(root.resolve()))
     for path in paths:
-        found = (root / path).stat()
-        digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        try:
+            found = (root / path).stat()
+            seen = f"{found.st_size}\0{found.st_mtime_ns}"
+        except OSError:
+            seen = ""  # a broken link, which is named below
+        digest.update(os.fsencode(path) + f"\0{seen}\n".encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax"
     checked = cache / f"images-{digest.hexdigest()[:32]}"
     if checked.exists():
         return
     damaged = _damaged(paths, lambda path: (root / path).read_bytes())
     if damaged:
-        names = "; ".join(f"{root / path} ({why})" for path, why in damaged[:NAMES_SHOWN])
+        names = "; ".join(f"{_shown(str(root / path))} ({why})" for path, why in damaged[:NAMES_SHOWN])
         more = f"; and {len(damaged) - NAMES_SHOWN} more" if len(damaged) > NAMES_SHOWN else ""
         raise UserError(f"{len(damaged)} of {len(paths)} images cannot be read: {names}{more}: replace or remove them")
     try:
@@ -129,7 +180,7 @@ def _damaged(paths: list[str], read: Callable[[str], bytes]) -> list[tuple[str, 
         try:
             return decode.problem(read(path))
         except OSError as error:
-            return one_line(error)
+            return error.strerror or one_line(error)
 
     with progress.bar(transient=True) as bar, ThreadPoolExecutor() as threads:
         task = bar.add_task("checking images", total=len(paths))

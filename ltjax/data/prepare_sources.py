@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ltjax.data import folders
 from ltjax.data.decode import MAX_IMAGE_BYTES
 from ltjax.types import UserError, one_line
 
@@ -88,20 +89,10 @@ def walk(source: Path) -> Iterator[Member]:
 
 
 def _walk_folder(root: Path) -> Iterator[Member]:
-    def fail(error: OSError):
-        raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
-
-    entered = set()  # folders that links may lead back to
-    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in entered:
-            folders.clear()
-            continue
-        entered.add((status.st_dev, status.st_ino))
-        folders.sort()
+    for folder, _, files in folders.walk(root):
         below = Path(folder).relative_to(root).as_posix()
         prefix = "" if below == "." else below + "/"
-        for file in sorted(files):
+        for file in files:
             path = f"{folder}/{file}"
             if file.endswith(".tar"):
                 yield from _walk_file(Path(path), prefix + file + "/")

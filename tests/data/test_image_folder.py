@@ -1,6 +1,8 @@
 """People's own folders of images."""
 
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -81,7 +83,7 @@ def test_images_are_checked_once_and_again_when_they_change(tmp_path, monkeypatc
         (lambda root: (root / "train" / "c").mkdir(), "no images in c; known kinds: .jpg"),
         (lambda root: (root / "val" / "c").mkdir(parents=True), "classes that .*train lacks: c"),
         (lambda root: (root / "val").mkdir(), "no images in .*val"),
-        (lambda root: [(root / "train" / "a" / f"00{n}.jpg").unlink() for n in (1, 2)], "a class has one image"),
+        (lambda root: [(root / "train" / "a" / f"00{n}.jpg").unlink() for n in (1, 2)], "one image in a, so none"),
     ],
 )
 def test_folders_that_are_no_data_set_are_named(tmp_path, spoil, message):
@@ -89,6 +91,85 @@ def test_folders_that_are_no_data_set_are_named(tmp_path, spoil, message):
     spoil(tmp_path)
     with pytest.raises(UserError, match=message):
         data.load("image_folder", tmp_path)
+
+
+def test_links_that_lead_back_or_to_another_class_multiply_no_images(tmp_path):
+    make(make(tmp_path, (3, 2)), (1, 1), "val")
+    (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a")
+    (tmp_path / "train" / "a" / "all").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "a" / "other").symlink_to(tmp_path / "train" / "b")
+    assert np.bincount(data.load("image_folder", tmp_path).train_labels).tolist() == [3, 2]
+
+
+def test_images_that_a_link_leads_to_count(tmp_path):
+    make(make(tmp_path, (3, 2)), (1, 1), "val")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "train" / "b" / "001.jpg").rename(tmp_path / "elsewhere" / "x.jpg")
+    (tmp_path / "train" / "b" / "more").symlink_to(tmp_path / "elsewhere")
+    assert np.bincount(data.load("image_folder", tmp_path).train_labels).tolist() == [3, 2]
+
+
+def test_a_broken_link_is_counted_and_named_among_the_damaged_images(tmp_path):
+    make(tmp_path, (3, 3))
+    (tmp_path / "train" / "a" / "x.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(UserError, match=r"1 of 7 images cannot be read: .*a/x.jpg \(No such file"):
+        data.load("image_folder", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_that_are_no_utf8_are_read_and_shown(tmp_path):
+    make(make(tmp_path, (3, 3)), (1, 1), "val")
+    for part in ("train", "val"):
+        os.rename(tmp_path / part / "b", os.fsencode(tmp_path / part) + b"/caf\xe9")
+    folder = os.fsencode(tmp_path) + b"/train/caf\xe9"
+    os.rename(folder + b"/000.jpg", folder + b"/\xe9.jpg")
+    found = data.load("image_folder", tmp_path)
+    assert found.class_names == ("a", "caf\ufffd")
+    assert found.train_files.name(5) == f"{tmp_path}/train/caf\ufffd/\ufffd.jpg"
+    assert found.train_files[5] == photo(1, 0, 16)
+    with open(folder + b"/\xe9.jpg", "wb") as file:
+        file.write(b"no image")
+    with pytest.raises(UserError, match=r"1 of 8 images cannot be read: .*caf\ufffd/\ufffd"):
+        data.load("image_folder", tmp_path)
+
+
+def spoil_nothing(root):
+    make(root, (1, 1), "val")
+
+
+def spoil_by_two_for_validation(root):
+    make(make(root, (1, 1), "val"), (1, 1), "test")
+
+
+def spoil_by_strays(root):
+    make(root, (1, 1), "val")
+    (root / "train" / "x.jpg").write_bytes(b"")
+    (root / "train" / "__MACOSX").mkdir()
+    (root / "train" / "a" / "__MACOSX").mkdir()
+    (root / "train" / "a" / "__MACOSX" / "y.jpg").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "spoil, notes",
+    [
+        (spoil_nothing, []),
+        (lambda root: None, ["{} has no folder validation, val, test: 1 image(s) of each class are held out of train"]),
+        (lambda root: make(root, (1,), "val"), ["{}/val has no images of b: nothing will be known"]),
+        (
+            lambda root: make(root, (1, 1), "valid"),
+            ["{}/valid is not read: for validation, call it validation", "{} has no folder"],
+        ),
+        (spoil_by_two_for_validation, ["{}/test is not read: val is"]),
+        (spoil_by_strays, ["1 image(s) right in {}/train, in no class's folder, are passed over: x.jpg"]),
+    ],
+)
+def test_what_is_passed_over_or_held_out_is_said(tmp_path, capsys, spoil, notes):
+    spoil(make(tmp_path, (5, 5)))
+    data.load("image_folder", tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(notes), said
+    for line, note in zip(said, notes, strict=True):
+        assert line.startswith("note: " + note.format(tmp_path)), line
 
 
 def test_the_folder_has_to_be_given():
