@@ -13,6 +13,7 @@ from ltjax.interop import checkpoints, torch
 from ltjax.interop.torch import export_state_dict
 from ltjax.interop.weights import load_weights
 from ltjax.types import UserError
+from tests.pytorch import pytorch
 
 MODEL = dict(depth=8, width=4)
 SPEC = "--model=resnet_cifar,depth=8,width=4,normalise=cifar"
@@ -118,7 +119,7 @@ def tensors(value):
 
 
 def test_a_checkpoint_of_mislas_becomes_weights(mislas, tmp_path, capsys):
-    pt = pytest.importorskip("torch")
+    pt = pytorch()
     held = {**tensors(mislas), "best_acc1": pt.tensor(47.0), "its_ece": np.float64(4.8)}
     pt.save(held, tmp_path / "current.pth.tar")
     assert torch.main([str(tmp_path / "current.pth.tar"), SPEC, f"--out={tmp_path / 'w'}"]) == 0
@@ -133,7 +134,7 @@ def test_a_checkpoint_of_mislas_becomes_weights(mislas, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [np.float32(0.1), np.float64(0.1), np.int64(7), np.bool_(True)], ids=repr)
 def test_numbers_of_numpy_are_read(state_dict, number, tmp_path):
-    pt = pytest.importorskip("torch")
+    pt = pytorch()
     pt.save({"state_dict": tensors(state_dict), "number": number}, tmp_path / "net.pt")
     found = checkpoints.read(tmp_path / "net.pt")
     assert found["number"] == number
@@ -141,7 +142,7 @@ def test_numbers_of_numpy_are_read(state_dict, number, tmp_path):
 
 
 def test_bfloat16_is_read(tmp_path):
-    pt = pytest.importorskip("torch")
+    pt = pytorch()
     pt.save({"x": pt.tensor([0.5, 2.0], dtype=pt.bfloat16)}, tmp_path / "net.pt")
     np.testing.assert_array_equal(checkpoints.read(tmp_path / "net.pt")["x"], np.float32([0.5, 2.0]))
 
@@ -157,7 +158,7 @@ class Runs:
 
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(state_dict, tmp_path):
-    pt = pytest.importorskip("torch")
+    pt = pytorch()
     pt.save({"state_dict": tensors(state_dict), "more": Runs(f"touch {tmp_path / 'ran'}")}, tmp_path / "net.pt")
     with pytest.raises(UserError, match=r"refused: it holds (posix|nt)\.system"):
         checkpoints.read(tmp_path / "net.pt")
@@ -165,14 +166,14 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(state_dict, tmp_pat
 
 
 def test_an_object_that_is_no_number_is_named(state_dict, tmp_path):
-    pt = pytest.importorskip("torch")
+    pt = pytorch()
     pt.save({"state_dict": tensors(state_dict), "args": argparse.Namespace(lr=0.1)}, tmp_path / "net.pt")
     with pytest.raises(UserError, match=r"refused: it holds argparse\.Namespace"):
         checkpoints.read(tmp_path / "net.pt")
 
 
 def test_a_file_cut_short_is_named(state_dict, tmp_path):
-    pt = pytest.importorskip("torch")
+    pt = pytorch()
     pt.save(tensors(state_dict), tmp_path / "net.pt")
     whole = (tmp_path / "net.pt").read_bytes()
     (tmp_path / "net.pt").write_bytes(whole[: len(whole) // 2])

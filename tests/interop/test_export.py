@@ -13,6 +13,7 @@ from ltjax import models
 from ltjax.interop import export, names
 from ltjax.interop.torch import export_state_dict, import_state_dict
 from ltjax.interop.weights import Weights, load_weights, save_weights
+from tests.pytorch import pytorch
 
 NETWORKS = {
     "drolt": ("resnet_cifar", dict(depth=8, width=4)),
@@ -130,7 +131,7 @@ def test_weights_come_out_as_they_are(folder, tmp_path, same):
 
 
 def test_pytorch_loads_what_is_written_for_it(folder, tmp_path):
-    torch = pytest.importorskip("torch")
+    torch = pytorch()
     assert export.main([str(folder), "--format=state_dict", f"--out={tmp_path / 'net.pt'}"]) == 0
     state_dict = torch.load(tmp_path / "net.pt", weights_only=True)
     kernel = load_weights(folder).variables.params["net"]["classifier"]["kernel"]

@@ -7,8 +7,9 @@ import pytest
 from ltjax import models
 from ltjax.interop.torch import import_state_dict
 from ltjax.optim import flatten
+from tests.pytorch import pytorch
 
-torch = pytest.importorskip("torch")
+torch = pytorch()
 
 CLASSES = 7
 SETTINGS = {"resnet50": dict(groups=1, group_width=64), "resnext50": dict(groups=32, group_width=4)}
