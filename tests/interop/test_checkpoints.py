@@ -48,6 +48,19 @@ def test_mislas_parts_are_one_network(mislas, prefix):
     assert left_out == ("epoch", "best_acc1", "its_ece")
 
 
+def test_mislass_network_for_places_imports_whole(variables_of, same):
+    settings = dict(depth=50, width=2, stem="large", blocks=(1, 1, 1, 1), extra_block=True, logit_scale=True)
+    model = models.create("resnet", 5, **settings)
+    ours, held = variables_of(model), {}
+    for key, value in torch.export_state_dict(ours, model).items():
+        part, _, name = key.partition(".")
+        held.setdefault(f"state_dict_{part}", {})[f"module.{name}"] = value
+    assert set(held) == {"state_dict_model", "state_dict_block", "state_dict_classifier", "state_dict_lws_model"}
+    state_dict, left_out = checkpoints.network(held)
+    same(torch.import_state_dict(state_dict, model), ours)
+    assert left_out == () and torch.implied(state_dict)["extra_block"]
+
+
 def test_the_block_of_places_keeps_its_own_names(mislas):
     block = {"module.conv1.weight": np.zeros((4, 4, 1, 1)), "module.bn1.bias": np.zeros(4)}
     found, _ = checkpoints.network({**mislas, "state_dict_block": block})
