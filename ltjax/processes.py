@@ -197,11 +197,14 @@ def _store() -> Any:
 def _relayed() -> Iterator[None]:
     """While JAX connects: give its client, instead of process 0, a relay to it inside this process.
 
-    JAX ends a process in a backtrace at the moment that its connection to process 0 breaks, and its own callback for
-    that (`missed_heartbeat_callback`) cannot be called from jax 0.10 to 0.12. The connection to the relay never breaks.
+    JAX ends a process in a backtrace at the moment that its connection to process 0 breaks, and with a callback of our
+    own (`missed_heartbeat_callback`, jax 0.10) in another one. The connection to the relay never breaks.
     """
     from jax._src import distributed
 
+    if not hasattr(getattr(distributed, "_jax", None), "get_distributed_runtime_client"):
+        yield  # a later JAX: better a backtrace than no run
+        return
     connect = distributed._jax.get_distributed_runtime_client
 
     def by_relay(address: str, process: int, *rest: Any, **settings: Any) -> Any:
@@ -246,28 +249,44 @@ def _serve(listener: socket.socket, there: tuple[str, int]) -> None:
         except OSError:
             near.close()  # the client tries again
             continue
-        left = threading.Event()  # the client itself has hung up
-        threading.Thread(target=_pass_on, args=(near, far, left.set), daemon=True).start()
-        threading.Thread(target=_pass_on, args=(far, near, lambda left=left: _broken(left)), daemon=True).start()
+        threading.Thread(target=_relay_one, args=(near, far), daemon=True).start()
 
 
-def _pass_on(source: socket.socket, sink: socket.socket, at_end: Callable[[], None]) -> None:
-    try:
-        while chunk := source.recv(1 << 16):
-            sink.sendall(chunk)
-    except OSError:
-        pass
-    at_end()
-    for end in (source, sink):
-        try:
-            end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is closed already
+def _relay_one(near: socket.socket, far: socket.socket) -> None:
+    left = threading.Event()  # the client itself has hung up
 
+    def send() -> None:
+        if _pass_on(near, far):
+            left.set()
+            _hang_up(far)
 
-def _broken(left: threading.Event) -> None:
-    if not (left.is_set() or _ended.is_set()):
+    threading.Thread(target=send, daemon=True).start()
+    # Where all processes end for one reason, such as a mistake in the config, this one is about to say so itself.
+    if _pass_on(far, near) and not left.is_set() and not _ended.wait(PULSE_SECONDS):
         leave_lost("process 0 is gone")
+    _hang_up(near)
+
+
+def _pass_on(source: socket.socket, sink: socket.socket) -> bool:
+    """Whether the source has come to its end, not the sink."""
+    while True:
+        try:
+            chunk = source.recv(1 << 16)
+        except OSError:
+            chunk = b""
+        if not chunk:
+            return True
+        try:
+            sink.sendall(chunk)
+        except OSError:
+            return False
+
+
+def _hang_up(end: socket.socket) -> None:
+    try:
+        end.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is closed already
 
 
 def _pulse(store: Any, process: int) -> str:
