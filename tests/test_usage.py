@@ -141,6 +141,14 @@ def test_a_file_that_is_no_config_is_told_which_are(program, capsys, name, messa
     assert sorted(Path(path).stem for path in have.strip().split(", ")) == sorted(FILES)
 
 
+def test_a_config_without_folder_and_ending_is_asked_about(program, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        program["parse_flags"](["run.py", "--config=quickstart"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: no config file quickstart; did you mean --config=configs/quickstart.py?\n"
+
+
 def test_a_mistake_beside_help_is_named(program, capsys):
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](["run.py", f"--config={ROOT}/configs/cifar100_lt.py:help,metod=ce"])

@@ -243,7 +243,7 @@ def against_epsilon(key: str, title: str, curve: Sequence[Mapping[str, Any]], at
     parts = charts.y_axis(up, "accuracy under PGD-20, %", WIDTH - LABELS)
     parts += [line(across(255 * attacked_at), TOP + 8, across(255 * attacked_at), BOTTOM, "ideal")]
     ends = []
-    shown = [group for group in GROUPS if any(group in point["accuracy"] for point in curve)]
+    shown = [group for group in ("all", *GROUPS) if any(group in point["accuracy"] for point in curve)]
     for group in shown:
         found = [(across(255 * p["epsilon"]), up(100 * p["accuracy"][group])) for p in curve if group in p["accuracy"]]
         parts.append(path(found, f"series {group}"))
@@ -252,7 +252,7 @@ def against_epsilon(key: str, title: str, curve: Sequence[Mapping[str, Any]], at
             about = f"{group}, radius {255 * point['epsilon']:.3g}/255: {percent(point['accuracy'][group], spread)} %"
             parts.append(mark(x, y, group, about, size=3.5))
         ends.append((found[-1][1], group))
-    for y, group in apart(sorted(ends), 13, BOTTOM - 2):
+    for y, group in apart(sorted(ends), 13, BOTTOM - 10):
         parts.append(text(WIDTH - LABELS + 4, y + 4, group, "start", f"label {group}"))
     ticks = charts.round_ticks(0, 255 * last, 5)
     parts += charts.x_axis(across, BOTTOM, "radius, in 255ths; dashed: that of the other tests", ticks)
