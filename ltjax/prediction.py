@@ -43,10 +43,10 @@ STDOUT = ("-", f"-{LINES}")  # names that stand for standard output
 class Prediction(NamedTuple):
     """What the network says of one file: the most probable classes, most probable first, or why it could not look."""
 
-    file: str
-    classes: tuple[str, ...]
-    confidences: tuple[float, ...]  # calibrated where a temperature was fitted
-    error: str = ""
+    file: str  # as it was found, or given
+    classes: tuple[str, ...]  # names
+    confidences: tuple[float, ...]  # of these; calibrated where a temperature was fitted
+    error: str = ""  # then there are no classes
 
 
 def find(images: str) -> Iterator[str]:
