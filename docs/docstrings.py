@@ -1,7 +1,8 @@
 """Docstrings as Markdown: one-line sections such as `Source: ...`, which the code keeps together, become paragraphs; of
-a NamedTuple, the comments on its fields become a list of attributes."""
+a NamedTuple, the comments on its fields become a list of attributes, and lines `name: ...` one of parameters."""
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ class Sections(griffe.Extension):
         if obj.docstring:
             text = obj.docstring.value
             if isinstance(obj, griffe.Class) and "NamedTuple" in map(str, obj.bases):
-                text = with_fields(text, fields(obj))
+                comments = fields(obj)
+                rest, told = parted(text, comments)
+                told = {name: told.get(name) or comment or "as named" for name, comment in comments.items()}
+                text = f"{rest}\n\n{listed('Attributes', told)}"
+            elif isinstance(obj, griffe.Function) and "Args:" not in text:
+                rest, told = parted(text, [parameter.name for parameter in obj.parameters], "\f")
+                text = rest.replace("\f", f"\n{listed('Args', told)}\n", 1).replace("\f", "")
             spaced = SECTION.sub(r"\n\n\1:", text)
             obj.docstring.value = ONE_LINE.sub(r"**\1:** ", spaced)
 
@@ -37,13 +44,14 @@ def fields(made: griffe.Class) -> dict[str, str]:
     return found
 
 
-def with_fields(text: str, comments: dict[str, str]) -> str:
-    """A class's docstring with a section of attributes: `comments`, or what the docstring has as `field: ...`."""
-    named = "|".join(comments)
-    told = {
-        found[1]: " ".join(found[2].split())
-        for found in re.finditer(rf"^({named}): (.*(?:\n[ ]+.*)*)", text, re.MULTILINE)
-    }
-    rest = re.sub(rf"^(?:{named}): .*(?:\n[ ]+.*)*\n?", "", text, flags=re.MULTILINE).rstrip()
-    listed = [f"    {name}: {told.get(name) or comment or 'as named'}" for name, comment in comments.items()]
-    return "\n".join([rest, "", "Attributes:", *listed])
+def parted(text: str, names: Iterable[str], mark: str = "") -> tuple[str, dict[str, str]]:
+    """A docstring with `mark` in place of its lines `name: ...` and the rest of their paragraphs; and {name: ...}."""
+    any_name = "|".join(map(re.escape, names)) or "(?!)"
+    head = rf"(?:{any_name})(?:, (?:{any_name}))*"
+    end = rf"(?:{head}|Args|Returns|Raises|Warns|Source|Examples):"
+    lines = re.compile(rf"^({head}): (.*(?:\n(?!{end}).+)*)\n?", re.MULTILINE)
+    return lines.sub(mark, text).rstrip(" \n"), {name: " ".join(about.split()) for name, about in lines.findall(text)}
+
+
+def listed(section: str, told: Mapping[str, str]) -> str:
+    return "\n".join([f"{section}:", *(f"    {name}: {about}" for name, about in told.items())])
