@@ -90,9 +90,9 @@ def test_tab_leads_to_the_figures_first(shown):
 
 def test_accuracy_of_all_groups_and_ece_are_in_sight_on_a_phone(shown):
     path, tab = shown
-    tab.open(path, 390)
+    tab.open(path, 360)
     ece = "[...document.querySelectorAll('th')].find(cell => cell.textContent === 'ECE')"
-    assert 0 < tab.evaluate(f"{ece}.getBoundingClientRect().right") <= 390
+    assert 0 < tab.evaluate(f"{ece}.getBoundingClientRect().right") <= 360
 
 
 def test_long_names_of_rows_leave_the_figures_in_sight(shown, tmp_path):
