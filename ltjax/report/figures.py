@@ -95,7 +95,8 @@ def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> Figure:
             colour = "#009e73" if predicted == one.label else "#d55e00"
             axes.set_title(f"{class_names[predicted]}, {confidence:.0%}", color=colour, fontsize="small")
         row[0].set_ylabel(class_names[one.label], fontsize="small")
-        text = f"at most {largest:.4f}, enlarged" if largest else "stood: left as it is"
+        untouched = "stood: left as it is" if one.before[0] == one.label else "wrong anyway: left as it is"
+        text = f"at most {largest:.4f}, enlarged" if largest else untouched
         row[1].set_title(text, fontsize="small")
     about = "image with its prediction; what the attack adds; both, with their prediction\nat the left the true class"
     figure.supxlabel(about, fontsize="small")
