@@ -47,13 +47,13 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack", "report", "predict"], "What to do.")
 OF_A_RUN = ("predict", "report")  # modes that need no --config where the workdir holds a run
 _IMAGES = flags.DEFINE_string("images", "", "Of --mode=predict: a folder, or a quoted pattern such as 'photos/*.jpg'.")
-_OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl, or - for CSV on standard output.")
+_OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl; on standard output, - or -.jsonl.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "Of --mode=predict: classes of each image.")
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
 _DRY_RUN = flags.DEFINE_boolean(
     "dry_run", False, "Print stages, parameter groups, schedules, class counts and memory; train and write nothing."
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data sets; default: $TFDS_DATA_DIR.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Of several processes: HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway)."
 )
@@ -109,6 +109,9 @@ def check_overrides(arguments: list[str]) -> None:
     if not path:
         return
     file = runpy.run_path(path) if Path(path).is_file() else {}
+    meant = Path("configs") / f"{Path(path).stem}.py"
+    if not file and meant.is_file():
+        raise ValueError(f"no config file {path}; did you mean --config={meant}?")
     if "get_config" not in file:
         python = sorted(Path(path).parent.glob("*.py"))
         have = ", ".join(

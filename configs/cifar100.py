@@ -16,8 +16,8 @@ Clean / AutoAttack in %, l-inf 0.031 (with AWP 8/255):
   LBGAT, beta 6, WRN-34-10, paper         60.64 / 29.33    WRN-34-20   62.55 / 30.20    with AWP   62.99 / 31.20
   any method at full length, ours         not yet run
 
-Clean / AutoAttack on the first 500 test images in %, budget=short, l-inf 0.031, last epoch, seed 0, two CPU cores,
-trained at commit 5f6fcdc, attacked at ccae3c4 with --mode=attack --config.attack.num_images=500:
+Clean / AutoAttack on the first 500 test images in %, budget=short (WRN-10-1, 2 epochs), l-inf 0.031, last epoch,
+seed 0, two CPU cores, trained at commit 5f6fcdc, attacked at ccae3c4 with --mode=attack --config.attack.num_images=500:
   pgd_at   8.2 / 2.0    trades   14.5 / 4.0    lbgat, beta 0   9.1 / 0.8    lbgat, beta 6   6.8 / 1.0
 """
 

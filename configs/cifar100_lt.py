@@ -17,7 +17,8 @@ Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   ResLT, paper            48.2          52.7          62.0
   any method, ours        not yet run
 
-Top-1 / few-shot classes / ECE of the last epoch in %, imbalance 100, budget=short, seed 0, two CPU cores:
+Top-1 / few-shot classes / ECE of the last epoch in %, imbalance 100, budget=short (12 epochs and a few), seed 0, two
+CPU cores:
   ce                21.1 / 0.1 / 20.2    commit dcabd12
   balanced_softmax  24.0 / 8.8 / 1.9            1ccdba6
   mislas            19.2 / 13.6 / 5.0           774415b

@@ -137,8 +137,7 @@ def checked(arg: str | None, allowed: dict, *, long_tailed: bool) -> tuple[Confi
     arguments = read_arguments(arg, allowed)
     if arguments.recipe and "method=" in (arg or ""):
         raise ValueError(f"config arguments method={arguments.method} and recipe={arguments.recipe}: give one of them")
-    if arguments.holdout != int(arguments.holdout):
-        raise ValueError(f"config argument holdout={arguments.holdout}: a whole number of images of each class")
+    whole(arguments.holdout)
     chosen = recipes.parse_recipe(arguments.recipe) if arguments.recipe else recipes.METHODS[arguments.method]
     if not chosen.robust and (given := [key for key in ROBUST_ARGUMENTS if f"{key}=" in (arg or "")]):
         raise ValueError(
@@ -152,6 +151,27 @@ def checked(arg: str | None, allowed: dict, *, long_tailed: bool) -> tuple[Confi
     if not long_tailed and (tailed := LONG_TAILED & set(chosen.blocks)):
         raise ValueError(f"config argument 'recipe={arguments.recipe}': {min(tailed)} is for long-tailed data")
     return arguments, chosen
+
+
+def attack(epsilon: str) -> dict:
+    """How `--mode=attack` judges a run."""
+    return dict(
+        epsilon=epsilon,
+        norm="linf",
+        num_images=0,
+        tests=("pgd-20", "cw-20", "autoattack"),
+        step_size="2/255",
+        radii=(0.25, 0.5, 2.0, 4.0),  # of the curve in the report; (): none
+        batch_size=500,
+        seed=0,
+    )
+
+
+def whole(holdout: float) -> int:
+    """The argument `holdout`. Raises: ValueError for a fraction."""
+    if holdout != int(holdout):
+        raise ValueError(f"config argument holdout={holdout}: a whole number of images of each class")
+    return int(holdout)
 
 
 def held_out(arguments: ConfigDict, chosen: recipes.Recipe) -> int:
@@ -188,16 +208,7 @@ def add_stages(
     config.checkpoint_seconds = 300.0
     config.weights = ""  # to begin with, see `python -m ltjax.interop.torch --help`
     config.weights_parts = ()
-    config.attack = dict(
-        epsilon=arguments.epsilon,
-        norm="linf",
-        num_images=0,
-        tests=("pgd-20", "cw-20", "autoattack"),
-        step_size="2/255",
-        radii=(0.25, 0.5, 2.0, 4.0),  # of the curve in the report; (): none
-        batch_size=500,
-        seed=0,
-    )
+    config.attack = attack(arguments.epsilon)
     head, tail, *_ = smoothing
     label_loss = dict(name=arguments.loss, **(dict(head=head, tail=tail) if "smoothing" in arguments.loss else {}))
     parts = ("branches",) if config.model.branches else ()

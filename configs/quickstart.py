@@ -1,6 +1,7 @@
 """The whole of MiSLAS in under three minutes on two CPU cores, on images that come with the project.
 
     python run.py --config=configs/quickstart.py
+    python run.py --config=configs/quickstart.py:holdout=5 --calibrate    # 5 images of each class kept out of training
 
 Fashion-MNIST made long-tailed: 1,000 down to 10 training images a class, 1,000 balanced test images. Plain
 cross-entropy first, then both stages of MiSLAS, and a table that compares them.
@@ -15,15 +16,15 @@ from configs import common, recipes
 
 
 def get_config(arg=None):
-    common.read_arguments(arg, {})
+    holdout = common.whole(common.read_arguments(arg, {"holdout": 0.0}).holdout)
     config = ConfigDict()
-    config.name = "quickstart"
+    config.name = f"quickstart-holdout{holdout}" if holdout else "quickstart"
     config.data = dict(
         name="fashion_mnist_lt",
         imbalance=100.0,
         profile="exp",
         max_count=1000,
-        holdout=0,
+        holdout=holdout,
         seed=0,
         groups="counts",
         many_above=300,  # of 10 classes: 3 many, 3 medium, 4 few
@@ -33,6 +34,8 @@ def get_config(arg=None):
     config.model = dict(
         name="resnet_cifar", depth=8, width=8, mean=(0.286,), std=(0.353,), logit_scale=True, dtype="float32"
     )
+    if holdout:  # the images are as long-tailed as that: all others stay
+        config.data.update(imbalance=1.0, profile="natural", max_count=0)
     config.batch_size = 64
     config.seed = 0
     config.replicas = 1
@@ -44,6 +47,7 @@ def get_config(arg=None):
     config.weights = ""  # a folder of imported weights to start from, or to judge
     config.weights_parts = ()  # what to take of it; (): all
     config.checkpoint_seconds = 300.0
+    config.attack = common.attack("0.031")
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=5e-4)
 
     setting = recipes.Setting(

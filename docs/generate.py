@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 LONG_TAILED = ("cifar100_lt", "cifar10_lt", "imagenet_lt", "inat18", "places_lt", "image_folder")
 BALANCED = ("cifar100", "cifar10", "tiny_imagenet")
 NOT_RUN = "not yet run"
+SHORT = "budget=short"
 TITLES = {
     "cifar100_lt": "CIFAR-100-LT",
     "cifar10_lt": "CIFAR-10-LT",
@@ -185,13 +186,16 @@ def ours(name: str, method: str) -> list[str]:
 
 
 def ours_short(name: str, method: str) -> list[str]:
-    """The same with budget=short, and the commit where the line has one."""
+    """The same with budget=short, each figure named, and the commit where the line has one."""
     found = []
     for heading, lines in sections(name):
-        if "budget=short" in heading:
+        if SHORT in heading:
+            named = re.split(r" (?:of|on|in) ", heading)[0].split(" / ")  # Top-1 / ECE of the last epoch in %, ...
             pattern = rf"\b{method}(, \w+ \d+)?\s+(\d+\.\d+(?: / \d+\.\d+)+)(?:\s+(?:commit )?([0-9a-f]{{7}}))?"
             for variant, values, commit in re.findall(pattern, "\n".join(lines)):
-                found.append(values + (f" ({variant[2:]})" if variant else "") + (f", {commit}" if commit else ""))
+                pairs = zip(named, values.split(" / "), strict=True)
+                told = ", ".join(f"{what} {value}" for what, value in pairs)
+                found.append(told + (f" ({variant[2:]})" if variant else "") + (f", {commit}" if commit else ""))
     return found
 
 
@@ -215,33 +219,40 @@ def headings(name: str) -> list[str]:
     return [heading for heading, _ in sections(name)]
 
 
+def abouts(name: str) -> list[tuple[bool, str]]:
+    """What the columns of a table of figures hold: (of budget=short, or of the papers and full length; what)."""
+    return [(SHORT in one, re.sub(rf"{SHORT} \((.*?)\)", r"\1", one)) for one in headings(name)]
+
+
 def reproduction(name: str) -> str:
-    """Every method on a data set: the paper's figure, ours, and the command."""
+    """Every method on a data set: the paper's figure, ours, and the argument that makes it."""
     methods = tuple(recipes.METHODS) if name in LONG_TAILED else ("lbgat", *common.BALANCED)
-    lines = [f"{heading}.\n" for heading in headings(name)] or ["No figures yet.\n"]
-    lines.append("| method | published | ours, full length | ours, budget=short | to make it |")
+    columns = {False: "Published, and ours at full length", True: f"Ours with `{SHORT}`"}
+    lines = [f"{columns[short]}: {about}.\n" for short, about in abouts(name)] or ["No figures yet.\n"]
+    lines += [f"    {command(f'{name}:method={methods[0]}')}\n", "makes the first row, and so on:\n"]
+    lines.append("| method | published | ours, full length | ours, budget=short | argument |")
     lines.append("|---|---|---|---|---|")
     for method in methods:
         cells = (published(name, method), ours(name, method), ours_short(name, method))
         values = ["<br>".join(cell) or "-" for cell in cells]
-        made = command(f"{name}:method={method}")
-        lines.append(f"| {recipes.METHODS[method].title} | {' | '.join(values)} | `{made}` |")
+        lines.append(f"| {recipes.METHODS[method].title} | {' | '.join(values)} | `method={method}` |")
     return "\n".join(lines)
 
 
 def figures(method: str) -> str:
     """A method's figures on every data set that has any."""
     lines = ["| data set | published | ours, full length | ours, budget=short |", "|---|---|---|---|"]
+    notes = []
     for name in (*LONG_TAILED, *BALANCED):
         cells = (published(name, method), ours(name, method), ours_short(name, method))
         if cells[0] or cells[2] or cells[1] != [NOT_RUN]:
-            about = headings(name)[0].partition(", full length")[0]
-            lines.append(
-                f"| {TITLES[name]}: {about} | " + " | ".join("<br>".join(cell) or "-" for cell in cells) + " |"
-            )
+            about = dict(abouts(name))
+            long = f": {about[False].partition(', full length')[0]}" if cells[0] or cells[1] != [NOT_RUN] else ""
+            lines.append(f"| {TITLES[name]}{long} | {' | '.join('<br>'.join(cell) or '-' for cell in cells)} |")
+            notes += [f"`{SHORT}` on {TITLES[name]}: {about[True]}."] if cells[2] else []
     if len(lines) == 2:
         return "Published on these data sets with these networks: none that we know of. Ours: not yet run."
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)])
 
 
 def docstring(name: str) -> str:

@@ -10,6 +10,7 @@ Figures are those of the last epoch, as each run's results.json has them: mean Â
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -47,6 +48,7 @@ COLUMN_NOTES = {
     "legacy best": LEGACY_BEST,
 }
 MOST_DIFFERENCES = 3
+NOT_COMPARABLE = "warning: not comparable"
 
 
 class Stage(NamedTuple):
@@ -283,12 +285,25 @@ def row_names(groups: Sequence[Sequence[Run]]) -> list[str]:
         name, first = run.name, firsts.setdefault(run.name, run)
         if run is not first:
             known = first.settings is not None and run.settings is not None
-            changed = config_module.differences(first.settings or {}, run.settings or {}) if known else []
+            changed = _telling(first.settings or {}, run.settings or {}) if known else []
             more = [f"and {len(changed) - MOST_DIFFERENCES} more"] if len(changed) > MOST_DIFFERENCES else []
             shown = [line.replace(": ", " ", 1) for line in changed[:MOST_DIFFERENCES]]
             name = f"{name} ({', '.join(shown + more) or run.path})"
         names.append(name if name not in names else f"{name} ({run.path})")
     return names
+
+
+def _telling(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs, as `ltjax.config.differences` has it: what is trained, on which data, which network, the rest.
+
+    What one side alone has in a stage, such as settings of another method, follows from the rest and is left out.
+    """
+    stages = {*old.get("stages", ()), *new.get("stages", ())}
+    found = config_module.differences(old, new)
+    both = [line for line in found if "(absent)" not in line or re.split(r"[.:]", line)[0] not in stages]
+    first = ("stages", "data", "model")
+    place = {key: number for number, key in enumerate(first)}
+    return sorted(both or found, key=lambda line: place.get(re.split(r"[.:]", line)[0], len(first)))
 
 
 def owners_of_seeds(runs: Iterable[Run]) -> tuple[dict[int, Run], list[str]]:
@@ -349,24 +364,24 @@ def not_comparable(groups: Mapping[str, Sequence[Run]]) -> list[str]:
             parts = tuple(tuple(dict.fromkeys(labels)) for labels in sides.values())
             parted.setdefault(parts, []).append(fact)
     return [
-        f"warning: not comparable, different {', '.join(different)}: {' | '.join(', '.join(part) for part in parts)}"
+        f"{NOT_COMPARABLE}, different {', '.join(different)}: {' | '.join(', '.join(part) for part in parts)}"
         for parts, different in parted.items()
     ]
 
 
-def cells(rows: Sequence[Row], *, legacy_best: bool = False) -> list[list[Cell]]:
+def cells(rows: Sequence[Row], *, legacy_best: bool = False, comparable: bool = True) -> list[list[Cell]]:
     """The table as text, its header first: figures in %, "-" where one is missing, the best of each column marked.
 
-    legacy_best: a column of the best epoch as picked on the test set.
+    legacy_best: a column of the best epoch as picked on the test set. comparable: without that, nothing is marked.
     """
     keys = [*GROUPS, "ece"]
     keys += [key for key in ("ncm", *ATTACKED) if any(key in row.figures for row in rows)] + ["best"] * legacy_best
-    best = {key: _best(key, [row.figures[key].mean for row in rows if key in row.figures]) for key in keys}
+    best = {key: _best(key, [row.figures[key].mean for row in rows if key in row.figures]) for key in keys * comparable}
     table = [[Cell(title) for title in ("last epoch, %", *(FIGURES[key] for key in keys), "time", "seeds")]]
     for row in rows:
         figures = [row.figures.get(key) for key in keys]
         shown = [
-            Cell("-") if figure is None else Cell(percent(*figure), _rounded(figure.mean) == best[key])
+            Cell("-") if figure is None else Cell(percent(*figure), _rounded(figure.mean) == best.get(key))
             for key, figure in zip(keys, figures, strict=True)
         ]
         table.append([Cell(row.name), *shown, Cell(_clock(row.seconds)), Cell(str(len(row.seeds)))])
@@ -461,12 +476,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         made, notes = compare(args.runs, stages=args.stages)
-        table = cells(made, legacy_best=args.best)
+        comparable = not any(note.startswith(NOT_COMPARABLE) for note in notes)
+        table = cells(made, legacy_best=args.best, comparable=comparable)
         if args.html:
             from ltjax.report import compared  # what draws is for those who want it
 
             command = shlex.join(["python", "-m", "ltjax.compare", *(sys.argv[1:] if argv is None else argv)])
-            header, *body = cells(made, legacy_best=True)
+            header, *body = cells(made, legacy_best=True, comparable=comparable)
             about = [COLUMN_NOTES[cell.text] for cell in header if cell.text in COLUMN_NOTES]
             compared.write(Path(args.html), [cell.text for cell in header], body, made, [*about, *notes], command)
             print(f"The page is in {args.html}", file=sys.stderr)
@@ -475,10 +491,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for note in notes:
         print(note, file=sys.stderr)
-    if args.format == "plain":
-        _print_plain(table)
-    else:
-        print({"markdown": markdown, "latex": latex}[args.format](table), end="")
+    try:
+        if args.format == "plain":
+            _print_plain(table)
+        else:
+            print({"markdown": markdown, "latex": latex}[args.format](table), end="")
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # `| head` has seen enough; rich would exit with 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing fails at exit
     return 0
 
 
@@ -487,7 +507,8 @@ def _print_plain(table: Sequence[Sequence[Cell]]) -> None:
     if not console.is_terminal:
         console = Console(width=10_000)  # a file has no edge to wrap at
     console.print(plain(table))
-    bold = ["Bold: best of the column."] if console.is_terminal else []
+    marked = console.is_terminal and any(cell.best for row in table for cell in row)
+    bold = ["Bold: best of the column."] * marked
     about = [COLUMN_NOTES[header.text] for header in table[0] if header.text in COLUMN_NOTES]
     for line in (" ".join([NOTES, *bold]), *about):
         console.print(line, style="dim", highlight=False)

@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 
 
 class Calibration(NamedTuple):
+    """How far confidence and accuracy are apart, in bins of confidence."""
+
     ece: jax.Array  # expected calibration error, in [0, 1]
     mce: jax.Array  # largest |accuracy - confidence| of a bin
     accuracies: jax.Array  # [bins], 0 where a bin is empty

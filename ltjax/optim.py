@@ -34,6 +34,11 @@ def schedule_table(
       warmup: share of the epochs over which the factor rises linearly to 1, whole epochs: `(e + 1) / warm-up epochs`.
       warmup_start: where above 0, the factor of the first epoch, and the rise is `start + (1 - start) e / warm-up
         epochs` (ResLT, from 1/3 on).
+    Raises: UserError for an unknown kind, shares outside [0, 1] and a negative number of epochs.
+
+    Examples:
+      >>> optim.schedule_table(5, kind="step", warmup=0.4, decay_at=(0.8,))
+      array([0.5, 1. , 1. , 1. , 0.1])
     """
     if kind not in SCHEDULES:
         raise UserError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}")

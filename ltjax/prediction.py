@@ -37,15 +37,16 @@ from ltjax.workdir import check_same_config, named_disk_errors
 
 AHEAD = 2  # batches that are being decoded while one is waited for
 TABLE, LINES = ".csv", ".jsonl"
+STDOUT = ("-", f"-{LINES}")  # names that stand for standard output
 
 
 class Prediction(NamedTuple):
     """What the network says of one file: the most probable classes, most probable first, or why it could not look."""
 
-    file: str
-    classes: tuple[str, ...]
-    confidences: tuple[float, ...]  # calibrated where a temperature was fitted
-    error: str = ""
+    file: str  # as it was found, or given
+    classes: tuple[str, ...]  # names
+    confidences: tuple[float, ...]  # of these; calibrated where a temperature was fitted
+    error: str = ""  # then there are no classes
 
 
 def find(images: str) -> Iterator[str]:
@@ -250,14 +251,16 @@ def kind_of(out: str) -> str:
     """`TABLE` or `LINES`. Raises: UserError for a name that says neither."""
     suffix = TABLE if out == "-" else Path(out).suffix.lower()
     if suffix not in (TABLE, LINES):
-        raise UserError(f"--out={out}: FILE{TABLE}, FILE{LINES} (JSON lines), or - for {TABLE[1:]} to standard output")
+        raise UserError(
+            f"--out={out}: FILE{TABLE}, FILE{LINES} (JSON lines), or - ({TABLE[1:]}) or -{LINES} to standard output"
+        )
     return suffix
 
 
 @contextlib.contextmanager
 def _opened(out: str) -> Iterator[Any]:
     """To write to, without a buffer. A reader of standard output may leave when it has seen enough."""
-    if out != "-":
+    if out not in STDOUT:
         with named_disk_errors(Path(out).parent):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             with open(out, "wb", buffering=0) as file:
@@ -288,7 +291,7 @@ def predict_workdir(
 
     Args:
       config: that of the run, for checking; None: whatever the workdir holds. images: see `find`.
-      out: FILE.csv, FILE.jsonl, or "-" for CSV on standard output. top_k: classes of each image.
+      out: FILE.csv, FILE.jsonl, or to standard output "-" for CSV, "-.jsonl". top_k: classes of each image.
     Returns: {"images", "unreadable"}: how many.
     Raises: UserError for anything the caller can mend, and where no file could be read.
     """
@@ -321,7 +324,7 @@ def predict_workdir(
             if stop.requested is not None:
                 _say(f"Stopped after {total:,} images; the same command begins anew.", bar.console)
                 raise SystemExit(128 + stop.requested)
-    where = "" if out == "-" else f"; written to {out}"
+    where = "" if out in STDOUT else f"; written to {out}"
     _say(f"{total:,} images, {unreadable:,} of them unreadable, {time.monotonic() - began:.1f} s{where}")
     if unreadable == total:
         raise UserError(f"none of the {total:,} files of --images={images} could be read")

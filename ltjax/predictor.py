@@ -1,11 +1,13 @@
-"""A trained network as a function of images. Needs no data set.
+"""A trained network as a function of images.
 
-import ltjax
+Needs no data set, and nothing of the run but its folder:
 
-model = ltjax.load("runs/quickstart-seed0")
-probabilities = model(images)  # uint8, or floats in [0, 1]: [N, H, W, channels] -> float32 [N, C]
-for found in model.predict("photos/"):
-    print(found.file, found.classes[0], found.confidences[0])
+    import ltjax
+
+    model = ltjax.load("runs/quickstart-seed0")
+    probabilities = model(images)  # [N, H, W, channels] -> [N, C]
+    for found in model.predict("photos/"):
+        print(found.file, found.classes[0], found.confidences[0])
 """
 
 import hashlib
@@ -45,10 +47,26 @@ NAMED_IN = (
 class Model:
     """A network with its weights, compiled at its first call; batches are split over this machine's devices.
 
-    class_names: C names. image_size: side in pixels of the images it was trained on, None where nobody noted it.
-    channels: of the images, 1 or 3. temperature: what logits are divided by on their way to probabilities. about: which
-    checkpoint this is, in words. network: the network alone, images [B, H, W, channels] in [0, 1] -> logits [B, C], a
-    pytree for `jit`, `grad` and `ltjax.attacks`.
+    Attributes:
+      class_names: C names.
+      image_size: side in pixels of the images it was trained on, None where nobody noted it.
+      channels: of the images, 1 or 3.
+      temperature: what logits are divided by on their way to probabilities.
+      about: which checkpoint this is, in words.
+      network: the network alone, images [B, H, W, channels] in [0, 1] -> logits [B, C], a pytree for `jit`, `grad` and
+        `ltjax.attacks`.
+
+    Examples:
+      >>> network = dict(name="resnet_cifar", depth=8, width=2)
+      >>> net = models.create(num_classes=3, **network)
+      >>> made = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))  # a run would have trained it
+      >>> variables = Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {})
+      >>> model = predictor.Model(Weights(variables, network, 3), class_names=("a", "b", "c"))
+      >>> model
+      <ltjax model: weights, 3 classes>
+      >>> probabilities = model(np.zeros((2, 8, 8, 1), np.uint8))
+      >>> probabilities.shape, probabilities.sum(1).round(3)
+      ((2, 3), array([1., 1.], dtype=float32))
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ def command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
+def in_words(ranges: Mapping[str, Sequence[int]]) -> str:
+    """{group: (fewest, most training images of a class)} -> "many 359 to 1,000, medium 77 to 215, few 10"."""
+    return ", ".join(f"{group} {low:,}" + f" to {high:,}" * (low < high) for group, (low, high) in ranges.items())
+
+
 def print_table(results: dict[str, Any], console: Console) -> None:
     """One row a stage: accuracy overall and by group, ECE, in %, at the stage's last epoch."""
     console.print(table(results))
@@ -61,7 +67,11 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 def table(results: dict[str, Any]) -> Table:
     counts = results["group_sizes"]
     seeds = f", mean ± std of {len(results['seeds'])} seeds" if "seeds" in results else ""
-    made = Table(title=f"{results['name']}: test accuracy and calibration, last epoch (%){seeds}")
+    ranges = results.get("group_counts", {})
+    made = Table(
+        title=f"{results['name']}: test accuracy and calibration, last epoch (%){seeds}",
+        caption=f"Training images a class: {in_words(ranges)}." if ranges else None,
+    )
     nearest = any("nearest_mean" in stage for stage in results["stages"].values())
     made.add_column("")
     for group in GROUPS:
@@ -127,7 +137,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
             }
     final = list(summaries)[-1]
     classes = problem.class_names
-    groups = {name: int(member.sum()) for name, member in problem.groups.items() if member.any()}
+    groups = {name: problem.split.class_counts[member] for name, member in problem.groups.items() if member.any()}
     return {
         "name": run.name,
         "final_stage": final,
@@ -138,7 +148,8 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
         **({"seeds": [run.seed + r for r in range(run.replicas)]} if run.replicas > 1 else {}),
         "class_names": list(classes),
         "class_counts": problem.split.class_counts.tolist(),
-        "group_sizes": {"all": len(classes), **groups},
+        "group_sizes": {"all": len(classes), **{name: len(counts) for name, counts in groups.items()}},
+        "group_counts": {name: [int(counts.min()), int(counts.max())] for name, counts in groups.items()},
         **provenance(problem, commit),
     }
 

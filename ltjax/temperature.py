@@ -30,8 +30,9 @@ def check(config: Mapping[str, Any]) -> config_module.Run:
         raise UserError("--calibrate works in one process, with all of its devices: start it on one machine")
     if not run.data.holdout:
         raise UserError(
-            "config.data.holdout = 0: a temperature is fitted on images that training did not see; train with "
-            "--config.data.holdout=10 (images of each class) and another --workdir"
+            "config.data.holdout = 0: a temperature is fitted on images that training did not see; train with the "
+            "config's argument holdout=5 (--config=FILE:holdout=5: images of each class, fewer than the rarest class "
+            "has) and another --workdir"
         )
     return run
 

@@ -61,7 +61,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
 
     Args:
       config: nested dicts, see `ltjax.config`. workdir: made if need be. data_dir: prepared data sets, instead of
-        TFDS_DATA_DIR.
+        TFDS_DATA_DIR, else ~/tensorflow_datasets.
     Returns: what `results.json` holds.
     Raises: UserError for anything the caller can mend; Interrupted after Ctrl-C or SIGTERM, once all is saved.
     """

@@ -38,9 +38,9 @@ class Variables(NamedTuple):
     holds what a method's `init` adds.
     """
 
-    params: dict[str, Any]
-    stats: dict[str, Any]
-    arrays: dict[str, Any]
+    params: dict[str, Any]  # trained
+    stats: dict[str, Any]  # of batch norm
+    arrays: dict[str, Any]  # the method's own, not trained
 
 
 class Batch(NamedTuple):

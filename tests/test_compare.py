@@ -140,8 +140,16 @@ def test_rows_of_one_name_say_what_differs_from_the_first(tmp_path):
     assert [row.name for row in compare.rows(paths)] == [
         "ce",
         "ce (train.lr 0.1 -> 0.05)",
-        "ce (batch_size 128 -> 64, epochs 0 -> 2, model.name 'resnet_cifar' -> 'resnet', and 1 more)",
+        "ce (model.name 'resnet_cifar' -> 'resnet', batch_size 128 -> 64, epochs 0 -> 2, and 1 more)",
     ]
+
+
+def test_what_a_stage_has_on_one_side_alone_is_no_difference_to_tell(tmp_path):
+    other = config(name="ce", stages=("train", "head"))
+    other["train"] = {**other["train"], "lr": 0.2, "augment": {"cutout": 4}}
+    stages = {"train": stage(0.3), "head": stage(0.5)}
+    paths = [single(tmp_path / "a"), write(tmp_path / "b", results(stages), other)]
+    assert compare.rows(paths)[1].name == "ce (stages ['train'] -> ['train', 'head'], train.lr 0.1 -> 0.2)"
 
 
 def test_rows_stay_in_the_order_given(tmp_path):
@@ -251,6 +259,11 @@ def test_a_single_row_has_no_best():
     assert best_of([0.5]) == [False]
 
 
+def test_rows_that_are_not_comparable_have_no_best():
+    cells = compare.cells(ROWS, comparable=False)
+    assert not any(cell.best for row in cells for cell in row)
+
+
 def test_columns_of_ncm_and_the_legacy_best_come_on_demand(tmp_path):
     with_ncm = stage(0.5, nearest_mean={"accuracy": {"all": 0.4321}})
     paths = [write(tmp_path / "a", results({"train": with_ncm}, name="a"), config(name="a")), single(tmp_path / "b")]
@@ -317,8 +330,19 @@ def test_a_piped_table_is_whole_and_says_which_epoch(tmp_path, capsys):
 def test_a_table_to_paste_is_alone_on_stdout(tmp_path, capsys, format):
     paths = [single(tmp_path / "a", name="a"), single(tmp_path / "b", name="b", sha256="6b")]
     code, out, err = run_main(capsys, *paths, f"--format={format}")
-    assert code == 0 and out == getattr(compare, format)(compare.cells(compare.rows(paths)))
+    assert code == 0 and out == getattr(compare, format)(compare.cells(compare.rows(paths), comparable=False))
     assert err == "warning: not comparable, different training images: a | b\n"
+
+
+@pytest.mark.parametrize("format", ["plain", "markdown"])
+def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path, format):
+    run = single(tmp_path / "run")
+    command = [sys.executable, "-m", "ltjax.compare", str(run), f"--format={format}"]
+    read, written = os.pipe()
+    os.close(read)  # as after `| head -0`
+    ran = subprocess.run(command, cwd=ROOT, stdout=written, stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_an_unfinished_run_is_refused(tmp_path, capsys):

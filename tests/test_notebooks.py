@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -86,6 +88,16 @@ def test_own_images_are_trained_on_calibrated_and_predicted(tmp_path):
 def test_a_notebook_is_stored_without_outputs(name):
     cells = [cell for cell in read(name).cells if cell.cell_type == "code"]
     assert cells and not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+def test_after_a_restart_the_configs_are_still_found(tmp_path):
+    (tmp_path / "ltjax-clone").mkdir()
+    for name in ("ltjax", "configs"):
+        (tmp_path / "ltjax-clone" / name).symlink_to(ROOT / name)
+    first = next(cell.source for cell in read("quickstart").cells if cell.cell_type == "code")
+    code = first + "\nprint(importlib.util.find_spec('configs').submodule_search_locations[0])"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stdout.strip() == str(tmp_path / "ltjax-clone" / "configs"), ran.stderr
 
 
 def test_all_notebooks_install_in_the_same_way():

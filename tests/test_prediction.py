@@ -304,6 +304,12 @@ def test_the_program_writes_lines_names_what_it_could_not_read_and_goes_on(train
     assert f"unreadable: {tmp_path}/3.png: empty" in ran.stderr and "3 images, 1 of them unreadable" in ran.stderr
 
 
+def test_lines_go_to_standard_output_as_well(trained, capfd):
+    _, workdir, files = trained
+    prediction.predict_workdir(None, workdir, images=str(files / "1.png"), out="-.jsonl", top_k=2)
+    assert len(json.loads(capfd.readouterr().out)["classes"]) == 2
+
+
 def test_no_temperature_is_fitted_before_the_images_are_found(trained, tmp_path):
     _, workdir, _ = trained
     ran = predict(workdir, "--calibrate", f"--images={tmp_path}/*.png", f"--out={tmp_path}/o.csv")

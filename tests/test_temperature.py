@@ -89,7 +89,7 @@ def test_each_replica_has_its_own(workdir, capsys):
 
 
 def test_without_a_holdout_it_says_how_to_get_one(workdir):
-    with pytest.raises(UserError, match=r"config\.data\.holdout = 0: .*train with --config\.data\.holdout=10"):
+    with pytest.raises(UserError, match=r"config\.data\.holdout = 0: .*--config=FILE:holdout=5"):
         temperature.calibrate_workdir(*workdir(1.0, **{"data.holdout": 0}))
 
 

@@ -141,6 +141,14 @@ def test_a_file_that_is_no_config_is_told_which_are(program, capsys, name, messa
     assert sorted(Path(path).stem for path in have.strip().split(", ")) == sorted(FILES)
 
 
+def test_a_config_without_folder_and_ending_is_asked_about(program, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        program["parse_flags"](["run.py", "--config=quickstart"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: no config file quickstart; did you mean --config=configs/quickstart.py?\n"
+
+
 def test_a_mistake_beside_help_is_named(program, capsys):
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](["run.py", f"--config={ROOT}/configs/cifar100_lt.py:help,metod=ce"])
@@ -172,7 +180,7 @@ def test_every_setting_worth_knowing_is_one_of_some_config():
 
 
 def test_a_config_without_arguments_says_so():
-    assert "No arguments." in page_of("quickstart")
+    assert "\nNo arguments.\n" in usage.config_page("configs/own.py", "Heading", {}, read("quickstart").to_dict())
 
 
 def test_a_value_for_an_argument_that_takes_none_is_refused():

@@ -115,6 +115,15 @@ def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
 
     It maps images float32 [b, H, W, channels] in [0, 1] to logits [b, num_classes], in the order of our classes, for
     any b, on cpu, cuda and tpu, in this version of JAX or a newer one. image_size: H and W.
+
+    Examples:
+      >>> from jax.export import deserialize
+      >>> network = dict(name="resnet_cifar", depth=8, width=2)
+      >>> made = models.create(num_classes=3, **network).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> weights = Weights(Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {}), network, 3)
+      >>> file = export.stablehlo(weights, (8, 8))
+      >>> deserialize(bytearray(file)).call(jnp.zeros((2, 8, 8, 3))).shape
+      (2, 3)
     """
     from jax import export
 

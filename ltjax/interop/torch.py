@@ -56,6 +56,15 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
     Returns: Variables with `params["net"]` and `stats["net"]`, float32, but float64 where both the state_dict and
       JAX_ENABLE_X64 say so. A `logit_scale` the state_dict does not have is 1.
     Raises: UserError naming every key that has no place or another shape, and every weight that no key gives.
+
+    Examples:
+      >>> net = models.create("resnet_cifar", 3, depth=8, width=2)
+      >>> made = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> ours = Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {})
+      >>> state_dict = torch.export_state_dict(ours, net)  # or, of PyTorch: {key: value.numpy(), ...}
+      >>> variables = torch.import_state_dict(state_dict, net)
+      >>> variables.params["net"]["backbone"]["conv"]["kernel"].shape
+      (3, 3, 3, 2)
     """
     return place(state_dict, model).variables
 
@@ -118,6 +127,14 @@ def export_state_dict(variables: Variables, model: nn.Module, *, net: str = "net
 
     Args:
       variables: of one replica. model: what they belong to. net: which of the networks in `variables`.
+
+    Examples:
+      >>> net = models.create("resnet_cifar", 3, depth=8, width=2)
+      >>> made = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> variables = Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {})
+      >>> state_dict = torch.export_state_dict(variables, net)
+      >>> state_dict["conv1.weight"].shape, state_dict["linear.weight"].shape
+      ((2, 3, 3, 3), (3, 8))
     """
     flat = {**flatten(variables.params[net]), **flatten(variables.stats[net])}
     parts, state_dict = {path.split("/")[0] for path in flat}, {}

@@ -53,6 +53,13 @@ def create(
         which needs JAX_ENABLE_X64=1: statistics and logits are computed in float64, and parameters begin as float32.
       platform: "cpu", "gpu" or "tpu", whose convolution to build; None: that of JAX's own devices.
     Raises: UserError for an unknown name or setting, and for float64 where JAX has it switched off.
+
+    Examples:
+      >>> net = models.create("resnet_cifar", 10, depth=8, width=4, logit_scale=True)
+      >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+      >>> found = net.apply(variables, jnp.zeros((2, 16, 16, 3)), False)  # False: evaluation
+      >>> found.logits.shape, found.features.shape
+      ((2, 10), (2, 16))
     """
     registry.choose("classifier", {name: None for name in CLASSIFIERS}, classifier)
     if len(mean) != len(std) or not all(s > 0 for s in std):

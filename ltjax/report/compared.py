@@ -60,6 +60,12 @@ def write(
             robust.append((row.name, sections.robustness(pooled(alike), key=f"robust{number}", title=row.name)))
             left_out = "left out below, Under attack (another radius, norm or number of images)"
             notes += [f"warning: {row.name}: {', '.join(map(str, others))} {left_out}"] if others else []
+    groups: dict[str, list[str]] = {}
+    for panel in made:
+        groups.setdefault(sections.group_counts(panel), []).append(panel.title)
+    for counts, titles in groups.items():
+        whose = f" ({', '.join(titles)})" if len(groups) > 1 else ""
+        notes += [f"Training images a class{whose}: {counts}."] if counts else []
     shown = sections.of_panels(made, ends=made)
     shown = [one._replace(pairs=pairs) if one.id == "errors" else one for one in shown]
     if robust:
@@ -73,6 +79,7 @@ def write(
         main=Table("Last epoch; mean ± sample standard deviation over seeds, %", list(header), cells),
         notes=notes,
         sections=shown,
+        how_first=False,
         how_title="Where this comes from",
         commands=[command],
         facts=[(row.name, ", ".join(map(str, row.runs))) for row in rows] + list(runs.items()),

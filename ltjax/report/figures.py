@@ -1,10 +1,12 @@
 """Pictures of a run."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -93,7 +95,8 @@ def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> Figure:
             colour = "#009e73" if predicted == one.label else "#d55e00"
             axes.set_title(f"{class_names[predicted]}, {confidence:.0%}", color=colour, fontsize="small")
         row[0].set_ylabel(class_names[one.label], fontsize="small")
-        text = f"at most {largest:.4f}, enlarged" if largest else "stood: left as it is"
+        untouched = "stood: left as it is" if one.before[0] == one.label else "wrong anyway: left as it is"
+        text = f"at most {largest:.4f}, enlarged" if largest else untouched
         row[1].set_title(text, fontsize="small")
     about = "image with its prediction; what the attack adds; both, with their prediction\nat the left the true class"
     figure.supxlabel(about, fontsize="small")
@@ -101,14 +104,17 @@ def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> Figure:
 
 
 def write_attack(shown: Sequence[Attacked], class_names: Sequence[str], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "attack.png"
-    attacked(shown, class_names).savefig(path, dpi=110)
-    return path
+    return _write(lambda: attacked(shown, class_names), folder / "attack.png")
 
 
 def write_summary(results: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "summary.png"
-    summary(results).savefig(path, dpi=110)
+    return _write(lambda: summary(results), folder / "summary.png")
+
+
+def _write(draw: Callable[[], Figure], path: Path) -> Path:
+    """Whatever classes are called: a dollar sign begins no formula, and a letter that no font has is a box."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        draw().savefig(path, dpi=110)
     return path

@@ -80,7 +80,8 @@ def of_run(
     made = [one._replace(pairs=confused(results, numbers)) if one.id == "errors" else one for one in made]
     if "robustness" in results:
         title = results["stages"].get(results["robustness"]["stage"], {}).get("title", "")
-        made.append(sections.robustness(results["robustness"], image=image, title=title))
+        attacked = sections.robustness(results["robustness"], image=image, title=title)
+        made.append(attacked._replace(about=f"{title}: {attacked.about}" if title else attacked.about))
     counts = np.asarray(results["class_counts"])
     seeds = f", mean ± standard deviation of {len(results['seeds'])} seeds" if "seeds" in results else ""
     imbalance = counts.max() / counts.min()
@@ -91,8 +92,13 @@ def of_run(
         subtitle=f"{counts.sum():,} training images of {len(counts):,} classes, {sizes}; "
         f"{results['num_images']:,} test images{seeds}.",
         main=stage_table(results, stages),
-        notes=[*unfinished(results), f"{when(results).capitalize()}. {LEGACY_BEST}"],
+        notes=[
+            *unfinished(results),
+            *(f"Training images a class: {counts}." for counts in [sections.group_counts(stages[0])] if counts),
+            f"{when(results).capitalize()}. {LEGACY_BEST}",
+        ],
         sections=made,
+        how_first=True,
         how_title="How to get this again" if results["command"] else "What evaluated it",
         commands=[results["command"]] if results["command"] else [],
         facts=facts(results),
@@ -117,7 +123,8 @@ def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> T
     nearest = any("nearest_mean" in stage for stage in results["stages"].values())
     sizes = results["group_sizes"]
     groups = [group for group in GROUPS if any(group in panel.accuracy for panel in stages)]
-    header = ["", *(f"{group} ({sizes[group]:,})" if group in sizes else group for group in groups)]
+    size = Markup("{} <small>({:,})</small>")
+    header = ["", *(size.format(group, sizes[group]) if group in sizes else group for group in groups)]
     header += ["ECE", "class-wise ECE", *["nearest mean"] * nearest, "legacy best", "seconds"]
     rows = []
     for panel, stage in zip(stages, results["stages"].values(), strict=True):
@@ -187,7 +194,10 @@ def confused(results: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[dic
 
 
 def render(**context: Any) -> str:
-    """The page: title, subtitle, main (a Table), notes, sections, how_title, commands, facts."""
+    """The page: title, subtitle, main (a Table), notes, sections, how_title, commands, facts.
+
+    how_first: whether the commands and facts stand with the table, not last.
+    """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     footer = Markup("Colours and shapes: many (circle), medium (square), few (triangle) training images a class.")

@@ -88,17 +88,21 @@ def learning(key: str, panel: Panel) -> Markup:
     across = Scale(0, last, LEFT, WIDTH - LABELS)
     up = Scale(0, 100, 130, TOP + 8)
     parts = charts.y_axis(up, "test accuracy, %", WIDTH - LABELS, 4)
-    ends = []
-    for group in GROUPS:
+    ends, once = [], all(len(one) == 1 for one in test)
+    for group in ("all", *GROUPS):
         lines = [[(across(e), up(100 * values[group])) for e, values in one if group in values] for one in test]
         for found in filter(None, lines):
             parts.append(path(found, f"series {group}"))
-            parts += [mark(x, y, group, size=2.5) for x, y in found if len(found) <= 30 and len(lines) == 1]
+            small = len(found) <= 30 and len(lines) == 1
+            parts += [mark(x, y, group, size=4.0 if once else 2.5) for x, y in found if small or once]
         shown = [found[-1] for found in lines if found]
         if shown:
             ends.append((float(np.mean([y for _, y in shown])), group))
     for y, group in apart(sorted(ends), 13, 132):
-        parts.append(text(WIDTH - LABELS + 4, y + 4, group, "start", f"label {group}"))
+        x = WIDTH - LABELS + (8 if once else 4)
+        parts.append(text(x, y + 4, group, "start", f"label {group}"))
+    if once and ends:
+        parts.append(text((LEFT + WIDTH - LABELS) / 2, 80, "evaluated once, at the end", class_="axis"))
     losses = [p[1] for one in train for p in one]
     if losses:
         low, high = min(losses), max(losses)
@@ -168,8 +172,10 @@ def errors(key: str, panel: Panel) -> Markup:
                     class_=f"part {other}",
                 )
             )
-            if width > 24:
-                parts.append(text(across(at) + width / 2, y + 17, f"{share:.0f}", class_=f"inside {other}"))
+            named = f"{other} {share:.0f}"
+            inside = named if width > 7.5 * len(named) + 6 else f"{share:.0f}" if width > 24 else ""
+            if inside:
+                parts.append(text(across(at) + width / 2, y + 17, inside, class_=f"inside {other}"))
             at += share
     bottom = 22 + 44 * len(panel.errors)
     for tick in range(0, 101, 25):
@@ -237,7 +243,7 @@ def against_epsilon(key: str, title: str, curve: Sequence[Mapping[str, Any]], at
     parts = charts.y_axis(up, "accuracy under PGD-20, %", WIDTH - LABELS)
     parts += [line(across(255 * attacked_at), TOP + 8, across(255 * attacked_at), BOTTOM, "ideal")]
     ends = []
-    shown = [group for group in GROUPS if any(group in point["accuracy"] for point in curve)]
+    shown = [group for group in ("all", *GROUPS) if any(group in point["accuracy"] for point in curve)]
     for group in shown:
         found = [(across(255 * p["epsilon"]), up(100 * p["accuracy"][group])) for p in curve if group in p["accuracy"]]
         parts.append(path(found, f"series {group}"))
@@ -246,7 +252,7 @@ def against_epsilon(key: str, title: str, curve: Sequence[Mapping[str, Any]], at
             about = f"{group}, radius {255 * point['epsilon']:.3g}/255: {percent(point['accuracy'][group], spread)} %"
             parts.append(mark(x, y, group, about, size=3.5))
         ends.append((found[-1][1], group))
-    for y, group in apart(sorted(ends), 13, BOTTOM - 2):
+    for y, group in apart(sorted(ends), 13, BOTTOM - 10):
         parts.append(text(WIDTH - LABELS + 4, y + 4, group, "start", f"label {group}"))
     ticks = charts.round_ticks(0, 255 * last, 5)
     parts += charts.x_axis(across, BOTTOM, "radius, in 255ths; dashed: that of the other tests", ticks)

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from ltjax.report import charts, plots
 from ltjax.report.panels import GROUPS, Panel
-from ltjax.results import percent
+from ltjax.results import in_words, percent
 
 MOST_ROWS = 200  # of a table of classes
 WORST = 50  # classes named where each has no mark of its own
@@ -40,7 +40,7 @@ def of_panels(panels: Sequence[Panel], ends: Sequence[Panel]) -> list[Section]:
             "accuracy",
             "Accuracy by class",
             "Each mark is a class, the most frequent at the left; the bars are the means of the groups. "
-            f"Point at a mark for its name.{_ranges(panels)}{_worst_hint(ends)}",
+            f'Point at a mark for its name, or see "As numbers".{_ranges(panels)}{_worst_hint(ends)}',
             _figures(panels, "accuracy", plots.accuracy_by_count, lambda p: bool(np.isfinite(p.per_class).any())),
             [*_worst_tables(ends), *_class_tables(panels)],
         ),
@@ -63,7 +63,8 @@ def of_panels(panels: Sequence[Panel], ends: Sequence[Panel]) -> list[Section]:
         Section(
             "errors",
             "Where the errors go",
-            "A bar is the test images of a group. Grey: right. Coloured: wrong, and the group they are taken for.",
+            "A bar is the test images of a group, from the left: right (grey), then wrongly taken for a class of many, "
+            "of medium and of few (coloured).",
             _figures(panels, "errors", plots.errors, lambda p: bool(p.errors)),
             [table for table in [_errors_table(panels)] if table.rows],
         ),
@@ -86,6 +87,12 @@ def of_panels(panels: Sequence[Panel], ends: Sequence[Panel]) -> list[Section]:
         Section("learned", "What classes have of their own", "Learned or set by count.", found, _learned_tables(panels))
     )
     return [section for section in made if section.figures]
+
+
+def group_counts(panel: Panel) -> str:
+    """How many training images the classes of each group have, in words."""
+    counts = {name: panel.class_counts[member] for name, member in panel.groups.items() if member.any()}
+    return in_words({name: (int(own.min()), int(own.max())) for name, own in counts.items()})
 
 
 def _figures(

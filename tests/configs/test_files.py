@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from configs import common, recipes
 from ltjax import config, methods, models, optim, registry, surgery
-from ltjax.data import SOURCES, augment, samplers, splits
+from ltjax.data import SOURCES, augment, load, samplers, splits
 from tests.configs.reading import ROOT, parsed, rates_of, read
 
 # Every method with one of these, in turn, and in each file with another.
@@ -351,6 +351,17 @@ def test_an_impossible_imbalance_is_an_error_that_names_it(imbalance):
         splits.long_tailed_split(np.repeat(np.arange(100), 500), 100, imbalance=run.data.imbalance)
 
 
-def test_quickstart_takes_no_arguments():
-    with pytest.raises(ValueError, match="unknown config argument 'method'; allowed: none"):
+def test_quickstart_takes_no_method():
+    with pytest.raises(ValueError, match="unknown config argument 'method'; allowed: holdout"):
         read("quickstart", "method=ce")
+
+
+def test_quickstart_can_hold_images_out_of_every_class():
+    data = parsed("quickstart", "holdout=5")[0].data
+    labels = load("fashion_mnist_lt").train_labels
+    kept = splits.long_tailed_split(labels, 10, imbalance=data.imbalance, profile=data.profile, holdout=data.holdout)
+    assert (kept.class_counts == np.bincount(labels) - 5).all() and len(kept.holdout) == 50
+
+
+def test_quickstart_is_attacked_as_the_others_are():
+    assert read("quickstart")["attack"] == read("cifar100_lt")["attack"]

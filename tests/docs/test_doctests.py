@@ -8,15 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import attacks, calibration, losses, metrics, surgery
+from ltjax import attacks, calibration, losses, methods, metrics, models, optim, predictor, surgery
 from ltjax.data import samplers, splits
+from ltjax.interop import export, torch
+from ltjax.interop.weights import Weights
+from ltjax.types import Variables
 
 # what docs/api/index.md says that the examples begin with
 PRELUDE = {
     module.__name__.rpartition(".")[2]: module
-    for module in (attacks, calibration, losses, metrics, surgery, samplers, splits)
+    for module in (
+        *(attacks, calibration, losses, methods, metrics, models, optim, predictor, surgery),
+        *(samplers, splits, export, torch),
+    )
 }
-PRELUDE |= {"jax": jax, "jnp": jnp, "np": np}
+PRELUDE |= {"jax": jax, "jnp": jnp, "np": np, "Variables": Variables, "Weights": Weights}
 MODULES = (
     "ltjax.losses",
     "ltjax.metrics",
@@ -27,10 +33,20 @@ MODULES = (
     "ltjax.attacks.autoattack",
     "ltjax.data.samplers",
     "ltjax.data.splits",
+    "ltjax.models",
+    "ltjax.methods",
+    "ltjax.optim",
+    "ltjax.predictor",
+    "ltjax.interop.torch",
+    "ltjax.interop.export",
 )
 OF_THEIR_HOUSE = {
     "ltjax.attacks.ball": ("radius",),
     "ltjax.surgery": ("tau_normalised", "nearest_mean", "logit_shifted"),
+    "ltjax.optim": ("schedule_table",),
+    "ltjax.predictor": (),  # `Model` has one
+    "ltjax.interop.torch": ("import_state_dict", "export_state_dict"),
+    "ltjax.interop.export": ("stablehlo",),
 }
 
 

@@ -162,6 +162,12 @@ def test_a_figure_of_ours_takes_the_place_of_not_yet_run(monkeypatch):
     assert generate.ours("cifar100_lt", "ce") == ["not yet run"]
 
 
+def test_short_figures_are_named_as_the_line_above_them_does(monkeypatch):
+    lines = "Top-1 / few-shot classes / ECE of the last epoch in %, budget=short:", "drolt  15.3 / 0.8 / 0.9   2411053"
+    monkeypatch.setattr(generate, "module", lambda name: {"__doc__": "\n  ".join(lines)})
+    assert generate.ours_short("cifar100_lt", "drolt") == ["Top-1 15.3, few-shot classes 0.8, ECE 0.9, 2411053"]
+
+
 def test_every_method_has_a_page():
     listed = (ROOT / "docs" / "methods" / "index.md").read_text()
     assert all(f"`{method}`" in listed for method in recipes.METHODS)

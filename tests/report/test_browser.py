@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from ltjax.report import page
+from ltjax.report import page, sections
 from tests.report import browser, made_up
 
 pytestmark = pytest.mark.skipif(
@@ -86,3 +86,21 @@ def test_tab_leads_to_the_figures_first(shown):
     tab.key("Tab")
     assert tab.evaluate("document.activeElement.getAttribute('href')") == "#main"
     assert tab.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+
+
+def test_accuracy_of_all_groups_and_ece_are_in_sight_on_a_phone(shown):
+    path, tab = shown
+    tab.open(path, 360)
+    ece = "[...document.querySelectorAll('th')].find(cell => cell.textContent === 'ECE')"
+    assert 0 < tab.evaluate(f"{ece}.getBoundingClientRect().right") <= 360
+
+
+def test_long_names_of_rows_leave_the_figures_in_sight(shown, tmp_path):
+    _, tab = shown
+    header = ["last epoch, %", *"abcdefgh", "ECE"]
+    name = f"quickstart (data.imbalance 100.0 -> 50.0, {'model.depth 8 -> 14, ' * 4}and 5 more)"
+    table = sections.Table("Figures", header, [[name, *["50.0 ± 1.0"] * 9]])
+    rest = dict(title="t", subtitle="", notes=[], sections=[], how_first=False, how_title="h", commands=[], facts=[])
+    (tmp_path / "long.html").write_text(page.render(main=table, **rest))
+    tab.open(tmp_path / "long.html", 1280)
+    assert tab.evaluate("document.querySelector('td:last-child').getBoundingClientRect().right") <= 1280

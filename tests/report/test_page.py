@@ -2,12 +2,13 @@
 
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from ltjax.report import page
+from ltjax.report import figures, page
 from tests.report import made_up
 
 VOID = {"meta", "link", "img", "br", "input", "rect", "line", "circle", "path", "polygon"}
@@ -40,12 +41,12 @@ def made(num_classes=10, **also):
     return page.of_run(results, groups, made_up.numbers(num_classes, stages), made_up.curves(stages))
 
 
-SECTIONS = ("accuracy", "calibration", "learning", "errors", "geometry", "learned", "how")
+SECTIONS = ("how", "accuracy", "calibration", "learning", "errors", "geometry", "learned")
 
 
 def test_it_answers_the_questions_in_their_order():
     found = [name for name in Checked(made(robustness=made_up.robustness())).ids if name in (*SECTIONS, "robust")]
-    assert found == ["accuracy", "calibration", "learning", "errors", "geometry", "learned", "robust", "how"]
+    assert found == [*SECTIONS, "robust"]
 
 
 def test_elements_are_closed_and_identifiers_unique():
@@ -143,6 +144,21 @@ def test_names_that_utf8_cannot_hold_are_written_with_question_marks(tmp_path):
     split = {name: np.flatnonzero(m).tolist() for name, m in made_up.groups_of(made_up.class_counts(10)).items()}
     (tmp_path / "split.json").write_text(json.dumps({"groups": split}))
     assert "caf? au lait" in page.write(tmp_path, results).read_text(encoding="utf-8")
+
+
+def test_the_groups_are_told_in_training_images():
+    assert "Training images a class: many 126 to 1,000, medium 32 to 63, few 2 to 16." in made()
+
+
+def test_what_was_attacked_is_named():
+    assert "Stage classifier: linf radius 8/255, 1,000 test images." in made(robustness=made_up.robustness())
+
+
+def test_the_summary_is_drawn_whatever_classes_are_called(tmp_path):
+    results = made_up.results(names=["猫", "US$ and $_$", *map(str, range(8))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert figures.write_summary(results, tmp_path).stat().st_size > 10_000
 
 
 def test_without_numbers_it_shows_what_the_results_hold():
