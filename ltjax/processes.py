@@ -5,22 +5,20 @@ With one process, everything here does nothing.
 
 import os
 import re
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from ltjax import relay
 from ltjax.types import UserError, one_line
 
 GONE = 75  # exit code of processes that stop because another one did: try again
 PULSE_SECONDS = 1.0
-JOIN_SECONDS = 300  # for process 0 to be there
 _KEY = "ltjax/pulse/{}"
 _ended = threading.Event()
 _saying = threading.Lock()
@@ -88,7 +86,7 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
         who = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
         who["cluster_detection_method"] = "deactivate"  # which would take one GPU where SLURM has started the process
     try:
-        with _relayed():
+        with relay.between(_first_is_gone):
             jax.distributed.initialize(**who, heartbeat_timeout_seconds=max(100, 3 * patience))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
@@ -193,100 +191,10 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-@contextmanager
-def _relayed() -> Iterator[None]:
-    """While JAX connects: give its client, instead of process 0, a relay to it inside this process.
-
-    JAX ends a process in a backtrace at the moment that its connection to process 0 breaks, and with a callback of our
-    own (`missed_heartbeat_callback`, jax 0.10) in another one. The connection to the relay never breaks.
-    """
-    from jax._src import distributed
-
-    if not hasattr(getattr(distributed, "_jax", None), "get_distributed_runtime_client"):
-        yield  # a later JAX: better a backtrace than no run
-        return
-    connect = distributed._jax.get_distributed_runtime_client
-
-    def by_relay(address: str, process: int, *rest: Any, **settings: Any) -> Any:
-        return connect(_relay(address) if process else address, process, *rest, **settings)
-
-    distributed._jax.get_distributed_runtime_client = by_relay
-    try:
-        yield
-    finally:
-        distributed._jax.get_distributed_runtime_client = connect
-
-
-def _relay(address: str) -> str:
-    """Address of a relay to `address`, which ends this process where that breaks off.
-
-    Raises: OSError where `address` does not answer for `JOIN_SECONDS`.
-    """
-    host, _, port = address.rpartition(":")
-    there = host.strip("[]"), int(port)
-    until = time.monotonic() + JOIN_SECONDS
-    while True:
-        try:
-            socket.create_connection(there, timeout=10).close()
-            break
-        except OSError as error:
-            if time.monotonic() > until:
-                raise OSError(f"process 0 does not answer at {address}: {one_line(error)}") from error
-            time.sleep(0.2)
-    listener = socket.create_server(("127.0.0.1", 0))
-    here = listener.getsockname()
-    passed_by = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
-    os.environ["no_grpc_proxy"] = f"{passed_by},{here[0]}".strip(",")  # a proxy cannot reach this machine's own address
-    threading.Thread(target=_serve, args=(listener, there), daemon=True).start()
-    return f"{here[0]}:{here[1]}"
-
-
-def _serve(listener: socket.socket, there: tuple[str, int]) -> None:
-    while True:
-        near, _ = listener.accept()
-        try:
-            far = socket.create_connection(there)
-        except OSError:
-            near.close()  # the client tries again
-            continue
-        threading.Thread(target=_relay_one, args=(near, far), daemon=True).start()
-
-
-def _relay_one(near: socket.socket, far: socket.socket) -> None:
-    left = threading.Event()  # the client itself has hung up
-
-    def send() -> None:
-        if _pass_on(near, far):
-            left.set()
-            _hang_up(far)
-
-    threading.Thread(target=send, daemon=True).start()
+def _first_is_gone() -> None:
     # Where all processes end for one reason, such as a mistake in the config, this one is about to say so itself.
-    if _pass_on(far, near) and not left.is_set() and not _ended.wait(PULSE_SECONDS):
+    if not _ended.wait(PULSE_SECONDS):
         leave_lost("process 0 is gone")
-    _hang_up(near)
-
-
-def _pass_on(source: socket.socket, sink: socket.socket) -> bool:
-    """Whether the source has come to its end, not the sink."""
-    while True:
-        try:
-            chunk = source.recv(1 << 16)
-        except OSError:
-            chunk = b""
-        if not chunk:
-            return True
-        try:
-            sink.sendall(chunk)
-        except OSError:
-            return False
-
-
-def _hang_up(end: socket.socket) -> None:
-    try:
-        end.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it is closed already
 
 
 def _pulse(store: Any, process: int) -> str:

@@ -2,13 +2,11 @@
 
 import json
 import os
-import queue
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -171,53 +169,6 @@ def test_two_processes_go_on_where_one_was_and_the_first_one_killed_stops_the_ot
     launched = Launched(folder, tmp_path, count=2, devices=2)
     assert_the_other_says_what_to_do(launched, 0, tmp_path / "checkpoints" / "classifier")
     assert_same(tmp_path, alone, stages=["features"])
-
-
-@pytest.fixture
-def relayed(monkeypatch):
-    """Both ends of a connection through the relay, the client's and process 0's; what `leave_lost` says, in a queue."""
-    said, over = queue.Queue(), threading.Event()
-
-    def leave_lost(what):
-        said.put(what)
-        over.wait()  # it does not return
-
-    monkeypatch.setattr(processes, "leave_lost", leave_lost)
-    monkeypatch.setattr(processes, "PULSE_SECONDS", 0.1)
-    monkeypatch.setenv("no_grpc_proxy", "elsewhere")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        host, port = processes._relay(f"127.0.0.1:{server.getsockname()[1]}").split(":")
-        server.accept()[0].close()  # whether it answers at all
-        with socket.create_connection((host, int(port))) as near, server.accept()[0] as far:
-            yield near, far, said
-            over.set()
-
-
-def test_the_relay_passes_on_both_ways(relayed):
-    near, far, _ = relayed
-    near.sendall(b"ask")
-    assert far.recv(9) == b"ask"
-    far.sendall(b"answer")
-    assert near.recv(9) == b"answer"
-
-
-def test_a_client_that_goes_on_sending_when_process_0_is_gone_sees_its_connection_stand(relayed):
-    near, far, said = relayed
-    far.close()
-    near.settimeout(0.15)
-    for _ in range(2):
-        near.sendall(b"heartbeat")
-        with pytest.raises(TimeoutError):
-            near.recv(1)
-    assert said.get(timeout=5) == "process 0 is gone"
-
-
-def test_a_client_that_hangs_up_is_no_loss(relayed):
-    near, far, said = relayed
-    near.close()
-    assert far.recv(1) == b""
-    time.sleep(0.3)
-    assert said.empty()
 
 
 @pytest.fixture
