@@ -165,7 +165,7 @@ def unpack_images(path: Path) -> Images:
 
 def parse_have(text: str) -> dict[str, str | None]:
     """{normalised name: version or None} from a file of `pip freeze`, or a list of names."""
-    if Path(text).is_file():
+    if "," not in text and Path(text).is_file():  # a long list would be no name of a file
         text = Path(text).read_text()
     have = {}
     for entry in filter(None, re.split(r"[,\s]+", text)):

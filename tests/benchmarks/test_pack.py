@@ -167,3 +167,5 @@ def test_what_is_there_is_read_from_a_list_or_a_file(tmp_path):
     expected = {"jax": "0.11.2", "ml-dtypes": None}
     (tmp_path / "freeze.txt").write_text("jax==0.11.2\nML_dtypes\n")
     assert pack.parse_have("jax==0.11.2, ML_dtypes") == pack.parse_have(str(tmp_path / "freeze.txt")) == expected
+    names = [f"package-{number}" for number in range(300)]  # more than a file's name can hold
+    assert list(pack.parse_have(",".join(names))) == names
