@@ -45,7 +45,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack", "report", "predict"], "What to do.")
-OF_A_RUN = ("predict", "report")  # modes that need no --config where the workdir holds a run
+OF_A_RUN = ("predict", "report", "eval", "attack")  # modes that need no --config where the workdir holds a run
 _IMAGES = flags.DEFINE_string("images", "", "Of --mode=predict: a folder, or a quoted pattern such as 'photos/*.jpg'.")
 _OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl; on standard output, - or -.jsonl.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "Of --mode=predict: classes of each image.")
@@ -86,6 +86,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
                 raise ValueError(
                     f"{_WORKDIR.value} holds no run (no config.json): give the --workdir of one, or a --config"
                 )
+            if _MODE.value in OF_A_RUN:
+                raise ValueError(f"--mode={_MODE.value} needs the --workdir of a run, or a --config")
             raise ValueError("--config is needed, such as --config=configs/quickstart.py")
         if rest[1:]:
             raise ValueError(f"unexpected argument {rest[1]!r}: flags begin with --")
@@ -106,6 +108,10 @@ def check_overrides(arguments: list[str]) -> None:
     Of `help` among its arguments, print what that lists, and exit."""
     given = of_the_config(arguments)
     path, *argument = given.pop("config", "").split(":", 1)
+    if not path and given:
+        raise ValueError(
+            f"--{next(iter(given))} changes a config: give that, too, such as --config=configs/quickstart.py"
+        )
     if not path:
         return
     file = runpy.run_path(path) if Path(path).is_file() else {}
@@ -117,7 +123,9 @@ def check_overrides(arguments: list[str]) -> None:
         have = ", ".join(
             str(p) for p in python if re.search(r"^def get_config\b", p.read_text("utf-8", "replace"), re.MULTILINE)
         )
-        what = f"{path} is no config file (no get_config in it)" if file else f"no config file {path}"
+        what = (
+            f"{path} is no config file (no get_config in it)" if file else f"no config file {path} from {os.getcwd()}"
+        )
         raise ValueError(f"{what}; in its folder: {have or 'none'}")
     try:
         config = file["get_config"](*argument).to_dict()

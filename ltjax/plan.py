@@ -103,9 +103,11 @@ def _recipe(settings: Settings) -> str:
     given = ", ".join(f"{key}={value}" for key, value in method.items() if not isinstance(value, Mapping))
     sampler = ", ".join(str(v) if key == "name" else f"{key} {v}" for key, v in settings.sampler.items())
     surgery = f"{settings.surgery['name']}, then " if settings.surgery else ""
+    augment = ", ".join(key if value is True else f"{key} {value}" for key, value in settings.augment.items() if value)
     if not settings.epochs:
         return f"{settings.surgery['name']}, no training"
-    return f"{surgery}{name}{f' ({given})' if given else ''}; sampler {sampler}; batch norm {settings.batch_norm}"
+    how = f"sampler {sampler}; batch norm {settings.batch_norm}; augmentation: {augment or 'none'}"
+    return f"{surgery}{name}{f' ({given})' if given else ''}; {how}"
 
 
 def stage_params(run: Run, built: stage.Stage, problem: Problem) -> dict[str, int]:

@@ -56,7 +56,7 @@ def calibrate_workdir(
     about = imported_key(run.weights) if alone else _key(workdir)
     problem = setup(run, data_dir)
     sets = {"holdout": problem.holdout_set, "test": problem.test_set}
-    replicas = []
+    replicas: list[dict[str, Any]] = []
     for replica in range(1 if alone else run.replicas):
         model = load_as_configured(config, workdir, temperature=1.0, replica=replica)
         found = {name: (_logits(model, held), held.host_labels) for name, held in sets.items() if held is not None}
@@ -89,7 +89,11 @@ def calibrate_workdir(
         users = f"--mode=predict with this --workdir divides logits by it from now on; in Python, {in_python}."
     else:
         users = "--mode=predict and ltjax.load divide logits by it from now on."
-    console.print(f"Kept in {workdir / TEMPERATURE}; {users}", markup=False)
+    before, after = (np.mean([one["test"][when]["nll"] for one in replicas]) for when in ("before", "after"))
+    if after >= before:
+        few = f"{len(problem.split.holdout)} held-out images are few"
+        console.print(f"On the test images it is no better: {few}, or the network was calibrated already.")
+    console.print(f"Kept in {workdir / TEMPERATURE}; {users} Delete the file to undo it.", markup=False)
     return summary
 
 

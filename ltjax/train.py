@@ -38,7 +38,7 @@ from ltjax.report import make
 from ltjax.signals import Interrupted, StopSignals
 from ltjax.stage import State
 from ltjax.types import UserError, one_line
-from ltjax.workdir import check_workdir, locked, named_disk_errors, open_workdir
+from ltjax.workdir import check_same_images, check_workdir, locked, named_disk_errors, open_workdir
 
 
 def chunk_length(steps_per_epoch: int, asked: int, replicas: int = 1, *, streamed: bool = False) -> int:
@@ -71,7 +71,9 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
     with locked(workdir) if first else nullcontext(), named_disk_errors(workdir):
         if processes.on_first((workdir / "results.json").exists):
             finished = read_json(workdir / "results.json")
-            console.print(f"{workdir} holds a finished run of this config; remove it to train anew.")
+            console.print(
+                f"{workdir} holds a finished run of this config; remove it to train anew, or on other images."
+            )
             results.print_table(finished, console)
             return finished
 
@@ -80,6 +82,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
         if first:
             known = dict(groups=problem.groups, class_names=problem.class_names)
             described = splits.describe(problem.split, seed=run.data.seed, **known)
+            check_same_images(workdir, described)
             write_json(workdir / "config.json", config)
             write_json(workdir / "split.json", described)
             plan.write_parameters(problem, workdir / "parameters.txt")

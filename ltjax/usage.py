@@ -82,7 +82,8 @@ def config_page(
             continue
     names = config.get("stages", ())
     for name in names[:1]:
-        lines += _entry(f"{name}.lr={_value(config, f'{name}.lr')}", f"so for each stage: {', '.join(names)}")
+        for key in ("lr", "epochs"):
+            lines += _entry(f"{name}.{key}={_value(config, f'{name}.{key}')}", f"so for each stage: {', '.join(names)}")
     others = "All others are in the run's config.json; a wrong name lists what may stand there."
     return "\n".join([*lines, "", *textwrap.wrap(others, _width())])
 

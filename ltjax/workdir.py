@@ -72,6 +72,19 @@ def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
+    """Raises: UserError where a run began with other training images. described: of `ltjax.data.splits.describe`."""
+    path = workdir / "split.json"
+    before = read_json(path) if path.exists() else described
+    changed = [key for key in ("class_names", "class_counts", "sha256", "holdout_sha256") if key in before]
+    changed = [key for key in changed if before[key] != described[key]]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run that began with other training images (different {', '.join(changed)} in "
+            "split.json): use another --workdir, or the old images to resume"
+        )
+
+
 @contextlib.contextmanager
 def named_disk_errors(workdir: Path) -> Iterator[None]:
     """A full disk, or a file that cannot be written, as one line instead of a traceback."""

@@ -61,7 +61,9 @@ def test_a_dry_run_shows_classes_stages_groups_schedules_samplers_and_memory(dry
     assert ["classifier", str(head), "trained", "0.05", "0.0005"] in rows
     assert ["logit_scale", "10", "trained", "0.1", "0.0005"] in rows and ["logit_scale", "10", "frozen"] in rows
     assert "stage classifier: mislas (head=0.1, shape=concave, tail=0.0); " in text
-    assert "; sampler class_aware, in_a_row 4; batch norm train" in text
+    assert "; sampler class_aware, in_a_row 4; batch norm train; augmentation: " in text
+    (features,) = (line for line in text.splitlines() if line.startswith("stage features: erm"))
+    assert "mixup" in features.partition("; augmentation: ")[2]
     assert "groups in proportion: 0.1 in epoch 1" in text
     assert "memory of each device, MB" in text and "estimate" in text
 

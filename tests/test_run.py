@@ -162,7 +162,7 @@ def test_a_finished_run_prints_its_table_again(finished):
 
 def test_eval_mode_repeats_the_figures(finished):
     workdir, _ = finished
-    code, _, error = run(*TINY, f"--workdir={workdir}", "--mode=eval", devices=1)
+    code, _, error = run(f"--workdir={workdir}", "--mode=eval", devices=1)  # which knows its config
     assert code == 0, error
     trained, evaluated = (json.loads((workdir / f"{name}.json").read_text()) for name in ("results", "eval"))
     for name, stage in trained["stages"].items():
@@ -282,6 +282,8 @@ def test_a_run_on_other_devices_agrees(finished, tmp_path):
         (("--config=configs/quickstart.py", "extra"), ["extra"]),
         (("--config=configs/quickstart.py", "--mode=tain"), ["tain", "train", "eval"]),
         (("--config=configs/quickstart.py", "--mode=eval", "--dry_run"), ["--dry_run", "--mode=train"]),
+        (("--mode=attack", "--config.attack.num_images=5"), ["--config.attack.num_images changes a config"]),
+        (("--mode=eval",), ["holds no run", "--config"]),
         ((), ["--config"]),
     ],
 )
@@ -292,6 +294,21 @@ def test_mistakes_get_one_line_and_exit_code_2(flags, words, tmp_path):
     assert error.startswith("error: ")
     for word in words:
         assert word in error
+
+
+def test_a_mode_for_runs_without_one_asks_for_it():
+    code, _, error = run("--mode=predict", "--images=photos")
+    assert code == 2 and error == "error: --mode=predict needs the --workdir of a run, or a --config\n"
+
+
+def test_a_run_does_not_go_on_with_other_images(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    (workdir / "results.json").unlink()
+    split = json.loads((workdir / "split.json").read_text())
+    (workdir / "split.json").write_text(json.dumps({**split, "sha256": "5a"}))
+    code, _, error = run(*TINY, f"--workdir={workdir}")
+    assert code == 2 and "began with other training images (different sha256 in split.json)" in error
+    assert json.loads((workdir / "split.json").read_text())["sha256"] == "5a"
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,14 @@ def test_the_holdout_alone_decides(workdir, monkeypatch):
     assert kept["replicas"][0]["holdout"]["accuracy"] == (seen["logits"].argmax(1) == seen["labels"]).mean()
 
 
+@pytest.mark.parametrize(("found", "said"), [(1.0, True), (None, False)])
+def test_where_the_test_images_gain_nothing_it_says_so(workdir, monkeypatch, capsys, found, said):
+    if found is not None:
+        monkeypatch.setattr(temperature, "fit_temperature", lambda logits, labels: found)
+    temperature.calibrate_workdir(*workdir(1.0))
+    assert ("20 held-out images are few" in " ".join(capsys.readouterr().out.split())) == said
+
+
 def test_each_replica_has_its_own(workdir, capsys):
     config, folder = workdir(1.0, 2.0)
     temperature.calibrate_workdir(config, folder)

@@ -95,6 +95,9 @@ def autoattack(
     _check(images, labels)
     if "square" in machines and images.ndim != 4:
         raise ValueError(f"images {images.shape}: square needs [N, H, W, channels]; leave it out of attacks")
+    kind = getattr(rng, "dtype", np.dtype(object))
+    if not (jax.dtypes.issubdtype(kind, jax.dtypes.prng_key) or (kind == np.uint32 and rng.ndim == 1)):
+        raise ValueError(f"rng = {rng!r}: a random key, such as jax.random.key(0)")
     mesh = slots.make_mesh(devices)
     predict = predict if isinstance(predict, Partial) else Partial(predict)
     drawn = jax.random.bits(rng, (2,), "uint32")

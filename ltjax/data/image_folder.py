@@ -23,6 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 HELD_OUT = ("validation", "val", "test")
 MEANT = (*HELD_OUT, "valid", "testing", "dev", "eval")  # in whatever case: for validation, as other programs call it
 NAMES_SHOWN = 5
+FEW = 5  # test images of each class, of which an accuracy says little
 
 
 class Files:
@@ -81,7 +82,9 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
         single = _listed([shown[c] for c in np.flatnonzero(counts < 2)])
         raise UserError(f"{root}: one image in {single}, so none can be held out; make a folder {root}/validation")
     each = min(20, max(1, smallest // 5))
-    _note(f"{root} has no folder {', '.join(HELD_OUT)}: {each} image(s) of each class are held out of train to test on")
+    few = "" if each > FEW else ", which is few for a figure: make one where you have more images"
+    held = f"{each} image(s) of each class are held out of train to test on"
+    _note(f"{root} has no folder {', '.join(HELD_OUT)}: {held}{few}")
     split = long_tailed_split(train_labels, len(class_names), imbalance=1, profile="natural", holdout=each)
     return Stored(
         Subset(train, split.train),

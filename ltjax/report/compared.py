@@ -75,7 +75,7 @@ def write(
         shown.append(Section("robust", "Under attack", about, figures, tables))
     text = page.render(
         title="Comparison",
-        subtitle=f"{len(rows)} rows, {sum(len(row.runs) for row in rows)} runs.",
+        subtitle=f"{counted(len(rows), 'row')}, {counted(sum(len(row.runs) for row in rows), 'run')}.",
         main=Table("Last epoch; mean ± sample standard deviation over seeds, %", list(header), cells),
         notes=notes,
         sections=shown,
@@ -85,6 +85,10 @@ def write(
         facts=[(row.name, ", ".join(map(str, row.runs))) for row in rows] + list(runs.items()),
     )
     file.write_text(text, encoding="utf-8", errors="replace")
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def trained(results: Mapping[str, Any]) -> str:

@@ -316,6 +316,7 @@ def test_a_model_that_only_looks_random_is_not_warned_of(change):
         (dict(attacks=("pgd",)), "unknown attack 'pgd'; known: apgd-ce"),
         (dict(attacks="square"), r"a tuple of names, such as \('square',\)"),
         (dict(norm="l1"), "unknown norm"),
+        (dict(rng=0), "rng = 0: a random key, such as jax.random.key"),
         (dict(num_queries=0), "at least 1 each"),
     ],
 )
