@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 COLOURS = ("#7a7a7a", "#56b4e9", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe & Ito, told apart by everyone
 
@@ -33,6 +34,9 @@ def _accuracy_by_class(axes: Axes, results: dict[str, Any]) -> None:
     behind = axes.twinx()
     behind.bar(places, counts[order], width=0.9, color="#e8e4da", zorder=0)
     behind.set_yscale("log")
+    behind.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    behind.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
+    behind.yaxis.set_minor_formatter(NullFormatter())
     behind.set_ylabel("training images")
     axes.set_zorder(behind.get_zorder() + 1)  # lines in front of the bars
     axes.patch.set_visible(False)

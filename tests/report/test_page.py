@@ -161,6 +161,17 @@ def test_the_summary_is_drawn_whatever_classes_are_called(tmp_path):
         assert figures.write_summary(results, tmp_path).stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("largest, expected", [(1000, ["10", "100", "1,000"]), (60, ["10", "20", "50"])])
+def test_the_summary_counts_training_images_in_figures(largest, expected):
+    drawn = figures.summary(made_up.results(largest=largest, smallest=8))
+    drawn.draw_without_rendering()
+    (behind,) = (axes for axes in drawn.axes if axes.get_ylabel() == "training images")
+    low, high = behind.get_ylim()
+    shown = [tick.label1.get_text() or tick.label2.get_text() for tick in behind.yaxis.get_major_ticks()]
+    assert set(expected) <= set(shown) and not any("$" in text for text in shown)
+    assert low < 10 and high > 50
+
+
 def test_without_numbers_it_shows_what_the_results_hold():
     results = made_up.results()
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
