@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ltjax import config as config_module
 from ltjax.results import GROUPS, LEGACY_BEST, percent
+from ltjax.tables import Cell, latex, markdown, plain
 from ltjax.types import UserError, one_line
 
 # Settings in which runs of one row may differ: which seeds were trained, and what changes no trained number.
@@ -79,11 +78,6 @@ class Row(NamedTuple):
     seeds: tuple[int, ...]
     runs: tuple[Path, ...]  # those whose seeds were counted
     stage: str | None = None  # None: the final one
-
-
-class Cell(NamedTuple):
-    text: str
-    best: bool = False  # of its column
 
 
 class Comparison(NamedTuple):
@@ -401,56 +395,6 @@ def _rounded(mean: float) -> float:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def plain(table: Sequence[Sequence[Cell]]) -> Table:
-    """`cells` for a rich console."""
-    (first, *others), *body = table
-    made = Table()
-    made.add_column(first.text, overflow="fold")
-    for header in others:
-        made.add_column(header.text, justify="right", no_wrap=True)
-    for row in body:
-        made.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
-    return made
-
-
-def markdown(table: Sequence[Sequence[Cell]]) -> str:
-    """`cells` as a table in GitHub's Markdown."""
-
-    def line(texts: Iterable[str]) -> str:
-        return f"| {' | '.join(texts)} |\n"
-
-    def text(cell: Cell) -> str:
-        escaped = re.sub(r"([\\|*<`\[\]])", r"\\\1", cell.text)
-        return f"**{escaped}**" if cell.best else escaped
-
-    header, *body = ([text(cell) for cell in row] for row in table)
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "".join(line(texts) for texts in (header, rule, *body))
-
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
-    **{"±": r"$\pm$", "→": r"$\to$"},
-}
-
-
-def latex(table: Sequence[Sequence[Cell]]) -> str:
-    """`cells` as a tabular with the rules of the package booktabs."""
-
-    def text(cell: Cell) -> str:
-        escaped = cell.text.replace("->", "→").translate(str.maketrans(_LATEX))
-        return f"\\textbf{{{escaped}}}" if cell.best else escaped
-
-    def line(row: Sequence[Cell]) -> str:
-        return " & ".join(text(cell) for cell in row) + " \\\\\n"
-
-    header, *body = table
-    inner = f"\\toprule\n{line(header)}\\midrule\n{''.join(line(row) for row in body)}\\bottomrule\n"
-    return f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n{inner}\\end{{tabular}}\n"
 
 
 class _Parser(argparse.ArgumentParser):

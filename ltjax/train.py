@@ -79,10 +79,10 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
 
         commit = results.git_commit()
         problem, built = prepare(run, stages, data_dir)
+        known = dict(groups=problem.groups, class_names=problem.class_names)
+        described = splits.describe(problem.split, seed=run.data.seed, **known)
+        processes.on_first(lambda: check_same_images(workdir, described))
         if first:
-            known = dict(groups=problem.groups, class_names=problem.class_names)
-            described = splits.describe(problem.split, seed=run.data.seed, **known)
-            check_same_images(workdir, described)
             write_json(workdir / "config.json", config)
             write_json(workdir / "split.json", described)
             plan.write_parameters(problem, workdir / "parameters.txt")
