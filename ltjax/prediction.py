@@ -307,6 +307,7 @@ def predict_workdir(
     fitted = "" if model.temperature == 1 else f", temperature {model.temperature:.3f}"
     _say(f"{model.about}: {len(model.class_names)} classes{fitted}")
 
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damaged files are named below
     total = unreadable = 0
     columns = TextColumn("{task.completed:,} images, {task.fields[rate]:,.0f} a second"), TimeElapsedColumn()
     with StopSignals() as stop, _opened(out) as file, progress.bar(*columns, transient=True) as bar:
