@@ -88,6 +88,7 @@ def setup(run: Run, data_dir: str | Path | None) -> Problem:
         max_count=run.data.max_count or None,
         holdout=run.data.holdout,
         seed=run.data.seed,
+        class_names=found.class_names,
     )
     mesh = parallel.make_mesh(replicas=run.replicas)
     sharing = mesh.shape[parallel.BATCH_AXIS] * run.accumulate

@@ -62,6 +62,7 @@ def long_tailed_split(
     max_count: int | None = None,
     holdout: int = 0,
     seed: int = 0,
+    class_names: tuple[str, ...] = (),
 ) -> Split:
     """Keep a long-tailed part of balanced (or already long-tailed) training images.
 
@@ -73,6 +74,7 @@ def long_tailed_split(
       profile: of `class_counts`; or "natural", which keeps every image, of each class at most `max_count`.
       max_count: images of the largest class; None takes all the images that every class has beyond the hold-out, or,
         where classes differ, those that the first class has.
+      class_names: C names, for messages.
     Raises: UserError where a class has fewer images than asked for, or would be left with none.
 
     Examples:
@@ -84,13 +86,16 @@ def long_tailed_split(
       array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
     """
     available = np.bincount(labels, minlength=num_classes)
+
+    def called(c: int) -> str:
+        return f"class {c}" + (f" ({class_names[c]})" if class_names else "")
+
     if profile == NATURAL:
         if imbalance != 1:
             raise UserError(f"data.imbalance = {imbalance:g}: profile {NATURAL!r} keeps classes as unequal as they are")
         if not 0 <= holdout < available.min():
-            raise UserError(
-                f"data.holdout = {holdout} images a class: class {available.argmin()} has {available.min()} in all"
-            )
+            rarest = int(available.argmin())
+            raise UserError(f"data.holdout = {holdout} images a class: {called(rarest)} has {available[rarest]} in all")
         counts = available - holdout if max_count is None else np.minimum(available - holdout, max_count)
         return _choose(labels, available, counts, holdout, seed)
     if not 0 <= holdout < available.max():
@@ -101,13 +106,13 @@ def long_tailed_split(
     for c in range(num_classes):
         if counts[c] < 1:
             raise UserError(
-                f"class {c} would keep no image (largest class {max_count}, imbalance {imbalance:g}): "
+                f"{called(c)} would keep no image (largest class {max_count}, imbalance {imbalance:g}): "
                 "lower data.imbalance or raise data.max_count"
             )
         if counts[c] + holdout > available[c]:
             asked = f"{counts[c]} training" + (f" and {holdout} hold-out" if holdout else "")
             raise UserError(
-                f"class {c} has {available[c]} images, but {asked} images are asked for: "
+                f"{called(c)} has {available[c]} images, but {asked} images are asked for: "
                 "lower data.max_count or data.holdout, or raise data.imbalance"
             )
     return _choose(labels, available, counts, holdout, seed)

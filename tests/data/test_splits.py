@@ -174,6 +174,7 @@ def test_a_natural_split_may_cap_its_largest_classes():
     [
         ({"imbalance": 10}, "data.imbalance = 10: profile 'natural' keeps"),
         ({"imbalance": 1, "holdout": 4}, "data.holdout = 4 images a class: class 1 has 4 in all"),
+        ({"imbalance": 1, "holdout": 4, "class_names": ("cat", "emu")}, r"class 1 \(emu\) has 4 in all"),
     ],
 )
 def test_what_a_natural_split_cannot_do_is_named(settings, message):
