@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from ltjax import losses, metrics
+from ltjax import losses, metrics, xla
 from ltjax.parallel import BATCH_AXIS, over_replicas, put, replicated, split_batch
 from ltjax.stage import make_apply
 from ltjax.types import Variables
@@ -94,7 +94,7 @@ def evaluator(
 
         return jax.lax.map(lambda pair: batch(*pair), data)
 
-    compiled = jax.jit(over_replicas(run, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
+    compiled = xla.jit(over_replicas(run, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
 
     def evaluate(
         variables: Variables, data: EvaluationSet | StoredSet, means: jax.Array | None = None

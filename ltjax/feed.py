@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ltjax import evaluate, parallel, stage
+from ltjax import evaluate, parallel, stage, xla
 from ltjax.config import Run
 from ltjax.data import splits
 from ltjax.data.source import ImageFiles, Images, Stored
@@ -102,10 +102,10 @@ def class_means(
             one = lambda variables, source: stage.feature_means(apply, variables, source, mesh, layers)  # noqa: E731
             return parallel.over_replicas(one, replicas=replicas, mesh=mesh)(variables, source)
 
-        compiled = jax.jit(resident_means, static_argnums=0)
+        compiled = xla.jit(resident_means, static_argnums=0)
         return lambda variables, layers=(): compiled(layers, variables, images)
 
-    @partial(jax.jit, static_argnums=0, out_shardings=parallel.replicated(mesh))
+    @partial(xla.jit, static_argnums=0, out_shardings=parallel.replicated(mesh))
     def sums(layers: tuple[str, ...], variables: Variables, pixels: jax.Array, labels: jax.Array) -> stage.FeatureSums:
         return stage.feature_sums(apply, variables, pixels[0], labels[0], layers)
 

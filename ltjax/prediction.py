@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import TextColumn, TimeElapsedColumn
 
-from ltjax import processes
+from ltjax import processes, xla
 from ltjax.checkpoint import read_json
 from ltjax.cores import num_cores
 from ltjax.data import progress
@@ -135,7 +135,7 @@ def _ranked(logits: jax.Array, temperature: np.float32, k: int) -> tuple[jax.Arr
     return jnp.exp(values / temperature - whole), classes
 
 
-_rank = jax.jit(_ranked, static_argnames="k")
+_rank = xla.jit(_ranked, static_argnames="k")
 
 
 def predictions(model: Model, files: Iterable[str], *, top_k: int = 5, threads: int = 0) -> Iterator[list[Prediction]]:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from ltjax import config as config_module
-from ltjax import data, models, parallel
+from ltjax import data, models, parallel, xla
 from ltjax.checkpoint import read_json
 from ltjax.interop import export
 from ltjax.interop.weights import ARRAYS, DESCRIPTION, Weights, in_our_order, load_weights
@@ -97,7 +97,7 @@ class Model:
         variables = jax.device_put({"params": params, "batch_stats": stats}, parallel.replicated(self._mesh))
         self.network = Partial(logits, variables)
 
-        @jax.jit
+        @xla.jit
         def run(network: Partial, images: jax.Array) -> jax.Array:
             return network(images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images)
 

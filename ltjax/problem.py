@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ltjax import config as config_module
-from ltjax import data, evaluate, feed, methods, metrics, models, optim, parallel, registry, stage, surgery
+from ltjax import data, evaluate, feed, methods, metrics, models, optim, parallel, registry, stage, surgery, xla
 from ltjax.checkpoint import Checkpoints, like
 from ltjax.config import Run
 from ltjax.cores import num_cores
@@ -238,7 +238,7 @@ def fresh_variables(run: Run, name: str, problem: Problem) -> Variables:
     on_cpu = problem.mesh.devices.flat[0].platform == "cpu"
     # Run once, and its random numbers take XLA's CPU backend 20 s to optimise: 2 s at level 1.
     options: Any = {"xla_backend_optimization_level": 1} if on_cpu else None
-    return jax.jit(_initialise(run, name, problem), out_shardings=sharding, compiler_options=options)(seeds(run))
+    return xla.jit(_initialise(run, name, problem), out_shardings=sharding, compiler_options=options)(seeds(run))
 
 
 def initial_variables(run: Run, name: str, problem: Problem) -> Variables:

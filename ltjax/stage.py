@@ -22,7 +22,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from ltjax import losses, optim, parallel
+from ltjax import losses, optim, parallel, xla
 from ltjax.hashing import hash32
 from ltjax.types import Apply, Batch, Method, UserError, Variables
 
@@ -113,7 +113,7 @@ def all_finite(tree: Any) -> bool:
     return all(map(bool, each))
 
 
-_finite = jax.jit(lambda array: jnp.isfinite(array).all())  # for each shape, of which every tree has few
+_finite = xla.jit(lambda array: jnp.isfinite(array).all())  # for each shape, of which every tree has few
 
 
 def stage_rng(seed: Any, number: int) -> jax.Array:
@@ -318,10 +318,10 @@ def build(
         return over_replicas(one)((state, means), None)
 
     sharding = parallel.state_sharding(mesh, replicas)
-    compiled = partial(jax.jit, donate_argnums=0, out_shardings=sharding)
+    compiled = partial(xla.jit, donate_argnums=0, out_shardings=sharding)
 
     return Stage(
-        init=jax.jit(jax.vmap(init) if replicas > 1 else init, out_shardings=sharding),
+        init=xla.jit(jax.vmap(init) if replicas > 1 else init, out_shardings=sharding),
         run=compiled(run, static_argnums=2),
         refresh=compiled(partial(refresh, method.refresh)) if method.refresh else None,
         layers=method.layers,

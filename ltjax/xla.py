@@ -9,18 +9,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ONEDNN = "xla_cpu_experimental_onednn_custom_call"  # one of XLA's debug options; others of its kind raise where unknown
+# Debug options of XLA: oneDNN for convolutions and products; YNNPACK for sums alone, since its convolutions of float32
+# take half as long again as oneDNN's.
+FASTEST = {
+    "xla_cpu_experimental_onednn_custom_call": True,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+}
+ONE_THREAD = "xla_cpu_multi_thread_eigen"  # off: if each core is a device, they wait for each other's threads
 
 
 @functools.cache
 def cpu_options() -> dict[str, Any]:
-    """Compiler options for the CPUs of this process; {} on an accelerator, and where this jaxlib knows none of them.
+    """Compiler options for the CPUs of this process; {} on an accelerator, and if this jaxlib has no oneDNN.
 
     Options that the user has put into XLA_FLAGS stay as they are there.
     """
-    if jax.default_backend() != "cpu" or ONEDNN in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    options = {name: value for name, value in FASTEST.items() if name not in flags}
+    if jax.local_device_count() > 1 and ONE_THREAD not in flags:
+        options[ONE_THREAD] = False
+    if jax.default_backend() != "cpu" or "onednn" not in _compiled_convolution(options):
         return {}
-    return {ONEDNN: True} if "onednn" in _compiled_convolution({ONEDNN: True}) else {}
+    return options
 
 
 @functools.cache
@@ -43,21 +53,22 @@ def _compiled_convolution(options: dict[str, Any]) -> str:
 
 
 def jit(function: Callable | None = None, **settings: Any) -> Any:
-    """`jax.jit` with `cpu_options`, for functions that no other compiled function calls.
+    """`jax.jit` with `cpu_options`. Inside another compiled function, `function` is traced as a part of that.
 
-    The options are looked up at the first call: a module may decorate with this and not start JAX.
+    The options are looked up at the first call, so a module may decorate with this without starting JAX.
     """
     if function is None:
         return functools.partial(jit, **settings)
-    options = settings.pop("compiler_options", None) or {}
+    own = settings.pop("compiler_options", None) or {}
 
     @functools.cache
     def compiled() -> Any:
-        return jax.jit(function, compiler_options={**cpu_options(), **options} or None, **settings)
+        return jax.jit(function, compiler_options={**cpu_options(), **own} or None, **settings)
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        return compiled()(*arguments, **named)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arguments, named)))
+        return function(*arguments, **named) if traced else compiled()(*arguments, **named)
 
-    call.lower = lambda *arguments, **named: compiled().lower(*arguments, **named)  # type: ignore[attr-defined]
+    call.compiled = compiled  # type: ignore[attr-defined]  # the function as `jax.jit` has it, to lower or to count
     return call

@@ -45,7 +45,7 @@ ALLOWED = {
         "ltjax.attacks",
         "ltjax.methods",
     },
-    "ltjax.models": {"jax", "flax", "ltjax.types", "ltjax.models"},
+    "ltjax.models": {"jax", "flax", "ltjax.types", "ltjax.xla", "ltjax.models"},
     "ltjax.interop.weights": {"jax", "numpy", "safetensors", "ltjax.types", "ltjax.optim"},
     "ltjax.interop.checkpoints": {"numpy", "safetensors", "torch", "ltjax.types", "ltjax.interop.names"},
     "ltjax.interop.names": {"numpy", "flax"},

@@ -53,9 +53,9 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = dict(features=self.features, dtype=self.dtype, platform=self.platform, fan=self.fan)
-        y = nn.relu(BatchNorm(name="norm1")(Conv(**conv, strides=self.strides, name="conv1")(x), train))
-        y = BatchNorm(name="norm2")(Conv(**conv, name="conv2")(y), train)
-        return nn.relu(_shortcut(x, self, self.features, self.shortcut, train) + y)
+        y = BatchNorm(relu=True, name="norm1")(Conv(**conv, strides=self.strides, name="conv1")(x), train)
+        y = Conv(**conv, name="conv2")(y)
+        return BatchNorm(relu=True, name="norm2")(y, train, _shortcut(x, self, self.features, self.shortcut, train))
 
 
 class Bottleneck(nn.Module):
@@ -80,8 +80,8 @@ class Bottleneck(nn.Module):
         conv = dict(dtype=self.dtype, platform=self.platform, fan=self.fan)
         features = x.shape[-1] if self.features is None else self.features
         inner = features // 4 if self.inner is None else self.inner
-        y = nn.relu(BatchNorm(name="norm1")(Conv(inner, kernel_size=1, **conv, name="conv1")(x), train))
+        y = BatchNorm(relu=True, name="norm1")(Conv(inner, kernel_size=1, **conv, name="conv1")(x), train)
         y = Conv(inner, strides=self.strides, groups=self.groups, **conv, name="conv2")(y)
-        y = nn.relu(BatchNorm(name="norm2")(y, train))
-        y = BatchNorm(name="norm3")(Conv(features, kernel_size=1, **conv, name="conv3")(y), train)
-        return nn.relu(_shortcut(x, self, features, "conv", train) + y)
+        y = BatchNorm(relu=True, name="norm2")(y, train)
+        y = Conv(features, kernel_size=1, **conv, name="conv3")(y)
+        return BatchNorm(relu=True, name="norm3")(y, train, _shortcut(x, self, features, "conv", train))

@@ -42,5 +42,5 @@ class ConvBranches(nn.Module):
         if not train:
             x = pool(x)[:, None, None]  # [B, 1, 1, D]
         conv = Conv(self.num_branches * width, kernel_size=1, dtype=self.dtype, platform=self.platform, name="conv")
-        x = nn.relu(BatchNorm(name="norm")(conv(x), train))  # [B, h, w, R D]
+        x = BatchNorm(relu=True, name="norm")(conv(x), train)  # [B, h, w, R D]
         return pool(x).reshape(batch_size, self.num_branches, width).swapaxes(0, 1)  # [R, B, D]

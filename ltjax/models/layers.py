@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from ltjax import xla
 from ltjax.types import Outputs, UserError
 
 CLASSIFIERS = ("linear", "cosine")
@@ -47,11 +48,15 @@ def _dilate(x: jax.Array, strides: Sequence[int]) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)))
 
 
-def _nhwc(lhs: jax.Array, rhs: jax.Array, strides, padding, precision) -> jax.Array:
-    if max(lhs.shape[1:3]) <= 2 and tuple(strides) == (1, 1):
+def _nhwc(lhs: jax.Array, rhs: jax.Array, strides, padding, precision, dilation=(1, 1)) -> jax.Array:
+    """A convolution that sums in float32 at least. dilation: of the kernel."""
+    if lhs.dtype == jnp.bfloat16 and not xla.has_onednn():
+        lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+        return _nhwc(lhs, rhs, strides, padding, precision, dilation).astype(jnp.bfloat16)
+    if max(lhs.shape[1:3]) <= 2 and tuple(strides) == (1, 1) and tuple(dilation) == (1, 1):
         return _by_taps(lhs, rhs, padding, precision)
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(lhs, rhs, strides, padding, dimension_numbers=dimensions, precision=precision)
+    settings = dict[str, Any](rhs_dilation=dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
+    return lax.conv_general_dilated(lhs, rhs, strides, padding, **settings)
 
 
 def _by_taps(lhs: jax.Array, rhs: jax.Array, padding, precision) -> jax.Array:
@@ -81,16 +86,38 @@ def _cpu_convolution_forward(x, kernel, strides, padding, precision):
 def _cpu_convolution_backward(strides, padding, precision, residuals, dy):
     x, kernel = residuals
     stuffed = _dilate(dy, strides)  # [B, (Ho - 1) * s + 1, (Wo - 1) * s + 1, Cout]
-    pad_x, pad_kernel = [], []
+    pad_x = []
     for axis in (0, 1):
         size, taps, span, low = x.shape[1 + axis], kernel.shape[axis], stuffed.shape[1 + axis], padding[axis][0]
         pad_x.append((taps - 1 - low, size - span + low))
-        pad_kernel.append((low, taps - 1 + span - size - low))
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)  # [kh, kw, Cout, Cin]
     dx = _nhwc(stuffed, flipped, (1, 1), pad_x, precision)
-    lhs, rhs = x.transpose(3, 1, 2, 0), stuffed.transpose(1, 2, 0, 3)  # [Cin, H, W, B], [Ho', Wo', B, Cout]
-    dk = _nhwc(lhs, rhs, (1, 1), pad_kernel, precision)  # [Cin, kh, kw, Cout]
-    return dx, dk.transpose(1, 2, 0, 3)
+    return dx, _kernel_gradient(x, dy, kernel.shape, strides, padding, precision)
+
+
+def _kernel_gradient(x, dy, shape, strides, padding, precision) -> jax.Array:
+    """Gradient to a kernel of `shape` [kh, kw, Cin, Cout]: one image of width W Cin, convolved with dy as the kernel.
+
+    Input channels lie side by side in the image, and taps a whole pixel apart, so that one row of what comes out has
+    kw Cin entries: matrix units like that better than one image of kw columns for each channel, by a factor of two.
+    """
+    (batch, height, width, channels), (_, rows, columns, _) = x.shape, dy.shape
+    high = [
+        taps + (count - 1) * stride - size - low
+        for taps, count, stride, size, (low, _) in zip(
+            shape[:2], (rows, columns), strides, (height, width), padding, strict=True
+        )
+    ]
+    (top, _), (left, _) = padding
+    dk = _nhwc(
+        x.transpose(1, 2, 3, 0).reshape(1, height, width * channels, batch),
+        dy.transpose(1, 2, 0, 3),  # [Ho, Wo, B, Cout]
+        (1, 1),
+        ((top, high[0]), (left * channels, high[1] * channels)),
+        precision,
+        dilation=(strides[0], strides[1] * channels),
+    )  # [1, kh, kw Cin, Cout]
+    return dk.reshape(shape)
 
 
 _cpu_convolution.defvjp(_cpu_convolution_forward, _cpu_convolution_backward)
@@ -161,15 +188,18 @@ class BatchNorm(nn.Module):
     """Batch norm with PyTorch's running statistics: momentum 0.1, epsilon 1e-5, and an *unbiased* running variance.
 
     Flax's own keeps the biased one, which drifts away from the authors' evaluation figures on small batches.
-    Statistics are taken over the whole batch, however many devices it is sharded over, and in float32 (in float64 of
-    float64 maps). Running ones keep the type they come in.
+    Statistics are taken over the whole batch, however many devices it is sharded over. All of it is computed in
+    float32 (in float64 of float64 maps) and returned in the type of x. Running statistics keep the type they come in.
+
+    relu: end in a ReLU. A call may add a residual before that: `relu(norm(x) + residual)`.
     """
 
+    relu: bool = False
     momentum: float = 0.1
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, residual: jax.Array | None = None) -> jax.Array:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
@@ -177,21 +207,104 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         dtype = at_least_float32(x.dtype)
         old_mean, old_var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
-        if train:
-            values, axes = x.astype(dtype), tuple(range(x.ndim - 1))
-            mean = values.mean(axes)
-            var = jnp.maximum(jnp.square(values).mean(axes) - jnp.square(mean), 0.0)
-            if not self.is_initializing():
-                count = x.size // channels
-                unbiased = var * (count / max(count - 1, 1))
-                new_mean = old_mean + self.momentum * (mean - old_mean)
-                new_var = old_var + self.momentum * (unbiased - old_var)
-                running_mean.value = new_mean.astype(running_mean.value.dtype)
-                running_var.value = new_var.astype(running_var.value.dtype)
-        else:
-            mean, var = old_mean, old_var
-        factor = scale.astype(dtype) * lax.rsqrt(var + self.epsilon)
-        return x * factor.astype(x.dtype) + (bias.astype(dtype) - mean * factor).astype(x.dtype)
+        scale, bias = scale.astype(dtype), bias.astype(dtype)
+        if not train:
+            return _affine(x, scale, bias, old_mean, lax.rsqrt(old_var + self.epsilon), residual, self.relu)
+        y, mean, var = _batch_norm(x, scale, bias, residual, self.relu, self.epsilon)
+        if not self.is_initializing():
+            count = x.size // channels
+            unbiased = var * (count / max(count - 1, 1))
+            new_mean = old_mean + self.momentum * (mean - old_mean)
+            new_var = old_var + self.momentum * (unbiased - old_var)
+            running_mean.value = new_mean.astype(running_mean.value.dtype)
+            running_var.value = new_var.astype(running_var.value.dtype)
+        return y
+
+
+def _affine(x, scale, bias, mean, inverse_std, residual, relu: bool) -> jax.Array:
+    factor = scale * inverse_std
+    y = _widened(x) * factor + (bias - mean * factor)
+    y = y if residual is None else y + _widened(residual)
+    return (_relu(y) if relu else y).astype(x.dtype)
+
+
+# A product with 0 or 1: a choice by `where` becomes branches on XLA's CPU backend, and takes ten times as long.
+@jax.custom_vjp
+def _relu(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, 0)
+
+
+_relu.defvjp(lambda x: (jnp.maximum(x, 0),) * 2, lambda y, dy: (dy * jnp.sign(y),))
+
+
+# The gradient of batch norm, residual and ReLU in three passes over the maps, one of which makes the gradient to x.
+# `mean` and `var` are there for the running statistics: no gradient comes through them.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _batch_norm(x, scale, bias, residual, relu: bool, epsilon: float):
+    """x, residual [..., channels], scale, bias [channels] -> `relu(norm(x) + residual)`, mean, var [channels]."""
+    count = x.size // x.shape[-1]
+    mean = _channel_sums(_apart(x, 1)) / count
+    var = jnp.maximum(_channel_sums(*(_apart(x, 2),) * 2) / count - jnp.square(mean), 0.0)
+    return _affine(x, scale, bias, mean, lax.rsqrt(var + epsilon), residual, relu), mean, var
+
+
+def _batch_norm_forward(x, scale, bias, residual, relu, epsilon):
+    y, mean, var = _batch_norm(x, scale, bias, residual, relu, epsilon)
+    return (y, mean, var), (x, scale, mean, var, y if relu else None, residual is not None)
+
+
+def _batch_norm_backward(relu, epsilon, residuals, cotangents):
+    (x, scale, mean, var, y, added), (dy, *_) = residuals, cotangents
+    if relu:  # y is 0 or above
+        dy = (_widened(dy) * jnp.sign(_widened(y))).astype(dy.dtype)
+    dy, count, inverse_std = _apart(dy, 1), x.size // x.shape[-1], lax.rsqrt(var + epsilon)
+    dbias = _channel_sums(_apart(dy, 1))
+    dscale = inverse_std * (_channel_sums(_apart(dy, 2), _apart(x, 3)) - mean * dbias)
+    factor = scale * inverse_std
+    slope = factor * inverse_std * dscale / count
+    dx = _widened(dy) * factor - _widened(x) * slope + (slope * mean - factor * dbias / count)
+    return dx.astype(x.dtype), dscale, dbias, dy if added else None
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+def _channel_sums(x: jax.Array, times: jax.Array | None = None) -> jax.Array:
+    """Sums of x, or of x * times, over all axes but the last, in float32 (of float64, float64)."""
+    dtype, axes = at_least_float32(x.dtype), tuple(range(x.ndim - 1))
+    return jnp.sum(x if times is None else x.astype(dtype) * times.astype(dtype), axes, dtype=dtype)
+
+
+# On a CPU, XLA's fast sums read bfloat16 as it is, but only if its conversion to float32 has no other use: shared ones
+# are written out as a map of float32 first. So every sum of a map takes it behind another number of barriers, and the
+# rest converts it in another way. Together that is a quarter of a training step.
+
+
+def _apart(x: jax.Array, barriers: int) -> jax.Array:
+    if x.dtype == jnp.bfloat16:
+        for _ in range(barriers):
+            x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+    return x
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """x as float32 (float64 stays)."""
+    return _wide(x) if x.dtype == jnp.bfloat16 else x.astype(at_least_float32(x.dtype))
+
+
+@jax.custom_vjp
+def _wide(x: jax.Array) -> jax.Array:
+    return lax.platform_dependent(x, cpu=_shifted, default=lambda x: x.astype(jnp.float32))
+
+
+_wide.defvjp(lambda x: (_wide(x), None), lambda _, dy: (dy.astype(jnp.bfloat16),))
+
+
+def _shifted(x: jax.Array) -> jax.Array:
+    """bfloat16 as float32, of which it is the upper half."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
 
 
 class LinearClassifier(nn.Module):

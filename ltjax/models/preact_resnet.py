@@ -29,9 +29,9 @@ class PreActBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = dict(features=self.features, dtype=self.dtype, platform=self.platform)
-        active = nn.relu(BatchNorm(name="norm1")(x, train))
+        active = BatchNorm(relu=True, name="norm1")(x, train)
         y = Conv(**conv, strides=self.strides, name="conv1")(active)
-        y = Conv(**conv, name="conv2")(nn.relu(BatchNorm(name="norm2")(y, train)))
+        y = Conv(**conv, name="conv2")(BatchNorm(relu=True, name="norm2")(y, train))
         if self.strides != 1 or x.shape[-1] != self.features:
             x = Conv(**conv, kernel_size=1, strides=self.strides, name="shortcut")(active)
         return x + y
@@ -62,7 +62,7 @@ class PreActBackbone(nn.Module):
                 name = f"stage{stage + 1}_block{block + 1}"
                 x = block_class(features, strides, self.dtype, self.platform, name=name)(x, train)
             maps[f"stage{stage + 1}"] = x
-        return {**maps, f"stage{len(self.blocks)}": nn.relu(BatchNorm(name="norm")(x, train))}
+        return {**maps, f"stage{len(self.blocks)}": BatchNorm(relu=True, name="norm")(x, train)}
 
 
 def backbone(

@@ -63,7 +63,7 @@ class ResNetBackbone(nn.Module):
         conv: dict[str, Any] = dict(dtype=self.dtype, platform=self.platform, fan=fan)
         taps, stride = (7, 2) if large else (3, 1)
         x = Conv(self.width, kernel_size=taps, strides=stride, **conv, name="conv")(x)
-        x = nn.relu(BatchNorm(name="norm")(x, train))
+        x = BatchNorm(relu=True, name="norm")(x, train)
         if large:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         maps = {}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax import feed, metrics, parallel, stage
+from ltjax import feed, metrics, parallel, stage, xla
 from ltjax.config import Run, Stage
 from ltjax.problem import Problem, judged
 from ltjax.types import Method, Variables
@@ -73,7 +73,7 @@ class Observer:
 
         mesh = self._problem.mesh
         function = parallel.over_replicas(see, replicas=self._run.replicas, mesh=mesh)
-        return jax.jit(function, out_shardings=parallel.replicated(mesh))
+        return xla.jit(function, out_shardings=parallel.replicated(mesh))
 
 
 def distances(features: jax.Array, labels: jax.Array, means: jax.Array) -> tuple[jax.Array, jax.Array]:
