@@ -141,7 +141,8 @@ def with_attack(count: Callable[[int], float], num_steps: int) -> float:
 @contextlib.contextmanager
 def written_out():
     """What is traced in here has attacks without a loop."""
-    with mock.patch.object(attacks, "pgd", partial(attacks.pgd, unroll=True)):
+    looped = attacks.pgd
+    with mock.patch.object(attacks, "pgd", lambda *given, **how: looped(*given, **{**how, "unroll": True})):
         yield
 
 

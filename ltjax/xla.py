@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"  # one of XLA's debug options; others of its kind raise where unknown
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"  # what goes to YNNPACK, which takes float32 away from oneDNN
+UNCACHED = (
+    "Error writing persistent compilation cache entry"  # which holds nothing that calls oneDNN, and says so each time
+)
 
 
 @functools.cache
@@ -20,7 +25,11 @@ def cpu_options() -> dict[str, Any]:
     """
     if jax.default_backend() != "cpu" or ONEDNN in os.environ.get("XLA_FLAGS", ""):
         return {}
-    return {ONEDNN: True} if "onednn" in _compiled_convolution({ONEDNN: True}) else {}
+    options = {ONEDNN: True, YNNPACK: ""}
+    if "onednn" not in _compiled_convolution(options):
+        return {}
+    warnings.filterwarnings("ignore", UNCACHED)
+    return options
 
 
 @functools.cache
@@ -37,7 +46,9 @@ def _compiled_convolution(options: dict[str, Any]) -> str:
 
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 8, 8, 16), (3, 3, 16, 16)))
     try:
-        return jax.jit(convolution).lower(x, kernel).compile(compiler_options=options).as_text() or ""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", UNCACHED)
+            return jax.jit(convolution).lower(x, kernel).compile(compiler_options=options).as_text() or ""
     except jax.errors.JaxRuntimeError:
         return ""
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
+from ltjax import xla
 from ltjax.attacks import slots
 from ltjax.attacks.apgd import Apgd
 from ltjax.attacks.ball import check_images, radius
@@ -179,7 +180,7 @@ def _check(images: np.ndarray, labels: np.ndarray) -> None:
     check_images(images)
 
 
-@jax.jit
+@xla.jit
 def _evaluate(predict: Partial, images: jax.Array) -> jax.Array:
     return predict(images)
 

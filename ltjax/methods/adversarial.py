@@ -91,7 +91,8 @@ def create(
 
         natural = predict(batch.images)  # dead code where the objective has no use for it
         start = attacks.random_start(rng, batch.images, **settings["begin"])
-        return attacks.pgd(batch.images, start, lambda x: objective(natural, predict(x), batch), **settings["moves"])
+        how = dict(settings["moves"], unroll=False)  # our convolutions are fast in a loop, which compiles sooner
+        return attacks.pgd(batch.images, start, lambda x: objective(natural, predict(x), batch), **how)
 
     def perturbed(apply: Apply, variables: Variables, batch: Batch, images: jax.Array) -> Variables:
         """Variables whose kernels have moved uphill; as far as gradients go, by a constant."""

@@ -27,6 +27,8 @@ class State(NamedTuple):
 class Countdown(NamedTuple):
     """Image i ends at step `labels[i]`, as `images[i]` plus what it draws in each step; targets say whether fooled."""
 
+    evaluations_a_step = 1
+
     def init(self, task):
         none = jnp.zeros(task.labels.shape, bool)
         return State(task.images, none, none, jnp.zeros(task.labels.shape, jnp.int32))
