@@ -7,7 +7,6 @@ the classifier only; XLA's also has batch norm, the loss, the optimizer, drawing
 
 import contextlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
