@@ -127,9 +127,8 @@ def of_the_authors(num_images: int, batch_size: int) -> dict[str, Any] | None:
     """Their suite on the same images; None where it is not installed."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "pyautoattack")):
         return None
-    import pyautoattack
-    import torch
-    from torch import nn
+    pyautoattack, torch = (importlib.import_module(name) for name in ("pyautoattack", "torch"))
+    nn = torch.nn
 
     torch.set_num_threads(num_cores())
     kept = dict(np.load(GOLDEN))

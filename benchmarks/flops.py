@@ -141,7 +141,12 @@ def with_attack(count: Callable[[int], float], num_steps: int) -> float:
 def written_out():
     """What is traced in here has attacks without a loop."""
     looped = attacks.pgd
-    with mock.patch.object(attacks, "pgd", lambda *given, **how: looped(*given, **{**how, "unroll": True})):
+
+    def unrolled(*given: Any, **how: Any) -> Any:
+        how["unroll"] = True
+        return looped(*given, **how)
+
+    with mock.patch.object(attacks, "pgd", unrolled):
         yield
 
 

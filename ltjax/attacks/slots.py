@@ -334,9 +334,9 @@ def run(
             batch, most = started.pop(ready)
             state, steps, live, seconds = ready.result()
             evaluations, spent = evaluations + each * live, spent + each * steps * len(batch.held)
-            settled = batch.settle(state, steps)
+            index, fooled, adversarial = batch.settle(state, steps)
             enough = int(steps * DISPATCH_SECONDS / max(seconds, 1e-6))
-            yield Settled(*settled, evaluations, spent)
+            yield Settled(index, fooled, adversarial, evaluations, spent)
             start(batch, min(max(enough, 1), 4 * most))  # a first dispatch takes its compilation's time
     finally:
         stop.set()
