@@ -203,8 +203,10 @@ def cpu_batches(num_images: int, batch_size: int, cores: int) -> _Cores:
 
 
 class _Batch:
-    """A batch at work, and the images of its slots. All but what `fill` returns belongs into the caller's thread, whose
-    settings of JAX, such as `jax.enable_x64`, other threads do not see."""
+    """A batch at work, and the images of its slots.
+
+    It traces and compiles in the caller's thread: others do not see settings of JAX such as `jax.enable_x64`.
+    """
 
     def __init__(self, attack: Attack, mesh: Mesh, sizes: list[int], patience: int, waiting: deque, gather: Any, rng):
         self.attack, self.mesh, self.sizes, self.waiting, self.rng = attack, mesh, sizes, waiting, rng
