@@ -7,7 +7,6 @@ the classifier only; XLA's also has batch norm, the loss, the optimizer, drawing
 
 import contextlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -141,7 +140,13 @@ def with_attack(count: Callable[[int], float], num_steps: int) -> float:
 @contextlib.contextmanager
 def written_out():
     """What is traced in here has attacks without a loop."""
-    with mock.patch.object(attacks, "pgd", partial(attacks.pgd, unroll=True)):
+    looped = attacks.pgd
+
+    def unrolled(*given: Any, **how: Any) -> Any:
+        how["unroll"] = True
+        return looped(*given, **how)
+
+    with mock.patch.object(attacks, "pgd", unrolled):
         yield
 
 

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from rich.console import Console
 
-from ltjax import attacks, evaluate, logs, parallel, processes, results, stage
+from ltjax import attacks, evaluate, logs, parallel, processes, results, stage, xla
 from ltjax import config as config_module
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
@@ -196,8 +197,9 @@ def _shown(target: Target, made: np.ndarray) -> list[figures.Attacked]:
     ]
 
 
-_pgd = jax.jit(attacks.pgd_attack, static_argnames=("num_steps", "norm", "objective"))  # compiled once for all radii
-_outcome = jax.jit(lambda predict, images, labels: evaluate.outcome(predict(images), labels))
+_static = ("num_steps", "norm", "objective")
+_pgd = xla.jit(partial(attacks.pgd_attack, unroll=False), static_argnames=_static)  # compiled once for all radii
+_outcome = xla.jit(lambda predict, images, labels: evaluate.outcome(predict(images), labels))
 
 
 def judge(target: Target, groups: Mapping[str, np.ndarray], num_classes: int, file: Path) -> tuple[dict, np.ndarray]:

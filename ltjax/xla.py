@@ -47,7 +47,9 @@ def _compiled_convolution(options: dict[str, Any]) -> str:
 
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 8, 8, 16), (3, 3, 16, 16)))
     try:
-        return jax.jit(convolution).lower(x, kernel).compile(compiler_options=options).as_text() or ""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", UNCACHED)
+            return jax.jit(convolution).lower(x, kernel).compile(compiler_options=options).as_text() or ""
     except jax.errors.JaxRuntimeError:
         return ""
 

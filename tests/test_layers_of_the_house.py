@@ -33,7 +33,8 @@ ALLOWED = {
     "ltjax.report.plots": {"numpy", "markupsafe", "ltjax.results", "ltjax.report"},
     "ltjax.report.sections": {"numpy", "markupsafe", "ltjax.results", "ltjax.report"},
     "ltjax.report.analysis": {"numpy", "ltjax.metrics"},
-    "ltjax.attacks": {"jax", "numpy", "ltjax.attacks"},
+    "ltjax.attacks": {"jax", "numpy", "ltjax.attacks", "ltjax.cores", "ltjax.xla"},
+    "ltjax.xla": {"jax"},
     "ltjax.parallel": {"jax", "numpy"},
     "ltjax.surgery": {"jax", "numpy", "ltjax.types", "ltjax.losses", "ltjax.registry"},
     "ltjax.methods": {

@@ -62,6 +62,7 @@ class Apgd(NamedTuple):
     loss: str = "ce"
     num_steps: int = 100
     num_targets: int = 9
+    evaluations_a_step = 1
 
     def init(self, task: Task) -> State:
         images, flat = task.images, jnp.zeros(task.labels.shape, task.images.dtype)  # [B]

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
+from ltjax import xla
 from ltjax.attacks import slots
 from ltjax.attacks.apgd import Apgd
 from ltjax.attacks.ball import check_images, radius
@@ -62,18 +63,22 @@ def autoattack(
       rng: a key. Image i's random numbers follow from it and i alone.
       epsilon: radius in pixel units of [0, 1], 8/255 or "8/255", not 8. norm: "linf" or "l2".
       attacks: of `ATTACKS`; the standard suite by default.
-      batch_size: images to an evaluation of the model, over all devices.
+      batch_size: images under evaluation at a time, over all devices; on CPUs, over all cores, at most 64 to each.
       num_steps, num_targets, num_queries: budget of APGD and FAB, of the targeted ones, and of Square; the defaults are
         the standard.
       progress_file: written every `save_seconds`, when stopped, and at the end of each attack. If it exists, the suite
         goes on from there, and ends with the same answer.
-      progress: called with a `Progress`; None for silence. devices: all of this process by default.
+      progress: called with a `Progress`; None for silence. devices: all of this process by default; of CPUs the first
+        is enough, whose threads reach every core.
     Raises: ValueError for what cannot be attacked: images outside [0, 1], labels or logits of a wrong shape, an epsilon
       above 1 in l-inf, an unknown attack, a progress file of other images, another model or other settings.
     Warns: RuntimeWarning where the outcome would not mean what it says, see `ltjax.attacks.checks`.
 
-    Where we differ from the authors' code: an attack stops working on an image once it is fooled, FAB evaluates the
-    model once a step where they do twice, and cross-entropy is climbed by its log-odds, which do not saturate.
+    Where we differ from the authors' code: an attack stops working on an image once it is fooled, and cross-entropy is
+    climbed by its log-odds, which do not saturate.
+
+    On CPUs every core works on images of its own, by threads of this process, and no network needs convolutions that
+    are fast in a loop.
 
     Examples:
       >>> def predict(images):  # the first pixel decides
@@ -179,7 +184,7 @@ def _check(images: np.ndarray, labels: np.ndarray) -> None:
     check_images(images)
 
 
-@jax.jit
+@xla.jit
 def _evaluate(predict: Partial, images: jax.Array) -> jax.Array:
     return predict(images)
 

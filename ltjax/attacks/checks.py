@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from ltjax import xla
 from ltjax.attacks import objectives
 
 MOST = 64  # images that are looked at
 
 
-@jax.jit
+@xla.jit
 def _logits(predict: Partial, images: jax.Array) -> jax.Array:
     return predict(images)
 
 
-@jax.jit
+@xla.jit
 def _flat(predict: Partial, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Whether no pixel of an image has a gradient, bool [B]: of the log-odds; of cross-entropy."""
     odds, back = jax.vjp(lambda x: objectives.log_odds(predict(x), labels), images)

@@ -3,7 +3,8 @@
     start = attacks.random_start(rng, images)
     adversarial = attacks.pgd(images, start, objective, epsilon=8 / 255, step_size=2 / 255, num_steps=10)
 
-Pure functions to be called inside `jit`; the steps are one `lax.fori_loop`.
+Pure functions, inside `jit` and outside. On an accelerator the steps are one `lax.fori_loop`. On a CPU, where XLA's
+convolutions are several times as slow in a loop, they are written out; see `pgd`'s `unroll`.
 """
 
 import math
@@ -18,6 +19,7 @@ from ltjax.attacks.ball import check_floats, check_images, check_norm, direction
 
 STARTS = ("gaussian", "uniform", "none")
 OBJECTIVES = ("ce", "kl", "cw")
+WRITTEN_OUT = 20  # steps; compiling takes longer with each
 
 
 def random_start(
@@ -70,7 +72,7 @@ def pgd(
     step_size: float | str | jax.Array,
     num_steps: int,
     norm: str = "linf",
-    unroll: bool = False,
+    unroll: bool | None = None,
 ) -> jax.Array:
     """`num_steps` times: a step uphill, back into the ball around `images`, and into [0, 1].
 
@@ -80,7 +82,9 @@ def pgd(
       epsilon: radius in pixel units of [0, 1]: 8/255 (or "8/255"), not 8. step_size: in the same units, l-inf: of each
         pixel; l2: of the whole image's step along the gradient.
       norm: "linf" (sign of the gradient) or "l2" (the gradient over its length).
-      unroll: write the steps out instead of looping over them.
+      unroll: write the steps out instead of looping over them. Outside `jit` they then are calls of one compiled step;
+        inside, compiling takes as many times as long. By default they are written out on a CPU, inside `jit` up to
+        `WRITTEN_OUT` of them. False suits a network whose convolutions are fast in a loop, as those of `ltjax.models`.
     Returns: [B, H, W, channels], in the ball and in [0, 1], without a gradient to anything.
     Raises: ValueError for an epsilon that cannot be one, num_steps below 0, an unknown norm, or images outside [0, 1].
     Where the objective's gradient is nan or 0, that pixel stays.
@@ -100,15 +104,31 @@ def pgd(
         raise ValueError(f"num_steps = {num_steps}: 0 or more")
     images = jax.lax.stop_gradient(images)
 
-    def ascend(_, x):
+    x = jax.lax.stop_gradient(start.astype(images.dtype))
+
+    def ascend(x, images):
         gradient = jax.grad(lambda x: objective(x).sum())(x)
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
         return project(x + step_size * direction(gradient, norm=norm), images, epsilon=epsilon, norm=norm)
 
-    x = jax.lax.stop_gradient(start.astype(images.dtype))
-    if not known or num_steps > 0:
-        x = jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, ascend, x, unroll=unroll))
+    if _writes_out(unroll, num_steps, images, start):
+        step = jax.jit(ascend)  # traced once, and compiled once where nobody compiles all of it
+        for _ in range(num_steps):
+            x = step(x, images)
+        x = jax.lax.stop_gradient(x)
+    elif not known or num_steps > 0:
+        x = jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, lambda _, x: ascend(x, images), x))
     return x if known and num_steps > 0 else project(x, images, epsilon=epsilon, norm=norm)
+
+
+def _writes_out(unroll: bool | None, num_steps: Any, *inputs: Any) -> bool:
+    """Whether steps are written out: as asked, by default where that is fast and does not compile for long."""
+    if isinstance(num_steps, jax.core.Tracer):
+        return False
+    if unroll is not None:
+        return unroll
+    inside = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs))
+    return jax.default_backend() == "cpu" and (not inside or num_steps <= WRITTEN_OUT)
 
 
 def pgd_attack(
@@ -125,6 +145,7 @@ def pgd_attack(
     start: str = "uniform",
     start_scale: float | str | jax.Array | None = None,
     num_restarts: int = 1,
+    unroll: bool | None = None,
 ) -> jax.Array:
     """PGD against a model, as tables report it (PGD-20, CW-20): the adversarial images [B, H, W, channels].
 
@@ -135,6 +156,7 @@ def pgd_attack(
       start, start_scale: see `random_start`; the scale is epsilon for "uniform", 0.001 for "gaussian" by default.
       num_restarts: each with its own start. Of the last images of all, one that fools the model is kept, else the one
         with the largest objective.
+      unroll: see `pgd`; of the restarts as well, whose steps count together.
     Raises: ValueError as `pgd` does, and for an unknown objective.
 
     Examples:
@@ -155,6 +177,7 @@ def pgd_attack(
     if start_scale is None:
         start_scale = epsilon if start == "uniform" else 0.001
     natural = predict(images) if objective == "kl" else None
+    unroll = _writes_out(unroll, num_steps * num_restarts, predict, images, labels, rng)
 
     def value(logits: jax.Array) -> jax.Array:  # [B]
         if natural is not None:
@@ -164,7 +187,7 @@ def pgd_attack(
     def attempt(key: jax.Array) -> Any:
         begin = random_start(key, images, kind=start, scale=start_scale, norm=norm)
         settings: dict[str, Any] = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, norm=norm)
-        return pgd(images, begin, lambda x: value(predict(x)), **settings)
+        return pgd(images, begin, lambda x: value(predict(x)), **settings, unroll=unroll)
 
     keys = jax.random.split(rng, num_restarts)
     best = attempt(keys[0])
@@ -184,4 +207,9 @@ def pgd_attack(
         chosen = jnp.where(per_image(better, best), tried, best)
         return chosen, (fooled | fools, jnp.where(better, reached, highest))
 
-    return jax.lax.fori_loop(1, num_restarts, again, (best, rank(best)))[0]
+    kept = best, rank(best)
+    if not unroll:
+        return jax.lax.fori_loop(1, num_restarts, again, kept)[0]
+    for number in range(1, num_restarts):
+        kept = again(number, kept)
+    return kept[0]

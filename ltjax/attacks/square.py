@@ -37,6 +37,7 @@ class Square(NamedTuple):
     norm: str = "linf"
     num_queries: int = 5000
     p_init: float = 0.8
+    evaluations_a_step = 1
 
     def init(self, task: Task) -> State:
         ball.check_norm(self.norm)

@@ -1,6 +1,7 @@
 """What adversarial training methods share: the attack inside a step, and perhaps one on the weights."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -91,7 +92,8 @@ def create(
 
         natural = predict(batch.images)  # dead code where the objective has no use for it
         start = attacks.random_start(rng, batch.images, **settings["begin"])
-        return attacks.pgd(batch.images, start, lambda x: objective(natural, predict(x), batch), **settings["moves"])
+        steps = partial(attacks.pgd, **settings["moves"], unroll=False)  # our convolutions are fast in a loop
+        return steps(batch.images, start, lambda x: objective(natural, predict(x), batch))
 
     def perturbed(apply: Apply, variables: Variables, batch: Batch, images: jax.Array) -> Variables:
         """Variables whose kernels have moved uphill; as far as gradients go, by a constant."""

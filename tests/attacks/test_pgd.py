@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ltjax import attacks
 from ltjax.attacks import ball, objectives, slots
+from ltjax.attacks.pgd import WRITTEN_OUT
 
 CLASSES = 4
 KEY = jax.random.key(0, impl="unsafe_rbg")  # of all kinds the fastest to compile
@@ -59,7 +60,40 @@ def test_unrolled_and_looped_steps_agree():
     attack = functools.partial(
         attacks.pgd, IMAGES, IMAGES, cross_entropy, epsilon="8/255", step_size="2/255", num_steps=3
     )
-    np.testing.assert_allclose(attack(), attack(unroll=True), atol=1e-6)
+    np.testing.assert_allclose(attack(unroll=False), attack(unroll=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "num_steps, unroll, looped",
+    [(WRITTEN_OUT, None, False), (WRITTEN_OUT + 1, None, True), (3, False, True), (30, True, False)],
+)
+def test_steps_are_written_out_on_a_cpu_unless_they_are_many(num_steps, unroll, looped):
+    how = dict(epsilon=0.1, step_size=0.01, num_steps=num_steps, unroll=unroll)
+    inside = jax.make_jaxpr(lambda images: attacks.pgd(images, images, cross_entropy, **how))(IMAGES)
+    assert any(name in str(inside) for name in ("while[", "scan[")) == looped
+
+
+def test_outside_jit_one_step_is_compiled_and_called():
+    """Tracing calls the objective once."""
+    calls = []
+
+    def objective(x):
+        calls.append(x)
+        return cross_entropy(x)
+
+    how = dict(epsilon=0.1, step_size=0.01, num_steps=50)
+    ours = attacks.pgd(IMAGES, IMAGES, objective, **how)
+    assert len(calls) == 1
+    np.testing.assert_allclose(ours, attacks.pgd(IMAGES, IMAGES, cross_entropy, **how, unroll=False), atol=1e-6)
+
+
+def test_restarts_are_written_out_with_their_steps():
+    def attack(images, **how):
+        settings = dict(epsilon=0.1, step_size=0.03, num_steps=6, num_restarts=3)
+        return attacks.pgd_attack(linear, images, LABELS, KEY, **settings, **how)
+
+    assert "while[" not in str(jax.make_jaxpr(attack)(IMAGES)).replace("random_bits", "")
+    np.testing.assert_allclose(jax.jit(attack)(IMAGES), attack(IMAGES, unroll=False), atol=1e-6)
 
 
 def test_no_steps_bring_the_start_into_the_ball():

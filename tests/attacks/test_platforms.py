@@ -36,7 +36,7 @@ PREDICT = Partial(apply, jnp.asarray(np.random.default_rng(0).normal(size=(192, 
 def test_pgd_lowers(platform, norm):
     def attack(images):
         value = partial(objectives.margin, labels=LABELS)
-        how = dict(epsilon=0.1, step_size=0.02, num_steps=10, norm=norm)
+        how = dict(epsilon=0.1, step_size=0.02, num_steps=10, norm=norm, unroll=False)
         return attacks.pgd(images, images, lambda x: value(PREDICT(x)), **how)
 
     assert "stablehlo.while" in export.export(jax.jit(attack), platforms=[platform])(IMAGES).mlir_module()

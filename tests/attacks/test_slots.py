@@ -9,7 +9,10 @@ import pytest
 from jax.tree_util import Partial
 
 from ltjax.attacks import slots
+from ltjax.attacks.apgd import Apgd
 from ltjax.attacks.ball import per_image
+from ltjax.attacks.fab import Fab
+from ltjax.attacks.square import Square
 
 NUM = 70
 STEPS = np.random.default_rng(0).integers(1, 90, NUM)  # of each image
@@ -27,6 +30,8 @@ class State(NamedTuple):
 class Countdown(NamedTuple):
     """Image i ends at step `labels[i]`, as `images[i]` plus what it draws in each step; targets say whether fooled."""
 
+    evaluations_a_step = 1
+
     def init(self, task):
         none = jnp.zeros(task.labels.shape, bool)
         return State(task.images, none, none, jnp.zeros(task.labels.shape, jnp.int32))
@@ -37,7 +42,7 @@ class Countdown(NamedTuple):
         ends = step >= task.labels
         fooled = ends & (task.targets[:, 0] == 1)
         seen = predict(state.adversarial)[:, :1].reshape(-1, 1, 1, 1)
-        drawn = per_image(bits.astype(jnp.float32), seen)
+        drawn = per_image(bits.astype(seen.dtype), seen)
         return State(state.adversarial + drawn + 0 * seen, fooled, ends & ~fooled, step)
 
 
@@ -45,11 +50,11 @@ def double(images):
     return 2 * images.reshape(len(images), -1)
 
 
-def drive(chosen, *, batch_size, devices=1, dispatch=50):
+def drive(chosen, *, batch_size, devices=1, dispatch=50, looped=True):
     """-> the reports of a run on `chosen`, and what became of each image: fooled [NUM], pixel [NUM], times reported."""
     images = np.arange(NUM, dtype=np.float32).reshape(NUM, 1, 1, 1)
     mesh = slots.make_mesh(jax.devices()[:devices])
-    how = dict(batch_size=batch_size, mesh=mesh, steps_a_dispatch=dispatch)
+    how = dict(batch_size=batch_size, mesh=mesh, steps_a_dispatch=dispatch, looped=looped)
     targets = FOOLED[:, None].astype(int)
     reports = list(slots.run(Countdown(), Partial(double), images, STEPS, targets, chosen, KEY, **how))
     fooled, pixel, times = np.zeros(NUM, bool), np.zeros(NUM), np.zeros(NUM, int)
@@ -58,6 +63,11 @@ def drive(chosen, *, batch_size, devices=1, dispatch=50):
         pixel[report.index] = report.adversarial[:, 0, 0, 0]
         times[report.index] += 1
     return reports, fooled, pixel, times
+
+
+@pytest.fixture
+def three_cores(monkeypatch):
+    monkeypatch.setattr(slots, "num_cores", lambda: 3)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +81,10 @@ def alone():
 @pytest.mark.parametrize(
     "batch_size, devices, dispatch", [(70, 1, 50), (16, 1, 50), (16, 8, 7), (64, 8, 50), (5, 1, 3)]
 )
-def test_an_outcome_depends_on_the_image_alone(alone, batch_size, devices, dispatch):
-    _, fooled, pixel, times = drive(np.arange(NUM), batch_size=batch_size, devices=devices, dispatch=dispatch)
+@pytest.mark.parametrize("looped", [True, False])
+def test_an_outcome_depends_on_the_image_alone(alone, batch_size, devices, dispatch, looped, three_cores):
+    how = dict(batch_size=batch_size, devices=devices, dispatch=dispatch, looped=looped)
+    _, fooled, pixel, times = drive(np.arange(NUM), **how)
     np.testing.assert_array_equal(times, 1)
     np.testing.assert_array_equal(fooled, FOOLED)
     np.testing.assert_array_equal(pixel, alone)
@@ -86,16 +98,18 @@ def test_the_chosen_images_alone_are_attacked_in_any_order(alone):
     np.testing.assert_array_equal(fooled[chosen], FOOLED[chosen])
 
 
+@pytest.mark.parametrize("looped", [True, False])
 @pytest.mark.parametrize("batch_size, dispatch", [(70, 50), (16, 50), (5, 3)])
-def test_evaluations_count_no_settled_image(batch_size, dispatch):
-    reports, *_ = drive(np.arange(NUM), batch_size=batch_size, dispatch=dispatch)
+def test_evaluations_count_no_settled_image(batch_size, dispatch, looped, three_cores):
+    reports, *_ = drive(np.arange(NUM), batch_size=batch_size, dispatch=dispatch, looped=looped)
     assert reports[-1].evaluations == STEPS.sum()
     assert reports[-1].slots >= STEPS.sum()
 
 
-def test_slots_are_refilled():
+@pytest.mark.parametrize("looped", [True, False])
+def test_slots_are_refilled(looped):
     """Steps run from 1 to 89: batches that wait for their slowest would keep about half of the slots idle."""
-    reports, *_ = drive(np.arange(NUM), batch_size=16)
+    reports, *_ = drive(np.arange(NUM), batch_size=16, looped=looped)
     waiting = NUM - np.cumsum([len(report.index) for report in reports]) > 16
     full = [report for report, more in zip(reports, waiting, strict=True) if more]
     assert full[-1].evaluations > 0.8 * full[-1].slots
@@ -108,6 +122,118 @@ def test_survivors_move_into_smaller_batches():
     spent, work = reports[-1].slots - reports[last].slots, STEPS.max()
     assert 0 < spent <= 17 * work
     assert reports[-1].slots < 70 * work
+
+
+def test_cores_share_the_images_evenly():
+    assert slots.cpu_batches(65, 128, cores=2) == (2, [34, 24, 18, 12, 8])
+    assert slots.cpu_batches(130, 128, cores=2) == (2, [34, 24, 18, 12, 8])  # two rounds, not one and a bit
+    assert slots.cpu_batches(10_000, 512, cores=2)[1][0] == slots.CPU_BATCH
+    assert slots.cpu_batches(10_000, 512, cores=64)[0] == 512 // slots.CPU_LEAST
+    assert slots.cpu_batches(31, 512, cores=2) == (1, [32, 24, 18, 12, 8])
+    assert slots.cpu_batches(5, 3, cores=2) == (1, [3])
+    assert slots.cpu_batches(1, 1, cores=2) == (1, [1])
+
+
+def test_a_batch_of_a_core_shrinks_once_that_pays(monkeypatch):
+    monkeypatch.setattr(slots, "CPU_PATIENCE", 40)
+    reports, *_ = drive(np.arange(32), batch_size=32, dispatch=10, looped=False)
+    slots_of_each = np.diff([0, *(report.slots for report in reports)]) // 10
+    assert (slots_of_each[:4] == 32).all() and (slots_of_each[4:] < 32).all()
+
+
+def test_other_threads_keep_the_settings_of_this_one(three_cores):
+    """JAX keeps settings such as this one for each thread."""
+    with jax.enable_x64(True):
+        images, mesh = np.full((48, 1, 1, 1), 1 / 3), slots.make_mesh(jax.devices()[:1])
+        task = images, np.ones(48, int), np.ones((48, 1), int), np.arange(48), KEY
+        for report in slots.run(Countdown(), Partial(double), *task, batch_size=48, mesh=mesh):
+            assert report.adversarial.dtype == np.float64
+
+
+def test_an_error_in_a_thread_is_raised_and_ends_the_others(three_cores):
+    def fails(seen):
+        raise ZeroDivisionError("of the model")
+
+    def predict(x):
+        return jax.pure_callback(fails, jax.ShapeDtypeStruct((len(x), 1), x.dtype), x)
+
+    images, mesh = np.zeros((48, 1, 1, 1), np.float32), slots.make_mesh(jax.devices()[:1])
+    task = images, np.ones(48, int), np.ones((48, 1), int), np.arange(48), KEY
+    with pytest.raises(Exception, match="of the model"):
+        list(slots.run(Countdown(), Partial(predict), *task, batch_size=48, mesh=mesh))
+
+
+MACHINES = {
+    "apgd": Apgd(0.02, num_steps=12),
+    "fab": Fab(0.02, num_steps=5, num_targets=2),
+    "square": Square(0.1, num_queries=40),
+}
+
+
+def small_cnn(weights, images):
+    """As somebody writes it who does not know ltjax, in PyTorch's order of dimensions."""
+    how = dict(window_strides=(2, 2), padding="SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    x = jax.nn.relu(jax.lax.conv_general_dilated(images.transpose(0, 3, 1, 2), weights[0], **how))
+    return x.reshape(len(x), -1) @ weights[1]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """predict, images [40, 8, 8, 3], labels, targets; the smaller the margin, the earlier an image falls."""
+    rng = np.random.default_rng(1)
+    weights = [rng.normal(size=shape).astype(np.float32) / 5 for shape in ((8, 3, 3, 3), (128, 4))]
+    images = rng.random((40, 8, 8, 3), dtype=np.float32)
+    ranked = np.asarray(small_cnn(weights, images)).argsort(1)[:, ::-1]
+    return Partial(small_cnn, weights), images, ranked[:, 0], ranked[:, 1:]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_host_and_the_devices_drive_an_attack_to_the_same_end(small, name, three_cores):
+    _, images, labels, _ = small
+    found = []
+    for looped in (True, False):
+        fooled, adversarial = np.zeros(len(labels), bool), images.copy()
+        how = dict(batch_size=32, mesh=slots.make_mesh(jax.devices()[:1]), looped=looped)
+        for report in slots.run(MACHINES[name], *small, np.arange(len(labels)), KEY, **how):
+            fooled[report.index], adversarial[report.index] = report.fooled, report.adversarial
+        found.append((fooled, adversarial))
+    assert 0 < found[0][0].sum() < len(labels)
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_no_convolution_is_in_a_loop_on_a_cpu(small, name, monkeypatch):
+    """XLA's are several times as slow there. The loops of an attack's own arithmetic are no matter."""
+    predict, images, labels, targets = small
+    steps = []
+
+    step = slots._step
+
+    class Watched:
+        def lower(self, *arguments):
+            steps.append(jax.make_jaxpr(step.__wrapped__, static_argnums=0)(*arguments))
+            return step.lower(*arguments)
+
+    monkeypatch.setattr(slots, "_advance", None)
+    monkeypatch.setattr(slots, "_step", Watched())
+    how = dict(batch_size=16, mesh=slots.make_mesh())
+    list(slots.run(MACHINES[name], predict, images, labels, targets, np.arange(4), KEY, **how))
+    assert steps
+    for jaxpr in steps:
+        assert "conv_general_dilated" in str(jaxpr)
+        assert not any("conv_general_dilated" in str(eqn) for eqn in loops(jaxpr.jaxpr))
+
+
+def loops(jaxpr):
+    """All `while` and `scan` below a jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("while", "scan"):
+            yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from loops(inner)
 
 
 def test_sizes_of_batches_divide_by_the_devices():
