@@ -31,6 +31,7 @@ MEANINGS = {
     "classifier": "the network's last layer; auto: the method's",
     "augment": "paper: the recipe's own; plain: crops and flips; auto: AutoAugment and Cutout, or RandAugment",
     "mixup": "of Beta(a, a), in stages that train the whole network; 0: the recipe's own",
+    "precision": "of the network's body; parameters, statistics, logits and optimizer stay float32",
     "holdout": "images of each class that are kept out of training, to choose by",
     "size": "side of the images that the network sees, in pixels",
     "runlocal": "shrink everything to a laptop: 64 pixels, a ResNet-10, few classes, images and epochs",
@@ -41,6 +42,7 @@ MEANINGS = {
     "sampler": "adversarial training: of the first stage",
     "epsilon": "adversarial training: l-inf radius in pixel units of [0, 1]",
 }
+PRECISIONS = {"float32": "float32", "bf16": "bfloat16"}  # {argument: the model's dtype}
 NETWORKS = "such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18"
 ROBUST_ARGUMENTS = {
     "guide": Text("auto", NETWORKS),
@@ -183,9 +185,10 @@ def networks(arguments: ConfigDict, chosen: recipes.Recipe, pixels: dict, *, usu
     """The `model` of a run and, where the recipe has one, its `guide`. pixels: their mean and std."""
     head = recipes.network(chosen.blocks)
     head["classifier"] = choose(arguments.classifier, head["classifier"])
-    made = dict(model=dict(**usual, **pixels, dtype="float32", **head))
+    pixels = dict(**pixels, dtype=PRECISIONS[arguments.precision])
+    made = dict(model=dict(**usual, **pixels, **head))
     if {"natural", "lbgat"} & set(chosen.blocks):
-        made["guide"] = dict(**guide, **pixels, dtype="float32", classifier="linear")
+        made["guide"] = dict(**guide, **pixels, classifier="linear")
     return made
 
 
@@ -263,6 +266,7 @@ def small_images(
         "classifier": ("auto", "linear", "cosine"),
         "augment": ("paper", "plain", "auto"),
         "mixup": 0.0,
+        "precision": tuple(PRECISIONS),
         "holdout": 0.0,
         **ROBUST_ARGUMENTS,
     }
@@ -294,7 +298,7 @@ def small_images(
     )
     config.batch_size = 128
     config.epochs = chosen.epochs(short)
-    config.eval_every = (1 if chosen.robust else 3) if short else 1
+    config.eval_every = (1 if chosen.robust else 3) if short else 0
     config.eval_batch_size = 500
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=chosen.weight_decay)
     add_stages(
@@ -321,7 +325,7 @@ def _run_name(name: str, arguments: ConfigDict, allowed: dict, holdout: int, lon
 def changed(arguments: ConfigDict, allowed: dict) -> list[str]:
     """What a run's name says of arguments that are not the usual ones."""
     parts = []
-    for key in ("model", "guide", "classifier", "loss", "sampler"):
+    for key in ("model", "guide", "classifier", "loss", "sampler", "precision"):
         default = allowed[key][0] if isinstance(allowed[key], tuple) else allowed[key]
         if arguments[key] != default:
             parts.append(arguments[key] if key != "guide" else f"{arguments[key]}-guide")

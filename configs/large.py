@@ -56,6 +56,7 @@ def images(name: str, arg: str | None, recipe: Recipe, *, source: str = "") -> C
         "classifier": ("auto", "linear", "cosine"),
         "augment": ("paper", "plain", "auto"),
         "mixup": 0.0,
+        "precision": tuple(common.PRECISIONS),
         "holdout": 0.0,
         "size": float(64 if local else recipe.size),
         "runlocal": False,

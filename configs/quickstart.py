@@ -16,9 +16,11 @@ from configs import common, recipes
 
 
 def get_config(arg=None):
-    holdout = common.whole(common.read_arguments(arg, {"holdout": 0.0}).holdout)
+    arguments = common.read_arguments(arg, {"holdout": 0.0, "precision": tuple(common.PRECISIONS)})
+    holdout = common.whole(arguments.holdout)
     config = ConfigDict()
     config.name = f"quickstart-holdout{holdout}" if holdout else "quickstart"
+    config.name += "-bf16" if arguments.precision == "bf16" else ""
     config.data = dict(
         name="fashion_mnist_lt",
         imbalance=100.0,
@@ -31,9 +33,8 @@ def get_config(arg=None):
         few_below=50,
         ranges=(),
     )
-    config.model = dict(
-        name="resnet_cifar", depth=8, width=8, mean=(0.286,), std=(0.353,), logit_scale=True, dtype="float32"
-    )
+    config.model = dict(name="resnet_cifar", depth=8, width=8, mean=(0.286,), std=(0.353,), logit_scale=True)
+    config.model.dtype = common.PRECISIONS[arguments.precision]
     if holdout:  # the images are as long-tailed as that: all others stay
         config.data.update(imbalance=1.0, profile="natural", max_count=0)
     config.batch_size = 64

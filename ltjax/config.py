@@ -88,7 +88,8 @@ class Run(NamedTuple):
     optimizer: Optimizer = Optimizer()
     guide: Mapping[str, Any] = {}  # a second network, like `model`, for methods that have one; {}: none
     attack: Attack = Attack()  # of --mode=attack; no part of training
-    eval_every: int = 1  # epochs
+    # epochs; 0: each, but without an accelerator every fifth and each of the last 20
+    eval_every: int = 1
     eval_batch_size: int = 500
     replicas: int = 1  # runs with seeds seed, seed + 1, ... in one program
     replicate: str = "loop"  # one replica after the other on a device, or "vmap": all in one batched step
@@ -145,7 +146,9 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
     )
     if not stages or len(set(stages)) != len(stages):
         raise UserError(f"config.stages = {stages}: name one stage or more, each once")
-    for key in ("batch_size", "eval_every", "eval_batch_size", "replicas", "accumulate"):
+    if run.eval_every < 0:
+        raise UserError(f"config.eval_every = {run.eval_every}: must be at least 1, or 0 to choose")
+    for key in ("batch_size", "eval_batch_size", "replicas", "accumulate"):
         if getattr(run, key) < 1:
             raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")
     for where, seed in (("config.seed", run.seed), ("config.data.seed", run.data.seed)):

@@ -11,7 +11,7 @@ from jax.extend import core
 from rich.console import Console
 from rich.table import Table
 
-from ltjax import feed, optim, parallel, stage
+from ltjax import feed, optim, parallel, stage, xla
 from ltjax.config import Run
 from ltjax.config import Stage as Settings
 from ltjax.interop.weights import load_weights, surplus
@@ -39,7 +39,9 @@ def show(
     for group, member in problem.groups.items():
         if member.any():
             console.print(f"  {group}: {_classes(np.flatnonzero(member), counts, problem.class_names)}")
-    console.print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), workdir {workdir}")
+    arithmetic = xla.arithmetic(problem.nets["net"].dtype)
+    console.print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}): {arithmetic}")
+    console.print(f"workdir {workdir}")
     if run.replicas > 1:
         groups = problem.mesh.shape[parallel.REPLICA_AXIS]
         console.print(

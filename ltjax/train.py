@@ -56,6 +56,13 @@ def chunk_length(steps_per_epoch: int, asked: int, replicas: int = 1, *, streame
     return divisor if 2 * divisor >= most else -(-steps_per_epoch // parts)
 
 
+def evaluates(epoch: int, epochs: int, every: int) -> bool:
+    """Whether an evaluation follows this epoch, from 1 on. every: `config.eval_every`."""
+    if every == 0:
+        every = 5 if jax.default_backend() == "cpu" and epoch <= epochs - 20 else 1
+    return epoch % every == 0 or epoch == epochs
+
+
 def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> dict[str, Any]:
     """Train all stages of a config, or go on where a killed run stopped, and leave the results in `workdir`.
 
@@ -219,7 +226,7 @@ def run_stage(
             if saving and not stage.all_finite(state):
                 raise non_finite(name, epoch, step, "a parameter is no longer finite", settings, checkpoints)
             score = None
-            if step % per_epoch == 0 and ((epoch + 1) % run.eval_every == 0 or step == built.num_steps):
+            if step % per_epoch == 0 and evaluates(epoch + 1, settings.epochs, run.eval_every):
                 score = evaluate_stage(run, name, settings, problem, state, epoch + 1, record, log)
                 speed = together / step_seconds if step_seconds else None
                 test = record["evaluations"][-1]["test"]

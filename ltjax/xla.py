@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,18 @@ def has_onednn() -> bool:
     return "onednn" in _compiled_convolution(cpu_options())
 
 
+def arithmetic(dtype: Any) -> str:
+    """How this process computes a network of `dtype`, in words for a plan."""
+    kind = jnp.dtype(dtype).name
+    if jax.default_backend() != "cpu":
+        return kind
+    if has_onednn():
+        return f"{kind} by oneDNN"
+    if kind == "bfloat16":
+        return "bfloat16 that is computed in float32, so it is no faster: this jaxlib has no oneDNN, jax 0.12 has"
+    return f"{kind} by XLA"
+
+
 def _compiled_convolution(options: dict[str, Any]) -> str:
     """What XLA makes of a small convolution of bfloat16; "" if it does not know an option."""
 
@@ -47,8 +60,8 @@ def _compiled_convolution(options: dict[str, Any]) -> str:
 
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 8, 8, 16), (3, 3, 16, 16)))
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", UNCACHED)
+        with warnings.catch_warnings():  # JAX's compilation cache cannot hold what calls oneDNN, and says so
+            warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
             return jax.jit(convolution).lower(x, kernel).compile(compiler_options=options).as_text() or ""
     except jax.errors.JaxRuntimeError:
         return ""

@@ -134,9 +134,14 @@ def test_a_stage_of_surgery_alone_needs_no_epochs():
     assert (stages["second"].epochs, stages["second"].groups) == (0, {})
 
 
-@pytest.mark.parametrize("key", ["batch_size", "eval_every", "eval_batch_size", "replicas"])
+@pytest.mark.parametrize("key", ["batch_size", "eval_batch_size", "replicas"])
 def test_sizes_are_at_least_1(key):
     assert message_of(small(**{key: 0})) == f"config.{key} = 0: must be at least 1"
+
+
+def test_epochs_between_evaluations_are_chosen_by_0():
+    assert config.parse(small(eval_every=0))[0].eval_every == 0
+    assert message_of(small(eval_every=-1)) == "config.eval_every = -1: must be at least 1, or 0 to choose"
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_names_of_runs_tell_the_choices_apart():
 
 NUMBERS_AND_CHOICES = {
     "methd=ce": "unknown config argument 'methd'; allowed: "
-    "method, recipe, imbalance, profile, budget, model, classifier, augment, mixup, holdout, "
+    "method, recipe, imbalance, profile, budget, model, classifier, augment, mixup, precision, holdout, "
     "guide, beta, loss, awp, sampler, epsilon",
     "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.METHODS)}",
     "method": f"config argument 'method': allowed values of method: {', '.join(recipes.METHODS)}",
@@ -288,7 +288,7 @@ def test_what_is_for_long_tailed_data_is_refused_on_balanced_data(name):
         "recipe=reslt": "config argument 'recipe=reslt': reslt is for long-tailed data",
         "recipe=lbgat+smoothing": "config argument 'recipe=lbgat+smoothing': smoothing is for long-tailed data",
         "imbalance=100": "unknown config argument 'imbalance'; allowed: method, recipe, budget, model, classifier, "
-        "augment, mixup, holdout, guide, beta, loss, awp, sampler, epsilon",
+        "augment, mixup, precision, holdout, guide, beta, loss, awp, sampler, epsilon",
     }
     for argument, message in mistakes.items():
         with pytest.raises(ValueError) as raised:

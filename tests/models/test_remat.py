@@ -45,7 +45,7 @@ def test_the_backward_pass_keeps_less(family):
         variables = jax.eval_shape(net.init, jax.random.key(0), images)
         leaves = jax.tree.leaves(jax.eval_shape(lambda v, x, net=net: backward(net, v, x)[0], variables, images))
         kept.append(sum(leaf.size for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] == 8))
-    assert kept[1] < 0.4 * kept[0]
+    assert kept[1] < 0.5 * kept[0]  # batch norm's gradient by hand keeps less than XLA's, with and without remat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
