@@ -3,6 +3,8 @@
     python -m benchmarks.cifar_step                                         # ResNet-32, batch 128: minutes on a CPU
     python -m benchmarks.cifar_step --depth=8 --batch_size=32 --max_count=50        # a quick look
     python -m benchmarks.cifar_step --dtype=bfloat16 --out=step.json
+    python -m benchmarks.cifar_step --torch                         # beside PyTorch, both on this machine's CPU
+    python -m benchmarks.cifar_step --torch=PYTHON                  # which another Python has
 
 The images are random: the speed does not depend on what they show. Per stage it measures
 
@@ -13,19 +15,28 @@ The images are random: the speed does not depend on what they show. Per stage it
 - image bytes from host to device between the epoch's first dispatch and the end of its last, as `jax.transfer_guard`
   reports them, for implicit and explicit transfers alike. Before, a deliberate transfer must show up in that report;
 - operations an image, by XLA and by hand: see `benchmarks/flops.py`.
+
+Evaluation of the test images is timed as well, by `--repeats` calls of what training evaluates with.
+
+With `--torch` it measures images a second alone, of both stages and of evaluating 10,000 images, five times over: by
+ltjax in float32 and in bfloat16, and in three ways by `benchmarks/torch_step.py`, a plain PyTorch network in a process
+of its own. They take turns, `--repeats` of them, so that other load on the machine meets all.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import math
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -40,7 +51,13 @@ from benchmarks import flops, provenance
 from configs import cifar100_lt
 from ltjax import config as config_module
 from ltjax import problem, stage, train
+from ltjax.config import Run
 from ltjax.data.source import Images
+
+ROOT = Path(__file__).parents[1]
+NUM_TEST = 10_000  # images to evaluate with --torch, as many as CIFAR-100 has
+EVALUATION = "evaluation"
+PYTHON_HAS_TORCH = "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)"
 
 
 def write_random_images(data_dir: Path, *, per_class: int, num_classes: int = 100, num_test: int = 1000) -> None:
@@ -142,6 +159,16 @@ def time_steps(built: stage.Stage, state: stage.State, source: stage.Resident, s
     return seconds
 
 
+def time_evaluation(ready: problem.Problem, variables: Any, repeats: int) -> list[float]:
+    """Seconds to evaluate all test images, [repeats]."""
+    seconds = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        ready.evaluate["net"](variables, ready.test_set)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]  # the first one compiles
+
+
 def train_one_epoch(config, data_dir: Path, built: dict[str, stage.Stage]):
     """Train one epoch of each stage, by `ltjax.train.train` -> {stage: (dispatches, transfers to the device)}.
 
@@ -173,11 +200,10 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.Stage]):
 
 
 def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[str, Any]:
-    """The numbers of both stages, {stage: {...}}, and what they were measured on."""
+    """The numbers of both stages, {stage: {...}}, of evaluation, and what they were measured on."""
     run, stages = config_module.parse(config)
-    ready = train.setup(run, data_dir)
+    ready, built = train.prepare(run, stages, data_dir)
     check_the_guard(ready.image_shape, run.batch_size)
-    built = {name: train.build_stage(run, name, settings, ready) for name, settings in stages.items()}
     seconds, operations = {}, {}
     for name, settings in stages.items():
         if with_flops:
@@ -185,6 +211,7 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
         steps = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)
         state = built[name].init(train.seeds(run), train.initial_variables(run, name, ready))
         seconds[name] = time_steps(built[name], state, ready.train_data, steps, repeats)
+    evaluation = time_evaluation(ready, train.initial_variables(run, run.stages[0], ready), repeats)
     epochs = train_one_epoch(config, data_dir, built)
 
     numbers = {}
@@ -216,8 +243,145 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
             }
     return {
         "stages": numbers,
+        EVALUATION: {
+            "num_images": ready.test_set.size,
+            "images_per_second": ready.test_set.size / statistics.median(evaluation),
+            "seconds": evaluation,
+        },
         "num_images": int(ready.split.class_counts.sum()),
     }
+
+
+def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int], Run]:
+    """{stage, or "evaluation": turn() -> seconds an image}, steps of a turn of each stage, and the run."""
+    run, stages = config_module.parse(config)
+    ready, built = train.prepare(run, stages, data_dir)
+    states, steps = {}, {}
+    for name in stages:
+        steps[name] = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)
+        states[name] = built[name].init(train.seeds(run), train.initial_variables(run, name, ready))
+    variables = train.initial_variables(run, run.stages[0], ready)
+
+    def train_for_a_dispatch(name):
+        started = time.perf_counter()
+        states[name], _ = jax.block_until_ready(built[name].run(states[name], ready.train_data, steps[name]))
+        return (time.perf_counter() - started) / (steps[name] * run.batch_size)
+
+    def evaluate():
+        started = time.perf_counter()
+        ready.evaluate["net"](variables, ready.test_set)
+        return (time.perf_counter() - started) / ready.test_set.size
+
+    turns: dict[str, Callable[[], float]] = {name: partial(train_for_a_dispatch, name) for name in stages}
+    return {**turns, EVALUATION: evaluate}, steps, run
+
+
+def has_torch(python: str) -> bool:
+    """Whether the interpreter `python` runs, and has PyTorch."""
+    try:
+        return subprocess.run([python, "-c", PYTHON_HAS_TORCH], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+class TorchProcess(contextlib.AbstractContextManager):
+    """`benchmarks/torch_step.py`, run by the interpreter `python`; it waits without work between questions.
+
+    settings: of its `Runner`. Has `version`, `threads` and `ways`, {name: title}.
+    """
+
+    def __init__(self, python: str, settings: Mapping[str, int]):
+        command = [python, "-m", "benchmarks.torch_step", json.dumps(settings)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        about = self._read()
+        self.version, self.threads, self.ways = about["version"], about["threads"], about["ways"]
+
+    def _read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()  # pyrefly: ignore[missing-attribute]
+        if not line:
+            raise RuntimeError(f"benchmarks/torch_step.py has ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def seconds(self, way: str, what: str, count: int) -> float:
+        """Of `count` steps of a stage, or of evaluating `count` images."""
+        print(json.dumps([way, what, count]), file=self.process.stdin, flush=True)
+        return self._read()["seconds"]
+
+    def __exit__(self, *error) -> None:
+        self.process.communicate()  # it ends with its input
+
+
+def compare(configs: Mapping[str, dict[str, Any]], data_dir: Path, python: str, repeats: int) -> dict[str, Any]:
+    """ltjax by each config, {dtype: config}, beside PyTorch in the interpreter `python`, in turns."""
+    turns, titles, steps, run = {}, {}, {}, None
+    for dtype, config in configs.items():
+        turns[f"ltjax_{dtype}"], steps, run = ltjax_turns(config, data_dir)
+        titles[f"ltjax_{dtype}"] = f"ltjax, {dtype}"
+    assert run is not None
+    size = dict(batch_size=run.batch_size, eval_batch_size=run.eval_batch_size, num_classes=100)
+    with TorchProcess(python, {**size, **{key: run.model[key] for key in ("depth", "width")}}) as torch:
+
+        def torch_turn(way, what):
+            count = NUM_TEST if what == EVALUATION else steps[what]
+            return torch.seconds(way, what, count) / (count if what == EVALUATION else count * run.batch_size)
+
+        for way, title in torch.ways.items():
+            titles[f"torch_{way}"] = f"PyTorch, {title}"
+            turns[f"torch_{way}"] = {what: partial(torch_turn, way, what) for what in (*steps, EVALUATION)}
+        seconds: dict[str, dict[str, list[float]]] = {row: {what: [] for what in turns[row]} for row in turns}
+        for number in range(1 + repeats):
+            for what in (*steps, EVALUATION):
+                for row in turns if number % 2 else reversed(turns):
+                    seconds[row][what].append(turns[row][what]())
+        # the first turn compiles and warms up
+        measured = {row: {what: each[1:] for what, each in found.items()} for row, found in seconds.items()}
+        return {
+            "rows": {row: {"title": titles[row], **found} for row, found in with_ratios(measured).items()},
+            "steps_per_turn": steps,
+            "evaluated_images": NUM_TEST,
+            "torch": {"version": torch.version, "threads": torch.threads},
+        }
+
+
+def with_ratios(seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, Any]]:
+    """Figures of {row: {what: seconds an image}}, by the median of the turns and by the shortest.
+
+    Ratios are of images a second, over the first row of PyTorch's, NCHW float32, and over the best of all of them.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for row, found in seconds.items():
+        figures[row] = {what: {"seconds_per_image": list(each)} for what, each in found.items()}
+    torch_rows = [row for row in seconds if row.startswith("torch_")]
+    for name, choose in (("median", statistics.median), ("minimum", min)):
+        for row, found in seconds.items():
+            for what in found:
+                torch = [choose(seconds[other][what]) for other in torch_rows]
+                chosen = choose(found[what])
+                figures[row][what][name] = {
+                    "seconds_per_image": chosen,
+                    "images_per_second": 1 / chosen,
+                    "over_torch_nchw_float32": torch[0] / chosen,
+                    "over_best_torch": min(torch) / chosen,
+                }
+    return figures
+
+
+def compared_table(numbers: dict[str, Any]) -> Table:
+    model, torch = numbers["config"]["model"], numbers["torch"]
+    made = Table(
+        title=f"Images/s: ResNet-{model['depth']}, batch {numbers['config']['batch_size']}, "
+        f"{numbers['num_devices']} x {numbers['device']}; PyTorch {torch['version']}, {torch['threads']} threads",
+        caption="In brackets: over PyTorch, NCHW float32; over the best of PyTorch's in the column.",
+    )
+    made.add_column("")
+    columns = [*numbers["steps_per_turn"], EVALUATION]
+    for what in columns:
+        made.add_column(EVALUATION if what == EVALUATION else numbers["config"][what]["title"], justify="right")
+    for row in numbers["rows"].values():
+        found = [row[what]["median"] for what in columns]
+        cell = "{images_per_second:,.0f} ({over_torch_nchw_float32:.2f}, {over_best_torch:.2f})"
+        made.add_row(row["title"], *(cell.format(**each) for each in found))
+    return made
 
 
 def table(numbers: dict[str, Any]) -> Table:
@@ -245,6 +409,8 @@ def table(numbers: dict[str, Any]) -> Table:
     add("dispatches an epoch", lambda row: str(row["dispatches_per_epoch"]))
     add("image bytes to the device an epoch", lambda row: str(row["image_bytes_to_device_per_epoch"]))
     add("other transfers to the device", lambda row: str(row["other_transfers_to_device_per_epoch"]))
+    evaluated = numbers[EVALUATION]
+    made.add_row(f"images/s, evaluating {evaluated['num_images']:,}", f"{evaluated['images_per_second']:,.0f}")
     if all("flops_per_image" in row for row in rows):
         add("MFLOP an image, by XLA", lambda row: f"{row['flops_per_image']['by_xla'] / 1e6:.1f}")
         add("MFLOP an image, by hand", lambda row: f"{row['flops_per_image']['by_hand'] / 1e6:.1f}")
@@ -252,38 +418,54 @@ def table(numbers: dict[str, Any]) -> Table:
     return made
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cifar_step", description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=32, help="of the ResNet: 6 n + 2")
     parser.add_argument("--width", type=int, default=16, help="channels of its first stage")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="with --torch: both")
     parser.add_argument("--steps", type=int, default=0, help="to a dispatch; 0: what training takes")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each kind")
     parser.add_argument("--max_count", type=int, default=500, help="images of the largest class: shorter epochs")
     parser.add_argument("--no_flops", action="store_true", help="skip counting operations, which compiles for a CPU")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    problem.use_cpu_cores(args.batch_size)
-    origin = provenance.of("cifar_step")
-    config = one_epoch_config(
-        depth=args.depth,
-        width=args.width,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        steps=args.steps,
-        max_count=args.max_count,
+    parser.add_argument(
+        "--torch",
+        nargs="?",
+        const=sys.executable,
+        metavar="PYTHON",
+        help="images a second beside PyTorch's, on a CPU; PYTHON: the interpreter that has it, this one by default",
     )
-    with tempfile.TemporaryDirectory() as data_dir:
-        write_random_images(Path(data_dir), per_class=args.max_count)
-        measured = measure(config, Path(data_dir), repeats=args.repeats, with_flops=not args.no_flops)
-    numbers = {
-        **origin,
-        **measured,
-        "images": "random",
-        "config": config,
-    }
-    Console(width=None if sys.stdout.isatty() else 120).print(table(numbers))
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args(arguments)
+    if args.torch and not has_torch(args.torch):
+        parser.error(f'--torch: {args.torch} has no PyTorch; pip install -e ".[torch]", or --torch=PYTHON that has it')
+    problem.use_cpu_cores(args.batch_size)
+    if args.torch and jax.default_backend() != "cpu":
+        parser.error("--torch compares on a CPU; set JAX_PLATFORMS=cpu")
+    origin = provenance.of("cifar_step", arguments)
+
+    def config(dtype):
+        return one_epoch_config(
+            depth=args.depth,
+            width=args.width,
+            batch_size=args.batch_size,
+            dtype=dtype,
+            steps=args.steps,
+            max_count=args.max_count,
+        )
+
+    numbers = {**origin, "images": "random", "config": config(args.dtype)}
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = Path(folder)
+        if args.torch:
+            write_random_images(data_dir, per_class=args.max_count, num_test=NUM_TEST)
+            configs = {dtype: config(dtype) for dtype in ("float32", "bfloat16")}
+            numbers |= compare(configs, data_dir, args.torch, args.repeats)
+        else:
+            write_random_images(data_dir, per_class=args.max_count)
+            numbers |= measure(numbers["config"], data_dir, repeats=args.repeats, with_flops=not args.no_flops)
+    made = compared_table(numbers) if args.torch else table(numbers)
+    Console(width=None if sys.stdout.isatty() else 120).print(made)
     provenance.write(args.out, numbers)
 
 
