@@ -370,7 +370,7 @@ def compared_table(numbers: dict[str, Any]) -> Table:
     model, torch = numbers["config"]["model"], numbers["torch"]
     made = Table(
         title=f"Images/s: ResNet-{model['depth']}, batch {numbers['config']['batch_size']}, "
-        f"{numbers['num_devices']} x {numbers['device']}; PyTorch {torch['version']}, {torch['threads']} threads",
+        f"{numbers['num_devices']} x {numbers['device']}; PyTorch {torch['version']}, threads: {torch['threads']}",
         caption="In brackets: over PyTorch, NCHW float32; over the best of PyTorch's in the column.",
     )
     made.add_column("")
