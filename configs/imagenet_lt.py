@@ -7,7 +7,7 @@
 
 Arguments: method, or recipe; model (resnet10, 50, ..., resnext50, resnext101), size=224, augment=paper|auto (auto:
 RandAugment), mixup, holdout, and those of adversarial training (configs/cifar100.py). On a small accelerator:
---config.accumulate=4 --config.model.remat=true --config.model.dtype=bfloat16.
+--config.accumulate=4 --config.model.remat=true, and with the argument precision=bf16.
 With ResLT, the papers' batches and rates are model=resnext101 --config.batch_size=128 --config.reslt.lr=0.05.
 
 Top-1 / ECE in %, last epoch, full length:
