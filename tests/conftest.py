@@ -15,6 +15,16 @@ import pytest
 # Of all clones: most of what a suite takes is compiling. Delete it when it has grown too large.
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax" / "tests"
 NO_EMITTERS = jax.__version_info__ < (0, 11)  # later versions have no flag for that
+LONGEST = (
+    "test_conformance.py",
+    "test_run.py",
+    "test_replicas.py",
+    "test_notebooks.py",
+    "test_processes.py",
+    "test_robustness.py",
+    "attacks/test_autoattack.py",
+    "test_golden_training.py",
+)
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
@@ -23,11 +33,29 @@ if jax.config.values["jax_platforms"] == "cpu" and not os.environ.get("LTJAX_TES
     jax.config.update("jax_disable_most_optimizations", True)
     if NO_EMITTERS:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+# Where in the sources each operation of a program stands is left out, too: to find and to write it takes time.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # by numbers of tests, of which the longest have few
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that at the end no process waits long for another one."""
+
+    def place(item):
+        name = item.nodeid.partition("::")[0].removeprefix("tests/")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
