@@ -33,7 +33,7 @@ if jax.config.values["jax_platforms"] == "cpu" and not os.environ.get("LTJAX_TES
     jax.config.update("jax_disable_most_optimizations", True)
     if NO_EMITTERS:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-# Where in the sources each operation of a program stands is left out, too: a tenth of what a training run takes here.
+# Where in the sources each operation of a program stands is left out, too: to find and to write it takes time.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_num_cpu_devices", 8)
