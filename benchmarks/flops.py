@@ -174,7 +174,7 @@ def compiled(
         built = train.build_stage(run, name, settings, problem)
         state = jax.eval_shape(built.init, train.seeds(run), fresh_shapes(run, problem))
         source = jax.eval_shape(lambda: problem.train_data)
-        return compile_to_count(built.run.compiled().lower(state, source, num_steps))
+        return compile_to_count(built.run.lower(state, source, num_steps))
 
 
 def compile_to_count(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

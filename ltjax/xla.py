@@ -85,5 +85,5 @@ def jit(function: Callable | None = None, **settings: Any) -> Any:
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((arguments, named)))
         return function(*arguments, **named) if traced else compiled()(*arguments, **named)
 
-    call.compiled = compiled  # type: ignore[attr-defined]  # the function as `jax.jit` has it, to lower or to count
+    call.lower = lambda *arguments, **named: compiled().lower(*arguments, **named)  # type: ignore[attr-defined]
     return call

@@ -180,7 +180,7 @@ def test_the_estimate_of_a_step_is_within_half_and_twice_what_xla_plans(small, o
     state = jax.eval_shape(single.init, problem.seeds(run), problem.fresh_shapes(run, alone))
     source = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), ready.train_data)
     quick = {**optimised, "xla_backend_optimization_level": 0}  # of the machine code, not of what memory is planned
-    planned = single.run.compiled().lower(state, source, 1).compile(quick).memory_analysis()
+    planned = single.run.lower(state, source, 1).compile(quick).memory_analysis()
     estimate = plan.peak_bytes(jax.make_jaxpr(single.run, static_argnums=2)(state, source, 1).jaxpr)
     assert 0.5 < estimate / planned.temp_size_in_bytes < 2
     counted = plan.num_bytes((state, source))

@@ -53,7 +53,7 @@ def test_frozen_parameters_have_no_backward_pass(monkeypatch):
     convolutions = {}
     for name in ("features", "classifier"):
         built, problem, state = build(monkeypatch, name, devices=1, platform="gpu")
-        text = built.run.compiled().lower(state, problem.train_data, 1).as_text()
+        text = built.run.lower(state, problem.train_data, 1).as_text()
         convolutions[name] = text.count("stablehlo.convolution")
     assert convolutions["classifier"] == 7  # depth 8: one first convolution and two in each of three blocks
     assert convolutions["features"] == 3 * 7 - 1  # the first needs no gradient to the image
