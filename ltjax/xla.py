@@ -16,6 +16,7 @@ FASTEST = {
     "xla_cpu_experimental_onednn_custom_call": True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
+CALL = "__onednn$convolution"  # in a program that uses it
 ONE_THREAD = "xla_cpu_multi_thread_eigen"  # off: if each core is a device, they wait for each other's threads
 
 
@@ -29,7 +30,7 @@ def cpu_options() -> dict[str, Any]:
     options = {name: value for name, value in FASTEST.items() if name not in flags}
     if jax.local_device_count() > 1 and ONE_THREAD not in flags:
         options[ONE_THREAD] = False
-    if jax.default_backend() != "cpu" or "onednn" not in _compiled_convolution(options):
+    if jax.default_backend() != "cpu" or CALL not in _compiled_convolution(options):
         return {}
     return options
 
@@ -37,7 +38,7 @@ def cpu_options() -> dict[str, Any]:
 @functools.cache
 def has_onednn() -> bool:
     """Whether convolutions of bfloat16 go to oneDNN, which sums in float32. XLA's own sum in bfloat16 on a CPU."""
-    return "onednn" in _compiled_convolution(cpu_options())
+    return CALL in _compiled_convolution(cpu_options())
 
 
 def arithmetic(dtype: Any) -> str:

@@ -136,6 +136,7 @@ def test_cores_share_the_images_evenly():
 
 def test_a_batch_of_a_core_shrinks_once_that_pays(monkeypatch):
     monkeypatch.setattr(slots, "CPU_PATIENCE", 40)
+    monkeypatch.setattr(slots, "num_cores", lambda: 1)
     reports, *_ = drive(np.arange(32), batch_size=32, dispatch=10, looped=False)
     slots_of_each = np.diff([0, *(report.slots for report in reports)]) // 10
     assert (slots_of_each[:4] == 32).all() and (slots_of_each[4:] < 32).all()
