@@ -87,4 +87,5 @@ def jit(function: Callable | None = None, **settings: Any) -> Any:
         return function(*arguments, **named) if traced else compiled()(*arguments, **named)
 
     call.lower = lambda *arguments, **named: compiled().lower(*arguments, **named)  # type: ignore[attr-defined]
+    call.jitted = compiled  # type: ignore[attr-defined]  # () -> what `jax.jit` made, for `jax.export`
     return call

@@ -30,7 +30,7 @@ def build(monkeypatch, name, *, devices, platform=None, **changes):
 def test_both_stages_lower_for_accelerators(monkeypatch, platform, name):
     changes = {"features.augment.auto_augment": False, "features.augment.cutout_size": 8, "model.dtype": "bfloat16"}
     built, problem, state = build(monkeypatch, name, devices=8, platform=PLATFORM_MODEL[platform], **changes)
-    exported = export.export(built.run, platforms=[platform])(state, problem.train_data, 3)
+    exported = export.export(built.run.jitted(), platforms=[platform])(state, problem.train_data, 3)
     assert exported.platforms == (platform,)
     assert exported.nr_devices == 8
     assert "stablehlo.convolution" in exported.mlir_module()
@@ -71,7 +71,7 @@ def test_the_lbgat_step_lowers_for_accelerators(monkeypatch, platform):
     problem = train.setup(run, None)
     built = train.build_stage(run, "lbgat", stages["lbgat"], problem)
     state = jax.eval_shape(built.init, train.seeds(run), fresh_shapes(run, problem))
-    exported = export.export(built.run, platforms=[platform])(state, jax.eval_shape(lambda: problem.train_data), 3)
+    exported = export.export(built.run.jitted(), platforms=[platform])(state, jax.eval_shape(lambda: problem.train_data), 3)
     assert exported.platforms == (platform,)
     text = exported.mlir_module()
     assert "stablehlo.convolution" in text and text.count("stablehlo.while") >= 2
