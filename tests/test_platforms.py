@@ -71,7 +71,9 @@ def test_the_lbgat_step_lowers_for_accelerators(monkeypatch, platform):
     problem = train.setup(run, None)
     built = train.build_stage(run, "lbgat", stages["lbgat"], problem)
     state = jax.eval_shape(built.init, train.seeds(run), fresh_shapes(run, problem))
-    exported = export.export(built.run.jitted(), platforms=[platform])(state, jax.eval_shape(lambda: problem.train_data), 3)
+    exported = export.export(built.run.jitted(), platforms=[platform])(
+        state, jax.eval_shape(lambda: problem.train_data), 3
+    )
     assert exported.platforms == (platform,)
     text = exported.mlir_module()
     assert "stablehlo.convolution" in text and text.count("stablehlo.while") >= 2
