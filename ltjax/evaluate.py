@@ -56,8 +56,8 @@ def place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh) -
 
 
 def shared_batch(batch_size: int, size: int, mesh: Mesh) -> int:
-    """About `batch_size`, not much above `size`, and a share for each device: on a CPU at most 100, whose maps stay in
-    its cache."""
+    """About `batch_size`, not much above `size`, and a share for each device. On a CPU a share is at most 100 images,
+    so that their maps stay in its cache."""
     devices = mesh.shape[BATCH_AXIS]
     if mesh.devices.flat[0].platform == "cpu":
         batch_size = min(batch_size, 100 * devices)

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Debug options of XLA: oneDNN for convolutions and products; YNNPACK for sums alone, since its convolutions of float32
-# take half as long again as oneDNN's.
+# Debug options of XLA. oneDNN computes convolutions and products. YNNPACK computes sums alone: a float32 training step
+# takes half as long again with its convolutions as with oneDNN's.
 FASTEST = {
     "xla_cpu_experimental_onednn_custom_call": True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
 CALL = "__onednn$convolution"  # in a program that uses it
-ONE_THREAD = "xla_cpu_multi_thread_eigen"  # off: if each core is a device, they wait for each other's threads
+ONE_THREAD = "xla_cpu_multi_thread_eigen"  # False if each core is a device: they would wait for each other's threads
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def arithmetic(dtype: Any) -> str:
     if has_onednn():
         return f"{kind} by oneDNN"
     if kind == "bfloat16":
-        return "bfloat16 that is computed in float32, so it is no faster: this jaxlib has no oneDNN, jax 0.12 has"
+        return "bfloat16, summed in float32 and so no faster: this jaxlib has no oneDNN (that of jax 0.12 has)"
     return f"{kind} by XLA"
 
 

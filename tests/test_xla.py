@@ -63,7 +63,7 @@ def test_an_accelerator_gets_no_options(monkeypatch, asked):
     [
         (True, jnp.bfloat16, "bfloat16 by oneDNN"),
         (False, jnp.float32, "float32 by XLA"),
-        (False, "bfloat16", "bfloat16 that is computed in float32, so it is no faster"),
+        (False, "bfloat16", "bfloat16, summed in float32 and so no faster"),
     ],
 )
 def test_the_arithmetic_in_words(monkeypatch, onednn, dtype, words):

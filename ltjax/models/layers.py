@@ -99,11 +99,11 @@ def _kernel_gradient(x, dy, shape, strides, padding, precision) -> jax.Array:
     """Gradient to a kernel of `shape` [kh, kw, Cin, Cout]: one image of width W Cin, convolved with dy as the kernel.
 
     Input channels lie side by side in the image, and taps a whole pixel apart, so that one row of what comes out has
-    kw Cin entries: matrix units like that better than one image of kw columns for each channel, by a factor of two.
+    kw Cin entries. Matrix units compute that twice as fast as one image of kw columns for each channel.
     """
     (batch, height, width, channels), (_, rows, columns, _) = x.shape, dy.shape
     kind = x.dtype
-    if channels == 1 and x.dtype == jnp.bfloat16:  # which oneDNN 3.12 gets wrong for a batch of 8
+    if channels == 1 and x.dtype == jnp.bfloat16:  # oneDNN 3.12 computes that wrongly for a batch of 8
         x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     high = [
         taps + (count - 1) * stride - size - low
@@ -280,12 +280,13 @@ def _channel_sums(x: jax.Array, times: jax.Array | None = None) -> jax.Array:
     return jnp.sum(x if times is None else x.astype(dtype) * times.astype(dtype), axes, dtype=dtype)
 
 
-# On a CPU, XLA's fast sums read bfloat16 as it is, but only if its conversion to float32 has no other use: shared ones
-# are written out as a map of float32 first. So every sum of a map takes it behind another number of barriers, and the
-# rest converts it in another way. Together that is a quarter of a training step.
+# On a CPU, YNNPACK's sums read bfloat16 directly if nothing else uses its conversion to float32. XLA writes a shared
+# conversion out as a map of float32, and a step then takes half as long again. So each sum of a map stands behind
+# another number of barriers, and all that is not a sum converts by `_shifted`.
 
 
 def _apart(x: jax.Array, barriers: int) -> jax.Array:
+    """x, for one sum: no two sums of a map may have the same number of `barriers`."""
     if x.dtype == jnp.bfloat16:
         for _ in range(barriers):
             x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
