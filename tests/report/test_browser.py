@@ -9,7 +9,7 @@ from ltjax.report import page, sections
 from tests.report import browser, made_up
 
 pytestmark = pytest.mark.skipif(
-    browser.program() is None and not os.environ.get("CI"),  # there, it is to be found
+    browser.program() is None and not os.environ.get("LTJAX_REQUIRE_BROWSER"),
     reason=f"none of {', '.join(browser.PROGRAMS)} on the PATH",
 )
 WIDTHS = (360, 1280)
