@@ -9,12 +9,16 @@ Arguments: method, or recipe; imbalance (10, 50 and 100 are the papers'), profil
 epochs and what follows, or 12 and a few), augment=paper|plain|auto (auto: AutoAugment and Cutout), mixup (Beta(a, a) in
 stages that train the whole network), holdout (images of each class, taken from the training set; tau_norm needs some to
 choose tau, and takes 10: compare it with runs that have holdout=10, too).
+method=balms is balanced softmax as BALMS trains it: 13,000 steps of 512 images at imbalance 100, AutoAugment, Cutout.
 The MiSLAS authors recommend --config.optimizer.weight_decay=5e-4 for better figures than their paper's.
 
 Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   MiSLAS, paper           47.0 / 4.83   52.3 / 2.25   63.2 / 1.73   (after stage 1 alone: 39.5, 45.4, 59.1)
   DRO-LT, paper           47.3          -             63.4
   ResLT, paper            48.2          52.7          62.0
+  BALMS, paper            -             -             -             (46.7 at imbalance 200)
+  Logit adjustment, paper             44.1          -             -             (its README, another ResNet-32)
+  Post-hoc logit adjustment, paper    44.1          -             -             (its README, another ResNet-32)
   any method, ours        not yet run
 
 Top-1 / few-shot classes / ECE of the last epoch in %, imbalance 100, budget=short (12 epochs and a few), seed 0, two

@@ -8,6 +8,9 @@ Arguments: those of configs/cifar100_lt.py. MiSLAS's shifted batch norm is off h
 Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   MiSLAS, paper           82.1 / 3.70   85.7 / 2.17   90.0 / 1.20   (after stage 1 alone: 72.8, 78.1, 87.6)
   ResLT, paper            82.4          85.2          89.7
+  BALMS, paper            -             -             -             (79.8 at imbalance 200)
+  Logit adjustment, paper             77.9          -             -             (its README, another ResNet-32)
+  Post-hoc logit adjustment, paper    77.3          -             -             (its README, another ResNet-32)
   any method, ours        not yet run
 """
 

@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import recipes
+from configs import recipes, robust
 
-LONG_TAILED = {"reslt", "smoothing"}  # blocks that need rare classes
+LONG_TAILED = {"reslt", "smoothing", "balms"}  # blocks that need rare classes
 BALANCED = ("pgd_at", "trades", "alp", "bgat", "ce", "mixup")  # and lbgat, methods where no class is rare
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the papers', for CIFAR-100 as well
 
@@ -38,16 +40,16 @@ MEANINGS = {
     "guide": "adversarial training, lbgat and bgat: the natural network; auto: the recipe's",
     "beta": "adversarial training: weight of the KL divergence, from 0 up; else the method's own",
     "loss": "adversarial training: of the labels (lbgat: of the guide)",
-    "awp": "adversarial training: perturb the weights as well",
+    "awp": "adversarial training: perturb the weights as well, by 0.005 of their size; with pgd_at by 0.01",
     "sampler": "adversarial training: of the first stage",
     "epsilon": "adversarial training: l-inf radius in pixel units of [0, 1]",
 }
 PRECISIONS = {"float32": "float32", "bf16": "bfloat16"}  # {argument: the model's dtype}
-NETWORKS = "such as resnet32, wrn34_10, wrn10_1, resnet18 or preact18"
+NETWORKS = "such as resnet32, wrn34_10, wrn10_1, resnet18, resnet18_4x4 or preact18"
 ROBUST_ARGUMENTS = {
     "guide": Text("auto", NETWORKS),
     "beta": -1.0,  # the method's own
-    "loss": recipes.robust.LOSSES,
+    "loss": robust.LOSSES,
     "awp": ("false", "true"),
     "sampler": ("instance_balanced", "class_aware", "class_balanced"),
     "epsilon": Text("0.031", "a number, or a fraction such as 8/255"),
@@ -113,11 +115,18 @@ def nearest(table: dict, imbalance: float):
 
 
 def model(text: str, argument: str = "model") -> dict:
-    """The network of a name: resnet32 (any 6 n + 2), wrn34_10, resnet18 and preact18 (or 34)."""
+    """The network of a name: resnet32 (any 6 n + 2), wrn34_10, resnet18 and preact18 (or 34).
+
+    resnet18 is LBGAT's, which ends in maps of 8x8 pixels; resnet18_4x4 the usual one for CIFAR. Authors leave their
+    weights, and those of preact18, as PyTorch makes them.
+    """
     if found := re.fullmatch(r"wrn(\d+)_(\d+)", text):
         return dict(name="wide_resnet", depth=int(found[1]), width=int(found[2]))
     if found := re.fullmatch(r"(resnet|preact)(18|34)", text):
-        return dict(name={"resnet": "resnet", "preact": "preact_resnet"}[found[1]], depth=int(found[2]), width=64)
+        kind = {"resnet": "resnet", "preact": "preact_resnet"}[found[1]]
+        return dict(name=kind, depth=int(found[2]), width=64, init="torch")
+    if found := re.fullmatch(r"resnet(18|34)_4x4", text):
+        return dict(name="resnet", depth=int(found[1]), width=64, strides=(1, 2, 2, 2), init="torch")
     if found := re.fullmatch(r"resnet(\d+)", text):
         return dict(name="resnet_cifar", depth=int(found[1]), width=16)
     raise ValueError(f"config argument '{argument}={text}': {NETWORKS}")
@@ -142,10 +151,8 @@ def checked(arg: str | None, allowed: dict, *, long_tailed: bool) -> tuple[Confi
     whole(arguments.holdout)
     chosen = recipes.parse_recipe(arguments.recipe) if arguments.recipe else recipes.METHODS[arguments.method]
     if not chosen.robust and (given := [key for key in ROBUST_ARGUMENTS if f"{key}=" in (arg or "")]):
-        raise ValueError(
-            f"config argument {given[0]!r} is for adversarial training: {', '.join(recipes.robust.METHODS)}"
-        )
-    for key, blocks in recipes.robust.NEEDED_BY.items():
+        raise ValueError(f"config argument {given[0]!r} is for adversarial training: {', '.join(robust.METHODS)}")
+    for key, blocks in robust.NEEDED_BY.items():
         if f"{key}=" in (arg or "") and not set(blocks) & set(chosen.blocks):
             raise ValueError(f"config argument {key!r} is for {', '.join(blocks)}")
     if "beta=" in (arg or "") and not arguments.beta >= 0:
@@ -185,11 +192,20 @@ def networks(arguments: ConfigDict, chosen: recipes.Recipe, pixels: dict, *, usu
     """The `model` of a run and, where the recipe has one, its `guide`. pixels: their mean and std."""
     head = recipes.network(chosen.blocks)
     head["classifier"] = choose(arguments.classifier, head["classifier"])
+    head["classifier_init"] = classifier_init(usual, chosen)
     pixels = dict(**pixels, dtype=PRECISIONS[arguments.precision])
     made = dict(model=dict(**usual, **pixels, **head))
     if {"natural", "lbgat"} & set(chosen.blocks):
-        made["guide"] = dict(**guide, **pixels, classifier="linear")
+        made["guide"] = dict(**guide, **pixels, classifier="linear", classifier_init=classifier_init(guide, chosen))
     return made
+
+
+def classifier_init(network: dict, chosen: recipes.Recipe) -> str:
+    """How the authors' classifiers begin: He-normal in the small ResNets of LDAM, MiSLAS and DRO-LT, else as PyTorch's
+    do, but for the bias of a wide ResNet, which is 0."""
+    if network["name"] == "wide_resnet":
+        return "torch_no_bias"
+    return "he" if network["name"] == "resnet_cifar" and not {"reslt", "balms"} & set(chosen.blocks) else "torch"
 
 
 def add_stages(
@@ -200,6 +216,7 @@ def add_stages(
     short: bool,
     smoothing: tuple[float, float, float, bool],
     reslt: dict,
+    schedule: robust.Schedule,
     scale: recipes.Scale = recipes.SMALL,
 ) -> None:
     """What all runs have in common: how they go on, how they are attacked, and the recipe's stages."""
@@ -227,12 +244,14 @@ def add_stages(
         smoothing=smoothing,
         reslt=reslt,
         deferred="drw" in chosen.blocks,
-        adversarial=recipes.robust.Setting(
-            attack=recipes.robust.attack(arguments.epsilon, short),
+        decay=chosen.decay,
+        adversarial=robust.Setting(
+            attack=robust.attack(arguments.epsilon, short),
             beta=arguments.beta,
             loss=label_loss,
-            awp=0.005 if arguments.awp == "true" else 0.0,
+            awp=robust.AWP.get(chosen.blocks[0], robust.AWP_OTHERS) if arguments.awp == "true" else 0.0,
             sampler=arguments.sampler,
+            schedule=schedule,
         ),
         scale=scale,
     )
@@ -248,6 +267,7 @@ def small_images(
     ranges: tuple[int, ...] = (),
     mean: tuple[float, ...] = CIFAR_MEAN,
     std: tuple[float, ...] = CIFAR_STD,
+    schedules: Mapping[str, robust.Schedule] = MappingProxyType({}),
 ) -> ConfigDict:
     """A run on CIFAR or Tiny ImageNet: long-tailed where the recipes for that are given, else all of the images.
 
@@ -255,6 +275,7 @@ def small_images(
     reslt: {"beta": {imbalance factor: beta}, "medium_start": rank, "tail_start": rank}.
     ranges: where some papers let their medium and few-shot classes begin.
     mean, std: of the images, for networks that normalise them; those of adversarial training do not.
+    schedules: {first block of adversarial training: its own on this data set, instead of LBGAT's}.
     """
     long_tailed = mislas is not None
     allowed: dict = {
@@ -296,8 +317,9 @@ def small_images(
             guide=model(choose(arguments.guide, "wrn10_1" if short else "resnet18"), "guide"),
         )
     )
-    config.batch_size = 128
-    config.epochs = chosen.epochs(short)
+    schedule = robust.SHORT if short else schedules.get(chosen.blocks[0], robust.LBGAT)
+    config.batch_size = chosen.batch_size
+    config.epochs = schedule.epochs if chosen.robust else chosen.epochs(short)
     config.eval_every = (1 if chosen.robust else 3) if short else 0
     config.eval_batch_size = 500
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=chosen.weight_decay)
@@ -308,6 +330,7 @@ def small_images(
         short=short,
         smoothing=nearest(mislas or {1: (0.1, 0.1, 1.0, False)}, config.data.imbalance),
         reslt=dict(reslt, beta=nearest(reslt["beta"], config.data.imbalance)) if reslt else {},
+        schedule=schedule,
     )
     return config
 

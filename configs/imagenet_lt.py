@@ -14,6 +14,10 @@ Top-1 / ECE in %, last epoch, full length:
   MiSLAS, ResNet-50, paper      52.7 / 1.78
   DRO-LT, ResNet-50, paper      53.5            (its recipe for large images is not published: ours is CIFAR's chain)
   ResLT, paper                  43.8 (ResNet-10), 52.9 (ResNeXt-50), 55.1 (ResNeXt-101)
+  cRT, ResNeXt-50, paper                   49.6  (classifier-balancing, as the three below)
+  LWS, ResNeXt-50, paper                   49.9
+  tau-normalisation, ResNeXt-50, paper     49.4
+  Nearest class mean, ResNeXt-50, paper    47.3
   any method, ours              not yet run
 """
 
@@ -30,6 +34,7 @@ RECIPE = large.Recipe(
     reslt_branches=3,
     gammas=dict(resnet10=0.3, resnext50=0.7, resnext101=0.7),
     ranks=(390, 835),
+    pooled_branches=("resnet10",),
 )
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import common, recipes
+from configs import common, recipes, robust
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 LOCAL_STARTS = dict(medium_start=0.35, tail_start=0.7)  # of ResLT's branches, as shares of the classes
@@ -28,6 +28,11 @@ class Recipe(NamedTuple):
     ranks: tuple[int, int]  # where some papers let their medium and few-shot classes begin, by rank of count
     size: int = 224
     batch_size: int = 256
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    only_mislas_jitters: bool = False  # colours; else all methods do
+    reslt_warmup: int = 5  # epochs
+    pooled_branches: tuple[str, ...] = ()  # networks with which ResLT's branches see features, not maps
     # One new block on a frozen backbone that was trained elsewhere (config.weights). Adversarial training goes without:
     # a frozen backbone keeps the features of clean images, so all of its network trains, from scratch.
     extra_block: bool = False
@@ -94,34 +99,41 @@ def images(name: str, arg: str | None, recipe: Recipe, *, source: str = "") -> C
         common.networks(
             arguments,
             chosen,
-            dict(mean=MEAN, std=STD, remat=False),
+            dict(mean=recipe.mean, std=recipe.std, remat=False),
             usual=model(network),
             guide=model(common.choose(arguments.guide, "resnet10" if local else "resnet18")),
         )
     )
     if residual:
-        config.model.update(branches=2 if recipe.reslt_branches == 2 else 3, branch_kind="conv")
+        kind = "pooled_conv" if network in recipe.pooled_branches else "conv"
+        config.model.update(branches=2 if recipe.reslt_branches == 2 else 3, branch_kind=kind)
     config.model.extra_block = extended = recipe.extra_block and not (local or chosen.robust)
     config.batch_size = 64 if local else recipe.batch_size
-    config.epochs = (2 if chosen.robust else 6) if local else chosen.epochs(False) if chosen.robust else recipe.epochs
+    schedule = robust.SHORT if local else robust.LBGAT
+    config.epochs = schedule.epochs if chosen.robust else 6 if local else recipe.epochs
     config.eval_every = 1 if local else 5
     config.eval_batch_size = 256
     decay = chosen.weight_decay if chosen.robust else recipe.weight_decay
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=decay)
+    jittered = not recipe.only_mislas_jitters or bool({"mixup", "smoothing"} & set(chosen.blocks))
     scale = recipes.Scale(
         lr=0.1,
-        warmup=5 / recipe.epochs,
+        warmup=recipe.reslt_warmup / recipe.epochs,
         cosine=True,
         crop_padding=0,
-        color_jitter=0.4,
+        color_jitter=0.4 if jittered else 0.0,
         mixup=recipe.mixup,
+        reslt_warmup_start=0.0,
+        reslt_nesterov=False,
         reslt_classifier=dict(tau=recipe.gammas.get(network, 0.3), bias=False),
         frozen_backbone=extended,
+        balanced_epochs=False,  # DRO-LT has none of these data sets; balanced ones would be up to 19 times as long
     )
     reslt = dict(recipe.reslt)
     if local:
         reslt.update({start: share for start, share in LOCAL_STARTS.items() if start in reslt})
-    common.add_stages(config, arguments, chosen, short=local, smoothing=recipe.smoothing, reslt=reslt, scale=scale)
+    own = dict(smoothing=recipe.smoothing, reslt=reslt, schedule=schedule, scale=scale)
+    common.add_stages(config, arguments, chosen, short=local, **own)
     return config
 
 

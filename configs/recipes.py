@@ -21,12 +21,13 @@ class Recipe(NamedTuple):
     stages: tuple[str, ...] = ()  # names in the config; none: the blocks'
     weight_decay: float = 2e-4
     auto_augment: bool = False  # AutoAugment and Cutout in every stage
+    length: int = 200  # epochs of the first part, on small images; adversarial training's: see `configs/robust.py`
+    batch_size: int = 128  # on small images
+    decay: float = 0.1  # of the rate, twice
 
     def epochs(self, short: bool) -> int:
-        """Of the first part."""
-        if self.robust:
-            return robust.SHORT_EPOCHS if short else robust.EPOCHS
-        return 12 if short else 200
+        """Of the first part, without adversarial training."""
+        return 12 if short else self.length
 
     @property
     def robust(self) -> bool:
@@ -43,13 +44,16 @@ METHODS = {
     "ldam": Recipe("LDAM", ("ldam",)),
     "ldam_drw": Recipe("LDAM-DRW", ("ldam", "drw")),
     "balanced_softmax": Recipe("Balanced softmax", ("balanced_softmax",)),
+    # BALMS's 13,000 steps of 512 images, on CIFAR-100-LT at imbalance 100
+    "balms": Recipe("BALMS", ("balms",), weight_decay=5e-4, auto_augment=True, length=591, batch_size=512),
     "logit_adjustment": Recipe("Logit adjustment", ("logit_adjustment",)),
     "logit_adjustment_posthoc": Recipe("Post-hoc logit adjustment", ("ce", "logit_shift")),
     "crt": Recipe("cRT", ("ce", "crt")),
     "lws": Recipe("LWS", ("ce", "lws")),
     "tau_norm": Recipe("tau-normalisation", ("ce", "tau_norm")),
     "ncm": Recipe("Nearest class mean", ("ce", "ncm")),
-    "drolt": Recipe("DRO-LT", ("ce", "dro", "ce_classifier"), weight_decay=1e-4, auto_augment=True),
+    # the only decay in DRO-LT's code is LDAM's, 0.01; nothing there calls it
+    "drolt": Recipe("DRO-LT", ("ce", "dro", "ce_classifier"), weight_decay=1e-4, auto_augment=True, decay=0.01),
     "reslt": Recipe("ResLT", ("reslt",), weight_decay=5e-4),
     **{name: Recipe(title, blocks) for name, (title, blocks) in robust.METHODS.items()},
 }
@@ -59,13 +63,16 @@ class Scale(NamedTuple):
     """In what training on large images differs from training on small ones."""
 
     lr: float = 0.1
-    warmup: float = 5 / 200  # share of the epochs
+    warmup: float = 5 / 200  # share of the epochs; with the cosine, ResLT's alone
     cosine: bool = False  # instead of two decays
     crop_padding: int = 4  # 0: random windows of another size are cut on the host
     color_jitter: float = 0.0
     mixup: float = 1.0  # MiSLAS's Beta(a, a)
+    reslt_warmup_start: float = 7 / 15  # the rate of ResLT's first epoch; 0: the first step of an even rise
+    reslt_nesterov: bool = True
     reslt_classifier: Mapping[str, Any] = MappingProxyType({"tau": 0.0, "bias": True})  # at evaluation
     frozen_backbone: bool = False  # trained elsewhere; an extra block learns in its place
+    balanced_epochs: bool = True  # DRO-LT's stages count draws, not images: see `config.Stage.epoch_size`
 
 
 SMALL = Scale()
@@ -82,6 +89,7 @@ class Setting(NamedTuple):
     smoothing: tuple[float, float, float, bool]  # MiSLAS: head, tail, classifier's rate, shifted batch norm
     reslt: dict[str, Any]  # ResLT: beta, medium_start, tail_start
     deferred: bool  # the last fifth of the first part is a stage of its own, with class weights
+    decay: float = 0.1  # of the rate, twice, in the first part
     adversarial: robust.Setting = robust.Setting()
     scale: Scale = SMALL
 
@@ -152,13 +160,16 @@ def augment(setting: Setting, *, auto: bool = False, mixup: float = 0.0) -> dict
     )
 
 
-def _scratch(setting: Setting, method: dict, *, mixup: float = 0.0, decay: float = 0.1, **more: Any) -> dict[str, Any]:
+def _scratch(
+    setting: Setting, method: dict, *, mixup: float = 0.0, decay: float | None = None, **more: Any
+) -> dict[str, Any]:
     """The whole network: 5 epochs of warm-up, then two decays after 160 and 180 of 200; 2, 10 and 11 of 12 if short.
     Large images have a cosine instead, without warm-up."""
     epochs, warmup = setting.epochs, 2 / 12 if setting.short else setting.scale.warmup
     if setting.deferred:
         epochs, warmup = epochs - (epochs + 4) // 5, warmup / 0.8
-    schedule = dict(kind="step", warmup=warmup, decay_at=() if setting.deferred else (0.8, 0.9), decay=decay)
+    schedule = dict(kind="step", warmup=warmup, decay_at=() if setting.deferred else (0.8, 0.9))
+    schedule["decay"] = setting.decay if decay is None else decay
     if setting.scale.cosine and not setting.deferred:
         schedule.update(kind="cosine", warmup=0.0, decay_at=())
     return dict(
@@ -189,10 +200,19 @@ def _balanced(**settings: Any) -> dict[str, Any]:
 
 
 def reslt(setting: Setting) -> dict[str, Any]:
+    scale = setting.scale
     stage = _scratch(setting, dict(name="reslt", **setting.reslt), drop_last=True)
-    stage["optimizer"] = dict(nesterov=True)
-    stage["eval_classifier"] = dict(setting.scale.reslt_classifier)  # tau is the paper's gamma
-    stage["schedule"].update(warmup=2 / 12 if setting.short else setting.scale.warmup, warmup_start=1 / 3)
+    stage["optimizer"] = dict(nesterov=scale.reslt_nesterov)
+    stage["eval_classifier"] = dict(scale.reslt_classifier)  # tau is the paper's gamma
+    warmup = 2 / 12 if setting.short and scale.warmup else scale.warmup
+    stage["schedule"].update(warmup=warmup, warmup_start=scale.reslt_warmup_start)
+    return stage
+
+
+def balms(setting: Setting) -> dict[str, Any]:
+    """Balanced softmax as BALMS trains it: a cosine from 0.1 after 800 steps of warm-up from 0.05."""
+    stage = _scratch(setting, _loss("balanced_softmax"), drop_last=True)
+    stage["schedule"] = dict(kind="cosine", warmup=2 / 12 if setting.short else 37 / 591, warmup_start=0.5)
     return stage
 
 
@@ -205,7 +225,7 @@ def adversarial(name: str, setting: Setting) -> dict[str, Any]:
         method=robust.BLOCKS[name](own),
         epochs=setting.epochs,
         lr=setting.scale.lr,
-        schedule=robust.schedule(setting.short),
+        schedule=own.schedule.settings(),
         sampler=sampler,
         augment=augment(setting, mixup=setting.mixup),
         batch_norm="train",
@@ -236,6 +256,7 @@ SCRATCH = {
     "balanced_softmax": lambda s: _scratch(s, _loss("balanced_softmax")),
     "logit_adjustment": lambda s: _scratch(s, _loss("logit_adjusted", tau=1.0)),
     "reslt": reslt,
+    "balms": balms,
     **{name: partial(adversarial, name) for name in robust.BLOCKS if name != "bgat"},
 }
 
@@ -304,12 +325,13 @@ def dro(setting: Setting, first: dict) -> dict[str, Any]:
         sampler=dict(name="class_aware", in_a_row=4),
         augment=augment(setting, auto=True),
         batch_norm="train",
+        epoch_size="balanced" if setting.scale.balanced_epochs else "images",
         groups={**parts, "margins": dict(match="method/margins", rate=1.0, optional=True)},  # learned radii only
     )
 
 
 def ce_classifier(setting: Setting, first: dict) -> dict[str, Any]:
-    """DRO-LT's third stage: the classifier alone. Its sampler and batch norm are our reading: the paper has neither."""
+    """DRO-LT's third stage: the classifier alone, on the second one's draws, batch norm in evaluation mode."""
     return _later(
         setting,
         _loss("cross_entropy"),
@@ -319,6 +341,7 @@ def ce_classifier(setting: Setting, first: dict) -> dict[str, Any]:
         schedule=dict(kind="constant"),
         sampler=dict(name="class_aware", in_a_row=4),
         augment=augment(setting, auto=True),
+        epoch_size="balanced" if setting.scale.balanced_epochs else "images",
         groups=groups(setting.parts, classifier=1.0),
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-EPOCHS, SHORT_EPOCHS = 100, 2
+SHORT_EPOCHS = 2
 
 # method: title, blocks
 METHODS = {
@@ -20,6 +20,27 @@ NEEDED_BY = {"guide": ("natural", "lbgat"), "beta": ("trades", "bgat", "lbgat")}
 LOSSES = ("cross_entropy", "balanced_softmax", "logit_adjusted", "label_aware_smoothing")
 
 
+class Schedule(NamedTuple):
+    """SGD's rate: 0.1, times 0.1 after each share of the epochs in `decay_at`."""
+
+    epochs: int
+    decay_at: tuple[float, ...]
+    first: float = 1.0  # factor of the first epoch
+
+    def settings(self) -> dict[str, Any]:
+        warmup = dict(warmup=1 / self.epochs, warmup_start=self.first) if self.first < 1 else {}
+        return dict(kind="step", **warmup, decay_at=self.decay_at, decay=0.1)
+
+
+# LBGAT's, which its comparisons share: the first epoch at 0.02, a tenth from epoch 76 of 100, a hundredth from 91
+LBGAT = Schedule(100, (0.75, 0.9), first=0.2)
+TRADES = Schedule(76, (74 / 76,))  # its own, of CIFAR-10: epochs 75 and 76 alone at a tenth
+SHORT = Schedule(SHORT_EPOCHS, (0.5,))
+# size of the adversarial weight perturbation over that of the weights: AT-AWP's; TRADES-AWP's, for all others
+AWP = {"pgd_at": 0.01}
+AWP_OTHERS = 0.005
+
+
 class Setting(NamedTuple):
     """What the methods share."""
 
@@ -28,6 +49,7 @@ class Setting(NamedTuple):
     loss: Mapping[str, Any] = MappingProxyType({"name": "cross_entropy"})  # of the labels; LBGAT: of the guide
     awp: float = 0.0
     sampler: str = "instance_balanced"
+    schedule: Schedule = LBGAT
 
 
 def attack(epsilon: str, short: bool) -> dict[str, Any]:
@@ -48,13 +70,6 @@ def _number(text: str) -> float:
         hint = f"; did you mean {number:g}/255?" if number > 1 else ""
         raise ValueError(f"config argument 'epsilon={text}': above 0 and up to 1{hint}")
     return number
-
-
-def schedule(short: bool) -> dict[str, Any]:
-    """SGD at 0.1, the first epoch 0.02; a tenth from epoch 76 of 100, a hundredth from 91; short: a tenth halfway."""
-    if short:
-        return dict(kind="step", decay_at=(0.5,), decay=0.1)
-    return dict(kind="step", warmup=1 / EPOCHS, warmup_start=0.2, decay_at=(0.75, 0.9), decay=0.1)
 
 
 def _with_beta(setting: Setting, method: dict[str, Any]) -> dict[str, Any]:

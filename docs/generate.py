@@ -87,7 +87,7 @@ def recipe(text: str) -> str:
     row("weights made anew", [shown(stage.surgery) for stage in every])
     row("method", [shown(stage.method) if stage.epochs else "" for stage in every])
     row("trains", [_trained(stage) for stage in every])
-    row("epochs", [str(stage.epochs) for stage in every])
+    row("epochs", [_epochs(stage) for stage in every])
     row("learning rate", [_schedule(stage) for stage in every])
     row("sampler", [shown(stage.sampler) if stage.epochs else "" for stage in every])
     row("augmentation", [_augmentation(stage.augment) if stage.epochs else "" for stage in every])
@@ -102,6 +102,12 @@ def recipe(text: str) -> str:
     lines[-1] += f"SGD with momentum {momentum}{nesterov}, weight decay {decay}, batches of {run.batch_size}."
     lines += ["", f"    {command(text)}"]
     return "\n".join(lines)
+
+
+def _epochs(stage: config_module.Stage) -> str:
+    """ "80, of as many draws as if every class had the largest one's images"."""
+    balanced = ", of as many draws as if every class had the largest one's images"
+    return str(stage.epochs) + (balanced if stage.epoch_size == "balanced" else "")
 
 
 def _schedule(stage: config_module.Stage) -> str:
@@ -133,7 +139,7 @@ def _augmentation(settings: Mapping[str, Any]) -> str:
 
 def _network(settings: Mapping[str, Any]) -> str:
     """Its name and what is not usual about it."""
-    usual = dict(classifier="linear", cosine_scale=30.0, dtype="float32", branch_kind="norm")
+    usual = dict(classifier="linear", classifier_init="he", cosine_scale=30.0, dtype="float32", branch_kind="norm")
     if settings.get("classifier") == "cosine":
         del usual["cosine_scale"]
     rest = {

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, get_origin
 
 from ltjax.types import UserError
 
+EPOCH_SIZES = ("images", "balanced")
+
 
 class Data(NamedTuple):
     name: str  # of `ltjax.data.SOURCES`
@@ -68,7 +70,10 @@ class Stage(NamedTuple):
     batch_norm: str = "train"  # or "eval"
     optimizer: Mapping[str, Any] = {}  # momentum, nesterov, weight_decay where they differ from the run's
     keep_optimizer: bool = False  # go on with the momentum of `start_from`, which trained the same parameters
-    drop_last: bool = False  # an epoch is the whole batches of N images: N // batch_size steps, not rounded up
+    # draws in an epoch: "images", as many as there are training images; "balanced", as many as if every class had those
+    # of the largest one (DRO-LT's class-aware sampler)
+    epoch_size: str = "images"
+    drop_last: bool = False  # an epoch is whole batches: draws // batch_size steps, not rounded up
     surgery: Mapping[
         str, Any
     ] = {}  # name, and its own settings: what happens to the weights first, see `ltjax.surgery`
@@ -191,6 +196,8 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
             raise UserError(
                 f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least {least}"
             )
+        if stage.epoch_size not in EPOCH_SIZES:
+            raise UserError(f"{where}.epoch_size = {stage.epoch_size!r}; allowed: {', '.join(EPOCH_SIZES)}")
         optimizer = _fill(Optimizer, {**run.optimizer._asdict(), **stage.optimizer}, f"{where}.optimizer")
         _check_optimizer(optimizer, f"{where}.optimizer")
         nets = ("net", "guide") if run.guide else ("net",)

@@ -30,10 +30,10 @@ def schedule_table(
     Positions are shares of the run, so that a shorter one keeps the shape.
 
     Args:
-      kind: "constant"; "step": times `decay` from each share in `decay_at` on; "cosine": `(1 + cos(pi e / epochs))/2`.
-      warmup: share of the epochs over which the factor rises linearly to 1, whole epochs: `(e + 1) / warm-up epochs`.
-      warmup_start: where above 0, the factor of the first epoch, and the rise is `start + (1 - start) e / warm-up
-        epochs` (ResLT, from 1/3 on).
+      kind: "constant"; "step": times `decay` from each share in `decay_at` on; "cosine": `(1 + cos(pi e / epochs))/2`,
+        which begins in the last epoch of a warm-up.
+      warmup: share of the epochs over which the factor rises linearly, in whole epochs, W: it is 1 in the last of them.
+      warmup_start: the factor of the first epoch; 0: 1/W, so that the rise is `(e + 1) / W`.
     Raises: UserError for an unknown kind, shares outside [0, 1] and a negative number of epochs.
 
     Examples:
@@ -55,14 +55,13 @@ def schedule_table(
     if kind == "step":
         for share in decay_at:
             factor[epoch >= round(share * epochs)] *= decay
-    elif kind == "cosine":
-        factor = 0.5 * (1 + np.cos(math.pi * epoch / epochs))
     warmup_epochs = round(warmup * epochs)
+    last = max(warmup_epochs - 1, 0)  # epoch of the warm-up
+    if kind == "cosine":
+        factor = 0.5 * (1 + np.cos(math.pi * np.maximum(epoch - last, 0) / max(epochs - last, 1)))
     if warmup_epochs:
-        rise = (
-            warmup_start + (1 - warmup_start) * epoch / warmup_epochs if warmup_start else (epoch + 1) / warmup_epochs
-        )
-        factor = np.minimum(1.0, rise) * factor
+        start = warmup_start or 1 / warmup_epochs
+        factor = np.minimum(1.0, start + (1 - start) * epoch / max(last, 1)) * factor
     return factor
 
 

@@ -135,6 +135,13 @@ def make_method(settings: config_module.Stage, problem: Problem) -> Method:
     return methods.create(hyper.pop("name", ""), problem.split.class_counts, **hyper)
 
 
+def steps_per_epoch(settings: config_module.Stage, class_counts: np.ndarray, batch_size: int) -> int:
+    """Steps in an epoch of a stage, 1 at least. class_counts: training images of each class [C]."""
+    balanced = settings.epoch_size == "balanced"
+    draws = int(class_counts.max() * len(class_counts) if balanced else class_counts.sum())
+    return max(1, draws // batch_size) if settings.drop_last else -(-draws // batch_size)
+
+
 def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Problem) -> stage.Stage:
     """The compiled functions of one stage of a config. Raises: UserError for all that a config can get wrong there."""
     class_counts, number = problem.split.class_counts, run.stages.index(name)
@@ -148,7 +155,6 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
         draw = stage.resident_draw(
             sampler, augmented, batch_size=run.batch_size, class_counts=class_counts, mesh=problem.mesh
         )
-    size = int(class_counts.sum())
     built = stage.build(
         problem.nets,
         method,
@@ -158,7 +164,7 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
         bn=settings.batch_norm,
         lr=settings.lr,
         factors=registry.bind(f"config.{name}.schedule", optim.schedule_table, settings.schedule)(settings.epochs),
-        steps_per_epoch=max(1, size // run.batch_size) if settings.drop_last else -(-size // run.batch_size),
+        steps_per_epoch=steps_per_epoch(settings, class_counts, run.batch_size),
         **settings.optimizer,
         mesh=problem.mesh,
         image_shape=problem.image_shape,

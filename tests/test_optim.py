@@ -47,9 +47,11 @@ def test_constant_schedule_never_changes():
     np.testing.assert_array_equal(optim.schedule_table(4, kind="constant"), np.ones(4))
 
 
-def test_warmup_multiplies_the_cosine():
-    plain = optim.schedule_table(10, kind="cosine")
-    np.testing.assert_allclose(optim.schedule_table(10, kind="cosine", warmup=0.2), plain * ([0.5] + [1.0] * 9))
+def test_a_cosine_begins_in_the_last_epoch_of_the_warmup():
+    """ResLT on ImageNet-LT: 5 epochs, then cos(pi (e - 4) / 176) of 180."""
+    found = optim.schedule_table(180, kind="cosine", warmup=5 / 180)
+    after = (1 + np.cos(np.pi * np.arange(176) / 176)) / 2
+    np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, *after])
 
 
 @pytest.mark.parametrize("kind", optim.SCHEDULES)
@@ -78,10 +80,15 @@ def torch_linear_lr(epoch, start_factor, total_iters):
     return start_factor + (1 - start_factor) * min(epoch, total_iters) / total_iters
 
 
-def test_a_start_of_the_warmup_is_pytorchs_linear_lr():
+def test_a_start_of_the_warmup_is_pytorchs_linear_lr_up_to_its_last_epoch():
     factors = optim.schedule_table(200, **CIFAR_STEPS, warmup_start=1 / 3)
-    expected = [torch_linear_lr(epoch, 1 / 3, 5) for epoch in range(160)]
+    expected = [torch_linear_lr(epoch, 1 / 3, 4) for epoch in range(160)]
     np.testing.assert_allclose(factors[:160], expected, rtol=1e-12)
+
+
+def test_one_epoch_of_warmup_has_its_start_alone():
+    factors = optim.schedule_table(100, kind="step", warmup=0.01, warmup_start=0.2)
+    np.testing.assert_allclose(factors, [0.2, *[1.0] * 99])
 
 
 def test_a_start_of_the_warmup_changes_nothing_after_it():
@@ -90,8 +97,9 @@ def test_a_start_of_the_warmup_changes_nothing_after_it():
 
 
 def test_a_warmup_that_starts_at_1_is_none():
+    steps = dict(kind="step", decay_at=(0.5,))
     np.testing.assert_array_equal(
-        optim.schedule_table(10, kind="cosine", warmup=0.4, warmup_start=1.0), optim.schedule_table(10, kind="cosine")
+        optim.schedule_table(10, **steps, warmup=0.4, warmup_start=1.0), optim.schedule_table(10, **steps)
     )
 
 

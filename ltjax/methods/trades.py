@@ -22,8 +22,8 @@ def create(
     """`loss(f(x), y) + beta KL(f(x) || f(x_adv))`; the attack climbs the KL.
 
     loss: of the labels, see `ltjax.methods.criteria.create`. attack, awp: see `ltjax.methods.adversarial.create`.
-    f runs once on clean images, which the batch-norm statistics see first, and once on attacked ones; the authors' code
-    has a second pass on the clean images, whose value is the same.
+    As in the authors' code f runs on clean images, on attacked ones, and on the clean ones again, whose value is the
+    same: so batch-norm statistics see clean images twice and attacked ones once.
     """
     if not beta >= 0:
         raise ValueError(f"beta = {beta}: from 0 up")
@@ -32,6 +32,7 @@ def create(
     def given(apply, variables, batch, images):
         clean, variables = apply(variables, batch.images)
         attacked, variables = apply(variables, images)
+        _, variables = apply(variables, batch.images)
         natural = criterion(clean.logits, batch)
         robust = losses.kl_divergence(clean.logits, attacked.logits).mean()
         return natural + beta * robust, (variables, {"natural_loss": natural, "robust_loss": robust})

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ltjax.models.layers import BatchNorm, Conv, Fan
+from ltjax.models.layers import BatchNorm, Conv, Init
 
 
 def rematerialised(block: Callable[..., nn.Module], remat: bool) -> Callable[..., nn.Module]:
@@ -30,7 +30,7 @@ def _shortcut(x: jax.Array, block: "BasicBlock | Bottleneck", features: int, kin
     if kind == "pad":
         new = features - x.shape[-1]
         return jnp.pad(x[:, :: block.strides, :: block.strides], ((0, 0),) * 3 + ((new // 2, new - new // 2),))
-    conv = dict(dtype=block.dtype, platform=block.platform, fan=block.fan)
+    conv = dict(dtype=block.dtype, platform=block.platform, kernel_init=block.kernel_init)
     x = Conv(features, kernel_size=1, strides=block.strides, **conv, name="shortcut")(x)
     return BatchNorm(name="shortcut_norm")(x, train)
 
@@ -40,19 +40,19 @@ class BasicBlock(nn.Module):
 
     shortcut: what a change of shape makes of it. "conv", option B of the paper: a 1x1 convolution and a batch norm.
       "pad", option A: one pixel of each `strides` along a side, and zeros for the new channels; no parameters.
-    dtype, platform, fan: as in `ltjax.models.layers.Conv`.
+    dtype, platform, kernel_init: as in `ltjax.models.layers.Conv`.
     """
 
     features: int
     strides: int = 1
     dtype: Any = jnp.float32
     platform: str | None = None
-    fan: Fan = "fan_in"
+    kernel_init: Init = "fan_in"
     shortcut: str = "conv"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = dict(features=self.features, dtype=self.dtype, platform=self.platform, fan=self.fan)
+        conv = dict(features=self.features, dtype=self.dtype, platform=self.platform, kernel_init=self.kernel_init)
         y = BatchNorm(relu=True, name="norm1")(Conv(**conv, strides=self.strides, name="conv1")(x), train)
         y = Conv(**conv, name="conv2")(y)
         return BatchNorm(relu=True, name="norm2")(y, train, _shortcut(x, self, self.features, self.shortcut, train))
@@ -64,20 +64,20 @@ class Bottleneck(nn.Module):
 
     features: channels that go out; None: as many as come in.
     inner: channels of the 3x3 convolution; None: a quarter of those that go out. groups: of the 3x3 convolution.
-    dtype, platform, fan: as in `ltjax.models.layers.Conv`.
+    dtype, platform, kernel_init: as in `ltjax.models.layers.Conv`.
     """
 
     features: int | None = None
     strides: int = 1
     dtype: Any = jnp.float32
     platform: str | None = None
-    fan: Fan = "fan_in"
+    kernel_init: Init = "fan_in"
     inner: int | None = None
     groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = dict(dtype=self.dtype, platform=self.platform, fan=self.fan)
+        conv = dict(dtype=self.dtype, platform=self.platform, kernel_init=self.kernel_init)
         features = x.shape[-1] if self.features is None else self.features
         inner = features // 4 if self.inner is None else self.inner
         y = BatchNorm(relu=True, name="norm1")(Conv(inner, kernel_size=1, **conv, name="conv1")(x), train)

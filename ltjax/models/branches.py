@@ -30,17 +30,23 @@ class ConvBranches(nn.Module):
 
     In evaluation the mean over space comes before the convolution, as in the authors' code, whose figures need it. The
     ReLU makes that another function than the one trained. Channels r D to (r + 1) D are those of branch r.
+
+    pool_first: the mean over space comes first in training, too, as in the authors' script for ResNet-10.
+    Weights begin as the authors' do: normal, of variance 2 / (3 D), whatever the number of branches.
     """
 
     num_branches: int
+    pool_first: bool = False
     dtype: Any = jnp.float32
     platform: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         batch_size, width = x.shape[0], x.shape[-1]
-        if not train:
+        if self.pool_first or not train:
             x = pool(x)[:, None, None]  # [B, 1, 1, D]
-        conv = Conv(self.num_branches * width, kernel_size=1, dtype=self.dtype, platform=self.platform, name="conv")
+        settings = dict[str, Any](kernel_size=1, dtype=self.dtype, platform=self.platform)
+        initial = nn.initializers.normal((2 / (3 * width)) ** 0.5)
+        conv = Conv(self.num_branches * width, **settings, kernel_init=initial, name="conv")
         x = BatchNorm(relu=True, name="norm")(conv(x), train)  # [B, h, w, R D]
         return pool(x).reshape(batch_size, self.num_branches, width).swapaxes(0, 1)  # [R, B, D]

@@ -13,12 +13,19 @@ from ltjax import xla
 from ltjax.types import Outputs, UserError
 
 CLASSIFIERS = ("linear", "cosine")
+CLASSIFIER_INITS = ("he", "torch", "torch_no_bias")
 Fan = Literal["fan_in", "fan_out"]
+Init = Literal["fan_in", "fan_out", "torch"] | Callable[..., jax.Array]
 
 
 def he_normal(fan: Fan = "fan_in") -> Callable[..., jax.Array]:
     """Normal weights of variance 2 / fan, as PyTorch's `kaiming_normal_`."""
     return nn.initializers.variance_scaling(2.0, fan, "normal")
+
+
+def torch_kernel_init() -> Callable[..., jax.Array]:
+    """PyTorch's default for the weights of a linear layer or a convolution: uniform in +-1 / sqrt(fan_in)."""
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -154,11 +161,18 @@ def _convolution_for(platform: str | None) -> Callable[..., jax.Array]:
     return convolution
 
 
-class Conv(nn.Module):
-    """2-D convolution without bias, padded as in PyTorch (`padding` pixels on each side), He-normal weights.
+def _initialiser(init: Init) -> Callable[..., jax.Array]:
+    if callable(init):
+        return init
+    return torch_kernel_init() if init == "torch" else he_normal(init)
 
-    groups: of channels, each output seeing the inputs of its own group alone. fan: as in `he_normal`; as in PyTorch,
-    fan_in counts the channels of one group and fan_out those of all.
+
+class Conv(nn.Module):
+    """2-D convolution without bias, padded as in PyTorch (`padding` pixels on each side).
+
+    groups: of channels, each output seeing the inputs of its own group alone.
+    kernel_init: "fan_in" or "fan_out": `he_normal`, where, as in PyTorch, fan_in counts the channels of one group and
+      fan_out those of all. "torch": `torch_kernel_init`. Or an initialiser.
     """
 
     features: int
@@ -166,7 +180,7 @@ class Conv(nn.Module):
     strides: int = 1
     padding: int | None = None  # None: (kernel_size - 1) // 2
     groups: int = 1
-    fan: Fan = "fan_in"
+    kernel_init: Init = "fan_in"
     dtype: Any = jnp.float32
     platform: str | None = None
 
@@ -174,7 +188,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         pad = (self.kernel_size - 1) // 2 if self.padding is None else self.padding
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", he_normal(self.fan), shape, jnp.float32)
+        kernel = self.param("kernel", _initialiser(self.kernel_init), shape, jnp.float32)
         return _convolution_for(self.platform)(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -312,15 +326,22 @@ def _shifted(x: jax.Array) -> jax.Array:
 
 
 class LinearClassifier(nn.Module):
-    """logits = features @ kernel + bias, of the features' type."""
+    """logits = features @ kernel + bias, of the features' type.
+
+    classifier_init: "he": weights by `he_normal`, bias by `torch_bias_init`; "torch": all as PyTorch's linear layer
+      begins; "torch_no_bias": the same, but the bias begins with zeros.
+    """
 
     num_classes: int
+    classifier_init: str = "he"
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         width = features.shape[-1]
-        kernel = self.param("kernel", he_normal(), (width, self.num_classes), jnp.float32)
-        bias = self.param("bias", torch_bias_init(width), (self.num_classes,), jnp.float32)
+        weights = he_normal() if self.classifier_init == "he" else torch_kernel_init()
+        biases = nn.initializers.zeros_init() if self.classifier_init == "torch_no_bias" else torch_bias_init(width)
+        kernel = self.param("kernel", weights, (width, self.num_classes), jnp.float32)
+        bias = self.param("bias", biases, (self.num_classes,), jnp.float32)
         return features @ kernel.astype(features.dtype) + bias.astype(features.dtype)
 
 
@@ -382,6 +403,7 @@ class Network(nn.Module):
     block: nn.Module | None = None
     branches: nn.Module | None = None
     classifier: str = "linear"
+    classifier_init: str = "he"
     cosine_scale: float = 1.0
     logit_scale: bool = False
     dtype: Any = jnp.float32
@@ -390,7 +412,7 @@ class Network(nn.Module):
         if self.classifier == "cosine":
             self.head = CosineClassifier(self.num_classes, self.cosine_scale, name="classifier")
         else:
-            self.head = LinearClassifier(self.num_classes, name="classifier")
+            self.head = LinearClassifier(self.num_classes, self.classifier_init, name="classifier")
         if self.logit_scale:
             self.scale = self.param("logit_scale", nn.initializers.ones_init(), (self.num_classes,), jnp.float32)
 

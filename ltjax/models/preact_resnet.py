@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ltjax import registry
 from ltjax.models.blocks import rematerialised
-from ltjax.models.layers import BatchNorm, Conv
-from ltjax.models.resnet import stage_blocks
+from ltjax.models.layers import BatchNorm, Conv, Init
+from ltjax.models.resnet import CONV_INITS, stage_blocks
 from ltjax.types import UserError
 
 
@@ -25,10 +26,11 @@ class PreActBlock(nn.Module):
     strides: int
     dtype: Any
     platform: str | None
+    kernel_init: Init = "fan_in"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = dict(features=self.features, dtype=self.dtype, platform=self.platform)
+        conv = dict(features=self.features, dtype=self.dtype, platform=self.platform, kernel_init=self.kernel_init)
         active = BatchNorm(relu=True, name="norm1")(x, train)
         y = Conv(**conv, strides=self.strides, name="conv1")(active)
         y = Conv(**conv, name="conv2")(BatchNorm(relu=True, name="norm2")(y, train))
@@ -41,7 +43,8 @@ class PreActBackbone(nn.Module):
     """[B, H, W, channels] -> {"stage1": [B, H, W, features[0]], "stage2": [B, H/2, W/2, features[1]], ...}.
 
     The last map is that after the last norm and ReLU; those before are the sums that the next stage's blocks take.
-    stem: channels of the first convolution. features, blocks: of each stage.
+    stem: channels of the first convolution. features, blocks: of each stage. kernel_init: as in
+    `ltjax.models.layers.Conv`.
     """
 
     stem: int
@@ -50,17 +53,19 @@ class PreActBackbone(nn.Module):
     dtype: Any = jnp.float32
     platform: str | None = None
     remat: bool = False
+    kernel_init: Init = "fan_in"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
-        x = Conv(self.stem, dtype=self.dtype, platform=self.platform, name="conv")(x)
+        conv = dict[str, Any](dtype=self.dtype, platform=self.platform, kernel_init=self.kernel_init)
+        x = Conv(self.stem, **conv, name="conv")(x)
         block_class = rematerialised(PreActBlock, self.remat)
         maps = {}
         for stage, (features, num_blocks) in enumerate(zip(self.features, self.blocks, strict=True)):
             for block in range(num_blocks):
                 strides = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage + 1}_block{block + 1}"
-                x = block_class(features, strides, self.dtype, self.platform, name=name)(x, train)
+                x = block_class(features, strides, **conv, name=name)(x, train)
             maps[f"stage{stage + 1}"] = x
         return {**maps, f"stage{len(self.blocks)}": BatchNorm(relu=True, name="norm")(x, train)}
 
@@ -73,13 +78,15 @@ def backbone(
     depth: int = 18,
     width: int = 64,
     blocks: tuple[int, ...] | None = None,
+    init: str = "he",
 ) -> PreActBackbone:
     """depth: 18 or 34. width: channels of the first stage, 64 in the paper. blocks: of each stage, instead of those of
-    the depth.
+    the depth. init: as of `ltjax.models.resnet`.
 
     dtype, platform, remat: as in `ltjax.models.create`.
     """
     if width < 1:
         raise UserError(f"model width = {width}: the first stage needs at least one channel")
     features = tuple(width * 2**stage for stage in range(4))
-    return PreActBackbone(width, features, stage_blocks(depth, blocks, (18, 34)), dtype, platform, remat)
+    numbers, weights = stage_blocks(depth, blocks, (18, 34)), registry.choose("model init", CONV_INITS, init)
+    return PreActBackbone(width, features, numbers, dtype, platform, remat, kernel_init=weights)

@@ -6,11 +6,10 @@ convolution and a batch norm.
 
 - `stem="large"`: a 7x7 convolution of stride 2, max-pooling, stages of strides 1, 2, 2, 2. These are torchvision's,
   which the long-tailed papers take for ImageNet-LT, iNaturalist 2018 and Places-LT. With a 1000-way classifier
-  ResNet-50 has 25,557,032 parameters, and ResNeXt-50 32x4d (`depth=50, groups=32, group_width=4`) 25,028,904. As there,
-  initial weights are He's for the channels that go out.
+  ResNet-50 has 25,557,032 parameters, and ResNeXt-50 32x4d (`depth=50, groups=32, group_width=4`) 25,028,904.
 - `stem="small"`: a 3x3 convolution and no max-pooling. LBGAT's teacher keeps the size of the image in the second stage
   too, so that 32x32 ends as 8x8; `strides = (1, 2, 2, 2)` is the usual ResNet-18 for CIFAR. With a 10-way classifier it
-  has 11,173,962 parameters. Initial weights are He's for the channels that come in.
+  has 11,173,962 parameters.
 """
 
 from typing import Any
@@ -19,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ltjax import registry
 from ltjax.models.blocks import BasicBlock, Bottleneck, rematerialised
-from ltjax.models.layers import BatchNorm, Conv, Fan
+from ltjax.models.layers import BatchNorm, Conv, Init
 from ltjax.types import UserError
 
 BLOCKS = {  # of each stage, by depth
@@ -33,6 +33,7 @@ BLOCKS = {  # of each stage, by depth
 }
 BASIC = (10, 18, 34)  # depths of basic blocks
 STRIDES = {"small": (1, 1, 2, 2), "large": (1, 2, 2, 2)}  # of each stage, by stem
+CONV_INITS: dict[str, Init] = {"he": "fan_in", "torch": "torch"}  # of convolutions, see `ltjax.models.layers.Conv`
 
 
 class ResNetBackbone(nn.Module):
@@ -42,7 +43,8 @@ class ResNetBackbone(nn.Module):
 
     blocks, strides: of each stage; the first block of a stage takes its stride. stem: "small" or "large".
     inner: channels of the 3x3 convolution in the first stage's bottlenecks; None: basic blocks. groups: of the same.
-    shortcut: of basic blocks. dtype, platform, remat: as in `ltjax.models.create`.
+    shortcut: of basic blocks. kernel_init: as in `ltjax.models.layers.Conv`. dtype, platform, remat: as in
+    `ltjax.models.create`.
     """
 
     blocks: tuple[int, ...]
@@ -52,6 +54,7 @@ class ResNetBackbone(nn.Module):
     inner: int | None = None
     groups: int = 1
     shortcut: str = "conv"
+    kernel_init: Init = "fan_in"
     dtype: Any = jnp.float32
     platform: str | None = None
     remat: bool = False
@@ -59,8 +62,7 @@ class ResNetBackbone(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
         large = self.stem == "large"
-        fan: Fan = "fan_out" if large else "fan_in"
-        conv: dict[str, Any] = dict(dtype=self.dtype, platform=self.platform, fan=fan)
+        conv: dict[str, Any] = dict(dtype=self.dtype, platform=self.platform, kernel_init=self.kernel_init)
         taps, stride = (7, 2) if large else (3, 1)
         x = Conv(self.width, kernel_size=taps, strides=stride, **conv, name="conv")(x)
         x = BatchNorm(relu=True, name="norm")(x, train)
@@ -107,6 +109,7 @@ def backbone(
     blocks: tuple[int, ...] | None = None,
     groups: int = 1,
     group_width: int = 64,
+    init: str = "he",
 ) -> ResNetBackbone:
     """depth: 10, 18, 34, 50, 101 or 152. stem: "small" or "large". width: channels of the first stage's blocks, 64 in
     the papers. strides: of each stage's first block, instead of those of the stem. blocks: of each stage, instead of
@@ -115,6 +118,9 @@ def backbone(
     groups, group_width: of the bottlenecks' 3x3 convolutions, 32 and 4 in ResNeXt "32x4d". In the first stage each
     group has group_width * width / 64 channels, and twice as many in every further one.
 
+    init: "he", He-normal weights: for the channels that come in, with the large stem for those that go out. "torch",
+    PyTorch's default, as LBGAT's authors leave their natural model's.
+
     dtype, platform, remat: as in `ltjax.models.create`.
     """
     if width < 1:
@@ -122,6 +128,9 @@ def backbone(
     numbers = stage_blocks(depth, blocks)
     if stem not in STRIDES:
         raise UserError(f"unknown model stem {stem!r}; known: {', '.join(STRIDES)}")
+    weights = registry.choose("model init", CONV_INITS, init)
+    if stem == "large" and init == "he":
+        weights = "fan_out"  # torchvision's
     strides = STRIDES[stem] if strides is None else of_each_stage("strides", strides)
     inner = None
     if depth not in BASIC:
@@ -136,6 +145,5 @@ def backbone(
             f"model groups = {groups}, group_width = {group_width}: depth {depth} has no bottlenecks for them; take "
             "depth 50, 101 or 152"
         )
-    return ResNetBackbone(
-        numbers, strides, width, stem, inner=inner, groups=groups, dtype=dtype, platform=platform, remat=remat
-    )
+    own = dict[str, Any](inner=inner, groups=groups, kernel_init=weights)
+    return ResNetBackbone(numbers, strides, width, stem, **own, dtype=dtype, platform=platform, remat=remat)

@@ -2,8 +2,8 @@
 
 A convolution to 16 channels, three stages of (depth - 4) / 6 pre-activation blocks with 16, 32 and 64 times width
 channels, a batch norm and a ReLU. With a 10-way classifier, WRN-34-10 has 46,160,474 parameters. The authors' class
-has a second first stage, `sub_block1`, through which nothing passes; it is not here. Its initial weights are He's for
-the channels that go out; ours, as in all networks here, for those that come in.
+has a second first stage, `sub_block1`, through which nothing passes; it is not here. As there, initial weights are
+He's for the channels that go out.
 """
 
 from typing import Any
@@ -21,4 +21,5 @@ def backbone(dtype: Any, platform: str | None, remat: bool, *, depth: int = 34, 
         raise UserError(f"model depth = {depth} is no wide ResNet: take 6 n + 4, such as 10, 16, 28 or 34")
     if width < 1:
         raise UserError(f"model width = {width}: channels are 16, 32 and 64 times it, so it is at least 1")
-    return PreActBackbone(16, (16 * width, 32 * width, 64 * width), ((depth - 4) // 6,) * 3, dtype, platform, remat)
+    features, blocks = (16 * width, 32 * width, 64 * width), ((depth - 4) // 6,) * 3
+    return PreActBackbone(16, features, blocks, dtype, platform, remat, kernel_init="fan_out")

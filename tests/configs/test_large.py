@@ -22,6 +22,7 @@ def test_mislas_is_the_papers(name):
     assert (run.epochs, run.batch_size, run.optimizer) == (epochs, 256, config.Optimizer(0.9, False, decay))
     assert (run.model["depth"], run.model["stem"], run.data.size, run.data.resize) == (depth, "large", 224, 256)
     assert (features.lr, features.augment["mixup_alpha"], features.augment["color_jitter"]) == (0.1, 0.2, 0.4)
+    assert run.model["classifier_init"] == "torch"
     np.testing.assert_allclose(factors_of(features), (1 + np.cos(np.pi * np.arange(epochs) / epochs)) / 2)
     assert classifier.method == dict(name="mislas", head=head, tail=tail, shape="concave")
     assert (classifier.epochs, classifier.lr, classifier.batch_norm) == (10, 0.1, "train")
@@ -56,7 +57,7 @@ RESLT = {
     ("imagenet_lt", "model=resnet10"): (180, 10, 1, 5e-4, 0.99, (175, 780), 3, 0.3),
     ("imagenet_lt", "model=resnext50"): (180, 50, 32, 5e-4, 0.99, (175, 780), 3, 0.7),
     ("imagenet_lt", "model=resnext101"): (180, 101, 32, 5e-4, 0.99, (175, 780), 3, 0.7),
-    ("inat18", "model=auto"): (200, 50, 1, 1e-4, 0.85, (842, None), 2, 0.3),
+    ("inat18", "model=auto"): (200, 50, 1, 1e-4, 0.85, (1542, None), 2, 0.3),
 }
 
 
@@ -66,11 +67,29 @@ def test_reslt_is_the_papers(name, model):
     run, stages = parsed(name, f"method=reslt,{model}")
     stage = stages["reslt"]
     assert (run.epochs, run.model["depth"], run.model.get("groups", 1)) == (epochs, depth, groups)
-    assert stage.optimizer == dict(momentum=0.9, nesterov=True, weight_decay=decay)
+    assert stage.optimizer == dict(momentum=0.9, nesterov=False, weight_decay=decay)
     assert (stage.method["beta"], stage.method["medium_start"], stage.method.get("tail_start")) == (beta, medium, tail)
-    assert (run.model["branches"], run.model["branch_kind"]) == (branches, "conv")
+    pooled = model == "model=resnet10"
+    assert (run.model["branches"], run.model["branch_kind"]) == (branches, "pooled_conv" if pooled else "conv")
+    assert run.model["classifier_init"] == "torch"
     assert stage.eval_classifier == dict(tau=gamma, bias=False)
-    assert (stage.schedule["kind"], round(stage.schedule["warmup"] * epochs)) == ("cosine", 5)
+    if name == "inat18":
+        expected = (1 + np.cos(np.pi * np.arange(200) / 200)) / 2
+    else:
+        expected = [0.2, 0.4, 0.6, 0.8, *(1 + np.cos(np.pi * np.arange(176) / 176)) / 2]
+    np.testing.assert_allclose(factors_of(stage), expected)
+
+
+INAT = dict(mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
+
+
+@pytest.mark.parametrize(
+    "method, stage, jitter", [("mislas", "features", 0.4), ("reslt", "reslt", 0), ("crt", "ce", 0)]
+)
+def test_inaturalist_has_its_own_normalisation_and_colours_for_mislas_alone(method, stage, jitter):
+    run, stages = parsed("inat18", f"method={method}")
+    assert {key: run.model[key] for key in INAT} == INAT
+    assert stages[stage].augment["color_jitter"] == jitter
 
 
 @pytest.mark.parametrize("name", [*PAPERS, "image_folder"])

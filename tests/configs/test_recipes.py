@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from ltjax import config, losses, methods
+from ltjax import config, losses, methods, problem
+from ltjax.data import splits
 from ltjax.types import Batch
 from tests.configs.reading import factors_of, parsed, rates_of
 
@@ -98,8 +99,9 @@ def test_the_training_of_reslt_is_the_papers():
     assert (run.batch_size, stage.lr, stage.epochs, stage.drop_last) == (128, 0.1, 200, True)
     assert rates_of(stage) == {"backbone": 1.0, "branches": 1.0, "classifier": 1.0}
     factors = factors_of(stage)
-    np.testing.assert_allclose(factors[[0, 5, 159, 160, 179, 180, 199]], [1 / 3, 1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert (np.diff(factors[:6]) > 0).all()
+    np.testing.assert_allclose(factors[:5], 1 / 3 + 2 / 3 * np.arange(1, 6) / 5)
+    np.testing.assert_allclose(factors[[4, 5, 159, 160, 179, 180, 199]], [1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert run.model["classifier_init"] == "torch"
 
 
 @pytest.mark.parametrize("classes", [10, 100])
@@ -118,6 +120,31 @@ def test_the_stages_of_drolt_are_the_papers(classes):
     assert rates_of(stages["ce_classifier"]) == {"backbone": 0.0, "classifier": 1.0}
     assert (stages["dro"].batch_norm, stages["ce_classifier"].batch_norm) == ("train", "eval")
     assert stages["ce_classifier"].method == CROSS_ENTROPY
+    np.testing.assert_allclose(factors_of(stages["ce"])[[159, 160, 180]], [1, 1e-2, 1e-4])
+
+
+@pytest.mark.parametrize("imbalance, images", [(100, 10_847), (10, 19_573)])
+def test_later_stages_of_drolt_draw_as_if_every_class_had_the_largest_ones_images(imbalance, images):
+    _, stages = parsed("cifar100_lt", f"method=drolt,imbalance={imbalance}")
+    counts = splits.class_counts(100, 500, imbalance=imbalance)
+    assert counts.sum() == images
+    steps = {name: stage.epochs * problem.steps_per_epoch(stage, counts, 128) for name, stage in stages.items()}
+    assert steps == dict(ce=200 * -(-images // 128), dro=31_280, ce_classifier=7_820)
+
+
+def test_balms_is_its_authors():
+    """13,000 steps of 512 images, 800 of them warm-up, of which each epoch's last, smaller batch is dropped."""
+    run, stages = parsed("cifar100_lt", "method=balms")
+    stage, per_epoch = stages["balms"], -(-10_847 // 512)
+    assert (run.batch_size, stage.epochs, stage.lr, stage.drop_last) == (512, -(-13_000 // per_epoch), 0.1, True)
+    assert stage.optimizer == {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}
+    warm = -(-800 // per_epoch)
+    np.testing.assert_allclose(factors_of(stage)[:warm], np.linspace(0.5, 1, warm))
+    after = np.arange(stage.epochs - warm)
+    np.testing.assert_allclose(factors_of(stage)[warm - 1 : -1], (1 + np.cos(np.pi * after / (len(after) + 1))) / 2)
+    assert (stage.augment["auto_augment"], stage.augment["cutout_size"]) == (True, 16)
+    assert stage.method == {"name": "erm", "loss": {"name": "balanced_softmax"}}
+    assert run.model["classifier_init"] == "torch"
 
 
 def test_the_loss_of_drolt_is_the_papers():

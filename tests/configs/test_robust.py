@@ -17,7 +17,7 @@ ROBUST_METHODS = {
     "lbgat": [dict(name="lbgat", beta=0.0, guide_loss=PLAIN, **OWN)],
 }
 PIXELS = dict(mean=(0.0,), std=(1.0,), dtype="float32", classifier="linear")
-RESNET18 = dict(name="resnet", depth=18, width=64)
+RESNET18 = dict(name="resnet", depth=18, width=64, init="torch", classifier_init="torch")
 
 
 @pytest.mark.parametrize("file", ["cifar10", "cifar100", "tiny_imagenet", "cifar10_lt", "cifar100_lt"])
@@ -38,11 +38,25 @@ def test_adversarial_training_has_the_schedule_of_lbgat(name):
         np.testing.assert_allclose(rates, [0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
+def test_trades_on_cifar10_has_a_schedule_of_its_own():
+    run, stages = parsed("cifar10", "method=trades")
+    rates = 0.1 * factors_of(stages["trades"])
+    assert run.epochs == 76
+    np.testing.assert_allclose(rates, [0.1] * 74 + [0.01] * 2)
+
+
+def test_the_usual_resnet18_has_strides_of_its_own():
+    run, _ = parsed("cifar10_lt", "method=pgd_at,model=resnet18_4x4")
+    expected = dict(name="resnet", depth=18, width=64, strides=(1, 2, 2, 2), init="torch")
+    assert {key: run.model[key] for key in expected} == expected
+
+
 @pytest.mark.parametrize("name", ROBUST_METHODS)
 def test_adversarial_networks_are_those_of_lbgat_and_see_pixels_as_they_are(name):
     run, _ = parsed("cifar100", f"method={name}")
     assert {key: run.model[key] for key in ("name", "depth", "width")} == dict(name="wide_resnet", depth=34, width=10)
     assert {key: run.model[key] for key in PIXELS} == PIXELS
+    assert run.model["classifier_init"] == "torch_no_bias"
     assert run.guide == ({**RESNET18, **PIXELS} if name in ("bgat", "lbgat") else {})
 
 
@@ -92,6 +106,7 @@ def test_the_loss_goes_to_the_network_that_sees_labels(name, stage, key):
 def test_beta_and_awp_reach_the_method():
     found = parsed("cifar100", "method=lbgat,beta=6,awp=true")[1]["lbgat"].method
     assert (found["beta"], found["awp"]) == (6.0, 0.005)
+    assert parsed("cifar10", "method=pgd_at,awp=true")[1]["pgd_at"].method["awp"] == 0.01  # AT-AWP's
     assert parsed("cifar100", "method=trades,beta=0")[1]["trades"].method["beta"] == 0.0
 
 

@@ -113,6 +113,21 @@ def test_conv_branches_pool_after_the_convolution_in_training_and_before_it_in_e
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_pooled_branches_pool_first_in_training_too(train):
+    params, stats, features = run_branches(ConvBranches(3, pool_first=True), train)
+    x = np.float64(X.mean((1, 2), keepdims=True))
+    y = np.maximum(batch_norm(x @ params["conv"]["kernel"][0, 0], params["norm"], stats["norm"], train), 0)
+    np.testing.assert_allclose(features, np.split(y[:, 0, 0], 3, axis=-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_branches", [2, 3])
+def test_the_convolution_of_branches_begins_with_the_variance_of_three(num_branches):
+    x = jnp.zeros((1, 1, 1, 256))
+    kernel = ConvBranches(num_branches).init(jax.random.key(0), x, False)["params"]["conv"]["kernel"]
+    assert float(kernel.std()) == pytest.approx((2 / (3 * 256)) ** 0.5, rel=0.02)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_changes_every_statistic(kind):
     net = make(branch_kind=kind)
@@ -233,7 +248,7 @@ def test_branches_lower_for_accelerators(kind, platform):
         (dict(branches=4), "model branches = 4: take 0 for none, or 2 or 3"),
         (dict(branches=2.0), "model branches = 2.0: take 0 for none, or 2 or 3"),
         (dict(branches="3"), "model branches = 3: take 0 for none, or 2 or 3"),
-        (dict(branch_kind="lora"), "unknown model branch_kind 'lora'; known: norm, conv"),
+        (dict(branch_kind="lora"), "unknown model branch_kind 'lora'; known: norm, conv, pooled_conv"),
     ],
 )
 def test_other_branches_are_errors_that_name_the_known(settings, message):

@@ -165,14 +165,28 @@ def test_group_width_gives_the_channels_of_a_group(settings):
 
 @pytest.mark.parametrize("stem, axes", [("small", (0, 1, 2)), ("large", (0, 1, 3))])
 def test_initial_weights_are_hes_for_the_channels_in_or_with_the_large_stem_for_those_out(stem, axes):
+    """But for the extra block, whose authors leave it as PyTorch makes it: variance 1 / (3 fan_in)."""
     key = jax.random.key(0, impl="unsafe_rbg")  # quick to compile
     net = tiny(depth=50, stem=stem, width=16, groups=2, group_width=32, extra_block=True)
     kernels = {p: k for p, k in flatten(jax.jit(net.init)(key, IMAGES)["params"]).items() if k.ndim == 4}
     assert len(kernels) == 1 + 4 * (3 + 1) + 3
     for path, kernel in kernels.items():
-        fans = (0, 1, 3) if path.startswith("block/") else axes
-        standard = np.std(kernel) * np.sqrt(np.prod([kernel.shape[axis] for axis in fans]) / 2)
+        fans, variance = ((0, 1, 2), 1 / 3) if path.startswith("block/") else (axes, 2)
+        standard = np.std(kernel) * np.sqrt(np.prod([kernel.shape[axis] for axis in fans]) / variance)
         assert abs(standard - 1) < 4.5 / np.sqrt(2 * kernel.size), path
+
+
+@pytest.mark.parametrize("name, stem", [("resnet", "small"), ("resnet", "large"), ("preact_resnet", None)])
+def test_weights_begin_as_pytorchs_if_asked(name, stem):
+    """Uniform in +-1 / sqrt(fan_in)."""
+    settings = dict(stem=stem) if stem else {}
+    net = models.create(name, 10, depth=18, width=8, init="torch", **settings)
+    key = jax.random.key(0, impl="unsafe_rbg")
+    kernels = [k for k in flatten(jax.jit(net.init)(key, IMAGES)["params"]["backbone"]).values() if k.ndim == 4]
+    for kernel in kernels:
+        scaled = np.asarray(kernel) * kernel[..., 0].size ** 0.5
+        assert 0.9 < np.abs(scaled).max() <= 1.0001
+        assert abs(scaled.std() * 3**0.5 - 1) < 0.2
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,24 @@ def test_initial_weights_are_he_normal(fresh):
         assert np.abs(standard).max() > 2.3, path  # not truncated at 2 standard deviations
 
 
+@pytest.mark.parametrize(
+    "init, weights, biases", [("he", 2, 1 / 3), ("torch", 1 / 3, 1 / 3), ("torch_no_bias", 1 / 3, 0)]
+)
+def test_a_classifier_begins_as_its_authors_does(init, weights, biases):
+    """Variances times the width: He's are 2, PyTorch's 1/3."""
+    width = 64
+    found = layers.LinearClassifier(500, init).init(jax.random.key(0), jnp.ones((1, width)))["params"]
+    assert float(found["kernel"].var()) * width == pytest.approx(weights, rel=0.05)
+    assert float(found["bias"].var()) * width == pytest.approx(biases, rel=0.2)
+    if init != "he":
+        assert float(jnp.abs(found["kernel"]).max()) <= width**-0.5
+
+
+def test_an_unknown_start_of_the_classifier_names_the_known_ones():
+    with pytest.raises(UserError, match="unknown model classifier_init 'xavier'; known: he, torch, torch_no_bias"):
+        models.create("resnet_cifar", 10, classifier_init="xavier")
+
+
 def test_initial_bias_is_uniform_within_one_over_the_root_of_the_width():
     classifier = layers.LinearClassifier(4000)
     bias = np.asarray(classifier.init(jax.random.key(0), jnp.ones((1, 16)))["params"]["bias"])

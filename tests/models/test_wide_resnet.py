@@ -26,6 +26,15 @@ def num_parameters(net):
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(net)["params"]))
 
 
+def test_initial_weights_are_hes_for_the_channels_that_go_out():
+    params = jax.jit(make(width=4).init)(jax.random.key(0, impl="unsafe_rbg"), IMAGES)["params"]
+    kernels = [k for k in flatten(params).values() if k.ndim == 4]
+    assert len(kernels) == 1 + 3 * 2 + 3
+    for kernel in kernels:
+        standard = np.std(kernel) * np.sqrt(kernel[:, :, 0].size / 2)
+        assert abs(standard - 1) < 4.5 / np.sqrt(2 * kernel.size)
+
+
 def count_by_hand(depth, width, num_classes):
     """Convolutions without bias, two numbers a channel for the batch norm before each and the last, a linear layer."""
     count, before = 9 * 3 * 16, 16
