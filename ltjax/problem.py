@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ltjax import config as config_module
 from ltjax import data, evaluate, feed, methods, metrics, models, optim, parallel, registry, stage, surgery, xla
+from ltjax.archive import is_archive, read_archive
 from ltjax.checkpoint import Checkpoints, like
 from ltjax.config import Run
 from ltjax.cores import num_cores
@@ -307,9 +308,20 @@ def operate(
 def restored(
     run: Run, name: str, settings: config_module.Stage, problem: Problem, workdir: Path
 ) -> tuple[stage.Stage, stage.State, dict[str, Any]] | None:
-    """A stage, its newest checkpoint and the record beside it; None where there is no checkpoint."""
+    """A stage, its newest checkpoint and the record beside it; None where there is no checkpoint.
+
+    Of an archived run (`ltjax.archive`), its last stage, with the weights there.
+    """
     built = build_stage(run, name, settings, problem)
     state = built.init(seeds(run), fresh_variables(run, name, problem))
+    if is_archive(workdir):
+        kept = read_archive(workdir)
+        if name != kept.stage:
+            return None
+        variables = into(state.variables, kept.weights)
+        own = kept.weights.variables.params.get("method")
+        variables = variables._replace(params={**variables.params, **({"method": own} if own else {})})
+        return built, state._replace(step=jnp.full_like(state.step, kept.step), variables=variables), kept.record
     with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
         found = checkpoints.restore(like(state), move_damaged=False)
     return None if found is None else (built, *found)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 GROUPS = ("all", "many", "medium", "few")
 LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
+OF_EPOCHS = ("accuracy", "ece", "loss")  # what results.json has of every evaluated epoch
 PACKAGES = ("ltjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -115,6 +116,10 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
             "epochs": settings.epochs,
             **evaluations[-1]["test"],
             "best_on_test": {"accuracy": best["test"]["accuracy"]["all"], "epoch": best["epoch"]},
+            "evaluations": [
+                {"epoch": each["epoch"], "step": each["step"], **{key: each["test"].get(key) for key in OF_EPOCHS}}
+                for each in evaluations
+            ],
             "seconds": record["seconds"],
             "images_per_second": run.batch_size * run.replicas * record["train_steps"] / seconds if seconds else None,
             "data_wait_share": record.get("wait_seconds", 0.0) / seconds if seconds else None,
@@ -141,7 +146,7 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
     return {
         "name": run.name,
         "final_stage": final,
-        **{key: value for key, value in summaries[final].items() if key not in ("title", "epochs")},
+        **{key: value for key, value in summaries[final].items() if key not in ("title", "epochs", "evaluations")},
         "seconds": sum(summary["seconds"] for summary in summaries.values()),
         "stages": summaries,
         "seed": run.seed,

@@ -13,6 +13,7 @@ import pytest
 from configs import cifar10_lt, cifar100_lt, recipes
 from ltjax import config as config_module
 from ltjax import data, optim, parallel, train
+from ltjax.archive import archive
 from ltjax.data.source import Images
 from ltjax.signals import Interrupted
 
@@ -137,6 +138,25 @@ def stages_of(name):
     return config_module.parse(tiny_config(name))[1]
 
 
+ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:method=tau_norm", LBGAT)
+
+
+@pytest.mark.parametrize("name", ARCHIVED, ids=[IDS[RUNS.index(name)] for name in ARCHIVED])
+def test_an_archive_has_the_figures_of_its_run_to_the_last_digit(trained, tmp_path, name):
+    """With margins of the method, a classifier changed for evaluation, surgery, and a guide that is not kept."""
+    workdir = trained(name)
+    archive(workdir, tmp_path / "kept")
+    trained_to, found = (
+        results["stages"][results["final_stage"]]
+        for results in (
+            json.loads((workdir / "results.json").read_text()),
+            train.evaluate_workdir(tiny_config(name), tmp_path / "kept"),
+        )
+    )
+    for key in ("accuracy", "ece", "loss", "per_class_accuracy", "nearest_mean"):
+        assert found.get(key) == trained_to.get(key), key
+
+
 def logged(workdir, stage, split="train"):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["stage"] == stage and line["split"] == split]
@@ -157,10 +177,11 @@ def test_the_loss_falls_in_every_stage(trained, name):
 
 
 @every_run
-def test_an_epoch_is_every_image_once_or_whole_batches(trained, name):
+def test_an_epoch_is_every_image_once_or_whole_batches_or_as_many_as_of_equal_classes(trained, name):
     workdir = trained(name)
     for stage, settings in stages_of(name).items():
-        assert steps_of(workdir, stage)[-1] == settings.epochs * (39 if settings.drop_last else 40), stage
+        steps = 72 if settings.epoch_size == "balanced" else 39 if settings.drop_last else 40  # 1,150 of 16
+        assert steps_of(workdir, stage)[-1] == settings.epochs * steps, stage
 
 
 @every_run

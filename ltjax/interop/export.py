@@ -32,6 +32,7 @@ from safetensors.numpy import save_file
 
 from ltjax import config as config_module
 from ltjax import models
+from ltjax.archive import is_archive, read_archive
 from ltjax.checkpoint import complete_steps, read_json
 from ltjax.interop.torch import Parser, export_state_dict
 from ltjax.interop.weights import DESCRIPTION, Weights, described, in_our_order, load_weights, save_weights
@@ -56,6 +57,9 @@ def newest(workdir: Path) -> Trained:
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is neither a run's workdir (no config.json) nor a folder of weights")
     run, stages = config_module.parse(read_json(workdir / "config.json"))
+    if is_archive(workdir):
+        kept = read_archive(workdir)
+        return Trained(run, kept.stage, stages[kept.stage], kept.step)
     steps = {name: complete_steps(workdir / "checkpoints" / name) for name in run.stages}
     trained = [name for name in run.stages if steps[name]]
     if not trained:
@@ -82,12 +86,21 @@ def weights_of(workdir: Path, trained: Trained, *, net: str = "net", replica: in
         raise UserError(f"--net={net}: the run has {'net and guide' if run.guide else 'net alone'}")
     if not 0 <= replica < run.replicas:
         raise UserError(f"--replica={replica}: the run has {run.replicas}, counted from 0")
-    own = _restore(workdir / "checkpoints" / trained.stage / str(trained.step))
+    own = variables_of(workdir, trained)
     own = jax.tree.map(lambda x: x[replica], own) if run.replicas > 1 else own
+    if net not in own.params:
+        raise UserError(f"--net={net}: {workdir} is the archive of a run, which has net alone")
     own = judged(trained.settings, own) if net == "net" else own
     variables = Variables({"net": own.params[net]}, {"net": own.stats.get(net, {})}, {})
     num_classes = own.params[net]["classifier"]["kernel"].shape[-1]
     return Weights(jax.tree.map(np.asarray, variables), settings, num_classes)
+
+
+def variables_of(workdir: Path, trained: Trained) -> Variables:
+    """The variables of what `newest` has found in a workdir or an archive, as they were trained, on one device."""
+    if is_archive(workdir):
+        return read_archive(workdir).weights.variables
+    return _restore(workdir / "checkpoints" / trained.stage / str(trained.step))
 
 
 def _restore(checkpoint: Path) -> Variables:

@@ -2,7 +2,8 @@
 
 `weights.safetensors` holds float32 arrays in our layouts (NHWC, HWIO) by path, `params/backbone/conv/kernel` and
 `batch_stats/backbone/norm/mean`; `weights.json` what network they belong to, the order of its classes, and what file
-they come from. `config.weights` of a run names such a folder.
+they come from. `config.weights` of a run names such a folder, or one that `ltjax.archive` has written: that has the
+run's `config.json` instead, and perhaps parameters of its method, `method/margins`.
 """
 
 import json
@@ -25,8 +26,8 @@ OF_CLASSES = ("classifier", "logit_scale")  # parts whose arrays end in an axis 
 
 
 class Weights(NamedTuple):
-    """What a folder holds. `variables` (of the network "net", NumPy arrays) have the classes in the network's own
-    order: output k is our class `class_order[k]`, or k where that is None."""
+    """What a folder holds. `variables` (of the network "net" and perhaps of a "method", NumPy arrays) have the classes
+    in the network's own order: output k is our class `class_order[k]`, or k where that is None."""
 
     variables: Variables
     settings: dict[str, Any]  # as for `ltjax.models.create`: its `name` and settings, without `num_classes`
@@ -59,37 +60,58 @@ def save_weights(
         "class_order": None if class_order is None else [int(c) for c in class_order],
         "source": dict(source) if source else None,
     }
-    arrays = {path: np.ascontiguousarray(value, np.float32) for path, value in _flat(variables, net).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, folder / f"{ARRAYS}.tmp")
-        (folder / f"{ARRAYS}.tmp").replace(folder / ARRAYS)
+        save_arrays(folder, variables, net)
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write weights to {folder}: {error}; give another folder") from error
 
 
+def save_arrays(folder: Path, variables: Variables, net: str = "net") -> None:
+    """Write `weights.safetensors` alone: the arrays of one network, and those of the method that trained it."""
+    arrays = {
+        **_flat(variables, net),
+        **{f"method/{k}": v for k, v in flatten(variables.params.get("method", {})).items()},
+    }
+    save_file(
+        {path: np.ascontiguousarray(value, np.float32) for path, value in arrays.items()}, folder / f"{ARRAYS}.tmp"
+    )
+    (folder / f"{ARRAYS}.tmp").replace(folder / ARRAYS)
+
+
+def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """weights.json or, of an archived run, what it would be."""
+    if (folder / DESCRIPTION).is_file():
+        return json.loads((folder / DESCRIPTION).read_text())
+    model = json.loads((folder / "config.json").read_text())["model"]
+    num_classes = arrays["params/classifier/kernel"].shape[-1]
+    return {"format": FORMAT, "model": {**model, "num_classes": num_classes}, "class_order": None}
+
+
 def load_weights(folder: str | Path) -> Weights:
-    """Read what `save_weights` wrote. Raises: UserError naming what is not there or not understood."""
+    """Read what `save_weights` wrote, or `ltjax.archive`. Raises: UserError naming what is not there or understood."""
     folder = Path(folder)
-    if not (folder / DESCRIPTION).is_file():
+    archived = (folder / "config.json").is_file() and (folder / ARRAYS).is_file()
+    if not (folder / DESCRIPTION).is_file() and not archived:
         raise UserError(
             f"{folder} holds no weights ({DESCRIPTION} is missing): make such a folder with "
             "`python -m ltjax.interop.torch` from a PyTorch checkpoint or `python -m ltjax.interop.export` from a run"
         )
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        arrays: dict[str, Any] = load_file(folder / ARRAYS)
+        description = _description(folder, arrays)
         if description["format"] != FORMAT:
             raise UserError(f"{folder} has format {description['format']}, this ltjax reads {FORMAT}: update ltjax")
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["model"].items()}
         num_classes, order = settings.pop("num_classes"), description["class_order"]
-        arrays: dict[str, Any] = load_file(folder / ARRAYS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"cannot read the weights in {folder} ({type(error).__name__}: {error}): make them anew"
         ) from error
     tree = unflatten(arrays)
-    variables = Variables({"net": tree.get("params", {})}, {"net": tree.get("batch_stats", {})}, {})
+    params = {"net": tree.get("params", {}), **({"method": tree["method"]} if "method" in tree else {})}
+    variables = Variables(params, {"net": tree.get("batch_stats", {})}, {})
     return Weights(variables, settings, num_classes, None if order is None else tuple(order))
 
 

@@ -1,0 +1,100 @@
+"""A finished run in a folder of two megabytes, for others to check.
+
+    python -m ltjax.archive runs/cifar100_lt-mislas-if100-seed0 results/cifar100_lt-mislas-if100-seed0
+
+The folder holds `config.json`, `split.json`, `results.json` and `weights.safetensors`, the last stage's weights in
+float32. For every mode but training it is a run as good as the one it was made of:
+
+    python run.py --mode=eval --workdir=results/cifar100_lt-mislas-if100-seed0
+
+`config.weights` may name it, for a stage that is to begin with its weights.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ltjax.checkpoint import read_json
+from ltjax.interop.weights import ARRAYS, DESCRIPTION, Weights, load_weights, save_arrays
+from ltjax.types import UserError
+
+FILES = ("config.json", "split.json", "results.json")  # beside the weights
+OPTIONAL = ("attack.json", "temperature.json")
+
+
+class Archived(NamedTuple):
+    """What an archive has of a run."""
+
+    stage: str  # the last one
+    step: int
+    weights: Weights
+    record: dict[str, Any]  # as beside a checkpoint
+
+
+def is_archive(folder: Path) -> bool:
+    """Whether a folder was written by `archive`, and is no workdir."""
+    return (
+        all((folder / name).is_file() for name in ("config.json", "results.json", ARRAYS))
+        and not (folder / "checkpoints").exists()
+    )
+
+
+def read_archive(folder: Path) -> Archived:
+    """Raises: UserError where results.json is not that of an archive."""
+    results = read_json(folder / "results.json")
+    try:
+        stage = results["final_stage"]
+        summary = results["stages"][stage]
+        evaluations = [{**each, "test": dict(each)} for each in summary["evaluations"]]
+        evaluations[-1]["test"] = summary
+        step: int = summary["evaluations"][-1]["step"]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}/results.json is not what ltjax writes there (no {error}): make it anew") from error
+    record = {"seconds": summary["seconds"], "train_seconds": 0.0, "train_steps": 0, "evaluations": evaluations}
+    return Archived(stage, step, load_weights(folder), record)
+
+
+def archive(workdir: str | Path, folder: str | Path) -> None:
+    """Write the archive of a finished run. Raises: UserError where it is not finished, or has several replicas."""
+    from ltjax.interop import export
+
+    workdir, folder = Path(workdir), Path(folder)
+    for name in FILES:
+        if not (workdir / name).is_file():
+            raise UserError(f"{workdir} holds no finished run ({name} is missing): train it to the end first")
+    if (folder / DESCRIPTION).exists() or (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds something else than an archive: name another folder")
+    trained = export.newest(workdir)
+    if trained.run.replicas > 1:
+        raise UserError(f"{workdir} holds {trained.run.replicas} replicas: an archive is of one seed; train them apart")
+    summary = read_json(workdir / "results.json")["stages"][trained.stage]
+    if "evaluations" not in summary:
+        raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_arrays(folder, export.variables_of(workdir, trained))
+    for name in (*FILES, *OPTIONAL):
+        if (workdir / name).is_file():
+            shutil.copyfile(workdir / name, folder / name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ltjax.archive", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdir", help="of a finished run")
+    parser.add_argument("folder", help="to write, or to write again")
+    args = parser.parse_args(argv)
+    try:
+        archive(args.workdir, args.folder)
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{args.folder}: {(Path(args.folder) / ARRAYS).stat().st_size / 1e6:.1f} MB of weights")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""A finished run in a small folder, which is a run for every mode but training."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ltjax
+from ltjax import archive, compare, config, robustness, train
+from ltjax.interop.weights import load_weights
+from ltjax.report import make
+from ltjax.types import UserError
+from tests.test_run import run, tiny_config
+
+STAGES = {"stages": ("features", "classifier"), "epochs": 2, "classifier.epochs": 1}
+ATTACK = {"attack.num_images": 16, "attack.batch_size": 16, "attack.tests": ("pgd-2",), "attack.radii": ()}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run that was trained to its end."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train.train(tiny_config(**STAGES), folder)
+    return folder
+
+
+@pytest.fixture
+def kept(workdir, tmp_path):
+    folder = tmp_path / "kept"
+    archive.archive(workdir, folder)
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_it_is_four_files(kept):
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "config.json",
+        "results.json",
+        "split.json",
+        "weights.safetensors",
+    ]
+    assert archive.is_archive(kept)
+
+
+def test_a_workdir_is_no_archive(workdir):
+    assert not archive.is_archive(workdir)
+
+
+def test_results_have_the_figures_of_every_evaluated_epoch(workdir):
+    stages = results(workdir)["stages"]
+    assert [each["epoch"] for each in stages["features"]["evaluations"]] == [1, 2]
+    last = stages["classifier"]["evaluations"][-1]
+    assert (last["accuracy"], last["ece"]) == (stages["classifier"]["accuracy"], stages["classifier"]["ece"])
+
+
+def test_its_evaluation_gives_the_figures_of_the_run_to_the_last_digit(kept, workdir):
+    found = train.evaluate_workdir(tiny_config(**STAGES), kept)
+    assert list(found["stages"]) == ["classifier"]
+    for key in ("accuracy", "ece", "loss", "per_class_accuracy"):
+        assert found[key] == results(workdir)[key], key
+    assert not (kept / "checkpoints").exists()
+
+
+def test_the_command_line_evaluates_it_without_a_config(kept):
+    code, out, error = run("--mode=eval", f"--workdir={kept}")
+    assert code == 0, error
+    assert f"{100 * results(kept)['accuracy']['all']:.1f}" in out
+
+
+def test_it_loads_as_the_run_does(kept, workdir):
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
+    one, other = ltjax.load(kept), ltjax.load(workdir)
+    np.testing.assert_array_equal(one.logits(images), other.logits(images))
+    assert (one.class_names, one.image_size, one.about) == (other.class_names, other.image_size, other.about)
+
+
+def test_a_report_and_an_attack_of_it_are_as_of_the_run(kept):
+    config_of = tiny_config(**STAGES, **ATTACK)
+    make.report_workdir(config_of, kept)
+    assert "<svg" in (kept / "report" / "index.html").read_text()
+    found = robustness.attack_workdir(config_of, kept)
+    assert found["tests"]["clean"]["num_images"] == 16
+    assert results(kept)["robustness"]["stage"] == "classifier"
+
+
+def test_it_predicts(kept, tmp_path):
+    Image.new("L", (28, 28), 90).save(tmp_path / "a.png")
+    (found,) = ltjax.load(kept).predict(tmp_path)
+    assert found.classes[0] in results(kept)["class_names"]
+
+
+def test_a_table_of_it_is_that_of_the_run(kept, workdir):
+    one, other = (compare.rows([folder])[0] for folder in (kept, workdir))
+    assert one._replace(runs=()) == other._replace(runs=())
+
+
+def test_training_in_it_says_that_the_run_is_finished(kept, capsys):
+    train.train(tiny_config(**STAGES), kept)
+    assert "holds a finished run of this config" in " ".join(capsys.readouterr().out.split())
+    assert archive.is_archive(kept)
+
+
+def test_a_stage_may_begin_with_its_weights(kept, tmp_path):
+    """A chain's later stage alone, on the weights that an earlier run left."""
+    values = tiny_config(stages=("classifier",), **{"classifier.epochs": 1, "classifier.start_from": "scratch"})
+    values |= {"weights": str(kept), "weights_parts": ("backbone", "classifier")}
+    config.parse(values)
+    train.train(values, tmp_path / "next")
+    before, after = (load_weights(folder).variables.params["net"] for folder in (kept, _archived(tmp_path / "next")))
+    np.testing.assert_array_equal(before["backbone"]["conv"]["kernel"], after["backbone"]["conv"]["kernel"])
+    assert (before["classifier"]["kernel"] != after["classifier"]["kernel"]).any()
+
+
+def _archived(workdir):
+    archive.archive(workdir, workdir / "kept")
+    return workdir / "kept"
+
+
+def test_a_run_that_is_not_finished_is_refused(workdir, tmp_path, capsys):
+    shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("results.json"))
+    assert archive.main([str(tmp_path / "run"), str(tmp_path / "kept")]) == 2
+    assert "holds no finished run (results.json is missing): train it to the end first" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
+
+
+def test_another_run_is_not_overwritten(workdir):
+    with pytest.raises(UserError, match="holds something else than an archive"):
+        archive.archive(workdir, workdir)
+
+
+def test_results_of_an_older_version_are_refused(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    old = results(workdir)
+    del old["stages"]["classifier"]["evaluations"]
+    (tmp_path / "run" / "results.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="lacks the figures of each epoch"):
+        archive.archive(tmp_path / "run", tmp_path / "kept")
+
+
+def test_damaged_results_are_named(kept):
+    broken = results(kept)
+    broken["stages"]["classifier"]["evaluations"] = []
+    (kept / "results.json").write_text(json.dumps(broken))
+    with pytest.raises(UserError, match=r"results\.json is not what ltjax writes there"):
+        archive.read_archive(kept)
