@@ -80,7 +80,8 @@ def tiny_config(name):
     values.data.holdout = 5 if values.data.holdout else 0
     for net in ("model", "guide"):
         if net in values and values[net].name != "resnet_cifar":  # adversarial training's
-            values[net] = {**values[net], "name": "wide_resnet", "depth": 10, "width": 1}
+            own = {key: value for key, value in values[net].items() if key != "init"}  # of another network
+            values[net] = {**own, "name": "wide_resnet", "depth": 10, "width": 1}
     for stage in values.stages:
         settings = values[stage]
         if settings.start_from != "scratch" and settings.epochs:
