@@ -3,7 +3,8 @@
     python -m docs.generate
 
 A page holds a block between two comments, `<!-- recipe: cifar100_lt:method=mislas -->` and `<!-- end -->`; what stands
-between them is made here, and a test sees to it that it is what would be made now.
+between them is made here, and a test sees to it that it is what would be made now. Figures of our own runs come from
+the archives in `results/` (`ltjax.archive`), those of papers from the configs' docstrings.
 """
 
 import re
@@ -14,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from configs import common, recipes
+from ltjax import compare
 from ltjax import config as config_module
+from ltjax.checkpoint import read_json
+from ltjax.results import percent
+from ltjax.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 LONG_TAILED = ("cifar100_lt", "cifar10_lt", "imagenet_lt", "inat18", "places_lt", "image_folder")
 BALANCED = ("cifar100", "cifar10", "tiny_imagenet")
+RESULTS = ROOT / "results"
 NOT_RUN = "not yet run"
 SHORT = "budget=short"
 TITLES = {
@@ -187,13 +193,52 @@ def published(name: str, method: str) -> list[str]:
 
 def ours(name: str, method: str) -> list[str]:
     """What runs of ours at full length gave, or that there are none."""
-    own = [value for who, value in _lines(name, "ours") if _is(who, method)]
-    return [value for value in own if value != NOT_RUN] or [NOT_RUN]
+    own = [value for who, value in _lines(name, "ours") if _is(who, method) and value != NOT_RUN]
+    return own + archived(name, method, "-bf16") + archived(name, method, "") or [NOT_RUN]
+
+
+def archived(name: str, method: str, ending: str) -> list[str]:
+    """ "47.1 / 4.7; 52.0 / 2.3; - (bf16, 3 seeds)": accuracy and ECE of archives, imbalance 100, 50 and 10; [] of none.
+
+    ending: of the run's name: "-bf16", "" for float32, "-bf16-short".
+    """
+    found = {row.name: row for row in result_rows(f"{name}-{method}-if*")}
+    rows = [found.get(f"{name}-{method}-if{imbalance}{ending}") for imbalance in (100, 50, 10)]
+    cells = [
+        "-" if row is None else " / ".join(percent(*row.figures[key]) for key in ("all", "ece") if key in row.figures)
+        for row in rows
+    ]
+    seeds = max((len(row.seeds) for row in rows if row), default=0)
+    kind = f"{'bf16' if '-bf16' in ending else 'float32'}, {seeds} seed{'s' * (seeds > 1)}"
+    return [f"{'; '.join(cells)} ({kind})"] if seeds else []
+
+
+def result_rows(pattern: str, *, stages: bool = False) -> list[compare.Row]:
+    """The table's rows over archives whose folder's name, without its seed, fits a glob pattern, such as
+    "cifar100_lt-*-if100-bf16"."""
+    folders = sorted(RESULTS.glob(f"{pattern}-seed*"))
+    return compare.rows(folders, stages=stages) if folders else []
+
+
+def results_table(text: str) -> str:
+    """ "cifar100_lt-*-if100-bf16" or "stages: cifar100_lt-*" -> a table of these archives, the best first."""
+    stages, _, pattern = text.rpartition(": ")
+    rows = result_rows(pattern, stages=bool(stages))
+    if not rows:
+        return f"No runs yet: `python -m benchmarks.reproduce` makes them in `results/{pattern}-seed*`."
+    if not stages:
+        rows = sorted(rows, key=lambda row: -row.figures["all"].mean)
+    sources = [read_json(folder / "results.json") for row in rows for folder in row.runs]
+    commits = sorted({source["git_commit"][:7] for source in sources if source["git_commit"]})
+    versions = sorted({f"jax {source['versions']['jax']}" for source in sources})
+    devices = sorted({f"{source['num_devices']} x {source['device'].partition(':')[0]}" for source in sources})
+    said = [f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}", *versions, *devices]
+    return f"{markdown(compare.cells(rows))}\n{compare.NOTES} {'; '.join(said)}."
 
 
 def ours_short(name: str, method: str) -> list[str]:
     """The same with budget=short, each figure named, and the commit where the line has one."""
-    found = []
+    found = archived(name, method, "-bf16-short")
     for heading, lines in sections(name):
         if SHORT in heading:
             named = re.split(r" (?:of|on|in) ", heading)[0].split(" / ")  # Top-1 / ECE of the last epoch in %, ...
@@ -269,7 +314,14 @@ def docstring(name: str) -> str:
     )
 
 
-BLOCKS = {"recipe": recipe, "across": across, "reproduction": reproduction, "figures": figures, "docstring": docstring}
+BLOCKS = {
+    "results": results_table,
+    "recipe": recipe,
+    "across": across,
+    "reproduction": reproduction,
+    "figures": figures,
+    "docstring": docstring,
+}
 PATTERN = re.compile(r"(<!-- (?P<kind>\w+): (?P<what>.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -279,7 +331,7 @@ def filled(markdown: str) -> str:
 
 
 def pages() -> list[Path]:
-    return sorted((ROOT / "docs").rglob("*.md"))
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> None:

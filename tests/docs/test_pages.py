@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -160,6 +161,56 @@ def test_a_figure_of_ours_takes_the_place_of_not_yet_run(monkeypatch):
     monkeypatch.setattr(generate, "module", lambda name: {"__doc__": doc})
     assert generate.ours("cifar100_lt", "mislas") == ["46.5, commit abc"]
     assert generate.ours("cifar100_lt", "ce") == ["not yet run"]
+
+
+@pytest.fixture
+def archives(tmp_path, monkeypatch):
+    """write(name, seed, accuracy, ece): an archive, as far as tables read it."""
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+
+    def write(name, seed, accuracy, ece, **more):
+        folder = tmp_path / f"{name}-seed{seed}"
+        folder.mkdir()
+        figures = {"accuracy": {"all": accuracy, "few": accuracy / 2}, "ece": ece, "num_images": 10_000}
+        stage = {"title": "One", "seconds": 60.0, **figures}
+        found = {"name": name, "final_stage": "one", "seconds": 60.0, "seed": seed, "stages": {"one": stage}}
+        about = {"git_commit": "abcdef123", "versions": {"jax": "0.12.0"}, "device": "cpu: cpu", "num_devices": 2}
+        (folder / "results.json").write_text(json.dumps({**found, **about, **more}))
+        config = {"name": name, "data": {"name": "cifar100"}, "stages": ["one"], "one": {}, "seed": seed}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return write
+
+
+def test_figures_of_archives_stand_where_those_of_runs_stand(archives):
+    assert generate.ours("cifar100_lt", "mislas") == ["not yet run"]
+    archives("cifar100_lt-mislas-if100-bf16", 0, 0.46, 0.05)
+    archives("cifar100_lt-mislas-if100-bf16", 1, 0.48, 0.05)
+    archives("cifar100_lt-mislas-if10-bf16", 0, 0.63, 0.02)
+    archives("cifar100_lt-mislas-if100", 0, 0.465, 0.05)
+    archives("cifar100_lt-mislas-if100-bf16-short", 0, 0.19, 0.05)
+    assert generate.ours("cifar100_lt", "mislas") == [
+        "47.0 ± 1.4 / 5.0 ± 0.0; -; 63.0 / 2.0 (bf16, 2 seeds)",
+        "46.5 / 5.0; -; - (float32, 1 seed)",
+    ]
+    assert generate.archived("cifar100_lt", "mislas", "-bf16-short") == ["19.0 / 5.0; -; - (bf16, 1 seed)"]
+
+
+def test_a_table_of_archives_has_a_row_for_each_config_the_best_first_and_says_where_it_comes_from(archives):
+    archives("cifar100_lt-ce-if100-bf16", 0, 0.38, 0.2)
+    archives("cifar100_lt-mislas-if100-bf16", 0, 0.47, 0.05)
+    archives("cifar100_lt-mislas-if10-bf16", 0, 0.63, 0.02)
+    found = generate.results_table("cifar100_lt-*-if100-bf16").splitlines()
+    assert [line.split("|")[1].strip() for line in found[2:4]] == [
+        "cifar100_lt-mislas-if100-bf16",
+        "cifar100_lt-ce-if100-bf16",
+    ]
+    assert found[-1].endswith("commit abcdef1; jax 0.12.0; 2 x cpu.")
+    assert "63.0" not in "".join(found)
+
+
+def test_a_table_without_archives_says_how_to_make_them(archives):
+    assert "`python -m benchmarks.reproduce` makes them" in generate.results_table("nothing-*")
 
 
 def test_short_figures_are_named_as_the_line_above_them_does(monkeypatch):
