@@ -7,15 +7,19 @@ between them is made here, and a test sees to it that it is what would be made n
 the archives in `results/` (`ltjax.archive`), those of papers from the configs' docstrings.
 """
 
+import functools
+import math
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs import common, recipes
-from ltjax import compare
+from ltjax import compare, optim
 from ltjax import config as config_module
 from ltjax.checkpoint import read_json
 from ltjax.results import percent
@@ -314,6 +318,159 @@ def docstring(name: str) -> str:
     )
 
 
+class Compared(NamedTuple):
+    """A value of docs/authors.toml beside ours, as the page has them."""
+
+    what: str
+    theirs: str
+    where: str  # links to the lines
+    ours: str
+    why: str  # "": ours is the same
+
+
+@functools.cache
+def authors() -> dict[str, Any]:
+    """docs/authors.toml: what the authors' code has."""
+    return tomllib.loads((ROOT / "docs" / "authors.toml").read_text())
+
+
+@functools.cache
+def settings_of(text: str) -> dict[str, Any]:
+    """ "configs/cifar100_lt.py:method=ce" -> its settings; `first` and `last` are the first and the last stage."""
+    run, stages = load(text.removeprefix("configs/").replace(".py", "", 1))
+    every = {name: stage._asdict() for name, stage in stages.items()}
+    top = {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in run._asdict().items()}
+    return {**top, **every, "first": every[run.stages[0]], "last": every[run.stages[-1]]}
+
+
+def our_value(config: str, value: Mapping[str, Any]) -> Any:
+    """What a config has for a value of docs/authors.toml. first.rates: of the epochs that the authors' are given at."""
+    if "said" in value:
+        return value["said"]
+    path, _, last = value["ours"].rpartition(".")
+    if last != "rates":
+        return _at(settings_of(config), value["ours"])
+    stage = _at(settings_of(config), path)
+    rates = stage["lr"] * optim.schedule_table(stage["epochs"], **stage["schedule"])
+    return {epoch: float(rates[int(epoch) - 1]) for epoch in value["theirs"] if int(epoch) <= len(rates)}
+
+
+def same(theirs: Any, ours: Any) -> bool:
+    """Whether two values are one, whatever their form: "8/255" is a number, a list a tuple."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        return theirs.keys() == ours.keys() and all(same(theirs[key], ours[key]) for key in theirs)
+    if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)):
+        return len(theirs) == len(ours) and all(map(same, theirs, ours))
+    theirs, ours = _number(theirs), _number(ours)
+    if isinstance(theirs, float) and isinstance(ours, float):
+        return math.isclose(theirs, ours, rel_tol=1e-6, abs_tol=1e-12)
+    return type(theirs) is type(ours) and theirs == ours
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"[\d.]+(/\d+)?", value):
+        return float(Fraction(value))
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def compared(recipe: Mapping[str, Any]) -> Iterator[Compared]:
+    """The values of a recipe of docs/authors.toml; where its configs do not agree, ours are all that they have."""
+    source = authors()["source"][recipe["source"]]
+    for value in recipe["value"]:
+        ours = dict.fromkeys(_told(our_value(config, value)) for config in recipe["configs"])
+        told = _told(value["theirs"]), _linked(source, value["where"]), "; ".join(ours)
+        yield Compared(value["what"], *told, value.get("why", ""))
+
+
+def differences(_: str) -> str:
+    """Only what differs, each once: first what is ours in all recipes, then the rest by method and data set."""
+    found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for recipe in authors()["recipe"]:
+        for one in compared(recipe):
+            if one.why:
+                found.setdefault((one.what, one.theirs, one.ours, one.why), []).append(recipe)
+    everywhere, own = ["| what | theirs | ours | why | in the code of |", "|---|---|---|---|---|"], []
+    for key, from_recipes in found.items():
+        titles = dict.fromkeys(authors()["source"][recipe["source"]]["title"] for recipe in from_recipes)
+        if len(titles) > 3:
+            everywhere.append(f"| {' | '.join(key)} | {', '.join(titles)} |")
+        else:
+            configs = [config for recipe in from_recipes for config in recipe["configs"]]
+            own.append(f"| {' | '.join(key)} | {_concerned(configs, imbalance=False)} |")
+    head = ["", "| what | theirs | ours | why | method: data set |", "|---|---|---|---|---|"]
+    return "\n".join([*everywhere, *head, *own])
+
+
+def values(_: str) -> str:
+    """Every value, by the repository that it comes from, a row for each group of configs; what differs is bold."""
+    lines = []
+    for name, source in authors()["source"].items():
+        where = f"[{source['code'].removeprefix('https://')}]({source['code']}/tree/{source['commit']})"
+        lines += [f"### {source['title']}", "", f"{where}, commit {source['commit'][:7]}.", ""]
+        lines += ["| method: data set | values |", "|---|---|"]
+        for recipe in authors()["recipe"]:
+            if recipe["source"] == name:
+                told = [f"*{recipe['note']}*"] if "note" in recipe else []
+                for one in compared(recipe):
+                    both = f"**{one.what}: {one.theirs}; ours {one.ours}**" if one.why else f"{one.what}: {one.theirs}"
+                    told.append(f"{both} ({one.where})")
+                lines.append(f"| {_concerned(recipe['configs'])} | {'<br>'.join(told)} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def alone(_: str) -> str:
+    """What no authors' code has a recipe for."""
+    lines = ["| method | data set | where ours comes from |", "|---|---|---|"]
+    for entry in authors()["alone"]:
+        methods = ", ".join(recipes.METHODS[method].title for method in entry["methods"])
+        lines.append(f"| {methods} | {', '.join(TITLES[name] for name in entry['data'])} | {entry['why']} |")
+    return "\n".join(lines)
+
+
+def _told(value: Any) -> str:
+    """A value as the page has it; rates as "0.02 at epoch 1, 0.1 at 2"."""
+    if isinstance(value, Mapping):
+        told = ", ".join(f"{rate:.4g} at {epoch}" for epoch, rate in value.items())
+        return told.replace(" at ", " at epoch ", 1) or "it has fewer epochs"
+    return shown(tuple(value) if isinstance(value, list) else value).replace("|", "\\|")
+
+
+def _linked(source: Mapping[str, Any], where: str) -> str:
+    """Each `file:line` as a link to that line, without the file's folder."""
+    parts = []
+    for part in where.split("; "):
+        if found := re.fullmatch(r"(\S+\.\w+):(\d+)(?:-(\d+))?", part):
+            commit = source.get("commits", {}).get(found[1], source["commit"])
+            lines = f"#L{found[2]}" + (f"-L{found[3]}" if found[3] else "")
+            short = part.rpartition("/")[2]
+            part = f"[{short}]({source['code']}/blob/{commit}/{source.get('folder', '')}{found[1]}{lines})"
+        parts.append(part)
+    return "; ".join(parts)
+
+
+def _concerned(configs: Iterable[str], *, imbalance: bool = True) -> str:
+    """Methods and data sets of configs, those with the same data sets and arguments together. imbalance: say it."""
+    of_method: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for config in dict.fromkeys(configs):
+        path, _, arguments = config.partition(":")
+        given = dict(part.split("=") for part in arguments.split(","))
+        own = of_method.setdefault(recipes.METHODS[given.pop("method")].title, {}).setdefault(
+            TITLES[Path(path).stem], {}
+        )
+        for key, value in given.items():
+            if (imbalance or key != "imbalance") and value not in own.setdefault(key, []):
+                own[key].append(value)
+    of_data: dict[str, list[str]] = {}
+    for method, data in of_method.items():
+        told = []
+        for title, arguments in data.items():
+            given = "; ".join(f"{key} {', '.join(some)}" for key, some in arguments.items())
+            told.append(title + (f" ({given})" if given else ""))
+        of_data.setdefault(", ".join(told), []).append(method)
+    return "<br>".join(f"{', '.join(methods)}: {data}" for data, methods in of_data.items())
+
+
 BLOCKS = {
     "results": results_table,
     "recipe": recipe,
@@ -321,6 +478,9 @@ BLOCKS = {
     "reproduction": reproduction,
     "figures": figures,
     "docstring": docstring,
+    "differences": differences,
+    "values": values,
+    "alone": alone,
 }
 PATTERN = re.compile(r"(<!-- (?P<kind>\w+): (?P<what>.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
