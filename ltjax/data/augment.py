@@ -120,18 +120,39 @@ def mixup(images: jax.Array, labels: jax.Array, lam: float | jax.Array, permutat
 
     Raises ValueError if images are not float.
     """
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"mixup needs float images, not {images.dtype}")
-    lam = jnp.asarray(lam, images.dtype)
-    mixed = lam * images + (1 - lam) * images[permutation]
-    return Batch(mixed, labels, partner_labels=labels[permutation], lam=lam)
+    return _mixed(images, labels, lam, images[permutation], labels[permutation])
 
 
 def random_mixup(rng: jax.Array, images: jax.Array, labels: jax.Array, *, alpha: float) -> Batch:
-    """`mixup` with one share drawn from Beta(alpha, alpha) and one permutation for the whole batch."""
-    lam_rng, permutation_rng = jax.random.split(rng)
-    lam = jax.random.beta(lam_rng, alpha, alpha, dtype=jnp.float32)
-    return mixup(images, labels, lam, jax.random.permutation(permutation_rng, len(images)))
+    """`mixup` with one share drawn from Beta(alpha, alpha) for the whole batch, and the partners of `partners`.
+
+    The authors' code draws a permutation of the batch. Split over devices, that sends every image to every device:
+    more than the gradients. Samplers draw batches in random order, so fixed places pair random images just as well.
+    """
+    lam = jax.random.beta(rng, alpha, alpha, dtype=jnp.float32)
+    return _mixed(images, labels, lam, partners(images), partners(labels))
+
+
+def partners(x: jax.Array) -> jax.Array:
+    """The rows of x [B, ...] in the order of mixup's partners: row i is that of the image which image i is mixed with.
+
+    The batch is cut into groups of 8 neighbours, or of the next larger number that divides B. The partner stands 4
+    places further on in the group, the last 4 being followed by the first (half a group further on in a batch of less
+    than 8). So each image is partner once, and never its own unless it is alone. The pairs do not depend on the number
+    of devices, and devices that hold whole groups exchange no images. Of the class-aware sampler's batches, 4 images of
+    a class in a row, each image is mixed with one of the class before or after it.
+    """
+    count = len(x)
+    size = next((size for size in range(8, count) if count % size == 0), count)
+    groups = x.reshape(count // size, size, *x.shape[1:])
+    return jnp.roll(groups, -min(4, size // 2), axis=1).reshape(x.shape)
+
+
+def _mixed(images: jax.Array, labels: jax.Array, lam: float | jax.Array, others: jax.Array, theirs: jax.Array) -> Batch:
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"mixup needs float images, not {images.dtype}")
+    lam = jnp.asarray(lam, images.dtype)
+    return Batch(lam * images + (1 - lam) * others, labels, partner_labels=theirs, lam=lam)
 
 
 # The 25 sub-policies found for CIFAR-10: two operations each, as (operation, probability, level of magnitude 0 to 9).
