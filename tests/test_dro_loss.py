@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from ltjax import losses
+from tests.jaxprs import equations
 
 VARIANTS = ("plain", "eps", "eps_weighted", "eps_t")
 dro_loss = jax.jit(losses.dro_loss)
@@ -310,20 +311,11 @@ def split(arrays, mesh):
     ]
 
 
-def sizes(jaxpr):
-    """Number of elements of every array that a jaxpr makes, inner jaxprs included."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.size for variable in equation.outvars)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(value, "eqns"):
-                yield from sizes(getattr(value, "jaxpr", value))
-
-
 def test_no_array_has_a_vector_for_each_example_and_class():
     batch, classes, size = 8, 50, 30
     features, labels, centroids, margins = random_batch(14, batch, classes, size)
     made = jax.make_jaxpr(jax.value_and_grad(losses.dro_loss, argnums=(0, 2)))(
         features, labels, centroids, margins=margins, temperature=0.5
     )
-    largest = max(sizes(made.jaxpr))
+    largest = max(variable.aval.size for equation in equations(made.jaxpr) for variable in equation.outvars)
     assert classes * size <= largest < batch * classes * size  # the least is the centroids' gradient

@@ -1,5 +1,8 @@
 """The engine, with a toy method and network."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from ltjax import feed, parallel, stage
+from ltjax.data import augment, samplers
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
 
 COUNTS = np.array([70, 40, 23])
@@ -72,6 +76,27 @@ def test_refresh_is_given_the_mean_feature_of_each_class(source, devices):
 
 def test_a_method_without_refresh_has_none():
     assert build(toy_method())[0].refresh is None
+
+
+def collectives(program):
+    """Of a compiled program: {kind: largest number of elements}."""
+    found = {}
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+    for types, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", program):
+        sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in re.findall(r"\[([\d,]*)\]", types)]
+        found[kind] = max(found.get(kind, 0), *sizes)
+    return found
+
+
+def test_devices_exchange_no_images(source):
+    """Of a step with mixup on eight devices: sums over the batch are all that crosses from one to another."""
+    mixing = partial(augment.augment, crop_padding=1, cutout_size=2, mixup_alpha=0.2)
+    draw = stage.resident_draw(
+        samplers.create("instance_balanced"), mixing, batch_size=64, class_counts=COUNTS, mesh=parallel.make_mesh()
+    )
+    built, state, _ = build(net_method(), draw=draw)
+    found = collectives(built.run.lower(state, source, 2).compile().as_text())
+    assert set(found) == {"all-reduce"} and found["all-reduce"] <= 2 * 3, found  # the classifier's gradient
 
 
 def test_one_dispatch_of_many_steps_equals_many_of_one(source):

@@ -1,4 +1,5 @@
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +8,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageEnhance, ImageOps
+from scipy import stats
 
-from ltjax.data import augment
+from ltjax.data import augment, samplers
 from ltjax.types import UserError
+from tests.jaxprs import equations
 
 GREY = (128, 128, 128)
 
@@ -104,21 +107,67 @@ def test_mixup_refuses_integers():
         augment.mixup(jnp.zeros((2, 4, 4, 3), jnp.uint8), jnp.arange(2), 0.5, jnp.arange(2))
 
 
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0, 30.0])
+def test_draws_from_a_symmetric_beta(alpha):
+    """Ten bins of equal probability."""
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = np.asarray(jax.vmap(partial(augment.symmetric_beta, alpha=alpha))(keys))
+    bins = np.searchsorted(stats.beta(alpha, alpha).ppf(np.linspace(0.1, 0.9, 9)), drawn)
+    assert drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() <= 1
+    assert chi_square(np.bincount(bins, minlength=10), 2000) < 27.9  # 9 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize("policy", [{"auto_augment": True}, {"rand_augment": (2, 9.0)}], ids=["auto", "rand"])
 @pytest.mark.parametrize("alpha", [1.0, 0.2])
-def test_random_mixup_draws_one_share_and_one_permutation(alpha):
+def test_no_part_of_the_augmentation_loops_until_a_condition_holds(alpha, policy):
+    every = partial(augment.augment, color_jitter=0.4, cutout_size=4, mixup_alpha=alpha, **policy)
+    images, labels = jnp.asarray(photos()), jnp.arange(40)
+    program = jax.make_jaxpr(every)(jax.random.key(0), images, labels)
+    found = {equation.primitive.name for equation in equations(program.jaxpr)}
+    assert {"random_bits", "scan"} <= found and "while" not in found
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.2])
+def test_random_mixup_draws_one_share_for_a_batch(alpha):
     values = jnp.arange(5.0).reshape(5, 1, 1, 1)
     draw = jax.vmap(lambda rng: augment.random_mixup(rng, values, jnp.arange(5), alpha=alpha))
     batch = draw(jax.random.split(jax.random.key(0), 4000))
     lam = np.asarray(batch.lam)
-    assert lam.shape == (4000,) and lam.min() >= 0 and lam.max() <= 1
     variance = 1 / (4 * (2 * alpha + 1))  # of Beta(alpha, alpha), whose mean is 1/2
     assert abs(lam.mean() - 0.5) < 4 * np.sqrt(variance / 4000)
     assert abs(lam.var() - variance) < 0.05 * variance
     partners = np.asarray(batch.partner_labels)
-    np.testing.assert_array_equal(np.sort(partners, axis=1), np.tile(np.arange(5), (4000, 1)))
-    assert len({tuple(row) for row in partners}) == 120
     expected = lam[:, None] * np.arange(5) + (1 - lam[:, None]) * partners
     np.testing.assert_allclose(batch.images[..., 0, 0, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [*range(1, 26), 32, 100, 127, 128, 500])
+def test_each_image_is_the_partner_of_one_other(count):
+    found = np.asarray(augment.partners(jnp.arange(count)))
+    np.testing.assert_array_equal(np.sort(found), np.arange(count))
+    assert count == 1 or (found != np.arange(count)).all()
+
+
+@pytest.mark.parametrize("count", [8, 64, 128, 1000])
+def test_partners_are_4_places_apart_in_groups_of_8(count):
+    np.testing.assert_array_equal(augment.partners(jnp.arange(count)), np.arange(count) ^ 4)
+
+
+def test_a_class_aware_batch_is_mixed_with_other_classes():
+    sampler = samplers.create("class_aware")
+    index = sampler(np.uint32(0), np.uint32(3), batch_size=128, class_counts=[5] * 32)
+    labels = index // 5
+    assert (np.asarray(augment.partners(jnp.asarray(labels))) != labels).all()
+
+
+def test_an_instance_balanced_batch_is_mixed_at_random():
+    """Pairs are of one class as often as random pairs are, though images are sorted by class."""
+    sampler, counts = samplers.create("instance_balanced"), [700, 200, 100]
+    labels = np.repeat(np.arange(3), counts)
+    batches = [labels[sampler(np.uint32(1), np.uint32(k), batch_size=40, class_counts=counts)] for k in range(100)]
+    same = [(np.asarray(augment.partners(jnp.asarray(batch))) == batch).mean() for batch in batches]
+    expected = sum(n * (n - 1) for n in counts) / (1000 * 999)
+    assert abs(np.mean(same) - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000)  # each pair counts twice
 
 
 def affine(*matrix):
