@@ -3,6 +3,7 @@
     python -m benchmarks.decode --root=DIR            # a folder of images with DIR/train/<class>/*.jpg
     python -m benchmarks.decode --made_up             # 500x375 JPEGs of smooth noise, 95 KB each
     python -m benchmarks.decode --made_up=800x600     # 245 KB each, near iNaturalist's 260 KB
+    python -m benchmarks.decode --stream              # what the pipeline itself takes, by batch size
 
 Five ways from the bytes of a file to a square of 224 pixels, a random window of the image:
 
@@ -15,18 +16,25 @@ Five ways from the bytes of a file to a square of 224 pixels, a random window of
 They take turns, a chunk of images each, on one thread; the table has medians over the turns, and ratios to ltjax's.
 Seconds are those that the thread was computing, so that other work on the machine counts little: it shares caches and
 memory, and no more. Then `ltjax.data.pipeline` with a thread for each core: what training gets.
+
+--stream: JPEGs that take next to no time to decode, 64x64, through `ltjax.data.pipeline` as training has it: 437,513
+images, random windows blown up to 224 pixels, chunks of four batches. Images for each second of CPU time of all
+threads. And the part of that which is Python: reading a file, drawing a window, calling decoder and resizing, which
+themselves are left out. The threads of a process take turns at it, so its inverse bounds what a process delivers with
+any number of cores.
 """
 
 import argparse
 import contextlib
 import io
-import os
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import jax
@@ -37,9 +45,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import provenance
-from ltjax import parallel
-from ltjax.data import decode, image_folder, pipeline
+from ltjax import feed, parallel
+from ltjax.cores import num_cores
+from ltjax.data import decode, image_folder, pipeline, samplers
 from ltjax.data.decode import View
+from ltjax.data.source import Stored
 from ltjax.types import UserError
 
 RandomResizedCrop: Any = None
@@ -147,8 +157,8 @@ def pipeline_rates(files: list[bytes], batches: int) -> tuple[float, float]:
     def positions(step: int) -> np.ndarray:
         return (step * BATCH_SIZE + np.arange(BATCH_SIZE)) % len(files)
 
-    def cut(image: np.ndarray, key: np.uint32) -> np.ndarray:
-        return decode.random_resized_crop(image, key, VIEW)
+    def cut(image: np.ndarray, draws: np.ndarray, out: np.ndarray) -> np.ndarray:
+        return decode.random_window(image, draws, VIEW, out)
 
     plan = pipeline.Plan(_Held(files), labels, positions, cut, VIEW.size, np.uint32(0), BATCH_SIZE, batches + 2)
     with pipeline.Stream(plan, parallel.split_batch(parallel.make_mesh(jax.devices()[:1]), axis=1)) as stream:
@@ -161,21 +171,104 @@ def pipeline_rates(files: list[bytes], batches: int) -> tuple[float, float]:
     return batches * BATCH_SIZE / took[0], batches * BATCH_SIZE / took[1]
 
 
-def main() -> None:
+def stream_plan(files: Any, batch_size: int) -> pipeline.Plan:
+    """Training on as many images and classes as iNaturalist 2018 has."""
+    counts = np.full(8142, 53)
+    counts[0] += 437_513 - counts.sum()
+    labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    data = Stored(files, labels, files, labels, tuple(map(str, range(len(counts)))))
+    sampler, order = samplers.create("instance_balanced"), np.arange(len(labels))
+    sizes = dict(batch_size=batch_size, num_steps=10**6, view=VIEW)
+    return pipeline.training(data, order, counts, sampler, np.uint32(0), **sizes)
+
+
+class _Same(_Held):
+    """The same file for every image."""
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._files[0]
+
+
+def stream_rates(content: bytes, batch_size: int, images: int) -> tuple[float, float]:
+    """As `pipeline_rates`, of about so many images with the same content, in chunks as training takes them."""
+    steps, plan = feed.DISPATCH_STEPS, stream_plan(_Same([content]), batch_size)
+    chunks = max(2, images // (batch_size * steps))
+    with pipeline.Stream(plan, parallel.split_batch(parallel.make_mesh(jax.devices()[:1]), axis=1)) as stream:
+        jax.block_until_ready(stream.take(0, steps, 0))
+        began, computed = time.perf_counter(), time.process_time()
+        for number in range(1, chunks + 1):
+            jax.block_until_ready(stream.take(number * steps, steps, steps if number < chunks else 0))
+        took = time.perf_counter() - began, time.process_time() - computed
+    return chunks * steps * batch_size / took[0], chunks * steps * batch_size / took[1]
+
+
+def python_seconds(content: bytes, batch_size: int, turns: int) -> float:
+    """An image's share of what a thread does in Python, the median over turns of a batch each."""
+    tasks = np.split(np.arange(batch_size), range(pipeline.TASK_ROWS, batch_size, pipeline.TASK_ROWS))
+    seconds, most = [], len(tasks[0])
+    images, labels = np.empty((most, VIEW.size, VIEW.size, 3), np.uint8), np.empty(most, np.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "image.jpg").write_bytes(content)
+        plan = stream_plan(image_folder.Files(Path(folder), ["image.jpg"] * 437_513), batch_size)
+        pixels = decode.decode(content)
+        with (
+            mock.patch.object(simplejpeg, "decode_jpeg", lambda *_, **__: pixels),
+            mock.patch.object(cv2, "resize", lambda image, size, dst, interpolation: dst),
+        ):
+            for step in range(turns + 1):
+                began = time.thread_time()
+                positions = plan.positions(step)
+                for rows in tasks:
+                    pipeline.fill(plan, step, rows, positions[rows], images[: len(rows)], labels[: len(rows)])
+                seconds.append((time.thread_time() - began) / batch_size)
+    return statistics.median(seconds[1:])
+
+
+def stream(console: Console, batch_sizes: list[int], images: int, turns: int) -> dict[str, Any]:
+    """Print and return what --stream measures; batch sizes take turns."""
+    content = made_up(1, 64, 64)[0]
+    found: dict[int, list[tuple[float, float]]] = {size: [] for size in batch_sizes}
+    for _ in range(turns):
+        for size in batch_sizes:
+            found[size].append(stream_rates(content, size, images))
+    python = python_seconds(content, max(batch_sizes), turns)
+    rates = {size: [statistics.median(each) for each in zip(*rates, strict=True)] for size, rates in found.items()}
+    table = Table()
+    for column in ("batch", "images/s", "images/CPU s"):
+        table.add_column(column, justify="right")
+    for size, (whole, computing) in rates.items():
+        table.add_row(f"{size:,}", f"{whole:,.0f}", f"{computing:,.0f}")
+    console.print(f"JPEGs of 64x64 and {len(content) / 1000:.1f} KB to windows of {VIEW.size} pixels")
+    console.print(table)
+    console.print(f"Python's part: {python * 1e6:.0f} us an image, so at most {1 / python:,.0f} images/s a process")
+    return {
+        "images_per_second": {size: whole for size, (whole, _) in rates.items()},
+        "images_per_cpu_second": {size: computing for size, (_, computing) in rates.items()},
+        "python_seconds_per_image": python,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="a folder of images, as configs/image_folder.py takes it")
     parser.add_argument("--made_up", nargs="?", const="500x375", metavar="WIDTHxHEIGHT", help="made-up images instead")
+    parser.add_argument("--stream", action="store_true", help="what the pipeline itself takes")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[256, 1024], help="of --stream")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--chunk", type=int, default=100, help="images a turn")
     parser.add_argument("--batches", type=int, default=20, help="of 64 images, through the pipeline")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if (args.made_up is None) == (args.root is None):
-        parser.error("give one of --root=DIR and --made_up")
+    args = parser.parse_args(arguments)
+    if (args.made_up is not None) + (args.root is not None) + args.stream != 1:
+        parser.error("give one of --root=DIR, --made_up and --stream")
     size = re.fullmatch(r"(\d+)x(\d+)", args.made_up or "1x1")
     if not size:
         parser.error(f"--made_up={args.made_up}: a size in pixels such as 800x600")
-    console, origin = Console(), provenance.of("decode")
+    console, origin = Console(), provenance.of("decode", arguments)
+    if args.stream:
+        numbers = stream(console, args.batch_size, images=16 * args.turns * args.chunk, turns=args.turns)
+        provenance.write(args.out, {**origin, **numbers, "threads": num_cores()})
+        return
     try:
         stored = None if args.made_up else image_folder.load(root=args.root)
     except UserError as error:
@@ -187,7 +280,7 @@ def main() -> None:
     )
     sizes = [simplejpeg.decode_jpeg_header(content)[:2] for content in files]
     height, width = (int(statistics.median(side)) for side in zip(*sizes, strict=True))
-    found, cores = rates(files, turns=args.turns, chunk=args.chunk), len(os.sched_getaffinity(0))
+    found, cores = rates(files, turns=args.turns, chunk=args.chunk), num_cores()
     whole, computing = pipeline_rates(files, args.batches)
     kilobytes = statistics.median(map(len, files)) / 1000
     images = f"{len(files)} JPEGs, {width}x{height} and {kilobytes:.0f} KB by the median"

@@ -44,7 +44,7 @@ CODE = ("run.py", "configs/*.py", "ltjax/**/*.py", "benchmarks/*.py")
 KEPT = {"imbalance": 100.0, "profile": "exp", "seed": 0}
 HOLDOUT = 10  # images of each class that may be held out of it: tau is chosen there
 # the images come decoded, and fit on the device
-NOT_NEEDED = ("tensorflow-datasets", "importlib-resources", "opencv-python-headless", "simplejpeg", "grain")
+NOT_NEEDED = ("tensorflow-datasets", "importlib-resources", "opencv-python-headless", "simplejpeg")
 
 
 def code_digest() -> str:

@@ -51,7 +51,7 @@ ALLOWED = {
     "ltjax.interop.checkpoints": {"numpy", "safetensors", "torch", "ltjax.types", "ltjax.interop.names"},
     "ltjax.interop.names": {"numpy", "flax"},
     "ltjax.interop.torch": {"jax", "numpy", "flax", "ltjax.types", "ltjax.optim", "ltjax.models", "ltjax.interop"},
-    "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "grain", "cv2", "simplejpeg", "array_record", "rich"}
+    "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "cv2", "simplejpeg", "array_record", "rich"}
     | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.cores", "ltjax.data"},
 }
 SEES_EVERYTHING = ("ltjax.train", "ltjax.problem", "ltjax.evaluate", "ltjax.feed")
@@ -134,7 +134,7 @@ def test_ltjax_alone_loads_nothing():
 def test_a_loss_costs_jax_alone(module):
     loaded = loaded_by(f"import ltjax.{module}")
     assert "jax" in loaded
-    assert not loaded & {"flax", "optax", "orbax", "tensorflow_datasets", "tensorflow", "grain", "cv2", "rich", "clu"}
+    assert not loaded & {"flax", "optax", "orbax", "tensorflow_datasets", "tensorflow", "cv2", "rich", "clu"}
 
 
 def test_weights_without_pytorch_need_no_pytorch():

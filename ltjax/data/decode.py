@@ -70,12 +70,18 @@ def problem(content: bytes) -> str:
     return "not an image that can be decoded" if pixels is None else ""
 
 
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> [height, width, 3]: means over areas where it shrinks, bilinear where it grows."""
+def resized(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [h, w, 3] -> [height, width, 3]: means over areas where it shrinks, bilinear where it grows.
+
+    out: contiguous, to be filled and returned; None: a new array, or the image itself where it has that size.
+    """
     if image.shape[:2] == (height, width):
-        return image
+        if out is None:
+            return image
+        out[:] = image
+        return out
     shrinks = height < image.shape[0] or width < image.shape[1]
-    made = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    made = cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return np.asarray(made)
 
 
@@ -86,9 +92,18 @@ def random_resized_crop(image: np.ndarray, key: np.uint32, view: View) -> np.nda
     uniform; if no such window fits in ten attempts, the largest of an allowed shape is cut from the middle.
     key: uint32 that all of it follows from. Source: Szegedy et al. 2015, with the numbers of torchvision's transform.
     """
+    return random_window(image, window_draws(key), view)
+
+
+def window_draws(keys: np.ndarray | np.uint32) -> np.ndarray:
+    """What `random_window` draws for uint32 keys [...]: float64 [..., ATTEMPTS, 4] in [0, 1)."""
+    draws = hash32(np.asarray(keys)[..., None], np.arange(4 * ATTEMPTS, dtype=np.uint32))
+    return draws.reshape(*draws.shape[:-1], ATTEMPTS, 4) / 2.0**32
+
+
+def random_window(image: np.ndarray, draws: np.ndarray, view: View, out: np.ndarray | None = None) -> np.ndarray:
+    """`random_resized_crop` by what `window_draws` drew for its key, [ATTEMPTS, 4]; out: see `resized`."""
     height, width = image.shape[:2]
-    # [ATTEMPTS, 4] in [0, 1)
-    draws = hash32(key, np.arange(4 * ATTEMPTS, dtype=np.uint32)).reshape(ATTEMPTS, 4) / 2.0**32
     low, high = (math.log(shape) for shape in SHAPES)
     for area, shape, row, column in draws.tolist():
         area = (view.min_area + (1 - view.min_area) * area) * height * width
@@ -101,14 +116,17 @@ def random_resized_crop(image: np.ndarray, key: np.uint32, view: View) -> np.nda
         shape = min(max(width / height, SHAPES[0]), SHAPES[1])
         h, w = min(height, round(width / shape)), min(width, round(height * shape))
         top, left = (height - h) // 2, (width - w) // 2
-    return resized(image[top : top + h, left : left + w], view.size, view.size)
+    return resized(image[top : top + h, left : left + w], view.size, view.size, out)
 
 
-def center_crop(image: np.ndarray, view: View) -> np.ndarray:
-    """The shorter side becomes `resize`, then the square in the middle is cut out: uint8 [size, size, 3]."""
+def center_crop(image: np.ndarray, view: View, out: np.ndarray | None = None) -> np.ndarray:
+    """The shorter side becomes `resize`, then the square in the middle is cut out: uint8 [size, size, 3].
+
+    out: see `resized`.
+    """
     height, width = image.shape[:2]
     # Only what the square shows is resized: the same window, in the pixels of the image as it is.
     side = min(height, width) * min(view.size / view.resize, 1.0)
     h = w = max(1, round(side))
     top, left = (height - h) // 2, (width - w) // 2
-    return resized(image[top : top + h, left : left + w], view.size, view.size)
+    return resized(image[top : top + h, left : left + w], view.size, view.size, out)

@@ -4,7 +4,6 @@ Which image stands where, and which window of it is cut out, follow from (seed, 
 any step, and is the same on any number of processes and threads.
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,12 +15,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ltjax.cores import num_cores
-from ltjax.data.decode import View, center_crop, decode, random_resized_crop
+from ltjax.data.decode import View, center_crop, decode, random_window, window_draws
 from ltjax.data.source import ImageFiles, Stored
 from ltjax.hashing import hash32
 from ltjax.types import UserError, one_line
 
-AHEAD = 2  # batches that are being decoded while one is waited for
+TASK_ROWS = 16  # images that a thread decodes before it looks for more, at most
 
 
 class Plan(NamedTuple):
@@ -30,7 +29,8 @@ class Plan(NamedTuple):
     files: ImageFiles
     labels: np.ndarray  # [N]
     positions: Callable[[int], np.ndarray]  # of a step: which images, [B]; -1: an empty one, with label -1
-    cut: Callable[[np.ndarray, np.uint32], np.ndarray]  # (decoded image, key) -> uint8 [size, size, 3]
+    # (decoded image, what `decode.window_draws` drew for it, uint8 [size, size, 3] to be filled)
+    cut: Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
     size: int
     seed: np.uint32
     batch_size: int  # B, over all processes
@@ -45,7 +45,7 @@ def once(files: ImageFiles, labels: np.ndarray, order: np.ndarray, batch_size: i
     def positions(step: int) -> np.ndarray:
         return padded[step * batch_size : (step + 1) * batch_size]
 
-    cut = lambda image, key: center_crop(image, view)  # noqa: E731
+    cut = lambda image, draws, out: center_crop(image, view, out)  # noqa: E731
     return Plan(files, labels, positions, cut, view.size, np.uint32(0), batch_size, num_steps)
 
 
@@ -65,40 +65,35 @@ def training(
     def positions(step: int) -> np.ndarray:
         return order[sampler(seed, np.uint32(step), batch_size=batch_size, class_counts=class_counts)]
 
-    cut = lambda image, key: random_resized_crop(image, key, view)  # noqa: E731
+    cut = lambda image, draws, out: random_window(image, draws, view, out)  # noqa: E731
     return Plan(data.train_files, data.train_labels, positions, cut, view.size, seed, batch_size, num_steps)
 
 
-class _Draws:
-    """For Grain: which image stands at each place of this process's share of the stream, and the key of its cut."""
+def fill(plan: Plan, step: int, rows: np.ndarray, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+    """Decode and cut some rows of a step's batch, one after the other.
 
-    def __init__(self, plan: Plan, rows: np.ndarray, start: int):
-        self._plan, self._rows, self._start = plan, rows, start
-        self._positions = functools.lru_cache(maxsize=64)(lambda step: plan.positions(step)[rows])
-
-    def __len__(self) -> int:
-        return (self._plan.num_steps - self._start) * len(self._rows)
-
-    def __getitem__(self, place: int) -> tuple[int, np.uint32]:
-        step, row = divmod(place, len(self._rows))
-        step += self._start
-        key = hash32(self._plan.seed, np.uint32(step), np.uint32(self._rows[row]))
-        return int(self._positions(step)[row]), key
-
-
-def _load(plan: Plan, draw: tuple[int, np.uint32]) -> tuple[np.ndarray, np.ndarray]:
-    index, key = draw
-    if index < 0:
-        return np.zeros((plan.size, plan.size, 3), np.uint8), np.asarray(-1, np.int32)
-    try:
-        pixels = decode(plan.files[index])
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
+    Args:
+      rows: [R], of the batch. indices: [R], which image stands in each; -1: an empty one, with label -1.
+      images, labels: uint8 [R, size, size, 3] and int32 [R], to be filled.
+    Raises: UserError naming an image that cannot be read; with a note that names it, whatever else is raised.
+    """
+    labels[:] = np.where(indices < 0, -1, plan.labels[indices])
+    draws = window_draws(hash32(plan.seed, np.uint32(step), rows.astype(np.uint32)))
+    for index, drawn, out in zip(indices.tolist(), draws, images, strict=True):
+        if index < 0:
+            out[:] = 0
+            continue
+        try:
+            plan.cut(decode(plan.files[index]), drawn, out)
+        except UserError:
             raise
-        raise UserError(
-            f"{plan.files.name(index)} cannot be read ({one_line(error)}): mend or remove it, then start again"
-        ) from error
-    return plan.cut(pixels, key), np.asarray(plan.labels[index], np.int32)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{plan.files.name(index)} cannot be read ({one_line(error)}): mend or remove it, then start again"
+            ) from error
+        except Exception as error:
+            error.add_note(f"while {plan.files.name(index)} was decoded")
+            raise
 
 
 class Stream:
@@ -111,47 +106,50 @@ class Stream:
         """sharding: of [K, B] arrays. threads: that decode; 0: one for each core."""
         cv2.setNumThreads(0)  # the threads are ours
         self._plan, self._sharding = plan, sharding
-        self._threads = threads or num_cores()
         self._rows = local_rows(sharding, plan.batch_size)
-        self._worker = ThreadPoolExecutor(1)
-        self._batches: Iterator[Any] | None = None
-        self._next: tuple[int, int, Future] | None = None  # first step, number of steps
-        self._at = -1  # the step that `_batches` stands at
+        self._threads = threads or num_cores()
+        self._decoders = ThreadPoolExecutor(self._threads, "decode")
+        self._sender = ThreadPoolExecutor(1, "send")
+        self._next: tuple[int, int, Future] | None = None  # first step, number of steps, the arrays to come
         self.waited = 0.0
 
     def take(self, step: int, num_steps: int, then: int) -> tuple[jax.Array, jax.Array]:
         """The batches of `num_steps` steps from `step` on. then: how many steps will be asked for next; 0: none."""
-        began = time.monotonic()
-        if self._next is None or self._next[:2] != (step, num_steps):
-            if self._next is not None:
-                self._next[2].result()
-            self._next = (step, num_steps, self._worker.submit(self._make, step, num_steps))
-        made = self._next[2].result()
+        began, made = time.monotonic(), self._next
+        if made is None or made[:2] != (step, num_steps):
+            made = (step, num_steps, self._begin(step, num_steps))
         after = step + num_steps
-        self._next = (after, then, self._worker.submit(self._make, after, then)) if then else None
+        # Begun before this chunk is complete, so that no thread is idle while others decode the last images of it.
+        self._next = (after, then, self._begin(after, then)) if then else None
+        arrays = made[2].result()
         self.waited += time.monotonic() - began
-        return made
+        return arrays
 
-    def _make(self, step: int, num_steps: int) -> tuple[jax.Array, jax.Array]:
-        if self._batches is None or self._at != step:
-            self._batches, self._at = self._open(step), step
-        chunk = [next(self._batches) for _ in range(num_steps)]
-        self._at += num_steps
-        images, labels = (np.stack(values) for values in zip(*chunk, strict=True))
-        shape = (num_steps, self._plan.batch_size)
+    def _begin(self, step: int, num_steps: int) -> Future:
+        """Have the threads decode a chunk, and then have it sent."""
+        local, size = len(self._rows), self._plan.size
+        each = min(TASK_ROWS, max(1, num_steps * local // self._threads))
+        images = np.empty((num_steps, local, size, size, 3), np.uint8)
+        labels = np.empty((num_steps, local), np.int32)
+        tasks = []
+        for number in range(num_steps):
+            positions = self._decoders.submit(self._plan.positions, step + number)  # done before a task waits for it
+            for part in (slice(first, first + each) for first in range(0, local, each)):
+                into = images[number, part], labels[number, part]
+                tasks.append(self._decoders.submit(self._decode, step + number, positions, self._rows[part], *into))
+        return self._sender.submit(self._send, tasks, images, labels)
+
+    def _decode(self, step: int, positions: Future, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+        fill(self._plan, step, rows, positions.result()[rows], images, labels)
+
+    def _send(self, tasks: list[Future], images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        for task in tasks:
+            task.result()
+        shape = (len(labels), self._plan.batch_size)
         return (
             jax.make_array_from_process_local_data(self._sharding, images, (*shape, *images.shape[2:])),
             jax.make_array_from_process_local_data(self._sharding, labels, shape),
         )
-
-    def _open(self, step: int) -> Iterator[Any]:
-        import grain
-
-        local = len(self._rows)
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=AHEAD * local + self._threads)
-        source: Any = _Draws(self._plan, self._rows, step)
-        images = grain.MapDataset.source(source).map(functools.partial(_load, self._plan))
-        return iter(images.to_iter_dataset(options).batch(local, drop_remainder=True))
 
     def each(self) -> Iterator[tuple[jax.Array, jax.Array]]:
         """All batches in turn, with K = 1."""
@@ -159,13 +157,9 @@ class Stream:
             yield self.take(step, 1, int(step + 1 < self._plan.num_steps))
 
     def close(self) -> None:
-        if self._next is not None:
-            self._next[2].cancel()
-        self._worker.shutdown(wait=True)
-        close = getattr(self._batches, "close", None)
-        if close is not None:
-            close()
-        self._batches = None
+        """Stop the threads: what they have not begun is dropped."""
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._sender.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> "Stream":
         return self

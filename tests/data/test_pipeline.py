@@ -1,6 +1,9 @@
 """Streams of stored images."""
 
 import functools
+import itertools
+import signal
+import threading
 
 import cv2
 import jax
@@ -8,9 +11,10 @@ import numpy as np
 import pytest
 
 from ltjax import parallel
-from ltjax.data import pipeline, samplers
+from ltjax.data import decode, pipeline, samplers
 from ltjax.data.decode import View
 from ltjax.data.source import Stored, Subset
+from ltjax.hashing import hash32
 from ltjax.types import UserError
 
 COUNTS = np.array([30, 12, 5])
@@ -35,6 +39,25 @@ class Encoded:
 
     def name(self, index):
         return f"image {index}"
+
+
+class Counted(Encoded):
+    """Counts what is read; a read of number `at`, counted from 0, does something first."""
+
+    def __init__(self, at=None, act=lambda: None):
+        super().__init__()
+        self.at, self.act, self.numbers, self.read = at, act, itertools.count(), 0
+
+    def __getitem__(self, index):
+        number = next(self.numbers)
+        self.read = number + 1
+        if number == self.at:
+            self.act()
+        return super().__getitem__(index)
+
+
+def threads_of_streams():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "send"))]
 
 
 def made(files=None):
@@ -76,6 +99,40 @@ def test_a_stream_may_begin_at_any_step_and_have_any_number_of_threads(sharding)
     assert (whole[2][0] == later[0]).all() and (whole[2][1] == later[1]).all()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_row_follows_from_seed_step_and_row_alone(sharding, monkeypatch, threads):
+    """Also where rows are shared out unevenly."""
+    monkeypatch.setattr(pipeline, "TASK_ROWS", 3)
+    files, plan = Encoded(), training(made(), seed=4)
+    [(images, labels)] = drawn(plan, sharding, (2, 2, 0), threads=threads)
+    for step in (2, 3):
+        for row, index in enumerate(plan.positions(step)):
+            key = hash32(np.uint32(4), np.uint32(step), np.uint32(row))
+            expected = decode.random_resized_crop(decode.decode(files[index]), key, VIEW)
+            np.testing.assert_array_equal(images[step - 2, row], expected)
+            assert labels[step - 2, row] == plan.labels[index]
+
+
+def test_a_process_with_some_of_the_rows_fills_them_as_the_whole_batch_has_them():
+    plan, whole = training(made()), (np.empty((8, 12, 12, 3), np.uint8), np.empty(8, np.int32))
+    rows = np.array([1, 4, 5, 6])
+    some = np.empty((4, 12, 12, 3), np.uint8), np.empty(4, np.int32)
+    for which, into in ((np.arange(8), whole), (rows, some)):
+        pipeline.fill(plan, 3, which, plan.positions(3)[which], *into)
+    for part, all_rows in zip(some, whole, strict=True):
+        np.testing.assert_array_equal(part, all_rows[rows])
+
+
+def test_no_more_than_the_next_chunk_is_decoded_ahead(sharding):
+    files = Counted()
+    with pipeline.Stream(training(made(files)), sharding, 2) as stream:
+        stream.take(0, 2, 3)
+        stream.take(2, 3, 0)
+        assert files.read == 8 * 5
+        stream.take(5, 1, 4)
+    assert files.read <= 8 * 10
+
+
 def test_what_was_not_foretold_is_read_all_the_same(sharding):
     plan = training(made())
     foretold = drawn(plan, sharding, (0, 2, 2), (2, 2, 0))
@@ -113,6 +170,69 @@ def test_an_image_that_cannot_be_read_is_named(sharding):
         pipeline.Stream(plan, sharding, 2) as stream,
     ):
         stream.take(0, 1, 0)
+
+
+def test_what_else_goes_wrong_with_an_image_names_it(sharding):
+    def fail():
+        raise KeyError("no such thing")
+
+    data = made(Counted(0, fail))
+    with pytest.raises(KeyError) as error, pipeline.Stream(training(data), sharding, 1) as stream:
+        stream.take(0, 1, 0)
+    assert error.value.__notes__ == [f"while image {training(data).positions(0)[0]} was decoded"]
+
+
+def test_an_error_in_the_chunk_after_the_next_is_raised_when_it_is_taken(sharding):
+    plan = training(made())
+    index = plan.positions(2)[0]
+    damaged = plan._replace(files=Encoded(damaged=(index,)), positions=lambda step: np.full(8, index * (step == 2)))
+    with pipeline.Stream(damaged, sharding, 2) as stream:
+        stream.take(0, 2, 1)
+        with pytest.raises(UserError, match=f"image {index} cannot be read"):
+            stream.take(2, 1, 0)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """An event that is set once a stream has dropped what its threads have not begun."""
+    event, shutdown = threading.Event(), pipeline.ThreadPoolExecutor.shutdown
+
+    def watched(executor, **settings):
+        shutdown(executor, **{**settings, "wait": False})
+        event.set()
+        shutdown(executor, **settings)
+
+    monkeypatch.setattr(pipeline.ThreadPoolExecutor, "shutdown", watched)
+    return event
+
+
+def test_threads_end_where_an_image_cannot_be_read_and_begin_no_more(sharding, gate):
+    class Gone(Counted):
+        def __getitem__(self, index):
+            if self.read == 4:
+                gate.wait(20)
+            return super().__getitem__(index)
+
+    def fail():
+        raise OSError("gone")
+
+    files = Gone(3, fail)
+    with pytest.raises(UserError, match="gone"), pipeline.Stream(training(made(files)), sharding, 1) as stream:
+        stream.take(0, 4, 4)
+    assert not threads_of_streams()
+    assert files.read <= 4 + 8  # of 64: a task has a step's 8
+
+
+def test_ctrl_c_ends_the_threads_and_they_begin_no_more(sharding, gate):
+    def press():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        gate.wait(20)
+
+    files = Counted(3, press)
+    with pytest.raises(KeyboardInterrupt), pipeline.Stream(training(made(files)), sharding, 1) as stream:
+        stream.take(0, 4, 4)
+    assert not threads_of_streams()
+    assert files.read == 8  # of 64
 
 
 def test_a_subset_has_the_names_of_its_images():
