@@ -189,7 +189,8 @@ def main(_: list[str]) -> None:
 
         if _CALIBRATE.value:  # standard output may be the table's
             prediction.check(_IMAGES.value, _OUT.value)
-            temperature.calibrate_workdir(config, workdir, data_dir, Console(stderr=True))
+            on_stderr = Console(stderr=True, markup=False, emoji=False)
+            temperature.calibrate_workdir(config, workdir, data_dir, on_stderr)
         prediction.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
 
     modes: dict[str, Callable] = {

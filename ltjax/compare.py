@@ -447,9 +447,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_plain(table: Sequence[Sequence[Cell]]) -> None:
-    console = Console()
+    plain_text = dict(markup=False, emoji=False)  # names as they are
+    console = Console(**plain_text)
     if not console.is_terminal:
-        console = Console(width=10_000)  # a file has no edge to wrap at
+        console = Console(width=10_000, **plain_text)  # a file has no edge to wrap at
     console.print(plain(table))
     marked = console.is_terminal and any(cell.best for row in table for cell in row)
     bold = ["Bold: best of the column."] * marked

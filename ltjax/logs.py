@@ -95,11 +95,15 @@ class NoLog:
 
 def make_console(*, quiet: bool = False) -> Console:
     """Where people read. A file gets plain lines, however long, and tables of up to 120 columns, even where
-    FORCE_COLOR claims a terminal; a terminal and a notebook get lines that are broken where they end."""
-    console = Console(quiet=quiet)
+    FORCE_COLOR claims a terminal; a terminal and a notebook get lines that are broken where they end.
+
+    Text is shown as it is: a class may be called "[red]stop" or ":car:".
+    """
+    plain = dict[str, Any](markup=False, emoji=False, quiet=quiet)
+    console = Console(**plain)
     if sys.stdout.isatty() or console.is_jupyter:
         return console
-    return Console(width=120, soft_wrap=True, quiet=quiet, force_terminal=False)
+    return Console(width=120, soft_wrap=True, force_terminal=False, **plain)
 
 
 class LiveOrLines(Progress):
@@ -126,7 +130,7 @@ class StageProgress(LiveOrLines):
     def __init__(self, console: Console, title: str, num_steps: int, done: int, batch_size: int, epochs: int):
         super().__init__(
             console,
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[rate]}"),
@@ -161,7 +165,7 @@ class AttackProgress(LiveOrLines):
     def __init__(self, console: Console):
         super().__init__(
             console,
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[robust]}"),

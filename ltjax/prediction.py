@@ -334,4 +334,4 @@ def predict_workdir(
 
 def _say(text: str, console: Console | None = None) -> None:
     """On stderr: standard output may be the table's."""
-    (console or Console(stderr=True)).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or Console(stderr=True)).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

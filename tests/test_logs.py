@@ -7,6 +7,7 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from ltjax import logs
 
@@ -45,6 +46,31 @@ def test_a_file_gets_a_line_about_every_thirty_seconds(monkeypatch, now):
         "MiSLAS, stage 1  epoch 2/2  step 14/20  loss 1.500  512 images/s  ETA 0:48",
         "MiSLAS, stage 1  epoch 2/2  step 18/20  loss 1.500  512 images/s  ETA 0:16",
     ]
+
+
+NAME = "[red]stop[/red] :car: [a]"  # markup and emoji to rich, a name to us
+
+
+def test_names_are_shown_as_they_are(monkeypatch, now):
+    console, file = in_a_file(monkeypatch)
+    with logs.StageProgress(console, NAME, 10, 0, 64, epochs=1) as bar:
+        now[0] += 40
+        bar.show(1, 1, 1.5, None, None)
+    console.print(f"cannot use {NAME}")
+    table = Table(NAME, title=NAME, caption=NAME)
+    table.add_row(NAME)
+    console.print(table)
+    assert file.getvalue().count(NAME) == 6
+
+
+def test_a_bar_shows_names_as_they_are(monkeypatch, now):
+    terminal = io.StringIO()
+    console = Console(file=terminal, width=200, force_terminal=True, color_system=None, markup=False, emoji=False)
+    with logs.StageProgress(console, NAME, 10, 0, 64, epochs=1) as bar:
+        bar.show(1, 1, 1.5, None, None)
+    with logs.AttackProgress(console) as bar:
+        bar.show(NAME, 1, 10)
+    assert terminal.getvalue().count(NAME) >= 2
 
 
 def test_a_short_stage_leaves_only_its_own_lines_in_a_file(monkeypatch, now):

@@ -60,6 +60,6 @@ def bar(*columns: ProgressColumn, transient: bool = False, unit: tuple[str, int]
 
     unit: of the lines that stand for it, as ("MB", 1_000_000).
     """
-    console = Console(stderr=True)
-    shown = (TextColumn("{task.description}"), BarColumn(), *(columns or IMAGES))
+    console = Console(stderr=True, markup=False, emoji=False)  # names of files as they are
+    shown = (TextColumn("{task.description}", markup=False), BarColumn(), *(columns or IMAGES))
     return _Bar(*shown, unit=unit, console=console, transient=transient, disable=not console.is_terminal)
