@@ -100,7 +100,12 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 def told_by_workdir() -> bool:
     """Whether the config is that of the run in the workdir: who uses a model need not know it."""
-    return _CONFIG.value is None and _MODE.value in OF_A_RUN and (Path(_WORKDIR.value or "") / "config.json").is_file()
+    return _CONFIG.value is None and _MODE.value in OF_A_RUN and (home(_WORKDIR.value or "") / "config.json").is_file()
+
+
+def home(path: str) -> Path:
+    """A path with ~ as a shell has it; what else is wrong with it is said when it is used."""
+    return Path(os.path.expanduser(path))
 
 
 def check_overrides(arguments: list[str]) -> None:
@@ -177,7 +182,7 @@ def main(_: list[str]) -> None:
     # A background save that fails is raised again in this thread, which says it in one line.
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     threading.excepthook = sys.unraisablehook = lambda _: None
-    config = read_json(Path(_WORKDIR.value or "") / "config.json") if told_by_workdir() else _CONFIG.value.to_dict()
+    config = read_json(home(_WORKDIR.value or "") / "config.json") if told_by_workdir() else _CONFIG.value.to_dict()
     seed, replicas = config.get("seed", 0), config.get("replicas", 1)
     seeds = f"seeds{seed}-{seed + replicas - 1}" if replicas > 1 else f"seed{seed}"
     workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-{seeds}")

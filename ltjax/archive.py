@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ltjax.checkpoint import read_json
 from ltjax.interop.weights import ARRAYS, DESCRIPTION, Weights, load_weights, save_arrays
+from ltjax.paths import local
 from ltjax.types import UserError
 
 FILES = ("config.json", "split.json", "results.json")  # beside the weights
@@ -60,7 +61,7 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
     """Write the archive of a finished run. Raises: UserError where it is not finished, or has several replicas."""
     from ltjax.interop import export
 
-    workdir, folder = Path(workdir), Path(folder)
+    workdir, folder = local(workdir), local(folder)
     for name in FILES:
         if not (workdir / name).is_file():
             raise UserError(f"{workdir} holds no finished run ({name} is missing): train it to the end first")
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{args.folder}: {(Path(args.folder) / ARRAYS).stat().st_size / 1e6:.1f} MB of weights")
+    print(f"{args.folder}: {(local(args.folder) / ARRAYS).stat().st_size / 1e6:.1f} MB of weights")
     return 0
 
 

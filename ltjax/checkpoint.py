@@ -13,6 +13,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ltjax import processes
 from ltjax.hashing import fingerprint
+from ltjax.paths import check_checkpoints
 from ltjax.types import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         self.directory = Path(directory).absolute()
+        check_checkpoints(self.directory)
         keep = policies.AnyPreservationPolicy([policies.LatestN(2), policies.BestN(get_metric_fn=_score, n=1)])
         options = ocp.CheckpointManagerOptions(best_fn=_score, best_mode="max", preservation_policy=keep, create=True)
         try:

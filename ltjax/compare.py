@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ltjax import config as config_module
+from ltjax.paths import local
 from ltjax.results import GROUPS, LEGACY_BEST, percent
 from ltjax.tables import Cell, latex, markdown, plain
 from ltjax.types import UserError, one_line
@@ -99,11 +100,11 @@ def rows(paths: Iterable[str | Path], *, stages: bool = False) -> list[Row]:
 def compare(paths: Iterable[str | Path], *, stages: bool = False) -> Comparison:
     """`rows`, and notes on what was left out, counted once, or is not comparable."""
     files, notes, refused = [], [], []
-    for path in paths:
+    for path in map(local, paths):
         try:
-            found, unfinished = results_files(Path(path))
+            found, unfinished = results_files(path)
         except UserError as error:
-            if not Path(path).is_dir():
+            if not path.is_dir():
                 raise
             refused.append(error)  # `runs/*` has what is still training, too
             continue
@@ -428,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
             command = shlex.join(["python", "-m", "ltjax.compare", *(sys.argv[1:] if argv is None else argv)])
             header, *body = cells(made, legacy_best=True, comparable=comparable)
             about = [COLUMN_NOTES[cell.text] for cell in header if cell.text in COLUMN_NOTES]
-            compared.write(Path(args.html), [cell.text for cell in header], body, made, [*about, *notes], command)
+            compared.write(local(args.html), [cell.text for cell in header], body, made, [*about, *notes], command)
             print(f"The page is in {args.html}", file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

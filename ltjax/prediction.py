@@ -30,6 +30,7 @@ from ltjax.cores import num_cores
 from ltjax.data import progress
 from ltjax.data.decode import MAX_IMAGE_BYTES, View, center_crop, decode
 from ltjax.data.image_folder import SUFFIXES
+from ltjax.paths import local
 from ltjax.predictor import Model, load_as_configured
 from ltjax.signals import StopSignals
 from ltjax.types import UserError, one_line
@@ -56,7 +57,7 @@ def find(images: str) -> Iterator[str]:
     Hidden files, and in folders files of other kinds than images, are passed over.
     Raises: UserError naming what was looked for, where there is nothing.
     """
-    path = os.path.expanduser(images)
+    path = os.fspath(local(images))
     if os.path.isdir(path):
         files: Iterator[str] = _walk(path, ())
         looked_for = f"no images in {images} or below it; known kinds: {', '.join(SUFFIXES)}"
@@ -261,9 +262,10 @@ def kind_of(out: str) -> str:
 def _opened(out: str) -> Iterator[Any]:
     """To write to, without a buffer. A reader of standard output may leave when it has seen enough."""
     if out not in STDOUT:
-        with named_disk_errors(Path(out).parent):
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            with open(out, "wb", buffering=0) as file:
+        path = local(out)
+        with named_disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb", buffering=0) as file:
                 yield file
         return
     sys.stdout.flush()
@@ -295,7 +297,7 @@ def predict_workdir(
     Returns: {"images", "unreadable"}: how many.
     Raises: UserError for anything the caller can mend, and where no file could be read.
     """
-    workdir, began = Path(workdir), time.monotonic()
+    workdir, began = local(workdir), time.monotonic()
     kind, files = check(images, out)
     if config is None:
         config = read_json(workdir / "config.json")

@@ -28,6 +28,7 @@ from ltjax import data, models, parallel, xla
 from ltjax.checkpoint import read_json
 from ltjax.interop import export
 from ltjax.interop.weights import ARRAYS, DESCRIPTION, Weights, in_our_order, load_weights
+from ltjax.paths import local
 from ltjax.types import UserError
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def load(
       replica: which, of a run with several. batch_size: images that go to the devices together.
     Raises: UserError where there is nothing to load, or the temperature belongs to another checkpoint.
     """
-    source = Path(source).expanduser()
+    source = local(source)
     if (source / DESCRIPTION).is_file():
         weights, names, view, about, key = load_weights(source), (), None, f"weights {source}", None
     else:
@@ -245,7 +246,7 @@ def load_as_configured(
 
 def imported_key(folder: str) -> dict[str, Any]:
     """What a temperature of imported weights belongs to: these arrays."""
-    digest = hashlib.sha256((Path(folder) / ARRAYS).read_bytes()).hexdigest()
+    digest = hashlib.sha256((local(folder) / ARRAYS).read_bytes()).hexdigest()
     return {"stage": "imported", "step": 0, "weights_sha256": digest}
 
 

@@ -17,6 +17,7 @@ from ltjax import attacks, evaluate, logs, parallel, processes, results, stage, 
 from ltjax import config as config_module
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
+from ltjax.paths import local
 from ltjax.problem import Problem, imported, judged, restored, seeds, setup
 from ltjax.report import figures, page
 from ltjax.signals import Interrupted, StopSignals
@@ -51,7 +52,7 @@ def attack_workdir(
     Returns: what `attack.json` holds.
     Raises: UserError for anything the caller can mend; Interrupted after Ctrl-C or SIGTERM, once all is saved.
     """
-    workdir, console = Path(workdir), logs.make_console()
+    workdir, console = local(workdir), logs.make_console()
     run, stages = config_module.parse(config)
     check(run.attack)
     if processes.several():

@@ -14,6 +14,7 @@ from ltjax import evaluate, logs, metrics, processes, results
 from ltjax.calibration import fit_temperature, has_minimum
 from ltjax.checkpoint import write_json
 from ltjax.interop import export
+from ltjax.paths import local
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.problem import setup
 from ltjax.types import UserError
@@ -50,7 +51,7 @@ def calibrate_workdir(
     Returns: what `temperature.json` holds.
     Raises: UserError without a hold-out, and where no temperature is the best.
     """
-    workdir, console, run = Path(workdir), console or logs.make_console(), check(config)
+    workdir, console, run = local(workdir), console or logs.make_console(), check(config)
     check_same_config(workdir, config)
     alone = not (workdir / "config.json").exists() and bool(run.weights)
     about = imported_key(run.weights) if alone else _key(workdir)

@@ -18,6 +18,7 @@ from ltjax.config import Run
 from ltjax.data import splits
 from ltjax.feed import DISPATCH_STEPS
 from ltjax.interop.weights import into, load_weights
+from ltjax.paths import local
 from ltjax.problem import (
     Imported,
     Problem,
@@ -72,7 +73,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
     Returns: what `results.json` holds.
     Raises: UserError for anything the caller can mend; Interrupted after Ctrl-C or SIGTERM, once all is saved.
     """
-    workdir, console, first = Path(workdir), logs.make_console(quiet=not processes.first()), processes.first()
+    workdir, console, first = local(workdir), logs.make_console(quiet=not processes.first()), processes.first()
     run, stages = config_module.parse(config)
     processes.on_first(lambda: open_workdir(workdir, config))
     with locked(workdir) if first else nullcontext(), named_disk_errors(workdir):
@@ -122,12 +123,12 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
 def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> None:
     """Print what `train` is going to do, and in how much memory; train and write nothing. Raises: UserError, as `train`
     before its first step."""
-    console = logs.make_console(quiet=not processes.first())
+    workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run, stages = config_module.parse(config)
-    processes.on_first(lambda: check_workdir(Path(workdir), config))
+    processes.on_first(lambda: check_workdir(workdir, config))
     console.print(f"Dry run of {run.name}: making data, networks and stages ready.")
     problem, built = prepare(run, stages, data_dir)
-    plan.show(run, stages, built, problem, Path(workdir), console)
+    plan.show(run, stages, built, problem, workdir, console)
     plan.show_details(run, stages, built, problem, console)
 
 
@@ -319,7 +320,7 @@ def evaluate_workdir(
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of every stage that has one, or `config.weights` where the workdir holds no run;
     print the table and write `eval.json`."""
-    workdir, console = Path(workdir), logs.make_console(quiet=not processes.first())
+    workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run, stages = config_module.parse(config)
     found = imported(run, stages, workdir, data_dir)
     if found is None and not (workdir / "config.json").exists():

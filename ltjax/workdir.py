@@ -11,6 +11,7 @@ from typing import Any
 
 from ltjax.checkpoint import MEND_DISK, read_json
 from ltjax.config import differences
+from ltjax.paths import check_checkpoints
 from ltjax.types import UserError
 
 DISK_ERRORS = (
@@ -39,6 +40,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """The part of `open_workdir` that writes nothing."""
+    check_checkpoints(workdir)
     try:
         there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):

@@ -22,12 +22,14 @@ ALLOWED = {
     "ltjax.calibration": {"jax"},
     "ltjax.hashing": {"jax", "numpy"},
     "ltjax.registry": {"ltjax.types"},
+    "ltjax.paths": {"ltjax.types"},
     "ltjax.config": {"ltjax.types"},
     "ltjax.usage": set(),
     "ltjax.cores": set(),
     "ltjax.results": {"rich"},
     "ltjax.tables": {"rich"},
-    "ltjax.compare": {"rich", "ltjax.config", "ltjax.results", "ltjax.tables", "ltjax.types", "ltjax.report.compared"},
+    "ltjax.compare": {"rich", "ltjax.config", "ltjax.paths", "ltjax.results", "ltjax.tables", "ltjax.types"}
+    | {"ltjax.report.compared"},
     "ltjax.report.charts": {"numpy", "markupsafe"},
     "ltjax.report.panels": {"numpy"},
     "ltjax.report.plots": {"numpy", "markupsafe", "ltjax.results", "ltjax.report"},
@@ -47,12 +49,13 @@ ALLOWED = {
         "ltjax.methods",
     },
     "ltjax.models": {"jax", "flax", "ltjax.types", "ltjax.registry", "ltjax.xla", "ltjax.models"},
-    "ltjax.interop.weights": {"jax", "numpy", "safetensors", "ltjax.types", "ltjax.optim"},
+    "ltjax.interop.weights": {"jax", "numpy", "safetensors", "ltjax.types", "ltjax.optim", "ltjax.paths"},
     "ltjax.interop.checkpoints": {"numpy", "safetensors", "torch", "ltjax.types", "ltjax.interop.names"},
     "ltjax.interop.names": {"numpy", "flax"},
-    "ltjax.interop.torch": {"jax", "numpy", "flax", "ltjax.types", "ltjax.optim", "ltjax.models", "ltjax.interop"},
+    "ltjax.interop.torch": {"jax", "numpy", "flax", "ltjax.types", "ltjax.optim", "ltjax.models", "ltjax.interop"}
+    | {"ltjax.paths"},
     "ltjax.data": {"jax", "numpy", "tensorflow_datasets", "cv2", "simplejpeg", "array_record", "rich"}
-    | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.cores", "ltjax.data"},
+    | {"ltjax.types", "ltjax.registry", "ltjax.hashing", "ltjax.cores", "ltjax.paths", "ltjax.data"},
 }
 SEES_EVERYTHING = ("ltjax.train", "ltjax.problem", "ltjax.evaluate", "ltjax.feed")
 SEES_MODELS = ("ltjax.interop", "ltjax.predictor")  # whose weights come in and go out, and are used

@@ -17,6 +17,7 @@ import numpy as np
 from ltjax.data import decode, folders, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
+from ltjax.paths import cache_folder, local
 from ltjax.types import UserError, one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -57,7 +58,7 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
         raise UserError(
             "image_folder needs the folder of the images: --config.data.root=DIR, with DIR/train/<class>/*.jpg"
         )
-    root = Path(root).expanduser()
+    root = local(root)
     if not (root / "train").is_dir():
         raise UserError(f"no folder {root / 'train'}: expected {root}/train/<class>/*.jpg, one folder a class")
     class_names = _classes(root / "train")
@@ -152,27 +153,29 @@ def _shown(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _check(root: Path, paths: list[str]) -> None:
+def _check(root: Path, files: list[str]) -> None:
     """Decode every image once. Raises: UserError naming those that cannot be read."""
     digest = hashlib.sha256(os.fsencode(root.resolve()))
-    for path in paths:
+    for path in files:
         try:
             found = (root / path).stat()
             seen = f"{found.st_size}\0{found.st_mtime_ns}"
         except OSError:
             seen = ""  # a broken link, which is named below
         digest.update(os.fsencode(path) + f"\0{seen}\n".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax"
-    checked = cache / f"images-{digest.hexdigest()[:32]}"
-    if checked.exists():
+    cache = cache_folder()
+    checked = cache / f"images-{digest.hexdigest()[:32]}" if cache else None
+    if checked and checked.exists():
         return
-    damaged = _damaged(paths, lambda path: (root / path).read_bytes())
+    damaged = _damaged(files, lambda path: (root / path).read_bytes())
     if damaged:
         names = "; ".join(f"{_shown(str(root / path))} ({why})" for path, why in damaged[:NAMES_SHOWN])
         more = f"; and {len(damaged) - NAMES_SHOWN} more" if len(damaged) > NAMES_SHOWN else ""
-        raise UserError(f"{len(damaged)} of {len(paths)} images cannot be read: {names}{more}: replace or remove them")
+        raise UserError(f"{len(damaged)} of {len(files)} images cannot be read: {names}{more}: replace or remove them")
+    if checked is None:
+        return
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        checked.parent.mkdir(parents=True, exist_ok=True)
         checked.touch()
     except OSError:
         pass  # then they are checked again next time

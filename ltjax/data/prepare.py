@@ -26,6 +26,7 @@ import numpy as np
 from ltjax.data import prepare_imagenet_lt, prepare_inat18, prepare_places_lt, prepare_tiny_imagenet, records
 from ltjax.data.download import basename, download
 from ltjax.data.source import resolve_data_dir
+from ltjax.paths import local
 from ltjax.types import UserError, one_line
 
 
@@ -257,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.dataset not in DATASETS | LARGE:
             raise UserError(f"unknown data set {args.dataset!r}: choose one of {', '.join([*DATASETS, *LARGE])}")
-        data_dir, source = resolve_data_dir(args.data_dir), Path(args.source).expanduser() if args.source else None
+        data_dir, source = resolve_data_dir(args.data_dir), local(args.source) if args.source else None
         if args.dataset in LARGE:
             print(LARGE[args.dataset](data_dir, source, args.skip_damaged))
         elif args.skip_damaged:

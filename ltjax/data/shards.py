@@ -12,6 +12,7 @@ import numpy as np
 from ltjax.data import prepared, progress
 from ltjax.data.index import read_index, shards_fingerprint, write_index
 from ltjax.data.source import Stored, resolve_data_dir
+from ltjax.paths import cache_folder
 from ltjax.types import UserError, one_line
 
 SPLITS = {  # training and test split
@@ -76,8 +77,9 @@ def _open(builder: Any, directory: Path, class_names: tuple[str, ...]) -> Stored
 
 def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Labels and record numbers in the order of the images' names; read, or made and kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax"
-    places = (directory / f"{split}.index.npz", cache / f"index-{shards_fingerprint(paths)[:32]}.npz")
+    kept = cache_folder()
+    places = [directory / f"{split}.index.npz"]
+    places += [kept / f"index-{shards_fingerprint(paths)[:32]}.npz"] if kept else []
     for place in places:
         if (found := read_index(place, paths)) is not None:
             return found

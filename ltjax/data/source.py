@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ltjax.paths import local
 from ltjax.types import UserError
 
 
@@ -83,7 +84,7 @@ def first_classes(data: Images | Stored, count: int) -> Images | Stored:
 
 def resolve_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
     """The folder that holds prepared data sets: the argument, else `TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def newest_version(data_dir: Path, name: str) -> Path | None:

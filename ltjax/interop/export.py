@@ -36,6 +36,7 @@ from ltjax.archive import is_archive, read_archive
 from ltjax.checkpoint import complete_steps, read_json
 from ltjax.interop.torch import Parser, export_state_dict
 from ltjax.interop.weights import DESCRIPTION, Weights, described, in_our_order, load_weights, save_weights
+from ltjax.paths import local
 from ltjax.problem import judged
 from ltjax.types import UserError, Variables, one_line
 
@@ -72,7 +73,7 @@ def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
 
     net: "net", or "guide" where the run trains one. replica: which, of a run with several.
     """
-    source = Path(source)
+    source = local(source)
     if (source / DESCRIPTION).is_file():
         return load_weights(source)
     return weights_of(source, newest(source), net=net, replica=replica)
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         image_size = _image_size(args.image_size)
         weights = read(args.source, net=args.net, replica=args.replica)
-        write(weights, args.format, Path(args.out), image_size)
+        write(weights, args.format, local(args.out), image_size)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ from ltjax import models
 from ltjax.interop import checkpoints, names
 from ltjax.interop.weights import described, save_weights
 from ltjax.optim import flatten, unflatten
+from ltjax.paths import local
 from ltjax.types import UserError, Variables
 
 NORMALISE = {  # mean and std of each channel
@@ -208,7 +209,7 @@ def class_order(text: str, num_classes: int) -> list[int] | None:
     if kind not in kinds:
         kind, file = "", text  # a path with a colon in it
     try:
-        content = Path(file).read_text()
+        content = local(file).read_text()
         numbers = np.asarray(json.loads(content) if content.lstrip().startswith("[") else content.split(), np.int64)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--class_order={text}: no list of integers in {file!r} ({error})") from error
@@ -225,7 +226,7 @@ def class_order(text: str, num_classes: int) -> list[int] | None:
 
 def convert(checkpoint: str, model: str, out: str, *, num_classes: int = 0, order: str = "", net: str = "") -> str:
     """A PyTorch checkpoint as a folder of `ltjax.interop.weights` -> what to tell the user. See `main`."""
-    read = checkpoints.read(Path(checkpoint))
+    read = checkpoints.read(local(checkpoint))
     chosen, left_out = checkpoints.network(read, net)
     settings = {**implied(chosen), **read_model(model)}
     num_classes = num_classes or settings.get("num_classes", 0)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ltjax.optim import flatten, unflatten
+from ltjax.paths import local
 from ltjax.types import UserError, Variables
 
 FORMAT = 1
@@ -53,7 +54,7 @@ def save_weights(
     """
     if class_order is not None and sorted(class_order) != list(range(num_classes)):
         raise UserError(f"class_order: needs each class from 0 to {num_classes - 1} once")
-    folder = Path(folder)
+    folder = local(folder)
     description = {
         "format": FORMAT,
         "model": {**settings, "num_classes": num_classes},
@@ -91,7 +92,7 @@ def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, An
 
 def load_weights(folder: str | Path) -> Weights:
     """Read what `save_weights` wrote, or `ltjax.archive`. Raises: UserError naming what is not there or understood."""
-    folder = Path(folder)
+    folder = local(folder)
     archived = (folder / "config.json").is_file() and (folder / ARRAYS).is_file()
     if not (folder / DESCRIPTION).is_file() and not archived:
         raise UserError(

@@ -11,6 +11,7 @@ from ltjax import config as config_module
 from ltjax import feed, logs, processes, results, stage
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
+from ltjax.paths import local
 from ltjax.problem import Problem, evaluate_restored, make_method, restored, setup
 from ltjax.report import analysis, figures, page
 from ltjax.report.measure import Observer, learned
@@ -28,7 +29,7 @@ def report_workdir(
     Returns: what the page shows in its table, as in results.json; of a run that is not finished, "unfinished" too.
     Raises: UserError for anything the caller can mend.
     """
-    workdir, console = Path(workdir), logs.make_console(quiet=not processes.first())
+    workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run, stages = config_module.parse(config)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
