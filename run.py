@@ -209,6 +209,8 @@ def main(_: list[str]) -> None:
     try:
         problem.use_cpu_cores(config.get("batch_size", 1))
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
+        for remark in problem.start_devices():
+            print(f"note: {remark}", file=sys.stderr)
         if _CALIBRATE.value:
             temperature.check(config)
         do(config, workdir, _DATA_DIR.value)

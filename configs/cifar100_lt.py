@@ -22,12 +22,12 @@ Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   any method, ours        not yet run
 
 Top-1 / few-shot classes / ECE of the last epoch in %, imbalance 100, budget=short (12 epochs and a few), seed 0, two
-CPU cores:
+CPU cores, drolt and reslt with precision=bf16:
   ce                21.1 / 0.1 / 20.2    commit dcabd12
   balanced_softmax  24.0 / 8.8 / 1.9            1ccdba6
   mislas            19.2 / 13.6 / 5.0           774415b
-  drolt             15.3 / 0.8 / 0.9            2411053
-  reslt             28.5 / 18.6 / 39.7          1ccdba6
+  drolt             15.9 / 10.4 / 2.2           6c4cfef
+  reslt             27.2 / 15.8 / 40.1          6c4cfef
 """
 
 from configs import common

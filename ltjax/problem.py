@@ -1,5 +1,6 @@
 """What a run works on, made ready: data on the devices, networks, and each stage as compiled functions."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from ltjax.cores import num_cores
 from ltjax.data import augment, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.interop.weights import into, load_weights
-from ltjax.types import Method, UserError, Variables
+from ltjax.types import Method, UserError, Variables, one_line
 
 
 class Problem(NamedTuple):
@@ -73,6 +74,37 @@ def use_cpu_cores(batch_size: int) -> None:
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
     except RuntimeError:
         pass  # JAX runs already, with the devices that its caller wanted
+
+
+INSTALL = {"NVIDIA GPU": 'pip install -e ".[cuda]"', "TPU": 'pip install -e ".[tpu]"'}
+
+
+def start_devices() -> list[str]:
+    """Have JAX look for its devices -> what it says of accelerators that it cannot use, and what to do.
+
+    Raises: UserError where a platform that JAX_PLATFORMS asks for is not there.
+    """
+    said: list[str] = []
+    hear = logging.Handler(logging.WARNING)
+    hear.emit = lambda record: said.append(record.getMessage())  # pyrefly: ignore[bad-assignment]
+    logger = logging.getLogger("jax._src.xla_bridge")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # the rest of JAX may have been silenced
+    logger.addHandler(hear)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.values["jax_platforms"]
+        raise UserError(
+            f"JAX cannot use JAX_PLATFORMS={asked} ({one_line(error) or 'it is not installed'}): install what it "
+            f"needs, such as {' or '.join(INSTALL.values())}, or leave the variable out"
+        ) from error
+    finally:
+        logger.removeHandler(hear)
+        logger.setLevel(level)
+    found = [sentence for sentence in said if any(name in sentence for name in INSTALL)]
+    hints = [next(hint for name, hint in INSTALL.items() if name in sentence) for sentence in found]
+    return [f"{sentence} To use it: {hint}" for sentence, hint in zip(found, hints, strict=True)]
 
 
 def setup(run: Run, data_dir: str | Path | None) -> Problem:

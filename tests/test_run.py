@@ -68,12 +68,12 @@ def environment(devices=2):
     }
 
 
-def start(*arguments, devices=2, **options):
+def start(*arguments, devices=2, platforms="cpu", **options):
     command = [sys.executable, "run.py", *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(devices),
+        env={**environment(devices), "JAX_PLATFORMS": platforms},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
