@@ -202,6 +202,8 @@ def child(queue: Queue, arguments: Sequence[str], log: Path) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes here alone
         )
+        with contextlib.suppress(OSError):  # Linux may weigh sessions, and "nice" only within one
+            Path(f"/proc/{process.pid}/autogroup").write_text("19")
         try:
             return process.wait()
         except Stopped:

@@ -139,6 +139,24 @@ def test_all_of_a_list_is_made_in_order_at_the_lowest_priority(queue, tmp_path):
     assert "robustness" in json.loads((queue.results / "b-seed0" / "results.json").read_text())
 
 
+AUTOGROUP = Path("/proc/self/autogroup")
+
+
+@pytest.mark.skipif(not AUTOGROUP.exists(), reason="this system weighs processes, not sessions")
+def test_a_run_gives_way_to_other_sessions_too(queue, tmp_path):
+    said = tmp_path / "said"
+    wait = f"""
+import pathlib, time
+own, until = pathlib.Path("/proc/self/autogroup"), time.monotonic() + 10
+while "nice 19" not in own.read_text() and time.monotonic() < until:
+    time.sleep(0.01)
+pathlib.Path({str(said)!r}).write_text(own.read_text())
+"""
+    queue.folder.joinpath("log").touch()
+    assert reproduce.child(queue, ["-c", wait], queue.folder / "log") == 0
+    assert "nice 19" in said.read_text()
+
+
 def test_what_is_done_is_not_done_again(queue, tmp_path):
     path = listed(tmp_path, ("a", ""))
     for _ in range(2):
