@@ -78,10 +78,12 @@ def pieces(workdir: Path, data_dir: Path | None, platform_name: str, tiny: bool)
         )
     ]
     small = ["--depth=8", "--width=8", "--batch_size=32", "--max_count=24", "--repeats=2"] if tiny else []
-    for dtype, more in (("float32", []), ("bfloat16", ["--no_flops"])):
-        out = workdir / f"step-{dtype}" / "step.json"
-        command = ["-m", "benchmarks.cifar_step", f"--dtype={dtype}", f"--out={out}", *small, *more]
-        found.append(Piece(f"step-{dtype}", command, out))
+    steps = {"float32": [], "bfloat16": ["--dtype=bfloat16", "--no_flops"]}
+    if platform_name == "gpu":
+        steps |= {f"graphs-{kind}": [f"--gpu_graphs={kind}", "--no_flops"] for kind in ("step", "dispatch")}
+    for step, more in steps.items():
+        out = workdir / f"step-{step}" / "step.json"
+        found.append(Piece(f"step-{step}", ["-m", "benchmarks.cifar_step", f"--out={out}", *small, *more], out))
     small = ["--num_classes", "100", "--dim=64", "--batch_size=32", "--repeats=2"] if tiny else []
     out = workdir / "dro-loss" / "dro_loss.json"
     found.append(Piece("dro-loss", ["-m", "benchmarks.dro_loss", f"--out={out}", *small], out))
@@ -285,7 +287,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * args.minutes - min(SAVING, 15 * args.minutes)
     workdir = args.workdir or Path("runs") / ("accelerator-tiny" if args.tiny else "accelerator")
     out = args.out or (workdir / "results" if args.tiny else Path("results"))
-    names = ["environment", *(piece.name for piece in pieces(workdir, None, "cpu", args.tiny))]
+    names = ["environment", *(piece.name for piece in pieces(workdir, None, "gpu", args.tiny))]
     if args.list:
         show_list(out, names)
         return 0

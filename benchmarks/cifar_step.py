@@ -50,7 +50,7 @@ from rich.table import Table
 from benchmarks import flops, provenance
 from configs import cifar100_lt
 from ltjax import config as config_module
-from ltjax import problem, stage, train
+from ltjax import problem, stage, train, xla
 from ltjax.config import Run
 from ltjax.data.source import Images
 
@@ -76,12 +76,19 @@ def write_random_images(data_dir: Path, *, per_class: int, num_classes: int = 10
 
 
 def one_epoch_config(
-    *, depth: int, width: int = 16, batch_size: int = 128, dtype: str = "float32", steps: int = 0, max_count: int = 500
+    *,
+    depth: int,
+    width: int = 16,
+    batch_size: int = 128,
+    dtype: str = "float32",
+    steps: int = 0,
+    max_count: int = 500,
+    gpu_graphs: str = "default",
 ) -> dict[str, Any]:
     """`configs/cifar100_lt.py:method=mislas` with one epoch of each stage; arguments as on the command line."""
     config = cifar100_lt.get_config(f"method=mislas,imbalance={min(100, max_count)}")  # no class is empty
     config.model.update(depth=depth, width=width, dtype=dtype)
-    config.update(batch_size=batch_size, dispatch_steps=steps, epochs=1)
+    config.update(batch_size=batch_size, dispatch_steps=steps, epochs=1, gpu_graphs=gpu_graphs)
     config.classifier.epochs = 1
     return config.to_dict()
 
@@ -425,6 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="with --torch: both")
     parser.add_argument("--steps", type=int, default=0, help="to a dispatch; 0: what training takes")
+    parser.add_argument("--gpu_graphs", choices=tuple(xla.GPU_GRAPHS), default="default", help="config.gpu_graphs")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each kind")
     parser.add_argument("--max_count", type=int, default=500, help="images of the largest class: shorter epochs")
     parser.add_argument("--no_flops", action="store_true", help="skip counting operations, which compiles for a CPU")
@@ -452,6 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dtype=dtype,
             steps=args.steps,
             max_count=args.max_count,
+            gpu_graphs=args.gpu_graphs,
         )
 
     numbers = {**origin, "images": "random", "config": config(args.dtype)}

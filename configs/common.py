@@ -224,6 +224,7 @@ def add_stages(
     config.replicas = 1
     config.replicate = "loop"
     config.dispatch_steps = 0
+    config.gpu_graphs = "default"
     config.accumulate = 1
     config.checkpoint_seconds = 300.0
     config.weights = ""  # to begin with, see `python -m ltjax.interop.torch --help`

@@ -45,6 +45,7 @@ def get_config(arg=None):
     config.eval_every = 6
     config.eval_batch_size = 500
     config.dispatch_steps = 0
+    config.gpu_graphs = "default"
     config.weights = ""  # a folder of imported weights to start from, or to judge
     config.weights_parts = ()  # what to take of it; (): all
     config.checkpoint_seconds = 300.0

@@ -35,6 +35,7 @@ WITHIN_A_ROW = (
     "eval_batch_size",
     "checkpoint_seconds",
     "dispatch_steps",
+    "gpu_graphs",
     "attack",
 )
 # {key in `Row.figures`: column} of what `--mode=attack` measured, shown where some run has it

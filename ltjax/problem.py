@@ -205,6 +205,7 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
         replicas=run.replicas,
         replicate=run.replicate,
         accumulate=run.accumulate,
+        compiler_options=xla.graph_options(run.gpu_graphs),
     )
     # errors inside what is compiled, now and not hours later
     seed, step = np.uint32(0), jnp.zeros((), jnp.int32)

@@ -207,6 +207,7 @@ def build(
     replicas: int = 1,
     replicate: str = "loop",
     accumulate: int = 1,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Stage:
     """Compile-ready functions of one stage.
 
@@ -222,6 +223,7 @@ def build(
       replicas, replicate: see `ltjax.parallel.over_replicas`.
       accumulate: parts of a batch that go through the network one after the other, to save memory. Loss and gradient
         are the means of the parts', each normalised by its own batch statistics.
+      compiler_options: of XLA, for `run` alone.
     Raises: UserError for groups that do not cover the parameters exactly, or an unknown batch-norm mode.
     """
     if bn not in BATCH_NORM_MODES:
@@ -322,7 +324,7 @@ def build(
 
     return Stage(
         init=xla.jit(jax.vmap(init) if replicas > 1 else init, out_shardings=sharding),
-        run=compiled(run, static_argnums=2),
+        run=compiled(run, static_argnums=2, compiler_options=compiler_options),
         refresh=compiled(partial(refresh, method.refresh)) if method.refresh else None,
         layers=method.layers,
         steps_per_epoch=steps_per_epoch,

@@ -1,4 +1,4 @@
-"""How functions are compiled: on a CPU with oneDNN, if this jaxlib has it."""
+"""How functions are compiled: on a CPU with oneDNN, if this jaxlib has it; on a GPU as JAX has it, unless asked."""
 
 import functools
 import os
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ltjax import registry
+
 # Debug options of XLA. oneDNN computes convolutions and products. YNNPACK computes sums alone: a float32 training step
 # takes half as long again with its convolutions as with oneDNN's.
 FASTEST = {
@@ -17,6 +19,15 @@ FASTEST = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
 CALL = "__onednn$convolution"  # in a program that uses it
+# What of a training step goes into CUDA graphs, by the name of `config.gpu_graphs`. By default XLA leaves convolutions
+# out: of ResNet-32's step for an H100 it makes 64 graphs of 5 to 7 kernels, and convolutions between them. "step": one
+# graph of 464 kernels. "dispatch": one graph of all steps. Not yet timed: `benchmarks.cifar_step --gpu_graphs=step`.
+_COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
+GPU_GRAPHS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "step": {"xla_gpu_enable_command_buffer": _COMMANDS},
+    "dispatch": {"xla_gpu_enable_command_buffer": f"{_COMMANDS},WHILE"},
+}
 ONE_THREAD = "xla_cpu_multi_thread_eigen"  # False if each core is a device: they would wait for each other's threads
 
 
@@ -39,6 +50,12 @@ def cpu_options() -> dict[str, Any]:
 def has_onednn() -> bool:
     """Whether convolutions of bfloat16 go to oneDNN, which sums in float32. XLA's own sum in bfloat16 on a CPU."""
     return CALL in _compiled_convolution(cpu_options())
+
+
+def graph_options(kind: str) -> dict[str, Any]:
+    """Compiler options for `config.gpu_graphs`; {} where JAX runs on something else. Raises: UserError."""
+    options = registry.choose("config.gpu_graphs", GPU_GRAPHS, kind)
+    return options if jax.default_backend() == "gpu" else {}
 
 
 def arithmetic(dtype: Any) -> str:

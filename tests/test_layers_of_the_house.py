@@ -36,7 +36,7 @@ ALLOWED = {
     "ltjax.report.sections": {"numpy", "markupsafe", "ltjax.results", "ltjax.report"},
     "ltjax.report.analysis": {"numpy", "ltjax.metrics"},
     "ltjax.attacks": {"jax", "numpy", "ltjax.attacks", "ltjax.cores", "ltjax.xla"},
-    "ltjax.xla": {"jax"},
+    "ltjax.xla": {"jax", "ltjax.registry"},
     "ltjax.parallel": {"jax", "numpy"},
     "ltjax.surgery": {"jax", "numpy", "ltjax.types", "ltjax.losses", "ltjax.registry"},
     "ltjax.methods": {

@@ -149,6 +149,12 @@ def test_the_parts_of_a_batch_share_its_images_out(source):
     np.testing.assert_allclose(metrics["partners"], [240 / 4])
 
 
+def test_run_is_compiled_with_the_options_it_is_given(source):
+    built, state, _ = build(toy_method(), compiler_options={"xla_no_such_option": True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
+        built.run(state, source, 1)
+
+
 def test_the_start_survives_the_stage(source):
     """`run` takes over its state's memory, not that of the variables the stage started from."""
     built, state, start = build(toy_method())

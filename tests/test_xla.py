@@ -6,6 +6,7 @@ import pytest
 
 from ltjax import xla
 from ltjax.models import layers
+from ltjax.types import UserError
 
 
 @pytest.fixture
@@ -50,6 +51,23 @@ def test_flags_of_the_user_win(monkeypatch, asked, flag):
     monkeypatch.setattr(xla, "_compiled_convolution", lambda options: xla.CALL)
     monkeypatch.setenv("XLA_FLAGS", f"--{flag}=false")
     assert flag not in xla.cpu_options()
+
+
+@pytest.mark.parametrize("kind", xla.GPU_GRAPHS)
+def test_xla_knows_the_options_for_graphs(monkeypatch, kind):
+    """They are parsed for every platform."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = xla.graph_options(kind)
+    assert jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options or None)(2.0) == 3.0
+    for commands in options.values():
+        with pytest.raises(jax.errors.JaxRuntimeError, match="GRAPHS' is not a valid enum value"):
+            jax.jit(lambda x: x + 2).lower(1.0).compile(compiler_options=dict.fromkeys(options, f"{commands},GRAPHS"))
+
+
+def test_graphs_are_for_a_gpu():
+    assert xla.graph_options("step") == {}
+    with pytest.raises(UserError, match=r"unknown config.gpu_graphs 'all'; known: default, step, dispatch"):
+        xla.graph_options("all")
 
 
 def test_an_accelerator_gets_no_options(monkeypatch, asked):

@@ -74,6 +74,14 @@ def test_pieces_have_names_and_results_of_their_own(tmp_path, tiny):
     assert len(runs) == (3 if tiny else len(accelerator.METHODS) + len(accelerator.ROBUST))
 
 
+def test_graphs_are_timed_on_a_gpu_alone(tmp_path):
+    asked = {}
+    for platform in ("gpu", "tpu"):
+        commands = [piece.command for piece in accelerator.pieces(tmp_path, None, platform, False)]
+        asked[platform] = {word for command in commands for word in command if word.startswith("--gpu_graphs=")}
+    assert asked == {"gpu": {"--gpu_graphs=step", "--gpu_graphs=dispatch"}, "tpu": set()}
+
+
 @pytest.mark.parametrize("tiny", [True, False])
 def test_an_attack_follows_its_run_with_the_same_config(tmp_path, tiny):
     found = {piece.name: piece for piece in accelerator.pieces(tmp_path, None, "gpu", tiny)}
