@@ -9,7 +9,7 @@ SIGTERM, is killed if that does not end it, and the next one begins. The first f
 `benchmarks/reproduce.toml` goes on in the background, with a third of the memory, while such pieces run that time
 nothing. The other runs of that list follow the measured pieces, as far as `--seconds` go. A run that is stopped saves
 itself, and the same command goes on with it as long as `--workdir` is still there; it tries again what failed or was
-stopped, and leaves out what is done.
+stopped, the latter for twice as long, and leaves out what is done.
 
 Each piece leaves `<out>/<device>/<piece>.json` when it ends: status (done, failed or stopped), device, versions,
 commit, command, when it ran, what it printed last, and its result as far as it came. Finished runs are archived
@@ -336,7 +336,9 @@ def work(pieces: Sequence[Piece], place: Place, deadline: float) -> dict[str, st
                 behind = None
             if place.done(piece.name):
                 continue
-            seconds = min(piece.limit, deadline - time.monotonic() - (SAVING if piece.goes_on else KILLED))
+            stops = sum(session["status"] == "stopped" for session in place.record(piece.name).get("sessions", []))
+            rest = deadline - time.monotonic() - (SAVING if piece.goes_on else KILLED)
+            seconds = min(piece.limit * 2**stops, rest)
             if seconds < LEAST or (piece.after and not place.done(piece.after)):
                 found.setdefault(piece.name, "left")
                 continue

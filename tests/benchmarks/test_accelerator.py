@@ -1,6 +1,7 @@
 """The order of things on a machine that is lent for minutes: pieces have limits, go on, and leave one record each."""
 
 import json
+import re
 import time
 
 import pytest
@@ -73,6 +74,11 @@ def test_a_piece_past_its_limit_is_killed_and_recorded_and_the_next_one_runs(pla
     record = place.record("a")
     assert record["output"] == "compiling\n" and record["result"] == [0.5]
     assert record["sessions"][0]["exit_code"] == -9
+
+
+def test_what_was_stopped_gets_twice_as_long_the_next_time(place):
+    one = piece("a", f"import time; time.sleep(3); {ENDS.format('result.json')}", limit=2.0)
+    assert [work(place, one) for _ in range(2)] == [{"a": "stopped"}, {"a": "done"}]
 
 
 def test_what_a_piece_has_started_ends_with_it(place):
@@ -164,6 +170,14 @@ def test_the_limits_fit_into_a_call(tmp_path):
     (behind,) = (one for one in pieces if one.background)
     assert sum(one.limit for one in pieces if not one.background) <= accelerator.SECONDS <= 540
     assert behind.limit + accelerator.SAVING <= sum(one.limit for one in pieces if one.beside)
+
+
+def test_the_readme_has_the_pieces_with_their_limits(tmp_path):
+    text = (accelerator.ROOT / "benchmarks" / "README.md").read_text()
+    listed = {}
+    for names, limits in re.findall(r"^ +\| (`.*?) \| ([\d, ]+) \|", text, re.MULTILINE):
+        listed |= dict(zip(re.findall("`(.*?)`", names), map(int, limits.split(", ")), strict=True))
+    assert listed == {one.name: one.limit for one in measured(tmp_path)}
 
 
 def test_those_side_by_side_share_the_memory_and_the_others_have_all_of_it(tmp_path):
