@@ -1,25 +1,26 @@
-"""All that is worth doing on a machine with an accelerator and no internet, piece by piece, as far as the time goes:
+"""What is measured on a machine with an accelerator and no internet, in one call of nine minutes:
 
     python -m benchmarks.accelerator --pack=build/pack                  # from the root of the copied checkout
-    python -m benchmarks.accelerator --list                             # what is done, what is left
+    python -m benchmarks.accelerator --pack=build/pack --list           # what is done, what is left
     python -m benchmarks.accelerator --tiny                             # the same pieces, tiny, on any machine
 
-The same command again does the next pieces. A run that the time ends is stopped by SIGTERM, saves itself, and goes on
-next time, as long as `--workdir` is still there. The pieces, in order: a report of the machine; the tests that run on a
-device; the benchmarks; full-length runs on CIFAR-100-LT with imbalance 100: every long-tail method with three seeds in
-one program; after the first of these adversarial training with one seed, each run followed by attacks on it. `--pack`
-is the folder that `benchmarks/pack.py` made; without it the packages are those of this Python, and the images those of
-`--data_dir`.
+The pieces stand in the order of what is learnt from them (`measured`), each with a limit in seconds: then it gets
+SIGTERM, is killed if that does not end it, and the next one begins. The first full-length run of
+`benchmarks/reproduce.toml` goes on in the background, with a third of the memory, while such pieces run that time
+nothing. The other runs of that list follow the measured pieces, as far as `--seconds` go. A run that is stopped saves
+itself, and the same command goes on with it as long as `--workdir` is still there; it tries again what failed or was
+stopped, the latter for twice as long, and leaves out what is done.
 
-Each piece that is done leaves `<out>/<device>/<piece>.json`: status, device, versions, commit, command, when it ran,
-and its result. What a piece printed is in `<workdir>/<piece>/log.txt`. Exit code 1: a piece failed; next time it is
-tried again.
+Each piece leaves `<out>/<device>/<piece>.json` when it ends: status (done, failed or stopped), device, versions,
+commit, command, when it ran, what it printed last, and its result as far as it came. Finished runs are archived
+beside that. All that a piece printed is in `<workdir>/logs`. `--pack` is the folder that `benchmarks/pack.py` made;
+without it the packages are those of this Python, and the images those of `--data_dir`. Exit code 1: a piece failed.
 """
 
 import argparse
 import datetime
-import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -28,114 +29,153 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
-REPLICAS = 3
-METHODS = (  # the first ones matter most
-    *("mislas", "ce", "balanced_softmax", "drolt", "reslt", "ldam_drw", "crt", "lws", "logit_adjustment"),
-    *("tau_norm", "focal", "cb_ce", "ldam", "logit_adjustment_posthoc", "ncm", "mixup"),
-)
-ROBUST = {  # name: arguments of configs/cifar100_lt.py; after the first three of METHODS
-    "lbgat-balanced_softmax": "method=lbgat,beta=6,loss=balanced_softmax,guide=resnet18",
-    "trades-balanced_softmax": "method=trades,loss=balanced_softmax",
-    "pgd_at-balanced_softmax": "method=pgd_at,loss=balanced_softmax",
-    "lbgat": "method=lbgat,beta=6,guide=resnet18",
+SECONDS = 540.0  # of a call
+SAVING = 20.0  # seconds that a stopped run gets to save, within the call's
+KILLED = 2.0  # seconds after SIGTERM that anything else is killed
+LEAST = 5.0  # seconds; with less left, no piece is begun
+RESULTS = {  # of a run's parts
+    "train": "runs/{}/results.json",
+    "attack": "runs/{}/attack.json",
+    "archive": "results/{}/results.json",
 }
-SAVING = 60.0  # seconds that a stopped run gets to finish what the device does, and save
-LEAST = 20.0  # seconds; with less left, no piece is begun
+BEHIND, BESIDE = "0.33", "0.5"  # shares of the device's memory, in the background and in front of that
 
 
 class Piece(NamedTuple):
     name: str
-    command: list[str]  # after `python`
-    result: Path  # what the command leaves, when it is done: JSON, or pytest's XML
+    command: Sequence[str]  # after `python`, in the workdir
+    result: str  # the file that it leaves there: JSON, or pytest's XML
+    limit: float = math.inf  # seconds; then it gets SIGTERM
     environment: Mapping[str, str] = MappingProxyType({})
+    background: bool = False  # the pieces after it begin at once
+    beside: bool = False  # may run beside what is in the background; all others wait for the end of that
+    goes_on: bool = False  # from where it was stopped
     after: str = ""  # a piece that has to be done first
 
 
-def pieces(workdir: Path, data_dir: Path | None, platform_name: str, tiny: bool) -> list[Piece]:
-    """What there is to do, in order. platform_name: JAX's, such as "gpu"."""
-    platforms = {"gpu": "cuda,cpu", "cpu": "cpu"}.get(platform_name, f"{platform_name},cpu")
-    xml = workdir / "tests" / "junit.xml"
-    tests = ["tests/gpu"] if tiny else ["tests/gpu", "tests/test_golden_training.py"]
-    # float32 is compared with float32, not with TensorFloat-32; what is resumed has to repeat itself bit for bit
-    found = [
-        Piece(
-            "tests",
-            ["-m", "pytest", *tests, "-W", "default", "-p", "no:cacheprovider", f"--junitxml={xml}"],
-            xml,
-            {
-                "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", platforms),
-                "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip(),
-                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            },
-        )
-    ]
-    small = ["--depth=8", "--width=8", "--batch_size=32", "--max_count=24", "--repeats=2"] if tiny else []
-    steps = {"float32": [], "bfloat16": ["--dtype=bfloat16", "--no_flops"]}
-    if platform_name == "gpu":
-        steps |= {f"graphs-{kind}": [f"--gpu_graphs={kind}", "--no_flops"] for kind in ("step", "dispatch")}
-    for step, more in steps.items():
-        out = workdir / f"step-{step}" / "step.json"
-        found.append(Piece(f"step-{step}", ["-m", "benchmarks.cifar_step", f"--out={out}", *small, *more], out))
-    small = ["--num_classes", "100", "--dim=64", "--batch_size=32", "--repeats=2"] if tiny else []
-    out = workdir / "dro-loss" / "dro_loss.json"
-    found.append(Piece("dro-loss", ["-m", "benchmarks.dro_loss", f"--out={out}", *small], out))
-    small = ["--depth=8", "--width=4", "--batch_size=32", "--replicas", "1", "2", "--max_count=20"] if tiny else []
-    out = workdir / "replicas" / "replicas.json"
-    found.append(Piece("replicas", ["-m", "benchmarks.replicas", f"--out={out}", *small], out))
-    small = ["--model=wrn10_1", "--guide=wrn10_1", "--batch_size=16", "--attack_steps=2", "--repeats=1"] if tiny else []
-    for dtype in ("float32", "bfloat16"):
-        out = workdir / f"adversarial-step-{dtype}" / "step.json"
-        command = ["-m", "benchmarks.adversarial_step", "--no_flops", f"--dtype={dtype}", f"--out={out}", *small]
-        found.append(Piece(f"adversarial-step-{dtype}", command, out))
-    small = ["--images=24", "--batch_size=16", "--attacks=apgd-ce"] if tiny else []
-    out = workdir / "autoattack" / "autoattack.json"
-    found.append(Piece("autoattack", ["-m", "benchmarks.autoattack", f"--out={out}", *small], out))
-    runs = METHODS[:2] if tiny else METHODS
-    usual = [long_tailed_run(method, workdir, data_dir, tiny) for method in runs]
-    robust = [robust_run(name, workdir, data_dir, tiny) for name in list(ROBUST)[: 1 if tiny else None]]
-    return [*found, *usual[:3], *itertools.chain(*robust), *usual[3:]]
+def bench(name: str, limit: float, module: str, *flags: str, **fields: Any) -> Piece:
+    """A benchmark of this folder."""
+    result = f"pieces/{name}.json"
+    return Piece(name, ("-m", f"benchmarks.{module}", *flags, f"--out={result}"), result, limit, **fields)
 
 
-def long_tailed_run(method: str, workdir: Path, data_dir: Path | None, tiny: bool) -> Piece:
-    """Three seeds at full length."""
-    name = f"run-{method}-if100"
-    config = [f"--config=configs/cifar100_lt.py:method={method},imbalance=100", f"--config.replicas={REPLICAS}"]
-    if tiny:
-        config += ["--config.epochs=3", "--config.data.max_count=100", "--config.batch_size=32"]
-        config += ["--config.model.depth=8", "--config.model.width=4"]
-        config += ["--config.classifier.epochs=1"] if method == "mislas" else []
-    config += [f"--workdir={workdir / name / 'run'}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
-    return Piece(name, ["run.py", *config], workdir / name / "run" / "results.json")
+ENVIRONMENT = Piece(
+    "environment",
+    ("-m", "benchmarks.accelerator", "--report=pieces/environment.json"),
+    "pieces/environment.json",
+    limit=30,
+)
 
 
-def robust_run(robust: str, workdir: Path, data_dir: Path | None, tiny: bool) -> list[Piece]:
-    """Adversarial training of PreAct-ResNet-18 at full length, one seed, and its attack on 1,000 test images.
+def measured(platform_name: str, data_dir: Path | None, first_run: Piece, tiny: bool) -> list[Piece]:
+    """What is measured, in order; the limits of all that run one after the other are at most `SECONDS` together.
 
-    On the long-tailed images: all of CIFAR-100 would not fit into the pack.
+    platform_name: JAX's, such as "gpu". first_run: a full-length run for the background.
     """
-    name, attack = f"run-{robust}-if100", f"attack-{robust}-if100"
-    method = ROBUST[robust].partition(",")[0].removeprefix("method=")
-    config = [f"--config=configs/cifar100_lt.py:{ROBUST[robust]},imbalance=100,model=preact18"]
-    if tiny:
-        config += ["--config.epochs=1", "--config.data.max_count=100", "--config.batch_size=32"]
-        config += ["--config.model.width=4", f"--config.{method}.method.attack.num_steps=2"]
-        config += ["--config.guide.width=4"] if method == "lbgat" else []
-    config += [f"--workdir={workdir / name / 'run'}"] + ([f"--data_dir={data_dir}"] if data_dir else [])
-    most = [f"--config.attack.num_images={24 if tiny else 1000}"]
-    most += ["--config.attack.tests=('pgd-20', 'apgd-ce')", "--config.attack.batch_size=24"] if tiny else []
-    folder = workdir / name / "run"
+
+    def small(*flags: str) -> tuple[str, ...]:
+        return flags if tiny else ()
+
+    platforms = {"gpu": "cuda,cpu", "cpu": "cpu"}.get(platform_name, f"{platform_name},cpu")
+    tests = {  # float32 is compared with float32, and what is resumed has to repeat itself bit for bit
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", platforms),
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip(),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": BESIDE}
+    pytest = ("-m", "pytest", "checkout/tests/gpu", "-c", "checkout/pyproject.toml", "--rootdir=checkout", "-vv")
+    pytest += ("-W", "default", "-p", "no:cacheprovider", "--junitxml=pieces/tests.xml")
+    exact = {**share, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    cifar = (f"--data_dir={data_dir}",) if data_dir else ()
+    step = small("--depth=8", "--width=4", "--steps=2", "--repeats=1")
+    both, sizes = ("--dtype", "bfloat16", "float32"), ("--batch_size", *(("32", "64") if tiny else ("128", "512")))
+    large = small("--depth=10", "--size=64", "--batch_size=16", "--steps=1", "--repeats=1", "--jpegs=80x60")
+    wide = ("--batch_size=16", "--attack_steps=2", "--model=wrn10_1", "--guide=wrn10_1")
+    attacked = ("--only", "lbgat-0", "--no_flops", "--steps=5", "--repeats=2", *small("--steps=1", *wide))
+    four = small("--depth=8", "--width=4", "--batch_size=16", "--steps=2", "--max_count=100")
     return [
-        Piece(name, ["run.py", *config], folder / "results.json"),
-        Piece(attack, ["run.py", *config, "--mode=attack", *most], folder / "attack.json", after=name),
+        ENVIRONMENT,
+        bench(
+            *("pipeline", 25, "decode", "--stream"),
+            *("--batch_size", "256", "1024", "--turns=2", "--chunk=400"),
+            *small("--batch_size", "16", "32", "--turns=1", "--chunk=20"),
+            environment={"JAX_PLATFORMS": "cpu"},
+        ),
+        first_run._replace(
+            limit=175 - SAVING,
+            environment={**first_run.environment, "XLA_PYTHON_CLIENT_MEM_FRACTION": BEHIND},
+            background=True,
+        ),
+        Piece("tests", pytest, "pieces/tests.xml", limit=90, environment={**share, **tests}, beside=True),
+        bench(
+            *("gradients", 45, "gradients", *cifar),
+            *small("--batch=16", "--depth=10", "--size=64", "--nets", "resnet50"),
+            environment=exact,
+            beside=True,
+        ),
+        bench(
+            *("resume", 40, "resume", *small("--depth=8", "--width=4", "--batch_size=16", "--steps=2")),
+            environment=share,
+            beside=True,
+        ),
+        bench("step", 60, "device_step", *both, *sizes, "--flags", "default", "deterministic", "--trace", *step),
+        bench("step-graphs", 40, "device_step", *both, "--flags", "convolution", "while", *step, *sizes[:2]),
+        bench(
+            *("resnet50", 70, "device_step", "--net=resnet50", "--dtype=bfloat16", "--batch_size=256", "--stream=20"),
+            *large,
+            *small("--stream=2"),
+        ),
+        bench("lbgat-bfloat16", 45, "adversarial_step", "--dtype=bfloat16", *attacked),
+        bench("lbgat-float32", 40, "adversarial_step", "--dtype=float32", *attacked),
+        bench("autoattack", 20, "autoattack", "--attacks=apgd-ce", f"--images={24 if tiny else 128}"),
+        bench("replicas", 20, "replicas", "--replicas", "4", "--dtype=bfloat16", "--repeats=3", *four),
     ]
+
+
+def full_length(packed: bool, tiny: bool) -> list[Piece]:
+    """The parts of the runs of `benchmarks/reproduce.toml`, in order. packed: of those that a pack has images for."""
+    from benchmarks import reproduce
+
+    runs = [(run, reproduce.describe(run.config, run.seed)) for run in reproduce.read_list(reproduce.LIST)]
+    if packed:
+        runs = [(run, one) for run, one in runs if re.match(r"cifar100_lt-.*-if100-", one.name)]
+    if tiny:  # the first one, and the first that begins with another, with that
+        begun = next(run for run, _ in runs if run.begin)
+        other = f"{begun.begin}-seed{begun.seed}"
+        runs = [pair for number, pair in enumerate(runs) if number == 0 or pair[0] == begun or pair[1].name == other]
+    found = []
+    for run, one in runs:
+        before = f"{run.begin}-seed{run.seed}-archive" if run.begin else ""
+        for part, command in reproduce.commands(run, one).items():
+            own = tiny_flags(one.stages) if tiny and part != "archive" else []
+            file = {"train": "runs/{}/results.json", "attack": "runs/{}/attack.json"}.get(
+                part, "results/{}/results.json"
+            )
+            name = one.name + ("" if part == "train" else f"-{part}")
+            result = file.format(one.name)
+            found.append(Piece(name, (*command, *own), result, after=before, goes_on=part == "train"))
+            before = name
+    return found
+
+
+def tiny_flags(stages: Sequence[str]) -> list[str]:
+    flags = ["--config.epochs=2", "--config.data.max_count=100", "--config.batch_size=32"]
+    flags += ["--config.model.depth=8", "--config.model.width=4"]
+    return flags + (["--config.classifier.epochs=1"] if "classifier" in stages else [])
+
+
+def all_pieces(platform_name: str, data_dir: Path | None, packed: bool, tiny: bool) -> list[Piece]:
+    """The measured pieces, then the runs; the first of these is in both."""
+    runs = full_length(packed, tiny)
+    return [*measured(platform_name, data_dir, runs[0], tiny), *runs]
 
 
 def read_result(path: Path) -> Any:
@@ -148,32 +188,6 @@ def read_result(path: Path) -> Any:
         name = f"{case.get('classname')}::{case.get('name')}"
         found[name] = {"outcome": outcome, "seconds": float(case.get("time", 0))}
     return found
-
-
-def run_child(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> tuple[int, bool]:
-    """Run a command for at most `seconds` -> its exit code, and whether it had to be stopped.
-
-    It is stopped by SIGTERM, and killed where that does not help within `SAVING` seconds. Its process group is its own,
-    so that Ctrl-C comes here alone: a second signal would stop a run of ltjax without saving.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            return process.wait(max(seconds, 0)), False
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(SAVING)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        return process.returncode, process.returncode != 0
 
 
 def now() -> str:
@@ -224,132 +238,223 @@ def report() -> dict[str, Any]:
     }
 
 
-def show_list(out: Path, names: list[str]) -> None:
-    """What is done and what is left, for each device that has results."""
-    folders = sorted(path for path in out.glob("*") if path.is_dir()) or [out / "no device yet"]
+class Place(NamedTuple):
+    """Where pieces run, and where their records go."""
+
+    workdir: Path
+    folder: Path
+    common: Mapping[str, Any]  # what every record says of the machine and the code
+    environment: Mapping[str, str]
+
+    def record(self, name: str) -> dict[str, Any]:
+        return read(self.folder / f"{name}.json") or {}
+
+    def done(self, name: str) -> bool:
+        return self.record(name).get("status") == "done"
+
+
+class Child:
+    """A piece under way, for at most `seconds`.
+
+    Its process group is its own, so that Ctrl-C comes to this process alone: a second signal would stop a run of ltjax
+    without saving.
+    """
+
+    def __init__(self, piece: Piece, place: Place, seconds: float):
+        self.piece, self.place, self.log = piece, place, place.workdir / "logs" / f"{piece.name}.txt"
+        for path in (self.log, place.workdir / piece.result):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if not piece.goes_on:
+            (place.workdir / piece.result).unlink(missing_ok=True)
+        self.started, self.began, self.until = now(), time.monotonic(), time.monotonic() + seconds
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *piece.command],
+                cwd=place.workdir,
+                env={**place.environment, **piece.environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> str:
+        """Until its end, or its limit -> "done", "failed" or "stopped", which its record says."""
+        stopped = False
+        try:
+            self.process.wait(max(0.0, self.until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            stopped = True
+        finally:
+            self.stop()
+        code = self.process.returncode
+        status = "done" if code == 0 else "stopped" if stopped else "failed"
+        self.write(status, code)
+        return status
+
+    def stop(self) -> None:
+        """End its processes, by SIGTERM where that helps."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(SAVING if self.piece.goes_on else KILLED)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def write(self, status: str, code: int) -> None:
+        piece, earlier = self.piece, self.place.record(self.piece.name).get("sessions", [])
+        result = self.place.workdir / piece.result
+        seconds = time.monotonic() - self.began
+        record = {
+            "piece": piece.name,
+            "status": status,
+            **self.place.common,
+            "command": shlex.join([*(f"{k}={v}" for k, v in piece.environment.items()), "python", *piece.command]),
+            "limit": piece.limit if math.isfinite(piece.limit) else None,
+            "sessions": [*earlier, {"started": self.started, "seconds": seconds, "exit_code": code, "status": status}],
+            "output": tail(self.log),
+            "result": read_result(result) if result.exists() else None,
+        }
+        write(self.place.folder / f"{piece.name}.json", record)
+        print(f"{piece.name:44} {status:8} {seconds:5.0f} s", flush=True)
+        if status == "failed":
+            print(record["output"], flush=True)
+
+
+def work(pieces: Sequence[Piece], place: Place, deadline: float) -> dict[str, str]:
+    """Do what is not done yet -> {piece: status}, "left" where it was not begun. deadline: by `time.monotonic`."""
+    found: dict[str, str] = {}
+    behind: Child | None = None
+    try:
+        for piece in pieces:
+            if behind and not piece.beside:
+                found[behind.piece.name] = behind.wait()
+                behind = None
+            if place.done(piece.name):
+                continue
+            stops = sum(session["status"] == "stopped" for session in place.record(piece.name).get("sessions", []))
+            rest = deadline - time.monotonic() - (SAVING if piece.goes_on else KILLED)
+            seconds = min(piece.limit * 2**stops, rest)
+            if seconds < LEAST or (piece.after and not place.done(piece.after)):
+                found.setdefault(piece.name, "left")
+                continue
+            child = Child(piece, place, seconds)
+            if piece.background:
+                behind = child
+            else:
+                found[piece.name] = child.wait()
+        if behind:
+            found[behind.piece.name] = behind.wait()
+    finally:
+        if behind:
+            behind.stop()
+    return found
+
+
+def show_list(out: Path, names: Sequence[str]) -> None:
+    """What is done and what is left, for each device that has records."""
+    folders = sorted(path.parent for path in out.glob("*/environment.json")) or [out / "no device yet"]
     for folder in folders:
         print(f"{folder}:")
         for name in names:
             record = read(folder / f"{name}.json")
-            print(f"  {name:32} " + (f"{record['status']}, {record['ended']}" if record else "left"))
+            print(f"  {name:44} " + (f"{record['status']}, {record['sessions'][-1]['started']}" if record else "left"))
 
 
-def do(piece: Piece, folder: Path, workdir: Path, common: dict[str, Any], environment: dict[str, str], seconds: float):
-    """Run a piece -> "done", "failed" or "stopped"; the first two leave `<folder>/<piece>.json`.
-
-    common: what every record says of the machine and the code.
-    """
-    history, log = workdir / piece.name / "sessions.json", workdir / piece.name / "log.txt"
-    sessions = read(history) or []
-    started = now()
-    if not piece.name.startswith("run-"):  # which goes on from what it finds
-        piece.result.unlink(missing_ok=True)
-    piece.result.parent.mkdir(parents=True, exist_ok=True)
-    code, stopped = run_child([sys.executable, *piece.command], {**environment, **piece.environment}, log, seconds)
-    sessions.append({"started": started, "ended": now(), "exit_code": code})
-    write(history, sessions)
-    if stopped:
-        return "stopped"
-    status = "done" if code == 0 else "failed"
-    record = {
-        "piece": piece.name,
-        "status": status,
-        **common,
-        "command": shlex.join([*(f"{k}={v}" for k, v in piece.environment.items()), "python", *piece.command]),
-        "started": sessions[0]["started"],
-        "ended": sessions[-1]["ended"],
-        "sessions": sessions,
-        "result": read_result(piece.result) if piece.result.exists() else None,
-    }
-    write(folder / f"{piece.name}.json", record if status == "done" else {**record, "output": tail(log)})
-    if status == "failed":
-        print(tail(log))
-    return status
-
-
-def main() -> int:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accelerator", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="for this call (default: %(default)g)")
-    parser.add_argument("--out", type=Path, help="results (default: results; tiny: <workdir>/results)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="for this call (default: %(default)g); more: each limit longer by as much",
+    )
+    parser.add_argument("--out", type=Path, help="records and archives (default: results; tiny: <workdir>/kept)")
     parser.add_argument("--workdir", type=Path, help="runs and logs (default: runs/accelerator; tiny: with -tiny)")
     parser.add_argument("--pack", type=Path, help="folder that benchmarks/pack.py made")
     parser.add_argument("--data_dir", type=Path, help="prepared data sets (default: the pack's, else $TFDS_DATA_DIR)")
-    parser.add_argument("--only", default="", help="pieces whose name begins so")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PREFIX", help="pieces whose name begins so")
     parser.add_argument("--tiny", action="store_true", help="tiny settings, for checking the procedure; a CPU will do")
     parser.add_argument("--list", action="store_true", help="show what is done and what is left")
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # the child that looks at the machine
-    args = parser.parse_args()
+    return parser
+
+
+def link(name: Path, target: Path) -> None:
+    """By which commands name the code and the archives, without a path of this machine."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    name.unlink(missing_ok=True)
+    name.symlink_to(target.resolve())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
+    parser = arguments_parser()
+    args = parser.parse_args(arguments)
     if args.report:
         write(args.report, report())
         return 0
     if Path.cwd() != ROOT.resolve():
         parser.error(f"run this from the root of the checkout: cd {ROOT}")
-    deadline = time.monotonic() + 60 * args.minutes - min(SAVING, 15 * args.minutes)
     workdir = args.workdir or Path("runs") / ("accelerator-tiny" if args.tiny else "accelerator")
-    out = args.out or (workdir / "results" if args.tiny else Path("results"))
-    names = ["environment", *(piece.name for piece in pieces(workdir, None, "gpu", args.tiny))]
-    if args.list:
-        show_list(out, names)
-        return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the child, as on Ctrl-C
-    cache = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").absolute())}
-    environment = {**cache, **os.environ, "PYTHONUNBUFFERED": "1"}
-    paths = [str(ROOT)]
-    data_dir = args.data_dir
+    workdir = workdir.absolute()
+    out = (args.out or (workdir / "kept" if args.tiny else Path("results"))).absolute()
+    paths, data_dir = [str(ROOT.resolve())], args.data_dir
     if args.pack:
         to = workdir / "unpacked"
         if subprocess.run([sys.executable, "-m", "benchmarks.pack", f"--unpack={args.pack}", f"--to={to}"]).returncode:
             return 1
-        paths.insert(0, str((to / "site").absolute()))
+        paths.insert(0, str(to / "site"))
         sys.path.insert(0, paths[0])
         data_dir = data_dir or to / "data"
+    packed = data_dir is not None and (data_dir / "cifar100.npz").exists()
+    if args.list:
+        show_list(out, list(dict.fromkeys(piece.name for piece in all_pieces("gpu", None, packed, args.tiny))))
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the children, as on Ctrl-C
+    link(workdir / "checkout", ROOT)
+    if args.tiny and data_dir is None:
+        from benchmarks import cifar_step
+
+        data_dir, packed = workdir / "random", True
+        cifar_step.write_random_images(data_dir, per_class=100)
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment |= {"TFDS_DATA_DIR": str(data_dir.absolute())} if data_dir else {}
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
 
-    seen, log = workdir / "environment" / "report.json", workdir / "environment" / "log.txt"
-    seen.unlink(missing_ok=True)
-    command, started = ["-m", "benchmarks.accelerator", f"--report={seen}"], now()
-    if run_child([sys.executable, *command], environment, log, deadline - time.monotonic())[0]:
-        print(f"{tail(log)}\nerror: cannot look at this machine, see above")
+    common: dict[str, Any] = {"tiny": args.tiny}
+    deadline, slower = began + args.seconds, max(1.0, args.seconds / SECONDS)
+    place = Place(workdir, workdir / "machine", common, environment)
+    Child(ENVIRONMENT, place, slower * ENVIRONMENT.limit).wait()
+    looked = place.record(ENVIRONMENT.name)
+    machine = looked["result"]
+    if looked["status"] != "done" or machine is None:
+        print(f"error: cannot look at this machine:\n{looked['output']}")
         return 1
-    machine = read(seen)
     print(f"{machine['num_devices']} x {machine['device']}, jax {machine['versions'].get('jax')}")
     if machine["platform"] == "cpu" and not args.tiny:
         print("error: JAX finds no accelerator here; --tiny checks the procedure on a CPU")
         return 1
     from benchmarks import pack
 
-    if args.tiny and data_dir is None:
-        from benchmarks import cifar_step
-
-        data_dir = workdir / "random"
-        cifar_step.write_random_images(data_dir, per_class=100)
-    common = {
-        "tiny": args.tiny,
-        **{key: machine[key] for key in ("device", "num_devices", "versions")},
-        "git_commit": pack.commit(args.pack),
-    }
+    common |= {key: machine[key] for key in ("device", "num_devices", "versions")}
+    common["git_commit"] = pack.commit(args.pack)
     folder = out / re.sub(r"[^a-z0-9]+", "-", machine["device"].partition(": ")[2].lower()).strip("-")
-    if not (folder / "environment.json").exists():
-        ran = {"command": shlex.join(["python", *command]), "started": started, "ended": now()}
-        record = {"piece": "environment", "status": "done", **common, **ran, "result": machine}
-        write(folder / "environment.json", record)
-
-    failed, left = [], []
-    for piece in pieces(workdir, data_dir, machine["platform"], args.tiny):
-        if not piece.name.startswith(args.only) or (read(folder / f"{piece.name}.json") or {}).get("status") == "done":
-            continue
-        waits = piece.after and (read(folder / f"{piece.after}.json") or {}).get("status") != "done"
-        seconds = deadline - time.monotonic()
-        if waits or seconds < LEAST:
-            left.append(piece.name)
-            continue
-        begun = time.monotonic()
-        status = do(piece, folder, workdir, common, environment, seconds)
-        print(f"{piece.name}: {status} after {time.monotonic() - begun:.0f} s", flush=True)
-        failed += [piece.name] if status == "failed" else []
-        left += [piece.name] if status == "stopped" else []
-    print(f"failed: {', '.join(failed) or 'none'}; left: {', '.join(left) or 'none'}; results in {folder}")
-    return 1 if failed else 0
+    link(workdir / "results", folder)
+    place = place._replace(folder=folder)
+    write(folder / "environment.json", {**looked, **common})
+    pieces = all_pieces(machine["platform"], data_dir and data_dir.absolute(), packed, args.tiny)
+    chosen = [one._replace(limit=slower * one.limit) for one in pieces if one.name.startswith(tuple(args.only))]
+    found = work(chosen, place, deadline)
+    for status in ("failed", "stopped", "left"):
+        print(f"{status}: {', '.join(name for name, of in found.items() if of == status) or 'none'}")
+    print(f"records in {folder}")
+    return 1 if "failed" in found.values() else 0
 
 
 if __name__ == "__main__":

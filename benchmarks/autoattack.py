@@ -41,6 +41,7 @@ from ltjax.cores import num_cores
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "autoattack.npz"
 WHOLE = {"apgd-ce": 101, "apgd-t": 9 * 101, "fab-t": 9 * 2 * 101, "square": 5000}  # evaluations of an image that stands
 REFERENCE = {"apgd-ce": 100, "apgd-t": 9 * 100, "fab-t": 9 * (100 + 100), "square": 5000}  # FAB-T: half forward only
+RUNS = (*attacks.STANDARD, "standard")
 CONVOLUTIONS = ((0, 1), (2, 2), (4, 2))  # number of the layer, strides
 
 
@@ -180,17 +181,21 @@ def table(numbers: dict[str, Any]) -> Table:
     return made
 
 
-def main() -> None:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.autoattack", description=__doc__.splitlines()[0])
-    runs = (*attacks.STANDARD, "standard")
-    parser.add_argument("--attacks", default=",".join(runs), help="alone, or the suite (default: %(default)s)")
+    parser.add_argument("--attacks", default=",".join(RUNS), help="alone, or the suite (default: %(default)s)")
     parser.add_argument("--images", type=int, default=256, help="the first of the golden images")
     parser.add_argument("--batch_size", type=int, default=128, help="images to an evaluation, over all devices")
     parser.add_argument("--repeats", type=int, default=1, help="of the suite and, where it is installed, the authors'")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser
+
+
+def main() -> None:
+    parser = arguments_parser()
     args = parser.parse_args()
-    if unknown := [name for name in args.attacks.split(",") if name not in runs]:
-        parser.error(f"unknown attack {unknown[0]!r}; known: {', '.join(runs)}")
+    if unknown := [name for name in args.attacks.split(",") if name not in RUNS]:
+        parser.error(f"unknown attack {unknown[0]!r}; known: {', '.join(RUNS)}")
     numbers: dict[str, Any] = {
         **provenance.of("autoattack"),
         "num_images": min(args.images, len(np.load(GOLDEN)["labels"])),

@@ -134,8 +134,8 @@ def rates(files: list[bytes], *, turns: int, chunk: int) -> dict[str, float]:
     return {name: 1 / statistics.median(each[1:]) for name, each in seconds.items()}
 
 
-class _Held:
-    """Files in memory, for the pipeline."""
+class Held:
+    """Files in memory, for the pipeline; after the last one comes the first again."""
 
     def __init__(self, files: list[bytes]):
         self._files = files
@@ -144,7 +144,7 @@ class _Held:
         return len(self._files)
 
     def __getitem__(self, index: int) -> bytes:
-        return self._files[index]
+        return self._files[index % len(self._files)]
 
     def name(self, index: int) -> str:
         return f"image {index}"
@@ -160,7 +160,7 @@ def pipeline_rates(files: list[bytes], batches: int) -> tuple[float, float]:
     def cut(image: np.ndarray, draws: np.ndarray, out: np.ndarray) -> np.ndarray:
         return decode.random_window(image, draws, VIEW, out)
 
-    plan = pipeline.Plan(_Held(files), labels, positions, cut, VIEW.size, np.uint32(0), BATCH_SIZE, batches + 2)
+    plan = pipeline.Plan(Held(files), labels, positions, cut, VIEW.size, np.uint32(0), BATCH_SIZE, batches + 2)
     with pipeline.Stream(plan, parallel.split_batch(parallel.make_mesh(jax.devices()[:1]), axis=1)) as stream:
         stream.take(0, 1, 1)
         stream.take(1, 1, 1)
@@ -171,27 +171,24 @@ def pipeline_rates(files: list[bytes], batches: int) -> tuple[float, float]:
     return batches * BATCH_SIZE / took[0], batches * BATCH_SIZE / took[1]
 
 
-def stream_plan(files: Any, batch_size: int) -> pipeline.Plan:
-    """Training on as many images and classes as iNaturalist 2018 has."""
+def inaturalist(files: Any) -> Stored:
+    """As many images and classes as iNaturalist 2018 has for training; `files` for each of them."""
     counts = np.full(8142, 53)
     counts[0] += 437_513 - counts.sum()
     labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
-    data = Stored(files, labels, files, labels, tuple(map(str, range(len(counts)))))
-    sampler, order = samplers.create("instance_balanced"), np.arange(len(labels))
+    return Stored(files, labels, files, labels, tuple(map(str, range(len(counts)))))
+
+
+def stream_plan(files: Any, batch_size: int) -> pipeline.Plan:
+    data = inaturalist(files)
+    sampler, order = samplers.create("instance_balanced"), np.arange(len(data.train_labels))
     sizes = dict(batch_size=batch_size, num_steps=10**6, view=VIEW)
-    return pipeline.training(data, order, counts, sampler, np.uint32(0), **sizes)
-
-
-class _Same(_Held):
-    """The same file for every image."""
-
-    def __getitem__(self, index: int) -> bytes:
-        return self._files[0]
+    return pipeline.training(data, order, np.bincount(data.train_labels), sampler, np.uint32(0), **sizes)
 
 
 def stream_rates(content: bytes, batch_size: int, images: int) -> tuple[float, float]:
     """As `pipeline_rates`, of about so many images with the same content, in chunks as training takes them."""
-    steps, plan = feed.DISPATCH_STEPS, stream_plan(_Same([content]), batch_size)
+    steps, plan = feed.DISPATCH_STEPS, stream_plan(Held([content]), batch_size)
     chunks = max(2, images // (batch_size * steps))
     with pipeline.Stream(plan, parallel.split_batch(parallel.make_mesh(jax.devices()[:1]), axis=1)) as stream:
         jax.block_until_ready(stream.take(0, steps, 0))
@@ -248,7 +245,7 @@ def stream(console: Console, batch_sizes: list[int], images: int, turns: int) ->
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="a folder of images, as configs/image_folder.py takes it")
     parser.add_argument("--made_up", nargs="?", const="500x375", metavar="WIDTHxHEIGHT", help="made-up images instead")
@@ -258,6 +255,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunk", type=int, default=100, help="images a turn")
     parser.add_argument("--batches", type=int, default=20, help="of 64 images, through the pipeline")
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = arguments_parser()
     args = parser.parse_args(arguments)
     if (args.made_up is not None) + (args.root is not None) + args.stream != 1:
         parser.error("give one of --root=DIR, --made_up and --stream")

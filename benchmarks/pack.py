@@ -43,8 +43,7 @@ ROOT = Path(__file__).parents[1]
 CODE = ("run.py", "configs/*.py", "ltjax/**/*.py", "benchmarks/*.py")
 KEPT = {"imbalance": 100.0, "profile": "exp", "seed": 0}
 HOLDOUT = 10  # images of each class that may be held out of it: tau is chosen there
-# the images come decoded, and fit on the device
-NOT_NEEDED = ("tensorflow-datasets", "importlib-resources", "opencv-python-headless", "simplejpeg")
+NOT_NEEDED = ("tensorflow-datasets", "importlib-resources")  # the images come decoded
 
 
 def code_digest() -> str:

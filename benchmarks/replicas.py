@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,18 @@ def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate:
     return built, state, ready.train_data, ready.mesh
 
 
-def measure(args: argparse.Namespace, data_dir: Path) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, data_dir: Path, write: Callable[[list[dict[str, Any]]], None]):
+    """A row of figures for each program -> rows. Each is timed once as soon as it is compiled, and written by `write`;
+    then all in turns, until each has `args.repeats` timings."""
     rows, programs = [], []
+
+    def turn(row: dict[str, Any], program: list[Any]) -> None:
+        built, state, source = program
+        started = time.perf_counter()
+        program[1], _ = jax.block_until_ready(built.run(state, source, args.steps))
+        row["seconds_per_step"].append((time.perf_counter() - started) / args.steps)
+        row["images_per_second"] = args.batch_size * row["replicas"] / statistics.median(row["seconds_per_step"])
+
     for replicas in args.replicas:
         for replicate in parallel.REPLICATE if replicas > 1 else ("loop",):
             built, state, source, mesh = prepared(args, data_dir, replicas, replicate)
@@ -58,15 +69,14 @@ def measure(args: argparse.Namespace, data_dir: Path) -> list[dict[str, Any]]:
                 }
             )
             programs.append([built, state, source])
-    for _ in range(args.repeats):
+            turn(rows[-1], programs[-1])
+            write(rows)
+    for _ in range(args.repeats - 1):
         for row, program in zip(rows, programs, strict=True):
-            built, state, source = program
-            started = time.perf_counter()
-            program[1], _ = jax.block_until_ready(built.run(state, source, args.steps))
-            row["seconds_per_step"].append((time.perf_counter() - started) / args.steps)
+            turn(row, program)
     for row in rows:
-        row["images_per_second"] = args.batch_size * row["replicas"] / statistics.median(row["seconds_per_step"])
-        row["over_one"] = row["images_per_second"] / rows[0]["images_per_second"]
+        row["over_first"] = row["images_per_second"] / rows[0]["images_per_second"]
+    write(rows)
     return rows
 
 
@@ -75,13 +85,12 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     for name in ("replicas", "how", "groups of devices", "images/s in total", "over the first row", "first call, s"):
         made.add_column(name, justify="right")
     for row in rows:
-        numbers = (f"{row['images_per_second']:,.0f}", f"{row['over_one']:.2f}", f"{row['first_call_seconds']:.0f}")
+        numbers = (f"{row['images_per_second']:,.0f}", f"{row['over_first']:.2f}", f"{row['first_call_seconds']:.0f}")
         made.add_row(str(row["replicas"]), row["replicate"], str(row["device_groups"]), *numbers)
     return made
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas", description=__doc__.splitlines()[0])
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--depth", type=int, default=32, help="of the ResNet: 6 n + 2")
@@ -91,19 +100,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="to a dispatch; 0: 50, on a CPU 2")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each")
     parser.add_argument("--max_count", type=int, default=500, help="images of the largest class")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="JSON file to write, after each program")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = arguments_parser().parse_args(argv)
     problem.use_cpu_cores(args.batch_size)
     origin = provenance.of("replicas", argv)
     args.steps = args.steps or (2 if jax.default_backend() == "cpu" else 50)
+    about = {**origin, "settings": {key: value for key, value in vars(args).items() if key != "out"}}
     with tempfile.TemporaryDirectory() as folder:
         write_random_images(Path(folder), per_class=args.max_count)
-        rows = measure(args, Path(folder))
+        rows = measure(args, Path(folder), lambda rows: provenance.write(args.out, {**about, "rows": rows}))
     on = f"{origin['num_devices']} x {origin['device']}"
     title = f"ResNet-{args.depth}, batch {args.batch_size} a replica, {args.dtype}, {on}"
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows, title))
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    provenance.write(args.out, {**origin, "rows": rows, "settings": settings})
 
 
 if __name__ == "__main__":

@@ -104,6 +104,14 @@ def command(run: Run, described: Described) -> list[str]:
     return flags
 
 
+def commands(run: Run, described: Described) -> dict[str, list[str]]:
+    """{part of a run: its command after `python`}, in order: train, attack where the list asks for that, archive."""
+    train = command(run, described)
+    attack = {"attack": [*train, "--mode=attack", *run.attack]} if run.attack else {}
+    archive = ["-m", "ltjax.archive", f"runs/{described.name}", f"results/{described.name}"]
+    return {"train": train, **attack, "archive": archive}
+
+
 def finished(run: Run, archive: Path) -> bool:
     """Whether an archive has all that the list asks of a run."""
     results = archive / "results.json"
@@ -218,10 +226,8 @@ def child(queue: Queue, arguments: Sequence[str], log: Path) -> int:
 
 def make(queue: Queue, run: Run, described: Described) -> bool:
     """Train, attack where asked, and archive one run -> whether that worked. Raises: Stopped."""
-    log, train = queue.folder / f"{described.name}.log", command(run, described)
-    steps = [train, *([[*train, "--mode=attack", *run.attack]] if run.attack else [])]
-    steps += [["-m", "ltjax.archive", f"runs/{described.name}", f"results/{described.name}"]]
-    return all(child(queue, step, log) == 0 for step in steps)
+    log = queue.folder / f"{described.name}.log"
+    return all(child(queue, part, log) == 0 for part in commands(run, described).values())
 
 
 def speed(queue: Queue, described: Sequence[Described]) -> float | None:

@@ -1,122 +1,238 @@
-"""The order of things on a machine that is lent for minutes: pieces are stopped, go on, and leave one record each."""
+"""The order of things on a machine that is lent for minutes: pieces have limits, go on, and leave one record each."""
 
 import json
-import sys
+import re
+import time
 
 import pytest
 
-from benchmarks import accelerator
-from configs import cifar100_lt
+import run as run_module
+from benchmarks import (
+    accelerator,
+    adversarial_step,
+    autoattack,
+    decode,
+    device_step,
+    gradients,
+    replicas,
+    reproduce,
+    resume,
+)
 
+PARSERS = (adversarial_step, autoattack, decode, device_step, gradients, replicas, resume)
 SAVES = """
 import pathlib, signal, sys, time
 def stop(*_):
-    pathlib.Path("{done}").write_text("1")
+    pathlib.Path("saved").write_text("1")
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
 print("begun", flush=True)
-if pathlib.Path("{done}").exists():
-    pathlib.Path("{result}").write_text("[7]")
+if pathlib.Path("saved").exists():
+    pathlib.Path("result.json").write_text("[7]")
 else:
     time.sleep(60)
 """
+ENDS = "import pathlib; pathlib.Path('{}').write_text('[1]')"
+HANGS = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path("partial.json").write_text("[0.5]")
+print("compiling", flush=True)
+time.sleep(60)
+"""
+
+
+def piece(name, code, result="result.json", **fields):
+    return accelerator.Piece(name, ("-c", code), result, **fields)
 
 
 @pytest.fixture
-def do(tmp_path, monkeypatch):
-    """`do(code, seconds)` runs Python code as the piece "run-it" -> (status, its record or None)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(code, seconds=30.0):
-        piece = accelerator.Piece("run-it", ["-c", code], tmp_path / "result.json")
-        status = accelerator.do(piece, tmp_path / "out", tmp_path / "work", {"device": "cpu: cpu"}, {}, seconds)
-        return status, accelerator.read(tmp_path / "out" / "run-it.json")
-
-    return run
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "KILLED", 0.2)
+    monkeypatch.setattr(accelerator, "LEAST", 0.0)
+    return accelerator.Place(tmp_path / "work", tmp_path / "out", {"device": "cpu: cpu"}, {})
 
 
-def test_a_piece_that_the_time_ends_is_stopped_by_sigterm_and_goes_on(do, tmp_path):
-    code = SAVES.format(done=tmp_path / "saved", result=tmp_path / "result.json")
-    assert do(code, seconds=2.0) == ("stopped", None)
-    status, record = do(code)
-    assert status == record["status"] == "done"
+def work(place, *pieces, seconds=60.0):
+    return accelerator.work(pieces, place, time.monotonic() + seconds)
+
+
+def test_a_run_past_its_limit_is_stopped_by_sigterm_saves_and_goes_on(place):
+    one = piece("run", SAVES, limit=2.0, goes_on=True)
+    assert work(place, one) == {"run": "stopped"}
+    assert place.record("run")["result"] is None
+    assert work(place, one) == {"run": "done"}
+    record = place.record("run")
     assert record["result"] == [7] and record["device"] == "cpu: cpu"
     assert [session["exit_code"] for session in record["sessions"]] == [143, 0]
-    assert record["started"] == record["sessions"][0]["started"] and record["ended"] == record["sessions"][1]["ended"]
+    assert work(place, one) == {}
 
 
-def test_a_failed_piece_says_what_it_printed(do):
-    status, record = do("print('no such device'); raise SystemExit(3)")
-    assert status == record["status"] == "failed"
-    assert record["output"] == "no such device\n" and record["result"] is None
+def test_a_piece_past_its_limit_is_killed_and_recorded_and_the_next_one_runs(place):
+    found = work(place, piece("a", HANGS, "partial.json", limit=1.5), piece("b", ENDS.format("b.json"), "b.json"))
+    assert found == {"a": "stopped", "b": "done"}
+    record = place.record("a")
+    assert record["output"] == "compiling\n" and record["result"] == [0.5]
+    assert record["sessions"][0]["exit_code"] == -9
 
 
-def test_a_piece_that_does_not_stop_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(accelerator, "SAVING", 0.5)
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    assert accelerator.run_child([sys.executable, "-c", code], {}, tmp_path / "log.txt", 1.0) == (-9, True)
+def test_what_was_stopped_gets_twice_as_long_the_next_time(place):
+    one = piece("a", f"import time; time.sleep(3); {ENDS.format('result.json')}", limit=2.0)
+    assert [work(place, one) for _ in range(2)] == [{"a": "stopped"}, {"a": "done"}]
+
+
+def test_what_a_piece_has_started_ends_with_it(place):
+    child = f"import time; time.sleep(3); {ENDS.format('late.json')}"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    assert work(place, piece("a", code, limit=1.0)) == {"a": "stopped"}
+    time.sleep(4)
+    assert not (place.workdir / "late.json").exists()
+
+
+def test_a_failed_piece_says_what_it_printed(place):
+    assert work(place, piece("a", "print('no such device'); raise SystemExit(3)")) == {"a": "failed"}
+    assert place.record("a")["output"] == "no such device\n"
+
+
+def test_the_background_runs_beside_and_is_stopped_before_what_has_to_be_alone(place):
+    waits = "import pathlib, time\nwhile not pathlib.Path('{}').exists(): time.sleep(0.02)\n"
+    begun = "open('begun', 'w')\n"
+    found = work(
+        place,
+        piece("behind", begun + SAVES, limit=2.0, goes_on=True, background=True),
+        piece("beside", waits.format("begun") + ENDS.format("1.json"), "1.json", beside=True),
+        piece("alone", f"assert open('saved')\n{ENDS.format('2.json')}", "2.json"),
+    )
+    assert found == {"behind": "stopped", "beside": "done", "alone": "done"}
+
+
+def test_the_background_is_stopped_and_saves_at_the_end_of_a_call(place, monkeypatch):
+    monkeypatch.setattr(accelerator, "SAVING", 1.0)
+    behind = piece("behind", SAVES, limit=50.0, goes_on=True, background=True)
+    assert work(place, behind, seconds=3.0) == {"behind": "stopped"}
+    assert (place.workdir / "saved").exists()
+
+
+def test_the_background_is_stopped_and_saves_where_the_call_is_interrupted(place, monkeypatch):
+    behind = piece("behind", SAVES, goes_on=True, background=True)
+    start = accelerator.Child.__init__
+
+    def interrupted(child, one, *rest):
+        if one.name == "front":
+            while (place.workdir / "logs" / "behind.txt").read_text() != "begun\n":
+                time.sleep(0.02)
+            raise KeyboardInterrupt
+        start(child, one, *rest)
+
+    monkeypatch.setattr(accelerator.Child, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        work(place, behind, piece("front", "", beside=True))
+    assert (place.workdir / "saved").exists()
+
+
+def test_a_piece_waits_for_the_one_before_it_and_for_time(place, monkeypatch):
+    monkeypatch.setattr(accelerator, "LEAST", 5.0)
+    late = piece("late", ENDS.format("late.json"), "late.json", after="early")
+    early = piece("early", ENDS.format("early.json"), "early.json")
+    assert work(place, late) == {"late": "left"}
+    assert work(place, early, late, seconds=4.0) == {"early": "left", "late": "left"}
+    assert work(place, early, late) == {"early": "done", "late": "done"}
 
 
 def test_the_list_shows_what_is_done_and_what_is_left(tmp_path, capsys):
-    accelerator.write(tmp_path / "some-gpu" / "tests.json", {"status": "done", "ended": "today"})
-    accelerator.show_list(tmp_path, ["tests", "step-float32"])
+    for name, status in (("environment", "done"), ("tests", "stopped")):
+        record = {"status": status, "sessions": [{"started": "today"}]}
+        accelerator.write(tmp_path / "some-gpu" / f"{name}.json", record)
+    accelerator.show_list(tmp_path, ["tests", "step"])
     assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
-        ["tests", "done,", "today"],
-        ["step-float32", "left"],
+        ["tests", "stopped,", "today"],
+        ["step", "left"],
     ]
 
 
+def measured(tmp_path, tiny=False):
+    first = accelerator.full_length(True, tiny)[0]
+    return accelerator.measured("gpu", tmp_path, first, tiny)
+
+
+def test_the_order_is_that_of_what_is_learnt(tmp_path):
+    names = [one.name for one in measured(tmp_path)]
+    background = "cifar100_lt-mislas-if100-bf16-seed0"
+    assert names[:6] == ["environment", "pipeline", background, "tests", "gradients", "resume"]
+    assert names[6:] == [
+        *("step", "step-graphs", "resnet50", "lbgat-bfloat16", "lbgat-float32", "autoattack", "replicas")
+    ]
+    assert [one.name for one in measured(tmp_path, tiny=True)] == names
+
+
+def test_the_limits_fit_into_a_call(tmp_path):
+    pieces = measured(tmp_path)
+    (behind,) = (one for one in pieces if one.background)
+    assert sum(one.limit for one in pieces if not one.background) <= accelerator.SECONDS <= 540
+    assert behind.limit + accelerator.SAVING <= sum(one.limit for one in pieces if one.beside)
+
+
+def test_the_readme_has_the_pieces_with_their_limits(tmp_path):
+    text = (accelerator.ROOT / "benchmarks" / "README.md").read_text()
+    listed = {}
+    for names, limits in re.findall(r"^ +\| (`.*?) \| ([\d, ]+) \|", text, re.MULTILINE):
+        listed |= dict(zip(re.findall("`(.*?)`", names), map(int, limits.split(", ")), strict=True))
+    assert listed == {one.name: one.limit for one in measured(tmp_path)}
+
+
+def test_those_side_by_side_share_the_memory_and_the_others_have_all_of_it(tmp_path):
+    key = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    pieces = measured(tmp_path)
+    behind = next(float(one.environment[key]) for one in pieces if one.background)
+    assert all(behind + float(one.environment[key]) < 0.9 for one in pieces if one.beside)
+    assert not any(key in one.environment for one in pieces if not (one.beside or one.background))
+
+
 @pytest.mark.parametrize("tiny", [True, False])
-def test_pieces_have_names_and_results_of_their_own(tmp_path, tiny):
-    found = accelerator.pieces(tmp_path, None, "gpu", tiny)
-    assert len({piece.name for piece in found}) == len({piece.result for piece in found}) == len(found)
-    runs = [piece for piece in found if piece.name.startswith("run-")]
-    assert len(runs) == (3 if tiny else len(accelerator.METHODS) + len(accelerator.ROBUST))
-
-
-def test_graphs_are_timed_on_a_gpu_alone(tmp_path):
-    asked = {}
-    for platform in ("gpu", "tpu"):
-        commands = [piece.command for piece in accelerator.pieces(tmp_path, None, platform, False)]
-        asked[platform] = {word for command in commands for word in command if word.startswith("--gpu_graphs=")}
-    assert asked == {"gpu": {"--gpu_graphs=step", "--gpu_graphs=dispatch"}, "tpu": set()}
+def test_every_benchmark_takes_its_command_line(tmp_path, tiny):
+    parsers = {module.__name__: module.arguments_parser() for module in PARSERS}
+    benchmarks = [one for one in measured(tmp_path, tiny)[1:] if one.command[1].startswith("benchmarks.")]
+    assert {one.command[1] for one in benchmarks} == parsers.keys()
+    for one in benchmarks:
+        args = parsers[one.command[1]].parse_args(one.command[2:])
+        assert str(args.out) == one.result
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-def test_an_attack_follows_its_run_with_the_same_config(tmp_path, tiny):
-    found = {piece.name: piece for piece in accelerator.pieces(tmp_path, None, "gpu", tiny)}
-    names = list(found)
-    attacks = [piece for piece in found.values() if piece.after]
-    assert len(attacks) == (1 if tiny else len(accelerator.ROBUST))
-    for piece in attacks:
-        trained = found[piece.after]
-        assert names.index(piece.name) == names.index(trained.name) + 1
-        assert piece.result.parent == trained.result.parent
-        length = len(trained.command)
-        assert piece.command[:length] == trained.command
-        assert piece.command[length] == "--mode=attack"
-        assert all(flag.startswith("--config.attack.") for flag in piece.command[length + 1 :])
+def test_runs_are_those_of_the_list_as_its_queue_makes_them(tiny):
+    pieces = {one.name: one for one in accelerator.full_length(False, tiny)}
+    listed = [(run, reproduce.describe(run.config, run.seed)) for run in reproduce.read_list(reproduce.LIST)]
+    trained = {name: one for name, one in pieces.items() if one.goes_on}
+    assert list(trained) == [one.name for _, one in listed if one.name in trained]
+    assert len(trained) == (3 if tiny else len(listed))
+    for run, one in listed:
+        if one.name not in trained:
+            continue
+        command = reproduce.command(run, one)
+        assert list(trained[one.name].command[: len(command)]) == command
+        last = pieces[f"{one.name}-archive"]
+        attack = pieces.get(f"{one.name}-attack")
+        assert bool(attack) == bool(run.attack)
+        assert last.after == (attack.name if attack else one.name)
+        if attack:
+            assert attack.after == one.name and [*attack.command[: len(command)]] == command
+        if run.begin:
+            begins_with = trained[one.name].after
+            assert begins_with == f"{run.begin}-seed{run.seed}-archive"
+            assert list(pieces).index(begins_with) < list(pieces).index(one.name)
 
 
-@pytest.mark.parametrize("name", accelerator.ROBUST)
-def test_configs_of_robust_runs_can_be_read(tmp_path, name):
-    for tiny in (True, False):
-        path = accelerator.robust_run(name, tmp_path, None, tiny)[0].command[1].partition(":")[2]
-        made = cifar100_lt.get_config(path)
-        assert made.model.name == "preact_resnet" and made.replicas == 1
+def test_of_packed_images_come_only_the_runs_that_see_no_black_ones():
+    trained = [one for one in accelerator.full_length(True, tiny=False) if one.goes_on]
+    assert len(trained) > 10
+    assert all("cifar100_lt.py:" in one.command[1] and "imbalance=100" in one.command[1] for one in trained)
 
 
-def test_an_attack_waits_for_its_run(tmp_path, monkeypatch, capsys):
+def test_run_py_takes_the_flags_of_tiny_runs(monkeypatch):
     monkeypatch.chdir(accelerator.ROOT)
-    machine = {"platform": "gpu", "device": "gpu: some", "num_devices": 1, "versions": {}}
-    monkeypatch.setattr(accelerator, "run_child", lambda *_: (0, False))
-    monkeypatch.setattr(accelerator, "do", lambda *_: "failed")
-    monkeypatch.setattr(accelerator, "read", lambda path: machine if path.name == "report.json" else None)
-    monkeypatch.setattr(sys, "argv", ["accelerator", f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'out'}"])
-    assert accelerator.main() == 1
-    said = capsys.readouterr().out.splitlines()[-1]
-    left = said.partition("; left: ")[2].partition("; ")[0].split(", ")
-    assert left == [f"attack-{name}-if100" for name in accelerator.ROBUST]
+    for one in accelerator.full_length(True, tiny=True):
+        if one.goes_on:
+            run_module.check_overrides([word.replace("checkout/", "") for word in one.command])
 
 
 def test_results_of_pytest_are_read_from_its_xml(tmp_path):

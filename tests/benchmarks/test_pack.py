@@ -131,6 +131,7 @@ def index(monkeypatch):
         "ml-collections": ("1.1.0", ["PyYAML", "absl-py", 'dataclasses; python_version < "3.7"']),
         "tensorboardX": ("2.6.5", ["protobuf>=3.20", 'imageio; extra == "video"']),
         "flax": ("0.12.12", ["jax>=0.8.1"]),
+        "simplejpeg": ("1.9.0", ["numpy"]),
         "protobuf": ("7.0", []),
     }
     asked = []
@@ -151,12 +152,12 @@ def index(monkeypatch):
 
 def test_wheels_are_those_that_are_missing_or_too_old_with_what_they_need(index, tmp_path):
     here = (
-        "absl_py,clu,flax,jax,jinja2,matplotlib,numpy,optax,orbax.checkpoint,pillow,rich,safetensors,pytest,PyYAML,"
-        "protobuf==3.19"
+        "absl_py,clu,flax,jax,jinja2,matplotlib,numpy,opencv-python-headless,optax,orbax.checkpoint,pillow,rich,"
+        "safetensors,pytest,PyYAML,protobuf==3.19"
     )
     common = dict(python="3.12", platform="manylinux_2_28_x86_64")
     names = pack.fetch_wheels(pack.parse_have(here), tmp_path / "missing", carry=(), **common)
-    assert [name.partition("-")[0] for name in names] == ["ml", "protobuf", "tensorboardX"]
+    assert [name.partition("-")[0] for name in names] == ["ml", "protobuf", "simplejpeg", "tensorboardX"]
     assert not any("opencv" in requirement or "datasets" in requirement for requirement in index)
     names = pack.fetch_wheels(pack.parse_have(here), tmp_path / "carried", carry=("flax",), **common)
     assert "flax-0.12.12-py3-none-any.whl" in names

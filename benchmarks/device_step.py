@@ -1,0 +1,304 @@
+"""The training step as an accelerator runs it: by data type, batch size and XLA's flags. From the root of the checkout:
+
+    python -m benchmarks.device_step --dtype float32 bfloat16 --batch_size 128 512 --flags default deterministic --trace
+    python -m benchmarks.device_step --net=resnet50 --dtype=bfloat16 --batch_size=256 --stream=20
+    python -m benchmarks.device_step --depth=8 --width=8 --batch_size=32 --steps=2                  # a quick look
+
+--net=resnet32: the first stage of MiSLAS on CIFAR-100-LT, images on the device. resnet50: cross-entropy on as many
+images and classes as iNaturalist 2018 has, 224 pixels; first on batches that stay on the device, then, with --stream,
+on JPEGs of 800x600 that are decoded meanwhile. All images are made up.
+
+Programs that differ in data type and batch size alone are compiled side by side and timed in turns; then come those of
+the next --flags. Of each: seconds to compile, images a second by the median dispatch (streamed: over all of them),
+memory by XLA's plan, by `--dry_run` and, where the device says, as it was at most. That is of the process: for one
+program alone. --trace: the time that the kernels of one dispatch take, of the first program. --out is written after
+each part.
+"""
+
+import argparse
+import collections
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import cifar_step, decode, provenance
+from configs import inat18
+from ltjax import config as config_module
+from ltjax import data, plan, problem, stage
+
+COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
+FLAGS: dict[str, dict[str, Any]] = {  # XLA's, for a GPU; what a CUDA graph may hold is a list of commands
+    "default": {},
+    "deterministic": {"xla_gpu_deterministic_ops": True},
+    "convolution": {"xla_gpu_enable_command_buffer": COMMANDS},
+    "while": {"xla_gpu_enable_command_buffer": f"{COMMANDS},WHILE"},
+}
+STEPS = {"resnet32": 85, "resnet50": 4}  # to a dispatch: an epoch of CIFAR-100-LT, and what training takes of a stream
+KERNELS = 25  # of a trace that are kept
+
+
+class Prepared(NamedTuple):
+    """The first stage of a run, ready to be compiled."""
+
+    run: config_module.Run
+    name: str
+    settings: config_module.Stage
+    problem: problem.Problem
+    built: stage.Stage
+
+    def state(self) -> stage.State:
+        variables = problem.initial_variables(self.run, self.name, self.problem)
+        return self.built.init(problem.seeds(self.run), variables)
+
+    def batches(self, num_steps: int) -> Any:
+        return problem.batches(self.run, self.name, self.settings, self.problem, num_steps)
+
+    def expected_bytes(self) -> int:
+        """What `--dry_run` says."""
+        return plan.expected_memory(self.run, {self.name: self.settings}, self.problem).peak()[0]
+
+
+def prepare(values: Mapping[str, Any], data_dir: Path | None) -> Prepared:
+    run, stages = config_module.parse(values)
+    name, ready = run.stages[0], problem.setup(run, data_dir)
+    return Prepared(run, name, stages[name], ready, problem.build_stage(run, name, stages[name], ready))
+
+
+def large(*, depth: int, size: int, dtype: str, batch_size: int) -> dict[str, Any]:
+    """`configs/inat18.py:method=ce`, on a ResNet of so many layers."""
+    config = inat18.get_config(f"method=ce,model=resnet{depth},size={size}")
+    config.model.dtype = dtype
+    config.batch_size = batch_size
+    return config.to_dict()
+
+
+def made_up_large(*, width: int, height: int, count: int = 64):
+    """Within the block, every data set is iNaturalist 2018 with `count` different images, JPEGs in memory."""
+    stored = decode.inaturalist(decode.Held(decode.made_up(count, width, height)))
+    return mock.patch.object(data, "load", lambda name, data_dir: stored)
+
+
+class Program(NamedTuple):
+    """A compiled dispatch, and what was measured of it."""
+
+    prepared: Prepared
+    compiled: Any
+    carried: list[Any]  # [state, steps done]
+    row: dict[str, Any]
+
+    def dispatch(self, source: Any) -> float:
+        """-> seconds until the device is done."""
+        began = time.perf_counter()
+        self.carried[0], _ = jax.block_until_ready(self.compiled(self.carried[0], source))
+        self.carried[1] += self.row["steps"]
+        return time.perf_counter() - began
+
+    def held(self, source: Any) -> Any:
+        """A source whose batches are those of the next dispatch."""
+        if not isinstance(source, stage.Chunk):
+            return source
+        return source._replace(first=jnp.asarray(self.carried[1], jnp.int32))
+
+
+def compile_all(prepared: Sequence[Prepared], flags: str, steps: int) -> list[Program]:
+    """Programs of the same flags; they are traced one after the other and compiled side by side."""
+
+    def compiled(lowered: Any) -> tuple[Any, float]:
+        began = time.perf_counter()
+        return lowered.compile(compiler_options=FLAGS[flags] or None), time.perf_counter() - began
+
+    states = [each.state() for each in prepared]
+    lowered = [
+        each.built.run.lower(state, problem.source_shapes(each.run, each.problem, steps), steps)
+        for each, state in zip(prepared, states, strict=True)
+    ]
+    programs = []
+    with ThreadPoolExecutor(len(lowered)) as pool:
+        for each, state, (made, seconds) in zip(prepared, states, pool.map(compiled, lowered), strict=True):
+            memory = made.memory_analysis()
+            row = {
+                "dtype": each.run.model["dtype"],
+                "batch_size": each.run.batch_size,
+                "flags": flags,
+                "steps": steps,
+                "compile_seconds": seconds,
+                "bytes_by_xla": memory and memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+            }
+            programs.append(Program(each, made, [state, 0], row))
+    return programs
+
+
+def measure(programs: Sequence[Program], repeats: int) -> list[Any]:
+    """Time them in turns -> their sources, kept on the device."""
+    sources = []
+    for program in programs:
+        with program.prepared.batches(program.row["steps"]) as feed:
+            sources.append(jax.block_until_ready(feed.take(0, program.row["steps"], 0)))
+        program.row["first_dispatch_seconds"] = program.dispatch(program.held(sources[-1]))
+        program.row["seconds_per_dispatch"] = []
+    for _ in range(repeats):
+        for program, source in zip(programs, sources, strict=True):
+            program.row["seconds_per_dispatch"].append(program.dispatch(program.held(source)))
+    for program in programs:
+        row = program.row
+        row["ms_per_step"] = 1e3 * statistics.median(row["seconds_per_dispatch"]) / row["steps"]
+        row["images_per_second"] = 1e3 * row["batch_size"] / row["ms_per_step"]
+    return sources
+
+
+def memory(prepared: Prepared) -> dict[str, int | None]:
+    """Bytes on a device: what `--dry_run` says, and the most that this process has had so far."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"bytes_by_dry_run": prepared.expected_bytes(), "peak_bytes": stats.get("peak_bytes_in_use")}
+
+
+def streamed(program: Program, dispatches: int) -> dict[str, Any]:
+    """Images a second as training gets them, after two dispatches that fill the stream."""
+    steps, seconds, before = program.row["steps"], [], 0.0
+    total = program.carried[1] + (dispatches + 2) * steps
+    with program.prepared.batches(total) as feed:
+        for number in range(dispatches + 2):
+            began = time.perf_counter()
+            source = feed.take(program.carried[1], steps, steps if number < dispatches + 1 else 0)
+            program.dispatch(source)
+            seconds.append(time.perf_counter() - began)
+            before = feed.waited if number < 2 else before
+        waited = feed.waited - before
+    images = program.row["batch_size"] * steps * dispatches
+    return {
+        "images_per_second": images / sum(seconds[2:]),
+        "waited_share": waited / sum(seconds[2:]),
+        "seconds_per_dispatch": seconds[2:],
+    }
+
+
+def traced(call: Callable[[], Any]) -> dict[str, Any]:
+    """Kernels of a call by the time that they take: of the device's own streams, on a CPU of XLA's threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+        device = [plane for plane in planes if plane.name.startswith("/device:")]
+        lines = [line for plane in device or planes for line in plane.lines]
+        streams = [line for line in lines if line.name.startswith("Stream")] or [
+            line for line in lines if line.name in ("XLA Ops", "python") or line.name.startswith("tf_XLA")
+        ]
+        events = [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
+    return summarise(events)
+
+
+def summarise(events: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
+    """Of (name, start, duration) in ns: the time from the first to the last, the share of it in which one ran, and the
+    names that take most of it."""
+    busy = until = 0.0
+    for _, start, duration in sorted(events, key=lambda event: event[1]):
+        busy += max(0.0, start + duration - max(start, until))
+        until = max(until, start + duration)
+    span = until - min((start for _, start, _ in events), default=0.0)
+    names: dict[str, list[float]] = collections.defaultdict(list)
+    for name, _, duration in events:
+        names[name].append(duration)
+    most = sorted(names.items(), key=lambda item: -sum(item[1]))[:KERNELS]
+    return {
+        "events": len(events),
+        "span_ms": span / 1e6,
+        "busy_share": busy / span if span else 0.0,
+        "kernels": [{"name": name[:120], "count": len(each), "ms": sum(each) / 1e6} for name, each in most],
+    }
+
+
+def table(numbers: Mapping[str, Any]) -> Table:
+    made = Table(title=f"{numbers['net']}, {numbers['num_devices']} x {numbers['device']}")
+    for head in ("data type", "batch", "flags", "compiled in s", "ms a step", "images/s", "streamed", "MB at most"):
+        made.add_column(head, justify="right")
+    for row in numbers["programs"]:
+        flow, most = row.get("streamed"), row.get("peak_bytes")
+        made.add_row(
+            row["dtype"],
+            str(row["batch_size"]),
+            row["flags"],
+            f"{row['compile_seconds']:.0f}",
+            f"{row['ms_per_step']:.2f}",
+            f"{row['images_per_second']:,.0f}",
+            f"{flow['images_per_second']:,.0f}" if flow else "-",
+            f"{most / 1e6:,.0f} (--dry_run: {row['bytes_by_dry_run'] / 1e6:,.0f})" if most else "-",
+        )
+    return made
+
+
+@contextlib.contextmanager
+def prepared_programs(args: argparse.Namespace) -> Iterator[list[Prepared]]:
+    """One for each data type and batch size."""
+    shapes = [dict(dtype=dtype, batch_size=size) for dtype in args.dtype for size in args.batch_size]
+    if args.net == "resnet50":
+        width, height = map(int, args.jpegs.split("x"))
+        with made_up_large(width=width, height=height):
+            yield [prepare(large(depth=args.depth or 50, size=args.size, **shape), None) for shape in shapes]
+    else:
+        own = dict(depth=args.depth or 32, width=args.width)
+        with tempfile.TemporaryDirectory() as folder:
+            cifar_step.write_random_images(Path(folder), per_class=500)
+            yield [prepare(cifar_step.one_epoch_config(**own, **shape), Path(folder)) for shape in shapes]
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--net", choices=tuple(STEPS), default="resnet32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[128])
+    parser.add_argument("--flags", choices=tuple(FLAGS), nargs="+", default=["default"])
+    parser.add_argument("--steps", type=int, default=0, help="to a dispatch; 0: 85, of resnet50 4")
+    parser.add_argument("--repeats", type=int, default=5, help="dispatches that are timed")
+    parser.add_argument("--stream", type=int, default=0, metavar="N", help="of resnet50: dispatches of decoded JPEGs")
+    parser.add_argument("--jpegs", default="800x600", help="their size")
+    parser.add_argument("--trace", action="store_true", help="sum up one dispatch's kernels")
+    parser.add_argument("--depth", type=int, default=0, help="of the network, instead of 32 or 50")
+    parser.add_argument("--width", type=int, default=16, help="of resnet32: channels of its first stage")
+    parser.add_argument("--size", type=int, default=224, help="of resnet50: pixels")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = arguments_parser()
+    args = parser.parse_args(arguments)
+    if args.stream and args.net != "resnet50":
+        parser.error("--stream is for --net=resnet50, whose images stay on disk")
+    problem.use_cpu_cores(min(args.batch_size))
+    steps = args.steps or STEPS[args.net]
+    numbers: dict[str, Any] = {**provenance.of("device_step", arguments), "net": args.net, "programs": []}
+    with prepared_programs(args) as prepared:
+        for flags in args.flags:
+            programs = compile_all(prepared, flags, steps)
+            sources = measure(programs, args.repeats)
+            first = programs[0]
+            for program in programs:
+                numbers["programs"].append(program.row)
+            if len(prepared) == len(args.flags) == 1:
+                first.row.update(memory(prepared[0]))
+            provenance.write(args.out, numbers)
+            if args.trace and "trace" not in numbers:
+                numbers["trace"] = traced(partial(first.dispatch, first.held(sources[0])))
+                provenance.write(args.out, numbers)
+            for program in programs if args.stream else ():
+                program.row["streamed"] = streamed(program, args.stream)
+                provenance.write(args.out, numbers)
+    Console(width=None if sys.stdout.isatty() else 120).print(table(numbers))
+
+
+if __name__ == "__main__":
+    main()
