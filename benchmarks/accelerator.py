@@ -127,7 +127,7 @@ def measured(platform_name: str, data_dir: Path | None, first_run: Piece, tiny: 
             beside=True,
         ),
         bench("step", 60, "device_step", *both, *sizes, "--flags", "default", "deterministic", "--trace", *step),
-        bench("step-graphs", 40, "device_step", *both, "--flags", "convolution", "while", *step, *sizes[:2]),
+        bench("step-graphs", 40, "device_step", *both, "--flags", "step", "dispatch", *step, *sizes[:2]),
         bench(
             *("resnet50", 70, "device_step", "--net=resnet50", "--dtype=bfloat16", "--batch_size=256", "--stream=20"),
             *large,

@@ -37,15 +37,10 @@ from rich.table import Table
 from benchmarks import cifar_step, decode, provenance
 from configs import inat18
 from ltjax import config as config_module
-from ltjax import data, plan, problem, stage
+from ltjax import data, plan, problem, stage, xla
 
-COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
-FLAGS: dict[str, dict[str, Any]] = {  # XLA's, for a GPU; what a CUDA graph may hold is a list of commands
-    "default": {},
-    "deterministic": {"xla_gpu_deterministic_ops": True},
-    "convolution": {"xla_gpu_enable_command_buffer": COMMANDS},
-    "while": {"xla_gpu_enable_command_buffer": f"{COMMANDS},WHILE"},
-}
+# XLA's, by a name: those of `config.gpu_graphs`, and one that repeats itself bit for bit
+FLAGS: dict[str, dict[str, Any]] = {**xla.GPU_GRAPHS, "deterministic": {"xla_gpu_deterministic_ops": True}}
 STEPS = {"resnet32": 85, "resnet50": 4}  # to a dispatch: an epoch of CIFAR-100-LT, and what training takes of a stream
 KERNELS = 25  # of a trace that are kept
 

@@ -20,10 +20,10 @@ def measured(tmp_path, *arguments):
 
 
 def test_each_data_type_and_flag_is_a_row_and_the_first_one_is_traced(tmp_path):
-    both = ["--dtype", "bfloat16", "float32", "--flags", "default", "while"]
+    both = ["--dtype", "bfloat16", "float32", "--flags", "default", "dispatch"]
     numbers = measured(tmp_path, *SMALL, *both, "--trace")
     rows = [(row["flags"], row["dtype"]) for row in numbers["programs"]]
-    assert rows == [(flags, dtype) for flags in ("default", "while") for dtype in ("bfloat16", "float32")]
+    assert rows == [(flags, dtype) for flags in ("default", "dispatch") for dtype in ("bfloat16", "float32")]
     for row in numbers["programs"]:
         assert row["images_per_second"] == pytest.approx(16 * 2 / np.median(row["seconds_per_dispatch"]))
         assert row["steps"] == 2 and row["bytes_by_xla"] > 0
@@ -32,13 +32,13 @@ def test_each_data_type_and_flag_is_a_row_and_the_first_one_is_traced(tmp_path):
 
 def test_what_was_measured_before_an_error_is_written(tmp_path, monkeypatch):
     def fails(prepared, flags, steps, compile_all=device_step.compile_all):
-        if flags == "while":
+        if flags == "dispatch":
             raise RuntimeError("no such graph")
         return compile_all(prepared, flags, steps)
 
     monkeypatch.setattr(device_step, "compile_all", fails)
     with pytest.raises(RuntimeError, match="no such graph"):
-        measured(tmp_path, *SMALL, "--flags", "default", "while")
+        measured(tmp_path, *SMALL, "--flags", "default", "dispatch")
     kept = json.loads((tmp_path / "step.json").read_text())
     assert [row["flags"] for row in kept["programs"]] == ["default"]
 
