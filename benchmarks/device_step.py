@@ -190,7 +190,7 @@ def traced(call: Callable[[], Any]) -> dict[str, Any]:
         device = [plane for plane in planes if plane.name.startswith("/device:")]
         lines = [line for plane in device or planes for line in plane.lines]
         streams = [line for line in lines if line.name.startswith("Stream")] or [
-            line for line in lines if line.name in ("XLA Ops", "python") or line.name.startswith("tf_XLA")
+            line for line in lines if line.name == "XLA Ops" or line.name.startswith("tf_XLA")
         ]
         events = [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
     return summarise(events)
