@@ -1,4 +1,4 @@
-"""Checkpoints of one stage: saved in the background, the two latest and the best kept, damage found and passed over."""
+"""Checkpoints of one stage: saved in the background, the two latest kept, damage found and passed over."""
 
 import json
 import logging
@@ -20,10 +20,6 @@ log = logging.getLogger(__name__)
 MEND_DISK = "free some space or mend the permissions, then run the same command again to resume"
 
 
-def _score(metrics: dict[str, float]) -> float:
-    return metrics["score"]
-
-
 class Checkpoints:
     """The checkpoints below one directory, each a pytree of arrays (`state`) with a JSON record beside it.
 
@@ -33,8 +29,7 @@ class Checkpoints:
     def __init__(self, directory: Path):
         self.directory = Path(directory).absolute()
         check_checkpoints(self.directory)
-        keep = policies.AnyPreservationPolicy([policies.LatestN(2), policies.BestN(get_metric_fn=_score, n=1)])
-        options = ocp.CheckpointManagerOptions(best_fn=_score, best_mode="max", preservation_policy=keep, create=True)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policies.LatestN(2), create=True)
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
@@ -43,18 +38,18 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, record: dict[str, Any], score: float | None = None) -> None:
-        """Save in the background what the next steps may go on changing. score: for keeping the best, if evaluated.
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Save in the background what the next steps may go on changing, in the place of what is there of this step.
 
         Raises: UserError where this save cannot start or the one before it failed; what was saved earlier survives.
           JAX's own error where another process went away (`processes.lost`), here and below.
         """
         if step in self._manager.all_steps():
-            return
+            self._guard(lambda: self._manager.delete(step))
         state = jax.tree.map(jnp.copy, state)  # the next step is given the original's memory
         record = {**record, "fingerprint": int(fingerprint(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        self._guard(lambda: self._manager.save(step, args=items, metrics={"score": -1.0 if score is None else score}))
+        self._guard(lambda: self._manager.save(step, args=items))
 
     def wait(self) -> None:
         """Until everything is on disk. Raises: UserError where it could not be written."""
@@ -107,9 +102,6 @@ class Checkpoints:
         if found != expected:
             raise ValueError(f"fingerprint {found:08x}, saved as {expected:08x}")
         return restored["state"], restored["record"]
-
-    def best_step(self) -> int | None:
-        return self._manager.best_step()
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory.parent / "damaged" / f"{self.directory.name}-{step}"

@@ -93,12 +93,13 @@ class Run(NamedTuple):
     optimizer: Optimizer = Optimizer()
     guide: Mapping[str, Any] = {}  # a second network, like `model`, for methods that have one; {}: none
     attack: Attack = Attack()  # of --mode=attack; no part of training
-    # epochs; 0: each, but without an accelerator every fifth and each of the last 20
+    # epochs; 0: every fifth, and each of the last 20
     eval_every: int = 1
     eval_batch_size: int = 500
     replicas: int = 1  # runs with seeds seed, seed + 1, ... in one program
     replicate: str = "loop"  # one replica after the other on a device, or "vmap": all in one batched step
-    # steps to a dispatch; 0: an epoch on accelerators, at most 16 steps on CPU, 4 of images that stay on disk
+    # steps to a dispatch; 0: at most 100 on accelerators and 16 on a CPU, a fifth of that where each step attacks its
+    # images, 4 of images that stay on disk
     dispatch_steps: int = 0
     # a folder that `python -m ltjax.interop.torch` has written: stages from scratch begin with it, and --mode=eval and
     # attack judge it where there is no run; "": random ones
@@ -106,7 +107,7 @@ class Run(NamedTuple):
     weights_parts: tuple[str, ...] = ()  # of the network that are taken from there, such as ("backbone",); (): all
     gpu_graphs: str = "default"  # what of a training step becomes CUDA graphs, see `ltjax.xla.GPU_GRAPHS`
     accumulate: int = 1  # parts of a batch that go through the network one after the other, to save memory
-    checkpoint_seconds: float = 300.0  # save within long epochs as well, this often
+    checkpoint_seconds: float = 300.0  # between checkpoints within a stage; its end is always saved
 
 
 def _fill(kind: Any, values: Any, where: str, also: tuple[str, ...] = ()) -> Any:

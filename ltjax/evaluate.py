@@ -76,11 +76,12 @@ def outcome(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
 def evaluator(
     nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1, net: str = "net"
 ) -> Callable[..., dict[str, np.ndarray]]:
-    """`evaluate(variables, evaluation_set, means=None) -> {"predictions", "confidences", "losses": [N]}`; one dispatch
-    where the images are on the devices.
+    """`evaluate(variables, evaluation_set, means=None, go_on) -> {"predictions", "confidences", "losses": [N]}`; one
+    dispatch where the images are on the devices.
 
     With means, those of the training images' features of each class [C, D], also "nearest": the class of the nearest.
     net: which network. Several replicas: a leading axis in variables, means and everything returned.
+    go_on: called before each dispatch; may raise to stop.
     """
     apply = make_apply(nets, "eval")
 
@@ -100,10 +101,14 @@ def evaluator(
     compiled = xla.jit(over_replicas(run, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
 
     def evaluate(
-        variables: Variables, data: EvaluationSet | StoredSet, means: jax.Array | None = None
+        variables: Variables,
+        data: EvaluationSet | StoredSet,
+        means: jax.Array | None = None,
+        go_on: Callable[[], None] = lambda: None,
     ) -> dict[str, np.ndarray]:
         leading, found = (replicas,) if replicas > 1 else (), []
         for part in data.parts():
+            go_on()
             found.append(compiled((variables, means), part))
             jax.block_until_ready(found[-2:-1])  # one batch in work, one on its way, and no more
         each = [{name: np.asarray(value).reshape(*leading, -1) for name, value in one.items()} for one in found]

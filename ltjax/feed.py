@@ -93,25 +93,38 @@ def picture(run: Run, data: Images | Stored, index: int) -> np.ndarray:
 
 
 def class_means(
-    apply: Apply, images: stage.Resident | evaluate.StoredSet, mesh: Mesh, *, replicas: int = 1
+    apply: Apply, images: stage.Resident | evaluate.StoredSet, mesh: Mesh, *, replicas: int = 1, batch_size: int = 500
 ) -> Callable[..., Any]:
-    """`(variables, layers=()) -> mean feature of each class` of training images, see `ltjax.stage.means_of`."""
+    """`(variables, layers=(), go_on=...) -> mean feature of each class` of training images, see `ltjax.stage.means_of`.
+
+    batch_size: about how many images at a time, over all devices, of those that are there; see `evaluate.shared_batch`.
+    go_on: called before each dispatch; may raise to stop.
+    """
     if isinstance(images, stage.Resident):
+        size = evaluate.shared_batch(batch_size, images.labels.shape[0], mesh)
 
         def resident_means(layers: tuple[str, ...], variables: Variables, source: stage.Resident) -> Any:
-            one = lambda variables, source: stage.feature_means(apply, variables, source, mesh, layers)  # noqa: E731
+            one = lambda variables, source: stage.feature_means(apply, variables, source, mesh, layers, size)  # noqa: E731
             return parallel.over_replicas(one, replicas=replicas, mesh=mesh)(variables, source)
 
         compiled = xla.jit(resident_means, static_argnums=0)
-        return lambda variables, layers=(): compiled(layers, variables, images)
+
+        def means(variables: Variables, layers: tuple[str, ...] = (), go_on: Callable[[], None] = lambda: None) -> Any:
+            go_on()
+            return compiled(layers, variables, images)
+
+        return means
 
     @partial(xla.jit, static_argnums=0, out_shardings=parallel.replicated(mesh))
     def sums(layers: tuple[str, ...], variables: Variables, pixels: jax.Array, labels: jax.Array) -> stage.FeatureSums:
         return stage.feature_sums(apply, variables, pixels[0], labels[0], layers)
 
-    def streamed_means(variables: Variables, layers: tuple[str, ...] = ()) -> Any:
+    def streamed_means(
+        variables: Variables, layers: tuple[str, ...] = (), go_on: Callable[[], None] = lambda: None
+    ) -> Any:
         variables, total = variables._replace(arrays={}), None
         for part in images.parts():
+            go_on()
             found = sums(layers, variables, *part)
             total = found if total is None else jax.tree.map(jax.numpy.add, total, found)
             jax.block_until_ready(total)
@@ -128,14 +141,19 @@ class Feed:
 
     @property
     def waited(self) -> float:
-        """Seconds that training has waited for batches."""
+        """Seconds that the devices have waited for batches."""
         return 0.0 if self._stream is None else self._stream.waited
 
-    def take(self, step: int, num_steps: int, then: int) -> stage.Resident | stage.Chunk:
-        """For the `num_steps` steps from `step` on. then: how many steps come next; 0: none."""
+    def take(
+        self, step: int, num_steps: int, then: int, busy: Callable[[], bool] = lambda: False
+    ) -> stage.Resident | stage.Chunk:
+        """For the `num_steps` steps from `step` on. then: how many steps come next; 0: none.
+
+        busy: whether the devices have something to do, so that waiting does not count yet.
+        """
         if self._stream is None or self._mesh is None:
             return self._resident
-        images, labels = self._stream.take(step, num_steps, then)
+        images, labels = self._stream.take(step, num_steps, then, busy)
         return stage.Chunk(parallel.put(np.int32(step), parallel.replicated(self._mesh)), images, labels)
 
     def __enter__(self) -> "Feed":

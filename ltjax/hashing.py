@@ -57,8 +57,9 @@ def fingerprint(tree) -> np.uint32:
     A sum of element hashes, so it does not depend on how the arrays are sharded.
     """
     # One small program for each shape instead of one for the tree: networks have few shapes, and every tree its own.
-    each = [_array_fingerprint(np.uint32(number), leaf) for number, leaf in enumerate(jax.tree.leaves(tree))]
-    return np.sum([np.asarray(one) for one in each], dtype=np.uint32)
+    # They run one after the other: of arrays that are split, two at a time could wait for each other on a CPU.
+    leaves = enumerate(jax.tree.leaves(tree))
+    return np.sum([np.asarray(_array_fingerprint(np.uint32(number), leaf)) for number, leaf in leaves], dtype=np.uint32)
 
 
 @jax.jit

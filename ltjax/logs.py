@@ -40,14 +40,15 @@ class RunLog:
         for name, value in _scalars(values):
             self._board.add_scalar(f"{split}/{name}", value, self._steps_before[stage] + step)
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Drop what was logged past `step` of `stage`: a killed run repeats it."""
+    def rewind(self, stage: str, step: int, evaluated: int) -> None:
+        """Drop what was logged of `stage` past `step`, and past `evaluated` of evaluations: a killed run repeats it."""
         self._file.close()
         kept = []
         for line in self._path.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                repeated = entry["stage"] == stage and entry["step"] > step
+                done = step if entry["split"] == "train" else evaluated
+                repeated = entry["stage"] == stage and entry["step"] > done
             except (ValueError, KeyError):
                 continue  # cut short by the kill
             if not repeated:
@@ -83,7 +84,7 @@ class NoLog:
     def write(self, stage: str, epoch: int, step: int, split: str, values: dict[str, Any]) -> None:
         pass
 
-    def rewind(self, stage: str, step: int) -> None:
+    def rewind(self, stage: str, step: int, evaluated: int) -> None:
         pass
 
     def __enter__(self) -> "NoLog":

@@ -181,9 +181,9 @@ def expected_memory(run: Run, stages: Mapping[str, Settings], problem: Problem) 
 
 
 def _image_bytes(run: Run, problem: Problem) -> int:
-    if problem.streamed:  # the batches of a dispatch, and those of the next
+    if problem.streamed:  # the batches of two dispatches that are under way, and those of the next
         return (
-            2 * num_bytes(source_shapes(run, problem, feed.DISPATCH_STEPS)) // problem.mesh.shape[parallel.BATCH_AXIS]
+            3 * num_bytes(source_shapes(run, problem, feed.DISPATCH_STEPS)) // problem.mesh.shape[parallel.BATCH_AXIS]
         )
     held = jax.tree.leaves((problem.train_data, problem.test_set, problem.holdout_set))
     return sum(x.addressable_shards[0].data.nbytes for x in held if isinstance(x, jax.Array))

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     test_set: evaluate.EvaluationSet | evaluate.StoredSet
     holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
     evaluate: dict[str, Callable[..., dict[str, np.ndarray]]]  # of each network, see `ltjax.evaluate.evaluator`
-    class_means: Callable[..., Any]  # of the training images: (variables, layers=()) -> see `ltjax.stage.means_of`
+    class_means: Callable[..., Any]  # of the training images, see `ltjax.feed.class_means`
 
     @property
     def streamed(self) -> bool:
@@ -150,7 +150,9 @@ def setup(run: Run, data_dir: str | Path | None) -> Problem:
         test_set=images.test,
         holdout_set=images.holdout,
         evaluate={name: evaluate.evaluator(nets, mesh, replicas=run.replicas, net=name) for name in nets},
-        class_means=feed.class_means(stage.make_apply(nets, "eval"), images.train, mesh, replicas=run.replicas),
+        class_means=feed.class_means(
+            stage.make_apply(nets, "eval"), images.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
+        ),
     )
 
 
@@ -381,12 +383,13 @@ def evaluate_split(
     variables: Variables,
     held: evaluate.EvaluationSet | evaluate.StoredSet,
     means: jax.Array | None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The figures of a table, see `ltjax.evaluate.summarise` and, of several replicas, `over_seeds`.
 
-    means: mean training features of each class, see `class_means_for`.
+    means: mean training features of each class, see `class_means_for`. go_on: called now and then; may raise to stop.
     """
-    outcome = problem.evaluate[settings.evaluate_net](judged(settings, variables), held, means)
+    outcome = problem.evaluate[settings.evaluate_net](judged(settings, variables), held, means, go_on)
     labels, num_classes = held.host_labels, len(problem.class_names)
     if run.replicas == 1:
         return evaluate.summarise(outcome, labels, problem.groups, num_classes)

@@ -117,6 +117,33 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(value) for value in multihost_utils.process_allgather(np.asarray(flags)).any(0))
 
 
+def ask(flags: Callable[[], tuple[bool, ...]]) -> Callable[[], tuple[bool, ...]]:
+    """`any_of` while the devices are busy: its answer is waited for where it is wanted, behind what they do until then.
+
+    All processes have to call this, and then what it returns. With one process, and on CPUs, where programs that are
+    under way together may wait for each other, that asks when it is called.
+    """
+    if not several() or jax.default_backend() == "cpu":
+        return lambda: any_of(*flags())
+    found = _soon(*flags())
+    return lambda: tuple(bool(value) for value in np.asarray(found))
+
+
+def _soon(*flags: bool) -> jax.Array:
+    """`any_of`, int32 [flags] on every device."""
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mine, mesh = np.asarray(flags, np.int32), Mesh(np.asarray(jax.devices()), "all")
+    each, everywhere = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("all", None))
+    # a row for each device
+    rows = jax.make_array_from_callback((mesh.size, len(mine)), each, lambda index: mine[None])
+    return jax.jit(_most, out_shardings=everywhere)(rows)
+
+
+def _most(rows: jax.Array) -> jax.Array:
+    return rows.max(0)
+
+
 def on_first(function: Callable[[], Any]) -> Any:
     """Run by process 0 alone; its answer (None, a bool or a number) is everybody's, and so is its UserError."""
     if not several():

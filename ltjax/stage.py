@@ -45,6 +45,7 @@ class Stage(NamedTuple):
     run: Any  # (state, source, num_steps) -> state, metrics {name: [num_steps]}
     refresh: Any  # (state, class means) -> state, before each epoch; None where the method has none
     layers: tuple[str, ...]  # whose class means `refresh` wants; none: the features'
+    attacks: bool  # whether each step attacks its images
     steps_per_epoch: int
     num_steps: int  # in all
     factors: np.ndarray  # [epochs] on the learning rate
@@ -109,8 +110,8 @@ def init_variables(
 
 def all_finite(tree: Any) -> bool:
     """Whether no array of a pytree holds an inf or nan."""
-    each = [_finite(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return all(map(bool, each))
+    # One after the other: of arrays that are split, two programs at a time could wait for each other on a CPU.
+    return all(bool(_finite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
 
 
 _finite = xla.jit(lambda array: jnp.isfinite(array).all())  # for each shape, of which every tree has few
@@ -172,10 +173,10 @@ def means_of(sums: FeatureSums, layers: tuple[str, ...] = ()) -> jax.Array | dic
 
 
 def feature_means(
-    apply: Apply, variables: Variables, source: Resident, mesh: Mesh, layers: tuple[str, ...] = ()
+    apply: Apply, variables: Variables, source: Resident, mesh: Mesh, layers: tuple[str, ...], batch_size: int
 ) -> jax.Array | dict[str, jax.Array]:
-    """`means_of` the training images, where they are on the device."""
-    size, batch_size = source.labels.shape[0], 64 * mesh.shape[parallel.BATCH_AXIS]
+    """`means_of` the training images, where they are on the device. batch_size: images at a time, over all devices."""
+    size = source.labels.shape[0]
 
     def batch(start):
         index = parallel.split(start + jnp.arange(batch_size), mesh)
@@ -320,13 +321,20 @@ def build(
         return over_replicas(one)((state, means), None)
 
     sharding = parallel.state_sharding(mesh, replicas)
-    compiled = partial(xla.jit, donate_argnums=0, out_shardings=sharding)
+    compiled = partial(xla.jit, donate_argnums=0)
 
     return Stage(
         init=xla.jit(jax.vmap(init) if replicas > 1 else init, out_shardings=sharding),
-        run=compiled(run, static_argnums=2, compiler_options=compiler_options),
-        refresh=compiled(partial(refresh, method.refresh)) if method.refresh else None,
+        # metrics on every device, so that every process can read those of all replicas
+        run=compiled(
+            run,
+            static_argnums=2,
+            out_shardings=(sharding, parallel.replicated(mesh)),
+            compiler_options=compiler_options,
+        ),
+        refresh=compiled(partial(refresh, method.refresh), out_shardings=sharding) if method.refresh else None,
         layers=method.layers,
+        attacks=method.attacks,
         steps_per_epoch=steps_per_epoch,
         num_steps=steps_per_epoch * len(factors),
         factors=factors,
@@ -348,7 +356,7 @@ def _parts(batch: Batch, count: int, mesh: Mesh) -> Batch:
 
 def steps_done(state: State) -> int:
     """Steps that a state has behind it, the same in every replica."""
-    return int(np.asarray(state.step).reshape(-1)[0])
+    return int(np.asarray(state.step.addressable_data(0)).reshape(-1)[0])
 
 
 def kept_optimizer(state: State, before: State) -> State:

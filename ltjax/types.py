@@ -66,6 +66,7 @@ class Method(NamedTuple):
     layers: names in `Outputs.layers` whose class means `refresh` wants; none: those of `Outputs.features`.
     per_class: `extra_params -> {title: [C]}`, what each class has of its own, learned or by its count, for the report.
       Parameters of several replicas have a leading axis, which stays: [..., C].
+    attacks: whether the loss attacks its images, so that a step takes several times as long as others.
     """
 
     init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]
@@ -73,3 +74,4 @@ class Method(NamedTuple):
     refresh: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
     layers: tuple[str, ...] = ()
     per_class: Callable[[dict[str, Any]], dict[str, Any]] = lambda extra_params: {}
+    attacks: bool = False

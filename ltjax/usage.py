@@ -17,7 +17,7 @@ OVERRIDES = {
     "optimizer.weight_decay": "where a stage has none of its own",
     "seed": "initialisation, order of the images, augmentation",
     "replicas": "runs with seeds from `seed` on, in one program",
-    "eval_every": "epochs between evaluations; 0: each, on a CPU every fifth and each of the last 20",
+    "eval_every": "epochs between evaluations; 0: every fifth, and each of the last 20",
     "data.groups": "which classes are many, medium and few: by counts, ranges or ranks",
     "weights": "a folder of imported weights to begin with",
     "attack.epsilon": "radius of --mode=attack",

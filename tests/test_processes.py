@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-from ltjax import processes
+from ltjax import processes, train
 from ltjax.checkpoint import Checkpoints
 from ltjax.types import UserError
 from tests.conftest import CACHE
+from tests.test_run import TINY
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 8  # seconds
@@ -40,11 +41,12 @@ def folder(tmp_path_factory):
 class Launched:
     """One command as several processes, or as one."""
 
-    def __init__(self, folder, workdir, *, count, devices):
+    def __init__(self, folder, workdir, *, count, devices, flags=()):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        command = [sys.executable, "run.py", f"--config=tests/processes_config.py:{folder}", f"--workdir={workdir}"]
+        flags = flags or (f"--config=tests/processes_config.py:{folder}",)
+        command = [sys.executable, "run.py", *flags, f"--workdir={workdir}"]
         if count > 1:
             command += [f"--coordinator={address}", f"--num_processes={count}", f"--patience={PATIENCE}"]
         environment = {
@@ -132,6 +134,65 @@ def test_only_the_first_process_prints_and_logs(together):
     assert "epoch" not in second and "accuracy" not in second
     assert json.loads((workdir / "results.json").read_text())["num_devices"] == 4
     assert (workdir / "report" / "index.html").exists() and "No report" not in first
+
+
+REPLICAS = (*TINY, "--config.stages=('ce',)", "--config.epochs=1", "--config.replicas=2")
+
+
+@pytest.fixture(scope="module")
+def apart(folder, tmp_path_factory):
+    """Two replicas in two processes, one in each: the workdir and what each process printed."""
+    workdir = tmp_path_factory.mktemp("apart")
+    codes, outputs = Launched(folder, workdir, count=2, devices=1, flags=REPLICAS).finish()
+    assert codes == [0, 0], outputs
+    return workdir, outputs
+
+
+def losses_of_replicas(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["values"]["loss_of_replicas"] for line in lines if line["split"] == "train"]
+
+
+def test_replicas_in_two_processes_have_the_losses_of_those_in_one(folder, apart, tmp_path):
+    codes, outputs = Launched(folder, tmp_path, count=1, devices=2, flags=REPLICAS).finish()
+    assert codes == [0], outputs
+    expected = losses_of_replicas(tmp_path)
+    assert len(expected) == 7 and all(first != second for first, second in expected)
+    np.testing.assert_allclose(losses_of_replicas(apart[0]), expected, rtol=2e-4)
+
+
+def test_replicas_in_two_processes_leave_a_report_and_checkpoints_that_one_can_read(apart):
+    workdir, (first, _) = apart
+    assert (workdir / "report" / "index.html").exists() and "No report" not in first
+    trained = json.loads((workdir / "results.json").read_text())
+    found = train.evaluate_workdir(json.loads((workdir / "config.json").read_text()), workdir)
+    for one, other in zip(found["replicas"], trained["replicas"], strict=True):
+        assert one["seed"] == other["seed"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+ASKING = """
+import sys
+import jax, numpy as np
+from ltjax import processes
+process = int(sys.argv[2])
+processes.join(sys.argv[1], 2, process)
+print(np.asarray(processes._soon(False, process == 1, True)).tolist(), flush=True)
+processes.finish()
+"""
+
+
+def test_what_is_asked_while_devices_are_busy_is_true_as_soon_as_one_process_says_so():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-c", ASKING, address]
+    both = [
+        subprocess.Popen([*command, str(process)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for process in (0, 1)
+    ]
+    assert ["[0, 1, 1]" in process.communicate(timeout=120)[0] for process in both] == [True, True]
 
 
 def assert_the_other_says_what_to_do(launched, victim, saved):

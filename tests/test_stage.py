@@ -67,7 +67,7 @@ def build(method, *, devices=8, groups=None, factors=None, lr=0.1, draw=random_d
 def test_refresh_is_given_the_mean_feature_of_each_class(source, devices):
     built, state, _ = build(toy_method(lambda arrays, means: {"centroids": means}), devices=devices)
     mesh = parallel.make_mesh(jax.devices()[:devices])
-    means = feed.class_means(stage.make_apply({"net": Toy()}, "eval"), source, mesh)
+    means = feed.class_means(stage.make_apply({"net": Toy()}, "eval"), source, mesh, batch_size=40)
     state = built.refresh(state, means(state.variables))
     features = np.asarray(source.images, np.float64).mean((1, 2)) / 255
     expected = [features[np.asarray(source.labels) == c].mean(0) for c in range(3)]

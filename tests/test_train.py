@@ -1,9 +1,64 @@
-"""When the training loop evaluates."""
+"""The training loop: when it evaluates, saves, reads and stops, on a stage of DRO-LT of a few small steps."""
+
+import functools
+import inspect
+import json
+import signal
+from importlib import import_module
 
 import jax
+import numpy as np
 import pytest
 
-from ltjax import train
+from ltjax import checkpoint, config, data, evaluate, feed, methods, parallel, problem, stage, train
+from ltjax.signals import Interrupted
+from tests.test_conformance import Reached, before_dispatch, saved, steps_of
+from tests.test_streamed import both, settings
+
+STEPS, EPOCHS = 5, 3  # 38 images in batches of 8: 5 steps an epoch, in dispatches of 3 and 2
+
+
+def small(**changes):
+    made = settings(dispatch_steps=3)
+    made["dro"]["epochs"] = EPOCHS
+    return {**made, **changes}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices_and_made_up_images():
+    """And what all runs here have in common made ready, and compiled, once."""
+    make_mesh, prepare = parallel.make_mesh, functools.cache(lambda: before(*config.parse(small()), None))
+    before = train.prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda name, where: both()[0])
+        patch.setattr(train, "prepare", lambda *_: prepare())
+        patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
+        patch.setattr(train, "report", lambda *_: None)  # which is looked at elsewhere
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The workdir of a run that nothing disturbed, and what it returned."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return workdir, train.train(small(), workdir)
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def ahead(request, monkeypatch):
+    """Whether the devices get steps ahead of what is read, as on accelerators."""
+    monkeypatch.setattr(train, "runs_ahead", lambda: request.param)
+    return request.param
+
+
+def assert_same(workdir, summary, undisturbed):
+    """Weights to the bit, every line of the log, and every figure; not the time it took."""
+    expected_workdir, expected = undisturbed
+    jax.tree.map(np.testing.assert_array_equal, saved(workdir, "dro"), saved(expected_workdir, "dro"))
+    assert (workdir / "metrics.jsonl").read_text() == (expected_workdir / "metrics.jsonl").read_text()
+    for key in ("accuracy", "ece", "loss", "nearest_mean", "per_class_accuracy", "best_on_test"):
+        assert summary[key] == expected[key], key
+    assert summary["stages"]["dro"]["evaluations"] == expected["stages"]["dro"]["evaluations"]
 
 
 def epochs_with_one(epochs, every):
@@ -15,12 +70,163 @@ def test_every_so_many_epochs_and_the_last(every, expected):
     assert epochs_with_one(7, every) == expected
 
 
-def test_left_to_choose_a_cpu_skips_most_until_the_last_20(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+def test_left_to_choose_it_skips_most_until_the_last_20():
     assert epochs_with_one(200, 0) == [*range(5, 181, 5), *range(181, 201)]
     assert epochs_with_one(12, 0) == list(range(1, 13))
 
 
-def test_left_to_choose_an_accelerator_skips_none(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert epochs_with_one(200, 0) == list(range(1, 201))
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_that_takes_an_attack_says_that_it_attacks(name):
+    create = import_module(f"ltjax.methods.{name}").create
+    needed = {
+        "mislas": dict(head=0.3, tail=0.0, shape="concave"),
+        "reslt": dict(medium_start=1, tail_start=2, beta=0.9),
+    }
+    made = methods.create(name, np.array([9, 5, 2]), **needed.get(name, {}))
+    assert made.attacks == ("attack" in inspect.signature(create).parameters)
+
+
+@pytest.mark.parametrize("backend, most, most_attacked", [("gpu", 100, 20), ("tpu", 100, 20), ("cpu", 16, 3)])
+def test_a_dispatch_is_short_enough_to_be_stopped(monkeypatch, backend, most, most_attacked):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    for steps in (7, 85, 97, 352, 391, 10_009):
+        for attacks, limit in ((False, most), (True, most_attacked)):
+            plain, several, streamed = (
+                train.chunk_length(steps, 0, attacks=attacks, **how)
+                for how in ({}, {"replicas": 4}, {"streamed": True})
+            )
+            assert min(steps, limit) // 2 <= plain <= min(steps, limit)
+            assert 1 <= several <= max(1, limit // 4)
+            assert 1 <= streamed <= min(4, limit)
+
+
+def test_a_stage_is_saved_at_its_end_alone_where_nothing_else_is_due(undisturbed):
+    assert steps_of(undisturbed[0], "dro") == [EPOCHS * STEPS]
+
+
+def test_a_stage_is_saved_when_the_time_for_it_has_come(tmp_path, monkeypatch, ahead):
+    steps, save = [], checkpoint.Checkpoints.save
+
+    def watched(self, step, *arguments):
+        steps.append(step)
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
+    train.train(small(checkpoint_seconds=0.0), tmp_path)
+    assert len(steps) > EPOCHS and steps == sorted(set(steps)) and steps[-1] == EPOCHS * STEPS
+    assert steps_of(tmp_path, "dro") == steps[-2:]
+
+
+def test_steps_ahead_of_what_is_read_change_nothing(tmp_path, monkeypatch, undisturbed):
+    monkeypatch.setattr(train, "runs_ahead", lambda: True)
+    assert_same(tmp_path, train.train(small(), tmp_path), undisturbed)
+
+
+def test_devices_get_their_next_steps_before_the_last_are_read(tmp_path, monkeypatch, ahead):
+    """But at the ends of epochs, where the state is wanted, and at the first of each length, which compiles."""
+    events, take, write = [], feed.Feed.take, train.logs.RunLog.write
+
+    def given(self, step, num_steps, *arguments):
+        events.append(("given", step + num_steps))
+        return take(self, step, num_steps, *arguments)
+
+    def read(self, stage, epoch, step, split, values):
+        events.append(("read", step) if split == "train" else ("evaluated", step))
+        write(self, stage, epoch, step, split, values)
+
+    monkeypatch.setattr(feed.Feed, "take", given)
+    monkeypatch.setattr(train.logs.RunLog, "write", read)
+    train.train(small(), tmp_path)
+    in_turn = [("given", 3), ("read", 3), ("given", 5), ("read", 5), ("evaluated", 5)]
+    assert events[:5] == in_turn
+    second = [(what, step + STEPS) for what, step in in_turn]
+    if ahead:
+        second[1:3] = second[2:0:-1]
+    assert events[5:10] == second
+
+
+@pytest.mark.parametrize("number, in_turn, one_ahead", [(0, 3, 3), (1, 5, 5), (2, 8, 10), (3, 10, 10)])
+def test_two_dispatches_at_most_are_finished_after_a_signal(tmp_path, undisturbed, ahead, number, in_turn, one_ahead):
+    """It comes as a dispatch is given, of this number from 0 on; `in_turn` and `one_ahead`: the step that is saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_dispatch(patch, "dro", number, lambda state, stop: setattr(stop, "requested", signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train.train(small(), tmp_path)
+    assert steps_of(tmp_path, "dro") == [one_ahead if ahead else in_turn]
+    assert_same(tmp_path, train.train(small(), tmp_path), undisturbed)
+
+
+@pytest.mark.parametrize("epoch", [1, EPOCHS])
+def test_a_signal_during_an_evaluation_is_not_kept_waiting_for_it(tmp_path, undisturbed, monkeypatch, epoch):
+    """The state is saved without its figures, which the next start makes."""
+    signals, made, evaluate_split, count = [], train.StopSignals, train.evaluate_split, [0]
+
+    def watched():
+        signals.append(made())
+        return signals[-1]
+
+    def signalled(*arguments):
+        count[0] += 1
+        if count[0] == epoch:
+            signals[0].requested = signal.SIGTERM
+        return evaluate_split(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "StopSignals", watched)
+        patch.setattr(train, "evaluate_split", signalled)
+        with pytest.raises(Interrupted):
+            train.train(small(), tmp_path)
+    assert steps_of(tmp_path, "dro") == [epoch * STEPS] and count == [epoch]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "test"] == [STEPS * n for n in range(1, epoch)]
+    assert_same(tmp_path, train.train(small(), tmp_path), undisturbed)
+    record = json.loads((tmp_path / f"checkpoints/dro/{EPOCHS * STEPS}/record/metadata").read_text())
+    assert [each["epoch"] for each in record["evaluations"]] == list(range(1, EPOCHS + 1))
+
+
+def test_what_was_evaluated_after_the_last_checkpoint_is_evaluated_again(tmp_path, undisturbed, ahead):
+    """Killed in the third epoch, with a checkpoint from the first alone."""
+    save, write = checkpoint.Checkpoints.save, train.logs.RunLog.write
+
+    def once(self, step, *arguments):
+        if not self.steps():
+            save(self, step, *arguments)
+
+    def killed(self, stage, epoch, step, split, values):
+        if epoch == EPOCHS:
+            raise Reached
+        write(self, stage, epoch, step, split, values)
+
+    often = small(checkpoint_seconds=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", once)
+        patch.setattr(train.logs.RunLog, "write", killed)
+        with pytest.raises(Reached):
+            train.train(often, tmp_path)
+    assert steps_of(tmp_path, "dro")[-1] < STEPS
+    assert_same(tmp_path, train.train(often, tmp_path), undisturbed)
+
+
+def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
+    """Once before the first epoch, then once after each."""
+    made, built = train.prepare(None, None, None)
+    calls = []
+
+    def class_means(variables, layers, go_on):
+        calls.append(layers)
+        return made.class_means(variables, layers, go_on)
+
+    monkeypatch.setattr(train, "prepare", lambda *_: (made._replace(class_means=class_means), built))
+    train.train(small(), tmp_path)
+    assert calls == [()] * (1 + EPOCHS)
+
+
+def test_class_means_take_batches_as_large_as_evaluation(monkeypatch):
+    """On an accelerator `config.eval_batch_size` images, on a CPU what suits it."""
+    run, asked, taken = config.parse(small(eval_batch_size=24))[0], [], []
+    monkeypatch.setattr(evaluate, "shared_batch", lambda size, *_: asked.append(size) or 20)
+    feature_means = stage.feature_means
+    monkeypatch.setattr(stage, "feature_means", lambda *own: taken.append(own[-1]) or feature_means(*own))
+    made = problem.setup(run, None)
+    made.class_means(problem.fresh_variables(run, "dro", made))
+    assert set(asked) == {24} and taken == [20]

@@ -6,7 +6,7 @@ any step, and is the same on any number of processes and threads.
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import cv2
@@ -21,6 +21,7 @@ from ltjax.hashing import hash32
 from ltjax.types import UserError, one_line
 
 TASK_ROWS = 16  # images that a thread decodes before it looks for more, at most
+WAIT_SECONDS = 0.01  # between looks at what the devices do, while a chunk is waited for
 
 
 class Plan(NamedTuple):
@@ -99,7 +100,8 @@ def fill(plan: Plan, step: int, rows: np.ndarray, indices: np.ndarray, images: n
 class Stream:
     """Chunks of K batches on the devices: images uint8 [K, B, size, size, 3] and labels int32 [K, B], split over them.
 
-    While the device works on one chunk, the next is decoded and sent. `waited`: seconds that `take` has kept callers.
+    While the device works on one chunk, the next is decoded and sent. `waited`: seconds that `take` has kept callers
+    whose devices had nothing to do.
     """
 
     def __init__(self, plan: Plan, sharding: NamedSharding, threads: int = 0):
@@ -113,17 +115,25 @@ class Stream:
         self._next: tuple[int, int, Future] | None = None  # first step, number of steps, the arrays to come
         self.waited = 0.0
 
-    def take(self, step: int, num_steps: int, then: int) -> tuple[jax.Array, jax.Array]:
-        """The batches of `num_steps` steps from `step` on. then: how many steps will be asked for next; 0: none."""
-        began, made = time.monotonic(), self._next
+    def take(
+        self, step: int, num_steps: int, then: int, busy: Callable[[], bool] = lambda: False
+    ) -> tuple[jax.Array, jax.Array]:
+        """The batches of `num_steps` steps from `step` on. then: how many steps will be asked for next; 0: none.
+
+        busy: whether the devices have something to do, so that waiting does not count yet.
+        """
+        made = self._next
         if made is None or made[:2] != (step, num_steps):
             made = (step, num_steps, self._begin(step, num_steps))
         after = step + num_steps
         # Begun before this chunk is complete, so that no thread is idle while others decode the last images of it.
         self._next = (after, then, self._begin(after, then)) if then else None
-        arrays = made[2].result()
-        self.waited += time.monotonic() - began
-        return arrays
+        complete = False
+        while not complete:
+            began = time.monotonic()
+            complete = bool(wait([made[2]], timeout=WAIT_SECONDS).done)
+            self.waited += 0.0 if busy() else time.monotonic() - began
+        return made[2].result()
 
     def _begin(self, step: int, num_steps: int) -> Future:
         """Have the threads decode a chunk, and then have it sent."""

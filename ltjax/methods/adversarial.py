@@ -118,4 +118,5 @@ def create(
         value, (after, metrics) = given(apply, where, batch, images)
         return value, (after._replace(params=variables.params), metrics)
 
-    return Method(init=lambda rng: ({}, {}), loss=loss, per_class=lambda extra_params: dict(per_class))
+    own = dict(per_class=lambda extra_params: dict(per_class), attacks=True)
+    return Method(init=lambda rng: ({}, {}), loss=loss, **own)

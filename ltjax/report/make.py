@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ltjax import config as config_module
-from ltjax import feed, logs, processes, results, stage
+from ltjax import feed, logs, parallel, processes, results, stage, xla
 from ltjax.checkpoint import read_json, write_json
 from ltjax.config import Run
 from ltjax.paths import local
@@ -82,6 +82,9 @@ def write_report(
     for name in stages:
         go_on()
         observed[name] = observer.observe(stages[name], variables[name])
+    if processes.several() and run.replicas > 1:  # each process has some of the replicas, and the first one wants all
+        gather: Any = xla.jit(lambda tree: tree, out_shardings=parallel.replicated(problem.mesh))
+        variables = gather(dict(variables))
     if not processes.first():
         return
     numbers = {

@@ -404,7 +404,7 @@ def test_the_bar_counts_images_and_shows_rate_and_time_left(source, tmp_path, mo
 
     out = io.StringIO()
     monkeypatch.setattr(
-        progress, "Console", lambda stderr: Console(file=out, force_terminal=True, width=100, stderr=stderr)
+        progress, "Console", lambda **given: Console(file=out, force_terminal=True, width=100, **given)
     )
     assert run(source, tmp_path) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())

@@ -122,7 +122,7 @@ def test_logits_agree_with_the_cpu():
 @pytest.mark.parametrize("replicate", parallel.REPLICATE)
 def test_replicas_are_the_single_runs(replicate):
     built, source = stage_and_source(network(), replicas=2, replicate=replicate)
-    seeds = np.arange(2, dtype=np.uint32)
+    seeds = np.array([0, 2], np.uint32)  # with seed 1 a ReLU's input is 0 up to rounding in step 2, and flips
     both, _ = built.run(built.init(seeds, jax.tree.map(lambda x: jnp.stack([x, x]), fresh())), source, 2)
     for number, seed in enumerate(seeds):
         single, source = stage_and_source(network())
