@@ -403,9 +403,7 @@ def test_the_bar_counts_images_and_shows_rate_and_time_left(source, tmp_path, mo
     from ltjax.data import progress
 
     out = io.StringIO()
-    monkeypatch.setattr(
-        progress, "Console", lambda **given: Console(file=out, force_terminal=True, width=100, **given)
-    )
+    monkeypatch.setattr(progress, "Console", lambda **given: Console(file=out, force_terminal=True, width=100, **given))
     assert run(source, tmp_path) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "preparing i_naturalist2018" in text and "14/14" in text and "images/s" in text and "0:00:00" in text
