@@ -137,10 +137,10 @@ MOST: dict[tuple[str, str], tuple[float | None, ...]] = {
     ("mislas1-other", "tpu"): (None, None, 2200, None, 310),
     ("mislas1-seeds", "tpu"): (0, 0, 2200, None, 310),
     ("mislas2", "tpu"): (36, 0.04, 360, None, 160),
-    ("mislas2-bf16", "tpu"): (36, 0.04, 360, None, 160),
+    ("mislas2-bf16", "tpu"): (36, 0.04, 360, None, 160),  # as mislas2: its own program is not compiled yet
     ("reslt", "tpu"): (69, 2.1, 630, None, 250),
     ("drolt2", "tpu"): (73, 2.1, 860, None, 260),
-    ("trades", "tpu"): (60, 50, 3400, None, 1400),
+    ("trades", "tpu"): (60, 50, 3400, None, 1400),  # a guess after lbgat: not compiled within ten minutes
     ("lbgat", "tpu"): (67, 130, 3400, None, 1400),
     ("resnet50", "tpu"): (103, 130, 2500, None, 5100),
     ("evaluation", "tpu"): (0, 0, 73, None, 10),
