@@ -224,13 +224,16 @@ def test_threads_end_where_an_image_cannot_be_read_and_begin_no_more(sharding, g
 
 
 def test_ctrl_c_ends_the_threads_and_they_begin_no_more(sharding, gate):
+    waiting = threading.Event()
+
     def press():
+        assert waiting.wait(20)  # pressed before, a thread that is just being started is not waited for by Python
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         gate.wait(20)
 
     files = Counted(3, press)
     with pytest.raises(KeyboardInterrupt), pipeline.Stream(training(made(files)), sharding, 1) as stream:
-        stream.take(0, 4, 4)
+        stream.take(0, 4, 4, busy=waiting.set)
     assert not threads_of_streams()
     assert files.read == 8  # of 64
 
