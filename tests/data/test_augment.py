@@ -192,6 +192,32 @@ PILLOW = {
 }
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
+def test_products_with_one_hot_vectors_give_what_indices_give(shape):
+    """To the bit, pixels, table entries and counts."""
+    random, images = np.random.default_rng(1), jnp.asarray(photos(*shape))
+    x, y = (jnp.asarray(random.integers(0, size, images.shape[:3])) for size in (shape[1], shape[0]))
+    table = jnp.asarray(random.integers(0, 256, (len(images), 256, 3)), jnp.uint8)
+    values = images.reshape(len(images), -1, 3).astype(jnp.int32)
+    for ways, arguments in (
+        ((augment._pixels_by_index, augment._pixels_by_products), (images, x, y)),
+        ((augment._entries_by_index, augment._entries_by_products), (table, values)),
+        ((augment._counts_by_index, augment._counts_by_products), (values,)),
+    ):
+        by_index, by_products = (way(*arguments) for way in ways)
+        assert by_index.dtype == by_products.dtype
+        np.testing.assert_array_equal(by_index, by_products)
+
+
+@pytest.mark.parametrize("policy", [augment.auto_augment, augment.rand_augment])
+@pytest.mark.parametrize("platform, takes", [("tpu", [False, False]), ("cuda", [True, False]), ("cpu", [True, True])])
+def test_what_is_taken_and_counted_by_index(policy, platform, takes):
+    """On a TPU nothing, on a GPU single pixels and entries."""
+    traced = jax.jit(policy).trace(jax.random.key(0), jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.uint8))
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert [name in program for name in ("stablehlo.gather", "stablehlo.scatter")] == takes
+
+
 def test_every_operation_of_the_policy_is_compared_with_pillow():
     assert set(PILLOW) == set(augment.MAGNITUDES)
     assert {name for pair in augment.CIFAR10_POLICY for name, _, _ in pair} <= set(PILLOW)
