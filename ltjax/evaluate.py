@@ -79,17 +79,19 @@ def evaluator(
     """`evaluate(variables, evaluation_set, means=None, go_on) -> {"predictions", "confidences", "losses": [N]}`; one
     dispatch where the images are on the devices.
 
+    Products of float32 are float32's on every platform (`xla.float32_products`).
     With means, those of the training images' features of each class [C, D], also "nearest": the class of the nearest.
     net: which network. Several replicas: a leading axis in variables, means and everything returned.
     go_on: called before each dispatch; may raise to stop.
     """
-    apply = make_apply(nets, "eval")
+    apply, platform = make_apply(nets, "eval"), mesh.devices.flat[0].platform
 
     def run(own: tuple[Variables, jax.Array | None], data: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
         variables, means = own
 
         def batch(image_batch, label_batch):
-            outputs, _ = apply(variables, image_batch.astype(jnp.float32) / 255, net=net)
+            with xla.float32_products(platform):
+                outputs, _ = apply(variables, image_batch.astype(jnp.float32) / 255, net=net)
             found = outcome(outputs.logits, label_batch)
             if means is not None:  # |z - m|^2 without |z|^2, which all classes share
                 product = jnp.matmul(outputs.features, means.T, precision="highest")
@@ -117,6 +119,9 @@ def evaluator(
     return evaluate
 
 
+_calibration = jax.jit(metrics.calibration)  # one program instead of twenty
+
+
 def summarise(
     outcome: Mapping[str, np.ndarray], labels: np.ndarray, groups: Mapping[str, np.ndarray], num_classes: int
 ) -> dict[str, Any]:
@@ -125,7 +130,7 @@ def summarise(
     outcome: from `evaluator`. labels: [N]. groups: {name: bool [C]}. A class without test images has accuracy None.
     """
     correct = outcome["predictions"] == labels
-    bins = metrics.calibration(outcome["confidences"], correct)
+    bins = _calibration(outcome["confidences"], correct)
     totals = np.bincount(labels, minlength=num_classes)
     hits = np.bincount(labels, weights=correct, minlength=num_classes)
     nearest = {}

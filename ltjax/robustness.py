@@ -83,7 +83,8 @@ def attack_workdir(
         apply = stage.make_apply(problem.nets, "eval")
 
         def logits(variables: Variables, images: jax.Array) -> jax.Array:
-            return apply(variables, images)[0].logits
+            with xla.float32_products(mesh.devices.flat[0].platform):
+                return apply(variables, images)[0].logits
 
         def go_on() -> None:
             if stop.requested is not None:

@@ -4,6 +4,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -56,6 +57,14 @@ def graph_options(kind: str) -> dict[str, Any]:
     """Compiler options for `config.gpu_graphs`; {} where JAX runs on something else. Raises: UserError."""
     options = registry.choose("config.gpu_graphs", GPU_GRAPHS, kind)
     return options if jax.default_backend() == "gpu" else {}
+
+
+def float32_products(platform: str) -> AbstractContextManager[Any]:
+    """Inside, products and convolutions of float32 that are traced for a platform are float32's. By default a GPU takes
+    TF32, and a TPU bfloat16. `jax_default_matmul_precision` stays what a user has set."""
+    if platform == "cpu" or jax.config.values["jax_default_matmul_precision"]:
+        return nullcontext()
+    return jax.default_matmul_precision("float32")
 
 
 def arithmetic(dtype: Any) -> str:

@@ -77,6 +77,14 @@ def test_an_accelerator_gets_no_options(monkeypatch, asked):
 
 
 @pytest.mark.parametrize(
+    "platform, own, expected", [("gpu", None, "float32"), ("tpu", "bfloat16", "bfloat16"), ("cpu", None, None)]
+)
+def test_products_of_float32_on_accelerators(platform, own, expected):
+    with jax.default_matmul_precision(own), xla.float32_products(platform):
+        assert jax.config.values["jax_default_matmul_precision"] == expected
+
+
+@pytest.mark.parametrize(
     "onednn, dtype, words",
     [
         (True, jnp.bfloat16, "bfloat16 by oneDNN"),

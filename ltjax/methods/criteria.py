@@ -48,7 +48,8 @@ def _ldam(class_counts, *, max_margin: float = 0.5, scale: float = 30.0):
 
 
 def _label_aware_smoothing(class_counts, *, head: float, tail: float, shape: str = "concave", power: float = 1.0):
-    smoothing = losses.smoothing_by_count(class_counts, head=head, tail=tail, shape=shape, power=power)  # [C]
+    by_count = partial(losses.smoothing_by_count, head=head, tail=tail, shape=shape, power=power)
+    smoothing = jax.jit(by_count)(class_counts)  # [C]; one program instead of twelve
     return partial(losses.label_aware_smoothing, smoothing=smoothing), {"Label smoothing": smoothing}
 
 
@@ -104,7 +105,8 @@ def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
             values = per_image(logits, labels)  # [B]
             if weights is None:
                 return values.mean()
-            own = jax.nn.one_hot(labels, weights.shape[0], dtype=values.dtype) @ weights.astype(values.dtype)  # [B]
+            own = jax.nn.one_hot(labels, weights.shape[0], dtype=values.dtype)  # [B, C]
+            own = jnp.matmul(own, weights.astype(values.dtype), precision="highest")  # [B]; else a TPU rounds weights
             return (own * values).sum() / own.sum()
 
         return losses.mixed(mean, batch.labels, batch.partner_labels, batch.lam)

@@ -1,7 +1,7 @@
 """Layers that the networks share: convolution, batch norm, pooling, classifiers, and the network around a backbone."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
 from typing import Any, Literal
 
 import jax
@@ -142,10 +142,46 @@ def _ungrouped(kernel: jax.Array, groups: int) -> jax.Array:
     return blocks.reshape(height, width, groups * came, out)
 
 
+# `jax.vmap` makes one grouped convolution of the convolutions of several replicas. Of a kernel's gradient it makes a
+# forward convolution whose window is as wide as the map, for which cuDNN is slow. So the gradients of vmapped
+# convolutions are those of the grouped one, which cuDNN computes as backward-data and backward-filter.
+
+
+def _accelerator_convolution(lhs, rhs, window_strides, padding, *, precision=None, **settings) -> jax.Array:
+    settings["precision"] = precision or jax.config.values["jax_default_matmul_precision"]  # of the gradients, too
+    convolve = partial(lax.conv_general_dilated, window_strides=window_strides, padding=padding, **settings)
+
+    def transposed(convolve, x, kernel, dy):
+        (dx,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(dy)
+        (dkernel,) = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)(dy)
+        return dx, dkernel
+
+    @jax.custom_batching.custom_vmap
+    def gradients(x, kernel, dy):
+        return transposed(convolve, x, kernel, dy)
+
+    @gradients.def_vmap
+    def gradients_of_several(replicas, is_batched, *operands):
+        several = (
+            operand if batched else jnp.broadcast_to(operand, (replicas, *operand.shape))
+            for operand, batched in zip(operands, is_batched, strict=True)
+        )
+        return transposed(jax.vmap(convolve), *several), (True, True)
+
+    @jax.custom_vjp
+    def differentiable(x, kernel):
+        return convolve(x, kernel)
+
+    differentiable.defvjp(
+        lambda x, kernel: (convolve(x, kernel), (x, kernel)), lambda residuals, dy: gradients(*residuals, dy)
+    )
+    return differentiable(lhs, rhs)
+
+
 def _convolution_for(platform: str | None) -> Callable[..., jax.Array]:
     """The `conv_general_dilated` of a platform ("cpu", "gpu", "tpu"); None means the one that JAX runs on."""
     if (platform or jax.default_backend()) != "cpu":
-        return lax.conv_general_dilated
+        return _accelerator_convolution
 
     def convolution(lhs, rhs, window_strides, padding, *, feature_group_count=1, precision=None, **rest):
         if any(d != 1 for d in (*rest["lhs_dilation"], *rest["rhs_dilation"])):
@@ -368,6 +404,53 @@ def _unit_columns(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 def unit(x: jax.Array, *, axis: int) -> jax.Array:
     """x over its Euclidean length along `axis`; finite, with a finite gradient, where the length is 0."""
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
+
+
+# As `reduce_window` max-pooling has a scatter for a gradient, which an accelerator does one value after the other, and
+# in bfloat16. Nine strided slices have the same maxima, and a gradient of selections and sums.
+
+
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """Take the maxima of 3x3 windows, 2 pixels apart, of x with one pixel of -inf around it.
+
+    x: [B, h, w, D]. Returns: [B, h / 2, w / 2, D], rounded up.
+
+    The gradient goes to the first maximum of a window, by rows, as PyTorch's and `lax.reduce_window`'s. It is summed in
+    float32 (of float64, float64).
+    """
+    return reduce(jnp.maximum, (taken for taken, _ in _nine(x)))
+
+
+def _nine(x: jax.Array) -> Iterator[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]:
+    """What each of the nine places of a window takes of x, and how its gradient [B, h / 2, w / 2, D] becomes x's."""
+    low = jnp.asarray(-jnp.inf, x.dtype)
+    padded = lax.pad(x, low, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
+    height, width = padded.shape[1:3]
+    rows, columns = (height - 3) // 2 * 2 + 1, (width - 3) // 2 * 2 + 1  # from the first to the last that are taken
+
+    for i in range(3):
+        for j in range(3):
+
+            def put_back(dy: jax.Array, i: int = i, j: int = j) -> jax.Array:
+                around = ((i - 1, height - i - rows - 1, 1), (j - 1, width - j - columns - 1, 1))
+                return lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *around, (0, 0, 0)))
+
+            yield padded[:, i : i + rows : 2, j : j + columns : 2], put_back
+
+
+def _max_pool_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    x, y = residuals
+    left = dy.astype(at_least_float32(x.dtype))
+    total = jnp.zeros(x.shape, left.dtype)
+    for taken, put_back in _nine(x):
+        here = taken == y
+        total += put_back(jnp.where(here, left, 0))
+        left = jnp.where(here, 0, left)
+    return (total.astype(x.dtype),)
+
+
+max_pool.defvjp(lambda x: (y := max_pool(x), (x, y)), _max_pool_backward)
 
 
 def pool(x: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from ltjax import registry
 from ltjax.models.blocks import BasicBlock, Bottleneck, rematerialised
-from ltjax.models.layers import BatchNorm, Conv, Init
+from ltjax.models.layers import BatchNorm, Conv, Init, max_pool
 from ltjax.types import UserError
 
 BLOCKS = {  # of each stage, by depth
@@ -67,7 +67,7 @@ class ResNetBackbone(nn.Module):
         x = Conv(self.width, kernel_size=taps, strides=stride, **conv, name="conv")(x)
         x = BatchNorm(relu=True, name="norm")(x, train)
         if large:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = max_pool(x)
         maps = {}
         for stage, (num_blocks, stride) in enumerate(zip(self.blocks, self.strides, strict=True)):
             if self.inner is None:

@@ -55,13 +55,15 @@ class Observer:
 
     def _compile(self, net: str) -> Any:
         apply, size = stage.make_apply(self._problem.nets, "eval"), self._problem.test_set.size
+        platform = self._problem.mesh.devices.flat[0].platform
 
         def see(own: tuple[Variables, jax.Array | None], shared: tuple[jax.Array, jax.Array, jax.Array]):
             variables, means = own
 
             def batch(part):
                 images, labels, start = part
-                outputs, _ = apply(variables, images.astype(jnp.float32) / 255, net=net)
+                with xla.float32_products(platform):
+                    outputs, _ = apply(variables, images.astype(jnp.float32) / 255, net=net)
                 shares = jax.nn.softmax(outputs.logits)  # [B, C]
                 counted = jnp.where(start + jnp.arange(labels.shape[0]) < size, labels, -1)  # without padding
                 found = {"predictions": outputs.logits.argmax(-1), "confidences": shares.max(-1)}

@@ -12,6 +12,7 @@ from ltjax import models
 from ltjax.models.blocks import BasicBlock, Bottleneck
 from ltjax.optim import flatten, unflatten
 from ltjax.types import UserError
+from tests.jaxprs import equations
 
 IMAGES = np.random.default_rng(0).uniform(size=(4, 16, 16, 3)).astype(np.float32)
 
@@ -132,7 +133,7 @@ def test_multiplications_for_an_image_are_those_torchvision_gives(name, publishe
     """Of 224x224 pixels, in units of 1e9, products with the zeros of padding among them."""
     net = large(**NETWORKS[name], platform="gpu")
     program = jax.make_jaxpr(net.apply)(shapes(net), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)).jaxpr
-    convolutions = [eqn for eqn in program.eqns if eqn.primitive.name == "conv_general_dilated"]
+    convolutions = [eqn for eqn in equations(program) if eqn.primitive.name == "conv_general_dilated"]
     products = [eqn.outvars[0].aval.size * np.prod(eqn.invars[1].aval.shape[:-1]) for eqn in convolutions]
     classifier = shapes(net)["params"]["classifier"]["kernel"].size
     assert (sum(products) + classifier) / 1e9 == pytest.approx(published, abs=6e-4)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
 from ltjax import models
@@ -190,8 +191,97 @@ def test_dilated_convolutions_are_laxs(name):
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_accelerators_take_laxs_own_convolution(platform):
-    assert layers._convolution_for(platform) is lax.conv_general_dilated
+def test_accelerators_are_given_the_program_of_laxs_own_convolution(platform):
+    def program(convolution):
+        run = lambda x, kernel: convolution(x, kernel, (2, 2), ONE, **NHWC)  # noqa: E731
+        both = lambda x, kernel, dy: jax.vjp(run, x, kernel)[1](dy)  # noqa: E731
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 8, 8, 4), (3, 3, 4, 6), (2, 4, 4, 6))]
+        return convolutions(jax.jit(both).lower(*shapes))
+
+    assert len(program(lax.conv_general_dilated)) == 2
+    assert set(program(layers._convolution_for(platform))) == set(program(lax.conv_general_dilated))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_of_vmapped_convolutions_are_those_of_a_grouped_one(groups):
+    """Two with respect to the maps' channels, and none whose window is as wide as the map."""
+
+    def gradients(convolution):
+        def one(x, kernel, dy):
+            run = lambda x, kernel: convolution(x, kernel, (2, 2), ONE, feature_group_count=groups, **NHWC)  # noqa: E731
+            return jax.vjp(run, x, kernel)[1](dy)
+
+        return jax.jit(jax.vmap(one))
+
+    random = np.random.default_rng(0)
+    operands = [
+        random.normal(size=(5, *s)).astype(np.float32) for s in ((2, 8, 8, 4), (3, 3, 4 // groups, 6), (2, 4, 4, 6))
+    ]
+    ours, laxs = gradients(layers._convolution_for("gpu")), gradients(lax.conv_general_dilated)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours(*operands), laxs(*operands))
+    (to_x, to_kernel) = sorted(
+        convolutions(ours.lower(*operands)), key=lambda line: "batch_group_count = 1 " not in line
+    )
+    assert f"feature_group_count = {5 * groups} " in to_x and f"batch_group_count = {5 * groups} " in to_kernel
+
+
+@pytest.mark.parametrize("which, batched", [("x", (0, None)), ("kernel", (None, 0))])
+def test_one_operand_of_a_vmapped_convolution_may_be_shared(which, batched):
+    random = np.random.default_rng(0)
+    x, kernel = (random.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 4), (3, 3, 4, 6)))
+    operands = [np.stack([value, 2 * value]) if batched[i] == 0 else value for i, value in enumerate((x, kernel))]
+
+    def gradients(convolution):
+        loss = lambda x, kernel: jnp.sin(convolution(x, kernel, (1, 1), ONE, **NHWC)).sum()  # noqa: E731
+        return jax.vmap(jax.grad(loss, (0, 1)), batched)(*operands)
+
+    ours, laxs = gradients(layers._convolution_for("gpu")), gradients(lax.conv_general_dilated)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, laxs)
+
+
+def test_gradients_have_the_precision_of_their_convolution():
+    """Of the place where the network is applied, not of that where its gradient is taken."""
+
+    def loss(x, kernel):
+        with jax.default_matmul_precision("float32"):
+            return jnp.sin(layers._convolution_for("gpu")(x, kernel, (1, 1), ONE, **NHWC)).sum()
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 8, 8, 4), (3, 3, 4, 6))]
+    found = convolutions(jax.jit(jax.grad(loss, (0, 1))).lower(*shapes))
+    assert len(found) == 3 and all("precision HIGHEST" in line and "DEFAULT" not in line for line in found)
+
+
+NHWC = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def convolutions(lowered):
+    """The convolutions of a program: what is computed, without the names of operands."""
+    lines = [line for line in lowered.as_text().splitlines() if "stablehlo.convolution" in line]
+    return [line.partition(" dim_numbers")[2] for line in lines]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 6), (2, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_max_pool_and_its_gradient_are_flaxs(size, dtype):
+    """To the bit in front. The gradients of a pixel that is the maximum of several windows are summed in float32."""
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (2, *size, 5)), dtype)  # many are equal
+        ours, pull_back = jax.vjp(layers.max_pool, x)
+        theirs, their_pull_back = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), ONE), x)
+        np.testing.assert_array_equal(np.asarray(ours, np.float64), np.asarray(theirs, np.float64))
+        assert ours.dtype == theirs.dtype
+        dy = jnp.asarray(np.random.default_rng(1).integers(-8, 9, ours.shape) / 8, dtype)  # sums are exact
+        (dx,), (expected,) = pull_back(dy), their_pull_back(dy)
+        assert dx.dtype == expected.dtype
+        np.testing.assert_array_equal(np.asarray(dx, np.float64), np.asarray(expected, np.float64))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_max_pools_gradient_scatters_nothing(platform):
+    x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.bfloat16)
+    traced = jax.jit(jax.grad(lambda x: layers.max_pool(x).sum())).trace(x)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.pad" in program and "scatter" not in program
 
 
 @pytest.mark.parametrize("kernel_size, strides, size", [(3, 1, 9), (3, 2, 5), (1, 1, 9), (1, 2, 5), (7, 2, 5)])
