@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 MEND_DISK = "free some space or mend the permissions, then run the same command again to resume"
 
 
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
 class Checkpoints:
     """The checkpoints below one directory, each a pytree of arrays (`state`) with a JSON record beside it.
 
@@ -46,7 +49,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             self._guard(lambda: self._manager.delete(step))
-        state = jax.tree.map(jnp.copy, state)  # the next step is given the original's memory
+        state = _copied(state)  # the next step is given the original's memory
         record = {**record, "fingerprint": int(fingerprint(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._guard(lambda: self._manager.save(step, args=items))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ltjax import config as config_module
 from ltjax import data, evaluate, feed, methods, metrics, models, optim, parallel, registry, stage, surgery, xla
 from ltjax.archive import is_archive, read_archive
-from ltjax.checkpoint import Checkpoints, like
+from ltjax.checkpoint import Checkpoints
 from ltjax.config import Run
 from ltjax.cores import num_cores
 from ltjax.data import augment, samplers, splits
@@ -33,6 +33,8 @@ class Problem(NamedTuple):
     nets: dict[str, nn.Module]
     mesh: Mesh
     image_shape: tuple[int, ...]  # [H, W, channels]
+    shapes: Variables  # shapes of the networks' variables, of one replica
+    initialise: Callable[..., Variables]  # (seed, number of a stage) -> newly initialised networks, on the devices
     train_data: Any  # stage.Resident, or evaluate.StoredSet where the images stay on disk
     test_set: evaluate.EvaluationSet | evaluate.StoredSet
     holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
@@ -47,11 +49,6 @@ class Problem(NamedTuple):
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.data.class_names
-
-    @property
-    def shapes(self) -> Variables:
-        """Shapes of the networks' variables, of one replica."""
-        return jax.eval_shape(lambda: stage.init_variables(self.nets, self.image_shape, jax.random.key(0)))
 
     @property
     def num_branches(self) -> int:
@@ -146,6 +143,8 @@ def setup(run: Run, data_dir: str | Path | None) -> Problem:
         nets=nets,
         mesh=mesh,
         image_shape=images.shape,
+        shapes=jax.eval_shape(lambda: stage.init_variables(nets, images.shape, jax.random.key(0))),
+        initialise=_initialiser(nets, images.shape, mesh, run.replicas),
         train_data=images.train,
         test_set=images.test,
         holdout_set=images.holdout,
@@ -181,7 +180,7 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
     """The compiled functions of one stage of a config. Raises: UserError for all that a config can get wrong there."""
     class_counts, number = problem.split.class_counts, run.stages.index(name)
     method = make_method(settings, problem)
-    initial = jax.eval_shape(lambda: stage.init_variables(problem.nets, problem.image_shape, jax.random.key(0), method))
+    extra, _ = jax.eval_shape(lambda: method.init(jax.random.key(0)))
     sampler = samplers.create(**settings.sampler)
     augmented = registry.bind(f"config.{name}.augment", augment.augment, settings.augment)
     if problem.streamed:
@@ -194,7 +193,7 @@ def build_stage(run: Run, name: str, settings: config_module.Stage, problem: Pro
         problem.nets,
         method,
         draw,
-        initial.params,
+        {**problem.shapes.params, **({"method": extra} if extra else {})},
         groups=settings.groups,
         bn=settings.batch_norm,
         lr=settings.lr,
@@ -262,25 +261,33 @@ def seeds(run: Run) -> np.ndarray:
     return each if run.replicas > 1 else each[0, ...]
 
 
-def _initialise(run: Run, name: str, problem: Problem) -> Callable:
-    def one(seed):
-        rng = jax.random.fold_in(stage.stage_rng(seed, run.stages.index(name)), 1)
-        return stage.init_variables(problem.nets, problem.image_shape, rng)
+def _initialiser(
+    nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], mesh: Mesh, replicas: int
+) -> Callable[..., Variables]:
+    """`(seed, number of a stage) -> newly initialised networks`; of several replicas, of each seed."""
 
-    return jax.vmap(one) if run.replicas > 1 else one
+    def one(seed: jax.Array, number: jax.Array) -> Variables:
+        return stage.init_variables(nets, image_shape, jax.random.fold_in(stage.stage_rng(seed, number), 1))
+
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    # Run once, and its random numbers take XLA's CPU backend 20 s to optimise: 2 s at level 1.
+    optimise = on_cpu and not jax.config.values["jax_disable_most_optimizations"]
+    return xla.jit(
+        jax.vmap(one, in_axes=(0, None)) if replicas > 1 else one,
+        out_shardings=parallel.state_sharding(mesh, replicas),
+        compiler_options={"xla_backend_optimization_level": 1} if optimise else None,
+    )
 
 
 def fresh_shapes(run: Run, problem: Problem) -> Variables:
-    return jax.eval_shape(_initialise(run, run.stages[0], problem), seeds(run))
+    """Shapes of newly initialised networks, of every replica."""
+    leading = (run.replicas,) if run.replicas > 1 else ()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), problem.shapes)
 
 
 def fresh_variables(run: Run, name: str, problem: Problem) -> Variables:
     """Newly initialised networks, of every replica, on the devices."""
-    sharding = parallel.state_sharding(problem.mesh, run.replicas)
-    on_cpu = problem.mesh.devices.flat[0].platform == "cpu"
-    # Run once, and its random numbers take XLA's CPU backend 20 s to optimise: 2 s at level 1.
-    options: Any = {"xla_backend_optimization_level": 1} if on_cpu else None
-    return xla.jit(_initialise(run, name, problem), out_shardings=sharding, compiler_options=options)(seeds(run))
+    return problem.initialise(seeds(run), np.uint32(run.stages.index(name)))
 
 
 def initial_variables(run: Run, name: str, problem: Problem) -> Variables:
@@ -348,17 +355,20 @@ def restored(
     Of an archived run (`ltjax.archive`), its last stage, with the weights there.
     """
     built = build_stage(run, name, settings, problem)
-    state = built.init(seeds(run), fresh_variables(run, name, problem))
     if is_archive(workdir):
         kept = read_archive(workdir)
         if name != kept.stage:
             return None
+        state = built.init(seeds(run), fresh_variables(run, name, problem))
         variables = into(state.variables, kept.weights)
         own = kept.weights.variables.params.get("method")
         variables = variables._replace(params={**variables.params, **({"method": own} if own else {})})
         return built, state._replace(step=jnp.full_like(state.step, kept.step), variables=variables), kept.record
+    sharding = parallel.state_sharding(problem.mesh, run.replicas)
+    state = jax.eval_shape(built.init, seeds(run), fresh_shapes(run, problem))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
     with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
-        found = checkpoints.restore(like(state), move_damaged=False)
+        found = checkpoints.restore(state, move_damaged=False)
     return None if found is None else (built, *found)
 
 

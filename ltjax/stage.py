@@ -117,7 +117,7 @@ def all_finite(tree: Any) -> bool:
 _finite = xla.jit(lambda array: jnp.isfinite(array).all())  # for each shape, of which every tree has few
 
 
-def stage_rng(seed: Any, number: int) -> jax.Array:
+def stage_rng(seed: Any, number: Any) -> jax.Array:
     """The key that all randomness of stage `number` of a run comes from. seed: uint32, the run's."""
     return jax.random.fold_in(jax.random.key(seed), number)
 

@@ -111,25 +111,34 @@ def two_devices_and_made_up_images():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(name): the workdir of a run, trained once. trained.starts[name][stage]: new networks' parameters."""
-    folder, initial_variables = tmp_path_factory.mktemp("runs"), train.initial_variables
+    """trained(name): the workdir of a run, trained once.
+
+    trained.starts[name][stage]: new networks' parameters. trained.prepared[name]: what it trained with, compiled.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    initial_variables, prepare = train.initial_variables, train.prepare
 
     def trained(name):
         workdir = folder / name.replace(":", "-")
         if not (workdir / "results.json").exists():
             starts = trained.starts.setdefault(name, {})
 
-            def watched(run, stage, problem):
+            def started(run, stage, problem):
                 variables = initial_variables(run, stage, problem)
                 starts[stage] = jax.tree.map(np.array, variables.params)
                 return variables
 
+            def prepared(*arguments):
+                trained.prepared[name] = prepare(*arguments)
+                return trained.prepared[name]
+
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train, "initial_variables", watched)
+                patch.setattr(train, "initial_variables", started)
+                patch.setattr(train, "prepare", prepared)
                 train.train(tiny_config(name), workdir)
         return workdir
 
-    trained.starts = {}
+    trained.starts, trained.prepared = {}, {}
     return trained
 
 
@@ -315,6 +324,7 @@ def test_deferred_reweighting_goes_on_with_the_momentum(trained, tmp_path, monke
         seen["leaves"] = [np.array(x) for x in jax.tree.leaves(state.opt_state)]
         raise Reached
 
+    monkeypatch.setattr(train, "prepare", lambda *_: trained.prepared[name])
     before_dispatch(monkeypatch, "drw", 0, look)
     with pytest.raises(Reached):
         train.train(tiny_config(name), workdir)
@@ -341,6 +351,7 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path
 
     monkeypatch.setattr(train, "report", lambda *_: None)  # which is looked at elsewhere
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # what is resumed makes its own
         before_dispatch(patch, stage, 1, stop_here)
         with pytest.raises(Interrupted):
             train.train(tiny_config(name), workdir)

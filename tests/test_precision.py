@@ -1,14 +1,24 @@
 """bfloat16 through the stage engine: the gradients point where those of float32 do, and only the body is bfloat16."""
 
+import functools
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import gradients
 from configs import cifar100_lt, quickstart
+from ltjax import data, parallel
 
 CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "cifar100"
+
+
+@pytest.fixture(autouse=True)
+def two_devices_and_images_read_once(monkeypatch):
+    make_mesh = parallel.make_mesh
+    monkeypatch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
+    monkeypatch.setattr(data, "load", functools.cache(data.load))
 
 
 def cosines(read, **arguments):

@@ -230,11 +230,32 @@ def settings(seed=FIRST, **changes):
     return {**tiny_config(RUN), "seed": seed, **changes}
 
 
+@contextlib.contextmanager
+def prepared_once(kept):
+    """Every run trains with the same compiled functions, made at the first: no seed is in them. kept: [] or those."""
+    prepare = train.prepare
+
+    def once(*arguments):
+        if not kept:
+            kept.append(prepare(*arguments))
+        return kept[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prepare", once)
+        yield
+
+
 @pytest.fixture(scope="module")
-def replicated(tmp_path_factory):
+def prepared():
+    """[what `replicated` trained with], once it has."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory, prepared):
     """The workdir of a run of two replicas, a device each."""
     workdir = tmp_path_factory.mktemp("replicated") / "run"
-    with devices(2), optimised_programs():
+    with devices(2), optimised_programs(), prepared_once(prepared):
         train.train(settings(replicas=2), workdir)
     return workdir
 
@@ -243,7 +264,8 @@ def replicated(tmp_path_factory):
 def alone(tmp_path_factory):
     """The workdirs of the two single runs, on one device."""
     workdirs = [tmp_path_factory.mktemp("alone") / str(FIRST + number) for number in range(2)]
-    with devices(1), optimised_programs():
+    with devices(1), optimised_programs(), prepared_once([]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "report", lambda *_: None)  # which is looked at elsewhere
         for number, workdir in enumerate(workdirs):
             train.train(settings(FIRST + number), workdir)
     return workdirs
@@ -299,7 +321,10 @@ def test_the_summary_is_mean_and_sample_deviation(replicated):
     assert (replicated / "report" / "summary.png").exists()
 
 
-def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(replicated, tmp_path, optimised):
+def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(
+    replicated, prepared, tmp_path, monkeypatch, optimised
+):
+    monkeypatch.setattr(train, "report", lambda *_: None)  # which is looked at elsewhere
     stages = ["ce", "drw", "tau_norm"]
     workdir = rewound(replicated, tmp_path, "ce", stages)
 
@@ -307,7 +332,7 @@ def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(replicated, tmp
         stop.requested = signal.SIGTERM
 
     with devices(2):
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, prepared_once(prepared):  # what is resumed makes its own
             before_dispatch(patch, "ce", 1, stop_here)
             with pytest.raises(Interrupted):
                 train.train(settings(replicas=2), workdir)

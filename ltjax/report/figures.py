@@ -1,24 +1,26 @@
-"""Pictures of a run."""
+"""Pictures of a run. Matplotlib, which takes half a second to import, is imported by what draws."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#7a7a7a", "#56b4e9", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe & Ito, told apart by everyone
 
 
-def summary(results: dict[str, Any]) -> Figure:
+def summary(results: dict[str, Any]) -> "Figure":
     """Left: accuracy of each class, most frequent first. Right: accuracy against confidence, by stage.
 
     results: what results.json holds.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
     _accuracy_by_class(left, results)
@@ -27,7 +29,9 @@ def summary(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _accuracy_by_class(axes: Axes, results: dict[str, Any]) -> None:
+def _accuracy_by_class(axes: "Axes", results: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     counts = np.asarray(results["class_counts"])
     order = np.argsort(-counts, kind="stable")
     places = np.arange(len(order))
@@ -55,7 +59,7 @@ def _accuracy_by_class(axes: Axes, results: dict[str, Any]) -> None:
     axes.legend(loc="lower left", framealpha=0.9)
 
 
-def _reliability(axes: Axes, results: dict[str, Any]) -> None:
+def _reliability(axes: "Axes", results: dict[str, Any]) -> None:
     axes.plot((0, 100), (0, 100), color="#bbbbbb", linestyle="--")
     for colour, stage in zip(COLOURS, results["stages"].values(), strict=False):
         if stage["ece"] is None:
@@ -83,8 +87,10 @@ class Attacked(NamedTuple):
     after: tuple[int, float]
 
 
-def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> Figure:
+def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> "Figure":
     """A row for each image: as it is, what the attack adds (grey: nothing), and the two together, with predictions."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.6, 2.3 * len(shown)), layout="constrained")
     rows = figure.subplots(len(shown), 3, squeeze=False)
     for row, one in zip(rows, shown, strict=True):
@@ -115,8 +121,10 @@ def write_summary(results: dict[str, Any], folder: Path) -> Path:
     return _write(lambda: summary(results), folder / "summary.png")
 
 
-def _write(draw: Callable[[], Figure], path: Path) -> Path:
+def _write(draw: "Callable[[], Figure]", path: Path) -> Path:
     """Whatever classes are called: a dollar sign begins no formula, and a letter that no font has is a box."""
+    from matplotlib import rc_context
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
