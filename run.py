@@ -36,7 +36,7 @@ from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from configs.common import Help  # noqa: E402
-from ltjax import usage  # noqa: E402
+from ltjax.modes import help as usage  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments after a colon; :help lists them."
@@ -171,10 +171,13 @@ def fail(message: object) -> None:
 def main(_: list[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before XLA is loaded, whose remarks would tear the bars
     # after the flags, so that --help and a mistyped flag answer at once
-    from ltjax import problem, processes, robustness, temperature, train
-    from ltjax.checkpoint import read_json
-    from ltjax.report import make
-    from ltjax.signals import Interrupted
+    from ltjax import train
+    from ltjax.engine import problem
+    from ltjax.modes import attack, calibrate, dry_run, evaluate, report
+    from ltjax.runs import results
+    from ltjax.runs.checkpoint import read_json
+    from ltjax.system import processes
+    from ltjax.system.signals import Interrupted
     from ltjax.types import UserError, one_line
 
     for chatty in ("absl", "jax", "orbax", "asyncio"):
@@ -190,32 +193,32 @@ def main(_: list[str]) -> None:
     def predict(config, workdir, data_dir):
         from rich.console import Console
 
-        from ltjax import prediction  # which needs OpenCV, and training not
+        from ltjax.modes import predict as prediction  # which needs OpenCV, and training not
 
         if _CALIBRATE.value:  # standard output may be the table's
             prediction.check(_IMAGES.value, _OUT.value)
             on_stderr = Console(stderr=True, markup=False, emoji=False)
-            temperature.calibrate_workdir(config, workdir, data_dir, on_stderr)
+            calibrate.calibrate_workdir(config, workdir, data_dir, on_stderr)
         prediction.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
 
     modes: dict[str, Callable] = {
         "train": train.train,
-        "eval": train.evaluate_workdir,
-        "attack": robustness.attack_workdir,
-        "report": make.report_workdir,
+        "eval": evaluate.evaluate_workdir,
+        "attack": attack.attack_workdir,
+        "report": report.report_workdir,
         "predict": predict,
     }
-    do = train.dry_run if _DRY_RUN.value else modes[_MODE.value]
+    do = dry_run.dry_run if _DRY_RUN.value else modes[_MODE.value]
     try:
         problem.use_cpu_cores(config.get("batch_size", 1))
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
         for remark in problem.start_devices():
             print(f"note: {remark}", file=sys.stderr)
         if _CALIBRATE.value:
-            temperature.check(config)
+            calibrate.check(config)
         do(config, workdir, _DATA_DIR.value)
         if _CALIBRATE.value and not _DRY_RUN.value and do is not predict:
-            temperature.calibrate_workdir(config, workdir, _DATA_DIR.value)
+            calibrate.calibrate_workdir(config, workdir, _DATA_DIR.value)
         processes.finish()
     except UserError as error:
         fail(error)
@@ -224,7 +227,7 @@ def main(_: list[str]) -> None:
         sys.exit(2)
     except Interrupted as stop:
         if processes.first():
-            print(f"Stopped and saved. To resume, run the same command again:\n  {train.results.command()}")
+            print(f"Stopped and saved. To resume, run the same command again:\n  {results.command()}")
         processes.finish()
         sys.exit(stop.exit_code)
     except Exception as error:

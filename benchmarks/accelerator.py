@@ -213,7 +213,7 @@ def report() -> dict[str, Any]:
     import jax.numpy as jnp
     from jax.extend import backend
 
-    from ltjax import results
+    from ltjax.runs import results
 
     devices = jax.devices()
     started = time.perf_counter()

@@ -37,8 +37,9 @@ from benchmarks import flops, provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100, common
 from ltjax import config as config_module
-from ltjax import parallel, problem, stage, train
+from ltjax.engine import problem, stage
 from ltjax.methods import adversarial
+from ltjax.system import parallel
 from ltjax.types import Batch, Method
 
 
@@ -122,7 +123,7 @@ def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
 def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> Callable[[], Any]:
     """call(), which runs `steps` training steps or attacks and waits for the device."""
     run, name, settings, ready = prepare(program, data_dir, shape)
-    variables = train.initial_variables(run, name, ready)
+    variables = problem.initial_variables(run, name, ready)
     if program.method == "pgd":
         images = jax.random.uniform(jax.random.key(0), (run.batch_size, *ready.image_shape))
         images = jax.device_put(images, parallel.split_batch(ready.mesh))
@@ -132,8 +133,8 @@ def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) 
             jax.block_until_ready([attack(variables, images, jax.random.key(number)) for number in range(steps)])
     else:
         with steps_of(program):
-            built = train.build_stage(run, name, settings, ready)
-            state = [built.init(train.seeds(run), variables)]
+            built = problem.build_stage(run, name, settings, ready)
+            state = [built.init(problem.seeds(run), variables)]
 
         def call():
             with steps_of(program):  # the first call traces

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from benchmarks import provenance
 from ltjax import attacks
-from ltjax.cores import num_cores
+from ltjax.system.cores import num_cores
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "autoattack.npz"
 WHOLE = {"apgd-ce": 101, "apgd-t": 9 * 101, "fab-t": 9 * 2 * 101, "square": 5000}  # evaluations of an image that stands

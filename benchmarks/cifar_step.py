@@ -50,9 +50,11 @@ from rich.table import Table
 from benchmarks import flops, provenance
 from configs import cifar100_lt
 from ltjax import config as config_module
-from ltjax import problem, stage, train, xla
+from ltjax import train
 from ltjax.config import Run
 from ltjax.data.source import Images
+from ltjax.engine import problem, stage
+from ltjax.system import xla
 
 ROOT = Path(__file__).parents[1]
 NUM_TEST = 10_000  # images to evaluate with --torch, as many as CIFAR-100 has
@@ -209,7 +211,7 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.Stage]):
 def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[str, Any]:
     """The numbers of both stages, {stage: {...}}, of evaluation, and what they were measured on."""
     run, stages = config_module.parse(config)
-    ready, built = train.prepare(run, stages, data_dir)
+    ready, built = problem.prepare(run, stages, data_dir)
     check_the_guard(ready.image_shape, run.batch_size)
     seconds, operations = {}, {}
     for name, settings in stages.items():
@@ -262,7 +264,7 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
 def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int], Run]:
     """{stage, or "evaluation": turn() -> seconds an image}, steps of a turn of each stage, and the run."""
     run, stages = config_module.parse(config)
-    ready, built = train.prepare(run, stages, data_dir)
+    ready, built = problem.prepare(run, stages, data_dir)
     states, steps = {}, {}
     for name in stages:
         steps[name] = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)

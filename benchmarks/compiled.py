@@ -39,8 +39,9 @@ from rich.table import Table
 
 from benchmarks import hlo, provenance
 from ltjax import config as config_module
-from ltjax import evaluate, parallel, problem, xla
 from ltjax.data.source import Images, Stored
+from ltjax.engine import evaluate, problem
+from ltjax.system import parallel, xla
 
 STEPS = 3  # to a dispatch: XLA writes a loop of one step out
 PLATFORMS = ("tpu", "gpu")

@@ -45,11 +45,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import provenance
-from ltjax import feed, parallel
-from ltjax.cores import num_cores
 from ltjax.data import decode, image_folder, pipeline, samplers
 from ltjax.data.decode import View
 from ltjax.data.source import Stored
+from ltjax.engine import feed
+from ltjax.system import parallel
+from ltjax.system.cores import num_cores
 from ltjax.types import UserError
 
 RandomResizedCrop: Any = None

@@ -37,7 +37,10 @@ from rich.table import Table
 from benchmarks import cifar_step, decode, provenance
 from configs import inat18
 from ltjax import config as config_module
-from ltjax import data, plan, problem, stage, xla
+from ltjax import data
+from ltjax.engine import problem, stage
+from ltjax.modes import dry_run
+from ltjax.system import xla
 
 # XLA's, by a name: those of `config.gpu_graphs`, and one that repeats itself bit for bit
 FLAGS: dict[str, dict[str, Any]] = {**xla.GPU_GRAPHS, "deterministic": {"xla_gpu_deterministic_ops": True}}
@@ -63,7 +66,7 @@ class Prepared(NamedTuple):
 
     def expected_bytes(self) -> int:
         """What `--dry_run` says."""
-        return plan.expected_memory(self.run, {self.name: self.settings}, self.problem).peak()[0]
+        return dry_run.expected_memory(self.run, {self.name: self.settings}, self.problem).peak()[0]
 
 
 def prepare(values: Mapping[str, Any], data_dir: Path | None) -> Prepared:

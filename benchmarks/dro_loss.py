@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import provenance
-from ltjax import results
-from ltjax.checkpoint import write_json
+from ltjax.runs import results
+from ltjax.runs.checkpoint import write_json
 
 TEMPERATURE = 1.0
 CLOSE = 1e-4  # of loss and gradients, relative to the largest number of each: float32 in another order of sums

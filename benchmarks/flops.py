@@ -12,10 +12,11 @@ from unittest import mock
 
 import jax
 
-from ltjax import attacks, models, parallel, train
+from ltjax import attacks, models
 from ltjax import config as config_module
+from ltjax.engine.problem import Problem, build_stage, fresh_shapes, seeds
 from ltjax.models import resnet
-from ltjax.problem import fresh_shapes
+from ltjax.system import parallel
 
 
 class Convolution(NamedTuple):
@@ -115,7 +116,7 @@ def of_step(method: str, net: Network, guide: Network | None, *, num_steps: int,
     return net.forward + attack + net.training + clean + guide.training
 
 
-def by_xla(run: config_module.Run, name: str, settings: config_module.Stage, problem: train.Problem) -> float:
+def by_xla(run: config_module.Run, name: str, settings: config_module.Stage, problem: Problem) -> float:
     """Operations for one image of a stage's step as XLA counts them."""
     return operations(compiled(run, name, settings, problem)) / run.batch_size
 
@@ -161,7 +162,7 @@ def plain_nets(run: config_module.Run, num_classes: int) -> dict[str, Any]:
 
 
 def compiled(
-    run: config_module.Run, name: str, settings: config_module.Stage, problem: train.Problem, num_steps: int = 1
+    run: config_module.Run, name: str, settings: config_module.Stage, problem: Problem, num_steps: int = 1
 ) -> jax.stages.Compiled:
     """A stage's step with the plain convolution of accelerators, compiled for one CPU device and not run.
 
@@ -171,8 +172,8 @@ def compiled(
     nets = plain_nets(run, len(problem.class_names))
     problem = problem._replace(nets=nets, mesh=parallel.make_mesh([cpu]))
     with jax.default_device(cpu):
-        built = train.build_stage(run, name, settings, problem)
-        state = jax.eval_shape(built.init, train.seeds(run), fresh_shapes(run, problem))
+        built = build_stage(run, name, settings, problem)
+        state = jax.eval_shape(built.init, seeds(run), fresh_shapes(run, problem))
         source = jax.eval_shape(lambda: problem.train_data)
         return compile_to_count(built.run.lower(state, source, num_steps))
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from benchmarks import cifar_step, device_step, provenance
 from configs import cifar100_lt
-from ltjax import optim, problem
+from ltjax import optim
+from ltjax.engine import problem
 
 NETS = ("resnet32", "resnet50")
 

@@ -59,7 +59,7 @@ def commit(pack: Path | None) -> str | None:
 
     In a copy without .git it is the pack's, and "-changed" where the code is no longer that.
     """
-    from ltjax import results  # here, because unpacking does without its packages
+    from ltjax.runs import results  # here, because unpacking does without its packages
 
     found = results.git_commit()
     if found is None and pack is not None:

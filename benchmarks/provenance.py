@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from ltjax import results
-from ltjax.checkpoint import write_json
+from ltjax.runs import results
+from ltjax.runs.checkpoint import write_json
 
 
 def of(benchmark: str, arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -4,9 +4,10 @@
     python -m benchmarks.replicas --depth=8 --batch_size=32       # a quick look
     python -m benchmarks.replicas --out=replicas.json
 
-Each number of replicas runs as training does it (`ltjax.parallel`), both ways: "loop", one replica after the other
-inside the program, and "vmap", all in one batched step, whose convolutions become grouped ones. Images are made up: the
-speed does not depend on what they show. The programs are timed in turns, so that other load on the machine meets all.
+Each number of replicas runs as training does it (`ltjax.system.parallel`), both ways: "loop", one replica after the
+other inside the program, and "vmap", all in one batched step, whose convolutions become grouped ones. Images are made
+up: the speed does not depend on what they show. The programs are timed in turns, so that other load on the machine
+meets all.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from benchmarks import provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100_lt
 from ltjax import config as config_module
-from ltjax import parallel, problem
+from ltjax.engine import problem
+from ltjax.system import parallel
 
 
 def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate: str) -> tuple[Any, Any, Any, Any]:

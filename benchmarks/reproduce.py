@@ -71,8 +71,8 @@ def read_list(path: Path) -> list[Run]:
 def describe(config: str, seed: int) -> Described:
     """Of a config of this checkout."""
     from ltjax import config as config_module
-    from ltjax import problem
     from ltjax.data import splits
+    from ltjax.engine import problem
 
     file, _, arguments = config.partition(":")
     values = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"](arguments or None)

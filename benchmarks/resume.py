@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from benchmarks import cifar_step, device_step, provenance
-from ltjax import problem
-from ltjax.checkpoint import Checkpoints, like
+from ltjax.engine import problem
+from ltjax.runs.checkpoint import Checkpoints, like
 
 WAYS = {  # XLA_FLAGS
     "none": "",

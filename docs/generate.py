@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from configs import common, recipes
 from ltjax import compare, optim
 from ltjax import config as config_module
-from ltjax.checkpoint import read_json
-from ltjax.results import percent
-from ltjax.tables import markdown
+from ltjax.report.tables import markdown
+from ltjax.runs.checkpoint import read_json
+from ltjax.runs.results import percent
 
 ROOT = Path(__file__).parents[1]
 LONG_TAILED = ("cifar100_lt", "cifar10_lt", "imagenet_lt", "inat18", "places_lt", "image_folder")

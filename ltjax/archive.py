@@ -14,67 +14,33 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from ltjax.checkpoint import read_json
-from ltjax.interop.weights import ARRAYS, DESCRIPTION, Weights, load_weights, save_arrays
-from ltjax.paths import local
+from ltjax.interop.weights import ARRAYS, DESCRIPTION, save_arrays
+from ltjax.runs.checkpoint import read_json
+from ltjax.runs.trained import newest, variables_of
+from ltjax.system.paths import local
 from ltjax.types import UserError
 
 FILES = ("config.json", "split.json", "results.json")  # beside the weights
 OPTIONAL = ("attack.json", "temperature.json")
 
 
-class Archived(NamedTuple):
-    """What an archive has of a run."""
-
-    stage: str  # the last one
-    step: int
-    weights: Weights
-    record: dict[str, Any]  # as beside a checkpoint
-
-
-def is_archive(folder: Path) -> bool:
-    """Whether a folder was written by `archive`, and is no workdir."""
-    return (
-        all((folder / name).is_file() for name in ("config.json", "results.json", ARRAYS))
-        and not (folder / "checkpoints").exists()
-    )
-
-
-def read_archive(folder: Path) -> Archived:
-    """Raises: UserError where results.json is not that of an archive."""
-    results = read_json(folder / "results.json")
-    try:
-        stage = results["final_stage"]
-        summary = results["stages"][stage]
-        evaluations = [{**each, "test": dict(each)} for each in summary["evaluations"]]
-        evaluations[-1]["test"] = summary
-        step: int = summary["evaluations"][-1]["step"]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/results.json is not what ltjax writes there (no {error}): make it anew") from error
-    record = {"seconds": summary["seconds"], "train_seconds": 0.0, "train_steps": 0, "evaluations": evaluations}
-    return Archived(stage, step, load_weights(folder), record)
-
-
 def archive(workdir: str | Path, folder: str | Path) -> None:
     """Write the archive of a finished run. Raises: UserError where it is not finished, or has several replicas."""
-    from ltjax.interop import export
-
     workdir, folder = local(workdir), local(folder)
     for name in FILES:
         if not (workdir / name).is_file():
             raise UserError(f"{workdir} holds no finished run ({name} is missing): train it to the end first")
     if (folder / DESCRIPTION).exists() or (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds something else than an archive: name another folder")
-    trained = export.newest(workdir)
+    trained = newest(workdir)
     if trained.run.replicas > 1:
         raise UserError(f"{workdir} holds {trained.run.replicas} replicas: an archive is of one seed; train them apart")
     summary = read_json(workdir / "results.json")["stages"][trained.stage]
     if "evaluations" not in summary:
         raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
     folder.mkdir(parents=True, exist_ok=True)
-    save_arrays(folder, export.variables_of(workdir, trained))
+    save_arrays(folder, variables_of(workdir, trained))
     for name in (*FILES, *OPTIONAL):
         if (workdir / name).is_file():
             shutil.copyfile(workdir / name, folder / name)

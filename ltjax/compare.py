@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ltjax import config as config_module
-from ltjax.paths import local
-from ltjax.results import GROUPS, LEGACY_BEST, percent
-from ltjax.tables import Cell, latex, markdown, plain
+from ltjax.report.tables import Cell, latex, markdown, plain
+from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
+from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 
 # Settings in which runs of one row may differ: which seeds were trained, and what changes no trained number.

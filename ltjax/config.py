@@ -105,7 +105,7 @@ class Run(NamedTuple):
     # attack judge it where there is no run; "": random ones
     weights: str = ""
     weights_parts: tuple[str, ...] = ()  # of the network that are taken from there, such as ("backbone",); (): all
-    gpu_graphs: str = "default"  # what of a training step becomes CUDA graphs, see `ltjax.xla.GPU_GRAPHS`
+    gpu_graphs: str = "default"  # what of a training step becomes CUDA graphs, see `ltjax.system.xla.GPU_GRAPHS`
     accumulate: int = 1  # parts of a batch that go through the network one after the other, to save memory
     checkpoint_seconds: float = 300.0  # between checkpoints within a stage; its end is always saved
 

@@ -180,3 +180,15 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
             kind = "branches" if branches else "a cosine classifier"
             raise UserError(f"surgery 'nearest_mean' ({metric}) is for one linear classifier; the model has {kind}")
     return function
+
+
+def as_evaluated(variables: Variables, eval_classifier: Mapping[str, Any]) -> Variables:
+    """Variables as a stage is evaluated with them: without its method's arrays, its classifier perhaps tau-normalised.
+
+    eval_classifier: of the stage's config; {}: the classifier as it is.
+    """
+    variables = variables._replace(arrays={})
+    if not eval_classifier:
+        return variables
+    net = tau_normalised(variables.params["net"], **eval_classifier)
+    return variables._replace(params={**variables.params, "net": net})

@@ -12,34 +12,28 @@ import numpy as np
 from rich.console import Console
 
 from ltjax import config as config_module
-from ltjax import logs, plan, processes, results, stage
-from ltjax.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
 from ltjax.config import Run
 from ltjax.data import splits
-from ltjax.feed import DISPATCH_STEPS
-from ltjax.interop.weights import into, load_weights
-from ltjax.paths import local
-from ltjax.problem import (
-    Imported,
+from ltjax.engine import stage
+from ltjax.engine.feed import DISPATCH_STEPS
+from ltjax.engine.problem import (
     Problem,
     batches,
-    build_stage,
-    class_means_for,
-    evaluate_restored,
     evaluate_split,
-    fresh_shapes,
-    imported,
     initial_variables,
     operate,
-    restored,
+    prepare,
     seeds,
-    setup,
 )
-from ltjax.report import make
-from ltjax.signals import Interrupted, StopSignals
-from ltjax.stage import State
+from ltjax.engine.stage import State
+from ltjax.modes import dry_run, report
+from ltjax.runs import logs, results
+from ltjax.runs.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
+from ltjax.runs.workdir import check_same_images, locked, named_disk_errors, open_workdir
+from ltjax.system import processes
+from ltjax.system.paths import local
+from ltjax.system.signals import Interrupted, StopSignals
 from ltjax.types import UserError, one_line
-from ltjax.workdir import check_same_images, check_workdir, locked, named_disk_errors, open_workdir
 
 
 def chunk_length(
@@ -116,8 +110,8 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
         if first:
             write_json(workdir / "config.json", config)
             write_json(workdir / "split.json", described)
-            plan.write_parameters(problem, workdir / "parameters.txt")
-            plan.show(run, stages, built, problem, workdir, console)
+            dry_run.write_parameters(problem, workdir / "parameters.txt")
+            dry_run.show(run, stages, built, problem, workdir, console)
             console.print("The first steps are being compiled, which takes longer than they do.")
 
         steps_before = dict(zip(stages, np.cumsum([0] + [b.num_steps for b in built.values()]).tolist(), strict=False))
@@ -135,41 +129,12 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
                             raise
                         raise cannot_save(error, checkpoints.directory) from error
             summary = results.summarise(run, stages, records, problem, commit)
-            report(run, stages, problem, finals, summary, workdir, console, stop)
+            write_report(run, stages, problem, finals, summary, workdir, console, stop)
             if first:
                 write_json(workdir / "results.json", summary)
         results.print_table(summary, console)
         console.print(f"Results, metrics and checkpoints are in {workdir}; look at {workdir}/report/index.html")
         return summary
-
-
-def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> None:
-    """Print what `train` is going to do, and in how much memory; train and write nothing. Raises: UserError, as `train`
-    before its first step."""
-    workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
-    run, stages = config_module.parse(config)
-    processes.on_first(lambda: check_workdir(workdir, config))
-    console.print(f"Dry run of {run.name}: making data, networks and stages ready.")
-    problem, built = prepare(run, stages, data_dir)
-    plan.show(run, stages, built, problem, workdir, console)
-    plan.show_details(run, stages, built, problem, console)
-
-
-def prepare(
-    run: Run, stages: Mapping[str, config_module.Stage], data_dir: str | Path | None
-) -> tuple[Problem, dict[str, stage.Stage]]:
-    """All that can go wrong before the first step goes wrong here."""
-    problem = setup(run, data_dir)
-    built = {name: build_stage(run, name, settings, problem) for name, settings in stages.items()}
-    for name, settings in stages.items():
-        if settings.keep_optimizer and built[name].assigned != built[settings.start_from].assigned:
-            raise UserError(
-                f"config.{name}.keep_optimizer: stage {settings.start_from!r} does not train the same parameters "
-                "in the same groups"
-            )
-    if run.weights:
-        into(fresh_shapes(run, problem), load_weights(run.weights), run.weights_parts)
-    return problem, built
 
 
 def run_stage(
@@ -354,7 +319,7 @@ def evaluate_stage(run, name, settings, problem, state, epoch, record, log, mean
     record["evaluations"] = [*earlier, evaluation]
 
 
-def report(run, stages, problem, finals, summary, workdir, console, stop) -> None:
+def write_report(run, stages, problem, finals, summary, workdir, console, stop) -> None:
     """Leave `report/`; a report that cannot be made takes no results with it."""
 
     def go_on() -> None:
@@ -363,7 +328,7 @@ def report(run, stages, problem, finals, summary, workdir, console, stop) -> Non
 
     variables = {name: state.variables for name, state in finals.items()}
     try:
-        make.write_report(run, stages, problem, variables, summary, workdir, go_on)
+        report.write_report(run, stages, problem, variables, summary, workdir, go_on)
     except (Interrupted, OSError):
         raise
     except Exception as error:
@@ -403,53 +368,3 @@ def epoch_line(settings, epoch, loss, test, images_per_second, seconds_left, wai
     speed += f" ({wait:.0%} of it waiting for data)" if wait > 0.05 else ""
     left = f"  ETA {logs.clock(seconds_left)}" if epoch else ""
     return f"{settings.title}  {progress}test {groups}  ECE {test['ece']:.1%}{nearest}{speed}{left}"
-
-
-def evaluate_workdir(
-    config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
-) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of every stage that has one, or `config.weights` where the workdir holds no run;
-    print the table and write `eval.json`."""
-    workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
-    run, stages = config_module.parse(config)
-    found = imported(run, stages, workdir, data_dir)
-    if found is None and not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
-    processes.on_first(lambda: open_workdir(workdir, config))
-    if found is not None:
-        summary = results.summarise(
-            found.run,
-            {"imported": found.settings},
-            {"imported": judge_imported(found)},
-            found.problem,
-            results.git_commit(),
-        )
-        return write_evaluation({**summary, "weights": run.weights}, workdir, console)
-    problem = setup(run, data_dir)
-    records = {}
-    for name, settings in stages.items():
-        found = restored(run, name, settings, problem, workdir)
-        if found is not None:
-            built, state, record = found
-            records[name] = {**record, "evaluations": [evaluate_restored(run, settings, problem, built, state)]}
-    if not records:
-        raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
-    summary = results.summarise(run, {name: stages[name] for name in records}, records, problem, results.git_commit())
-    return write_evaluation(summary, workdir, console)
-
-
-def judge_imported(found: Imported) -> dict[str, Any]:
-    """The record, as of a stage without training, of weights alone."""
-    began, (run, problem, settings, variables) = time.monotonic(), found
-    means = class_means_for(settings, problem, variables)
-    test = evaluate_split(run, settings, problem, variables, problem.test_set, means)
-    record = {"train_seconds": 0.0, "train_steps": 0, "evaluations": [{"epoch": 0, "step": 0, "test": test}]}
-    return {**record, "seconds": time.monotonic() - began}
-
-
-def write_evaluation(summary: dict[str, Any], workdir: Path, console: Console) -> dict[str, Any]:
-    with named_disk_errors(workdir):
-        if processes.first():
-            write_json(workdir / "eval.json", summary)
-    console.print(results.table(summary))
-    return summary

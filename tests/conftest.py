@@ -18,12 +18,12 @@ NO_EMITTERS = jax.__version_info__ < (0, 11)  # later versions have no flag for 
 LONGEST = (
     "test_conformance.py",
     "test_run.py",
-    "test_replicas.py",
+    "engine/test_replicas.py",
     "test_notebooks.py",
-    "test_processes.py",
-    "test_robustness.py",
+    "system/test_processes.py",
+    "modes/test_attack.py",
     "attacks/test_autoattack.py",
-    "test_golden_training.py",
+    "engine/test_golden_training.py",
 )
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 import ltjax
-from ltjax import archive, compare, config, robustness, train
+from ltjax import archive, compare, config, train
 from ltjax.interop.weights import load_weights
-from ltjax.report import make
+from ltjax.modes import attack, report
+from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs import trained
 from ltjax.types import UserError
 from tests.test_run import run, tiny_config
 
@@ -44,11 +46,11 @@ def test_it_is_four_files(kept):
         "split.json",
         "weights.safetensors",
     ]
-    assert archive.is_archive(kept)
+    assert trained.is_archive(kept)
 
 
 def test_a_workdir_is_no_archive(workdir):
-    assert not archive.is_archive(workdir)
+    assert not trained.is_archive(workdir)
 
 
 def test_results_have_the_figures_of_every_evaluated_epoch(workdir):
@@ -59,7 +61,7 @@ def test_results_have_the_figures_of_every_evaluated_epoch(workdir):
 
 
 def test_its_evaluation_gives_the_figures_of_the_run_to_the_last_digit(kept, workdir):
-    found = train.evaluate_workdir(tiny_config(**STAGES), kept)
+    found = evaluate_workdir(tiny_config(**STAGES), kept)
     assert list(found["stages"]) == ["classifier"]
     for key in ("accuracy", "ece", "loss", "per_class_accuracy"):
         assert found[key] == results(workdir)[key], key
@@ -81,9 +83,9 @@ def test_it_loads_as_the_run_does(kept, workdir):
 
 def test_a_report_and_an_attack_of_it_are_as_of_the_run(kept):
     config_of = tiny_config(**STAGES, **ATTACK)
-    make.report_workdir(config_of, kept)
+    report.report_workdir(config_of, kept)
     assert "<svg" in (kept / "report" / "index.html").read_text()
-    found = robustness.attack_workdir(config_of, kept)
+    found = attack.attack_workdir(config_of, kept)
     assert found["tests"]["clean"]["num_images"] == 16
     assert results(kept)["robustness"]["stage"] == "classifier"
 
@@ -102,7 +104,7 @@ def test_a_table_of_it_is_that_of_the_run(kept, workdir):
 def test_training_in_it_says_that_the_run_is_finished(kept, capsys):
     train.train(tiny_config(**STAGES), kept)
     assert "holds a finished run of this config" in " ".join(capsys.readouterr().out.split())
-    assert archive.is_archive(kept)
+    assert trained.is_archive(kept)
 
 
 def test_a_stage_may_begin_with_its_weights(kept, tmp_path):
@@ -147,4 +149,4 @@ def test_damaged_results_are_named(kept):
     broken["stages"]["classifier"]["evaluations"] = []
     (kept / "results.json").write_text(json.dumps(broken))
     with pytest.raises(UserError, match=r"results\.json is not what ltjax writes there"):
-        archive.read_archive(kept)
+        trained.read_archive(kept)

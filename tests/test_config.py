@@ -3,9 +3,9 @@
 import pytest
 
 from ltjax import config
-from ltjax.checkpoint import write_json
+from ltjax.runs.checkpoint import write_json
+from ltjax.runs.workdir import open_workdir
 from ltjax.types import UserError
-from ltjax.workdir import open_workdir
 
 
 def small(**changes):

@@ -12,10 +12,12 @@ import pytest
 
 from configs import cifar10_lt, cifar100_lt, recipes
 from ltjax import config as config_module
-from ltjax import data, optim, parallel, train
+from ltjax import data, optim, train
 from ltjax.archive import archive
 from ltjax.data.source import Images
-from ltjax.signals import Interrupted
+from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.system import parallel
+from ltjax.system.signals import Interrupted
 
 FILES = {"cifar10_lt": cifar10_lt, "cifar100_lt": cifar100_lt}
 # What `test_the_files_differ_only_in_numbers` leaves of cifar100_lt, and recipes that no method has.
@@ -170,7 +172,7 @@ def test_an_archive_has_the_figures_of_its_run_to_the_last_digit(trained, tmp_pa
         results["stages"][results["final_stage"]]
         for results in (
             json.loads((workdir / "results.json").read_text()),
-            train.evaluate_workdir(tiny_config(name), tmp_path / "kept"),
+            evaluate_workdir(tiny_config(name), tmp_path / "kept"),
         )
     )
     for key in ("accuracy", "ece", "loss", "per_class_accuracy", "nearest_mean"):
@@ -349,7 +351,7 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path
     def stop_here(state, stop):
         stop.requested = signal.SIGTERM
 
-    monkeypatch.setattr(train, "report", lambda *_: None)  # which is looked at elsewhere
+    monkeypatch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # what is resumed makes its own
         before_dispatch(patch, stage, 1, stop_here)

@@ -7,9 +7,10 @@ from jax import export
 
 from configs import cifar10
 from ltjax import config as config_module
-from ltjax import data, stage, train
-from ltjax.problem import fresh_shapes
-from tests import test_robustness
+from ltjax import data, train
+from ltjax.engine import stage
+from ltjax.engine.problem import fresh_shapes
+from tests.modes import test_attack
 from tests.test_run import tiny_config
 
 PLATFORM_MODEL = {"tpu": "tpu", "cuda": "gpu"}
@@ -62,7 +63,7 @@ def test_frozen_parameters_have_no_backward_pass(monkeypatch):
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_lbgat_step_lowers_for_accelerators(monkeypatch, platform):
     """Its attack included: two networks, a loop of ten steps inside the scanned step."""
-    monkeypatch.setattr(data, "load", test_robustness.made_up_images)
+    monkeypatch.setattr(data, "load", test_attack.made_up_images)
     values = cifar10.get_config("method=lbgat,beta=6,model=wrn10_1,guide=resnet8")
     values.update(batch_size=16)
     for net in (values.model, values.guide):

@@ -11,11 +11,11 @@ import pytest
 
 import ltjax
 from ltjax import data, models
-from ltjax.checkpoint import write_json
 from ltjax.data.decode import View
+from ltjax.engine.stage import State
 from ltjax.interop.weights import Weights, save_weights
 from ltjax.predictor import FITTED, TEMPERATURE, Model, _temperature, imported_key, load_as_configured
-from ltjax.stage import State
+from ltjax.runs.checkpoint import write_json
 from ltjax.types import UserError, Variables
 from tests.test_run import tiny_config
 

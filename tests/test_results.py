@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ltjax import archive, data, train
-from ltjax.checkpoint import read_json
+from ltjax import data
+from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs import trained
+from ltjax.runs.checkpoint import read_json
 from ltjax.types import UserError
 
 ARCHIVES = sorted(path.parent for path in (Path(__file__).parents[1] / "results").glob("*/results.json"))
@@ -15,7 +17,7 @@ every_archive = pytest.mark.parametrize("folder", ARCHIVES, ids=[folder.name for
 
 @every_archive
 def test_it_is_an_archive_that_says_where_it_comes_from(folder):
-    assert archive.is_archive(folder)
+    assert trained.is_archive(folder)
     results = read_json(folder / "results.json")
     assert results["name"] + f"-seed{results['seed']}" == folder.name
     assert len(results["git_commit"]) == 40  # nothing was changed beside it
@@ -44,6 +46,6 @@ def test_a_row_can_be_checked(tmp_path):
         pytest.skip(str(error))
     for name in ("config.json", "split.json", "results.json", "weights.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    found, expected = train.evaluate_workdir(config, tmp_path), json.loads((folder / "results.json").read_text())
+    found, expected = evaluate_workdir(config, tmp_path), json.loads((folder / "results.json").read_text())
     assert abs(found["accuracy"]["all"] - expected["accuracy"]["all"]) <= 5e-4
     assert abs(found["ece"] - expected["ece"]) <= 5e-4

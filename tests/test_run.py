@@ -16,7 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ltjax import train, workdir
+from ltjax import train
+from ltjax.runs import workdir
 from ltjax.types import UserError
 from tests.conftest import CACHE
 

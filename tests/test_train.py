@@ -10,10 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from ltjax import checkpoint, config, data, evaluate, feed, methods, parallel, problem, stage, train
-from ltjax.signals import Interrupted
+from ltjax import config, data, methods, train
+from ltjax.engine import evaluate, feed, problem, stage
+from ltjax.runs import checkpoint
+from ltjax.system import parallel
+from ltjax.system.signals import Interrupted
+from tests.engine.test_streamed import both, settings
 from tests.test_conformance import Reached, before_dispatch, saved, steps_of
-from tests.test_streamed import both, settings
 
 STEPS, EPOCHS = 5, 3  # 38 images in batches of 8: 5 steps an epoch, in dispatches of 3 and 2
 
@@ -33,7 +36,7 @@ def two_devices_and_made_up_images():
         patch.setattr(data, "load", lambda name, where: both()[0])
         patch.setattr(train, "prepare", lambda *_: prepare())
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
-        patch.setattr(train, "report", lambda *_: None)  # which is looked at elsewhere
+        patch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
         yield
 
 

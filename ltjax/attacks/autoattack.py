@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from ltjax import xla
 from ltjax.attacks import slots
 from ltjax.attacks.apgd import Apgd
 from ltjax.attacks.ball import check_images, radius
@@ -21,6 +20,7 @@ from ltjax.attacks.checks import look_for_trouble
 from ltjax.attacks.fab import Fab
 from ltjax.attacks.progress import Found, Progress, ProgressFile, show_progress
 from ltjax.attacks.square import Square
+from ltjax.system import xla
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from ltjax import xla
 from ltjax.attacks import objectives
+from ltjax.system import xla
 
 MOST = 64  # images that are looked at
 

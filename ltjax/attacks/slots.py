@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ltjax import xla
 from ltjax.attacks.ball import per_image
-from ltjax.cores import num_cores
+from ltjax.system import xla
+from ltjax.system.cores import num_cores
 
 BATCH_AXIS = "images"
 SHRINK = 4  # each batch of the ladder is a quarter of the one above

@@ -17,7 +17,7 @@ import numpy as np
 from ltjax.data import decode, folders, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
-from ltjax.paths import cache_folder, local
+from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ltjax.cores import num_cores
 from ltjax.data.decode import View, center_crop, decode, random_window, window_draws
 from ltjax.data.source import ImageFiles, Stored
 from ltjax.hashing import hash32
+from ltjax.system.cores import num_cores
 from ltjax.types import UserError, one_line
 
 TASK_ROWS = 16  # images that a thread decodes before it looks for more, at most

@@ -26,7 +26,7 @@ import numpy as np
 from ltjax.data import prepare_imagenet_lt, prepare_inat18, prepare_places_lt, prepare_tiny_imagenet, records
 from ltjax.data.download import basename, download
 from ltjax.data.source import resolve_data_dir
-from ltjax.paths import local
+from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 
 

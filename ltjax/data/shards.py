@@ -12,7 +12,7 @@ import numpy as np
 from ltjax.data import prepared, progress
 from ltjax.data.index import read_index, shards_fingerprint, write_index
 from ltjax.data.source import Stored, resolve_data_dir
-from ltjax.paths import cache_folder
+from ltjax.system.paths import cache_folder
 from ltjax.types import UserError, one_line
 
 SPLITS = {  # training and test split

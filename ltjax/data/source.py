@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ltjax.paths import local
+from ltjax.system.paths import local
 from ltjax.types import UserError
 
 

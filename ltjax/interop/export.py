@@ -19,53 +19,23 @@ Of a run, the network is that of the newest checkpoint of its last stage, as its
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
-from ltjax import config as config_module
 from ltjax import models
-from ltjax.archive import is_archive, read_archive
-from ltjax.checkpoint import complete_steps, read_json
 from ltjax.interop.torch import Parser, export_state_dict
 from ltjax.interop.weights import DESCRIPTION, Weights, described, in_our_order, load_weights, save_weights
-from ltjax.paths import local
-from ltjax.problem import judged
-from ltjax.types import UserError, Variables, one_line
+from ltjax.runs.trained import newest, weights_of
+from ltjax.system.paths import local
+from ltjax.types import UserError
 
 FORMATS = ("state_dict", "safetensors", "weights", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-
-class Trained(NamedTuple):
-    """What a run has come to: its last stage that has a checkpoint, and the newest of them."""
-
-    run: config_module.Run
-    stage: str
-    settings: config_module.Stage
-    step: int
-
-
-def newest(workdir: Path) -> Trained:
-    """Of a run's workdir. Raises: UserError where it holds no run, or none that has trained."""
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir} is neither a run's workdir (no config.json) nor a folder of weights")
-    run, stages = config_module.parse(read_json(workdir / "config.json"))
-    if is_archive(workdir):
-        kept = read_archive(workdir)
-        return Trained(run, kept.stage, stages[kept.stage], kept.step)
-    steps = {name: complete_steps(workdir / "checkpoints" / name) for name in run.stages}
-    trained = [name for name in run.stages if steps[name]]
-    if not trained:
-        raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
-    return Trained(run, trained[-1], stages[trained[-1]], steps[trained[-1]][-1])
 
 
 def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
@@ -77,51 +47,6 @@ def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
     if (source / DESCRIPTION).is_file():
         return load_weights(source)
     return weights_of(source, newest(source), net=net, replica=replica)
-
-
-def weights_of(workdir: Path, trained: Trained, *, net: str = "net", replica: int = 0) -> Weights:
-    """The weights of what `newest` has found in a workdir, as the stage's evaluation has them."""
-    run = trained.run
-    settings = dict(run.guide if net == "guide" else run.model)
-    if net not in ("net", "guide") or not settings:
-        raise UserError(f"--net={net}: the run has {'net and guide' if run.guide else 'net alone'}")
-    if not 0 <= replica < run.replicas:
-        raise UserError(f"--replica={replica}: the run has {run.replicas}, counted from 0")
-    own = variables_of(workdir, trained)
-    own = jax.tree.map(lambda x: x[replica], own) if run.replicas > 1 else own
-    if net not in own.params:
-        raise UserError(f"--net={net}: {workdir} is the archive of a run, which has net alone")
-    own = judged(trained.settings, own) if net == "net" else own
-    variables = Variables({"net": own.params[net]}, {"net": own.stats.get(net, {})}, {})
-    num_classes = own.params[net]["classifier"]["kernel"].shape[-1]
-    return Weights(jax.tree.map(np.asarray, variables), settings, num_classes)
-
-
-def variables_of(workdir: Path, trained: Trained) -> Variables:
-    """The variables of what `newest` has found in a workdir or an archive, as they were trained, on one device."""
-    if is_archive(workdir):
-        return read_archive(workdir).weights.variables
-    return _restore(workdir / "checkpoints" / trained.stage / str(trained.step))
-
-
-def _restore(checkpoint: Path) -> Variables:
-    """The networks' variables in a checkpoint, on one device."""
-    path = checkpoint.absolute() / "state"
-    on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    chatty = logging.getLogger("absl")  # Orbax misses a file that is of no use here
-    level = chatty.level
-    chatty.setLevel(logging.ERROR)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            there: Any = checkpointer.metadata(path).item_metadata
-            there = getattr(there, "tree", there)
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on), there)
-            variables = checkpointer.restore(path, like)["variables"]
-    except Exception as error:  # Orbax and TensorStore pass damage on as many types
-        raise UserError(f"cannot read the checkpoint {path} ({one_line(error)})") from error
-    finally:
-        chatty.setLevel(level)
-    return Variables(variables["params"], variables.get("stats") or {}, {})
 
 
 def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:

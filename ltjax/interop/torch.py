@@ -24,7 +24,7 @@ from ltjax import models
 from ltjax.interop import checkpoints, names
 from ltjax.interop.weights import described, save_weights
 from ltjax.optim import flatten, unflatten
-from ltjax.paths import local
+from ltjax.system.paths import local
 from ltjax.types import UserError, Variables
 
 NORMALISE = {  # mean and std of each channel

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ltjax.optim import flatten, unflatten
-from ltjax.paths import local
+from ltjax.system.paths import local
 from ltjax.types import UserError, Variables
 
 FORMAT = 1

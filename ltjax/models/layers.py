@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from ltjax import xla
+from ltjax.system import xla
 from ltjax.types import Outputs, UserError
 
 CLASSIFIERS = ("linear", "cosine")

@@ -31,7 +31,7 @@ def stage_numbers(
 ) -> dict[str, Any]:
     """What the page shows of one stage, means over replicas.
 
-    observed: of each replica, see `ltjax.report.measure.Observer`. groups: {name: bool [C]}. learned: {title: [C]}.
+    observed: of each replica, see `ltjax.engine.measure.Observer`. groups: {name: bool [C]}. learned: {title: [C]}.
     """
     num_classes = len(next(iter(groups.values())))
     predictions = np.concatenate([one["predictions"] for one in observed])

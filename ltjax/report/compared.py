@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from ltjax.checkpoint import read_json
 from ltjax.report import page, panels, sections
 from ltjax.report.sections import Section, Table
+from ltjax.runs.checkpoint import read_json
 from ltjax.types import UserError, one_line
 
 MOST_PAIRS = 3  # of confused classes, of each list of a run: a page may have many rows

@@ -11,10 +11,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from ltjax.checkpoint import read_json
 from ltjax.report import panels, plots, sections
 from ltjax.report.sections import Table
-from ltjax.results import GROUPS, LEGACY_BEST, percent
+from ltjax.runs.checkpoint import read_json
+from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
 
 PICTURE_WIDTH = 640  # of the attack's picture, in pixels
 
@@ -106,7 +106,7 @@ def of_run(
 
 
 def unfinished(results: Mapping[str, Any]) -> list[str]:
-    """How far a run is that has not been trained to its end, see `ltjax.report.make.report_workdir`."""
+    """How far a run is that has not been trained to its end, see `ltjax.modes.report.report_workdir`."""
     reached = results.get("unfinished")
     if not reached:
         return []

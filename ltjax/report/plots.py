@@ -9,7 +9,7 @@ from markupsafe import Markup
 from ltjax.report import charts
 from ltjax.report.charts import LEFT, RIGHT, TOP, WIDTH, Scale, line, mark, path, tag, text
 from ltjax.report.panels import GROUPS, Figure, Panel
-from ltjax.results import percent
+from ltjax.runs.results import percent
 
 BOTTOM = 196  # of a usual chart's frame
 LABELS = 60  # room for the groups' names at the right

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from ltjax.report import charts, plots
 from ltjax.report.panels import GROUPS, Panel
-from ltjax.results import in_words, percent
+from ltjax.runs.results import in_words, percent
 
 MOST_ROWS = 200  # of a table of classes
 WORST = 50  # classes named where each has no mark of its own
@@ -26,7 +26,7 @@ class Section(NamedTuple):
     about: str  # how to read it
     figures: list[tuple[str, Markup]]  # heading, chart
     tables: list[Table]  # the same as numbers
-    pairs: Sequence[Mapping[str, Any]] = ()  # of confused classes, see `ltjax.report.make`
+    pairs: Sequence[Mapping[str, Any]] = ()  # of confused classes, see `ltjax.modes.report`
     image: str = ""  # a data URI
 
 

@@ -114,7 +114,7 @@ def test_a_pack_for_another_python_is_refused(finished, tmp_path, capsys):
 
 
 def test_a_copy_knows_its_commit_and_whether_it_was_changed(finished, tmp_path, monkeypatch):
-    from ltjax import results
+    from ltjax.runs import results
 
     finished()
     monkeypatch.undo()

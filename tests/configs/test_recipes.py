@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import common
-from ltjax import config, losses, methods, problem
+from ltjax import config, losses, methods
 from ltjax.data import splits
+from ltjax.engine import problem
 from ltjax.types import Batch
 from tests.configs.reading import factors_of, parsed, rates_of
 

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from ltjax import parallel
 from ltjax.data import decode, pipeline, samplers
 from ltjax.data.decode import View
 from ltjax.data.source import Stored, Subset
 from ltjax.hashing import hash32
+from ltjax.system import parallel
 from ltjax.types import UserError
 
 COUNTS = np.array([30, 12, 5])

@@ -2,7 +2,7 @@
 repeating itself bit for bit, as `benchmarks/accelerator.py` runs them:
 
     export JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS=--xla_gpu_deterministic_ops=true
-    python -m pytest tests/gpu tests/test_golden_training.py
+    python -m pytest tests/gpu tests/engine/test_golden_training.py
 """
 
 import functools
@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from benchmarks.autoattack import golden
-from ltjax import attacks, losses, methods, models, optim, parallel, stage
-from ltjax.checkpoint import Checkpoints
+from ltjax import attacks, losses, methods, models, optim
 from ltjax.data import augment, samplers
+from ltjax.engine import stage
+from ltjax.runs.checkpoint import Checkpoints
+from ltjax.system import parallel
 from ltjax.types import Variables
 
 COUNTS = np.full(10, 16)

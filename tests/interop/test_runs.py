@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import config, models, problem, robustness, surgery, train
-from ltjax.checkpoint import Checkpoints, write_json
+from ltjax import config, models, surgery, train
+from ltjax.engine import problem
+from ltjax.engine.stage import State
 from ltjax.interop import export, torch
 from ltjax.interop.weights import load_weights, save_weights
-from ltjax.stage import State
+from ltjax.modes import attack
+from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs.checkpoint import Checkpoints, write_json
 from ltjax.types import UserError
 from tests.test_run import tiny_config
 
@@ -39,7 +42,7 @@ FIGURES = ("accuracy", "ece", "loss", "per_class_accuracy")
 
 
 def test_weights_judged_on_their_own_have_the_figures_of_the_run_they_come_from(trained, weights, tmp_path, capsys):
-    found = train.evaluate_workdir(quick(weights=str(weights)), tmp_path / "new")
+    found = evaluate_workdir(quick(weights=str(weights)), tmp_path / "new")
     assert {key: found[key] for key in FIGURES} == {key: trained[1][key] for key in FIGURES}
     written = json.loads((tmp_path / "new" / "eval.json").read_text())
     assert written["weights"] == str(weights)
@@ -51,7 +54,7 @@ def test_a_trip_through_pytorchs_names_changes_no_figure(trained, tmp_path):
     assert export.main([str(trained[0]), "--format=safetensors", f"--out={file}"]) == 0
     command = [str(file), "--model=resnet_cifar,depth=8,width=2,mean=(0.286,),std=(0.353,)"]
     assert torch.main([*command, f"--out={tmp_path / 'w'}"]) == 0
-    found = train.evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
+    found = evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
     assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
 
 
@@ -66,15 +69,15 @@ def test_weights_in_another_order_of_classes_have_the_same_figures(trained, weig
     command = [str(file), "--model=resnet_cifar,depth=8,width=2,mean=(0.286,),std=(0.353,)", f"--out={tmp_path / 'w'}"]
     assert torch.main([*command, f"--class_order={tmp_path / 'order.json'}"]) == 0
     assert load_weights(tmp_path / "w").class_order == tuple(order)
-    found = train.evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
+    found = evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
     assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
 
 
 def test_weights_alone_are_attacked(trained, weights, tmp_path):
     settings = {"tests": ("pgd-1",), "num_images": 20, "batch_size": 20}
     values = {**quick(weights=str(weights)), "attack": settings}
-    found = robustness.attack_workdir(values, tmp_path)
-    same = robustness.attack_workdir({**quick(), "attack": settings}, trained[0])
+    found = attack.attack_workdir(values, tmp_path)
+    same = attack.attack_workdir({**quick(), "attack": settings}, trained[0])
     assert found["stage"] == "imported"
     for test in ("clean", "pgd-1"):
         assert found["tests"][test]["accuracy"] == same["tests"][test]["accuracy"]
@@ -119,7 +122,7 @@ def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
 
 def test_weights_of_another_network_are_judged_as_what_they_are(trained, weights, tmp_path):
     values = quick(**{"weights": str(weights), "model.width": 4, "model.logit_scale": False})
-    found = train.evaluate_workdir(values, tmp_path)
+    found = evaluate_workdir(values, tmp_path)
     assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
 
 
@@ -129,12 +132,12 @@ def test_weights_for_other_classes_are_refused(weights, tmp_path):
     classifier |= {key: value[..., :7] for key, value in classifier.items()}
     save_weights(tmp_path / "w", there.variables, there.settings, num_classes=7)
     with pytest.raises(UserError, match=r"classifier/bias \(weights \(7,\), network \(10,\)\)"):
-        train.evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
+        evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
 
 
 def test_without_weights_an_empty_workdir_says_to_train(tmp_path):
     with pytest.raises(UserError, match="train first"):
-        train.evaluate_workdir(quick(), tmp_path)
+        evaluate_workdir(quick(), tmp_path)
 
 
 def test_stablehlo_of_a_run_has_the_logits_of_its_network(trained, weights, tmp_path):

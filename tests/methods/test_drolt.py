@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import feed, losses, methods, models, parallel, stage
+from ltjax import losses, methods, models
+from ltjax.engine import feed, stage
+from ltjax.system import parallel
 from ltjax.types import Batch, Outputs, UserError, Variables
 
 COUNTS = np.array([9, 4, 1])

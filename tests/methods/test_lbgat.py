@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import attacks, losses, methods, models, optim, stage
+from ltjax import attacks, losses, methods, models, optim
+from ltjax.engine import stage
 from ltjax.interop.torch import import_state_dict
 from ltjax.methods import adversarial
 from ltjax.types import Batch, Variables

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import losses, methods, models, stage
+from ltjax import losses, methods, models
+from ltjax.engine import stage
 from ltjax.types import Batch, Outputs, UserError, Variables
 
 COUNTS = np.array([5, 80, 20, 1, 40])  # by rank: classes 1, 4, 2, 0, 3

@@ -1,0 +1,1 @@
+"""What `run.py --mode=...` does, a file each."""

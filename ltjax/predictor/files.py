@@ -1,0 +1,200 @@
+"""Predict the classes of image files, wherever they are: found, decoded ahead of the device, and ranked."""
+
+import glob
+import itertools
+import os
+import re
+import stat
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltjax.data.decode import MAX_IMAGE_BYTES, View, center_crop, decode
+from ltjax.data.image_folder import SUFFIXES
+from ltjax.system import xla
+from ltjax.system.cores import num_cores
+from ltjax.system.paths import local
+from ltjax.types import UserError, one_line
+
+AHEAD = 2  # batches that are being decoded while one is waited for
+
+
+class Classifier(Protocol):
+    """What files are shown to, such as `ltjax.predictor.Model`."""
+
+    about: str
+    view: View | None
+    channels: int
+    class_names: tuple[str, ...]
+    batch_size: int
+    temperature: float
+
+    def start(self, images: np.ndarray) -> jax.Array: ...
+
+
+class Prediction(NamedTuple):
+    """What the network says of one file: the most probable classes, most probable first, or why it could not look."""
+
+    file: str  # as it was found, or given
+    classes: tuple[str, ...]  # names
+    confidences: tuple[float, ...]  # of these; calibrated where a temperature was fitted
+    error: str = ""  # then there are no classes
+
+
+def find(images: str) -> Iterator[str]:
+    """The files that are meant, in natural order (img9 before img10): of a folder, the images in it and below it; of a
+    pattern (`*`, `?`, `[a-z]`, `**` for any folders), all that match; or one file.
+
+    Hidden files, and in folders files of other kinds than images, are passed over.
+    Raises: UserError naming what was looked for, where there is nothing.
+    """
+    path = os.fspath(local(images))
+    if os.path.isdir(path):
+        files: Iterator[str] = _walk(path, ())
+        looked_for = f"no images in {images} or below it; known kinds: {', '.join(SUFFIXES)}"
+    elif os.path.exists(path):
+        files, looked_for = iter((path,)), ""
+    else:
+        matches = glob.iglob(path, recursive=True)
+        files = iter(sorted((match for match in matches if not os.path.isdir(match)), key=_natural_path))
+        looked_for = f"nothing matches --images={images}: a folder, or a quoted pattern such as 'photos/**/*.jpg'"
+    first = next(files, None)
+    if first is None:
+        raise UserError(looked_for)
+    return itertools.chain((first,), files)
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """One folder's names at a time. above: the folders on the way here, since links may lead back."""
+    try:
+        found = os.stat(folder)
+        entries = sorted(os.scandir(folder), key=lambda entry: _natural(entry.name))
+    except OSError as error:
+        print(f"cannot list {folder}: {error.strerror}", file=sys.stderr)
+        return
+    here = (found.st_dev, found.st_ino)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if _is_folder(entry):
+            if here not in above:
+                yield from _walk(entry.path, (*above, here))
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: where it is called an image, reading it will say so
+        return False
+
+
+def _natural(name: str) -> tuple[list[Any], str]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+
+
+def _natural_path(path: str) -> list[Any]:
+    return [_natural(part) for part in Path(path).parts]
+
+
+def read_image(file: str, view: View, channels: int) -> np.ndarray | str:
+    """The pixels that the network sees, uint8 [size, size, channels], or what is wrong with the file."""
+    try:
+        about = os.stat(file)
+        if not stat.S_ISREG(about.st_mode):
+            return "no file"
+        if about.st_size > MAX_IMAGE_BYTES:
+            return f"more than {MAX_IMAGE_BYTES} bytes"
+        pixels = center_crop(decode(Path(file).read_bytes()), view)
+    except OSError as error:
+        return error.strerror or one_line(error)
+    except (ValueError, MemoryError, cv2.error) as error:
+        return one_line(error)
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[..., None] if channels == 1 else pixels
+
+
+class _Batch(NamedTuple):
+    files: list[str]
+    errors: list[str]  # "" where the file was read
+    probabilities: jax.Array  # [B, k], and so is
+    classes: jax.Array
+
+
+def _ranked(logits: jax.Array, temperature: np.float32, k: int) -> tuple[jax.Array, jax.Array]:
+    values, classes = jax.lax.top_k(logits, k)  # of logits: probabilities may be equal where these are not
+    whole = jax.nn.logsumexp(logits / temperature, axis=-1, keepdims=True)
+    return jnp.exp(values / temperature - whole), classes
+
+
+_rank = xla.jit(_ranked, static_argnames="k")
+
+
+def predictions(
+    model: Classifier, files: Iterable[str], *, top_k: int = 5, threads: int = 0
+) -> Iterator[list[Prediction]]:
+    """Batches of predictions, in the order of the files; `AHEAD` batches are decoded while the device works.
+
+    threads: that decode; 0: one for each core. Raises: UserError where the model cannot look at files.
+    """
+    if top_k < 1:
+        raise UserError(f"top_k = {top_k}: at least 1")
+    if model.view is None:
+        raise UserError(f"{model.about}: nobody noted the size of its images; give it, ltjax.load(..., image_size=32)")
+    if model.channels not in (1, 3):
+        raise UserError(f"{model.about}: takes images of {model.channels} channels, and files have 1 or 3")
+    cv2.setNumThreads(0)  # the threads are ours
+    pool = ThreadPoolExecutor(threads or num_cores())
+    return _stream(model, model.view, iter(files), min(top_k, len(model.class_names)), pool)
+
+
+def _stream(
+    model: Classifier, view: View, files: Iterator[str], top_k: int, pool: ThreadPoolExecutor
+) -> Iterator[list[Prediction]]:
+    black = np.zeros((view.size, view.size, model.channels), np.uint8)
+    decoding: deque[tuple[list[str], list[Future]]] = deque()
+    working: _Batch | None = None
+    several = False
+
+    def dispatch(names: list[str], futures: list[Future]) -> _Batch:
+        found = [future.result() for future in futures]
+        errors = [one if isinstance(one, str) else "" for one in found]
+        images = [black if isinstance(one, str) else one for one in found]
+        images += [black] * (model.batch_size - len(names) if several else 0)  # no other size to compile for
+        logits = model.start(np.stack(images))
+        return _Batch(names, errors, *_rank(logits, np.float32(model.temperature), k=top_k))
+
+    try:
+        while True:
+            names = list(itertools.islice(files, model.batch_size))
+            several = several or len(names) == model.batch_size
+            if names:
+                decoding.append((names, [pool.submit(read_image, name, view, model.channels) for name in names]))
+            if not decoding:
+                break
+            if len(decoding) > AHEAD or not names:
+                before, working = working, dispatch(*decoding.popleft())
+                if before is not None:
+                    yield _told(before, model.class_names)
+        if working is not None:
+            yield _told(working, model.class_names)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _told(batch: _Batch, names: tuple[str, ...]) -> list[Prediction]:
+    probabilities, classes = np.asarray(batch.probabilities), np.asarray(batch.classes)
+    return [
+        Prediction(file, (), (), error)
+        if error
+        else Prediction(file, tuple(names[c] for c in classes[i]), tuple(float(p) for p in probabilities[i]))
+        for i, (file, error) in enumerate(zip(batch.files, batch.errors, strict=True))
+    ]

@@ -1,0 +1,190 @@
+"""The table that a run ends with, and the results.json behind it."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+GROUPS = ("all", "many", "medium", "few")
+LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
+OF_EPOCHS = ("accuracy", "ece", "loss")  # what results.json has of every evaluated epoch
+PACKAGES = ("ltjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the ltjax checkout, with "-dirty" where files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not (root / ".git").exists():
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join(["python", *sys.argv])
+
+
+def in_words(ranges: Mapping[str, Sequence[int]]) -> str:
+    """{group: (fewest, most training images of a class)} -> "many 359 to 1,000, medium 77 to 215, few 10"."""
+    return ", ".join(f"{group} {low:,}" + f" to {high:,}" * (low < high) for group, (low, high) in ranges.items())
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """One row a stage: accuracy overall and by group, ECE, in %, at the stage's last epoch."""
+    console.print(table(results))
+    best, epochs = results["best_on_test"], results["stages"][results["final_stage"]]["epochs"]
+    if epochs:
+        console.print(
+            f"Legacy figure, best epoch picked on the test set: {best['accuracy']:.1%} "
+            f"(epoch {best['epoch']} of {epochs}).",
+            style="dim",
+        )
+
+
+def table(results: dict[str, Any]) -> Table:
+    counts = results["group_sizes"]
+    seeds = f", mean ± std of {len(results['seeds'])} seeds" if "seeds" in results else ""
+    ranges = results.get("group_counts", {})
+    made = Table(
+        title=f"{results['name']}: test accuracy and calibration, last epoch (%){seeds}",
+        caption=f"Training images a class: {in_words(ranges)}." if ranges else None,
+    )
+    nearest = any("nearest_mean" in stage for stage in results["stages"].values())
+    made.add_column("")
+    for group in GROUPS:
+        size = f"\n{counts[group]} classes" if group in counts else "\n"
+        made.add_column(f"{group}{size}", justify="right")
+    made.add_column("ECE\n15 bins", justify="right")
+    if nearest:
+        made.add_column("nearest\nmean", justify="right")
+    made.add_column("seconds\n", justify="right")
+    for stage in results["stages"].values():
+        spread = stage.get("std", {"accuracy": {}})
+        cells = [percent(stage["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
+        cells += [percent(stage["ece"], spread.get("ece"))]
+        if nearest:
+            both = (part.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all") for part in (stage, spread))
+            cells += [percent(*both)]
+        made.add_row(stage["title"], *cells, f"{stage['seconds']:.0f}")
+    return made
+
+
+def percent(value: float | None, spread: float | None = None) -> str:
+    """ "47.3", "47.3 ± 0.4" or "-", in %."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+
+
+def summarise(run, stages, records, problem, commit: str | None) -> dict[str, Any]:
+    """What results.json holds: every stage's last epoch, and the final stage's again at the top.
+
+    run, stages: from `ltjax.config.parse`. records: {stage: what its checkpoint kept beside the state}.
+    problem: `ltjax.engine.problem.Problem`. commit: what the process started from.
+    """
+    summaries: dict[str, dict[str, Any]] = {}
+    for name, settings in stages.items():
+        record = records[name]
+        evaluations, seconds = record["evaluations"], record["train_seconds"]
+        best = max(evaluations, key=lambda e: e["test"]["accuracy"]["all"])
+        summaries[name] = {
+            "title": settings.title,
+            "epochs": settings.epochs,
+            **evaluations[-1]["test"],
+            "best_on_test": {"accuracy": best["test"]["accuracy"]["all"], "epoch": best["epoch"]},
+            "evaluations": [
+                {"epoch": each["epoch"], "step": each["step"], **{key: each["test"].get(key) for key in OF_EPOCHS}}
+                for each in evaluations
+            ],
+            "seconds": record["seconds"],
+            "images_per_second": run.batch_size * run.replicas * record["train_steps"] / seconds if seconds else None,
+            "data_wait_share": record.get("wait_seconds", 0.0) / seconds if seconds else None,
+        }
+        for number, replica in enumerate(summaries[name].get("replicas", [])):
+            best = max(evaluations, key=lambda e: e["test"]["replicas"][number]["accuracy"]["all"])
+            accuracy = best["test"]["replicas"][number]["accuracy"]["all"]
+            replica["best_on_test"] = {"accuracy": accuracy, "epoch": best["epoch"]}
+        if "surgery" in record:
+            summaries[name]["surgery"] = {**settings.surgery, **record["surgery"]}
+        if not settings.epochs and not record.get("surgery", {}).get("calibrated", True):
+            for part in (summaries[name], *summaries[name].get("replicas", [])):
+                part.update(ece=None, mce=None)
+        if "holdout" in evaluations[-1]:
+            chosen = max(evaluations, key=lambda e: e["holdout"]["accuracy"]["all"])
+            summaries[name]["best_on_holdout"] = {
+                "accuracy": chosen["test"]["accuracy"]["all"],
+                "holdout_accuracy": chosen["holdout"]["accuracy"]["all"],
+                "epoch": chosen["epoch"],
+            }
+    final = list(summaries)[-1]
+    classes = problem.class_names
+    groups = {name: problem.split.class_counts[member] for name, member in problem.groups.items() if member.any()}
+    return {
+        "name": run.name,
+        "final_stage": final,
+        **{key: value for key, value in summaries[final].items() if key not in ("title", "epochs", "evaluations")},
+        "seconds": sum(summary["seconds"] for summary in summaries.values()),
+        "stages": summaries,
+        "seed": run.seed,
+        **({"seeds": [run.seed + r for r in range(run.replicas)]} if run.replicas > 1 else {}),
+        "class_names": list(classes),
+        "class_counts": problem.split.class_counts.tolist(),
+        "group_sizes": {"all": len(classes), **{name: len(counts) for name, counts in groups.items()}},
+        "group_counts": {name: [int(counts.min()), int(counts.max())] for name, counts in groups.items()},
+        **provenance(problem, commit),
+    }
+
+
+def provenance(problem, commit: str | None) -> dict[str, Any]:
+    """What figures come from. problem, commit: as in `summarise`."""
+    device = problem.mesh.devices.flat[0]
+    return {
+        "device": f"{device.platform}: {device.device_kind}",
+        "num_devices": int(problem.mesh.devices.size),
+        "versions": versions(),
+        "git_commit": commit,
+        "command": command(),
+    }
+
+
+def robustness_table(name: str, summary: dict[str, Any]) -> Table:
+    """One row a test of `--mode=attack`, and one for what AutoAttack left standing after each of its attacks."""
+    where = f"{summary['norm']} radius {summary['epsilon']:.4g}, {summary['num_images']:,} test images"
+    made = Table(title=f"{name}: accuracy and calibration under attack (%), {where}")
+    made.add_column("")
+    for group in GROUPS:
+        made.add_column(group, justify="right")
+    made.add_column("ECE", justify="right")
+    made.add_column("seconds", justify="right")
+    for test in summary["tests"].values():
+        spread = test.get("std", {"accuracy": {}})
+        cells = [percent(test["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
+        after = list(test.get("robust_after", {}).items())[:-1]
+        for attack, accuracy in after:
+            made.add_row(f"  after {attack.upper()}", percent(accuracy), *[""] * (len(GROUPS) + 1), style="dim")
+        made.add_row(test["title"], *cells, percent(test["ece"], spread.get("ece")), f"{test['seconds']:.0f}")
+    return made

@@ -1,0 +1,118 @@
+"""The folder that holds a run: opened by one process at a time, and what to say when its disk is full."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ltjax.config import differences
+from ltjax.runs.checkpoint import MEND_DISK, read_json
+from ltjax.system.paths import check_checkpoints
+from ltjax.types import UserError
+
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
+
+
+def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Make the folder, or check that it holds a run of the same config. Raises: UserError naming what differs."""
+    check_workdir(workdir, config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+
+
+def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """The part of `open_workdir` that writes nothing."""
+    check_checkpoints(workdir)
+    try:
+        there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            error = errno.EACCES if there.is_dir() else errno.ENOTDIR
+            raise OSError(error, os.strerror(error), str(there))
+        if (workdir / "config.json").exists():
+            check_same_config(workdir, config)
+        elif (workdir / "results.json").exists():
+            raise UserError(f"{workdir} holds results without a config.json: use another --workdir")
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+
+
+def _unusable(workdir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot use workdir {workdir}: {error}; give another --workdir")
+
+
+def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raises: UserError naming what differs, where the folder holds a run of another config."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    config = json.loads(json.dumps(config))
+    trained, asked = ({**each, "attack": None} for each in (read_json(path), config))  # no part of training
+    changed = differences(trained, asked)
+    if changed:
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(changed[:5])}{more}): "
+            "use another --workdir, or the old settings to resume"
+        )
+
+
+def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
+    """Raises: UserError where a run began with other training images. described: of `ltjax.data.splits.describe`."""
+    path = workdir / "split.json"
+    before = read_json(path) if path.exists() else described
+    changed = [key for key in ("class_names", "class_counts", "sha256", "holdout_sha256") if key in before]
+    changed = [key for key in changed if before[key] != described[key]]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run that began with other training images (different {', '.join(changed)} in "
+            "split.json): use another --workdir, or the old images to resume"
+        )
+
+
+@contextlib.contextmanager
+def named_disk_errors(workdir: Path) -> Iterator[None]:
+    """A full disk, or a file that cannot be written, as one line instead of a traceback."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"cannot write to {workdir}: {error}; {MEND_DISK}") from error
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep a second process from training in the same folder; the lock goes with the process, however it ends."""
+    with named_disk_errors(workdir), open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is training in {workdir}: wait for it, or use another --workdir"
+            ) from error
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(OSError):
+                if [path.name for path in workdir.iterdir()] == [".lock"]:  # nothing has begun: leave no trace
+                    (workdir / ".lock").unlink()
+                    workdir.rmdir()
+            raise

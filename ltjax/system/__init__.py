@@ -1,0 +1,1 @@
+"""The machine: cores, devices, processes, paths and signals, and how XLA compiles."""

@@ -1,0 +1,196 @@
+"""The stage engine repeats the authors' PyTorch training step by step. The numbers' source: tests/golden/README.md."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltjax import methods, models, optim
+from ltjax.data import augment
+from ltjax.engine import stage
+from ltjax.interop.torch import import_state_dict
+from ltjax.system import parallel
+from ltjax.types import Batch
+from tests.conftest import optimised_programs
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+SOURCE = ("images", "labels", "permutations", "lams")
+# On one device in float64: in float32 the rounding of a machine decides about ReLU gates that are all but 0, and one of
+# them can move the weights by more than 1e-3 of their way.
+each_layout = pytest.mark.parametrize("devices, dtype", [(1, "float64"), (8, "float32")])
+
+
+@pytest.fixture(autouse=True)
+def double_precision_where_asked(request):
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or "float64" not in callspec.id:
+        yield
+        return
+    with jax.enable_x64(True), optimised_programs():  # whose convolutions are slow
+        yield
+
+
+def network(**settings):
+    return models.create("resnet_cifar", 100, depth=8, mean=MEAN, std=STD, **settings)
+
+
+def variables_of(numbers, prefix, net):
+    stored = {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}
+    return jax.tree.map(lambda x: x.astype(net.dtype), import_state_dict(stored, net))
+
+
+def stored_batch(source, seed, step, rng):
+    return Batch(source["images"][step].astype(jnp.float32) / 255, source["labels"][step].astype(jnp.int32))
+
+
+def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=None, lr=None):
+    """The authors' steps through the engine -> the stage, variables before, state after, metrics of each step.
+
+    arrays: of the method, instead of what a refresh would find.
+    """
+    mesh, num_steps = parallel.make_mesh(jax.devices()[:devices]), len(numbers["losses"])
+    variables = variables_of(numbers, "init/", net)
+    extra, _ = method.init(jax.random.key(0))
+    built = stage.build(
+        {"net": net},
+        method,
+        draw,
+        {**variables.params, "method": extra},
+        groups=groups,
+        bn="train",
+        lr=float(numbers["lr"]) if lr is None else lr,
+        factors=np.ones(1),
+        steps_per_epoch=num_steps,
+        momentum=float(numbers["momentum"]),
+        nesterov=bool(numbers.get("nesterov", False)),
+        weight_decay=float(numbers["weight_decay"]),
+        mesh=mesh,
+    )
+    source = {k: jnp.asarray(numbers[k]) for k in SOURCE if k in numbers}
+    source = jax.device_put(
+        source, parallel.split_batch(mesh, axis=1) if devices > 1 and "lams" not in source else None
+    )
+    everywhere = parallel.replicated(mesh)
+    state = built.init(np.uint32(0), jax.device_put(variables, everywhere))
+    if arrays is not None:
+        state = state._replace(variables=state.variables._replace(arrays=jax.device_put(arrays, everywhere)))
+    start = jax.tree.map(np.array, state.variables)
+    state, metrics = built.run(state, source, num_steps)
+    return SimpleNamespace(stage=built, start=start, state=state, metrics=metrics)
+
+
+def distance(start, ours, theirs, paths):
+    """|| ours - theirs || / || theirs - start || over all the named arrays together."""
+    apart = sum(float(jnp.sum(jnp.square(ours[p] - theirs[p]))) for p in paths) ** 0.5
+    moved = sum(float(jnp.sum(jnp.square(theirs[p] - start[p]))) for p in paths) ** 0.5
+    assert moved > 0
+    return apart / moved
+
+
+def assert_repeats(numbers, net, done):
+    """The same losses, the same updates of the network's trained parameters and statistics; the rest stays."""
+    np.testing.assert_allclose(done.metrics["loss"], numbers["losses"], rtol=1e-4)
+    trees = (done.start, done.state.variables, variables_of(numbers, "final/", net))
+    start, ours, theirs = (optim.flatten({"net": tree.params["net"]}) for tree in trees)
+    trained = [path for path in start if path in done.stage.trained]
+    assert distance(start, ours, theirs, trained) < 1e-3
+    for path in set(start) - set(trained):
+        np.testing.assert_array_equal(start[path], ours[path])
+    start, ours, theirs = (optim.flatten(tree.stats) for tree in trees)
+    assert distance(start, ours, theirs, list(start)) < 1e-3
+
+
+@each_layout
+def test_mislas_stage1_repeats_the_authors_steps(golden, devices, dtype):
+    numbers, net = golden("mislas_stage1"), network(dtype=dtype)
+
+    def draw(source, seed, step, rng):
+        images = source["images"][step].astype(jnp.float32) / 255
+        lam, permutation = source["lams"][step].astype(jnp.float32), source["permutations"][step]
+        return augment.mixup(images, source["labels"][step], lam, permutation)
+
+    method, groups = methods.create("erm", np.ones(100)), {"all": {"match": ".*", "rate": 1.0}}
+    assert_repeats(numbers, net, train(numbers, net, method, groups=groups, devices=devices, draw=draw))
+
+
+@each_layout
+def test_mislas_stage2_repeats_the_authors_steps(golden, devices, dtype):
+    """With shifted batch norm: the statistics of the frozen backbone move on."""
+    numbers, net = golden("mislas_stage2"), network(logit_scale=True, dtype=dtype)
+    head, tail = float(numbers["smooth_head"]), float(numbers["smooth_tail"])
+    lr, classifier_lr = float(numbers["lr_scale"]), float(numbers["lr_classifier"])
+    groups = {
+        "frozen": {"match": "net/backbone/.*", "rate": 0.0},
+        "classifier": {"match": "net/classifier/.*", "rate": classifier_lr / lr},
+        "scale": {"match": "net/logit_scale", "rate": 1.0},
+    }
+    method = methods.create("mislas", numbers["class_counts"], head=head, tail=tail)
+    done = train(numbers, net, method, groups=groups, devices=devices, lr=lr)
+    assert_repeats(numbers, net, done)
+    ours = done.state.variables
+    logits = net.apply(
+        {"params": ours.params["net"], "batch_stats": ours.stats["net"]},
+        jnp.asarray(numbers["eval_images"], jnp.float32) / 255,
+    ).logits
+    np.testing.assert_allclose(logits, numbers["eval_logits"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def dro_train(golden):
+    """`dro_train(radius, devices=..)`: the numbers, the network, and its steps as the engine does them."""
+    numbers = golden("dro_train")
+    class_counts = golden("class_counts")["cifar100_exp_if100"]
+    groups = {
+        "features": {"match": "net/backbone/.*|method/margins", "rate": 1.0},
+        "frozen": {"match": "net/classifier/.*", "rate": 0.0},
+    }
+
+    def run(radius, *, devices, dtype="float32"):
+        radius_size = float(numbers["init_epsilon"]) / 2  # a margin is two radii
+        settings = dict(radius=radius, radius_size=radius_size, temperature=float(numbers["temperature"]))
+        method, net = methods.create("drolt", class_counts, **settings), network(dtype=dtype)
+        arrays = {"features": jnp.asarray(numbers["centroids"])}
+        return numbers, net, train(numbers, net, method, groups=groups, devices=devices, arrays=arrays)
+
+    return run
+
+
+def test_drolt_weights_classes_as_the_authors(golden):
+    class_counts = golden("class_counts")["cifar100_exp_if100"]
+    np.testing.assert_allclose(golden("dro_train")["ce_class_weights"], class_counts / class_counts.max(), rtol=1e-6)
+
+
+@each_layout
+def test_drolt_repeats_the_authors_steps(dro_train, devices, dtype):
+    numbers, net, done = dro_train("learned_unconstrained", devices=devices, dtype=dtype)
+    assert_repeats(numbers, net, done)
+    start, ours = (tree.params["method"] for tree in (done.start, done.state.variables))
+    assert distance(start, ours, {"margins": numbers["final_epsilons"][None]}, ["margins"]) < 1e-3
+
+
+def test_drolts_floor_of_the_radius_changes_nothing_while_it_is_above_0(dro_train):
+    floored, free = (dro_train(radius, devices=1)[2].state for radius in ("learned", "learned_unconstrained"))
+    assert free.variables.params["method"]["margins"].min() > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), floored, free)
+
+
+@each_layout
+def test_reslt_repeats_the_authors_steps(golden, devices, dtype):
+    numbers, net = golden("reslt_train"), network(branches=3, dtype=dtype)
+    starts = {name: int(numbers[name]) for name in ("medium_start", "tail_start")}
+    class_counts = golden("class_counts")["cifar100_exp_if100"]
+    method = methods.create("reslt", class_counts, beta=float(numbers["beta"]), **starts)
+    groups = {"all": {"match": ".*", "rate": 1.0}}
+    assert_repeats(numbers, net, train(numbers, net, method, groups=groups, devices=devices))
+
+
+def test_evaluation_agrees_with_the_authors(golden):
+    numbers = golden("mislas_stage1")
+    net = network()
+    start = variables_of(numbers, "init/", net)
+    images = jnp.asarray(numbers["eval_images"], jnp.float32) / 255
+    outputs = net.apply({"params": start.params["net"], "batch_stats": start.stats["net"]}, images)
+    np.testing.assert_allclose(outputs.features, numbers["eval_features"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outputs.logits, numbers["eval_logits"], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,58 @@
+"""Devices: what JAX says of an accelerator that it cannot use reaches the user."""
+
+import logging
+
+import jax
+import pytest
+
+from ltjax.engine import problem
+from ltjax.types import UserError
+from tests.test_run import start
+
+REMARK = (
+    "An NVIDIA GPU may be present on this machine, but a CUDA-enabled jaxlib is not installed. Falling back to cpu."
+)
+
+
+@pytest.fixture
+def jax_is_silenced():
+    """As run.py has it."""
+    logger = logging.getLogger("jax")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
+
+
+def test_a_gpu_that_is_not_used_is_named_with_what_to_install(jax_is_silenced, monkeypatch):
+    logger = logging.getLogger("jax._src.xla_bridge")
+
+    def devices():
+        logger.warning(REMARK)
+        logger.warning("something else")
+        logger.info("nothing")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert problem.start_devices() == [f'{REMARK} To use it: pip install -e ".[cuda]"']
+    assert logger.level == logging.NOTSET and not logger.handlers
+
+
+def test_devices_that_are_all_used_are_no_remark(jax_is_silenced):
+    assert problem.start_devices() == []
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unknown backend: 'cuda' requested")])
+def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError, match=r"JAX cannot use JAX_PLATFORMS=.*or leave the variable out"):
+        problem.start_devices()
+
+
+def test_the_command_line_says_so_and_ends_with_2():
+    process = start("--config=configs/quickstart.py", "--dry_run", platforms="cuda")
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 2, out
+    assert error.startswith("error: JAX cannot use JAX_PLATFORMS=cuda") and error.count("\n") == 1

@@ -1,0 +1,391 @@
+"""Replicas are the single runs of their seeds: in a stage, on any devices, and in a whole run."""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from ltjax import compare, config, data, methods, train
+from ltjax.data import augment, samplers
+from ltjax.engine import evaluate, feed, problem, stage
+from ltjax.models.layers import BatchNorm, Conv, pool
+from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.system import parallel
+from ltjax.system.signals import Interrupted
+from ltjax.types import Method, Outputs, UserError
+from tests.conftest import optimised_programs
+from tests.test_conformance import before_dispatch, made_up_images, rewound, saved, steps_of, tiny_config
+
+ROOT = Path(__file__).parents[2]
+COUNTS = np.array([30, 20, 9])
+SHAPE = (8, 8, 3)
+SEEDS = np.arange(3, 8, dtype=np.uint32)
+STEPS = 3
+# (devices, replicas, what a group of devices does with its own)
+LAYOUTS = (
+    (1, 4, "loop"),
+    (2, 4, "loop"),
+    (4, 4, "loop"),
+    (8, 4, "loop"),
+    (2, 5, "loop"),
+    (1, 4, "vmap"),
+    (8, 4, "vmap"),
+)
+every_layout = pytest.mark.parametrize(("devices", "replicas", "replicate"), LAYOUTS)
+
+
+class Small(nn.Module):
+    """A convolution, a batch norm, a linear layer."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.relu(BatchNorm(name="norm")(Conv(4, dtype=jnp.float32, name="conv")(images), train))
+        features = pool(x)
+        return Outputs(nn.Dense(len(COUNTS), name="classifier")(features), features)
+
+
+NETS = {"net": Small()}
+
+
+def watched(method: Method) -> Method:
+    """The same, with what each step draws among its metrics."""
+
+    def loss(apply, variables, batch, rng):
+        value, (variables, metrics) = method.loss(apply, variables, batch, rng)
+        drawn = {"labels": batch.labels, "images": batch.images, "noise": jax.random.normal(rng)}
+        return value, (variables, {**metrics, **drawn})
+
+    return method._replace(loss=loss)
+
+
+def made_up_source(mesh):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(len(COUNTS)), COUNTS).astype(np.int32)
+    images = (rng.integers(0, 200, (len(labels), *SHAPE)) + 20 * labels[:, None, None, None]).astype(np.uint8)
+    return stage.Resident(*(jax.device_put(x, parallel.replicated(mesh)) for x in (images, labels)))
+
+
+def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instance_balanced", mixup=0.0):
+    """The stage, how its state begins for some seeds, and the images."""
+    mesh, method = parallel.make_mesh(jax.devices()[:devices], replicas), watched(methods.create(method, COUNTS))
+    draw = stage.resident_draw(
+        samplers.create(sampler),
+        lambda rng, images, labels: augment.augment(rng, images, labels, crop_padding=1, mixup_alpha=mixup),
+        batch_size=8,
+        class_counts=COUNTS,
+        mesh=mesh,
+    )
+    shapes = jax.eval_shape(lambda: stage.init_variables(NETS, SHAPE, jax.random.key(0), method))
+    built = stage.build(
+        NETS,
+        method,
+        draw,
+        shapes.params,
+        groups={"all": {"match": ".*", "rate": 1.0}},
+        bn="train",
+        lr=0.05,
+        factors=np.ones(2),
+        steps_per_epoch=8,
+        weight_decay=1e-3,
+        mesh=mesh,
+        image_shape=SHAPE,
+        number=1,
+        replicas=replicas,
+        replicate=replicate,
+    )
+
+    def start(seed):
+        def initial(seed):
+            return stage.init_variables(NETS, SHAPE, stage.stage_rng(seed, 1))
+
+        sharding = parallel.state_sharding(mesh, replicas)
+        variables = jax.jit(jax.vmap(initial) if replicas > 1 else initial, out_shardings=sharding)(seed)
+        return built.init(seed, variables)
+
+    return built, start, made_up_source(mesh)
+
+
+def trained(built, state, source):
+    if built.refresh is not None:
+        apply, mesh = stage.make_apply(NETS, "eval"), source.images.sharding.mesh
+        means = feed.class_means(apply, source, mesh, replicas=state.step.size)
+        state = built.refresh(state, means(state.variables, built.layers))
+    return jax.tree.map(np.asarray, built.run(state, source, STEPS))
+
+
+def one(tree, replica):
+    return jax.tree.map(lambda x: x[replica], tree)
+
+
+def assert_close(found, expected, rtol=2e-5, atol=1e-6):
+    def check(a, b):
+        if np.issubdtype(b.dtype, np.floating):
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+    jax.tree.map(check, found, expected)
+
+
+@pytest.fixture(scope="module")
+def singles():
+    """singles(...): (state, metrics) of each seed after `STEPS` steps, trained by itself on one device."""
+
+    @functools.cache
+    def singles(**settings):
+        built, start, source = build(**settings)
+        return [trained(built, start(seed), source) for seed in SEEDS]
+
+    return singles
+
+
+def test_seeds_differ(singles):
+    """Else nothing here says anything."""
+    (a, drawn_a), (b, drawn_b), *_ = singles()
+    kernel_a, kernel_b = (state.variables.params["net"]["conv"]["kernel"] for state in (a, b))
+    assert np.abs(kernel_a - kernel_b).max() > 0.01
+    assert (drawn_a["labels"] != drawn_b["labels"]).any() and (drawn_a["noise"] != drawn_b["noise"]).all()
+
+
+@every_layout
+def test_each_replica_is_the_single_run_of_its_seed(singles, devices, replicas, replicate):
+    built, start, source = build(devices, replicas, replicate)
+    state, metrics = trained(built, start(SEEDS[:replicas]), source)
+    for replica in range(replicas):
+        expected, drawn = singles()[replica]
+        found = one(metrics, replica)
+        for name in ("labels", "images", "noise"):
+            np.testing.assert_array_equal(found[name], drawn[name], err_msg=name)
+        np.testing.assert_allclose(found["loss"], drawn["loss"], rtol=1e-5)
+        assert_close(one(state, replica), expected)
+
+
+def test_each_replica_mixes_as_the_single_run(singles):
+    """With a share of its own."""
+    built, start, source = build(2, 4, "vmap", mixup=0.2)
+    state, _ = trained(built, start(SEEDS[:4]), source)
+    for replica in range(4):
+        assert_close(one(state, replica), singles(mixup=0.2)[replica][0])
+
+
+@pytest.mark.parametrize(("devices", "replicate"), [(8, "loop"), (2, "vmap")])
+def test_each_replica_has_centroids_of_its_own(singles, devices, replicate):
+    drolt = dict(method="drolt", sampler="class_aware")
+    built, start, source = build(devices, 4, replicate, **drolt)
+    state, _ = trained(built, start(SEEDS[:4]), source)
+    for replica in range(4):
+        assert_close(one(state, replica), singles(**drolt)[replica][0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("devices", "replicas"), [(1, 4), (2, 4), (8, 4), (2, 5)])
+def test_each_replica_is_evaluated_as_by_itself(singles, devices, replicas):
+    rng = np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (21, *SHAPE), dtype=np.uint8), rng.integers(0, len(COUNTS), 21)
+    each = [state.variables._replace(arrays={}) for state, _ in singles()[:replicas]]
+    means = rng.normal(0.5, 0.5, (replicas, len(COUNTS), 4)).astype(np.float32)
+    mesh = parallel.make_mesh(jax.devices()[:devices], replicas)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *each)
+    placed = jax.device_put((stacked, means), parallel.state_sharding(mesh, replicas))
+    found = evaluate.evaluator(NETS, mesh, replicas=replicas)(
+        placed[0], evaluate.place(images, labels, 8, mesh), placed[1]
+    )
+
+    alone = parallel.make_mesh(jax.devices()[:1])
+    by_itself, held = evaluate.evaluator(NETS, alone), evaluate.place(images, labels, 8, alone)
+    for replica in range(replicas):
+        expected = by_itself(*jax.device_put((each[replica],), jax.devices()[0]), held, jnp.asarray(means[replica]))
+        assert set(found) == {"predictions", "confidences", "losses", "nearest"}
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name][replica], values, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_an_unknown_way_to_replicate_is_refused_before_training():
+    with pytest.raises(UserError, match="replicate = 'pmap'"):
+        config.parse({**tiny_config(RUN), "replicate": "pmap"})
+
+
+# A whole run: a stage that keeps the optimizer of the one before, then surgery on a hold-out.
+
+RUN = "cifar10_lt:recipe=ce+drw+tau_norm"
+FIRST = 5  # seed
+
+
+@contextlib.contextmanager
+def devices(count):
+    make_mesh = parallel.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda name, data_dir=None: made_up_images())
+        patch.setattr(parallel, "make_mesh", lambda _=None, replicas=1: make_mesh(jax.devices()[:count], replicas))
+        yield
+
+
+def settings(seed=FIRST, **changes):
+    return {**tiny_config(RUN), "seed": seed, **changes}
+
+
+@contextlib.contextmanager
+def prepared_once(kept):
+    """Every run trains with the same compiled functions, made at the first: no seed is in them. kept: [] or those."""
+    prepare = train.prepare
+
+    def once(*arguments):
+        if not kept:
+            kept.append(prepare(*arguments))
+        return kept[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prepare", once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """[what `replicated` trained with], once it has."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory, prepared):
+    """The workdir of a run of two replicas, a device each."""
+    workdir = tmp_path_factory.mktemp("replicated") / "run"
+    with devices(2), optimised_programs(), prepared_once(prepared):
+        train.train(settings(replicas=2), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The workdirs of the two single runs, on one device."""
+    workdirs = [tmp_path_factory.mktemp("alone") / str(FIRST + number) for number in range(2)]
+    with devices(1), optimised_programs(), prepared_once([]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
+        for number, workdir in enumerate(workdirs):
+            train.train(settings(FIRST + number), workdir)
+    return workdirs
+
+
+def results_of(workdir, name="results"):
+    return json.loads((workdir / f"{name}.json").read_text())
+
+
+def test_a_run_of_replicas_has_the_figures_of_the_single_runs(replicated, alone):
+    found, singles = results_of(replicated), [results_of(workdir) for workdir in alone]
+    for name, each in found["stages"].items():
+        assert [replica["seed"] for replica in each["replicas"]] == [FIRST, FIRST + 1]
+        losses = [single["stages"][name]["loss"] for single in singles]
+        assert abs(losses[0] - losses[1]) > 0.01 * losses[0]  # so that a seed cannot pass for the other
+        np.testing.assert_allclose([replica["loss"] for replica in each["replicas"]], losses, rtol=1e-3)
+        for replica, single in zip(each["replicas"], singles, strict=True):
+            expected = single["stages"][name]
+            assert replica["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / 18)  # two images of a group
+            assert replica["ece"] == pytest.approx(expected["ece"], abs=0.02)
+            assert replica["best_on_test"]["accuracy"] == pytest.approx(expected["best_on_test"]["accuracy"], abs=0.04)
+            assert replica["num_images"] == 60
+
+
+def test_each_replica_chooses_its_own_tau(replicated, alone):
+    found = results_of(replicated)["stages"]["tau_norm"]["surgery"]
+    expected = [results_of(workdir)["stages"]["tau_norm"]["surgery"] for workdir in alone]
+    assert found["tau"] == [note["tau"] for note in expected]
+    for tau, accuracy in found["holdout_accuracy"].items():
+        np.testing.assert_allclose(accuracy, [note["holdout_accuracy"][tau] for note in expected], atol=0.051)
+
+
+def test_replicas_end_with_the_weights_of_the_single_runs(replicated, alone):
+    for name in ("ce", "drw"):
+        state = saved(replicated, name)["variables"]["params"]
+        for number, workdir in enumerate(alone):
+            assert_close(one(state, number), saved(workdir, name)["variables"]["params"], rtol=1e-3, atol=1e-4)
+
+
+def test_the_summary_is_mean_and_sample_deviation(replicated):
+    results = results_of(replicated)
+    assert (results["seed"], results["seeds"]) == (FIRST, [FIRST, FIRST + 1])
+    for each in results["stages"].values():
+        for key in ("accuracy", "ece", "loss"):
+            values = [replica[key] for replica in each["replicas"]]
+            if key != "accuracy":
+                np.testing.assert_allclose((each[key], each["std"][key]), (np.mean(values), np.std(values, ddof=1)))
+                continue
+            for group in ("all", "many", "medium", "few"):
+                own = [value[group] for value in values]
+                np.testing.assert_allclose(each[key][group], np.mean(own))
+                np.testing.assert_allclose(each["std"][key][group], np.std(own, ddof=1))
+    assert (replicated / "report" / "summary.png").exists()
+
+
+def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(
+    replicated, prepared, tmp_path, monkeypatch, optimised
+):
+    monkeypatch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
+    stages = ["ce", "drw", "tau_norm"]
+    workdir = rewound(replicated, tmp_path, "ce", stages)
+
+    def stop_here(state, stop):
+        stop.requested = signal.SIGTERM
+
+    with devices(2):
+        with pytest.MonkeyPatch.context() as patch, prepared_once(prepared):  # what is resumed makes its own
+            before_dispatch(patch, "ce", 1, stop_here)
+            with pytest.raises(Interrupted):
+                train.train(settings(replicas=2), workdir)
+        assert steps_of(workdir, "ce") == [20]
+        train.train(settings(replicas=2), workdir)
+    for name in stages:
+        jax.tree.map(np.testing.assert_array_equal, saved(workdir, name), saved(replicated, name))
+    assert (workdir / "metrics.jsonl").read_text() == (replicated / "metrics.jsonl").read_text()
+
+
+def test_eval_mode_repeats_the_figures_of_the_replicas(replicated, optimised):
+    with devices(2):
+        evaluated = evaluate_workdir(settings(replicas=2), replicated)
+    for name, expected in results_of(replicated)["stages"].items():
+        for found, replica in zip(evaluated["stages"][name]["replicas"], expected["replicas"], strict=True):
+            assert found["seed"] == replica["seed"]
+            assert found["accuracy"] == pytest.approx(replica["accuracy"])
+            assert found["loss"] == pytest.approx(replica["loss"])
+
+
+def test_a_comparison_counts_each_seed_once(replicated, alone, capsys):
+    assert compare.main([str(path) for path in (replicated, *alone)]) == 0
+    out, error = capsys.readouterr()
+    assert error.count("counted once") == 2
+    (row,) = compare.compare([replicated, *alone]).rows
+    assert row.seeds == (FIRST, FIRST + 1)
+    assert row.figures["ece"].std == pytest.approx(results_of(replicated)["std"]["ece"])
+    assert "±" in out
+
+
+def test_the_images_are_on_each_device_once():
+    run, _ = config.parse(settings(replicas=4))
+    with devices(8):
+        made = problem.setup(run, None)
+    assert dict(made.mesh.shape) == {parallel.REPLICA_AXIS: 4, parallel.BATCH_AXIS: 2}
+    shape = (len(made.split.train), *SHAPE)
+    assert made.train_data.images.shape == shape
+    assert [shard.data.shape for shard in made.train_data.images.addressable_shards] == [shape] * 8
+    batches, together = made.test_set.images.shape[:2]
+    assert batches * together == 60
+    each = {shard.data.shape[:2] for shard in made.test_set.images.addressable_shards}
+    assert each == {(batches, together // 2)}
+
+
+def test_the_folder_of_a_run_is_named_by_all_its_seeds(tmp_path):
+    taken = tmp_path / "runs" / "quickstart-seeds5-7"
+    taken.mkdir(parents=True)
+    (taken / "results.json").write_text("{}")  # of nobody knows what: named, and the end of it
+    command = [sys.executable, str(ROOT / "run.py"), f"--config={ROOT}/configs/quickstart.py"]
+    command += ["--config.replicas=3", "--config.seed=5"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True)
+    assert done.returncode == 2, done.stderr
+    assert b"runs/quickstart-seeds5-7 holds results" in done.stderr

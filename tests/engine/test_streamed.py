@@ -1,0 +1,223 @@
+"""Runs on images that stay on disk, beside the same images on the device."""
+
+import json
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltjax import config as config_module
+from ltjax import data, train
+from ltjax.data.source import Images, Stored
+from ltjax.engine import feed, measure, problem, stage
+from ltjax.system import parallel
+from ltjax.system.signals import Interrupted
+from ltjax.types import UserError
+
+COUNTS, SIZE = (22, 11, 5), 16
+
+
+class Pngs:
+    """Images as files in memory."""
+
+    def __init__(self, images):
+        self.contents = [cv2.imencode(".png", image[..., ::-1])[1].tobytes() for image in images]
+
+    def __len__(self):
+        return len(self.contents)
+
+    def __getitem__(self, index):
+        return self.contents[index]
+
+    def name(self, index):
+        return f"image {index}"
+
+
+def both():
+    """The same images, in memory and as files."""
+    rng = np.random.default_rng(0)
+
+    def some(counts):
+        labels = np.repeat(np.arange(3), counts).astype(np.int32)
+        noise = rng.normal(0, 25, (len(labels), SIZE, SIZE, 3))
+        pixels = np.clip(60 + 60 * labels[:, None, None, None] + noise, 0, 255)
+        order = rng.permutation(len(labels))
+        return pixels.astype(np.uint8)[order], labels[order]
+
+    train_images, train_labels = some(COUNTS)
+    test_images, test_labels = some((4, 3, 4))
+    names = ("a", "b", "c")
+    return (
+        Images(train_images, train_labels, test_images, test_labels, names),
+        Stored(Pngs(train_images), train_labels, Pngs(test_images), test_labels, names),
+    )
+
+
+def settings(**changes):
+    group = dict(all=dict(match=".*", rate=1.0))
+    method = dict(name="drolt", loss=dict(name="cross_entropy"), radius="learned", layers=())
+    made = dict(
+        name="streamed",
+        data=dict(
+            name="image_folder", profile="natural", size=SIZE, resize=SIZE, many_above=15, few_below=6, threads=2
+        ),
+        model=dict(name="resnet_cifar", depth=8, width=4),
+        stages=("dro",),
+        dro=dict(
+            method=method,
+            epochs=2,
+            lr=0.02,
+            groups=group,
+            nearest_mean=True,
+            sampler=dict(name="class_aware", in_a_row=2),
+            augment=dict(crop_padding=0, color_jitter=0.4, rand_augment=(1, 5.0)),
+        ),
+        batch_size=8,
+        eval_batch_size=8,
+    )
+    made.update(changes)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    make_mesh = parallel.make_mesh
+    monkeypatch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
+
+
+@pytest.fixture
+def problems(monkeypatch):
+    """The same problem with images on the devices and on disk."""
+    made = []
+    for found in both():
+        monkeypatch.setattr(data, "load", lambda name, where, found=found: found)
+        made.append(problem.setup(config_module.parse(settings())[0], None))
+    return made
+
+
+def test_evaluation_is_that_of_images_on_the_device(problems):
+    resident, streamed = problems
+    assert streamed.streamed and not resident.streamed
+    run, _ = config_module.parse(settings())
+    variables = problem.fresh_variables(run, "dro", resident)
+    first, second = (each.evaluate["net"](variables, each.test_set) for each in problems)
+    assert (resident.test_set.host_labels == streamed.test_set.host_labels).all()
+    for name in first:
+        np.testing.assert_allclose(second[name], first[name], rtol=1e-6, err_msg=name)
+
+
+def test_the_report_sees_what_it_sees_of_images_on_the_device(problems):
+    run, stages = config_module.parse(settings())
+    variables = problem.fresh_variables(run, "dro", problems[0])
+    (first,), (second,) = (measure.Observer(run, each).observe(stages["dro"], variables) for each in problems)
+    for name in first:
+        np.testing.assert_allclose(second[name], first[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for index in (0, 5):
+        pictures = [feed.picture(run, each.data, index) for each in problems]
+        np.testing.assert_array_equal(*pictures)
+
+
+def test_class_means_of_the_report_take_a_few_images_of_each_class(problems):
+    run, streamed = config_module.parse(settings())[0], problems[1]
+    some = feed.some_of_each_class(run, streamed.data, streamed.split, streamed.mesh, 6)
+    assert np.bincount(some.host_labels).tolist() == [6, 6, 5]
+
+
+@pytest.mark.parametrize("layers", [(), ("stage2", "stage3")])
+def test_class_means_are_those_of_images_on_the_device(problems, layers):
+    run, _ = config_module.parse(settings())
+    variables = problem.fresh_variables(run, "dro", problems[0])
+    first, second = (each.class_means(variables, layers) for each in problems)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6), first, second)
+
+
+def test_a_step_is_that_of_images_on_the_device(problems):
+    """Where both are given the same batch: here the whole of each image, since no window is cut."""
+    run, stages = config_module.parse(settings())
+    outcomes = []
+    for each in problems:
+        built = problem.build_stage(run, "dro", stages["dro"], each)
+        state = built.init(problem.seeds(run), problem.fresh_variables(run, "dro", each))
+        state = built.refresh(state, each.class_means(state.variables, built.layers))
+        if each.streamed:
+            index = [problems[0].split.train[i] for i in drawn(run, problems[0])]
+            images = np.stack([both()[0].train_images[i] for i in index])[None]
+            labels = both()[0].train_labels[index][None]
+            source = stage.Chunk(jnp.int32(0), *parallel.put((images, labels), parallel.split_batch(each.mesh, axis=1)))
+        else:
+            source = each.train_data
+        state, metrics = built.run(state, source, 1)
+        outcomes.append((jax.tree.map(np.asarray, state.variables.params), float(metrics["loss"][0])))
+    np.testing.assert_allclose(outcomes[1][1], outcomes[0][1], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6), outcomes[0][0], outcomes[1][0])
+
+
+def drawn(run, resident):
+    """The images of step 0, by position in the sorted training set."""
+    from ltjax.data import samplers
+    from ltjax.hashing import hash32
+
+    sampler = samplers.create(name="class_aware", in_a_row=2)
+    seed = hash32(np.uint32(run.seed), np.uint32(0))
+    return sampler(seed, np.uint32(0), batch_size=8, class_counts=resident.split.class_counts)
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["values"]["loss"]) for line in lines if line["split"] == "train"]
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda name, where: both()[1])
+    whole = train.train(settings(), tmp_path / "whole")
+    assert losses(tmp_path / "whole")[-1][0] == 10  # 38 images: 5 steps an epoch, in dispatches of 3 and 2
+
+    take = train.logs.RunLog.write
+
+    def stop_at_3(self, stage_name, epoch, step, split, values):
+        take(self, stage_name, epoch, step, split, values)
+        if step == 3:
+            signals[0].requested = 15
+
+    signals, made = [], train.StopSignals
+    with monkeypatch.context() as patch:
+
+        def watched():
+            signals.append(made())
+            return signals[-1]
+
+        patch.setattr(train, "StopSignals", watched)
+        patch.setattr(train.logs.RunLog, "write", stop_at_3)
+        with pytest.raises(Interrupted):
+            train.train(settings(), tmp_path / "stopped")
+    assert losses(tmp_path / "stopped")[-1][0] == 3
+    again = train.train(settings(), tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert again["accuracy"] == whole["accuracy"] and again["ece"] == whole["ece"]
+    assert whole["data_wait_share"] is None or 0 <= whole["data_wait_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(replicas=2), "config.replicas = 2: replicas share images on the device"),
+        (dict(accumulate=8), "cannot be shared by 2 devices and 8 parts"),
+    ],
+)
+def test_what_images_on_disk_cannot_have_is_named(monkeypatch, changes, message):
+    monkeypatch.setattr(data, "load", lambda name, where: both()[1])
+    with pytest.raises(UserError, match=message):
+        problem.setup(config_module.parse(settings(**changes))[0], None)
+
+
+def test_only_the_first_classes_are_kept_where_that_is_asked(monkeypatch):
+    for found in both():
+        monkeypatch.setattr(data, "load", lambda name, where, found=found: found)
+        few = settings()
+        few["data"]["classes"] = 2
+        made = problem.setup(config_module.parse(few)[0], None)
+        assert made.class_names == ("a", "b") and made.split.class_counts.tolist() == [22, 11]
+        assert np.bincount(made.test_set.host_labels).tolist() == [4, 3]

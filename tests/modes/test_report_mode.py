@@ -1,0 +1,210 @@
+"""The report of a run that has been trained: its numbers are those of the network, and it can be made again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ltjax import config, methods, metrics, train
+from ltjax.engine import feed, measure, problem, stage
+from ltjax.modes import report
+from ltjax.runs.checkpoint import read_json
+from ltjax.system import parallel
+from ltjax.types import UserError
+from tests.test_run import tiny_config
+
+
+def quick(**changes):
+    """One epoch of each stage of MiSLAS with a ResNet-8 on long-tailed Fashion-MNIST."""
+    return tiny_config(**{"stages": ("features", "classifier"), "epochs": 1, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    make_mesh = parallel.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        two = jax.devices()[:2]
+        patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(two, replicas))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    return workdir, train.train(quick(), workdir)
+
+
+@pytest.fixture(scope="module")
+def numbers(trained):
+    return read_json(trained[0] / "report" / "numbers.json")
+
+
+@pytest.fixture(scope="module")
+def made():
+    return problem.setup(config.parse(quick())[0], None)
+
+
+@pytest.fixture(scope="module")
+def kept(made, trained):
+    """{stage: what its checkpoint holds, as `problem.restored` has it}."""
+    run, stages = config.parse(quick())
+    return {name: problem.restored(run, name, stages[name], made, trained[0]) for name in stages}
+
+
+@pytest.fixture(scope="module")
+def restored(made, kept):
+    """The problem, and the settings and variables of the last stage."""
+    return made, config.parse(quick())[1]["classifier"], kept["classifier"][1].variables
+
+
+@pytest.fixture(scope="module")
+def outputs(made):
+    """What the network makes of uint8 images."""
+    apply = jax.jit(lambda variables, images: stage.make_apply(made.nets, "eval")(variables, images / 255)[0])
+    return lambda variables, images: apply(variables, images.astype(np.float32))
+
+
+def test_every_run_ends_with_a_page(trained):
+    page = (trained[0] / "report" / "index.html").read_text()
+    for text in ("MiSLAS, stage 1", "MiSLAS, stage 2", "Ankle boot", "Label smoothing", "data:image/png"):
+        assert text in page
+
+
+def test_what_is_right_is_what_the_table_says(trained, numbers):
+    for name, measured in numbers["stages"].items():
+        accuracy = trained[1]["stages"][name]["accuracy"]
+        for group, shares in measured["errors"].items():
+            assert shares["right"] == pytest.approx(accuracy[group], abs=1e-9)
+            assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_distances_are_those_of_features_and_class_means(restored, outputs, numbers):
+    made, _, variables = restored
+    data, split = made.data, made.split
+    train_features = np.asarray(outputs(variables, data.train_images[split.train]).features)
+    own = data.train_labels[split.train]
+    means = np.stack([train_features[own == c].mean(0) for c in range(10)])
+    features = np.asarray(outputs(variables, data.test_images).features)
+    distances = np.linalg.norm(features[:, None] - means, axis=-1)  # [N, C]
+    at_own = distances[np.arange(len(features)), data.test_labels]
+    distances[np.arange(len(features)), data.test_labels] = np.inf
+    for key, values in (("own", at_own), ("wrong", distances.min(1))):
+        expected = [values[data.test_labels == c].mean() for c in range(10)]
+        np.testing.assert_allclose(numbers["stages"]["classifier"]["distances"][key], expected, rtol=2e-3)
+
+
+def test_classwise_ece_is_that_of_all_probabilities(restored, outputs, numbers):
+    made, _, variables = restored
+    probabilities = jax.nn.softmax(outputs(variables, made.data.test_images).logits)
+    gaps = metrics.classwise_gaps(probabilities, made.data.test_labels)
+    expected = metrics.classwise_ece(gaps, len(made.data.test_labels))
+    assert numbers["stages"]["classifier"]["classwise_ece"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_classes_have_of_their_own_is_found(restored):
+    made, settings, variables = restored
+    found = measure.learned(settings, problem.make_method(settings, made), variables, 10)
+    np.testing.assert_array_equal(found["Logit scale"], variables.params["net"]["logit_scale"])
+    assert found["Label smoothing"][0] == pytest.approx(0.1) and found["Label smoothing"][-1] == pytest.approx(0)
+    kernel = np.asarray(variables.params["net"]["classifier"]["kernel"])
+    np.testing.assert_allclose(found["Length of the classifier's weights"], np.sqrt((kernel**2).sum(0)), rtol=1e-5)
+
+
+def test_of_replicas_what_a_method_learned_is_their_mean(restored):
+    made, settings, variables = restored
+    margins = np.stack([np.linspace(-1, 1, 10), np.ones(10)])[:, None]  # [replicas, layers, C]
+    learned = variables._replace(params={"net": {}, "method": {"margins": margins.astype(np.float32)}})
+    drolt = methods.create("drolt", made.split.class_counts)
+    found = measure.learned(settings, drolt, learned, 10)["DRO-LT's margin"]
+    np.testing.assert_allclose(found, np.maximum(margins, 0).mean((0, 1)), rtol=1e-6)
+
+
+def test_what_is_equal_for_all_classes_is_left_out(restored):
+    _, settings, variables = restored
+    balanced = methods.create("mislas", np.full(10, 7), head=0.3, tail=0.1)
+    assert "Label smoothing" not in measure.learned(settings, balanced, variables, 10)
+
+
+def test_pairs_show_their_images(numbers):
+    tail, others = numbers["pairs"]
+    assert "few" in tail["title"] and 1 <= len(tail["pairs"]) <= 6 and others["pairs"]
+    for pair in tail["pairs"]:
+        assert 0 < pair["shares"]["classifier"] <= 1
+        *mistaken, beside = pair["images"]
+        assert all(image["confidence"] > 0 for image in mistaken) and beside["confidence"] is None
+
+
+def test_it_can_be_made_again(trained):
+    workdir, before = trained[0], {}
+    for name in ("index.html", "numbers.json"):
+        path = workdir / "report" / name
+        before[name] = path.read_text()
+        path.unlink()
+    assert report.report_workdir(quick(), workdir)["accuracy"] == trained[1]["accuracy"]
+    assert {name: (workdir / "report" / name).read_text() for name in before} == before
+
+
+def test_of_a_run_that_was_stopped_it_has_the_stages_so_far(trained, made, kept, tmp_path, monkeypatch):
+    for path in ("config.json", "split.json", "metrics.jsonl"):
+        (tmp_path / path).symlink_to(trained[0] / path)
+    monkeypatch.setattr(report, "setup", lambda *_: made)
+    monkeypatch.setattr(report, "restored", lambda run, name, *_: kept[name] if name == "features" else None)
+    found = report.report_workdir(quick(), tmp_path)
+    assert found["accuracy"] == trained[1]["stages"]["features"]["accuracy"]
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "not trained to its end: MiSLAS, stage 1 (stage 1 of 2) is at epoch 1 of 1." in page
+    assert "MiSLAS, stage 2" not in page and 'aria-label="Command"' not in page
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_figures_of_a_run_that_was_stopped_are_those_of_its_newest_checkpoint(
+    trained, made, kept, tmp_path, monkeypatch
+):
+    for path in ("config.json", "split.json"):
+        (tmp_path / path).symlink_to(trained[0] / path)
+    built, state, record = kept["features"]
+    early = {"epoch": 0, "step": 1, "test": {"accuracy": {"all": 0.0}}}
+    stopped = built, state, {**record, "evaluations": [early]}
+    monkeypatch.setattr(report, "setup", lambda *_: made)
+    monkeypatch.setattr(report, "restored", lambda run, name, *_: stopped if name == "features" else None)
+    found = report.report_workdir(quick(), tmp_path)
+    assert found["accuracy"] == pytest.approx(trained[1]["stages"]["features"]["accuracy"])
+
+
+def test_a_workdir_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no run: train first"):
+        report.report_workdir(quick(), tmp_path)
+
+
+def test_replicas_are_looked_at_each(trained, restored):
+    made, settings, variables = restored
+    run, _ = config.parse(quick(replicas=2))
+    both = problem.setup(run, None)
+    other = jax.tree.map(lambda x: 0.5 * x if np.issubdtype(x.dtype, np.floating) else x, variables)
+    together = jax.tree.map(lambda a, b: np.stack([a, b]), variables._replace(arrays={}), other._replace(arrays={}))
+    found = measure.Observer(run, both).observe(settings, together)
+    single = measure.Observer(config.parse(quick())[0], made)
+    for replica, own in enumerate((variables, other)):
+        (alone,) = single.observe(settings, own)
+        np.testing.assert_allclose(found[replica]["own"], alone["own"], rtol=1e-3)
+        np.testing.assert_allclose(found[replica]["gaps"], alone["gaps"], atol=1e-2)
+
+
+def test_a_report_that_fails_takes_no_results_with_it(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no pictures today")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    train.report(None, {}, None, {}, {}, None, train.logs.make_console(), None)
+    assert "no pictures today" in capsys.readouterr().out
+
+
+def test_a_picture_is_a_small_file_of_its_own(restored, monkeypatch):
+    made, _, _ = restored
+    run, _ = config.parse(quick())
+    large = np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)
+    monkeypatch.setattr(feed, "picture", lambda *_: large)
+    found = report.sample(run, made, 0)
+    assert found["uri"].startswith("data:image/jpeg;base64,") and len(found["uri"]) < 8000 and not found["small"]
+    assert json.dumps(found)

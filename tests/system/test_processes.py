@@ -1,0 +1,360 @@
+"""The same command under several processes, on loopback: same losses, one log, and what happens when one is lost."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs.checkpoint import Checkpoints
+from ltjax.system import processes
+from ltjax.types import UserError
+from tests.conftest import CACHE
+from tests.test_run import TINY
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 8  # seconds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of three classes, 18, 9 and 5 to train on, and two each for validation."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, counts in (("train", (18, 9, 5)), ("validation", (2, 2, 2))):
+        for label, count in enumerate(counts):
+            (root / part / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                pixels = (rng.integers(0, 100, (20, 24, 3)) + 70 * label).astype(np.uint8)
+                cv2.imwrite(str(root / part / f"class{label}" / f"{number}.png"), pixels)
+    return root
+
+
+class Launched:
+    """One command as several processes, or as one."""
+
+    def __init__(self, folder, workdir, *, count, devices, flags=()):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        flags = flags or (f"--config=tests/system/processes_config.py:{folder}",)
+        command = [sys.executable, "run.py", *flags, f"--workdir={workdir}"]
+        if count > 1:
+            command += [f"--coordinator={address}", f"--num_processes={count}", f"--patience={PATIENCE}"]
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "XDG_CACHE_HOME": str(folder.parent / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.processes = [
+            subprocess.Popen(
+                command + ([f"--process_id={number}"] if count > 1 else []),
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for number in range(count)
+        ]
+
+    def finish(self, timeout=240):
+        """Exit codes and outputs."""
+        outputs = []
+        try:
+            for process in self.processes:
+                outputs.append(process.communicate(timeout=timeout)[0])
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [process.returncode for process in self.processes], outputs
+
+
+def losses(workdir):
+    """{stage: [loss of each step]}"""
+    found = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry["split"] == "train":
+            found.setdefault(entry["stage"], []).append((entry["step"], entry["values"]["loss"]))
+    for stage, steps in found.items():
+        assert [step for step, _ in steps] == list(range(1, len(steps) + 1)), f"{stage}: {steps}"
+    return {stage: [loss for _, loss in steps] for stage, steps in found.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """The workdir of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    codes, outputs = Launched(folder, workdir, count=1, devices=1).finish()
+    assert codes == [0], outputs
+    return workdir
+
+
+def assert_same(workdir, alone, stages=("features", "classifier", "residual")):
+    found, expected = losses(workdir), losses(alone)
+    assert set(found) >= set(stages)
+    for stage in stages:
+        np.testing.assert_allclose(found[stage], expected[stage], rtol=2e-4, err_msg=stage)
+
+
+def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alone, tmp_path):
+    codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
+    assert codes == [0], outputs
+    assert_same(tmp_path, alone)
+
+
+@pytest.fixture(scope="module")
+def together(folder, tmp_path_factory):
+    """Two processes with two devices each: the workdir and what each of them printed."""
+    workdir = tmp_path_factory.mktemp("together")
+    codes, outputs = Launched(folder, workdir, count=2, devices=2).finish()
+    assert codes == [0, 0], outputs
+    return workdir, outputs
+
+
+def test_two_processes_with_two_devices_each_have_the_losses_of_one_device(together, alone):
+    assert_same(together[0], alone)
+
+
+def test_only_the_first_process_prints_and_logs(together):
+    workdir, (first, second) = together
+    assert "test accuracy and calibration" in first and "epoch 1/2" in first
+    assert "epoch" not in second and "accuracy" not in second
+    assert json.loads((workdir / "results.json").read_text())["num_devices"] == 4
+    assert (workdir / "report" / "index.html").exists() and "No report" not in first
+
+
+REPLICAS = (*TINY, "--config.stages=('ce',)", "--config.epochs=1", "--config.replicas=2")
+
+
+@pytest.fixture(scope="module")
+def apart(folder, tmp_path_factory):
+    """Two replicas in two processes, one in each: the workdir and what each process printed."""
+    workdir = tmp_path_factory.mktemp("apart")
+    codes, outputs = Launched(folder, workdir, count=2, devices=1, flags=REPLICAS).finish()
+    assert codes == [0, 0], outputs
+    return workdir, outputs
+
+
+def losses_of_replicas(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["values"]["loss_of_replicas"] for line in lines if line["split"] == "train"]
+
+
+def test_replicas_in_two_processes_have_the_losses_of_those_in_one(folder, apart, tmp_path):
+    codes, outputs = Launched(folder, tmp_path, count=1, devices=2, flags=REPLICAS).finish()
+    assert codes == [0], outputs
+    expected = losses_of_replicas(tmp_path)
+    assert len(expected) == 7 and all(first != second for first, second in expected)
+    np.testing.assert_allclose(losses_of_replicas(apart[0]), expected, rtol=2e-4)
+
+
+def test_replicas_in_two_processes_leave_a_report_and_checkpoints_that_one_can_read(apart):
+    workdir, (first, _) = apart
+    assert (workdir / "report" / "index.html").exists() and "No report" not in first
+    trained = json.loads((workdir / "results.json").read_text())
+    found = evaluate_workdir(json.loads((workdir / "config.json").read_text()), workdir)
+    for one, other in zip(found["replicas"], trained["replicas"], strict=True):
+        assert one["seed"] == other["seed"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+ASKING = """
+import sys
+import jax, numpy as np
+from ltjax import processes
+process = int(sys.argv[2])
+processes.join(sys.argv[1], 2, process)
+print(np.asarray(processes._soon(False, process == 1, True)).tolist(), flush=True)
+processes.finish()
+"""
+
+
+def test_what_is_asked_while_devices_are_busy_is_true_as_soon_as_one_process_says_so():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-c", ASKING, address]
+    both = [
+        subprocess.Popen([*command, str(process)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for process in (0, 1)
+    ]
+    assert ["[0, 1, 1]" in process.communicate(timeout=120)[0] for process in both] == [True, True]
+
+
+def assert_the_other_says_what_to_do(launched, victim, saved):
+    """Kill one of two processes once a checkpoint is in the folder `saved`."""
+    until = time.monotonic() + 200
+    while not any(path.name.isdigit() for path in saved.glob("*")) and time.monotonic() < until:
+        assert launched.processes[victim].poll() is None
+        time.sleep(0.05)
+    launched.processes[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    codes, outputs = launched.finish(timeout=PATIENCE + 30)
+    assert time.monotonic() - began < PATIENCE + 25
+    assert (codes[1 - victim], codes[victim]) == (processes.GONE, -signal.SIGKILL), outputs
+    errors = [line for line in outputs[1 - victim].splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Run the same command again" in errors[0], outputs[1 - victim]
+    assert "stack trace" not in outputs[1 - victim]
+
+
+def test_a_killed_process_stops_the_first_one_and_one_process_goes_on(folder, alone, tmp_path):
+    launched = Launched(folder, tmp_path, count=2, devices=2)
+    assert_the_other_says_what_to_do(launched, 1, tmp_path / "checkpoints" / "features")
+    codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
+    assert codes == [0], outputs
+    assert "Resuming" in outputs[0]
+    assert_same(tmp_path, alone)
+
+
+def test_two_processes_go_on_where_one_was_and_the_first_one_killed_stops_the_other(folder, alone, tmp_path):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    for gone in ("classifier", "residual"):
+        shutil.rmtree(tmp_path / "checkpoints" / gone)
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints" / "features").glob("[0-9]*"))
+    shutil.rmtree(tmp_path / "checkpoints" / "features" / str(steps[-1]))  # half of the stage is left to do
+    (tmp_path / "results.json").unlink()
+    launched = Launched(folder, tmp_path, count=2, devices=2)
+    assert_the_other_says_what_to_do(launched, 0, tmp_path / "checkpoints" / "classifier")
+    assert_same(tmp_path, alone, stages=["features"])
+
+
+@pytest.fixture
+def one_of_several(monkeypatch):
+    monkeypatch.setattr(processes, "several", lambda: True)
+
+
+def raises(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+GLOO = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+
+def test_a_process_lost_while_saving_is_no_full_disk(tmp_path, monkeypatch, one_of_several):
+    with Checkpoints(tmp_path / "stage") as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", raises(GLOO))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            checkpoints.save(1, {"x": np.zeros(2)}, {})
+        monkeypatch.setattr(checkpoints._manager, "save", raises(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="No space left"):
+            checkpoints.save(1, {"x": np.zeros(2)}, {})
+
+
+def test_a_process_lost_while_restoring_damages_no_checkpoint(tmp_path, monkeypatch, one_of_several):
+    with Checkpoints(tmp_path / "stage") as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "all_steps", lambda: [1, 2])
+        monkeypatch.setattr(checkpoints, "restore_step", raises(GLOO))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            checkpoints.restore({"x": np.zeros(2)})
+
+
+def test_a_lost_process_is_known_by_what_an_error_was_raised_from(one_of_several):
+    wrapped = RuntimeError("save failed")
+    wrapped.__cause__ = GLOO
+    assert processes.lost(wrapped) and not processes.lost(RuntimeError("save failed"))
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, "TPU"),
+    ],
+)
+def test_launchers_are_known_by_their_environment(environment, expected):
+    assert processes.launcher(environment) == expected
+
+
+SLURM = {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
+EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, ""),
+        (SLURM, "all"),
+        ({**SLURM, **EIGHT}, "all"),
+        ({**SLURM, **EIGHT, "SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_LOCALID": "3"}, "3"),
+        ({**SLURM, "SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_LOCALID": "3"}, "3"),
+        ({**SLURM, **EIGHT, "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_LOCALID": "1"}, "4,5,6,7"),
+        # the second node has one task, the first four
+        ({**SLURM, **EIGHT, "SLURM_STEP_TASKS_PER_NODE": "4,1", "SLURM_NODEID": "1"}, "all"),
+        # SLURM has given each task its own
+        ({**SLURM, "CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_LOCALID": "3"}, "all"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8"}, ""),  # how many GPUs there are, nobody says
+        ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2"}, ""),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "all"),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", **EIGHT}, "2,3"),
+    ],
+)
+def test_processes_of_a_machine_share_its_devices(environment, expected):
+    assert processes.own_devices(environment) == expected
+
+
+@pytest.fixture
+def gpus_of(monkeypatch):
+    """`gpus_of(*flags, **environment)`: which GPUs JAX is left to use after `join`, and how `initialize` was called."""
+
+    def found(*flags, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        calls = []
+
+        def initialize(**settings):
+            calls.append(settings)
+            if settings.get("cluster_detection_method") != "deactivate":  # as JAX does under SLURM
+                jax.config.update("jax_cuda_visible_devices", environment["SLURM_LOCALID"])
+
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+        processes.join(*flags)
+        return jax.config._read("jax_cuda_visible_devices"), calls[0]
+
+    kept = {name: jax.config._read(name) for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices")}
+    collectives = jax.config._read("jax_cpu_collectives_implementation")
+    yield found
+    for name, value in {**kept, "jax_cpu_collectives_implementation": collectives}.items():
+        jax.config.update(name, value)
+
+
+def test_one_task_a_node_uses_all_its_gpus(gpus_of):
+    assert gpus_of("auto", None, None, SLURM_STEP_NUM_TASKS="4", **SLURM)[0] == "all"
+
+
+def test_explicit_flags_are_heeded_under_slurm(gpus_of):
+    devices, settings = gpus_of("host:1", 4, 2, SLURM_STEP_NUM_TASKS="4", **SLURM)
+    assert devices == "all"
+    assert (settings["coordinator_address"], settings["num_processes"], settings["process_id"]) == ("host:1", 4, 2)
+
+
+@pytest.mark.parametrize("flags", [("host:1", None, 0), ("host:1", 2, None), ("", 2, 0), ("auto", 2, None)])
+def test_flags_go_together(flags):
+    with pytest.raises(UserError, match="all three flags"):
+        processes.join(*flags)
+
+
+def test_a_process_outside_the_range_is_named():
+    with pytest.raises(UserError, match="--process_id=2: from 0 to 2 - 1"):
+        processes.join("host:1", 2, 2)

@@ -1,0 +1,126 @@
+"""The one place that decides how functions are compiled for a CPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ltjax.models import layers
+from ltjax.system import xla
+from ltjax.types import UserError
+
+
+@pytest.fixture
+def asked():
+    """Ask the jaxlib again in this test, and let others ask again after it."""
+    functions = (xla.cpu_options, xla.has_onednn)
+    for function in functions:
+        function.cache_clear()
+    yield
+    for function in functions:
+        function.cache_clear()
+
+
+def knows_onednn(options):
+    return xla.CALL if options.get("xla_cpu_experimental_onednn_custom_call") else ""
+
+
+def test_a_jaxlib_without_onednn_gets_no_options(monkeypatch, asked):
+    monkeypatch.setattr(xla, "_compiled_convolution", lambda options: "convolution")
+    assert xla.cpu_options() == {}
+    assert not xla.has_onednn()
+
+
+def test_an_unknown_option_counts_as_no_onednn():
+    assert xla._compiled_convolution({"xla_cpu_no_such_option": True}) == ""
+
+
+def test_a_jaxlib_with_onednn_gets_all_options(monkeypatch, asked):
+    monkeypatch.setattr(xla, "_compiled_convolution", knows_onednn)
+    assert xla.cpu_options() == {**xla.FASTEST, xla.ONE_THREAD: False}  # tests have eight devices
+    assert xla.has_onednn()
+
+
+def test_one_device_keeps_its_threads(monkeypatch, asked):
+    monkeypatch.setattr(xla, "_compiled_convolution", knows_onednn)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    assert xla.cpu_options() == xla.FASTEST
+
+
+@pytest.mark.parametrize("flag", [*xla.FASTEST, xla.ONE_THREAD])
+def test_flags_of_the_user_win(monkeypatch, asked, flag):
+    monkeypatch.setattr(xla, "_compiled_convolution", lambda options: xla.CALL)
+    monkeypatch.setenv("XLA_FLAGS", f"--{flag}=false")
+    assert flag not in xla.cpu_options()
+
+
+@pytest.mark.parametrize("kind", xla.GPU_GRAPHS)
+def test_xla_knows_the_options_for_graphs(monkeypatch, kind):
+    """They are parsed for every platform."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = xla.graph_options(kind)
+    assert jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options or None)(2.0) == 3.0
+    for commands in options.values():
+        with pytest.raises(jax.errors.JaxRuntimeError, match="GRAPHS' is not a valid enum value"):
+            jax.jit(lambda x: x + 2).lower(1.0).compile(compiler_options=dict.fromkeys(options, f"{commands},GRAPHS"))
+
+
+def test_graphs_are_for_a_gpu():
+    assert xla.graph_options("step") == {}
+    with pytest.raises(UserError, match=r"unknown config.gpu_graphs 'all'; known: default, step, dispatch"):
+        xla.graph_options("all")
+
+
+def test_an_accelerator_gets_no_options(monkeypatch, asked):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert xla.cpu_options() == {}
+    assert xla.arithmetic("bfloat16") == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "platform, own, expected", [("gpu", None, "float32"), ("tpu", "bfloat16", "bfloat16"), ("cpu", None, None)]
+)
+def test_products_of_float32_on_accelerators(platform, own, expected):
+    with jax.default_matmul_precision(own), xla.float32_products(platform):
+        assert jax.config.values["jax_default_matmul_precision"] == expected
+
+
+@pytest.mark.parametrize(
+    "onednn, dtype, words",
+    [
+        (True, jnp.bfloat16, "bfloat16 by oneDNN"),
+        (False, jnp.float32, "float32 by XLA"),
+        (False, "bfloat16", "bfloat16, summed in float32 and so no faster"),
+    ],
+)
+def test_the_arithmetic_in_words(monkeypatch, onednn, dtype, words):
+    monkeypatch.setattr(xla, "has_onednn", lambda: onednn)
+    assert xla.arithmetic(dtype).startswith(words)
+
+
+def test_what_is_compiled_goes_to_onednn_if_this_jaxlib_has_it():
+    x, kernel = jnp.zeros((8, 8, 8, 16), jnp.bfloat16), jnp.zeros((3, 3, 16, 16), jnp.bfloat16)
+    function = xla.jit(lambda x, kernel: layers._cpu_convolution(x, kernel, (1, 1), ((1, 1), (1, 1)), None))
+    assert (xla.CALL in function.lower(x, kernel).compile().as_text()) == xla.has_onednn()
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_bfloat16_convolutions_sum_in_float32_without_onednn(monkeypatch, onednn):
+    monkeypatch.setattr(xla, "has_onednn", lambda: onednn)
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 8, 8, 16), (3, 3, 16, 16)))
+
+    def gradients(x, kernel):
+        convolution = lambda *pair: layers._cpu_convolution(*pair, (1, 1), ((1, 1), (1, 1)), None)  # noqa: E731
+        y, pull_back = jax.vjp(convolution, x, kernel)
+        return pull_back(y)
+
+    text = jax.jit(gradients).lower(x, kernel).as_text()
+    sums = [line.rpartition("->")[2] for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert len(sums) == 3
+    assert all(("bf16" if onednn else "f32") in line for line in sums)
+
+
+def test_a_compiled_function_inside_another_is_a_part_of_it():
+    inner = xla.jit(lambda x, times: x * times, static_argnames="times")
+    assert jax.jit(lambda x: inner(x, times=3) + 1)(jnp.float32(2)) == 7
+    assert jax.eval_shape(lambda x: inner(x, times=3), jnp.zeros(2)).shape == (2,)
+    assert inner(jnp.float32(2), times=4) == 8

@@ -1,0 +1,140 @@
+"""Which room may import which, read off the imports themselves; and what a user of one loss has to load."""
+
+import ast
+import graphlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "ltjax").rglob("*.py"))
+}
+# What lies at the top and may be imported from everywhere, with the packages that each needs.
+TOP = {
+    "ltjax.types": {"jax"},
+    "ltjax.hashing": {"jax", "numpy"},
+    "ltjax.losses": {"jax", "numpy"},
+    "ltjax.metrics": {"jax", "numpy"},
+    "ltjax.calibration": {"jax"},
+    "ltjax.registry": set(),
+    "ltjax.optim": {"jax", "numpy", "optax", "flax"},
+    "ltjax.config": set(),
+    "ltjax.surgery": {"jax", "numpy"},
+}
+# What the modules of a room may import of ltjax besides TOP and the room itself.
+ROOMS = {
+    "ltjax.system": set(),
+    "ltjax.attacks": {"ltjax.system"},
+    "ltjax.methods": {"ltjax.attacks"},
+    "ltjax.models": {"ltjax.system"},
+    "ltjax.data": {"ltjax.system"},
+    "ltjax.interop.weights": {"ltjax.system"},  # a folder of weights
+    "ltjax.runs": {"ltjax.interop.weights", "ltjax.system"},
+    "ltjax.report": {"ltjax.runs"},
+    "ltjax.interop": {"ltjax.interop.weights", "ltjax.models", "ltjax.runs", "ltjax.system"},
+    "ltjax.archive": {"ltjax.interop.weights", "ltjax.runs", "ltjax.system"},
+    "ltjax.engine": {
+        "ltjax.data",
+        "ltjax.interop.weights",
+        "ltjax.methods",
+        "ltjax.models",
+        "ltjax.runs",
+        "ltjax.system",
+    },
+    "ltjax.predictor": {"ltjax.data", "ltjax.interop", "ltjax.interop.weights", "ltjax.models"}
+    | {"ltjax.runs", "ltjax.system"},
+    "ltjax.compare": {"ltjax.report", "ltjax.runs", "ltjax.system"},
+    "ltjax.modes": {"ltjax.attacks", "ltjax.data", "ltjax.engine", "ltjax.interop"}
+    | {"ltjax.interop.weights", "ltjax.predictor", "ltjax.report", "ltjax.runs", "ltjax.system"},
+    "ltjax.train": {"ltjax.data", "ltjax.engine", "ltjax.interop.weights", "ltjax.modes", "ltjax.runs", "ltjax.system"},
+    "ltjax": {"ltjax.predictor"},
+}
+
+
+def inside(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def imports(path):
+    """Names of all that a file imports, wherever in the file: `from ltjax import losses` is `ltjax.losses`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import, which this test does not follow"
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in FILES else node.module for name in below}
+    return {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+
+
+def room(module):
+    """The entry of ROOMS or TOP that a module belongs to."""
+    return module if module in TOP else next(name for name in ROOMS if inside(module, name))
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_the_rooms_that_its_own_may(module):
+    own = room(module)
+    allowed = {own, *TOP, *ROOMS.get(own, ())}
+    found = {name for name in imports(FILES[module]) if inside(name, "ltjax")}
+    foreign = sorted(name for name in found if not any(inside(name, package) for package in allowed - {"ltjax"}))
+    assert not foreign, f"{module} imports {foreign}; its room may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("module", TOP)
+def test_a_module_at_the_top_needs_few_packages(module):
+    found = {name.partition(".")[0] for name in imports(FILES[module])} - {"ltjax"}
+    assert found <= TOP[module]
+
+
+def test_no_room_imports_itself_through_others():
+    graph = {own: set() for own in (*TOP, *ROOMS)}
+    for module, path in FILES.items():
+        graph[room(module)] |= {room(name) for name in imports(path) if inside(name, "ltjax")} - {room(module)}
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_config_is_data(path):
+    assert {name.partition(".")[0] for name in imports(path)} <= {"ml_collections", "configs"}
+
+
+@pytest.mark.parametrize("package", ["methods", "models", "data"])
+def test_what_a_config_chooses_by_name_lies_in_its_package(package):
+    tables = {"methods": "METHODS", "models": "MODELS", "data": "SOURCES"}
+    table = getattr(__import__(f"ltjax.{package}", fromlist=[package]), tables[package])
+    assert set(table.values()) <= {module for module in FILES if inside(module, f"ltjax.{package}")}
+
+
+def loaded_by(statement):
+    """Top-level packages in a fresh interpreter after one statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return set(ran.stdout.split())
+
+
+def test_ltjax_alone_loads_nothing():
+    assert not loaded_by("import ltjax") & {"jax", "numpy", "flax", "optax"}
+
+
+@pytest.mark.parametrize("module", ["losses", "metrics", "calibration", "hashing", "attacks"])
+def test_a_loss_costs_jax_alone(module):
+    loaded = loaded_by(f"import ltjax.{module}")
+    assert "jax" in loaded
+    assert not loaded & {"flax", "optax", "orbax", "tensorflow_datasets", "tensorflow", "cv2", "rich", "clu"}
+
+
+def test_weights_without_pytorch_need_no_pytorch():
+    assert "torch" not in loaded_by("import ltjax.interop.torch, ltjax.interop.export")
+
+
+def test_training_loads_neither_tensorflow_nor_its_datasets():
+    assert not loaded_by("import ltjax.train") & {"tensorflow", "tensorflow_datasets"}
