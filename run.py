@@ -9,6 +9,7 @@
 Exit code 2: something to mend, named in one line.
 """
 
+import json
 import logging
 import os
 import re
@@ -18,8 +19,10 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 
 def stop_at_once(number: int, _frame) -> None:
@@ -55,7 +58,9 @@ _DRY_RUN = flags.DEFINE_boolean(
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.")
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "Of several processes: HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway)."
+    "coordinator",
+    "",
+    "Of several processes: HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway); none: run alone.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of several processes: how many there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which one this is, from 0.")
@@ -170,56 +175,17 @@ def fail(message: object) -> None:
 
 def main(_: list[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before XLA is loaded, whose remarks would tear the bars
-    # after the flags, so that --help and a mistyped flag answer at once
-    from ltjax import train
-    from ltjax.engine import problem
-    from ltjax.modes import attack, calibrate, dry_run, evaluate, report
+    # Imported after the flags are read, so that --help and a mistyped flag answer at once.
     from ltjax.runs import results
-    from ltjax.runs.checkpoint import read_json
     from ltjax.system import processes
     from ltjax.system.signals import Interrupted
     from ltjax.types import UserError, one_line
 
-    for chatty in ("absl", "jax", "orbax", "asyncio"):
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)
-    # A background save that fails is raised again in this thread, which says it in one line.
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-    threading.excepthook = sys.unraisablehook = lambda _: None
-    config = read_json(home(_WORKDIR.value or "") / "config.json") if told_by_workdir() else _CONFIG.value.to_dict()
-    seed, replicas = config.get("seed", 0), config.get("replicas", 1)
-    seeds = f"seeds{seed}-{seed + replicas - 1}" if replicas > 1 else f"seed{seed}"
-    workdir = _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-{seeds}")
-
-    def predict(config, workdir, data_dir):
-        from rich.console import Console
-
-        from ltjax.modes import predict as prediction  # which needs OpenCV, and training not
-
-        if _CALIBRATE.value:  # standard output may be the table's
-            prediction.check(_IMAGES.value, _OUT.value)
-            on_stderr = Console(stderr=True, markup=False, emoji=False)
-            calibrate.calibrate_workdir(config, workdir, data_dir, on_stderr)
-        prediction.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
-
-    modes: dict[str, Callable] = {
-        "train": train.train,
-        "eval": evaluate.evaluate_workdir,
-        "attack": attack.attack_workdir,
-        "report": report.report_workdir,
-        "predict": predict,
-    }
-    do = dry_run.dry_run if _DRY_RUN.value else modes[_MODE.value]
+    quieten()
     try:
-        problem.use_cpu_cores(config.get("batch_size", 1))
-        processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
-        for remark in problem.start_devices():
-            print(f"note: {remark}", file=sys.stderr)
-        if _CALIBRATE.value:
-            calibrate.check(config)
-        do(config, workdir, _DATA_DIR.value)
-        if _CALIBRATE.value and not _DRY_RUN.value and do is not predict:
-            calibrate.calibrate_workdir(config, workdir, _DATA_DIR.value)
-        processes.finish()
+        config = run_config()
+        start(config)
+        chosen_mode(config)()
     except UserError as error:
         fail(error)
         if processes.several():
@@ -228,7 +194,6 @@ def main(_: list[str]) -> None:
     except Interrupted as stop:
         if processes.first():
             print(f"Stopped and saved. To resume, run the same command again:\n  {results.command()}")
-        processes.finish()
         sys.exit(stop.exit_code)
     except Exception as error:
         if processes.lost(error):
@@ -237,6 +202,85 @@ def main(_: list[str]) -> None:
             traceback.print_exc()
             processes.leave(1)  # the others notice
         raise
+
+
+def quieten() -> None:
+    """Silence loggers that would tear the progress bars, and background saves, whose errors the main thread raises."""
+    for chatty in ("absl", "jax", "orbax", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    report_thread, report_unraisable = threading.excepthook, sys.unraisablehook
+
+    def of_a_save(trace: TracebackType | None) -> bool:
+        return any("/orbax/" in frame.filename for frame in traceback.extract_tb(trace))
+
+    threading.excepthook = lambda error: None if of_a_save(error.exc_traceback) else report_thread(error)
+    sys.unraisablehook = lambda error: None if of_a_save(error.exc_traceback) else report_unraisable(error)
+
+
+def run_config() -> dict[str, Any]:
+    """The config of the flags or, for modes that need a run, the one in the workdir."""
+    from ltjax.runs.checkpoint import read_json
+
+    return read_json(home(_WORKDIR.value or "") / "config.json") if told_by_workdir() else _CONFIG.value.to_dict()
+
+
+def workdir_of(config: Mapping[str, Any]) -> str:
+    seed, replicas = config.get("seed", 0), config.get("replicas", 1)
+    seeds = f"seeds{seed}-{seed + replicas - 1}" if replicas > 1 else f"seed{seed}"
+    return _WORKDIR.value or str(Path("runs") / f"{config.get('name')}-{seeds}")
+
+
+def start(config: Mapping[str, Any]) -> None:
+    """Start JAX's devices and, if there are several processes, check that they do the same."""
+    from ltjax.modes import calibrate
+    from ltjax.system import devices, processes
+
+    devices.use_cpu_cores(config.get("batch_size", 1))
+    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
+    for warning in devices.start_devices():
+        print(f"note: {warning}", file=sys.stderr)
+    processes.agree({"--mode": _MODE.value, "--workdir": workdir_of(config), "--config": ",".join(sorted(config))})
+    processes.agree({f"config.{key}": json.dumps(config[key], sort_keys=True, default=str) for key in sorted(config)})
+    if _CALIBRATE.value:
+        calibrate.check(config)
+
+
+def chosen_mode(config: Mapping[str, Any]) -> Callable[[], Any]:
+    """What --mode and --dry_run ask for."""
+    from ltjax import train
+    from ltjax.modes import attack, calibrate, dry_run, evaluate, report
+
+    workdir, data_dir = workdir_of(config), _DATA_DIR.value
+
+    def predict() -> None:
+        from rich.console import Console
+
+        from ltjax.modes import predict as prediction  # it needs OpenCV, and training does not
+
+        if _CALIBRATE.value:  # the table may go to standard output
+            prediction.check(_IMAGES.value, _OUT.value)
+            on_stderr = Console(stderr=True, markup=False, emoji=False)
+            calibrate.calibrate_workdir(config, workdir, data_dir, on_stderr)
+        prediction.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
+
+    if _MODE.value == "predict":
+        return predict
+    if _DRY_RUN.value:
+        return lambda: dry_run.dry_run(config, workdir, data_dir)
+    modes: dict[str, Callable] = {
+        "train": train.train,
+        "eval": evaluate.evaluate_workdir,
+        "attack": attack.attack_workdir,
+        "report": report.report_workdir,
+    }
+
+    def work() -> None:
+        modes[_MODE.value](config, workdir, data_dir)
+        if _CALIBRATE.value:
+            calibrate.calibrate_workdir(config, workdir, data_dir)
+
+    return work
 
 
 if __name__ == "__main__":

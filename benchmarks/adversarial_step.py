@@ -37,9 +37,9 @@ from benchmarks import flops, provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100, common
 from ltjax import config as config_module
-from ltjax.engine import problem, stage
+from ltjax.engine import experiment, stage
 from ltjax.methods import adversarial
-from ltjax.system import parallel
+from ltjax.system import devices, parallel
 from ltjax.types import Batch, Method
 
 
@@ -93,7 +93,7 @@ def recomputing(given: adversarial.Given, *, objective: adversarial.Objective, *
     return method._replace(loss=loss)
 
 
-def attack_alone(settings: config_module.Stage, nets: Any) -> Callable[..., jax.Array]:
+def attack_alone(settings: config_module.StageConfig, nets: Any) -> Callable[..., jax.Array]:
     """(variables, images, rng) -> adversarial images, by the attack that the stage's method has."""
 
     def given(apply, variables, batch, images):
@@ -114,16 +114,16 @@ def steps_of(program: Program):
 
 
 def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
-    """(run, its stage's name and settings, problem). shape: keywords of `config`."""
-    run, stages = config_module.parse(config(program, **shape))
-    ((name, settings),) = stages.items()
-    return run, name, settings, problem.setup(run, data_dir)
+    """(the run's config, its stage's, the experiment). shape: keywords of `config`."""
+    run = config_module.parse(config(program, **shape))
+    (settings,) = run.stages.values()
+    return run, settings, experiment.set_up(run, data_dir)
 
 
 def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> Callable[[], Any]:
     """call(), which runs `steps` training steps or attacks and waits for the device."""
-    run, name, settings, ready = prepare(program, data_dir, shape)
-    variables = problem.initial_variables(run, name, ready)
+    run, settings, ready = prepare(program, data_dir, shape)
+    variables = experiment.initial_variables(ready, settings)
     if program.method == "pgd":
         images = jax.random.uniform(jax.random.key(0), (run.batch_size, *ready.image_shape))
         images = jax.device_put(images, parallel.split_batch(ready.mesh))
@@ -133,8 +133,8 @@ def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) 
             jax.block_until_ready([attack(variables, images, jax.random.key(number)) for number in range(steps)])
     else:
         with steps_of(program):
-            built = problem.build_stage(run, name, settings, ready)
-            state = [built.init(problem.seeds(run), variables)]
+            built = experiment.build_stage(ready, settings)
+            state = [built.init(experiment.seeds(run), variables)]
 
         def call():
             with steps_of(program):  # the first call traces
@@ -147,15 +147,15 @@ def operations(program: Program, data_dir: Path, shape: dict[str, Any]) -> float
     """For one image by XLA; compiles, and runs nothing."""
 
     def count(num_steps: int) -> float:
-        run, name, settings, ready = prepare(program, data_dir, {**shape, "attack_steps": num_steps})
+        run, settings, ready = prepare(program, data_dir, {**shape, "attack_steps": num_steps})
         with steps_of(program):
             if program.method != "pgd":
-                return flops.by_xla(run, name, settings, ready)
+                return flops.by_xla(ready, settings)
         attack = attack_alone(settings, flops.plain_nets(run, len(ready.class_names)))
         images = jax.ShapeDtypeStruct((run.batch_size, *ready.image_shape), jnp.float32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         with jax.default_device(jax.devices("cpu")[0]):
-            lowered = jax.jit(attack).lower(problem.fresh_shapes(run, ready), images, key)
+            lowered = jax.jit(attack).lower(experiment.fresh_shapes(ready), images, key)
         return flops.operations(flops.compile_to_count(lowered)) / run.batch_size
 
     return flops.with_attack(count, shape["attack_steps"])
@@ -252,7 +252,7 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments_parser().parse_args()
-    problem.use_cpu_cores(args.batch_size)
+    devices.use_cpu_cores(args.batch_size)
     origin, on_cpu = provenance.of("adversarial_step"), jax.default_backend() == "cpu"
     args.model = args.model or ("wrn10_1" if on_cpu else "wrn34_10")
     args.guide = args.guide or ("wrn10_1" if on_cpu else "resnet18")

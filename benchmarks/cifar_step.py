@@ -51,10 +51,9 @@ from benchmarks import flops, provenance
 from configs import cifar100_lt
 from ltjax import config as config_module
 from ltjax import train
-from ltjax.config import Run
 from ltjax.data.source import Images
-from ltjax.engine import problem, stage
-from ltjax.system import xla
+from ltjax.engine import experiment, stage
+from ltjax.system import devices, xla
 
 ROOT = Path(__file__).parents[1]
 NUM_TEST = 10_000  # images to evaluate with --torch, as many as CIFAR-100 has
@@ -144,7 +143,7 @@ def check_the_guard(image_shape: tuple[int, ...], batch_size: int) -> None:
         )
 
 
-def time_steps(built: stage.Stage, state: stage.State, source: stage.Resident, steps: int, repeats: int):
+def time_steps(built: stage.CompiledStage, state: stage.TrainState, source: stage.Resident, steps: int, repeats: int):
     """Seconds a step, [repeats] each: of a dispatch of `steps`, and of `steps` dispatches of one."""
 
     def scanned(state):
@@ -168,7 +167,7 @@ def time_steps(built: stage.Stage, state: stage.State, source: stage.Resident, s
     return seconds
 
 
-def time_evaluation(ready: problem.Problem, variables: Any, repeats: int) -> list[float]:
+def time_evaluation(ready: experiment.Experiment, variables: Any, repeats: int) -> list[float]:
     """Seconds to evaluate all test images, [repeats]."""
     seconds = []
     for _ in range(1 + repeats):
@@ -178,7 +177,7 @@ def time_evaluation(ready: problem.Problem, variables: Any, repeats: int) -> lis
     return seconds[1:]  # the first one compiles
 
 
-def train_one_epoch(config, data_dir: Path, built: dict[str, stage.Stage]):
+def train_one_epoch(config, data_dir: Path, built: dict[str, stage.CompiledStage]):
     """Train one epoch of each stage, by `ltjax.train.train` -> {stage: (dispatches, transfers to the device)}.
 
     Transfers are those from the start of a stage's first dispatch to the end of its last.
@@ -186,7 +185,9 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.Stage]):
     found: dict[str, tuple[list[int], list[Transfer]]] = {}
     with contextlib.ExitStack() as capture:
 
-        def counted_stage(run, name, settings, problem):
+        def counted_stage(_, settings):
+            name = settings.name
+
             def counted(state, source, num_steps):
                 if name not in found:
                     found[name] = ([], capture.enter_context(host_to_device()))
@@ -201,7 +202,7 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.Stage]):
 
         with (
             tempfile.TemporaryDirectory() as workdir,
-            mock.patch.object(train, "build_stage", counted_stage),
+            mock.patch.object(experiment, "build_stage", counted_stage),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             train.train(config, workdir, data_dir)
@@ -210,17 +211,18 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.Stage]):
 
 def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[str, Any]:
     """The numbers of both stages, {stage: {...}}, of evaluation, and what they were measured on."""
-    run, stages = config_module.parse(config)
-    ready, built = problem.prepare(run, stages, data_dir)
+    run = config_module.parse(config)
+    stages = run.stages
+    ready, built = experiment.prepare(run, data_dir)
     check_the_guard(ready.image_shape, run.batch_size)
     seconds, operations = {}, {}
     for name, settings in stages.items():
         if with_flops:
-            operations[name] = flops.by_xla(run, name, settings, ready)
+            operations[name] = flops.by_xla(ready, settings)
         steps = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)
-        state = built[name].init(train.seeds(run), train.initial_variables(run, name, ready))
+        state = built[name].init(experiment.seeds(run), experiment.initial_variables(ready, run.stages[name]))
         seconds[name] = time_steps(built[name], state, ready.train_data, steps, repeats)
-    evaluation = time_evaluation(ready, train.initial_variables(run, run.stages[0], ready), repeats)
+    evaluation = time_evaluation(ready, experiment.initial_variables(ready, next(iter(run.stages.values()))), repeats)
     epochs = train_one_epoch(config, data_dir, built)
 
     numbers = {}
@@ -261,15 +263,18 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
     }
 
 
-def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int], Run]:
+def ltjax_turns(
+    config, data_dir: Path
+) -> tuple[dict[str, Callable[[], float]], dict[str, int], config_module.RunConfig]:
     """{stage, or "evaluation": turn() -> seconds an image}, steps of a turn of each stage, and the run."""
-    run, stages = config_module.parse(config)
-    ready, built = problem.prepare(run, stages, data_dir)
+    run = config_module.parse(config)
+    stages = run.stages
+    ready, built = experiment.prepare(run, data_dir)
     states, steps = {}, {}
     for name in stages:
         steps[name] = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)
-        states[name] = built[name].init(train.seeds(run), train.initial_variables(run, name, ready))
-    variables = train.initial_variables(run, run.stages[0], ready)
+        states[name] = built[name].init(experiment.seeds(run), experiment.initial_variables(ready, run.stages[name]))
+    variables = experiment.initial_variables(ready, next(iter(run.stages.values())))
 
     def train_for_a_dispatch(name):
         started = time.perf_counter()
@@ -449,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.torch and not has_torch(args.torch):
         parser.error(f'--torch: {args.torch} has no PyTorch; pip install -e ".[torch]", or --torch=PYTHON that has it')
-    problem.use_cpu_cores(args.batch_size)
+    devices.use_cpu_cores(args.batch_size)
     if args.torch and jax.default_backend() != "cpu":
         parser.error("--torch compares on a CPU; set JAX_PLATFORMS=cpu")
     origin = provenance.of("cifar_step", arguments)

@@ -40,7 +40,7 @@ from rich.table import Table
 from benchmarks import hlo, provenance
 from ltjax import config as config_module
 from ltjax.data.source import Images, Stored
-from ltjax.engine import evaluate, problem
+from ltjax.engine import evaluate, experiment
 from ltjax.system import parallel, xla
 
 STEPS = 3  # to a dispatch: XLA writes a loop of one step out
@@ -267,7 +267,7 @@ def traced_for(platform: str) -> Iterator[None]:
     with (
         mock.patch.object(jax, "default_backend", lambda: platform),
         mock.patch.object(xla, "cpu_options", dict),
-        mock.patch.object(problem.data, "load", _made_up),
+        mock.patch.object(experiment.data, "load", _made_up),
     ):
         yield
 
@@ -276,19 +276,19 @@ def lower(program: Program, platform: str, *, tiny: bool = False) -> jax.stages.
     """A program for its devices. Raises: Missing."""
     found = devices(platform, program.chips[platform])
     with traced_for(platform):
-        run, stages = config_module.parse(settings_of(program, platform, tiny))
-        ready = problem.setup(run, None)
+        run = config_module.parse(settings_of(program, platform, tiny))
+        ready = experiment.set_up(run, None)
         mesh = parallel.make_mesh(found, replicas=run.replicas)
         ready = ready._replace(mesh=mesh)
         if not program.stage:
             return _evaluation(run, ready)
-        built = problem.build_stage(run, program.stage, stages[program.stage], ready)
-        state = jax.eval_shape(built.init, problem.seeds(run), problem.fresh_shapes(run, ready))
+        built = experiment.build_stage(ready, run.stages[program.stage])
+        state = jax.eval_shape(built.init, experiment.seeds(run), experiment.fresh_shapes(ready))
         state = _placed(state, parallel.state_sharding(mesh, run.replicas))
-        return built.run.lower(state, _placed_on(mesh, problem.source_shapes(run, ready, STEPS)), STEPS)
+        return built.run.lower(state, _placed_on(mesh, experiment.source_shapes(ready, STEPS)), STEPS)
 
 
-def _evaluation(run: config_module.Run, ready: problem.Problem) -> jax.stages.Lowered:
+def _evaluation(run: config_module.RunConfig, ready: experiment.Experiment) -> jax.stages.Lowered:
     """The dispatch that evaluates the test images on the device."""
     made: list[Any] = []
 
@@ -298,7 +298,7 @@ def _evaluation(run: config_module.Run, ready: problem.Problem) -> jax.stages.Lo
 
     with mock.patch.object(xla, "jit", keep):
         evaluate.evaluator(ready.nets, ready.mesh)
-    variables = _placed(problem.fresh_shapes(run, ready), parallel.replicated(ready.mesh))
+    variables = _placed(experiment.fresh_shapes(ready), parallel.replicated(ready.mesh))
     size = ready.test_set.size
     batch = evaluate.shared_batch(run.eval_batch_size, size, ready.mesh)
     shape, split = (-(-size // batch), batch), parallel.split_batch(ready.mesh, axis=1)

@@ -38,9 +38,9 @@ from benchmarks import cifar_step, decode, provenance
 from configs import inat18
 from ltjax import config as config_module
 from ltjax import data
-from ltjax.engine import problem, stage
+from ltjax.engine import experiment, stage
 from ltjax.modes import dry_run
-from ltjax.system import xla
+from ltjax.system import devices, xla
 
 # XLA's, by a name: those of `config.gpu_graphs`, and one that repeats itself bit for bit
 FLAGS: dict[str, dict[str, Any]] = {**xla.GPU_GRAPHS, "deterministic": {"xla_gpu_deterministic_ops": True}}
@@ -51,28 +51,27 @@ KERNELS = 25  # of a trace that are kept
 class Prepared(NamedTuple):
     """The first stage of a run, ready to be compiled."""
 
-    run: config_module.Run
-    name: str
-    settings: config_module.Stage
-    problem: problem.Problem
-    built: stage.Stage
+    experiment: experiment.Experiment
+    stage: config_module.StageConfig
+    built: stage.CompiledStage
 
-    def state(self) -> stage.State:
-        variables = problem.initial_variables(self.run, self.name, self.problem)
-        return self.built.init(problem.seeds(self.run), variables)
+    def state(self) -> stage.TrainState:
+        variables = experiment.initial_variables(self.experiment, self.stage)
+        return self.built.init(experiment.seeds(self.experiment.config), variables)
 
     def batches(self, num_steps: int) -> Any:
-        return problem.batches(self.run, self.name, self.settings, self.problem, num_steps)
+        return experiment.batches(self.experiment, self.stage, num_steps)
 
     def expected_bytes(self) -> int:
         """What `--dry_run` says."""
-        return dry_run.expected_memory(self.run, {self.name: self.settings}, self.problem).peak()[0]
+        run = self.experiment.config._replace(stages={self.stage.name: self.stage})
+        return dry_run.expected_memory(self.experiment._replace(config=run)).peak()[0]
 
 
 def prepare(values: Mapping[str, Any], data_dir: Path | None) -> Prepared:
-    run, stages = config_module.parse(values)
-    name, ready = run.stages[0], problem.setup(run, data_dir)
-    return Prepared(run, name, stages[name], ready, problem.build_stage(run, name, stages[name], ready))
+    run = config_module.parse(values)
+    first, ready = next(iter(run.stages.values())), experiment.set_up(run, data_dir)
+    return Prepared(ready, first, experiment.build_stage(ready, first))
 
 
 def large(*, depth: int, size: int, dtype: str, batch_size: int) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def compile_all(prepared: Sequence[Prepared], flags: str, steps: int) -> list[Pr
 
     states = [each.state() for each in prepared]
     lowered = [
-        each.built.run.lower(state, problem.source_shapes(each.run, each.problem, steps), steps)
+        each.built.run.lower(state, experiment.source_shapes(each.experiment, steps), steps)
         for each, state in zip(prepared, states, strict=True)
     ]
     programs = []
@@ -128,8 +127,8 @@ def compile_all(prepared: Sequence[Prepared], flags: str, steps: int) -> list[Pr
         for each, state, (made, seconds) in zip(prepared, states, pool.map(compiled, lowered), strict=True):
             memory = made.memory_analysis()
             row = {
-                "dtype": each.run.model["dtype"],
-                "batch_size": each.run.batch_size,
+                "dtype": each.experiment.config.model["dtype"],
+                "batch_size": each.experiment.config.batch_size,
                 "flags": flags,
                 "steps": steps,
                 "compile_seconds": seconds,
@@ -276,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.stream and args.net != "resnet50":
         parser.error("--stream is for --net=resnet50, whose images stay on disk")
-    problem.use_cpu_cores(min(args.batch_size))
+    devices.use_cpu_cores(min(args.batch_size))
     steps = args.steps or STEPS[args.net]
     numbers: dict[str, Any] = {**provenance.of("device_step", arguments), "net": args.net, "programs": []}
     with prepared_programs(args) as prepared:

@@ -14,7 +14,7 @@ import jax
 
 from ltjax import attacks, models
 from ltjax import config as config_module
-from ltjax.engine.problem import Problem, build_stage, fresh_shapes, seeds
+from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, seeds
 from ltjax.models import resnet
 from ltjax.system import parallel
 
@@ -116,9 +116,9 @@ def of_step(method: str, net: Network, guide: Network | None, *, num_steps: int,
     return net.forward + attack + net.training + clean + guide.training
 
 
-def by_xla(run: config_module.Run, name: str, settings: config_module.Stage, problem: Problem) -> float:
+def by_xla(experiment: Experiment, settings: config_module.StageConfig) -> float:
     """Operations for one image of a stage's step as XLA counts them."""
-    return operations(compiled(run, name, settings, problem)) / run.batch_size
+    return operations(compiled(experiment, settings)) / experiment.config.batch_size
 
 
 def operations(program: jax.stages.Compiled) -> float:
@@ -151,7 +151,7 @@ def written_out():
         yield
 
 
-def plain_nets(run: config_module.Run, num_classes: int) -> dict[str, Any]:
+def plain_nets(run: config_module.RunConfig, num_classes: int) -> dict[str, Any]:
     """A run's networks with the convolution of accelerators: ours for CPU writes zeros out and multiplies with them."""
     nets = {}
     for name, settings in (("net", run.model), ("guide", run.guide)):
@@ -161,20 +161,18 @@ def plain_nets(run: config_module.Run, num_classes: int) -> dict[str, Any]:
     return nets
 
 
-def compiled(
-    run: config_module.Run, name: str, settings: config_module.Stage, problem: Problem, num_steps: int = 1
-) -> jax.stages.Compiled:
+def compiled(experiment: Experiment, settings: config_module.StageConfig, num_steps: int = 1) -> jax.stages.Compiled:
     """A stage's step with the plain convolution of accelerators, compiled for one CPU device and not run.
 
     One step, because XLA counts a loop's body once; of a scan of one step it makes the step alone.
     """
     cpu = jax.devices("cpu")[0]
-    nets = plain_nets(run, len(problem.class_names))
-    problem = problem._replace(nets=nets, mesh=parallel.make_mesh([cpu]))
+    nets = plain_nets(experiment.config, len(experiment.class_names))
+    experiment = experiment._replace(nets=nets, mesh=parallel.make_mesh([cpu]))
     with jax.default_device(cpu):
-        built = build_stage(run, name, settings, problem)
-        state = jax.eval_shape(built.init, seeds(run), fresh_shapes(run, problem))
-        source = jax.eval_shape(lambda: problem.train_data)
+        built = build_stage(experiment, settings)
+        state = jax.eval_shape(built.init, seeds(experiment.config), fresh_shapes(experiment))
+        source = jax.eval_shape(lambda: experiment.train_data)
         return compile_to_count(built.run.lower(state, source, num_steps))
 
 

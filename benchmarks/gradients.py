@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import cifar_step, device_step, provenance
 from configs import cifar100_lt
 from ltjax import optim
-from ltjax.engine import problem
+from ltjax.system import devices
 
 NETS = ("resnet32", "resnet50")
 
@@ -91,7 +91,7 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = arguments_parser().parse_args(arguments)
-    problem.use_cpu_cores(args.batch)
+    devices.use_cpu_cores(args.batch)
     numbers: dict[str, Any] = {**provenance.of("gradients", arguments), "batch_size": args.batch, "nets": {}}
     for net in args.nets:
         found = numbers["nets"][net] = measure(net, args)

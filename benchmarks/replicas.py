@@ -27,8 +27,8 @@ from benchmarks import provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100_lt
 from ltjax import config as config_module
-from ltjax.engine import problem
-from ltjax.system import parallel
+from ltjax.engine import experiment
+from ltjax.system import devices, parallel
 
 
 def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate: str) -> tuple[Any, Any, Any, Any]:
@@ -36,10 +36,11 @@ def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate:
     config = cifar100_lt.get_config(f"method=ce,imbalance={min(100, args.max_count)}")
     config.model.update(depth=args.depth, width=args.width, dtype=args.dtype)
     config.update(batch_size=args.batch_size, epochs=1, replicas=replicas, replicate=replicate)
-    run, stages = config_module.parse(config.to_dict())
-    ready = problem.setup(run, data_dir)
-    built = problem.build_stage(run, "ce", stages["ce"], ready)
-    state = built.init(problem.seeds(run), problem.fresh_variables(run, "ce", ready))
+    run = config_module.parse(config.to_dict())
+    stages = run.stages
+    ready = experiment.set_up(run, data_dir)
+    built = experiment.build_stage(ready, stages["ce"])
+    state = built.init(experiment.seeds(run), experiment.fresh_variables(ready, run.stages["ce"]))
     return built, state, ready.train_data, ready.mesh
 
 
@@ -109,7 +110,7 @@ def arguments_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = arguments_parser().parse_args(argv)
-    problem.use_cpu_cores(args.batch_size)
+    devices.use_cpu_cores(args.batch_size)
     origin = provenance.of("replicas", argv)
     args.steps = args.steps or (2 if jax.default_backend() == "cpu" else 50)
     about = {**origin, "settings": {key: value for key, value in vars(args).items() if key != "out"}}

@@ -72,18 +72,19 @@ def describe(config: str, seed: int) -> Described:
     """Of a config of this checkout."""
     from ltjax import config as config_module
     from ltjax.data import splits
-    from ltjax.engine import problem
+    from ltjax.engine.experiment import steps_per_epoch
 
     file, _, arguments = config.partition(":")
     values = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"](arguments or None)
-    run, stages = config_module.parse(values.to_dict())
+    run = config_module.parse(values.to_dict())
+    stages = run.stages
     classes, most = CIFAR[run.data.name]
     counts = splits.class_counts(classes, most, imbalance=run.data.imbalance, profile=run.data.profile)
     work = 0.0
     for stage in stages.values():
         whole = any(group["rate"] for part, group in stage.groups.items() if part not in ("classifier", "logit_scale"))
         passes = 1 + stage.method.get("attack", {}).get("num_steps", 0)
-        images = stage.epochs * problem.steps_per_epoch(stage, counts, run.batch_size) * run.batch_size
+        images = stage.epochs * steps_per_epoch(stage, counts, run.batch_size) * run.batch_size
         work += images * passes * (1.0 if whole else FROZEN)
     return Described(f"{run.name}-seed{seed}", tuple(stages), work)
 

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from benchmarks import cifar_step, device_step, provenance
-from ltjax.engine import problem
 from ltjax.runs.checkpoint import Checkpoints, like
+from ltjax.system import devices
 
 WAYS = {  # XLA_FLAGS
     "none": "",
@@ -40,7 +40,7 @@ def part(which: str, folder: Path, args: argparse.Namespace) -> None:
     """The process that saves, or the one that goes on; the latter prints what differs."""
     shape = dict(depth=args.depth, width=args.width, batch_size=args.batch_size, dtype=args.dtype)
     prepared = device_step.prepare(cifar_step.one_epoch_config(**shape), folder.parent)
-    state, source = prepared.state(), prepared.problem.train_data
+    state, source = prepared.state(), prepared.experiment.train_data
     with Checkpoints(folder / "checkpoints") as checkpoints:
         if which == "saves":
             state, _ = prepared.built.run(state, source, args.steps)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = arguments_parser().parse_args(arguments)
     if args.part:
-        problem.use_cpu_cores(args.batch_size)
+        devices.use_cpu_cores(args.batch_size)
         part(args.part, args.folder, args)
         return
     own = [argument for argument in arguments if not argument.startswith("--out")]

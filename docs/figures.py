@@ -77,7 +77,7 @@ def ldam() -> Figure:
         loss.plot(ahead, values, color=colour, label=f"{COUNTS[c]} images")
     label(loss, "own cosine less the others'", "loss")
     legend(loss)
-    _, stages = generate.load("cifar100_lt:method=ldam_drw")
+    stages = generate.load("cifar100_lt:method=ldam_drw").stages
     started = 0
     for stage, colour, name in zip(stages.values(), (BLUE, ORANGE), ("all alike", "class weights"), strict=True):
         drw.semilogy(started + np.arange(stage.epochs), _rates(stage), color=colour, label=name)
@@ -184,7 +184,7 @@ def drolt() -> Figure:
 def reslt() -> Figure:
     """Which classes a branch answers for; how much of the branches' loss each class has."""
     figure, (masks, weight) = canvas()
-    _, stages = generate.load("cifar100_lt:method=reslt,imbalance=100")
+    stages = generate.load("cifar100_lt:method=reslt,imbalance=100").stages
     method = stages["reslt"].method
     starts = dict(medium_start=method["medium_start"], tail_start=method["tail_start"])
     answers = np.asarray(losses.branch_masks(COUNTS, **starts))  # [3, C]
@@ -261,7 +261,7 @@ def combinations() -> Figure:
     figure, panels = canvas(height=3.0)
     colours = {"backbone": BLUE, "classifier": ORANGE, "logit_scale": PINK, "branches": GREEN, "margins": GREY}
     for axes, name in zip(panels, ("method=mislas", "recipe=reslt+dro+smoothing"), strict=True):
-        _, stages = generate.load(f"cifar100_lt:{name}")
+        stages = generate.load(f"cifar100_lt:{name}").stages
         started = 0
         for stage in stages.values():
             x = started + np.arange(stage.epochs)

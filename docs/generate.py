@@ -44,8 +44,8 @@ TITLES = {
 }
 
 
-def load(text: str) -> tuple[config_module.Run, dict[str, config_module.Stage]]:
-    """ "cifar100_lt:method=mislas" -> the run and its stages."""
+def load(text: str) -> config_module.RunConfig:
+    """ "cifar100_lt:method=mislas" -> its config."""
     name, _, arguments = text.partition(":")
     return config_module.parse(module(name)["get_config"](arguments or None).to_dict())
 
@@ -84,7 +84,8 @@ def said(value: Any) -> bool:
 
 def recipe(text: str) -> str:
     """A table with a column for each stage, and the command."""
-    run, stages = load(text)
+    run = load(text)
+    stages = run.stages
     rows: list[tuple[str, list[str]]] = [("", [stage.title for stage in stages.values()])]
 
     def row(title: str, values: list[str]) -> None:
@@ -114,13 +115,13 @@ def recipe(text: str) -> str:
     return "\n".join(lines)
 
 
-def _epochs(stage: config_module.Stage) -> str:
+def _epochs(stage: config_module.StageConfig) -> str:
     """ "80, of as many draws as if every class had the largest one's images"."""
     balanced = ", of as many draws as if every class had the largest one's images"
     return str(stage.epochs) + (balanced if stage.epoch_size == "balanced" else "")
 
 
-def _schedule(stage: config_module.Stage) -> str:
+def _schedule(stage: config_module.StageConfig) -> str:
     """ "0.1; warm-up over 5 epochs; times 0.1 at epoch 160 and 180"."""
     if not stage.epochs:
         return ""
@@ -136,7 +137,7 @@ def _schedule(stage: config_module.Stage) -> str:
     return "; ".join(parts)
 
 
-def _trained(stage: config_module.Stage) -> str:
+def _trained(stage: config_module.StageConfig) -> str:
     rates = {name: group["rate"] for name, group in stage.groups.items() if group["rate"]}
     return ", ".join(name if rate == 1 else f"{name} at {rate:g} of the rate" for name, rate in rates.items())
 
@@ -337,10 +338,12 @@ def authors() -> dict[str, Any]:
 @functools.cache
 def settings_of(text: str) -> dict[str, Any]:
     """ "configs/cifar100_lt.py:method=ce" -> its settings; `first` and `last` are the first and the last stage."""
-    run, stages = load(text.removeprefix("configs/").replace(".py", "", 1))
+    run = load(text.removeprefix("configs/").replace(".py", "", 1))
+    stages = run.stages
     every = {name: stage._asdict() for name, stage in stages.items()}
     top = {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in run._asdict().items()}
-    return {**top, **every, "first": every[run.stages[0]], "last": every[run.stages[-1]]}
+    first, *_, last = (*run.stages, *run.stages)
+    return {**top, **every, "first": every[first], "last": every[last]}
 
 
 def our_value(config: str, value: Mapping[str, Any]) -> Any:

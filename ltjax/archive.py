@@ -36,7 +36,7 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
     trained = newest(workdir)
     if trained.run.replicas > 1:
         raise UserError(f"{workdir} holds {trained.run.replicas} replicas: an archive is of one seed; train them apart")
-    summary = read_json(workdir / "results.json")["stages"][trained.stage]
+    summary = read_json(workdir / "results.json")["stages"][trained.stage.name]
     if "evaluations" not in summary:
         raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
     folder.mkdir(parents=True, exist_ok=True)

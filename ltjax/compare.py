@@ -245,12 +245,12 @@ def _figures(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that change what is trained, with today's defaults for keys that an older config.json lacks."""
-    run, data = config_module.Run._field_defaults, config_module.Data._field_defaults
+    run, data = config_module.RunConfig._field_defaults, config_module.DataConfig._field_defaults
     filled = {**run, **config}
     filled["data"] = {**data, **config["data"]}
-    filled["optimizer"] = {**config_module.Optimizer._field_defaults, **config.get("optimizer", {})}
+    filled["optimizer"] = {**config_module.OptimizerConfig._field_defaults, **config.get("optimizer", {})}
     for name in config["stages"]:
-        filled[name] = {**config_module.Stage._field_defaults, **config[name]}
+        filled[name] = {**config_module.StageConfig._field_defaults, **config[name]}
     # through JSON, so that a default () equals the [] of a file
     return json.loads(json.dumps({key: value for key, value in filled.items() if key not in WITHIN_A_ROW}))
 

@@ -1,42 +1,45 @@
-"""What a config may say, with defaults: the one place where its keys are named. Checked before anything starts."""
+"""What a config may say, with defaults. This is the one place that names its keys; `parse` checks them before a run."""
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_origin
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 from ltjax.types import UserError
 
 EPOCH_SIZES = ("images", "balanced")
+GROUPINGS = ("counts", "ranges", "ranks")
+REPLICATE = ("loop", "vmap")
 
 
-class Data(NamedTuple):
+class DataConfig(NamedTuple):
     name: str  # of `ltjax.data.SOURCES`
     imbalance: float = 1.0  # largest class over smallest
-    profile: str = "exp"  # "exp" or "step"; "natural": all images, as unequal as they are
-    max_count: int = 0  # training images of the largest class; 0: all there are
-    classes: int = 0  # only the first so many; 0: all
+    profile: str = "exp"  # "exp", "step", or "natural": all images
+    max_count: int = 0  # training images of the largest class; 0: all
+    classes: int = 0  # keep only the first classes; 0: all
     holdout: int = 0  # images of each class held out of training, for selection and tuning
-    seed: int = 0  # of the kept images; apart from the training seed, so that seeds share a training set
-    groups: str = "counts"  # "counts" of training images; as in some papers, "ranges" of class numbers or of "ranks"
-    many_above: int = 100  # counts: many > many_above,
-    few_below: int = 20  # few < few_below
-    ranges: tuple[int, ...] = ()  # ranges: (a, b), many = classes below a, few = classes from b on
-    root: str = ""  # of an image_folder
-    # of images that stay on disk, of any size:
+    seed: int = 0  # chooses the images that are kept; runs with different training seeds share a training set
+    groups: str = "counts"  # by "counts" of training images, by "ranges" of class numbers, or of "ranks"
+    many_above: int = 100  # counts: many > many_above
+    few_below: int = 20  # counts: few < few_below
+    ranges: tuple[int, ...] = ()  # ranges and ranks: (a, b): many are the classes below a, few those from b on
+    root: str = ""  # folder of an image_folder
+    # Images that stay on disk, of any size:
     size: int = 224  # side of the square that the network sees, in pixels
-    resize: int = 256  # evaluation: the shorter side, before that square is cut from the middle
+    resize: int = 256  # evaluation: shorter side before the central square is cut out
     min_area: float = 0.08  # training: smallest share of an image in a random window
     threads: int = 0  # that decode; 0: one for each core
 
 
-class Optimizer(NamedTuple):
+class OptimizerConfig(NamedTuple):
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
 
 
-class Attack(NamedTuple):
-    """How `--mode=attack` judges a checkpoint."""
+class AttackConfig(NamedTuple):
+    """How `--mode=attack` attacks a checkpoint."""
 
     epsilon: float | str = "8/255"  # in pixel units of [0, 1]
     norm: str = "linf"  # or "l2"
@@ -45,116 +48,104 @@ class Attack(NamedTuple):
     step_size: float | str = "2/255"  # of pgd-N and cw-N
     batch_size: int = 500  # images, over all devices
     seed: int = 0
-    # of the report's curve of accuracy against epsilon, as multiples of it: pgd-20, where that is among the tests, at
-    # each of them, its steps in proportion
-    radii: tuple[float, ...] = ()
+    radii: tuple[float, ...] = ()  # further radii of the curve of PGD-20's accuracy, as multiples of epsilon
 
 
-class Group(NamedTuple):
-    match: str  # regular expression for whole paths
+class GroupConfig(NamedTuple):
+    """A group of parameters that train at one rate."""
+
+    match: str  # regular expression that matches whole paths
     rate: float  # factor on the stage's lr; 0 freezes
-    weight_decay: float | None = None  # instead of the optimizer's
+    weight_decay: float | None = None  # replaces the optimizer's
     optional: bool = False  # may match no parameter
 
 
-class Stage(NamedTuple):
-    method: Mapping[str, Any]  # name, and the method's own hyper-parameters
+class StageConfig(NamedTuple):
+    method: Mapping[str, Any]  # name, and the method's hyper-parameters
     epochs: int  # 0: only `surgery`, no training
     lr: float
-    groups: Mapping[str, Mapping[str, Any]]  # {name: {match, rate, weight_decay}}, see `ltjax.optim`
-    title: str = ""  # in the table
+    groups: Mapping[str, Mapping[str, Any]]  # {name: a GroupConfig's values}, see `ltjax.optim`
+    title: str = ""  # in tables
     start_from: str = "scratch"  # or the name of an earlier stage
     schedule: Mapping[str, Any] = {}  # kind, warmup, decay_at, decay: see `ltjax.optim.schedule_table`
-    sampler: Mapping[str, Any] = {}  # name, and its own settings: see `ltjax.data.samplers`
+    sampler: Mapping[str, Any] = {}  # name, and its settings: see `ltjax.data.samplers`
     augment: Mapping[str, Any] = {}  # see `ltjax.data.augment.augment`
     batch_norm: str = "train"  # or "eval"
-    optimizer: Mapping[str, Any] = {}  # momentum, nesterov, weight_decay where they differ from the run's
-    keep_optimizer: bool = False  # go on with the momentum of `start_from`, which trained the same parameters
-    # draws in an epoch: "images", as many as there are training images; "balanced", as many as if every class had those
-    # of the largest one (DRO-LT's class-aware sampler)
+    optimizer: Mapping[str, Any] = {}  # values that differ from the run's optimizer
+    keep_optimizer: bool = False  # continue with the momentum of `start_from`, which trained the same parameters
+    # Images in an epoch: "images": as many as the training set has; "balanced": the largest class's count times the
+    # number of classes (DRO-LT's class-aware sampler).
     epoch_size: str = "images"
-    drop_last: bool = False  # an epoch is whole batches: draws // batch_size steps, not rounded up
-    surgery: Mapping[
-        str, Any
-    ] = {}  # name, and its own settings: what happens to the weights first, see `ltjax.surgery`
+    drop_last: bool = False  # an epoch is images // batch_size steps, not rounded up
+    surgery: Mapping[str, Any] = {}  # name, and its settings: changes the weights first, see `ltjax.surgery`
     eval_classifier: Mapping[str, Any] = {}  # tau, bias: `ltjax.surgery.tau_normalised` weights at evaluation only
-    nearest_mean: bool = False  # at evaluation, accuracy of the nearest class mean as well
-    evaluate_net: str = "net"  # or "guide", where that is what the stage trains
+    nearest_mean: bool = False  # evaluate the nearest class mean as well
+    evaluate_net: str = "net"  # or "guide", if the stage trains that
+    # Set by `parse`:
+    name: str = ""  # its key in the config
+    number: int = 0  # its place in the run; makes its random numbers its own
 
 
-class Run(NamedTuple):
+class RunConfig(NamedTuple):
     name: str
-    data: Data
-    model: Mapping[str, Any]  # name, and the model's own settings
-    stages: tuple[str, ...]  # each the name of a further key that holds a `Stage`
+    data: DataConfig
+    model: Mapping[str, Any]  # name, and the model's settings
+    stages: Mapping[str, StageConfig]  # by name, in order; a config has a tuple of names, each a key of its own
     epochs: int = 0  # of the first stage; the stages refer to it
     batch_size: int = 128
     seed: int = 0  # initialisation, sampling order, augmentation
-    optimizer: Optimizer = Optimizer()
-    guide: Mapping[str, Any] = {}  # a second network, like `model`, for methods that have one; {}: none
-    attack: Attack = Attack()  # of --mode=attack; no part of training
-    # epochs; 0: every fifth, and each of the last 20
-    eval_every: int = 1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    guide: Mapping[str, Any] = {}  # a second network, like `model`, for methods that need one; {}: none
+    attack: AttackConfig = AttackConfig()  # of --mode=attack; no part of training
+    eval_every: int = 1  # epochs; 0: every fifth, and each of the last 20
     eval_batch_size: int = 500
     replicas: int = 1  # runs with seeds seed, seed + 1, ... in one program
-    replicate: str = "loop"  # one replica after the other on a device, or "vmap": all in one batched step
-    # steps to a dispatch; 0: at most 100 on accelerators and 16 on a CPU, a fifth of that where each step attacks its
-    # images, 4 of images that stay on disk
+    replicate: str = "loop"  # replicas run one after the other on a device, or "vmap": in one batched step
+    # Steps in a dispatch; 0: at most 100 on accelerators and 16 on a CPU, a fifth of that if each step attacks its
+    # images, 4 of images that stay on disk.
     dispatch_steps: int = 0
-    # a folder that `python -m ltjax.interop.torch` has written: stages from scratch begin with it, and --mode=eval and
-    # attack judge it where there is no run; "": random ones
+    # A folder written by `python -m ltjax.interop.torch`: stages from scratch start with it. --mode=eval and attack
+    # evaluate it if the workdir holds no run. "": random weights.
     weights: str = ""
-    weights_parts: tuple[str, ...] = ()  # of the network that are taken from there, such as ("backbone",); (): all
-    gpu_graphs: str = "default"  # what of a training step becomes CUDA graphs, see `ltjax.system.xla.GPU_GRAPHS`
+    weights_parts: tuple[str, ...] = ()  # parts of the network to take from `weights`, such as ("backbone",); (): all
+    gpu_graphs: str = "default"  # which kernels become CUDA graphs, see `ltjax.system.xla.GPU_GRAPHS`
     accumulate: int = 1  # parts of a batch that go through the network one after the other, to save memory
-    checkpoint_seconds: float = 300.0  # between checkpoints within a stage; its end is always saved
+    checkpoint_seconds: float = 300.0  # between checkpoints within a stage; the end of a stage is always saved
 
 
-def _fill(kind: Any, values: Any, where: str, also: tuple[str, ...] = ()) -> Any:
-    """A NamedTuple of type `kind` from a dict. also: further keys that may be there."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where} = {values!r}: needs settings; allowed: {', '.join(kind._fields)}")
-    unknown = sorted(set(values) - set(kind._fields) - set(also))
-    if unknown:
-        raise UserError(f"unknown key {where}.{unknown[0]}; allowed: {', '.join((*kind._fields, *also))}")
-    required = [field for field in kind._fields if field not in kind._field_defaults]
-    missing = [field for field in required if field not in values]
-    if missing:
-        raise UserError(f"missing key {where}.{missing[0]}; needed: {', '.join(required)}")
-    for key, wanted in kind.__annotations__.items():
-        value = values.get(key, kind._field_defaults.get(key))
-        if get_origin(wanted) is Mapping and not isinstance(value, Mapping):
-            raise UserError(f"{where}.{key} = {value!r}: needs settings")
-        accepted = {int: int, float: (int, float), str: str, bool: bool}.get(wanted)
-        if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool)):
-            raise UserError(f"{where}.{key} = {value!r}: {wanted.__name__} expected")
-    return kind(**{key: value for key, value in values.items() if key in kind._fields})
+SET_BY_PARSE = ("name", "number")  # of a StageConfig
 
 
-def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
-    """Check a config (nested dicts) against the types above -> the run and its stages by name.
+def parse(config: Mapping[str, Any]) -> RunConfig:
+    """Check a config, nested dicts, against the types above.
 
-    Raises: UserError naming the key and what is allowed.
+    Raises:
+      UserError: Names the key and what is allowed.
     """
-    stages = config.get("stages", ())
-    if isinstance(stages, str):
-        raise UserError(f"config.stages = {stages!r}: a tuple of names, such as ({stages!r},)")
-    stages = tuple(stages)
-    # settings of stages that this run leaves out may stay
-    unused = tuple(
-        key for key, value in config.items() if isinstance(value, Mapping) and {"method", "lr"} <= set(value)
-    )
-    run = _fill(Run, config, "config", also=tuple(dict.fromkeys((*stages, *unused))))
-    run = run._replace(
-        data=_fill(Data, run.data, "config.data"),
-        optimizer=_fill(Optimizer, config.get("optimizer", {}), "config.optimizer"),
-        attack=_fill(Attack, config.get("attack", {}), "config.attack"),
-        stages=stages,
-    )
-    if not stages or len(set(stages)) != len(stages):
-        raise UserError(f"config.stages = {stages}: name one stage or more, each once")
+    names = config.get("stages", ())
+    if isinstance(names, str):
+        raise UserError(f"config.stages = {names!r}: a tuple of names, such as ({names!r},)")
+    # A config may keep the settings of stages that this run leaves out.
+    unused = [key for key, value in config.items() if isinstance(value, Mapping) and {"method", "lr"} <= set(value)]
+    values = {key: {} if key == "stages" else value for key, value in config.items()}
+    run: RunConfig = _fill(RunConfig, values, "config", also=(*names, *unused))
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"config.stages = {tuple(names)}: name one stage or more, each once")
+    _check_run(run)
+    _check_data(run.data)
+    stages: dict[str, StageConfig] = {}
+    for number, name in enumerate(names):
+        if name in RunConfig._fields or name not in config:
+            raise UserError(f"config.stages names {name!r}, which needs settings of its own in config.{name}")
+        stages[name] = _stage(run, name, config[name], stages)._replace(name=name, number=number)
+    return run._replace(stages=stages)
+
+
+def _check_run(run: RunConfig) -> None:
     if run.eval_every < 0:
         raise UserError(f"config.eval_every = {run.eval_every}: must be at least 1, or 0 to choose")
+    if run.dispatch_steps < 0:
+        raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
     for key in ("batch_size", "eval_batch_size", "replicas", "accumulate"):
         if getattr(run, key) < 1:
             raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")
@@ -163,68 +154,65 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, dict[str, Stage]]:
             raise UserError(f"{where} = {seed}: from 0 to 2**32 - 1")
     if run.seed + run.replicas > 2**32:
         raise UserError(f"config.seed = {run.seed}, replicas = {run.replicas}: the last seed would be above 2**32 - 1")
-    if run.replicate not in ("loop", "vmap"):
-        raise UserError(f"config.replicate = {run.replicate!r}; allowed: loop, vmap")
-    if run.data.few_below > run.data.many_above + 1:
-        raise UserError(
-            f"config.data.few_below = {run.data.few_below}, many_above = {run.data.many_above}: "
-            "a class would be both many and few"
-        )
-    _check_optimizer(run.optimizer, "config.optimizer")
-    if run.dispatch_steps < 0:
-        raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
+    _check_choice("config.replicate", run.replicate, REPLICATE)
     if run.batch_size % run.accumulate:
         raise UserError(f"config.accumulate = {run.accumulate} does not divide config.batch_size = {run.batch_size}")
-    if run.data.groups not in ("counts", "ranges", "ranks"):
-        raise UserError(f"config.data.groups = {run.data.groups!r}; allowed: counts, ranges, ranks")
-    if run.data.classes < 0 or run.data.threads < 0 or not 0 < run.data.min_area <= 1:
-        raise UserError("config.data: classes and threads from 0 up, min_area above 0 and up to 1")
-    if not 1 <= run.data.size <= run.data.resize:
-        raise UserError(f"config.data.size = {run.data.size}, resize = {run.data.resize}: 1 or more, resize not below")
-    ranges = tuple(run.data.ranges)
-    if run.data.groups != "counts" and (len(ranges) != 2 or not 0 <= ranges[0] <= ranges[1]):
-        raise UserError(f"config.data.ranges = {ranges}: two class numbers, the first not above the second")
-    parsed: dict[str, Stage] = {}
-    for name in stages:
-        where = f"config.{name}"
-        if name in Run._fields or name not in config:
-            raise UserError(f"config.stages names {name!r}, which needs settings of its own in {where}")
-        stage = _fill(Stage, config[name], where)
-        if stage.start_from not in ("scratch", *parsed):
-            earlier = ", ".join(("scratch", *parsed))
-            raise UserError(f"{where}.start_from = {stage.start_from!r}: allowed here: {earlier}")
-        least = 0 if stage.surgery else 1
-        if not stage.lr > 0 or stage.epochs < least:
-            raise UserError(
-                f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least {least}"
-            )
-        if stage.epoch_size not in EPOCH_SIZES:
-            raise UserError(f"{where}.epoch_size = {stage.epoch_size!r}; allowed: {', '.join(EPOCH_SIZES)}")
-        optimizer = _fill(Optimizer, {**run.optimizer._asdict(), **stage.optimizer}, f"{where}.optimizer")
-        _check_optimizer(optimizer, f"{where}.optimizer")
-        nets = ("net", "guide") if run.guide else ("net",)
-        if stage.evaluate_net not in nets:
-            raise UserError(f"{where}.evaluate_net = {stage.evaluate_net!r}; allowed: {', '.join(nets)}")
-        if stage.keep_optimizer and stage.start_from == "scratch":
-            raise UserError(f"{where}.keep_optimizer: a stage from scratch has no optimizer to keep")
-        for group, settings in stage.groups.items():
-            _check_group(settings, f"{where}.groups.{group}")
-        parsed[name] = stage._replace(
-            title=stage.title or name,
-            optimizer=optimizer._asdict(),
-            schedule={"kind": "constant", **stage.schedule},
-            sampler={"name": "instance_balanced", **stage.sampler},
+    _check_optimizer(run.optimizer, "config.optimizer")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.few_below > data.many_above + 1:
+        raise UserError(
+            f"config.data.few_below = {data.few_below}, many_above = {data.many_above}: "
+            "a class would be both many and few"
         )
-    return run, parsed
+    _check_choice("config.data.groups", data.groups, GROUPINGS)
+    ranges = tuple(data.ranges)
+    if data.groups != "counts" and (len(ranges) != 2 or not 0 <= ranges[0] <= ranges[1]):
+        raise UserError(f"config.data.ranges = {ranges}: two class numbers, the first not above the second")
+    if data.classes < 0 or data.threads < 0 or not 0 < data.min_area <= 1:
+        raise UserError("config.data: classes and threads from 0 up, min_area above 0 and up to 1")
+    if not 1 <= data.size <= data.resize:
+        raise UserError(f"config.data.size = {data.size}, resize = {data.resize}: 1 or more, resize not below")
 
 
-def _check_optimizer(optimizer: Optimizer, where: str) -> None:
+def _stage(run: RunConfig, name: str, values: Any, earlier: Mapping[str, StageConfig]) -> StageConfig:
+    where = f"config.{name}"
+    stage: StageConfig = _fill(StageConfig, values, where, without=SET_BY_PARSE)
+    _check_choice(f"{where}.start_from", stage.start_from, ("scratch", *earlier))
+    least = 0 if stage.surgery else 1
+    if not stage.lr > 0 or stage.epochs < least:
+        raise UserError(
+            f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least {least}"
+        )
+    _check_choice(f"{where}.epoch_size", stage.epoch_size, EPOCH_SIZES)
+    _check_choice(f"{where}.evaluate_net", stage.evaluate_net, ("net", "guide") if run.guide else ("net",))
+    if stage.keep_optimizer and stage.start_from == "scratch":
+        raise UserError(f"{where}.keep_optimizer: a stage from scratch has no optimizer to keep")
+    optimizer = _fill(OptimizerConfig, {**run.optimizer._asdict(), **stage.optimizer}, f"{where}.optimizer")
+    _check_optimizer(optimizer, f"{where}.optimizer")
+    for group, settings in stage.groups.items():
+        _check_group(settings, f"{where}.groups.{group}")
+    return stage._replace(
+        title=stage.title or name,
+        optimizer=optimizer._asdict(),
+        schedule={"kind": "constant", **stage.schedule},
+        sampler={"name": "instance_balanced", **stage.sampler},
+    )
+
+
+def _check_choice(where: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{where} = {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_optimizer(optimizer: OptimizerConfig, where: str) -> None:
     if not 0 <= optimizer.momentum < 1 or not optimizer.weight_decay >= 0:
         raise UserError(f"{where} = {optimizer._asdict()}: momentum in [0, 1), weight_decay from 0")
 
 
 def _check_group(settings: Any, where: str) -> None:
-    group = _fill(Group, settings, where)
+    group: GroupConfig = _fill(GroupConfig, settings, where)
     try:
         re.compile(group.match)
     except re.error as error:
@@ -233,16 +221,61 @@ def _check_group(settings: Any, where: str) -> None:
         raise UserError(f"{where}.rate = {group.rate}: 0 to freeze, or above")
 
 
+def _fill(section: Any, values: Any, where: str, *, also: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Any:
+    """Make a section, a NamedTuple, of a dict.
+
+    Args:
+      also: Further keys that may be there.
+      without: Fields that may not.
+    """
+    fields = [field for field in section._fields if field not in without]
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} = {values!r}: needs settings; allowed: {', '.join(fields)}")
+    if unknown := sorted(set(values) - {*fields, *also}):
+        allowed = ", ".join(dict.fromkeys((*fields, *also)))
+        raise UserError(f"unknown key {where}.{unknown[0]}; allowed: {allowed}")
+    required = [field for field in fields if field not in section._field_defaults]
+    if missing := [field for field in required if field not in values]:
+        raise UserError(f"missing key {where}.{missing[0]}; needed: {', '.join(required)}")
+    filled = {key: values[key] for key in fields if key in values}
+    for key, value in filled.items():
+        kind = section.__annotations__[key]
+        if hasattr(kind, "_fields"):
+            filled[key] = _fill(kind, value, f"{where}.{key}")
+        elif not _fits(value, kind):
+            raise UserError(f"{where}.{key} = {value!r}: {_expected(kind)}")
+    return section(**filled)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a config has an annotated type. A list counts as a tuple, and an int as a float."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, get_origin(kind) or kind)
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Mapping:
+        return "needs settings"
+    if get_origin(kind) is tuple:
+        return f"a tuple of {get_args(kind)[0].__name__} expected"
+    return f"{' or '.join(option.__name__ for option in get_args(kind) or (kind,))} expected"
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """Keys at which two configs differ, as "data.imbalance: 100 -> 50"."""
-    found = []
+    """List the keys at which two configs differ, as "data.imbalance: 100 -> 50"."""
+    changes = []
     for key in sorted(set(old) | set(new)):
         a, b, path = old.get(key), new.get(key), f"{where}{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{path}.")
+            changes += differences(a, b, f"{path}.")
         elif a != b:
-            found.append(f"{path}: {_short(a)} -> {_short(b)}")
-    return found
+            changes.append(f"{path}: {_short(a)} -> {_short(b)}")
+    return changes
 
 
 def _short(value: Any) -> str:

@@ -38,8 +38,13 @@ def message_of(values):
 
 
 def test_parse_fills_in_the_defaults():
-    run, stages = config.parse(small())
-    assert (run.data, run.optimizer, run.attack) == (config.Data("cifar10"), config.Optimizer(), config.Attack())
+    run = config.parse(small())
+    stages = run.stages
+    assert (run.data, run.optimizer, run.attack) == (
+        config.DataConfig("cifar10"),
+        config.OptimizerConfig(),
+        config.AttackConfig(),
+    )
     assert run.guide == {} and stages["first"].evaluate_net == "net"
     assert list(stages) == ["first", "second"]
     assert stages["first"].title == "first"
@@ -48,18 +53,18 @@ def test_parse_fills_in_the_defaults():
 
 
 def test_an_attack_is_that_of_the_tables_unless_told_otherwise():
-    run, _ = config.parse(small(attack={"num_images": 100, "epsilon": 0.031}))
-    assert run.attack == config.Attack(0.031, "linf", 100, ("pgd-20", "cw-20", "autoattack"), "2/255", 500, 0)
-    assert config.parse(small())[0].attack.epsilon == "8/255"
+    run = config.parse(small(attack={"num_images": 100, "epsilon": 0.031}))
+    assert run.attack == config.AttackConfig(0.031, "linf", 100, ("pgd-20", "cw-20", "autoattack"), "2/255", 500, 0)
+    assert config.parse(small()).attack.epsilon == "8/255"
 
 
 def test_a_stage_may_be_judged_by_the_guide_where_there_is_one():
     values = {**changed_stage(evaluate_net="guide"), "guide": {"name": "resnet"}}
-    assert config.parse(values)[1]["second"].evaluate_net == "guide"
+    assert config.parse(values).stages["second"].evaluate_net == "guide"
 
 
 def test_parse_keeps_the_order_of_the_stages():
-    assert list(config.parse(small(stages=("second", "first"), second=small()["first"]))[1]) == ["second", "first"]
+    assert list(config.parse(small(stages=("second", "first"), second=small()["first"])).stages) == ["second", "first"]
 
 
 @pytest.mark.parametrize(
@@ -117,11 +122,11 @@ def test_a_stage_may_not_take_the_name_of_a_setting(name):
 @pytest.mark.parametrize("start", ["second", "third", "", "Scratch"])
 def test_a_stage_starts_from_scratch_or_an_earlier_one(start):
     found = message_of(changed_stage(start_from=start))
-    assert found == f"config.second.start_from = {start!r}: allowed here: scratch, first"
+    assert found == f"config.second.start_from = {start!r}; allowed: scratch, first"
 
 
 def test_a_stage_may_not_start_from_a_later_one():
-    assert "allowed here: scratch" in message_of(small(stages=("second", "first")))
+    assert "; allowed: scratch" in message_of(small(stages=("second", "first")))
 
 
 @pytest.mark.parametrize("changes", [{"lr": 0.0}, {"lr": -0.1}, {"lr": float("nan")}, {"epochs": 0}, {"epochs": -1}])
@@ -130,7 +135,7 @@ def test_rate_and_epochs_are_above_0(changes):
 
 
 def test_a_stage_of_surgery_alone_needs_no_epochs():
-    _, stages = config.parse(changed_stage(epochs=0, surgery={"name": "new_head"}, groups={}))
+    stages = config.parse(changed_stage(epochs=0, surgery={"name": "new_head"}, groups={})).stages
     assert (stages["second"].epochs, stages["second"].groups) == (0, {})
 
 
@@ -140,7 +145,7 @@ def test_sizes_are_at_least_1(key):
 
 
 def test_epochs_between_evaluations_are_chosen_by_0():
-    assert config.parse(small(eval_every=0))[0].eval_every == 0
+    assert config.parse(small(eval_every=0)).eval_every == 0
     assert message_of(small(eval_every=-1)) == "config.eval_every = -1: must be at least 1, or 0 to choose"
 
 
@@ -184,6 +189,12 @@ def test_a_seed_below_0_is_refused_before_anything_starts(values, where):
             changed_stage(keep_optimizer=True, start_from="scratch"),
             "config.second.keep_optimizer: a stage from scratch has no optimizer to keep",
         ),
+        (small(attack={"tests": "autoattack"}), "config.attack.tests = 'autoattack': a tuple of str expected"),
+        (small(attack={"tests": ("autoattack", 20)}), "config.attack.tests = ('autoattack', 20): a tuple of str expe"),
+        (small(attack={"epsilon": None}), "config.attack.epsilon = None: float or str expected"),
+        (small(data={"name": "cifar10", "ranges": 3}), "config.data.ranges = 3: a tuple of int expected"),
+        (small(weights_parts="backbone"), "config.weights_parts = 'backbone': a tuple of str expected"),
+        (changed_stage(name="third"), "unknown key config.second.name; allowed: method, "),
         (changed_stage(drop_last=1), "config.second.drop_last = 1: bool expected"),
         (changed_stage(evaluate_net="guide"), "config.second.evaluate_net = 'guide'; allowed: net"),
         (
@@ -202,13 +213,13 @@ def test_what_a_setting_cannot_be_is_named(values, message):
 
 
 def test_the_last_seed_of_the_replicas_may_be_the_largest():
-    assert config.parse(small(seed=2**32 - 2, replicas=2))[0].replicas == 2
+    assert config.parse(small(seed=2**32 - 2, replicas=2)).replicas == 2
 
 
 def test_a_stages_optimizer_changes_the_runs():
     values = small(optimizer={"weight_decay": 0.1, "nesterov": True})
     values["second"] = {**values["second"], "optimizer": {"momentum": 0.5, "nesterov": False}}
-    _, stages = config.parse(values)
+    stages = config.parse(values).stages
     assert stages["first"].optimizer == {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
     assert stages["second"].optimizer == {"momentum": 0.5, "nesterov": False, "weight_decay": 0.1}
 

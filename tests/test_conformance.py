@@ -125,9 +125,9 @@ def trained(tmp_path_factory):
         if not (workdir / "results.json").exists():
             starts = trained.starts.setdefault(name, {})
 
-            def started(run, stage, problem):
-                variables = initial_variables(run, stage, problem)
-                starts[stage] = jax.tree.map(np.array, variables.params)
+            def started(experiment, stage):
+                variables = initial_variables(experiment, stage)
+                starts[stage.name] = jax.tree.map(np.array, variables.params)
                 return variables
 
             def prepared(*arguments):
@@ -157,7 +157,7 @@ def saved(workdir, stage):
 
 
 def stages_of(name):
-    return config_module.parse(tiny_config(name))[1]
+    return config_module.parse(tiny_config(name)).stages
 
 
 ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:method=tau_norm", LBGAT)
@@ -292,20 +292,21 @@ class Reached(Exception):
 
 def before_dispatch(patch, stage, number, act):
     """Have `act(state, stop)` called before a stage's dispatch of this number, counted from 0."""
-    run_stage = train.run_stage
+    start = train.StageTrainer.start
 
-    def watched(run, name, settings, built, problem, finals, checkpoints, log, console, stop):
-        count = itertools.count()
+    def watched(trainer, before):
+        start(trainer, before)
+        run, count = trainer.compiled.run, itertools.count()
 
         def counted(state, *arguments):
             if next(count) == number:
-                act(state, stop)
-            return built.run(state, *arguments)
+                act(state, trainer.stop)
+            return run(state, *arguments)
 
-        chosen = built._replace(run=counted) if name == stage else built
-        return run_stage(run, name, settings, chosen, problem, finals, checkpoints, log, console, stop)
+        if trainer.stage.name == stage:
+            trainer.compiled = trainer.compiled._replace(run=counted)
 
-    patch.setattr(train, "run_stage", watched)
+    patch.setattr(train.StageTrainer, "start", watched)
 
 
 def rewound(workdir, folder, stage, stages):

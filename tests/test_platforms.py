@@ -7,9 +7,9 @@ from jax import export
 
 from configs import cifar10
 from ltjax import config as config_module
-from ltjax import data, train
-from ltjax.engine import stage
-from ltjax.engine.problem import fresh_shapes
+from ltjax import data
+from ltjax.engine import experiment, stage
+from ltjax.engine.experiment import fresh_shapes
 from tests.modes import test_attack
 from tests.test_run import tiny_config
 
@@ -18,12 +18,17 @@ PLATFORM_MODEL = {"tpu": "tpu", "cuda": "gpu"}
 
 def build(monkeypatch, name, *, devices, platform=None, **changes):
     monkeypatch.setattr(stage.jax, "devices", lambda: jax.local_devices(backend="cpu")[:devices])
-    run, stages = config_module.parse(tiny_config(batch_size=16, **changes))
+    run = config_module.parse(tiny_config(batch_size=16, **changes))
+    stages = run.stages
     run = run._replace(model={**run.model, "platform": platform})
-    problem = train.setup(run, None)
+    problem = experiment.set_up(run, None)
     assert problem.mesh.devices.size == devices
-    built = train.build_stage(run, name, stages[name], problem)
-    return built, problem, built.init(train.seeds(run), train.initial_variables(run, "features", problem))
+    built = experiment.build_stage(problem, stages[name])
+    return (
+        built,
+        problem,
+        built.init(experiment.seeds(run), experiment.initial_variables(problem, run.stages["features"])),
+    )
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -68,10 +73,11 @@ def test_the_lbgat_step_lowers_for_accelerators(monkeypatch, platform):
     values.update(batch_size=16)
     for net in (values.model, values.guide):
         net.update(platform=PLATFORM_MODEL[platform])
-    run, stages = config_module.parse(values.to_dict())
-    problem = train.setup(run, None)
-    built = train.build_stage(run, "lbgat", stages["lbgat"], problem)
-    state = jax.eval_shape(built.init, train.seeds(run), fresh_shapes(run, problem))
+    run = config_module.parse(values.to_dict())
+    stages = run.stages
+    problem = experiment.set_up(run, None)
+    built = experiment.build_stage(problem, stages["lbgat"])
+    state = jax.eval_shape(built.init, experiment.seeds(run), fresh_shapes(problem))
     exported = export.export(built.run.jitted(), platforms=[platform])(
         state, jax.eval_shape(lambda: problem.train_data), 3
     )

@@ -12,7 +12,7 @@ import pytest
 import ltjax
 from ltjax import data, models
 from ltjax.data.decode import View
-from ltjax.engine.stage import State
+from ltjax.engine.stage import TrainState
 from ltjax.interop.weights import Weights, save_weights
 from ltjax.predictor import FITTED, TEMPERATURE, Model, _temperature, imported_key, load_as_configured
 from ltjax.runs.checkpoint import write_json
@@ -110,7 +110,7 @@ def workdir(folder, *, replicas=1, step=7, **changes):
     own = [variables(seed, classes=10)[1] for seed in range(replicas)]
     both = jax.tree.map(lambda *leaves: np.stack(leaves), *own) if replicas > 1 else own[0]
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "checkpoints" / "ce" / str(step) / "state", State(step, 0, both, {}))
+        checkpointer.save(folder / "checkpoints" / "ce" / str(step) / "state", TrainState(step, 0, both, {}))
     model = {"model.logit_scale": False, "model.mean": (0.3,), "model.std": (0.4,), "model.width": 2}
     write_json(folder / "config.json", tiny_config(**{"stages": ("ce",), "replicas": replicas, **model, **changes}))
     return own

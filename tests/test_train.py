@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ltjax import config, data, methods, train
-from ltjax.engine import evaluate, feed, problem, stage
+from ltjax.engine import evaluate, experiment, feed, stage
 from ltjax.runs import checkpoint
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
@@ -30,11 +30,11 @@ def small(**changes):
 @pytest.fixture(scope="module", autouse=True)
 def two_devices_and_made_up_images():
     """And what all runs here have in common made ready, and compiled, once."""
-    make_mesh, prepare = parallel.make_mesh, functools.cache(lambda: before(*config.parse(small()), None))
+    make_mesh, prepare = parallel.make_mesh, functools.cache(lambda: before(config.parse(small()), None))
     before = train.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, where: both()[0])
-        patch.setattr(train, "prepare", lambda *_: prepare())
+        patch.setattr(train, "prepare", lambda run, _: (prepare()[0]._replace(config=run), prepare()[1]))
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         patch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
         yield
@@ -212,7 +212,7 @@ def test_what_was_evaluated_after_the_last_checkpoint_is_evaluated_again(tmp_pat
 
 def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
     """Once before the first epoch, then once after each."""
-    made, built = train.prepare(None, None, None)
+    made, built = train.prepare(config.parse(small()), None)
     calls = []
 
     def class_means(variables, layers, go_on):
@@ -226,10 +226,10 @@ def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
 
 def test_class_means_take_batches_as_large_as_evaluation(monkeypatch):
     """On an accelerator `config.eval_batch_size` images, on a CPU what suits it."""
-    run, asked, taken = config.parse(small(eval_batch_size=24))[0], [], []
+    run, asked, taken = config.parse(small(eval_batch_size=24)), [], []
     monkeypatch.setattr(evaluate, "shared_batch", lambda size, *_: asked.append(size) or 20)
     feature_means = stage.feature_means
     monkeypatch.setattr(stage, "feature_means", lambda *own: taken.append(own[-1]) or feature_means(*own))
-    made = problem.setup(run, None)
-    made.class_means(problem.fresh_variables(run, "dro", made))
+    made = experiment.set_up(run, None)
+    made.class_means(experiment.fresh_variables(made, run.stages["dro"]))
     assert set(asked) == {24} and taken == [20]

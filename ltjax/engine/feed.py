@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ltjax.config import Run
+from ltjax.config import RunConfig
 from ltjax.data import splits
 from ltjax.data.source import ImageFiles, Images, Stored
 from ltjax.engine import evaluate, stage
@@ -28,7 +28,7 @@ class Ready(NamedTuple):
     holdout: evaluate.EvaluationSet | evaluate.StoredSet | None
 
 
-def resident(run: Run, images: Images, split: splits.Split, mesh: Mesh) -> Ready:
+def resident(run: RunConfig, images: Images, split: splits.Split, mesh: Mesh) -> Ready:
     """Everything on the devices."""
     shown = np.concatenate([split.train, split.holdout])
     black = int((~images.train_images[shown].any(axis=(1, 2, 3))).sum())
@@ -49,7 +49,7 @@ def resident(run: Run, images: Images, split: splits.Split, mesh: Mesh) -> Ready
     return Ready(images.train_images.shape[1:], train, test, holdout)
 
 
-def stored(run: Run, data: Stored, split: splits.Split, mesh: Mesh) -> Ready:
+def stored(run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh) -> Ready:
     """Nothing on the devices yet: all images are decoded when they are needed."""
     if run.replicas > 1:
         raise UserError(
@@ -65,7 +65,9 @@ def stored(run: Run, data: Stored, split: splits.Split, mesh: Mesh) -> Ready:
     )
 
 
-def _in_order(run: Run, mesh: Mesh, files: ImageFiles, labels: np.ndarray, order: np.ndarray) -> evaluate.StoredSet:
+def _in_order(
+    run: RunConfig, mesh: Mesh, files: ImageFiles, labels: np.ndarray, order: np.ndarray
+) -> evaluate.StoredSet:
     """The images `order`, to be decoded one after the other and cut as for evaluation."""
     from ltjax.data import pipeline  # its decoders are not for everybody
     from ltjax.data.decode import View
@@ -77,14 +79,14 @@ def _in_order(run: Run, mesh: Mesh, files: ImageFiles, labels: np.ndarray, order
     return evaluate.StoredSet(opened, len(order), labels[order].astype(np.int32))
 
 
-def some_of_each_class(run: Run, data: Any, split: splits.Split, mesh: Mesh, most: int) -> evaluate.StoredSet:
+def some_of_each_class(run: RunConfig, data: Any, split: splits.Split, mesh: Mesh, most: int) -> evaluate.StoredSet:
     """Training images on disk, `most` of each class or all it has."""
     starts = np.cumsum(split.class_counts) - split.class_counts
     some = [split.train[start : start + min(n, most)] for start, n in zip(starts, split.class_counts, strict=True)]
     return _in_order(run, mesh, data.train_files, data.train_labels, np.concatenate(some))
 
 
-def picture(run: Run, data: Images | Stored, index: int) -> np.ndarray:
+def picture(run: RunConfig, data: Images | Stored, index: int) -> np.ndarray:
     """One test image, uint8 [H, W, channels], as the network sees it."""
     if isinstance(data, Images):
         return data.test_images[index]
@@ -166,7 +168,7 @@ class Feed:
 
 
 def streamed(
-    run: Run, data: Stored, split: splits.Split, mesh: Mesh, *, sampler: Callable, number: int, num_steps: int
+    run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh, *, sampler: Callable, number: int, num_steps: int
 ) -> Feed:
     """Random windows of the training images, as stage `number` draws them."""
     from ltjax.data import pipeline

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltjax import metrics, surgery
-from ltjax.config import Run, Stage
-from ltjax.engine import feed, stage
-from ltjax.engine.problem import Problem
+from ltjax.config import StageConfig
+from ltjax.engine import feed
+from ltjax.engine import stage as stages
+from ltjax.engine.experiment import Experiment
 from ltjax.system import parallel, xla
 from ltjax.types import Method, Variables
 
@@ -18,46 +19,47 @@ LEAST_SAMPLED = 4  # of each class
 
 
 class Observer:
-    """Compiled once for all stages of a run that are judged by the same network."""
+    """Looks at the test images through a run's stages. Stages that evaluate the same network share a program."""
 
-    def __init__(self, run: Run, problem: Problem):
-        self._run, self._problem, self._compiled = run, problem, {}
-        self._means = problem.class_means
-        if problem.streamed:  # an epoch of decoding would be too much for a picture
-            most = max(LEAST_SAMPLED, SAMPLED // len(problem.class_names))
-            some = feed.some_of_each_class(run, problem.data, problem.split, problem.mesh, most)
-            self._means = feed.class_means(stage.make_apply(problem.nets, "eval"), some, problem.mesh)
+    def __init__(self, experiment: Experiment):
+        self._experiment, self._compiled = experiment, {}
+        self._means = experiment.class_means
+        if experiment.streamed:  # an epoch of decoding would be too much for a picture
+            run, mesh = experiment.config, experiment.mesh
+            most = max(LEAST_SAMPLED, SAMPLED // len(experiment.class_names))
+            some = feed.some_of_each_class(run, experiment.data, experiment.split, mesh, most)
+            self._means = feed.class_means(stages.make_apply(experiment.nets, "eval"), some, mesh)
 
-    def observe(self, settings: Stage, variables: Variables) -> list[dict[str, np.ndarray]]:
-        """What the stage's evaluation makes of the test images, of each replica:
-        {"predictions", "confidences", "own", "wrong": [N], "gaps": [C, bins] of `ltjax.metrics.classwise_gaps`}.
+    def observe(self, stage: StageConfig, variables: Variables) -> list[dict[str, np.ndarray]]:
+        """Evaluate the test images, for each replica.
 
-        own, wrong: Euclidean distance of a test feature to the mean training feature of its class, and to the nearest
-        one of another class; absent where the stage trains the guide.
+        Returns: {"predictions", "confidences", "own", "wrong": [N], "gaps": [C, bins]}. "own" and "wrong" are the
+        Euclidean distances of a test image's features to the mean training features of its class, and of the nearest
+        other class; absent if the stage trains the guide. "gaps": see `ltjax.metrics.classwise_gaps`.
         """
-        net = settings.evaluate_net
+        net = stage.evaluate_net
         means = self._means(variables) if net == "net" else None
         if net not in self._compiled:
             self._compiled[net] = self._compile(net)
-        held, found, first = self._problem.test_set, [], 0
-        everywhere = parallel.replicated(self._problem.mesh)
-        for images, labels in held.parts():
+        test_set, replicas = self._experiment.test_set, self._experiment.config.replicas
+        variables = surgery.as_evaluated(variables, stage.eval_classifier)
+        everywhere, outcomes, first = parallel.replicated(self._experiment.mesh), [], 0
+        for images, labels in test_set.parts():
             starts = first + labels.shape[1] * np.arange(labels.shape[0], dtype=np.int32)
             part = images, labels, parallel.put(starts, everywhere)
-            found.append(self._compiled[net]((surgery.as_evaluated(variables, settings.eval_classifier), means), part))
-            jax.block_until_ready(found[-2:-1])
+            outcomes.append(self._compiled[net]((variables, means), part))
+            jax.block_until_ready(outcomes[-2:-1])  # one batch runs, one waits, and no more
             first += labels.size
-        each = []
-        for replica in range(self._run.replicas):
-            own = [{key: x[replica] if self._run.replicas > 1 else x for key, x in one.items()} for one in found]
-            gaps = np.sum([np.asarray(one.pop("gaps"), np.float64).sum(0) for one in own], axis=0)
-            joined = {key: np.concatenate([np.asarray(one[key]).reshape(-1) for one in own]) for key in own[0]}
-            each.append({"gaps": gaps, **{key: values[: held.size] for key, values in joined.items()}})
-        return each
+        if replicas == 1:
+            return [_joined(outcomes, test_set.size)]
+        return [
+            _joined([jax.tree.map(lambda x, r=replica: x[r], part) for part in outcomes], test_set.size)
+            for replica in range(replicas)
+        ]
 
     def _compile(self, net: str) -> Any:
-        apply, size = stage.make_apply(self._problem.nets, "eval"), self._problem.test_set.size
-        platform = self._problem.mesh.devices.flat[0].platform
+        apply, size = stages.make_apply(self._experiment.nets, "eval"), self._experiment.test_set.size
+        platform = self._experiment.mesh.devices.flat[0].platform
 
         def see(own: tuple[Variables, jax.Array | None], shared: tuple[jax.Array, jax.Array, jax.Array]):
             variables, means = own
@@ -75,9 +77,17 @@ class Observer:
 
             return jax.lax.map(batch, shared)
 
-        mesh = self._problem.mesh
-        function = parallel.over_replicas(see, replicas=self._run.replicas, mesh=mesh)
+        mesh = self._experiment.mesh
+        function = parallel.over_replicas(see, replicas=self._experiment.config.replicas, mesh=mesh)
         return xla.jit(function, out_shardings=parallel.replicated(mesh))
+
+
+def _joined(outcomes: list[dict[str, Any]], size: int) -> dict[str, np.ndarray]:
+    """Outcomes of batches as those of `size` images; gaps are summed."""
+    gaps = np.sum([np.asarray(part["gaps"], np.float64).sum(0) for part in outcomes], axis=0)
+    names = [name for name in outcomes[0] if name != "gaps"]
+    joined = {name: np.concatenate([np.asarray(part[name]).reshape(-1) for part in outcomes]) for name in names}
+    return {"gaps": gaps, **{name: values[:size] for name, values in joined.items()}}
 
 
 def distances(features: jax.Array, labels: jax.Array, means: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,13 +102,13 @@ def distances(features: jax.Array, labels: jax.Array, means: jax.Array) -> tuple
     return to(means[labels]), to(means[nearest])
 
 
-def learned(settings: Stage, method: Method, variables: Variables, num_classes: int) -> dict[str, np.ndarray]:
+def learned(stage: StageConfig, method: Method, variables: Variables, num_classes: int) -> dict[str, np.ndarray]:
     """What the classes have of their own: {title: [C]}, of several replicas the mean.
 
     Learned logit scales and the lengths of the classifier's weight vectors; and what the stage's method has.
     """
     found: dict[str, Any] = {}
-    net = surgery.as_evaluated(variables, settings.eval_classifier).params.get(settings.evaluate_net, {})
+    net = surgery.as_evaluated(variables, stage.eval_classifier).params.get(stage.evaluate_net, {})
     if "logit_scale" in net:
         found["Logit scale"] = net["logit_scale"]
     if "classifier" in net:

@@ -23,6 +23,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ltjax import losses, optim
+from ltjax.config import RunConfig, StageConfig
 from ltjax.hashing import hash32
 from ltjax.system import parallel, xla
 from ltjax.types import Apply, Batch, Method, UserError, Variables
@@ -30,7 +31,7 @@ from ltjax.types import Apply, Batch, Method, UserError, Variables
 BATCH_NORM_MODES = ("train", "eval")
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
     """All that a step changes; saved and restored whole."""
 
     step: jax.Array  # int32, steps done in this stage
@@ -39,7 +40,7 @@ class State(NamedTuple):
     opt_state: optax.OptState
 
 
-class Stage(NamedTuple):
+class CompiledStage(NamedTuple):
     """All functions are jitted; `run` and `refresh` take over the memory of the state they are given."""
 
     init: Any  # (seed, variables) -> state
@@ -194,153 +195,160 @@ def build(
     method: Method,
     draw: Callable[[Any, Any, jax.Array, jax.Array], Batch],
     params: Mapping[str, Any],
+    stage: StageConfig,
+    run: RunConfig,
     *,
-    groups: Mapping[str, Mapping[str, Any]],
-    bn: str,
-    lr: float,
     factors: np.ndarray,
     steps_per_epoch: int,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
     mesh: Mesh,
     image_shape: tuple[int, ...] = (32, 32, 3),
-    number: int = 0,
-    replicas: int = 1,
-    replicate: str = "loop",
-    accumulate: int = 1,
-    compiler_options: Mapping[str, Any] | None = None,
-) -> Stage:
-    """Compile-ready functions of one stage.
+) -> CompiledStage:
+    """Make the compiled functions of one stage.
+
+    Tests and other trainers call this without data sets, so it takes what a stage consists of one by one.
 
     Args:
-      nets: {name: network}. method: what to minimise. draw: where batches come from.
-      params: the parameters to come (arrays or their shapes), for their paths.
-      groups: {name: {"match": regex of whole paths, "rate": factor on lr, perhaps "weight_decay", "optional"}}; rate 0
-        freezes, and the backward pass of frozen parameters is never computed.
-      bn: "train" updates and uses batch statistics ("train" with a frozen backbone is shifted batch norm), "eval" the
-        running ones.
-      lr, factors: learning rate and its factor in each epoch [epochs]; with no epochs, nothing trains.
-      image_shape: [H, W, channels]. number: of the stage in its run, which makes its random numbers its own.
-      replicas, replicate: see `ltjax.system.parallel.over_replicas`.
-      accumulate: parts of a batch that go through the network one after the other, to save memory. Loss and gradient
-        are the means of the parts', each normalised by its own batch statistics.
-      compiler_options: of XLA, for `run` alone.
-    Raises: UserError for groups that do not cover the parameters exactly, or an unknown batch-norm mode.
+      nets: {name: network}.
+      method: What to minimise.
+      draw: Where batches come from.
+      params: The parameters to come, arrays or their shapes, for their paths.
+      stage: Of this, groups, batch_norm, lr, optimizer and number. A frozen group (rate 0) has no backward pass.
+        batch_norm "train" with a frozen backbone is shifted batch norm.
+      run: Of this, replicas, replicate, accumulate and gpu_graphs. With `accumulate`, loss and gradient are the means
+        of the parts', each normalised by its own batch statistics.
+      factors: Of the learning rate in each epoch, [epochs]. Nothing trains if there are no epochs.
+      image_shape: [H, W, channels].
+
+    Raises:
+      UserError: The groups do not cover the parameters exactly, or the batch-norm mode is unknown.
     """
-    if bn not in BATCH_NORM_MODES:
-        raise UserError(f"unknown batch-norm mode {bn!r}; known: {', '.join(BATCH_NORM_MODES)}")
-    assigned = optim.assign_groups(list(optim.flatten(params)), groups) if len(factors) else {}
-    trained = tuple(path for path, group in assigned.items() if groups[group]["rate"] > 0)
+    if stage.batch_norm not in BATCH_NORM_MODES:
+        raise UserError(f"unknown batch-norm mode {stage.batch_norm!r}; known: {', '.join(BATCH_NORM_MODES)}")
+    assigned = optim.assign_groups(list(optim.flatten(params)), stage.groups) if len(factors) else {}
+    trained = {path: group for path, group in assigned.items() if stage.groups[group]["rate"] > 0}
     if not trained and len(factors):
-        raise UserError(f"every parameter group of {sorted(groups)} has rate 0: nothing would train")
-    apply = make_apply(nets, bn)
+        raise UserError(f"every parameter group of {sorted(stage.groups)} has rate 0: nothing would train")
     optimizer = optim.optimizer(
-        {path: assigned[path] for path in trained},
-        groups,
-        lr=lr,
-        factors=factors,
-        steps_per_epoch=steps_per_epoch,
-        momentum=momentum,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
+        trained, stage.groups, lr=stage.lr, factors=factors, steps_per_epoch=steps_per_epoch, **stage.optimizer
     )
+    apply = make_apply(nets, stage.batch_norm)
+    step = _Step(apply, method, draw, optimizer, tuple(trained), stage.number, run.accumulate, mesh)
+    over_replicas = partial(parallel.over_replicas, replicas=run.replicas, mesh=mesh, replicate=run.replicate)
+    sharding = parallel.state_sharding(mesh, run.replicas)
 
-    def init(seed: jax.Array, variables: Variables) -> State:
-        extra, arrays = method.init(jax.random.fold_in(stage_rng(seed, number), 2))
-        params = {name: value for name, value in variables.params.items() if name != "method"}
-        variables = variables._replace(params={**params, "method": extra} if extra else params)
-        if method.refresh:  # its arrays in their shapes; `refresh` fills them before the first epoch
-            arrays = method.refresh(arrays, zero_means(variables))
-        # copies: `run` takes over the memory of its state, and the caller may keep the variables it started from
-        variables = jax.tree.map(jnp.copy, variables._replace(arrays=arrays))
-        flat = optim.flatten(variables.params)
-        opt_state = optimizer.init({path: flat[path] for path in trained})
-        return State(jnp.zeros((), jnp.int32), seed, variables, opt_state)
+    def init(seed: jax.Array, variables: Variables) -> TrainState:
+        return step.init(seed, variables, image_shape)
 
-    def zero_means(variables: Variables):
-        image = jnp.zeros((1, *image_shape), jnp.float32)
-        outputs = jax.eval_shape(lambda: apply(variables, image, bn="eval")[0])
-        num_classes = outputs.logits.shape[-1]
-        if missing := [name for name in method.layers if name not in (outputs.layers or {})]:
-            known = ", ".join(outputs.layers or {}) or "none"
-            raise UserError(f"the method wants the features of layer {missing[0]!r}; the model's layers: {known}")
-        wanted = {name: outputs.layers[name] for name in method.layers} or {"features": outputs.features}
-        zeros = {name: jnp.zeros((num_classes, x.shape[-1]), jnp.float32) for name, x in wanted.items()}
-        return zeros if method.layers else zeros["features"]
-
-    def step(state: State, source: Any) -> tuple[State, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(stage_rng(state.seed, number), state.step)
-        draw_rng, loss_rng = jax.random.split(rng)
-        batch = draw(source, hash32(state.seed, np.uint32(number)), state.step, draw_rng)
-        flat = optim.flatten(state.variables.params)
-
-        # Only what trains is an argument of the loss: the backward pass ends where the last trained parameter does.
-        def loss_of(own: dict[str, jax.Array], variables: Variables, batch: Batch, rng: jax.Array):
-            variables = variables._replace(params=optim.unflatten({**flat, **own}))
-            loss, (variables, metrics) = method.loss(apply, variables, batch, rng)
-            return loss, (variables._replace(params={}), metrics)
-
-        own, variables = {path: flat[path] for path in trained}, state.variables._replace(params={})
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        if accumulate == 1:
-            (loss, (variables, metrics)), gradients = gradient_of(own, variables, batch, loss_rng)
-        else:
-
-            def part(carry, numbered):
-                variables, total = carry
-                number, batch = numbered
-                found = gradient_of(own, variables, batch, jax.random.fold_in(loss_rng, number))
-                (loss, (variables, metrics)), gradients = found
-                return (variables, jax.tree.map(jnp.add, total, gradients)), {"loss": loss, **metrics}
-
-            start = variables, jax.tree.map(jnp.zeros_like, own)
-            numbered = jnp.arange(accumulate), _parts(batch, accumulate, mesh)
-            (variables, total), each = jax.lax.scan(part, start, numbered)
-            gradients = jax.tree.map(lambda x: x / accumulate, total)
-            metrics = jax.tree.map(lambda x: x.mean(0), each)
-            loss = metrics.pop("loss")
-        updates, opt_state = optimizer.update(gradients, state.opt_state, own)
-        params = optim.unflatten({**flat, **jax.tree.map(jnp.add, own, updates)})
-        state = State(state.step + 1, state.seed, variables._replace(params=params), opt_state)
-        return state, {"loss": loss, **metrics}
-
-    over_replicas = partial(parallel.over_replicas, replicas=replicas, mesh=mesh, replicate=replicate)
-
-    def run(state: State, source: Any, num_steps: int) -> tuple[State, dict[str, jax.Array]]:
-        def one(state: State, source: Any):
+    def dispatch(state: TrainState, source: Any, num_steps: int) -> tuple[TrainState, dict[str, jax.Array]]:
+        def steps(state: TrainState, source: Any):
             return jax.lax.scan(lambda state, _: step(state, source), state, length=num_steps)
 
-        return over_replicas(one)(state, source)
+        return over_replicas(steps)(state, source)
 
-    def refresh(refresh_arrays: Callable, state: State, means: Any) -> State:
-        def one(own: tuple[State, Any], _: None) -> State:
-            state, means = own
-            arrays = refresh_arrays(state.variables.arrays, means)
-            return state._replace(variables=state.variables._replace(arrays=arrays))
+    def refresh(state: TrainState, means: Any) -> TrainState:
+        return over_replicas(lambda both, _: step.refresh(*both))((state, means), None)
 
-        return over_replicas(one)((state, means), None)
-
-    sharding = parallel.state_sharding(mesh, replicas)
-    compiled = partial(xla.jit, donate_argnums=0)
-
-    return Stage(
-        init=xla.jit(jax.vmap(init) if replicas > 1 else init, out_shardings=sharding),
-        # metrics on every device, so that every process can read those of all replicas
-        run=compiled(
-            run,
+    return CompiledStage(
+        init=xla.jit(jax.vmap(init) if run.replicas > 1 else init, out_shardings=sharding),
+        run=xla.jit(
+            dispatch,
+            donate_argnums=0,
             static_argnums=2,
+            # Every device has the metrics, so that every process can read those of all replicas.
             out_shardings=(sharding, parallel.replicated(mesh)),
-            compiler_options=compiler_options,
+            compiler_options=xla.graph_options(run.gpu_graphs),
         ),
-        refresh=compiled(partial(refresh, method.refresh), out_shardings=sharding) if method.refresh else None,
+        refresh=xla.jit(refresh, donate_argnums=0, out_shardings=sharding) if method.refresh else None,
         layers=method.layers,
         attacks=method.attacks,
         steps_per_epoch=steps_per_epoch,
         num_steps=steps_per_epoch * len(factors),
         factors=factors,
-        assigned={path: assigned[path] for path in trained},
+        assigned=trained,
     )
+
+
+class _Step(NamedTuple):
+    """One training step of one replica, `(state, source) -> (state, metrics)`, and the state that it starts from."""
+
+    apply: Apply
+    method: Method
+    draw: Callable
+    optimizer: optax.GradientTransformation
+    trained: tuple[str, ...]  # paths of the parameters with a rate above 0
+    number: int  # of the stage
+    accumulate: int
+    mesh: Mesh
+
+    def init(self, seed: jax.Array, variables: Variables, image_shape: tuple[int, ...]) -> TrainState:
+        extra, arrays = self.method.init(jax.random.fold_in(stage_rng(seed, self.number), 2))
+        params = {name: value for name, value in variables.params.items() if name != "method"}
+        variables = variables._replace(params={**params, "method": extra} if extra else params)
+        if self.method.refresh:  # gives the arrays their shapes; `refresh` fills them before the first epoch
+            arrays = self.method.refresh(arrays, self._zero_means(variables, image_shape))
+        # Copies: `run` takes over the memory of its state, and the caller may keep the variables it started from.
+        variables = jax.tree.map(jnp.copy, variables._replace(arrays=arrays))
+        flat = optim.flatten(variables.params)
+        opt_state = self.optimizer.init({path: flat[path] for path in self.trained})
+        return TrainState(jnp.zeros((), jnp.int32), seed, variables, opt_state)
+
+    def _zero_means(self, variables: Variables, image_shape: tuple[int, ...]) -> jax.Array | dict[str, jax.Array]:
+        image, layers = jnp.zeros((1, *image_shape), jnp.float32), self.method.layers
+        outputs = jax.eval_shape(lambda: self.apply(variables, image, bn="eval")[0])
+        if missing := [name for name in layers if name not in (outputs.layers or {})]:
+            known = ", ".join(outputs.layers or {}) or "none"
+            raise UserError(f"the method needs the features of layer {missing[0]!r}; the model's layers: {known}")
+        num_classes = outputs.logits.shape[-1]
+        features = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
+        zeros = {name: jnp.zeros((num_classes, x.shape[-1]), jnp.float32) for name, x in features.items()}
+        return zeros if layers else zeros["features"]
+
+    def refresh(self, state: TrainState, means: Any) -> TrainState:
+        assert self.method.refresh is not None
+        arrays = self.method.refresh(state.variables.arrays, means)
+        return state._replace(variables=state.variables._replace(arrays=arrays))
+
+    def __call__(self, state: TrainState, source: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(stage_rng(state.seed, self.number), state.step)
+        draw_rng, loss_rng = jax.random.split(rng)
+        batch = self.draw(source, hash32(state.seed, np.uint32(self.number)), state.step, draw_rng)
+        flat = optim.flatten(state.variables.params)
+        trained = {path: flat[path] for path in self.trained}
+
+        # Only what trains is an argument of the loss, so the backward pass ends at the last trained parameter.
+        def loss_of(trained: dict[str, jax.Array], variables: Variables, batch: Batch, rng: jax.Array):
+            variables = variables._replace(params=optim.unflatten({**flat, **trained}))
+            loss, (variables, metrics) = self.method.loss(self.apply, variables, batch, rng)
+            return loss, (variables._replace(params={}), metrics)
+
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        if self.accumulate > 1:
+            gradient_of = self._accumulated(gradient_of)
+        variables = state.variables._replace(params={})
+        (loss, (variables, metrics)), gradients = gradient_of(trained, variables, batch, loss_rng)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
+        params = optim.unflatten({**flat, **jax.tree.map(jnp.add, trained, updates)})
+        state = TrainState(state.step + 1, state.seed, variables._replace(params=params), opt_state)
+        return state, {"loss": loss, **metrics}
+
+    def _accumulated(self, gradient_of: Callable) -> Callable:
+        """The same function of a batch that goes through it in parts, one after the other."""
+
+        def gradient_of_parts(trained: dict[str, jax.Array], variables: Variables, batch: Batch, rng: jax.Array):
+            def part(carry, numbered):
+                (variables, total), (number, batch) = carry, numbered
+                value, gradients = gradient_of(trained, variables, batch, jax.random.fold_in(rng, number))
+                loss, (variables, metrics) = value
+                return (variables, jax.tree.map(jnp.add, total, gradients)), {"loss": loss, **metrics}
+
+            start = variables, jax.tree.map(jnp.zeros_like, trained)
+            numbered = jnp.arange(self.accumulate), _parts(batch, self.accumulate, self.mesh)
+            (variables, total), metrics_of_parts = jax.lax.scan(part, start, numbered)
+            metrics = jax.tree.map(lambda x: x.mean(0), metrics_of_parts)
+            gradients = jax.tree.map(lambda x: x / self.accumulate, total)
+            return (metrics.pop("loss"), (variables, metrics)), gradients
+
+        return gradient_of_parts
 
 
 def _parts(batch: Batch, count: int, mesh: Mesh) -> Batch:
@@ -355,12 +363,12 @@ def _parts(batch: Batch, count: int, mesh: Mesh) -> Batch:
     return jax.tree.map(parts, batch)
 
 
-def steps_done(state: State) -> int:
+def steps_done(state: TrainState) -> int:
     """Steps that a state has behind it, the same in every replica."""
     return int(np.asarray(state.step.addressable_data(0)).reshape(-1)[0])
 
 
-def kept_optimizer(state: State, before: State) -> State:
+def kept_optimizer(state: TrainState, before: TrainState) -> TrainState:
     """`state` with the momentum of `before`, a stage with the same groups of parameters; its schedule starts anew."""
 
     def keep(new, old):  # whole numbers count steps

@@ -14,14 +14,15 @@ from jax.tree_util import Partial
 from rich.console import Console
 
 from ltjax import attacks, surgery
-from ltjax import config as config_module
-from ltjax.config import Run
-from ltjax.engine import evaluate, stage
-from ltjax.engine.problem import Problem, imported, restored, seeds, setup
+from ltjax import config as configs
+from ltjax.config import AttackConfig, RunConfig, StageConfig
+from ltjax.engine import evaluate
+from ltjax.engine.experiment import Experiment, import_weights, restore, seeds, set_up
+from ltjax.engine.stage import make_apply, steps_done
 from ltjax.report import figures, page
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import read_json, write_json
-from ltjax.runs.workdir import locked, named_disk_errors, open_workdir
+from ltjax.runs.workdir import locked, named_disk_errors, no_checkpoint, open_run
 from ltjax.system import parallel, processes, xla
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
@@ -33,98 +34,77 @@ PICTURES = 6  # images shown
 
 
 class Target(NamedTuple):
-    """What is attacked, and where."""
+    """A network under attack, and the images."""
 
     predict: Partial  # images -> logits
     images: np.ndarray  # float32 [N, H, W, channels]
     labels: np.ndarray  # int32 [N]
-    settings: config_module.Attack
+    groups: Mapping[str, np.ndarray]  # {"many": bool [C], ...}
+    num_classes: int
+    settings: AttackConfig
     mesh: Mesh
     console: Console
-    go_on: Callable[[], None]  # raises Interrupted once a signal has asked for it
+    go_on: Callable[[], None]  # raises Interrupted after a signal
+
+    def figures(self, outcome: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return evaluate.summarise(outcome, self.labels, self.groups, self.num_classes)
+
+
+class Checkpoint(NamedTuple):
+    """The weights to attack."""
+
+    experiment: Experiment
+    stage: StageConfig
+    step: int
+    variables: Variables
 
 
 def attack_workdir(
     config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Attack the newest checkpoint of the last stage that has one, as `config.attack` says, and print a table; where
-    the workdir holds no run, `config.weights`.
+    """Attack the newest checkpoint of the last stage that has one, or `config.weights` if the workdir holds no run.
 
-    The figures go to `attack.json`, of a finished run also into `results.json` under "robustness"; a few images to
-    `report/attack.png`. Stopped by Ctrl-C, SIGTERM or kill -9, the same command goes on where AutoAttack was.
-    Returns: what `attack.json` holds.
-    Raises: UserError for anything the caller can mend; Interrupted after Ctrl-C or SIGTERM, once all is saved.
+    Print a table. Write the figures to `attack.json` and, if the run is finished, to `results.json` under "robustness";
+    a few images to `report/attack.png`. After Ctrl-C, SIGTERM or kill -9 the same command continues AutoAttack.
+
+    Returns: What `attack.json` holds.
+
+    Raises:
+      UserError: For anything that the caller can correct.
+      Interrupted: After Ctrl-C or SIGTERM, when everything is saved.
     """
     workdir, console = local(workdir), logs.make_console()
-    run, stages = config_module.parse(config)
+    run = configs.parse(config)
     check(run.attack)
     if processes.several():
         raise UserError("--mode=attack works in one process, with all of its devices: start it on one machine")
-    alone = imported(run, stages, workdir, data_dir)
-    if alone is None and not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
-    open_workdir(workdir, config)
+    may_be_empty = bool(run.weights) and not run.weights_parts
+    open_run(workdir, config, may_be_empty=may_be_empty)
     with locked(workdir), named_disk_errors(workdir), StopSignals() as stop:
-        if alone is not None:
-            run, problem, settings, variables = alone
-            name, step = "imported", 0
-        else:
-            problem = setup(run, data_dir)
-            name, step, variables = newest(run, stages, problem, workdir)
-            settings = stages[name]
-        if settings.evaluate_net != "net":
-            raise UserError(f"{settings.title} trains the guide alone: train on with --mode=train before attacking")
-        variables = surgery.as_evaluated(variables, settings.eval_classifier)
-        most = run.attack.num_images or None
-        images, labels = test_images(problem, most)
+        began, checkpoint = time.monotonic(), _checkpoint(run, workdir, data_dir)
+        experiment, stage, step, _ = checkpoint
+        images, labels = test_images(experiment, run.attack.num_images)
         console.print(
-            f"{settings.title}, step {step}: {len(images):,} test images, {run.attack.norm} radius "
+            f"{stage.title}, step {step}: {len(images):,} test images, {run.attack.norm} radius "
             f"{run.attack.epsilon}, {', '.join(run.attack.tests)}"
         )
-        began, each, curves, mesh = time.monotonic(), [], [], parallel.make_mesh()
-
-        apply = stage.make_apply(problem.nets, "eval")
-
-        def logits(variables: Variables, images: jax.Array) -> jax.Array:
-            with xla.float32_products(mesh.devices.flat[0].platform):
-                return apply(variables, images)[0].logits
-
-        def go_on() -> None:
-            if stop.requested is not None:
-                raise Interrupted(stop.requested)
-
-        for replica in range(run.replicas):
-            own = jax.tree.map(lambda x, r=replica: x[r], variables) if run.replicas > 1 else variables
-            predict = jax.device_put(Partial(logits, own), parallel.replicated(mesh))
-            target = Target(predict, images, labels, run.attack, mesh, console, go_on)
-            file = workdir / "attack" / f"{name}-step{step}-seed{run.seed + replica}"
+        tests, curves = [], []
+        for replica, target in enumerate(_targets(checkpoint, images, labels, console, stop)):
+            file = workdir / "attack" / f"{stage.name}-step{step}-seed{run.seed + replica}"
             try:
-                found, made = judge(target, problem.groups, len(problem.class_names), file)
+                figures_of_tests, attacked = attack(target, file)
             except ValueError as error:
                 raise UserError(f"cannot attack: {error}") from error
-            each.append(found)
-            curves.append(curve(target, found, problem.groups, len(problem.class_names)))
+            tests.append(figures_of_tests)
+            curves.append(curve(target, figures_of_tests))
             if replica == 0:
-                figures.write_attack(_shown(target, made), problem.class_names, workdir / "report")
-        tests, points = each[0], curves[0]
-        if run.replicas > 1:
-            tests = {test: over_seeds([one[test] for one in each], run) for test in tests}
-            points = {at: over_seeds([one[at] for one in curves], run) for at in points}
-        summary = {
-            "stage": name,
-            "step": step,
-            "epsilon": attacks.radius(run.attack.epsilon, norm=run.attack.norm),
-            "norm": run.attack.norm,
-            "num_images": len(images),
-            "tests": tests,
-            "curve": [{"epsilon": at, **_accuracy(figures)} for at, figures in sorted(points.items())],
-            "seconds": time.monotonic() - began,
-            **({"weights": run.weights} if alone is not None else {}),
-            **results.provenance(problem, results.git_commit()),
-        }
+                figures.write_attack(_shown(target, attacked), experiment.class_names, workdir / "report")
+        summary = _summary(checkpoint, len(images), _over_replicas(tests, run), _over_replicas(curves, run))
+        summary["seconds"] = time.monotonic() - began
         write_json(workdir / "attack.json", summary)
-        for kept in (workdir / "attack").glob(f"{name}-step{step}-seed*.npz"):
-            kept.unlink()  # not before: who is stopped on the way, in a later test or replica, has AutoAttack's answer
+        # Deleted last, so that an interrupted run can reuse AutoAttack's result.
+        for progress in (workdir / "attack").glob(f"{stage.name}-step{step}-seed*.npz"):
+            progress.unlink()
         if (workdir / "results.json").exists():
             write_json(workdir / "results.json", {**read_json(workdir / "results.json"), "robustness": summary})
             page.write(workdir)
@@ -133,30 +113,85 @@ def attack_workdir(
     return summary
 
 
-def test_images(problem: Problem, most: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The first test images, float32 in [0, 1], and their labels."""
-    parts, size = [], min(most or problem.test_set.size, problem.test_set.size)
-    for images, _ in problem.test_set.parts():
-        parts.append(np.asarray(images).reshape(-1, *problem.image_shape))
+def _checkpoint(run: RunConfig, workdir: Path, data_dir: str | Path | None) -> Checkpoint:
+    imported = import_weights(run, workdir, data_dir)
+    if imported is not None:
+        checkpoint = Checkpoint(imported.experiment, imported.stage._replace(name="imported"), 0, imported.variables)
+    else:
+        checkpoint = newest(set_up(run, data_dir), workdir)
+    if checkpoint.stage.evaluate_net != "net":
+        raise UserError(f"{checkpoint.stage.title} trains the guide alone: train on with --mode=train before attacking")
+    return checkpoint
+
+
+def newest(experiment: Experiment, workdir: Path) -> Checkpoint:
+    """Read the newest checkpoint of the last stage that has one. Raises UserError if none has."""
+    for stage in reversed(list(experiment.config.stages.values())):
+        if (restored := restore(experiment, stage, workdir)) is not None:
+            return Checkpoint(experiment, stage, steps_done(restored.state), restored.state.variables)
+    raise no_checkpoint(workdir)
+
+
+def _targets(
+    checkpoint: Checkpoint, images: np.ndarray, labels: np.ndarray, console: Console, stop: StopSignals
+) -> Iterator[Target]:
+    """Each replica's network, on all devices."""
+    experiment, stage, _, variables = checkpoint
+    run, mesh = experiment.config, parallel.make_mesh()
+    variables = surgery.as_evaluated(variables, stage.eval_classifier)
+    apply = make_apply(experiment.nets, "eval")
+
+    def logits(variables: Variables, images: jax.Array) -> jax.Array:
+        with xla.float32_products(mesh.devices.flat[0].platform):
+            return apply(variables, images)[0].logits
+
+    def go_on() -> None:
+        if stop.requested is not None:
+            raise Interrupted(stop.requested)
+
+    for replica in range(run.replicas):
+        of_replica = jax.tree.map(lambda x, r=replica: x[r], variables) if run.replicas > 1 else variables
+        predict = jax.device_put(Partial(logits, of_replica), parallel.replicated(mesh))
+        num_classes = len(experiment.class_names)
+        yield Target(predict, images, labels, experiment.groups, num_classes, run.attack, mesh, console, go_on)
+
+
+def _summary(checkpoint: Checkpoint, num_images: int, tests: Mapping[str, Any], curve: Mapping[float, Any]) -> dict:
+    experiment, stage, step, _ = checkpoint
+    run = experiment.config
+    points = [
+        {
+            "epsilon": radius,
+            "accuracy": point["accuracy"],
+            **({"std": point["std"]["accuracy"]} if "std" in point else {}),
+        }
+        for radius, point in sorted(curve.items())
+    ]
+    return {
+        "stage": stage.name,
+        "step": step,
+        "epsilon": attacks.radius(run.attack.epsilon, norm=run.attack.norm),
+        "norm": run.attack.norm,
+        "num_images": num_images,
+        "tests": tests,
+        "curve": points,
+        **({"weights": run.weights} if stage.name == "imported" else {}),
+        **results.provenance(experiment.mesh, results.git_commit()),
+    }
+
+
+def test_images(experiment: Experiment, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first test images, float32 in [0, 1], and their labels. most: how many; 0: all."""
+    test_set, parts = experiment.test_set, []
+    size = min(most or test_set.size, test_set.size)
+    for images, _ in test_set.parts():
+        parts.append(np.asarray(images).reshape(-1, *experiment.image_shape))
         if sum(len(part) for part in parts) >= size:
             break
-    return np.concatenate(parts)[:size].astype(np.float32) / 255, problem.test_set.host_labels[:size]
+    return np.concatenate(parts)[:size].astype(np.float32) / 255, test_set.host_labels[:size]
 
 
-def newest(
-    run: Run, stages: Mapping[str, config_module.Stage], problem: Problem, workdir: Path
-) -> tuple[str, int, Variables]:
-    """The last stage that has a checkpoint, the step of the newest one, and what it holds."""
-    found = None
-    for name in stages:
-        if (there := restored(run, name, stages[name], problem, workdir)) is not None:
-            found = name, stage.steps_done(there[1]), there[1].variables
-    if found is None:
-        raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
-    return found
-
-
-def check(settings: config_module.Attack) -> None:
+def check(settings: AttackConfig) -> None:
     """Raises: UserError for what in `config.attack` no attack could use."""
     try:
         attacks.radius(settings.epsilon, norm=settings.norm)
@@ -177,13 +212,21 @@ def check(settings: config_module.Attack) -> None:
         raise UserError(f"config.attack.batch_size = {settings.batch_size}: at least 1")
 
 
-def over_seeds(each: list[dict[str, Any]], run: Run) -> dict[str, Any]:
-    """One test of several replicas: means, and what only the first one has words for."""
-    kept = {"title": each[0]["title"], "seconds": sum(one["seconds"] for one in each)}
-    if "robust_after" in each[0]:
-        names = each[0]["robust_after"]
-        kept["robust_after"] = {name: float(np.mean([one["robust_after"][name] for one in each])) for name in names}
-    return {**kept, **evaluate.over_seeds(each, seeds(run).tolist())}
+def _over_replicas(figures_of: list[dict], run: RunConfig) -> dict:
+    """Average each test of several replicas; keep the first one's title."""
+    if run.replicas == 1:
+        return figures_of[0]
+    averages = {}
+    for key, first in figures_of[0].items():
+        each = [figures[key] for figures in figures_of]
+        averages[key] = {"title": first["title"], "seconds": sum(figures["seconds"] for figures in each)}
+        if "robust_after" in first:
+            averages[key]["robust_after"] = {
+                name: float(np.mean([figures["robust_after"][name] for figures in each]))
+                for name in first["robust_after"]
+            }
+        averages[key] |= evaluate.over_seeds(each, seeds(run).tolist())
+    return averages
 
 
 def _shown(target: Target, made: np.ndarray) -> list[figures.Attacked]:
@@ -207,14 +250,16 @@ _pgd = xla.jit(partial(attacks.pgd_attack, unroll=False), static_argnames=_stati
 _outcome = xla.jit(lambda predict, images, labels: evaluate.outcome(predict(images), labels))
 
 
-def judge(target: Target, groups: Mapping[str, np.ndarray], num_classes: int, file: Path) -> tuple[dict, np.ndarray]:
-    """One network under all tests of a config.
+def attack(target: Target, file: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Attack one network by all tests of a config.
 
-    file: where AutoAttack keeps its progress.
+    Args:
+      file: Where AutoAttack keeps its progress.
+
     Returns: {"clean" and each test: the figures of `evaluate.summarise`, with title and seconds}, and the images that
-      the last test made [N, H, W, channels].
+    the last test made, [N, H, W, channels].
     """
-    found, images = {}, target.images
+    figures_of_tests, images = {}, target.images
     for test in ("clean", *target.settings.tests):
         began, robust, more, title = time.monotonic(), None, {}, test.upper()
         if test == "clean":
@@ -226,37 +271,36 @@ def judge(target: Target, groups: Mapping[str, np.ndarray], num_classes: int, fi
             names = attacks.STANDARD if test == "autoattack" else (test,)
             result = suite(target, names, file.with_name(f"{file.stem}-{test}.npz"))
             images, robust = result.adversarial, result.robust
-            more = {"robust_after": {name: float(stood.mean()) for name, stood in result.robust_after.items()}}
-        figures_of = evaluate.summarise(outcome(target, images, robust), target.labels, groups, num_classes)
-        found[test] = {"title": title, **figures_of, **more, "seconds": time.monotonic() - began}
-        accuracy, ece = results.percent(found[test]["accuracy"]["all"]), results.percent(found[test]["ece"])
-        target.console.print(f"{title}: accuracy {accuracy}%, ECE {ece}%, {logs.clock(found[test]['seconds'])}")
-    return found, images
+            more = {"robust_after": {name: float(stands.mean()) for name, stands in result.robust_after.items()}}
+        scores = target.figures(outcome(target, images, robust))
+        seconds = time.monotonic() - began
+        figures_of_tests[test] = {"title": title, **scores, **more, "seconds": seconds}
+        accuracy, ece = results.percent(scores["accuracy"]["all"]), results.percent(scores["ece"])
+        target.console.print(f"{title}: accuracy {accuracy}%, ECE {ece}%, {logs.clock(seconds)}")
+    return figures_of_tests, images
 
 
-def curve(target: Target, found: Mapping[str, Any], groups: Mapping[str, np.ndarray], num_classes: int) -> dict:
-    """{radius: figures of `OF_CURVE`}, from 0 to 1 (l-inf) at most; {} where that is no test of the config, or
-    `config.attack.radii` names none. found: from `judge`."""
+def curve(target: Target, figures_of_tests: Mapping[str, Any]) -> dict[float, Any]:
+    """Attack with `OF_CURVE` at further radii, from 0 to 1 (l-inf) at most.
+
+    figures_of_tests: From `attack`.
+
+    Returns: {radius: figures}; {} if `OF_CURVE` is no test of the config, or `config.attack.radii` is empty.
+    """
     settings = target.settings
-    if not settings.radii or OF_CURVE not in found:
+    if not settings.radii or OF_CURVE not in figures_of_tests:
         return {}
     radius, step = attacks.radius(settings.epsilon, norm=settings.norm), attacks.radius(settings.step_size, norm="l2")
-    points = {0.0: found["clean"], radius: found[OF_CURVE]}
+    points = {0.0: figures_of_tests["clean"], radius: figures_of_tests[OF_CURVE]}
     for times in settings.radii:
         if settings.norm == "linf" and times * radius > 1:
             continue
-        at = target._replace(settings=settings._replace(epsilon=times * radius, step_size=times * step))
-        began, images = time.monotonic(), pgd_images(at, OF_CURVE)
-        figures_of = evaluate.summarise(outcome(at, images), target.labels, groups, num_classes)
-        title = f"{OF_CURVE.upper()}, radius {times * radius:.4g}"
-        points[times * radius] = {"title": title, **figures_of, "seconds": time.monotonic() - began}
-        target.console.print(f"{title}: accuracy {results.percent(figures_of['accuracy']['all'])}%")
+        scaled = target._replace(settings=settings._replace(epsilon=times * radius, step_size=times * step))
+        began, images = time.monotonic(), pgd_images(scaled, OF_CURVE)
+        scores, title = target.figures(outcome(scaled, images)), f"{OF_CURVE.upper()}, radius {times * radius:.4g}"
+        points[times * radius] = {"title": title, **scores, "seconds": time.monotonic() - began}
+        target.console.print(f"{title}: accuracy {results.percent(scores['accuracy']['all'])}%")
     return points
-
-
-def _accuracy(figures: Mapping[str, Any]) -> dict[str, Any]:
-    spread = {"std": figures["std"]["accuracy"]} if "std" in figures else {}
-    return {"accuracy": figures["accuracy"], **spread}
 
 
 def outcome(target: Target, images: np.ndarray, robust: np.ndarray | None = None) -> dict[str, np.ndarray]:

@@ -9,11 +9,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ltjax import config as config_module
+from ltjax import config as configs
 from ltjax import metrics
 from ltjax.calibration import fit_temperature, has_minimum
+from ltjax.config import RunConfig
 from ltjax.engine import evaluate
-from ltjax.engine.problem import setup
+from ltjax.engine.experiment import set_up
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import write_json
@@ -26,10 +27,10 @@ from ltjax.types import UserError
 SPLITS = {"holdout": "hold-out", "test": "test images"}
 
 
-def check(config: Mapping[str, Any]) -> config_module.Run:
+def check(config: Mapping[str, Any]) -> RunConfig:
     """What can be said before anything is trained or read. Raises: UserError without a hold-out, and of several
     processes."""
-    run, _ = config_module.parse(config)
+    run = configs.parse(config)
     if processes.several():
         raise UserError("--calibrate works in one process, with all of its devices: start it on one machine")
     if not run.data.holdout:
@@ -58,8 +59,8 @@ def calibrate_workdir(
     check_same_config(workdir, config)
     alone = not (workdir / "config.json").exists() and bool(run.weights)
     about = imported_key(run.weights) if alone else _key(workdir)
-    problem = setup(run, data_dir)
-    sets = {"holdout": problem.holdout_set, "test": problem.test_set}
+    experiment = set_up(run, data_dir)
+    sets = {"holdout": experiment.holdout_set, "test": experiment.test_set}
     replicas: list[dict[str, Any]] = []
     for replica in range(1 if alone else run.replicas):
         model = load_as_configured(config, workdir, temperature=1.0, replica=replica)
@@ -76,11 +77,11 @@ def calibrate_workdir(
         replicas.append({"seed": run.seed + replica, "temperature": temperature, **each})
     summary = {
         **about,
-        "num_holdout": len(problem.split.holdout),
-        "num_test": problem.test_set.size,
+        "num_holdout": len(experiment.split.holdout),
+        "num_test": experiment.test_set.size,
         "replicas": replicas,
-        "class_names": list(problem.class_names),
-        **results.provenance(problem, results.git_commit()),
+        "class_names": list(experiment.class_names),
+        **results.provenance(experiment.mesh, results.git_commit()),
     }
     with named_disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def calibrate_workdir(
         users = "--mode=predict and ltjax.load divide logits by it from now on."
     before, after = (np.mean([one["test"][when]["nll"] for one in replicas]) for when in ("before", "after"))
     if after >= before:
-        few = f"{len(problem.split.holdout)} held-out images are few"
+        few = f"{len(experiment.split.holdout)} held-out images are few"
         console.print(f"On the test images it is no better: {few}, or the network was calibrated already.")
     console.print(f"Kept in {workdir / TEMPERATURE}; {users} Delete the file to undo it.", markup=False)
     return summary
@@ -103,7 +104,7 @@ def calibrate_workdir(
 
 def _key(workdir: Path) -> dict[str, Any]:
     trained = newest(workdir)
-    return {"stage": trained.stage, "step": trained.step}
+    return {"stage": trained.stage.name, "step": trained.step}
 
 
 def _logits(model: Model, held: evaluate.EvaluationSet | evaluate.StoredSet) -> np.ndarray:

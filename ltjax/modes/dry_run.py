@@ -11,12 +11,12 @@ from jax.extend import core
 from rich.console import Console
 from rich.table import Table
 
-from ltjax import config as config_module
+from ltjax import config as configs
 from ltjax import optim
-from ltjax.config import Run
-from ltjax.config import Stage as Settings
-from ltjax.engine import feed, stage
-from ltjax.engine.problem import Problem, build_stage, fresh_shapes, prepare, seeds, source_shapes
+from ltjax.config import StageConfig
+from ltjax.engine import feed
+from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, prepare, seeds, source_shapes
+from ltjax.engine.stage import CompiledStage
 from ltjax.interop.weights import load_weights, surplus
 from ltjax.runs import logs
 from ltjax.runs.workdir import check_workdir
@@ -27,57 +27,63 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> None:
-    """Print what `train` is going to do, and in how much memory; train and write nothing. Raises: UserError, as `train`
-    before its first step."""
+    """Print what `train` will do, and in how much memory. Train and write nothing.
+
+    Raises:
+      UserError: As `train` before its first step.
+    """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
-    run, stages = config_module.parse(config)
+    run = configs.parse(config)
     processes.on_first(lambda: check_workdir(workdir, config))
     console.print(f"Dry run of {run.name}: making data, networks and stages ready.")
-    problem, built = prepare(run, stages, data_dir)
-    show(run, stages, built, problem, workdir, console)
-    show_details(run, stages, built, problem, console)
+    experiment, compiled = prepare(run, data_dir)
+    show(experiment, compiled, workdir, console)
+    show_details(experiment, compiled, console)
 
 
-def show(
-    run: Run,
-    stages: Mapping[str, Settings],
-    built: Mapping[str, stage.Stage],
-    problem: Problem,
-    workdir: Path,
-    console: Console,
-) -> None:
-    """Data, groups of classes, devices and stages, a line each."""
-    counts, devices = problem.split.class_counts, problem.mesh.devices.flat
-    held = f", {len(problem.split.holdout)} held out" if run.data.holdout else ""
+def show(experiment: Experiment, compiled: Mapping[str, CompiledStage], workdir: Path, console: Console) -> None:
+    """Print data, groups of classes, devices and stages, a line each."""
+    _show_data(experiment, console)
+    _show_devices(experiment, workdir, console)
+    run = experiment.config
+    sizes = {path: leaf.size for path, leaf in optim.flatten(experiment.shapes.params).items()}
+    total = sum(sizes.values())
+    for name, stage in run.stages.items():
+        trained = sum(sizes.get(path, 0) for path in compiled[name].trained)
+        frozen = sorted(set(sizes) - set(compiled[name].trained))
+        rest = f" (all but {frozen[0]})" if len(frozen) == 1 else ""
+        steps = f"{stage.epochs} epochs of {compiled[name].steps_per_epoch} steps"
+        length = f"{steps}, {trained:,} of {total:,} parameters train{rest}" if stage.epochs else "no training"
+        what = ", ".join(filter(None, (stage.surgery.get("name"), length)))
+        console.print(f"stage {name} ({stage.title}): {what}, from {stage.start_from}")
+    if run.weights and (ignored := surplus(fresh_shapes(experiment), load_weights(run.weights))):
+        console.print(f"config.weights {run.weights}: {', '.join(ignored)} ignored; a new block replaces them")
+
+
+def _show_data(experiment: Experiment, console: Console) -> None:
+    config, counts = experiment.config.data, experiment.split.class_counts
+    held_out = f", {len(experiment.split.holdout)} held out" if config.holdout else ""
     console.print(
-        f"{run.data.name}: {counts.sum():,} training images of {len(counts)} classes, {counts.max()} down to "
-        f"{counts.min()} a class (imbalance factor {counts.max() / counts.min():.4g}){held}; "
-        f"{problem.test_set.size:,} test images"
+        f"{config.name}: {counts.sum():,} training images of {len(counts)} classes, {counts.max()} down to "
+        f"{counts.min()} a class (imbalance factor {counts.max() / counts.min():.4g}){held_out}; "
+        f"{experiment.test_set.size:,} test images"
     )
-    for group, member in problem.groups.items():
+    for group, member in experiment.groups.items():
         if member.any():
-            console.print(f"  {group}: {_classes(np.flatnonzero(member), counts, problem.class_names)}")
-    arithmetic = xla.arithmetic(problem.nets["net"].dtype)
+            console.print(f"  {group}: {_classes(np.flatnonzero(member), counts, experiment.class_names)}")
+
+
+def _show_devices(experiment: Experiment, workdir: Path, console: Console) -> None:
+    run, devices = experiment.config, experiment.mesh.devices.flat
+    arithmetic = xla.arithmetic(experiment.nets["net"].dtype)
     console.print(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}): {arithmetic}")
     console.print(f"workdir {workdir}")
     if run.replicas > 1:
-        groups = problem.mesh.shape[parallel.REPLICA_AXIS]
+        groups = experiment.mesh.shape[parallel.REPLICA_AXIS]
         console.print(
             f"{run.replicas} replicas, seeds {run.seed} to {run.seed + run.replicas - 1}, on {groups} group(s) of "
             f"{len(devices) // groups} device(s)"
         )
-    sizes = {path: leaf.size for path, leaf in optim.flatten(problem.shapes.params).items()}
-    total = sum(sizes.values())
-    for name, settings in stages.items():
-        trained = sum(sizes.get(path, 0) for path in built[name].trained)
-        frozen = sorted(set(sizes) - set(built[name].trained))
-        rest = f" (all but {frozen[0]})" if len(frozen) == 1 else ""
-        steps = f"{settings.epochs} epochs of {built[name].steps_per_epoch} steps"
-        length = f"{steps}, {trained:,} of {total:,} parameters train{rest}" if settings.epochs else "no training"
-        what = ", ".join(filter(None, (settings.surgery.get("name"), length)))
-        console.print(f"stage {name} ({settings.title}): {what}, from {settings.start_from}")
-    if run.weights and (left := surplus(fresh_shapes(run, problem), load_weights(run.weights))):
-        console.print(f"config.weights {run.weights}: {', '.join(left)} passed over, for a new block in its place")
 
 
 def _classes(members: np.ndarray, counts: np.ndarray, names: tuple[str, ...], shown: int = 8) -> str:
@@ -87,67 +93,67 @@ def _classes(members: np.ndarray, counts: np.ndarray, names: tuple[str, ...], sh
     return f"{len(members):,} classes, {counts[members].sum():,} images: {listed}"
 
 
-def write_parameters(problem: Problem, path: Path) -> None:
-    """Every parameter: its path, shape and size."""
-    path.write_text(parameter_overview.get_parameter_overview(problem.shapes.params, include_stats=False) + "\n")
+def write_parameters(experiment: Experiment, path: Path) -> None:
+    """Write every parameter's path, shape and size."""
+    path.write_text(parameter_overview.get_parameter_overview(experiment.shapes.params, include_stats=False) + "\n")
 
 
-def show_details(
-    run: Run, stages: Mapping[str, Settings], built: Mapping[str, stage.Stage], problem: Problem, console: Console
-) -> None:
-    """What each stage trains, and how; then the memory that the run will take."""
-    for name, settings in stages.items():
-        console.print(f"\nstage {name}: {_recipe(settings)}", highlight=False)
-        if settings.epochs:
-            console.print(groups_table(settings, stage_params(run, built[name], problem)))
+def show_details(experiment: Experiment, compiled: Mapping[str, CompiledStage], console: Console) -> None:
+    """Print what each stage trains, and how; then the memory that the run will take."""
+    stages = experiment.config.stages
+    for name, stage in stages.items():
+        console.print(f"\nstage {name}: {_recipe(stage)}", highlight=False)
+        if stage.epochs:
+            console.print(groups_table(stage, stage_params(experiment, compiled[name])))
             console.print(
-                f"  the stage's learning rate, groups in proportion: {schedule(settings.lr * built[name].factors)}",
+                f"  the stage's learning rate, groups in proportion: {schedule(stage.lr * compiled[name].factors)}",
                 highlight=False,
             )
     console.print()
-    memory = expected_memory(run, stages, problem)
+    memory = expected_memory(experiment)
     console.print(memory_table(memory, stages))
-    limit = (problem.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    limit = (experiment.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     peak, where = memory.peak()
-    beside = f" of {megabytes(limit)} MB" if limit else ""
+    of_all = f" of {megabytes(limit)} MB" if limit else ""
     console.print(
-        f"Together {megabytes(peak)} MB{beside} on each device, in stage {where}. Steps are estimates from shapes, "
+        f"Together {megabytes(peak)} MB{of_all} on each device, in stage {where}. Steps are estimates from shapes, "
         "0.8 to 1.6 times what XLA planned for those that were compiled.",
         highlight=False,
     )
 
 
-def _recipe(settings: Settings) -> str:
-    method = dict(settings.method)
+def _recipe(stage: StageConfig) -> str:
+    method = dict(stage.method)
     name = method.pop("name", "")
     given = ", ".join(f"{key}={value}" for key, value in method.items() if not isinstance(value, Mapping))
-    sampler = ", ".join(str(v) if key == "name" else f"{key} {v}" for key, v in settings.sampler.items())
-    surgery = f"{settings.surgery['name']}, then " if settings.surgery else ""
-    augment = ", ".join(key if value is True else f"{key} {value}" for key, value in settings.augment.items() if value)
-    if not settings.epochs:
-        return f"{settings.surgery['name']}, no training"
-    how = f"sampler {sampler}; batch norm {settings.batch_norm}; augmentation: {augment or 'none'}"
+    sampler = ", ".join(str(v) if key == "name" else f"{key} {v}" for key, v in stage.sampler.items())
+    surgery = f"{stage.surgery['name']}, then " if stage.surgery else ""
+    augment = ", ".join(key if value is True else f"{key} {value}" for key, value in stage.augment.items() if value)
+    if not stage.epochs:
+        return f"{stage.surgery['name']}, no training"
+    how = f"sampler {sampler}; batch norm {stage.batch_norm}; augmentation: {augment or 'none'}"
     return f"{surgery}{name}{f' ({given})' if given else ''}; {how}"
 
 
-def stage_params(run: Run, built: stage.Stage, problem: Problem) -> dict[str, int]:
-    """{path: number of values} of all parameters that a stage has, its method's own among them; of one replica."""
-    variables = jax.eval_shape(built.init, seeds(run), fresh_shapes(run, problem)).variables
+def stage_params(experiment: Experiment, compiled: CompiledStage) -> dict[str, int]:
+    """{path: number of values} of all parameters of a stage, also its method's; of one replica."""
+    run = experiment.config
+    variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
     return {path: leaf.size // run.replicas for path, leaf in optim.flatten(variables.params).items()}
 
 
-def groups_table(settings: Settings, sizes: Mapping[str, int]) -> Table:
+def groups_table(stage: StageConfig, sizes: Mapping[str, int]) -> Table:
     """A row for each parameter group that has parameters."""
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("  group")
     for title in ("parameters", "", "learning rate", "weight decay"):
         table.add_column(title, justify="right")
-    assigned = optim.assign_groups(list(sizes), settings.groups)
-    for name, group in settings.groups.items():
+    assigned = optim.assign_groups(list(sizes), stage.groups)
+    for name, group in stage.groups.items():
         size = sum(sizes[path] for path, of in assigned.items() if of == name)
         decay = group.get("weight_decay")
-        decay = settings.optimizer["weight_decay"] if decay is None else decay
-        rate = group["rate"] * settings.lr
+        decay = stage.optimizer["weight_decay"] if decay is None else decay
+        rate = group["rate"] * stage.lr
         if size and rate:
             table.add_row(f"  {name}", f"{size:,}", "trained", f"{rate:g}", f"{decay:g}")
         elif size:
@@ -181,33 +187,35 @@ class Memory(NamedTuple):
         return most
 
 
-def expected_memory(run: Run, stages: Mapping[str, Settings], problem: Problem) -> Memory:
-    """What a run takes of each device: images and states counted, training steps estimated (`peak_bytes`)."""
-    groups, sharing = (problem.mesh.shape[axis] for axis in (parallel.REPLICA_AXIS, parallel.BATCH_AXIS))
-    # what one device does: its share of the replicas, and of each batch
-    own = run._replace(replicas=run.replicas // groups, batch_size=run.batch_size // sharing)
-    alone = problem._replace(mesh=parallel.make_mesh([problem.mesh.devices.flat[0]]))
+def expected_memory(experiment: Experiment) -> Memory:
+    """Bytes that a run takes of each device: images and states are counted, training steps estimated (`peak_bytes`)."""
+    mesh, run = experiment.mesh, experiment.config
+    groups, sharing = (mesh.shape[axis] for axis in (parallel.REPLICA_AXIS, parallel.BATCH_AXIS))
+    # One device with its share of the replicas, and of each batch.
+    share = run._replace(replicas=run.replicas // groups, batch_size=run.batch_size // sharing)
+    alone = experiment._replace(config=share, mesh=parallel.make_mesh([mesh.devices.flat[0]]))
     variables, optimizer, step = {}, {}, {}
-    for name, settings in stages.items():
-        single = build_stage(own, name, settings, alone)
-        state = jax.eval_shape(single.init, seeds(own), fresh_shapes(own, alone))
+    for name, stage in run.stages.items():
+        compiled = build_stage(alone, stage)
+        state = jax.eval_shape(compiled.init, seeds(share), fresh_shapes(alone))
         variables[name], optimizer[name] = num_bytes(state.variables), num_bytes(state.opt_state)
-        source = source_shapes(own, alone)
-        traced = jax.make_jaxpr(single.run, static_argnums=2)(state, source, 1) if settings.epochs else None
-        step[name] = peak_bytes(traced.jaxpr) if traced else 0
-    return Memory(_image_bytes(run, problem), variables, optimizer, step)
+        step[name] = 0
+        if stage.epochs:
+            step[name] = peak_bytes(
+                jax.make_jaxpr(compiled.run, static_argnums=2)(state, source_shapes(alone), 1).jaxpr
+            )
+    return Memory(_image_bytes(experiment), variables, optimizer, step)
 
 
-def _image_bytes(run: Run, problem: Problem) -> int:
-    if problem.streamed:  # the batches of two dispatches that are under way, and those of the next
-        return (
-            3 * num_bytes(source_shapes(run, problem, feed.DISPATCH_STEPS)) // problem.mesh.shape[parallel.BATCH_AXIS]
-        )
-    held = jax.tree.leaves((problem.train_data, problem.test_set, problem.holdout_set))
-    return sum(x.addressable_shards[0].data.nbytes for x in held if isinstance(x, jax.Array))
+def _image_bytes(experiment: Experiment) -> int:
+    if experiment.streamed:  # the batches of two dispatches that run, and those of the next
+        batches = num_bytes(source_shapes(experiment, feed.DISPATCH_STEPS))
+        return 3 * batches // experiment.mesh.shape[parallel.BATCH_AXIS]
+    sets = jax.tree.leaves((experiment.train_data, experiment.test_set, experiment.holdout_set))
+    return sum(x.addressable_shards[0].data.nbytes for x in sets if isinstance(x, jax.Array))
 
 
-def memory_table(memory: Memory, stages: Mapping[str, Settings]) -> Table:
+def memory_table(memory: Memory, stages: Mapping[str, StageConfig]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("memory of each device, MB")
     for title in ("images", "variables", "optimizer", "step (estimate)"):

@@ -5,71 +5,65 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from ltjax import config as config_module
-from ltjax.engine.problem import (
+from ltjax import config as configs
+from ltjax.engine.experiment import (
     Imported,
     class_means_for,
     evaluate_restored,
     evaluate_split,
-    imported,
-    restored,
-    setup,
+    import_weights,
+    restore,
+    set_up,
 )
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import write_json
-from ltjax.runs.workdir import named_disk_errors, open_workdir
+from ltjax.runs.workdir import named_disk_errors, no_checkpoint, open_run
 from ltjax.system import processes
 from ltjax.system.paths import local
-from ltjax.types import UserError
 
 
 def evaluate_workdir(
     config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of every stage that has one, or `config.weights` where the workdir holds no run;
-    print the table and write `eval.json`."""
+    """Evaluate the newest checkpoint of each stage, or `config.weights` if the workdir holds no run.
+
+    Print the table and write `eval.json`.
+
+    Returns: What `eval.json` holds.
+
+    Raises:
+      UserError: For anything that the caller can correct.
+    """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
-    run, stages = config_module.parse(config)
-    found = imported(run, stages, workdir, data_dir)
-    if found is None and not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
-    processes.on_first(lambda: open_workdir(workdir, config))
-    if found is not None:
-        summary = results.summarise(
-            found.run,
-            {"imported": found.settings},
-            {"imported": judge_imported(found)},
-            found.problem,
-            results.git_commit(),
-        )
-        return write_evaluation({**summary, "weights": run.weights}, workdir, console)
-    problem = setup(run, data_dir)
-    records = {}
-    for name, settings in stages.items():
-        found = restored(run, name, settings, problem, workdir)
-        if found is not None:
-            built, state, record = found
-            records[name] = {**record, "evaluations": [evaluate_restored(run, settings, problem, built, state)]}
-    if not records:
-        raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
-    summary = results.summarise(run, {name: stages[name] for name in records}, records, problem, results.git_commit())
-    return write_evaluation(summary, workdir, console)
-
-
-def judge_imported(found: Imported) -> dict[str, Any]:
-    """The record, as of a stage without training, of weights alone."""
-    began, (run, problem, settings, variables) = time.monotonic(), found
-    means = class_means_for(settings, problem, variables)
-    test = evaluate_split(run, settings, problem, variables, problem.test_set, means)
-    record = {"train_seconds": 0.0, "train_steps": 0, "evaluations": [{"epoch": 0, "step": 0, "test": test}]}
-    return {**record, "seconds": time.monotonic() - began}
-
-
-def write_evaluation(summary: dict[str, Any], workdir: Path, console: Console) -> dict[str, Any]:
+    run = configs.parse(config)
+    imported = import_weights(run, workdir, data_dir)
+    processes.on_first(lambda: open_run(workdir, config, may_be_empty=imported is not None))
+    if imported is not None:
+        experiment, records = imported.experiment, {"imported": _evaluate_weights(imported)}
+        summary = results.summarise(experiment, {"imported": imported.stage}, records, results.git_commit())
+        summary["weights"] = run.weights
+    else:
+        experiment, records = set_up(run, data_dir), {}
+        for name, stage in run.stages.items():
+            restored = restore(experiment, stage, workdir)
+            if restored is not None:
+                evaluation = evaluate_restored(experiment, stage, restored)
+                records[name] = {**restored.record, "evaluations": [evaluation]}
+        if not records:
+            raise no_checkpoint(workdir)
+        stages = {name: run.stages[name] for name in records}
+        summary = results.summarise(experiment, stages, records, results.git_commit())
     with named_disk_errors(workdir):
         if processes.first():
             write_json(workdir / "eval.json", summary)
     console.print(results.table(summary))
     return summary
+
+
+def _evaluate_weights(imported: Imported) -> dict[str, Any]:
+    """A record like that of a stage that did not train."""
+    began, (experiment, stage, variables) = time.monotonic(), imported
+    means = class_means_for(experiment, stage, variables)
+    test = evaluate_split(experiment, stage, variables, experiment.test_set, means)
+    record = {"train_seconds": 0.0, "train_steps": 0, "evaluations": [{"epoch": 0, "step": 0, "test": test}]}
+    return {**record, "seconds": time.monotonic() - began}

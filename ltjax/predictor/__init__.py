@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from ltjax import config as config_module
+from ltjax import config as configs
 from ltjax import data, models
 from ltjax.interop.weights import ARRAYS, DESCRIPTION, Weights, in_our_order, load_weights
 from ltjax.runs.checkpoint import read_json
@@ -211,11 +211,11 @@ def load(
         weights, names, view, about, key = load_weights(source), (), None, f"weights {source}", None
     else:
         trained = newest(source)
-        judged_by = trained.settings.evaluate_net
-        weights = weights_of(source, trained, net=net or judged_by, replica=replica)
+        evaluated = trained.stage.evaluate_net
+        weights = weights_of(source, trained, net=net or evaluated, replica=replica)
         names, view = class_names(source, weights.num_classes), view_of(trained.run)
-        about = f"{trained.settings.title}, step {trained.step} of stage {trained.stage}"
-        key = {"stage": trained.stage, "step": trained.step} if net in (None, judged_by) else None
+        about = f"{trained.stage.title}, step {trained.step} of stage {trained.stage.name}"
+        key = {"stage": trained.stage.name, "step": trained.step} if net in (None, evaluated) else None
     return Model(
         weights,
         class_names=names,
@@ -230,7 +230,7 @@ def load_as_configured(
     config: Mapping[str, Any], workdir: Path, *, temperature: float | str = FITTED, replica: int = 0
 ) -> Model:
     """What `--mode=eval` would judge: the run in a workdir or, where there is none, `config.weights`."""
-    run, _ = config_module.parse(config)
+    run = configs.parse(config)
     if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
         return load(workdir, temperature=temperature, replica=replica, batch_size=run.eval_batch_size)
     weights = load_weights(run.weights)
@@ -251,7 +251,7 @@ def imported_key(folder: str) -> dict[str, Any]:
     return {"stage": "imported", "step": 0, "weights_sha256": digest}
 
 
-def view_of(run: config_module.Run) -> "View":
+def view_of(run: configs.RunConfig) -> "View":
     """What becomes of an image file before the network sees it: as the run's own test images, or cut to a square."""
     from ltjax.data.decode import View
 

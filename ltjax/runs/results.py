@@ -3,13 +3,16 @@
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
+
+from ltjax.config import RunConfig, StageConfig
 
 GROUPS = ("all", "many", "medium", "few")
 LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
@@ -29,7 +32,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the ltjax checkout, with "-dirty" where files differ from it; None outside a checkout."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -100,49 +103,21 @@ def percent(value: float | None, spread: float | None = None) -> str:
     return f"{100 * value:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
-def summarise(run, stages, records, problem, commit: str | None) -> dict[str, Any]:
-    """What results.json holds: every stage's last epoch, and the final stage's again at the top.
+def summarise(
+    experiment: Any, stages: Mapping[str, StageConfig], records: Mapping[str, dict[str, Any]], commit: str | None
+) -> dict[str, Any]:
+    """Make what results.json holds: every stage's last epoch, and the final stage's again at the top.
 
-    run, stages: from `ltjax.config.parse`. records: {stage: what its checkpoint kept beside the state}.
-    problem: `ltjax.engine.problem.Problem`. commit: what the process started from.
+    Args:
+      experiment: An `ltjax.engine.experiment.Experiment`.
+      stages: Those that have come to something.
+      records: {stage: what its checkpoint keeps beside the state}.
+      commit: Of ltjax, when the process started.
     """
-    summaries: dict[str, dict[str, Any]] = {}
-    for name, settings in stages.items():
-        record = records[name]
-        evaluations, seconds = record["evaluations"], record["train_seconds"]
-        best = max(evaluations, key=lambda e: e["test"]["accuracy"]["all"])
-        summaries[name] = {
-            "title": settings.title,
-            "epochs": settings.epochs,
-            **evaluations[-1]["test"],
-            "best_on_test": {"accuracy": best["test"]["accuracy"]["all"], "epoch": best["epoch"]},
-            "evaluations": [
-                {"epoch": each["epoch"], "step": each["step"], **{key: each["test"].get(key) for key in OF_EPOCHS}}
-                for each in evaluations
-            ],
-            "seconds": record["seconds"],
-            "images_per_second": run.batch_size * run.replicas * record["train_steps"] / seconds if seconds else None,
-            "data_wait_share": record.get("wait_seconds", 0.0) / seconds if seconds else None,
-        }
-        for number, replica in enumerate(summaries[name].get("replicas", [])):
-            best = max(evaluations, key=lambda e: e["test"]["replicas"][number]["accuracy"]["all"])
-            accuracy = best["test"]["replicas"][number]["accuracy"]["all"]
-            replica["best_on_test"] = {"accuracy": accuracy, "epoch": best["epoch"]}
-        if "surgery" in record:
-            summaries[name]["surgery"] = {**settings.surgery, **record["surgery"]}
-        if not settings.epochs and not record.get("surgery", {}).get("calibrated", True):
-            for part in (summaries[name], *summaries[name].get("replicas", [])):
-                part.update(ece=None, mce=None)
-        if "holdout" in evaluations[-1]:
-            chosen = max(evaluations, key=lambda e: e["holdout"]["accuracy"]["all"])
-            summaries[name]["best_on_holdout"] = {
-                "accuracy": chosen["test"]["accuracy"]["all"],
-                "holdout_accuracy": chosen["holdout"]["accuracy"]["all"],
-                "epoch": chosen["epoch"],
-            }
+    run, counts = experiment.config, experiment.split.class_counts
+    summaries = {name: _stage_summary(run, stage, records[name]) for name, stage in stages.items()}
     final = list(summaries)[-1]
-    classes = problem.class_names
-    groups = {name: problem.split.class_counts[member] for name, member in problem.groups.items() if member.any()}
+    groups = {name: counts[member] for name, member in experiment.groups.items() if member.any()}
     return {
         "name": run.name,
         "final_stage": final,
@@ -151,20 +126,57 @@ def summarise(run, stages, records, problem, commit: str | None) -> dict[str, An
         "stages": summaries,
         "seed": run.seed,
         **({"seeds": [run.seed + r for r in range(run.replicas)]} if run.replicas > 1 else {}),
-        "class_names": list(classes),
-        "class_counts": problem.split.class_counts.tolist(),
-        "group_sizes": {"all": len(classes), **{name: len(counts) for name, counts in groups.items()}},
+        "class_names": list(experiment.class_names),
+        "class_counts": counts.tolist(),
+        "group_sizes": {"all": len(counts), **{name: len(counts) for name, counts in groups.items()}},
         "group_counts": {name: [int(counts.min()), int(counts.max())] for name, counts in groups.items()},
-        **provenance(problem, commit),
+        **provenance(experiment.mesh, commit),
     }
 
 
-def provenance(problem, commit: str | None) -> dict[str, Any]:
-    """What figures come from. problem, commit: as in `summarise`."""
-    device = problem.mesh.devices.flat[0]
+def _stage_summary(run: RunConfig, stage: StageConfig, record: Mapping[str, Any]) -> dict[str, Any]:
+    evaluations, seconds = record["evaluations"], record["train_seconds"]
+    summary: dict[str, Any] = {
+        "title": stage.title,
+        "epochs": stage.epochs,
+        **evaluations[-1]["test"],
+        "best_on_test": _best_on_test(evaluations, lambda test: test),
+        "evaluations": [
+            {"epoch": each["epoch"], "step": each["step"], **{key: each["test"].get(key) for key in OF_EPOCHS}}
+            for each in evaluations
+        ],
+        "seconds": record["seconds"],
+        "images_per_second": run.batch_size * run.replicas * record["train_steps"] / seconds if seconds else None,
+        "data_wait_share": record.get("wait_seconds", 0.0) / seconds if seconds else None,
+    }
+    for number, replica in enumerate(summary.get("replicas", [])):
+        replica["best_on_test"] = _best_on_test(evaluations, lambda test, r=number: test["replicas"][r])
+    if "surgery" in record:
+        summary["surgery"] = {**stage.surgery, **record["surgery"]}
+    if not stage.epochs and not record.get("surgery", {}).get("calibrated", True):
+        for part in (summary, *summary.get("replicas", [])):
+            part.update(ece=None, mce=None)
+    if "holdout" in evaluations[-1]:
+        best = max(evaluations, key=lambda each: each["holdout"]["accuracy"]["all"])
+        summary["best_on_holdout"] = {
+            "accuracy": best["test"]["accuracy"]["all"],
+            "holdout_accuracy": best["holdout"]["accuracy"]["all"],
+            "epoch": best["epoch"],
+        }
+    return summary
+
+
+def _best_on_test(evaluations: Sequence[Mapping[str, Any]], part: Callable[[Any], Any]) -> dict[str, Any]:
+    best = max(evaluations, key=lambda each: part(each["test"])["accuracy"]["all"])
+    return {"accuracy": part(best["test"])["accuracy"]["all"], "epoch": best["epoch"]}
+
+
+def provenance(mesh: Mesh, commit: str | None) -> dict[str, Any]:
+    """What made the figures. commit: of ltjax, when the process started."""
+    device = mesh.devices.flat[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",
-        "num_devices": int(problem.mesh.devices.size),
+        "num_devices": int(mesh.devices.size),
         "versions": versions(),
         "git_commit": commit,
         "command": command(),

@@ -9,41 +9,45 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ltjax import surgery
-from ltjax.config import Run, Stage, parse
+from ltjax.config import RunConfig, StageConfig, parse
 from ltjax.interop.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.checkpoint import complete_steps, read_json
+from ltjax.runs.workdir import no_checkpoint
 from ltjax.types import UserError, Variables, one_line
 
 
 class Trained(NamedTuple):
-    """What a run has come to: its last stage that has a checkpoint, and the newest of them."""
+    """The last stage of a run that has a checkpoint, and the step of the newest one."""
 
-    run: Run
-    stage: str
-    settings: Stage
+    run: RunConfig
+    stage: StageConfig
     step: int
 
 
 def newest(workdir: Path) -> Trained:
-    """Of a run's workdir. Raises: UserError where it holds no run, or none that has trained."""
+    """Find what the run in a workdir, or in an archive, has come to.
+
+    Raises:
+      UserError: There is no run, or none that has trained.
+    """
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is neither a run's workdir (no config.json) nor a folder of weights")
-    run, stages = parse(read_json(workdir / "config.json"))
+    run = parse(read_json(workdir / "config.json"))
     if is_archive(workdir):
-        kept = read_archive(workdir)
-        return Trained(run, kept.stage, stages[kept.stage], kept.step)
+        archive = read_archive(workdir)
+        return Trained(run, run.stages[archive.stage], archive.step)
     steps = {name: complete_steps(workdir / "checkpoints" / name) for name in run.stages}
     trained = [name for name in run.stages if steps[name]]
     if not trained:
-        raise UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
-    return Trained(run, trained[-1], stages[trained[-1]], steps[trained[-1]][-1])
+        raise no_checkpoint(workdir)
+    return Trained(run, run.stages[trained[-1]], steps[trained[-1]][-1])
 
 
 def variables_of(workdir: Path, trained: Trained) -> Variables:
     """The variables of what `newest` has found in a workdir or an archive, as they were trained, on one device."""
     if is_archive(workdir):
         return read_archive(workdir).weights.variables
-    return _restore(workdir / "checkpoints" / trained.stage / str(trained.step))
+    return _restore(workdir / "checkpoints" / trained.stage.name / str(trained.step))
 
 
 def _restore(checkpoint: Path) -> Variables:
@@ -78,7 +82,7 @@ def weights_of(workdir: Path, trained: Trained, *, net: str = "net", replica: in
     own = jax.tree.map(lambda x: x[replica], own) if run.replicas > 1 else own
     if net not in own.params:
         raise UserError(f"--net={net}: {workdir} is the archive of a run, which has net alone")
-    own = surgery.as_evaluated(own, trained.settings.eval_classifier) if net == "net" else own
+    own = surgery.as_evaluated(own, trained.stage.eval_classifier) if net == "net" else own
     variables = Variables({"net": own.params[net]}, {"net": own.stats.get(net, {})}, {})
     num_classes = own.params[net]["classifier"]["kernel"].shape[-1]
     return Weights(jax.tree.map(np.asarray, variables), settings, num_classes)

@@ -38,6 +38,17 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         raise _unusable(workdir, error) from error
 
 
+def open_run(workdir: Path, config: Mapping[str, Any], *, may_be_empty: bool = False) -> None:
+    """Like `open_workdir`, for modes that need a run. Raises UserError if there is none, unless it `may_be_empty`."""
+    if not may_be_empty and not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
+    open_workdir(workdir, config)
+
+
+def no_checkpoint(workdir: Path) -> UserError:
+    return UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
+
+
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """The part of `open_workdir` that writes nothing."""
     check_checkpoints(workdir)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import adversarial_step, cifar_step, flops
-from ltjax import config, models, train
+from ltjax import config, models
+from ltjax.engine import experiment
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +18,9 @@ def stages(tmp_path_factory):
     cifar_step.write_random_images(data_dir, per_class=2, num_test=100)
 
     def make(depth):
-        run, settings = config.parse(cifar_step.one_epoch_config(depth=depth, max_count=2))
-        problem = train.setup(run, data_dir)
-        return {name: (run, name, settings[name], problem) for name in settings}
+        run = config.parse(cifar_step.one_epoch_config(depth=depth, max_count=2))
+        ready = experiment.set_up(run, data_dir)
+        return {name: (ready, stage) for name, stage in run.stages.items()}
 
     return make
 

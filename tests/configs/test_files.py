@@ -138,7 +138,8 @@ def test_every_setting_of_every_config_is_one_that_its_part_takes(name, argument
 def test_every_config_means_the_same_after_json(name, argument):
     """A run's folder holds its config as JSON."""
     values = read(name, argument).to_dict()
-    run, stages = config.parse(values)
+    run = config.parse(values)
+    stages = run.stages
     same_run, same_stages = config.parse(json.loads(json.dumps(values)))
     assert same_run.stages == run.stages
     assert json.dumps(same_stages) == json.dumps(stages)
@@ -148,9 +149,10 @@ def test_every_config_means_the_same_after_json(name, argument):
 def test_overriding_the_epochs_reaches_the_stages_that_share_them(name, argument):
     """Those from scratch, and BGAT's robust part; deferred re-weighting takes a fifth of it, rounded up."""
     values = read(name, argument)
-    before = config.parse(values.to_dict())[1]
+    before = config.parse(values.to_dict()).stages
     values.epochs = 11
-    run, stages = config.parse(values.to_dict())
+    run = config.parse(values.to_dict())
+    stages = run.stages
     assert run.epochs == 11
     deferred = "drw" in stages
     for stage, settings in stages.items():
@@ -196,7 +198,8 @@ def test_flags_override_the_epochs_and_a_stages_own_settings(monkeypatch):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     values(line)
-    run, stages = config.parse(values["config"].value.to_dict())
+    run = config.parse(values["config"].value.to_dict())
+    stages = run.stages
     assert (run.data.imbalance, run.epochs, stages["features"].epochs, stages["classifier"].epochs) == (50, 3, 3, 10)
     assert stages["classifier"].method["head"] == 0.2
 

@@ -19,7 +19,7 @@ def test_mislas_is_the_papers(name):
     epochs, depth, decay, (head, tail), ranks = PAPERS[name]
     run, stages = parsed(name, "method=mislas")
     features, classifier = stages["features"], stages["classifier"]
-    assert (run.epochs, run.batch_size, run.optimizer) == (epochs, 256, config.Optimizer(0.9, False, decay))
+    assert (run.epochs, run.batch_size, run.optimizer) == (epochs, 256, config.OptimizerConfig(0.9, False, decay))
     assert (run.model["depth"], run.model["stem"], run.data.size, run.data.resize) == (depth, "large", 224, 256)
     assert (features.lr, features.augment["mixup_alpha"], features.augment["color_jitter"]) == (0.1, 0.2, 0.4)
     assert run.model["classifier_init"] == "torch"

@@ -8,7 +8,7 @@ import pytest
 from configs import common
 from ltjax import config, losses, methods
 from ltjax.data import splits
-from ltjax.engine import problem
+from ltjax.engine import experiment
 from ltjax.types import Batch
 from tests.configs.reading import factors_of, parsed, rates_of
 
@@ -46,7 +46,7 @@ def test_the_first_stage_of_mislas_is_the_papers(classes, imbalance):
     assert (run.data.name, run.data.imbalance, run.data.profile) == (f"cifar{classes}", imbalance, "exp")
     assert (run.model["name"], run.model["depth"], run.model["width"]) == ("resnet_cifar", 32, 16)
     assert (run.model["mean"], run.model["std"]) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-    assert (run.batch_size, run.optimizer) == (128, config.Optimizer(0.9, False, 2e-4))
+    assert (run.batch_size, run.optimizer) == (128, config.OptimizerConfig(0.9, False, 2e-4))
     assert (stage.method, stage.epochs, stage.lr) == (CROSS_ENTROPY, 200, 0.1)
     assert stage.sampler == {"name": "instance_balanced"}
     assert (stage.augment["mixup_alpha"], stage.augment["crop_padding"], stage.augment["flip"]) == (1.0, 4, True)
@@ -64,7 +64,7 @@ def test_mislass_groups_by_class_number_are_one_switch_away(classes, ranges):
 def test_cross_entropy_differs_from_mislas_stage_1_in_mixup_and_the_scale_alone():
     baseline = parsed("cifar100_lt", "method=ce")[1]["ce"]
     features = parsed("cifar100_lt", "method=mislas")[1]["features"]
-    changed = {field for field in config.Stage._fields if getattr(baseline, field) != getattr(features, field)}
+    changed = {field for field in config.StageConfig._fields if getattr(baseline, field) != getattr(features, field)}
     assert changed == {"title", "augment", "groups"}
     assert {**baseline.augment, "mixup_alpha": 1.0} == features.augment
 
@@ -129,7 +129,7 @@ def test_later_stages_of_drolt_draw_as_if_every_class_had_the_largest_ones_image
     _, stages = parsed("cifar100_lt", f"method=drolt,imbalance={imbalance}")
     counts = splits.class_counts(100, 500, imbalance=imbalance)
     assert counts.sum() == images
-    steps = {name: stage.epochs * problem.steps_per_epoch(stage, counts, 128) for name, stage in stages.items()}
+    steps = {name: stage.epochs * experiment.steps_per_epoch(stage, counts, 128) for name, stage in stages.items()}
     assert steps == dict(ce=200 * -(-images // 128), dro=31_280, ce_classifier=7_820)
 
 

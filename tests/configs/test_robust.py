@@ -29,7 +29,7 @@ def test_adversarial_methods_are_the_papers(file, name):
 @pytest.mark.parametrize("name", ROBUST_METHODS)
 def test_adversarial_training_has_the_schedule_of_lbgat(name):
     run, stages = parsed("cifar100", f"method={name}")
-    assert (run.batch_size, run.epochs, run.optimizer) == (128, 100, config.Optimizer(0.9, False, 2e-4))
+    assert (run.batch_size, run.epochs, run.optimizer) == (128, 100, config.OptimizerConfig(0.9, False, 2e-4))
     for stage in stages.values():
         assert (stage.epochs, stage.lr, stage.batch_norm) == (100, 0.1, "train")
         assert (stage.augment["crop_padding"], stage.augment["flip"], stage.augment["auto_augment"]) == (4, True, False)
@@ -120,7 +120,7 @@ def test_another_epsilon_has_steps_of_a_quarter_and_is_attacked_with(epsilon, nu
 
 def test_the_attack_in_the_end_is_the_papers():
     tests, radii = ("pgd-20", "cw-20", "autoattack"), (0.25, 0.5, 2.0, 4.0)
-    assert parsed("cifar100")[0].attack == config.Attack("0.031", "linf", 0, tests, "2/255", radii=radii)
+    assert parsed("cifar100")[0].attack == config.AttackConfig("0.031", "linf", 0, tests, "2/255", radii=radii)
 
 
 SAMPLERS = {

@@ -9,10 +9,10 @@ import pytest
 
 from ltjax import methods, models, optim
 from ltjax.data import augment
-from ltjax.engine import stage
 from ltjax.interop.torch import import_state_dict
 from ltjax.system import parallel
 from ltjax.types import Batch
+from tests import stages
 from tests.conftest import optimised_programs
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -53,7 +53,7 @@ def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=No
     mesh, num_steps = parallel.make_mesh(jax.devices()[:devices]), len(numbers["losses"])
     variables = variables_of(numbers, "init/", net)
     extra, _ = method.init(jax.random.key(0))
-    built = stage.build(
+    built = stages.build(
         {"net": net},
         method,
         draw,

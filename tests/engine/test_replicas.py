@@ -17,12 +17,13 @@ from flax import linen as nn
 
 from ltjax import compare, config, data, methods, train
 from ltjax.data import augment, samplers
-from ltjax.engine import evaluate, feed, problem, stage
+from ltjax.engine import evaluate, experiment, feed, stage
 from ltjax.models.layers import BatchNorm, Conv, pool
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 from ltjax.types import Method, Outputs, UserError
+from tests import stages
 from tests.conftest import optimised_programs
 from tests.test_conformance import before_dispatch, made_up_images, rewound, saved, steps_of, tiny_config
 
@@ -86,7 +87,7 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
         mesh=mesh,
     )
     shapes = jax.eval_shape(lambda: stage.init_variables(NETS, SHAPE, jax.random.key(0), method))
-    built = stage.build(
+    built = stages.build(
         NETS,
         method,
         draw,
@@ -238,10 +239,11 @@ def prepared_once(kept):
     """Every run trains with the same compiled functions, made at the first: no seed is in them. kept: [] or those."""
     prepare = train.prepare
 
-    def once(*arguments):
+    def once(run, data_dir):
         if not kept:
-            kept.append(prepare(*arguments))
-        return kept[0]
+            kept.append(prepare(run, data_dir))
+        experiment, compiled = kept[0]
+        return experiment._replace(config=run), compiled
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "prepare", once)
@@ -367,9 +369,9 @@ def test_a_comparison_counts_each_seed_once(replicated, alone, capsys):
 
 
 def test_the_images_are_on_each_device_once():
-    run, _ = config.parse(settings(replicas=4))
+    run = config.parse(settings(replicas=4))
     with devices(8):
-        made = problem.setup(run, None)
+        made = experiment.set_up(run, None)
     assert dict(made.mesh.shape) == {parallel.REPLICA_AXIS: 4, parallel.BATCH_AXIS: 2}
     shape = (len(made.split.train), *SHAPE)
     assert made.train_data.images.shape == shape

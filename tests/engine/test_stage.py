@@ -13,6 +13,7 @@ from ltjax.data import augment, samplers
 from ltjax.engine import feed, stage
 from ltjax.system import parallel
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
+from tests import stages
 
 COUNTS = np.array([70, 40, 23])
 ALL = {"all": {"match": ".*", "rate": 1.0}}
@@ -60,7 +61,7 @@ def build(method, *, devices=8, groups=None, factors=None, lr=0.1, draw=random_d
 
     settings = dict(bn="train", lr=lr, steps_per_epoch=4, mesh=mesh, image_shape=(4, 4, 2), **settings)
     factors, groups = np.ones(2) if factors is None else factors, ALL if groups is None else groups
-    built = stage.build(net, method, draw, shapes.params, groups=groups, factors=factors, **settings)
+    built = stages.build(net, method, draw, shapes.params, groups=groups, factors=factors, **settings)
     return built, built.init(np.uint32(seed), start), start
 
 

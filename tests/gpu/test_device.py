@@ -19,6 +19,7 @@ from ltjax.engine import stage
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.system import parallel
 from ltjax.types import Variables
+from tests import stages
 
 COUNTS = np.full(10, 16)
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -38,7 +39,7 @@ def stage_and_source(net, **replicated):
         class_counts=COUNTS,
         mesh=mesh,
     )
-    built = stage.build(
+    built = stages.build(
         {"net": net},
         methods.create("erm", COUNTS),
         draw,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ltjax import config, models, surgery, train
-from ltjax.engine import problem
-from ltjax.engine.stage import State
+from ltjax.engine import experiment
+from ltjax.engine.stage import TrainState
 from ltjax.interop import export, torch
 from ltjax.interop.weights import load_weights, save_weights
 from ltjax.modes import attack
@@ -85,29 +85,30 @@ def test_weights_alone_are_attacked(trained, weights, tmp_path):
 
 
 def test_training_starts_from_them(trained, weights):
-    run, _ = config.parse(quick(weights=str(weights)))
-    start = problem.initial_variables(run, "ce", problem.setup(run, None))
+    run = config.parse(quick(weights=str(weights)))
+    start = experiment.initial_variables(experiment.set_up(run, None), run.stages["ce"])
     for tree, name in ((start.params, "params"), (start.stats, "stats")):
         given = getattr(load_weights(weights).variables, name)["net"]
         jax.tree.map(np.testing.assert_array_equal, tree["net"], given)
 
 
 def test_a_new_head_of_surgery_is_not_theirs(weights):
-    run, stages = config.parse(quick(weights=str(weights)))
-    ready = problem.setup(run, None)
+    run = config.parse(quick(weights=str(weights)))
+    stages = run.stages
+    ready = experiment.set_up(run, None)
     settings = stages["ce"]._replace(surgery={"name": next(iter(surgery.SURGERIES))})
     assert settings.surgery["name"] == "new_head"
-    start = problem.initial_variables(run, "ce", ready)
-    changed, _ = problem.operate(run, "ce", settings, ready, start)
+    start = experiment.initial_variables(ready, run.stages["ce"])
+    changed, _ = experiment.operate(ready, settings, start)
     ours, theirs = (np.asarray(v.params["net"]["classifier"]["kernel"]) for v in (changed, start))
     assert not np.allclose(ours, theirs)
 
 
 def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
     values = quick(**{"weights": str(weights), "weights_parts": ("backbone",), "model.logit_scale": False})
-    run, _ = config.parse(values)
-    ready = problem.setup(run, None)
-    start = problem.initial_variables(run, "ce", ready)
+    run = config.parse(values)
+    ready = experiment.set_up(run, None)
+    start = experiment.initial_variables(ready, run.stages["ce"])
     theirs = load_weights(weights).variables.params["net"]
     np.testing.assert_array_equal(
         start.params["net"]["backbone"]["conv"]["kernel"], theirs["backbone"]["conv"]["kernel"]
@@ -117,7 +118,7 @@ def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
         UserError,
         match=r"logit_scale \(weights \(10,\), network none.*config\.weights_parts=\('backbone', 'classifier'\)",
     ):
-        problem.initial_variables(run._replace(weights_parts=()), "ce", ready)
+        experiment.initial_variables(ready._replace(config=run._replace(weights_parts=())), run.stages["ce"])
 
 
 def test_weights_of_another_network_are_judged_as_what_they_are(trained, weights, tmp_path):
@@ -159,7 +160,7 @@ def test_each_replica_of_a_run_can_be_taken_out(tmp_path, variables_of, same):
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     step = jnp.zeros(2, jnp.int32)
     with Checkpoints(tmp_path / "checkpoints" / "ce") as checkpoints:
-        checkpoints.save(7, State(step, step.astype(jnp.uint32), both, {}), {})
+        checkpoints.save(7, TrainState(step, step.astype(jnp.uint32), both, {}), {})
         checkpoints.wait()
     write_json(tmp_path / "config.json", quick(**{"replicas": 2, "model.logit_scale": False}))
     for replica in (0, 1):

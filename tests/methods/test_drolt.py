@@ -9,6 +9,7 @@ from ltjax import losses, methods, models
 from ltjax.engine import feed, stage
 from ltjax.system import parallel
 from ltjax.types import Batch, Outputs, UserError, Variables
+from tests import stages
 
 COUNTS = np.array([9, 4, 1])
 LAYERS = ("stage2", "stage3")
@@ -148,7 +149,7 @@ def trained():
     def draw(source, seed, step, rng):
         return Batch(source.images.astype(jnp.float32) / 255, source.labels)
 
-    built = stage.build(
+    built = stages.build(
         {"net": net},
         method,
         draw,
@@ -227,8 +228,8 @@ def test_a_layer_that_the_model_does_not_have_is_named_with_those_it_has():
     variables = jax.eval_shape(lambda: stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0), method))
     settings = dict(bn="train", lr=0.1, factors=np.ones(1), steps_per_epoch=1, mesh=mesh, image_shape=(8, 8, 3))
     groups = {"all": {"match": ".*", "rate": 1.0}}
-    built = stage.build({"net": net}, method, lambda *_: BATCH, variables.params, groups=groups, **settings)
+    built = stages.build({"net": net}, method, lambda *_: BATCH, variables.params, groups=groups, **settings)
     with pytest.raises(UserError) as raised:
         jax.eval_shape(built.init, jax.ShapeDtypeStruct((), jnp.uint32), variables)
-    expected = "the method wants the features of layer 'stage4'; the model's layers: stage1, stage2, stage3"
+    expected = "the method needs the features of layer 'stage4'; the model's layers: stage1, stage2, stage3"
     assert str(raised.value) == expected

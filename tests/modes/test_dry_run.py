@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ltjax import config, optim, train
-from ltjax.engine import problem
+from ltjax.engine import experiment
 from ltjax.modes import dry_run
 from ltjax.system import parallel
 from ltjax.types import UserError
@@ -19,10 +19,10 @@ SMALL = {"model.width": 4, "batch_size": 32, "stages": ("features", "classifier"
 
 
 def prepared(settings):
-    """Run, stages, stages as built, problem."""
-    run, stages = config.parse(settings)
-    ready, built = problem.prepare(run, stages, None)
-    return run, stages, built, ready
+    """The config, the compiled stages, and the experiment."""
+    run = config.parse(settings)
+    ready, built = experiment.prepare(run, None)
+    return run, built, ready
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def dry(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("dry"), {}
     prepare = dry_run.prepare
 
-    def kept(run, stages, data_dir):
-        ready, built = prepare(run, stages, data_dir)
-        made.update(run=run, stages=stages, built=built, ready=ready)
+    def kept(run, data_dir):
+        ready, built = prepare(run, data_dir)
+        made.update(run=run, built=built, ready=ready)
         return ready, built
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
@@ -53,12 +53,12 @@ def test_a_dry_run_writes_nothing(dry):
 
 def test_a_dry_run_shows_classes_stages_groups_schedules_samplers_and_memory(dry, small):
     text = dry[0]
-    run, _, built, ready = small
+    _, built, ready = small
     counts = ready.split.class_counts
     assert f"{counts.sum()} training images of 10 classes, {counts.max()} down to {counts.min()} a class" in text
     for group, member in ready.groups.items():
         assert f"  {group}: {member.sum()} classes, {counts[member].sum()} images: " in text
-    sizes = dry_run.stage_params(run, built["classifier"], ready)
+    sizes = dry_run.stage_params(ready, built["classifier"])
     head = sum(size for path, size in sizes.items() if path.startswith("net/classifier/"))
     rows = [line.split() for line in text.splitlines()]
     assert ["classifier", str(head), "trained", "0.05", "0.0005"] in rows
@@ -123,10 +123,10 @@ def test_the_parameters_of_a_method_are_in_its_groups():
     settings = {**tiny_config(**SMALL), "stages": ("features",)}
     settings["features"]["method"] = dict(name="drolt", radius="learned", loss=dict(name="cross_entropy"))
     settings["features"]["groups"] = dict(everything=dict(match="net/.*|method/.*", rate=1.0))
-    run, stages, built, ready = prepared(settings)
-    sizes = dry_run.stage_params(run, built["features"], ready)
+    run, built, ready = prepared(settings)
+    sizes = dry_run.stage_params(ready, built["features"])
     assert any(path.startswith("method/") for path in sizes)
-    column = dry_run.groups_table(stages["features"], sizes).columns[1]
+    column = dry_run.groups_table(run.stages["features"], sizes).columns[1]
     assert list(column.cells) == [f"{sum(sizes.values()):,}"]
 
 
@@ -177,10 +177,10 @@ def test_what_the_backward_pass_needs_is_kept():
 
 
 def test_the_estimate_of_a_step_is_within_half_and_twice_what_xla_plans(small, optimised):
-    run, stages, _, ready = small
+    run, _, ready = small
     alone = ready._replace(mesh=parallel.make_mesh(jax.devices()[:1]))
-    single = problem.build_stage(run, "features", stages["features"], alone)
-    state = jax.eval_shape(single.init, problem.seeds(run), problem.fresh_shapes(run, alone))
+    single = experiment.build_stage(alone, run.stages["features"])
+    state = jax.eval_shape(single.init, experiment.seeds(run), experiment.fresh_shapes(alone))
     source = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), ready.train_data)
     quick = {**optimised, "xla_backend_optimization_level": 0}  # of the machine code, not of what memory is planned
     planned = single.run.lower(state, source, 1).compile(quick).memory_analysis()
@@ -192,8 +192,8 @@ def test_the_estimate_of_a_step_is_within_half_and_twice_what_xla_plans(small, o
 
 def test_memory_is_that_of_one_devices_share(small):
     """Of 8 devices, each has all parameters, an eighth of every batch, and all training images."""
-    run, stages, _, ready = small
-    memory = dry_run.expected_memory(run, stages, ready)
+    run, _, ready = small
+    memory = dry_run.expected_memory(ready)
     params = sum(leaf.size for leaf in optim.flatten(ready.shapes.params).values())
     assert memory.variables["features"] == dry_run.num_bytes(ready.shapes) >= 4 * params
     trained = params - 10  # without the logit scales
@@ -203,7 +203,7 @@ def test_memory_is_that_of_one_devices_share(small):
     train_bytes = 105 * (28 * 28 + 4)
     test_bytes = 1000 / 8 * (28 * 28 + 4)
     assert train_bytes + test_bytes <= memory.images < 1.1 * (train_bytes + test_bytes)
-    fourfold = dry_run.expected_memory(run._replace(batch_size=128), stages, ready)
+    fourfold = dry_run.expected_memory(ready._replace(config=run._replace(batch_size=128)))
     assert 3 < fourfold.step["features"] / memory.step["features"] <= 4
 
 
@@ -218,6 +218,6 @@ def test_a_stage_of_surgery_alone_takes_no_step():
         epochs=0, groups={}, start_from="features", surgery=dict(name="nearest_mean"), method=dict(name="erm")
     )
     settings["ncm"] = {**settings["classifier"], **surgery}
-    run, stages, _, ready = prepared({**settings, "stages": ("features", "ncm")})
-    memory = dry_run.expected_memory(run, stages, ready)
+    _, _, ready = prepared({**settings, "stages": ("features", "ncm")})
+    memory = dry_run.expected_memory(ready)
     assert memory.step["ncm"] == 0 < memory.step["features"]

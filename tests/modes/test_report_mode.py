@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ltjax import config, methods, metrics, train
-from ltjax.engine import feed, measure, problem, stage
+from ltjax.engine import experiment, feed, measure, stage
 from ltjax.modes import report
 from ltjax.runs.checkpoint import read_json
 from ltjax.system import parallel
@@ -42,20 +42,19 @@ def numbers(trained):
 
 @pytest.fixture(scope="module")
 def made():
-    return problem.setup(config.parse(quick())[0], None)
+    return experiment.set_up(config.parse(quick()), None)
 
 
 @pytest.fixture(scope="module")
 def kept(made, trained):
-    """{stage: what its checkpoint holds, as `problem.restored` has it}."""
-    run, stages = config.parse(quick())
-    return {name: problem.restored(run, name, stages[name], made, trained[0]) for name in stages}
+    """{stage: its newest checkpoint}."""
+    return {name: experiment.restore(made, stage, trained[0]) for name, stage in made.config.stages.items()}
 
 
 @pytest.fixture(scope="module")
 def restored(made, kept):
-    """The problem, and the settings and variables of the last stage."""
-    return made, config.parse(quick())[1]["classifier"], kept["classifier"][1].variables
+    """The experiment, and the config and variables of its last stage."""
+    return made, made.config.stages["classifier"], kept["classifier"].state.variables
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def test_classwise_ece_is_that_of_all_probabilities(restored, outputs, numbers):
 
 def test_what_classes_have_of_their_own_is_found(restored):
     made, settings, variables = restored
-    found = measure.learned(settings, problem.make_method(settings, made), variables, 10)
+    found = measure.learned(settings, experiment.make_method(made, settings), variables, 10)
     np.testing.assert_array_equal(found["Logit scale"], variables.params["net"]["logit_scale"])
     assert found["Label smoothing"][0] == pytest.approx(0.1) and found["Label smoothing"][-1] == pytest.approx(0)
     kernel = np.asarray(variables.params["net"]["classifier"]["kernel"])
@@ -179,12 +178,12 @@ def test_a_workdir_without_a_run_is_refused(tmp_path):
 
 def test_replicas_are_looked_at_each(trained, restored):
     made, settings, variables = restored
-    run, _ = config.parse(quick(replicas=2))
-    both = problem.setup(run, None)
+    run = config.parse(quick(replicas=2))
+    both = experiment.set_up(run, None)
     other = jax.tree.map(lambda x: 0.5 * x if np.issubdtype(x.dtype, np.floating) else x, variables)
     together = jax.tree.map(lambda a, b: np.stack([a, b]), variables._replace(arrays={}), other._replace(arrays={}))
-    found = measure.Observer(run, both).observe(settings, together)
-    single = measure.Observer(config.parse(quick())[0], made)
+    found = measure.Observer(both).observe(settings, together)
+    single = measure.Observer(made)
     for replica, own in enumerate((variables, other)):
         (alone,) = single.observe(settings, own)
         np.testing.assert_allclose(found[replica]["own"], alone["own"], rtol=1e-3)
@@ -196,15 +195,14 @@ def test_a_report_that_fails_takes_no_results_with_it(monkeypatch, capsys):
         raise RuntimeError("no pictures today")
 
     monkeypatch.setattr(report, "write_report", fail)
-    train.report(None, {}, None, {}, {}, None, train.logs.make_console(), None)
+    train.write_report(None, {}, {}, None, train.logs.make_console(), None)
     assert "no pictures today" in capsys.readouterr().out
 
 
 def test_a_picture_is_a_small_file_of_its_own(restored, monkeypatch):
     made, _, _ = restored
-    run, _ = config.parse(quick())
     large = np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)
     monkeypatch.setattr(feed, "picture", lambda *_: large)
-    found = report.sample(run, made, 0)
+    found = report.sample(made, 0)
     assert found["uri"].startswith("data:image/jpeg;base64,") and len(found["uri"]) < 8000 and not found["small"]
     assert json.dumps(found)

@@ -1,0 +1,407 @@
+"""An experiment: a run's config with its data on the devices, its networks, and its stages as compiled functions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from ltjax import data, methods, metrics, models, optim, registry, surgery
+from ltjax.config import DataConfig, RunConfig, StageConfig
+from ltjax.data import augment, samplers, splits
+from ltjax.data.source import Images, Stored, first_classes
+from ltjax.engine import evaluate, feed
+from ltjax.engine.stage import (
+    Chunk,
+    CompiledStage,
+    TrainState,
+    build,
+    init_variables,
+    make_apply,
+    resident_draw,
+    stage_rng,
+    steps_done,
+    streamed_draw,
+)
+from ltjax.interop.weights import into, load_weights
+from ltjax.runs.checkpoint import Checkpoints
+from ltjax.runs.trained import is_archive, read_archive
+from ltjax.system import parallel, xla
+from ltjax.types import Method, UserError, Variables
+
+
+class Experiment(NamedTuple):
+    """What all stages of a run share."""
+
+    config: RunConfig
+    data: Images | Stored
+    split: splits.Split
+    groups: dict[str, np.ndarray]  # {"many": bool [C], ...}
+    nets: dict[str, nn.Module]
+    mesh: Mesh
+    image_shape: tuple[int, ...]  # [H, W, channels]
+    shapes: Variables  # shapes of the networks' variables, of one replica
+    initialise: Callable[..., Variables]  # (seed, number of a stage) -> random variables on the devices
+    train_data: Any  # stage.Resident, or evaluate.StoredSet if the images stay on disk
+    test_set: evaluate.EvaluationSet | evaluate.StoredSet
+    holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
+    evaluate: dict[str, Callable[..., dict[str, np.ndarray]]]  # of each network, see `evaluate.evaluator`
+    class_means: Callable[..., Any]  # of the training images, see `feed.class_means`
+
+    @property
+    def streamed(self) -> bool:
+        """Whether images stay on disk and are decoded during training."""
+        return isinstance(self.data, Stored)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.data.class_names
+
+    @property
+    def num_branches(self) -> int:
+        """Branches of the network whose logits are summed; 0 if it has none."""
+        image, apply = jnp.zeros((1, *self.image_shape)), make_apply(self.nets, "eval")
+        branches = jax.eval_shape(lambda variables: apply(variables, image)[0], self.shapes).branches
+        return 0 if branches is None else len(branches)
+
+
+def prepare(run: RunConfig, data_dir: str | Path | None) -> tuple[Experiment, dict[str, CompiledStage]]:
+    """Set an experiment up and build all of its stages: what can go wrong before the first step goes wrong here."""
+    experiment = set_up(run, data_dir)
+    compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
+    for name, stage in run.stages.items():
+        if stage.keep_optimizer and compiled[name].assigned != compiled[stage.start_from].assigned:
+            raise UserError(
+                f"config.{name}.keep_optimizer: stage {stage.start_from!r} does not train the same parameters "
+                "in the same groups"
+            )
+    if run.weights:
+        into(fresh_shapes(experiment), load_weights(run.weights), run.weights_parts)
+    return experiment, compiled
+
+
+def set_up(run: RunConfig, data_dir: str | Path | None) -> Experiment:
+    """Load the data, choose the long-tailed part, make the networks, and put on the devices what fits there."""
+    images = data.load(run.data.name, run.data.root or data_dir)
+    if run.data.classes:
+        images = first_classes(images, run.data.classes)
+    num_classes = len(images.class_names)
+    split = splits.long_tailed_split(
+        images.train_labels,
+        num_classes,
+        imbalance=run.data.imbalance,
+        profile=run.data.profile,
+        max_count=run.data.max_count or None,
+        holdout=run.data.holdout,
+        seed=run.data.seed,
+        class_names=images.class_names,
+    )
+    mesh = parallel.make_mesh(replicas=run.replicas)
+    _check_batch_size(run, mesh)
+    networks = {"net": run.model, **({"guide": run.guide} if run.guide else {})}
+    nets = {name: _network(settings, num_classes) for name, settings in networks.items()}
+    if isinstance(images, Stored):
+        ready = feed.stored(run, images, split, mesh)
+    else:
+        ready = feed.resident(run, images, split, mesh)
+    return Experiment(
+        config=run,
+        data=images,
+        split=split,
+        groups=_groups(run.data, split.class_counts),
+        nets=nets,
+        mesh=mesh,
+        image_shape=ready.shape,
+        shapes=jax.eval_shape(lambda: init_variables(nets, ready.shape, jax.random.key(0))),
+        initialise=_initialiser(nets, ready.shape, mesh, run.replicas),
+        train_data=ready.train,
+        test_set=ready.test,
+        holdout_set=ready.holdout,
+        evaluate={name: evaluate.evaluator(nets, mesh, replicas=run.replicas, net=name) for name in nets},
+        class_means=feed.class_means(
+            make_apply(nets, "eval"), ready.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
+        ),
+    )
+
+
+def _check_batch_size(run: RunConfig, mesh: Mesh) -> None:
+    sharing = mesh.shape[parallel.BATCH_AXIS] * run.accumulate
+    if run.batch_size % sharing:
+        parts = f" and {run.accumulate} parts (config.accumulate)" if run.accumulate > 1 else ""
+        raise UserError(
+            f"config.batch_size = {run.batch_size} cannot be shared by {sharing // run.accumulate} devices{parts}: "
+            f"take a multiple of {sharing}"
+        )
+
+
+def _network(settings: Any, num_classes: int) -> nn.Module:
+    settings = dict(settings)
+    return models.create(settings.pop("name", ""), num_classes, **settings)
+
+
+def _groups(config: DataConfig, class_counts: np.ndarray) -> dict[str, np.ndarray]:
+    if config.groups == "ranges":
+        return metrics.range_groups(len(class_counts), config.ranges)
+    if config.groups == "ranks":
+        return metrics.rank_groups(class_counts, config.ranges)
+    return metrics.count_groups(class_counts, few_below=config.few_below, many_above=config.many_above)
+
+
+def _initialiser(nets: dict[str, nn.Module], image_shape: tuple[int, ...], mesh: Mesh, replicas: int) -> Callable:
+    def initialise(seed: jax.Array, number: jax.Array) -> Variables:
+        return init_variables(nets, image_shape, jax.random.fold_in(stage_rng(seed, number), 1))
+
+    # XLA's CPU backend takes 20 s to optimise this program's random numbers, and 2 s at level 1. It runs once.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    fast_to_compile = on_cpu and not jax.config.values["jax_disable_most_optimizations"]
+    return xla.jit(
+        jax.vmap(initialise, in_axes=(0, None)) if replicas > 1 else initialise,
+        out_shardings=parallel.state_sharding(mesh, replicas),
+        compiler_options={"xla_backend_optimization_level": 1} if fast_to_compile else None,
+    )
+
+
+# Stages.
+
+
+def make_method(experiment: Experiment, stage: StageConfig) -> Method:
+    settings = dict(stage.method)
+    return methods.create(settings.pop("name", ""), experiment.split.class_counts, **settings)
+
+
+def steps_per_epoch(stage: StageConfig, class_counts: np.ndarray, batch_size: int) -> int:
+    """Count the steps in an epoch, at least 1. class_counts: training images of each class [C]."""
+    balanced = stage.epoch_size == "balanced"
+    images = int(class_counts.max() * len(class_counts) if balanced else class_counts.sum())
+    return max(1, images // batch_size) if stage.drop_last else -(-images // batch_size)
+
+
+def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
+    """Make the compiled functions of a stage.
+
+    Raises:
+      UserError: For everything that a config can get wrong in a stage.
+    """
+    run, class_counts, where = experiment.config, experiment.split.class_counts, f"config.{stage.name}"
+    method = make_method(experiment, stage)
+    extra, _ = jax.eval_shape(lambda: method.init(jax.random.key(0)))
+    augmentation = registry.bind(f"{where}.augment", augment.augment, stage.augment)
+    if experiment.streamed:
+        draw = streamed_draw(augmentation, experiment.mesh)
+    else:
+        draw = resident_draw(
+            samplers.create(**stage.sampler),
+            augmentation,
+            batch_size=run.batch_size,
+            class_counts=class_counts,
+            mesh=experiment.mesh,
+        )
+    compiled = build(
+        experiment.nets,
+        method,
+        draw,
+        {**experiment.shapes.params, **({"method": extra} if extra else {})},
+        stage,
+        run,
+        factors=registry.bind(f"{where}.schedule", optim.schedule_table, stage.schedule)(stage.epochs),
+        steps_per_epoch=steps_per_epoch(stage, class_counts, run.batch_size),
+        mesh=experiment.mesh,
+        image_shape=experiment.image_shape,
+    )
+    _trace(experiment, stage, compiled, method, draw)
+    return compiled
+
+
+def _trace(experiment: Experiment, stage: StageConfig, compiled: CompiledStage, method: Method, draw: Callable) -> None:
+    """Raise the errors inside what will be compiled now, and not hours later."""
+    run, rng = experiment.config, jax.random.key(0)
+    batch = jax.eval_shape(draw, source_shapes(experiment), np.uint32(0), jnp.zeros((), jnp.int32), rng)
+    variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
+    cut = slice(1, None) if run.replicas > 1 else slice(None)
+    of_one_replica = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[cut], x.dtype), variables)
+    apply = make_apply(experiment.nets, stage.batch_norm)
+    jax.eval_shape(lambda variables, batch: method.loss(apply, variables, batch, rng), of_one_replica, batch)
+    if stage.surgery:
+        make_surgery(experiment, stage)
+    if stage.eval_classifier:
+        registry.bind(f"config.{stage.name}.eval_classifier", surgery.tau_normalised, stage.eval_classifier)
+
+
+def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
+    """What a dispatch of `num_steps` steps draws from, as arrays or their shapes."""
+    if not experiment.streamed:
+        return experiment.train_data
+    shape = (num_steps, experiment.config.batch_size)
+    split: Any = parallel.split_batch(experiment.mesh, axis=1)
+    chunk: Any = Chunk
+    return chunk(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((*shape, *experiment.image_shape), jnp.uint8, sharding=split),
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split),
+    )
+
+
+def batches(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.Feed:
+    """Open what the dispatches of a stage draw from; the caller closes it."""
+    if isinstance(experiment.data, Images):
+        return feed.Feed(experiment.train_data)
+    return feed.streamed(
+        experiment.config,
+        experiment.data,
+        experiment.split,
+        experiment.mesh,
+        sampler=samplers.create(**stage.sampler),
+        number=stage.number,
+        num_steps=num_steps,
+    )
+
+
+# Variables.
+
+
+def seeds(run: RunConfig) -> np.ndarray:
+    """The seed of the run, uint32 [], or of every replica, [replicas]."""
+    each = np.asarray(run.seed + np.arange(run.replicas), np.uint32)
+    return each if run.replicas > 1 else each[0, ...]
+
+
+def fresh_shapes(experiment: Experiment) -> Variables:
+    """Shapes of randomly initialised networks, of every replica."""
+    replicas = experiment.config.replicas
+    leading = (replicas,) if replicas > 1 else ()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), experiment.shapes)
+
+
+def fresh_variables(experiment: Experiment, stage: StageConfig) -> Variables:
+    """Initialise the networks of every replica randomly, on the devices."""
+    return experiment.initialise(seeds(experiment.config), np.uint32(stage.number))
+
+
+def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
+    """What a stage from scratch starts from: random networks, with `config.weights` put in if the run has some."""
+    variables, run = fresh_variables(experiment, stage), experiment.config
+    return into(variables, load_weights(run.weights), run.weights_parts) if run.weights else variables
+
+
+def make_surgery(experiment: Experiment, stage: StageConfig) -> Callable:
+    branches, holdout = experiment.num_branches, experiment.holdout_set is not None
+    return surgery.create(stage.surgery, experiment.shapes.params["net"], branches=branches, holdout=holdout)
+
+
+def operate(experiment: Experiment, stage: StageConfig, variables: Variables) -> tuple[Variables, dict[str, Any]]:
+    """Apply the stage's surgery to variables.
+
+    Returns: The new variables, and what the run's record says about the surgery.
+    """
+
+    def holdout_accuracy(variables: Variables) -> np.ndarray:
+        holdout = experiment.holdout_set
+        assert holdout is not None
+        predictions = experiment.evaluate["net"](variables, holdout)["predictions"]
+        return (predictions == holdout.host_labels).mean(-1)
+
+    context = surgery.Context(
+        class_counts=experiment.split.class_counts,
+        branches=experiment.num_branches,
+        fresh=lambda: fresh_variables(experiment, stage),
+        class_means=experiment.class_means,
+        holdout_accuracy=holdout_accuracy if experiment.holdout_set is not None else None,
+    )
+    changed, note = make_surgery(experiment, stage)(variables, context)
+    return jax.device_put(changed, parallel.state_sharding(experiment.mesh, experiment.config.replicas)), note
+
+
+# What a run has come to.
+
+
+class Restored(NamedTuple):
+    """A stage with its newest checkpoint."""
+
+    compiled: CompiledStage
+    state: TrainState
+    record: dict[str, Any]  # what the checkpoint says about the stage
+
+
+def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restored | None:
+    """Read the newest checkpoint of a stage; None if it has none. An archive has its last stage alone."""
+    compiled, run = build_stage(experiment, stage), experiment.config
+    if is_archive(workdir):
+        archive = read_archive(workdir)
+        if stage.name != archive.stage:
+            return None
+        state = compiled.init(seeds(run), fresh_variables(experiment, stage))
+        variables = into(state.variables, archive.weights)
+        extra = archive.weights.variables.params.get("method")
+        variables = variables._replace(params={**variables.params, **({"method": extra} if extra else {})})
+        state = state._replace(step=jnp.full_like(state.step, archive.step), variables=variables)
+        return Restored(compiled, state, archive.record)
+    sharding = parallel.state_sharding(experiment.mesh, run.replicas)
+    target = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), target)
+    with Checkpoints(workdir / "checkpoints" / stage.name) as checkpoints:
+        restored = checkpoints.restore(target, move_damaged=False)
+    return None if restored is None else Restored(compiled, *restored)
+
+
+class Imported(NamedTuple):
+    """`config.weights`, to be evaluated in a workdir that holds no run."""
+
+    experiment: Experiment  # with the network that the weights belong to
+    stage: StageConfig  # the last one, which says how to evaluate
+    variables: Variables
+
+
+def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -> Imported | None:
+    """Set up the evaluation of `config.weights`; None if the workdir holds a run, or the config names no weights."""
+    if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
+        return None
+    weights = load_weights(run.weights)
+    kept = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
+    experiment = set_up(run._replace(model={**weights.settings, **kept}), data_dir)
+    last = list(run.stages.values())[-1]
+    stage = last._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")
+    return Imported(experiment, stage, into(fresh_variables(experiment, last), weights))
+
+
+# Evaluation.
+
+
+def class_means_for(experiment: Experiment, stage: StageConfig, variables: Variables) -> jax.Array | None:
+    """Mean training features of each class, if the stage's evaluation needs them."""
+    return experiment.class_means(variables) if stage.nearest_mean else None
+
+
+def evaluate_split(
+    experiment: Experiment,
+    stage: StageConfig,
+    variables: Variables,
+    images: evaluate.EvaluationSet | evaluate.StoredSet,
+    means: jax.Array | None,
+    go_on: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Compute the figures of a table, see `evaluate.summarise` and, for several replicas, `evaluate.over_seeds`.
+
+    Args:
+      means: From `class_means_for`.
+      go_on: Called now and then; may raise to stop.
+    """
+    run, labels, num_classes = experiment.config, images.host_labels, len(experiment.class_names)
+    variables = surgery.as_evaluated(variables, stage.eval_classifier)
+    outcome = experiment.evaluate[stage.evaluate_net](variables, images, means, go_on)
+    if run.replicas == 1:
+        return evaluate.summarise(outcome, labels, experiment.groups, num_classes)
+    outcomes = [{name: values[replica] for name, values in outcome.items()} for replica in range(run.replicas)]
+    summaries = [evaluate.summarise(outcome, labels, experiment.groups, num_classes) for outcome in outcomes]
+    return evaluate.over_seeds(summaries, seeds(run).tolist())
+
+
+def evaluate_restored(experiment: Experiment, stage: StageConfig, restored: Restored) -> dict[str, Any]:
+    """Evaluate a checkpoint on the test images: {"epoch": counted as soon as it begins, "step", "test": figures}."""
+    step, variables = steps_done(restored.state), restored.state.variables
+    means = class_means_for(experiment, stage, variables)
+    test = evaluate_split(experiment, stage, variables, experiment.test_set, means)
+    return {"epoch": -(-step // restored.compiled.steps_per_epoch), "step": step, "test": test}

@@ -1,0 +1,38 @@
+"""Stages of toy networks and methods, without a config file."""
+
+from ltjax.config import DataConfig, OptimizerConfig, RunConfig, StageConfig
+from ltjax.engine import stage
+
+
+def build(
+    nets,
+    method,
+    draw,
+    params,
+    *,
+    groups,
+    lr,
+    factors,
+    bn="train",
+    number=0,
+    replicas=1,
+    replicate="loop",
+    accumulate=1,
+    steps_per_epoch,
+    mesh,
+    image_shape=(32, 32, 3),
+    **optimizer,
+):
+    """`ltjax.engine.stage.build` with the values of a stage's and a run's config as keywords."""
+    config = StageConfig(
+        method={},
+        epochs=len(factors),
+        lr=lr,
+        groups=groups,
+        batch_norm=bn,
+        optimizer=OptimizerConfig(**optimizer)._asdict(),
+        number=number,
+    )
+    run = RunConfig("toy", DataConfig("toy"), {}, {}, replicas=replicas, replicate=replicate, accumulate=accumulate)
+    more = dict(factors=factors, steps_per_epoch=steps_per_epoch, mesh=mesh, image_shape=image_shape)
+    return stage.build(nets, method, draw, params, config, run, **more)
