@@ -94,7 +94,7 @@ def recipe(text: str) -> str:
     every = list(stages.values())
     row("name", [f"`config.{name}`" for name in stages])
     row("starts from", [stage.start_from for stage in every])
-    row("weights made anew", [shown(stage.surgery) for stage in every])
+    row("new classifier", [shown(stage.surgery) for stage in every])
     row("method", [shown(stage.method) if stage.epochs else "" for stage in every])
     row("trains", [_trained(stage) for stage in every])
     row("epochs", [_epochs(stage) for stage in every])
@@ -115,8 +115,8 @@ def recipe(text: str) -> str:
 
 
 def _epochs(stage: config_module.Stage) -> str:
-    """ "80, of as many draws as if every class had the largest one's images"."""
-    balanced = ", of as many draws as if every class had the largest one's images"
+    """Epochs, and how many draws an epoch has if it is not one pass over the images."""
+    balanced = ", each of (largest class count) x (classes) draws"
     return str(stage.epochs) + (balanced if stage.epoch_size == "balanced" else "")
 
 
