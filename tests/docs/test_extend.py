@@ -1,4 +1,4 @@
-"""The worked examples of docs/extend.md, put into a copy of the repository and run."""
+"""The worked examples of docs/extend.md, applied to a copy of the repository, work."""
 
 import os
 import re
@@ -18,16 +18,16 @@ BLOCK = re.compile(r'^```(python|diff) title="(.*?)"\n(.*?)^```$', re.DOTALL | r
 
 
 def patched(text, diff):
-    """A file after a diff whose lines stand somewhere in it, once."""
+    """Apply a diff whose context occurs exactly once in the text."""
     lines = diff.splitlines(keepends=True)
     before, after = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
-    assert text.count(before) == 1, f"docs/extend.md changes what is not there, or not once:\n{before}"
+    assert text.count(before) == 1, f"docs/extend.md: this context occurs {text.count(before)} times:\n{before}"
     return text.replace(before, after)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository with what the page adds to it, and a few made-up images."""
+    """Copy the repository, apply the page's code, and add a few random images."""
     root = tmp_path_factory.mktemp("repository")
     for name in ("ltjax", "configs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -37,7 +37,7 @@ def copy(tmp_path_factory):
     for kind, name, code in BLOCK.findall(PAGE.read_text()):
         path = root / name
         if kind == "python":
-            assert not path.exists(), f"docs/extend.md adds {name}, which is there already"
+            assert not path.exists(), f"docs/extend.md adds {name}, which exists already"
             path.write_text(code)
         else:
             path.write_text(patched(path.read_text(), code))
