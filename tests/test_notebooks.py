@@ -72,9 +72,7 @@ def test_the_losses_work_in_other_training_loops(tmp_path):
 def test_lbgat_is_more_robust(tmp_path):
     printed, pictures = run("robustness", tmp_path)
     natural, robust = (line for line in printed.splitlines() if line.startswith(("natural", "LBGAT")))
-    assert (
-        pictures == 1 and len(shares(natural)) == len(shares(robust)) == 5
-    )  # clean, after each of 4 attacks
+    assert pictures == 1 and len(shares(natural)) == len(shares(robust)) == 5  # clean, after each of 4 attacks
     assert shares(robust) == sorted(shares(robust), reverse=True) and shares(robust)[-1] > shares(natural)[-1]
 
 
