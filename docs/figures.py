@@ -1,8 +1,8 @@
-"""The pages' pictures, drawn with the library's own functions.
+"""Draw the pages' pictures with the library's functions.
 
     python -m docs.figures [FOLDER]
 
-Each file says some of the numbers that it shows; a test compares them with those of today.
+Each file contains some of its numbers; a test compares them with the current ones.
 """
 
 import sys
@@ -44,42 +44,42 @@ def legend(axes, **more: Any) -> None:
 
 
 def whole_network() -> Figure:
-    """Focal loss, class weights, and what balanced softmax asks of logits that are all alike."""
+    """Draw focal loss, class weights, and balanced softmax of equal logits."""
     figure, (focal, weights, prior) = canvas(3)
     p = jnp.linspace(0.01, 0.99, 99)
     logits = jnp.stack([jnp.log(p), jnp.log1p(-p)], -1)  # [99, 2]
     for gamma, colour in ((0.0, GREY), (1.0, BLUE), (2.0, ORANGE)):
         focal.plot(p, losses.focal(logits, jnp.zeros(99, int), gamma=gamma), color=colour, label=f"gamma {gamma:g}")
-    label(focal, "probability of the own class", "loss", "focal")
+    label(focal, "probability of the label", "loss", "focal")
     legend(focal)
     for beta, colour in ((0.99, BLUE), (0.999, GREEN), (0.9999, ORANGE)):
         weights.loglog(COUNTS, losses.effective_number_weights(COUNTS, beta=beta), color=colour, label=f"beta {beta:g}")
     label(weights, "images of the class", "weight", "cb_ce")
     legend(weights)
-    alike, every = jnp.zeros((100, 100)), jnp.arange(100)
-    prior.semilogx(COUNTS, losses.cross_entropy(alike, every), color=GREY, label="ce")
+    equal, labels = jnp.zeros((100, 100)), jnp.arange(100)
+    prior.semilogx(COUNTS, losses.cross_entropy(equal, labels), color=GREY, label="ce")
     for tau, colour in ((0.5, BLUE), (1.0, ORANGE)):
-        values = losses.logit_adjusted(alike, every, class_counts=COUNTS, tau=tau)
+        values = losses.logit_adjusted(equal, labels, class_counts=COUNTS, tau=tau)
         name = "balanced softmax" if tau == 1 else f"tau {tau:g}"
         prior.semilogx(COUNTS, values, color=colour, label=name)
-    label(prior, "images of the own class", "loss, all logits alike", "logit_adjustment")
+    label(prior, "images of the label's class", "loss, all logits equal", "logit_adjustment")
     legend(prior)
     return figure
 
 
 def ldam() -> Figure:
-    """The loss by how far ahead the own logit is, for three counts; and what DRW changes when."""
+    """Draw the loss by the margin of the label's logit for three counts, and the learning rates of LDAM-DRW."""
     figure, (loss, drw) = canvas()
     ahead = jnp.linspace(-0.5, 1.0, 61)
     for c, colour in ((0, BLUE), (50, GREEN), (99, ORANGE)):
         cosines = jnp.zeros((61, 100)).at[:, c].set(ahead)
         values = losses.ldam(cosines, jnp.full(61, c), class_counts=COUNTS)
         loss.plot(ahead, values, color=colour, label=f"{COUNTS[c]} images")
-    label(loss, "own cosine less the others'", "loss")
+    label(loss, "label's cosine minus the others'", "loss")
     legend(loss)
     stages = generate.load("cifar100_lt:method=ldam_drw").stages
     started = 0
-    for stage, colour, name in zip(stages.values(), (BLUE, ORANGE), ("all alike", "class weights"), strict=True):
+    for stage, colour, name in zip(stages.values(), (BLUE, ORANGE), ("no class weights", "class weights"), strict=True):
         drw.semilogy(started + np.arange(stage.epochs), _rates(stage), color=colour, label=name)
         started += stage.epochs
     label(drw, "epoch", "learning rate", "LDAM-DRW")
@@ -93,7 +93,7 @@ def _rates(stage) -> np.ndarray:
 
 
 def decoupling() -> Figure:
-    """How often each sampler draws each class, over an epoch's steps."""
+    """Draw how often each sampler draws each class in an epoch."""
     figure, (share, drawn) = canvas()
     batch, steps = 128, 85
     for name, colour in (("instance_balanced", BLUE), ("class_balanced", GREEN), ("class_aware", ORANGE)):
@@ -112,16 +112,16 @@ def decoupling() -> Figure:
 
 
 def posthoc() -> Figure:
-    """Lengths of a made-up classifier's vectors under tau-normalisation; what a logit shift adds."""
+    """Draw the lengths of a synthetic classifier's vectors under tau-normalisation, and a logit shift."""
     figure, (lengths, shift) = canvas()
     way = jax.random.normal(jax.random.key(0), (16, 100))
     way = way / jnp.sqrt(jnp.square(way).sum(0))
     kernel = way * jnp.asarray(COUNTS / COUNTS.max()) ** 0.3  # longer for frequent classes, as trained ones are
     params = {"classifier": {"kernel": kernel, "bias": jnp.zeros(100)}}
     for tau, colour in ((0.0, GREY), (0.5, BLUE), (1.0, ORANGE), (1.5, GREEN)):
-        made = surgery.tau_normalised(params, tau=tau)["classifier"]["kernel"]
-        lengths.plot(jnp.sqrt(jnp.square(made).sum(0)), color=colour, label=f"tau {tau:g}")
-    label(lengths, "class, by falling count", "length of its weights", "tau_norm, a made-up classifier")
+        normalised = surgery.tau_normalised(params, tau=tau)["classifier"]["kernel"]
+        lengths.plot(jnp.sqrt(jnp.square(normalised).sum(0)), color=colour, label=f"tau {tau:g}")
+    label(lengths, "class, by falling count", "length of its weights", "tau_norm, a synthetic classifier")
     legend(lengths)
     for tau, colour in ((0.5, BLUE), (1.0, ORANGE)):
         bias = surgery.logit_shifted(params, COUNTS, tau=tau)["classifier"]["bias"]
@@ -132,7 +132,7 @@ def posthoc() -> Figure:
 
 
 def mislas() -> Figure:
-    """The smoothing of each class in the four shapes; the loss it makes of a confident answer."""
+    """Draw the smoothing of each class in the four shapes, and the loss by probability."""
     figure, (smoothing, loss) = canvas()
     for shape, colour in zip(losses.SMOOTHING_SHAPES, (ORANGE, GREY, BLUE, GREEN), strict=True):
         e = losses.smoothing_by_count(COUNTS, head=0.4, tail=0.1, shape=shape, power=3.0)
@@ -145,13 +145,13 @@ def mislas() -> Figure:
         values = losses.label_aware_smoothing(logits, jnp.zeros(99, int), smoothing=jnp.full(100, e))
         loss.plot(p, values, color=colour, label=f"{name}, e = {e:g}")
         loss.plot(p[values.argmin()], values.min(), "o", color=colour, markersize=4)
-    label(loss, "probability of the own class", "loss", "of 100 classes; dot: the smallest loss")
+    label(loss, "probability of the label", "loss", "of 100 classes; dot: the smallest loss")
     legend(loss)
     return figure
 
 
 def drolt() -> Figure:
-    """Where the loss sends the features of two classes; the bound by the radius."""
+    """Draw the gradient of the features of two classes, and the bound by the radius."""
     figure, (field, bound) = canvas(height=3.2)
     near, far = jax.random.split(jax.random.key(3))
     features = jnp.concatenate(
@@ -161,8 +161,8 @@ def drolt() -> Figure:
     centroids = jnp.array([[0.0, 0.0], [2.0, 1.0]])
     downhill = -jax.jit(jax.grad(losses.dro_loss))(features, labels, centroids, margins=jnp.array([0.5, 1.5]))
     for c, colour in ((0, BLUE), (1, ORANGE)):
-        own = labels == c
-        z, move = np.asarray(features[own]), np.asarray(downhill[own])
+        members = labels == c
+        z, move = np.asarray(features[members]), np.asarray(downhill[members])
         field.quiver(*z.T, *move.T, color=colour, width=0.006)
         field.plot(*z.T, "o", color=colour, markersize=3)
         field.plot(*centroids[c], "*", color=colour, markersize=13, markeredgecolor="white")
@@ -182,7 +182,7 @@ def drolt() -> Figure:
 
 
 def reslt() -> Figure:
-    """Which classes a branch answers for; how much of the branches' loss each class has."""
+    """Draw the classes of each branch, and each class's share of the branches' loss."""
     figure, (masks, weight) = canvas()
     stages = generate.load("cifar100_lt:method=reslt,imbalance=100").stages
     method = stages["reslt"].method
@@ -203,7 +203,7 @@ def reslt() -> Figure:
 
 
 def adversarial() -> Figure:
-    """PGD's path in two pixels, l-inf and l2, over the loss of a small made-up network."""
+    """Draw PGD's path in two pixels, l-inf and l2, over the loss of a small random network."""
     figure, panels = canvas(height=3.2)
     weights = jax.random.normal(jax.random.key(4), (2, 8)) * 9, jax.random.normal(jax.random.key(6), (8, 2))
 
@@ -214,8 +214,8 @@ def adversarial() -> Figure:
     grid = jnp.linspace(0, 1, 41)
     plane = jnp.stack(jnp.meshgrid(grid, grid), -1).reshape(-1, 1, 2, 1)
     height = np.asarray(loss(plane)).reshape(41, 41)
-    one = partial(attacks.pgd, epsilon=0.25, step_size=0.05, num_steps=1, unroll=True)
-    step = jax.jit(one, static_argnums=2, static_argnames="norm")
+    pgd_step = partial(attacks.pgd, epsilon=0.25, step_size=0.05, num_steps=1, unroll=True)
+    step = jax.jit(pgd_step, static_argnums=2, static_argnames="norm")
     image = jnp.array([0.45, 0.4]).reshape(1, 1, 2, 1)
     start = attacks.random_start(jax.random.key(1), image, kind="uniform", scale=0.1)
     for axes, norm in zip(panels, ("linf", "l2"), strict=True):
@@ -238,26 +238,26 @@ def adversarial() -> Figure:
 
 
 def lbgat() -> Figure:
-    """What LBGAT's square asks of the robust logits, beside the KL, which sees their softmax alone."""
+    """Draw LBGAT's squared distance and the KL, by shifts and factors of the logits."""
     figure, (pairing, temper) = canvas()
     guide = jnp.array([[3.0, 0.0, -1.0]])
     shift = jnp.linspace(-4, 4, 81)
     moved = guide + shift[:, None]  # the same softmax, other logits
     scaled = guide * jnp.linspace(0, 2, 81)[:, None]
     factor = np.linspace(0, 2, 81)
-    shown = ((pairing, shift, moved, "added to all logits"), (temper, factor, scaled, "factor on the logits"))
-    for axes, x, logits, what in shown:
+    panels = ((pairing, shift, moved, "added to all logits"), (temper, factor, scaled, "factor on the logits"))
+    for axes, x, logits, title in panels:
         axes.plot(x, losses.logit_pairing(logits, guide), color=ORANGE, label="logit_pairing")
         natural = jnp.broadcast_to(guide, logits.shape)
         axes.plot(x, losses.kl_divergence(natural, logits), color=BLUE, label="kl_divergence")
-        label(axes, what, "distance from the guide's (3, 0, -1)")
+        label(axes, title, "distance from the guide's (3, 0, -1)")
         axes.set_ylim(-0.2, 6)
     legend(pairing)
     return figure
 
 
 def combinations() -> Figure:
-    """Which part of the network learns when, and at which rate, in two chains."""
+    """Draw the learning rate of each part of the network over two chains."""
     figure, panels = canvas(height=3.0)
     colours = {"backbone": BLUE, "classifier": ORANGE, "logit_scale": PINK, "branches": GREEN, "margins": GREY}
     for axes, name in zip(panels, ("method=mislas", "recipe=reslt+dro+smoothing"), strict=True):
@@ -280,13 +280,13 @@ def combinations() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    made.__name__: made
-    for made in (whole_network, ldam, decoupling, posthoc, mislas, drolt, reslt, adversarial, lbgat, combinations)
+    draw.__name__: draw
+    for draw in (whole_network, ldam, decoupling, posthoc, mislas, drolt, reslt, adversarial, lbgat, combinations)
 }
 
 
 def numbers(figure: Figure) -> list[float]:
-    """Five points of every line, by which a later drawing can be told from this one."""
+    """Return five points of every line, to compare drawings."""
     lines = [np.asarray(line.get_xydata(), np.float64) for axes in figure.axes for line in axes.lines]
     points = [line[np.linspace(0, len(line) - 1, 5).round().astype(int)] for line in lines if len(line)]
     return np.concatenate(points).ravel().tolist()

@@ -1,10 +1,10 @@
-"""Writes what the pages take from the configs: recipes, settings and figures. Run it when a config has changed.
+"""Write the blocks of the pages that come from the configs: recipes, settings and figures.
 
     python -m docs.generate
 
-A page holds a block between two comments, `<!-- recipe: cifar100_lt:method=mislas -->` and `<!-- end -->`; what stands
-between them is made here, and a test sees to it that it is what would be made now. Figures of our own runs come from
-the archives in `results/` (`ltjax.archive`), those of papers from the configs' docstrings.
+Run it after a change of a config. It replaces the text between `<!-- recipe: cifar100_lt:method=mislas -->` and
+`<!-- end -->`; a test checks that the pages are up to date. Our figures come from the archives in `results/`
+(`ltjax.archive`), the papers' from the configs' docstrings.
 """
 
 import functools
@@ -45,7 +45,7 @@ TITLES = {
 
 
 def load(text: str) -> config_module.RunConfig:
-    """ "cifar100_lt:method=mislas" -> its config."""
+    """Parse "cifar100_lt:method=mislas"."""
     name, _, arguments = text.partition(":")
     return config_module.parse(module(name)["get_config"](arguments or None).to_dict())
 
@@ -60,12 +60,12 @@ def command(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A setting as a reader wants it: {"name": "erm", "net": "net"} -> "erm, net net"; floats without noise."""
+    """Format a setting: {"name": "erm", "net": "net"} -> "erm, net net"; floats with four digits."""
     if isinstance(value, Mapping):
-        own = {key: item for key, item in value.items() if key not in ("name", "kind") and said(item)}
         rest = [
             f"{key} ({shown(item)})" if isinstance(item, Mapping) else f"{key} {shown(item)}"
-            for key, item in own.items()
+            for key, item in value.items()
+            if key not in ("name", "kind") and is_set(item)
         ]
         return ", ".join([str(value[key]) for key in ("name", "kind") if key in value] + rest)
     if isinstance(value, bool):
@@ -77,13 +77,13 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def said(value: Any) -> bool:
-    """Whether a setting is worth a word: not 0, not empty, not off."""
+def is_set(value: Any) -> bool:
+    """Return whether a setting is shown: not 0, empty or off."""
     return value not in (False, 0, "", None) and not (isinstance(value, (Mapping, tuple)) and not value)
 
 
 def recipe(text: str) -> str:
-    """A table with a column for each stage, and the command."""
+    """Return a table with a column for each stage, and the command."""
     run = load(text)
     stages = run.stages
     rows: list[tuple[str, list[str]]] = [("", [stage.title for stage in stages.values()])]
@@ -95,7 +95,7 @@ def recipe(text: str) -> str:
     every = list(stages.values())
     row("name", [f"`config.{name}`" for name in stages])
     row("starts from", [stage.start_from for stage in every])
-    row("weights made anew", [shown(stage.surgery) for stage in every])
+    row("new classifier", [shown(stage.surgery) for stage in every])
     row("method", [shown(stage.method) if stage.epochs else "" for stage in every])
     row("trains", [_trained(stage) for stage in every])
     row("epochs", [_epochs(stage) for stage in every])
@@ -116,24 +116,24 @@ def recipe(text: str) -> str:
 
 
 def _epochs(stage: config_module.StageConfig) -> str:
-    """ "80, of as many draws as if every class had the largest one's images"."""
-    balanced = ", of as many draws as if every class had the largest one's images"
+    """Epochs, and how many draws an epoch has if it is not one pass over the images."""
+    balanced = ", each of (largest class count) x (classes) draws"
     return str(stage.epochs) + (balanced if stage.epoch_size == "balanced" else "")
 
 
 def _schedule(stage: config_module.StageConfig) -> str:
-    """ "0.1; warm-up over 5 epochs; times 0.1 at epoch 160 and 180"."""
+    """Describe the learning rate: "0.1; warm-up over 5 epochs; times 0.1 at epoch 160 and again at 180"."""
     if not stage.epochs:
         return ""
-    parts, own = [f"{stage.lr:g}"], dict(stage.schedule)
-    if own["kind"] == "cosine":
+    parts, schedule = [f"{stage.lr:g}"], dict(stage.schedule)
+    if schedule["kind"] == "cosine":
         parts.append("falling as a cosine")
-    if warm := round(own.get("warmup", 0) * stage.epochs):
-        start = own.get("warmup_start", 0)
-        parts.append(f"warm-up over {warm} epoch{'s' * (warm > 1)}" + (f" from {start:.3g} of it" if start else ""))
-    if own["kind"] == "step" and own.get("decay_at"):
-        at = " and again at ".join(str(round(share * stage.epochs)) for share in own["decay_at"])
-        parts.append(f"times {own['decay']:g} at epoch {at}")
+    if warmup := round(schedule.get("warmup", 0) * stage.epochs):
+        start = schedule.get("warmup_start", 0)
+        parts.append(f"warm-up over {warmup} epoch{'s' * (warmup > 1)}" + (f" from {start:.3g} of it" if start else ""))
+    if schedule["kind"] == "step" and schedule.get("decay_at"):
+        at = " and again at ".join(str(round(share * stage.epochs)) for share in schedule["decay_at"])
+        parts.append(f"times {schedule['decay']:g} at epoch {at}")
     return "; ".join(parts)
 
 
@@ -144,25 +144,25 @@ def _trained(stage: config_module.StageConfig) -> str:
 
 def _augmentation(settings: Mapping[str, Any]) -> str:
     return ", ".join(
-        key if value is True else f"{key} {shown(value)}" for key, value in settings.items() if said(value)
+        key if value is True else f"{key} {shown(value)}" for key, value in settings.items() if is_set(value)
     )
 
 
 def _network(settings: Mapping[str, Any]) -> str:
-    """Its name and what is not usual about it."""
+    """Return its name and the settings that differ from the usual ones."""
     usual = dict(classifier="linear", classifier_init="he", cosine_scale=30.0, dtype="float32", branch_kind="norm")
     if settings.get("classifier") == "cosine":
         del usual["cosine_scale"]
     rest = {
         key: value
         for key, value in settings.items()
-        if key not in ("name", "mean", "std") and said(value) and usual.get(key) != value
+        if key not in ("name", "mean", "std") and is_set(value) and usual.get(key) != value
     }
     return f"`{settings['name']}`" + "".join(f", {key} {shown(value)}" for key, value in rest.items())
 
 
 def across(text: str) -> str:
-    """ "mislas: epochs, features.augment.mixup_alpha=mixup" -> these settings of a method on each long-tailed set."""
+    """Return the table for "mislas: epochs, features.augment.mixup_alpha=mixup": settings on each long-tailed set."""
     method, _, columns = text.partition(":")
     paths = [column.strip().partition("=") for column in columns.split(",")]
     lines = ["| data set | " + " | ".join(title or path for path, _, title in paths) + " |"]
@@ -183,7 +183,7 @@ def _at(config: Any, path: str) -> Any:
 
 
 def sections(name: str) -> Iterator[tuple[str, list[str]]]:
-    """The figures in a config's docstring: a heading that ends with a colon, and the indented lines below it."""
+    """Yield the figures in a config's docstring: a heading that ends with a colon, and the indented lines below."""
     for paragraph in module(name)["__doc__"].split("\n\n"):
         lines = paragraph.strip("\n").split("\n")
         first = next((n for n, line in enumerate(lines) if line.startswith("  ") and line.strip()), 0)
@@ -192,23 +192,24 @@ def sections(name: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def published(name: str, method: str) -> list[str]:
-    """What the method's paper has on this data set, as the config's docstring gives it."""
+    """Return the paper's figures on this data set, from the config's docstring."""
     return [value for who, value in _lines(name, "paper") if _is(who, method)]
 
 
 def ours(name: str, method: str) -> list[str]:
-    """What runs of ours at full length gave, or that there are none."""
-    own = [value for who, value in _lines(name, "ours") if _is(who, method) and value != NOT_RUN]
-    return own + archived(name, method, "-bf16") + archived(name, method, "") or [NOT_RUN]
+    """Return the figures of our full-length runs, or [NOT_RUN]."""
+    written = [value for who, value in _lines(name, "ours") if _is(who, method) and value != NOT_RUN]
+    return written + archived(name, method, "-bf16") + archived(name, method, "") or [NOT_RUN]
 
 
 def archived(name: str, method: str, ending: str) -> list[str]:
-    """ "47.1 / 4.7; 52.0 / 2.3; - (bf16, 3 seeds)": accuracy and ECE of archives, imbalance 100, 50 and 10; [] of none.
+    """Return accuracy and ECE of archives at imbalance 100, 50 and 10, or [] if there are none.
 
-    ending: of the run's name: "-bf16", "" for float32, "-bf16-short".
+    Such as ["47.1 / 4.7; 52.0 / 2.3; - (bf16, 3 seeds)"]. `ending` ends the run's name: "-bf16", "" for float32, or
+    "-bf16-short".
     """
-    found = {row.name: row for row in result_rows(f"{name}-{method}-if*")}
-    rows = [found.get(f"{name}-{method}-if{imbalance}{ending}") for imbalance in (100, 50, 10)]
+    by_name = {row.name: row for row in result_rows(f"{name}-{method}-if*")}
+    rows = [by_name.get(f"{name}-{method}-if{imbalance}{ending}") for imbalance in (100, 50, 10)]
     cells = [
         "-" if row is None else " / ".join(percent(*row.figures[key]) for key in ("all", "ece") if key in row.figures)
         for row in rows
@@ -219,14 +220,13 @@ def archived(name: str, method: str, ending: str) -> list[str]:
 
 
 def result_rows(pattern: str, *, stages: bool = False) -> list[compare.Row]:
-    """The table's rows over archives whose folder's name, without its seed, fits a glob pattern, such as
-    "cifar100_lt-*-if100-bf16"."""
+    """Return the table's rows for archives whose name without the seed matches a glob, as "cifar100_lt-*-if100"."""
     folders = sorted(RESULTS.glob(f"{pattern}-seed*"))
     return compare.rows(folders, stages=stages) if folders else []
 
 
 def results_table(text: str) -> str:
-    """ "cifar100_lt-*-if100-bf16" or "stages: cifar100_lt-*" -> a table of these archives, the best first."""
+    """Return a table of archives, the best first, for "cifar100_lt-*-if100-bf16" or "stages: cifar100_lt-*"."""
     stages, _, pattern = text.rpartition(": ")
     rows = result_rows(pattern, stages=bool(stages))
     if not rows:
@@ -237,12 +237,12 @@ def results_table(text: str) -> str:
     commits = sorted({source["git_commit"][:7] for source in sources if source["git_commit"]})
     versions = sorted({f"jax {source['versions']['jax']}" for source in sources})
     devices = sorted({f"{source['num_devices']} x {source['device'].partition(':')[0]}" for source in sources})
-    said = [f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}", *versions, *devices]
-    return f"{markdown(compare.cells(rows))}\n{compare.NOTES} {'; '.join(said)}."
+    origin = [f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}", *versions, *devices]
+    return f"{markdown(compare.cells(rows))}\n{compare.NOTES} {'; '.join(origin)}."
 
 
 def ours_short(name: str, method: str) -> list[str]:
-    """The same with budget=short, each figure named, and the commit where the line has one."""
+    """Return the figures of budget=short, each named, with the commit if the line has one."""
     found = archived(name, method, "-bf16-short")
     for heading, lines in sections(name):
         if SHORT in heading:
@@ -250,8 +250,8 @@ def ours_short(name: str, method: str) -> list[str]:
             pattern = rf"\b{method}(, \w+ \d+)?\s+(\d+\.\d+(?: / \d+\.\d+)+)(?:\s+(?:commit )?([0-9a-f]{{7}}))?"
             for variant, values, commit in re.findall(pattern, "\n".join(lines)):
                 pairs = zip(named, values.split(" / "), strict=True)
-                told = ", ".join(f"{what} {value}" for what, value in pairs)
-                found.append(told + (f" ({variant[2:]})" if variant else "") + (f", {commit}" if commit else ""))
+                figure = ", ".join(f"{what} {value}" for what, value in pairs)
+                found.append(figure + (f" ({variant[2:]})" if variant else "") + (f", {commit}" if commit else ""))
     return found
 
 
@@ -259,9 +259,9 @@ def _lines(name: str, whose: str) -> Iterator[tuple[str, str]]:
     """`MiSLAS, ResNet-50, paper    52.7 / 1.78` -> ("MiSLAS", "ResNet-50: 52.7 / 1.78")."""
     for _, lines in sections(name):
         for line in lines:
-            if found := re.match(rf"(.*?), {whose}[^ ]*\s{{2,}}(.*)", line):
-                who, _, variant = found[1].partition(", ")
-                parts = re.split(r"\s{2,}", found[2])
+            if match := re.match(rf"(.*?), {whose}[^ ]*\s{{2,}}(.*)", line):
+                who, _, variant = match[1].partition(", ")
+                parts = re.split(r"\s{2,}", match[2])
                 values = "".join(part + ("; " if re.search(r"\d\.\d|^-$", part) else " ") for part in parts)
                 values = values.rstrip("; ").replace("; (", " (")
                 yield who, (f"{variant}: " if variant else "") + values
@@ -276,16 +276,16 @@ def headings(name: str) -> list[str]:
 
 
 def abouts(name: str) -> list[tuple[bool, str]]:
-    """What the columns of a table of figures hold: (of budget=short, or of the papers and full length; what)."""
-    return [(SHORT in one, re.sub(rf"{SHORT} \((.*?)\)", r"\1", one)) for one in headings(name)]
+    """Return (whether a column is of budget=short, its content) for each column of figures."""
+    return [(SHORT in heading, re.sub(rf"{SHORT} \((.*?)\)", r"\1", heading)) for heading in headings(name)]
 
 
 def reproduction(name: str) -> str:
-    """Every method on a data set: the paper's figure, ours, and the argument that makes it."""
+    """Return a table of all methods on a data set: the paper's figure, ours, and the argument."""
     methods = tuple(recipes.METHODS) if name in LONG_TAILED else ("lbgat", *common.BALANCED)
     columns = {False: "Published, and ours at full length", True: f"Ours with `{SHORT}`"}
     lines = [f"{columns[short]}: {about}.\n" for short, about in abouts(name)] or ["No figures yet.\n"]
-    lines += [f"    {command(f'{name}:method={methods[0]}')}\n", "makes the first row, and so on:\n"]
+    lines += ["This command makes the first row:\n", f"    {command(f'{name}:method={methods[0]}')}\n"]
     lines.append("| method | published | ours, full length | ours, budget=short | argument |")
     lines.append("|---|---|---|---|---|")
     for method in methods:
@@ -296,7 +296,7 @@ def reproduction(name: str) -> str:
 
 
 def figures(method: str) -> str:
-    """A method's figures on every data set that has any."""
+    """Return a table of a method's figures on all data sets that have any."""
     lines = ["| data set | published | ours, full length | ours, budget=short |", "|---|---|---|---|"]
     notes = []
     for name in (*LONG_TAILED, *BALANCED):
@@ -307,12 +307,12 @@ def figures(method: str) -> str:
             lines.append(f"| {TITLES[name]}{long} | {' | '.join('<br>'.join(cell) or '-' for cell in cells)} |")
             notes += [f"`{SHORT}` on {TITLES[name]}: {about[True]}."] if cells[2] else []
     if len(lines) == 2:
-        return "Published on these data sets with these networks: none that we know of. Ours: not yet run."
+        return "We know of no published figures on these data sets with these networks. Ours: not yet run."
     return "\n".join([*lines, *(f"\n{note}" for note in notes)])
 
 
 def docstring(name: str) -> str:
-    """The figures of a config as its docstring has them."""
+    """Return the figures of a config's docstring as lists."""
     return "\n\n".join(
         "\n".join([f"{heading}:\n", *(f"- {part.strip()}" for line in lines for part in line.split(";"))])
         for heading, lines in sections(name)
@@ -320,24 +320,32 @@ def docstring(name: str) -> str:
 
 
 class Compared(NamedTuple):
-    """A value of docs/authors.toml beside ours, as the page has them."""
+    """A value of docs/authors.toml and ours, as text.
+
+    Attributes:
+        what: the value's name.
+        theirs: the authors' value.
+        where: links to the lines.
+        ours: our value.
+        why: the reason for a difference; "" if ours is the same.
+    """
 
     what: str
     theirs: str
-    where: str  # links to the lines
+    where: str
     ours: str
-    why: str  # "": ours is the same
+    why: str
 
 
 @functools.cache
 def authors() -> dict[str, Any]:
-    """docs/authors.toml: what the authors' code has."""
+    """Read docs/authors.toml."""
     return tomllib.loads((ROOT / "docs" / "authors.toml").read_text())
 
 
 @functools.cache
 def settings_of(text: str) -> dict[str, Any]:
-    """ "configs/cifar100_lt.py:method=ce" -> its settings; `first` and `last` are the first and the last stage."""
+    """Return the settings of "configs/cifar100_lt.py:method=ce"; `first` and `last` are its first and last stage."""
     run = load(text.removeprefix("configs/").replace(".py", "", 1))
     stages = run.stages
     every = {name: stage._asdict() for name, stage in stages.items()}
@@ -347,7 +355,7 @@ def settings_of(text: str) -> dict[str, Any]:
 
 
 def our_value(config: str, value: Mapping[str, Any]) -> Any:
-    """What a config has for a value of docs/authors.toml. first.rates: of the epochs that the authors' are given at."""
+    """Return our value for one of docs/authors.toml; `first.rates` has the epochs of the authors' rates."""
     if "said" in value:
         return value["said"]
     path, _, last = value["ours"].rpartition(".")
@@ -359,7 +367,7 @@ def our_value(config: str, value: Mapping[str, Any]) -> Any:
 
 
 def same(theirs: Any, ours: Any) -> bool:
-    """Whether two values are one, whatever their form: "8/255" is a number, a list a tuple."""
+    """Return whether two values are equal: "8/255" is a number, and a list equals a tuple."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         return theirs.keys() == ours.keys() and all(same(theirs[key], ours[key]) for key in theirs)
     if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)):
@@ -377,35 +385,35 @@ def _number(value: Any) -> Any:
 
 
 def compared(recipe: Mapping[str, Any]) -> Iterator[Compared]:
-    """The values of a recipe of docs/authors.toml; where its configs do not agree, ours are all that they have."""
+    """Yield the values of a recipe of docs/authors.toml; if its configs differ, ours lists all their values."""
     source = authors()["source"][recipe["source"]]
     for value in recipe["value"]:
-        ours = dict.fromkeys(_told(our_value(config, value)) for config in recipe["configs"])
-        told = _told(value["theirs"]), _linked(source, value["where"]), "; ".join(ours)
-        yield Compared(value["what"], *told, value.get("why", ""))
+        ours = dict.fromkeys(_text(our_value(config, value)) for config in recipe["configs"])
+        texts = _text(value["theirs"]), _linked(source, value["where"]), "; ".join(ours)
+        yield Compared(value["what"], *texts, value.get("why", ""))
 
 
 def differences(_: str) -> str:
-    """Only what differs, each once: first what is ours in all recipes, then the rest by method and data set."""
-    found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    """Return the differences, each once: first those of most recipes, then the others by method and data set."""
+    recipes_of: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for recipe in authors()["recipe"]:
-        for one in compared(recipe):
-            if one.why:
-                found.setdefault((one.what, one.theirs, one.ours, one.why), []).append(recipe)
-    everywhere, own = ["| what | theirs | ours | why | in the code of |", "|---|---|---|---|---|"], []
-    for key, from_recipes in found.items():
+        for value in compared(recipe):
+            if value.why:
+                recipes_of.setdefault((value.what, value.theirs, value.ours, value.why), []).append(recipe)
+    common_rows, rows = ["| what | theirs | ours | why | in the code of |", "|---|---|---|---|---|"], []
+    for key, from_recipes in recipes_of.items():
         titles = dict.fromkeys(authors()["source"][recipe["source"]]["title"] for recipe in from_recipes)
         if len(titles) > 3:
-            everywhere.append(f"| {' | '.join(key)} | {', '.join(titles)} |")
+            common_rows.append(f"| {' | '.join(key)} | {', '.join(titles)} |")
         else:
             configs = [config for recipe in from_recipes for config in recipe["configs"]]
-            own.append(f"| {' | '.join(key)} | {_concerned(configs, imbalance=False)} |")
+            rows.append(f"| {' | '.join(key)} | {_concerned(configs, imbalance=False)} |")
     head = ["", "| what | theirs | ours | why | method: data set |", "|---|---|---|---|---|"]
-    return "\n".join([*everywhere, *head, *own])
+    return "\n".join([*common_rows, *head, *rows])
 
 
 def values(_: str) -> str:
-    """Every value, by the repository that it comes from, a row for each group of configs; what differs is bold."""
+    """Return all values by repository, a row for each group of configs; differences are bold."""
     lines = []
     for name, source in authors()["source"].items():
         where = f"[{source['code'].removeprefix('https://')}]({source['code']}/tree/{source['commit']})"
@@ -413,64 +421,66 @@ def values(_: str) -> str:
         lines += ["| method: data set | values |", "|---|---|"]
         for recipe in authors()["recipe"]:
             if recipe["source"] == name:
-                told = [f"*{recipe['note']}*"] if "note" in recipe else []
-                for one in compared(recipe):
-                    both = f"**{one.what}: {one.theirs}; ours {one.ours}**" if one.why else f"{one.what}: {one.theirs}"
-                    told.append(f"{both} ({one.where})")
-                lines.append(f"| {_concerned(recipe['configs'])} | {'<br>'.join(told)} |")
+                texts = [f"*{recipe['note']}*"] if "note" in recipe else []
+                for value in compared(recipe):
+                    text = f"{value.what}: {value.theirs}"
+                    texts.append(f"{f'**{text}; ours {value.ours}**' if value.why else text} ({value.where})")
+                lines.append(f"| {_concerned(recipe['configs'])} | {'<br>'.join(texts)} |")
         lines.append("")
     return "\n".join(lines[:-1])
 
 
 def alone(_: str) -> str:
-    """What no authors' code has a recipe for."""
-    lines = ["| method | data set | where ours comes from |", "|---|---|---|"]
+    """Return a table of methods and data sets for which no authors' code has a recipe."""
+    lines = ["| method | data set | origin of ours |", "|---|---|---|"]
     for entry in authors()["alone"]:
         methods = ", ".join(recipes.METHODS[method].title for method in entry["methods"])
         lines.append(f"| {methods} | {', '.join(TITLES[name] for name in entry['data'])} | {entry['why']} |")
     return "\n".join(lines)
 
 
-def _told(value: Any) -> str:
-    """A value as the page has it; rates as "0.02 at epoch 1, 0.1 at 2"."""
+def _text(value: Any) -> str:
+    """Format a value; rates as "0.02 at epoch 1, 0.1 at 2"."""
     if isinstance(value, Mapping):
-        told = ", ".join(f"{rate:.4g} at {epoch}" for epoch, rate in value.items())
-        return told.replace(" at ", " at epoch ", 1) or "it has fewer epochs"
+        rates = ", ".join(f"{rate:.4g} at {epoch}" for epoch, rate in value.items())
+        return rates.replace(" at ", " at epoch ", 1) or "it has fewer epochs"
     return shown(tuple(value) if isinstance(value, list) else value).replace("|", "\\|")
 
 
 def _linked(source: Mapping[str, Any], where: str) -> str:
-    """Each `file:line` as a link to that line, without the file's folder."""
+    """Link each `file:line` to that line, without the file's folder."""
     parts = []
     for part in where.split("; "):
-        if found := re.fullmatch(r"(\S+\.\w+):(\d+)(?:-(\d+))?", part):
-            commit = source.get("commits", {}).get(found[1], source["commit"])
-            lines = f"#L{found[2]}" + (f"-L{found[3]}" if found[3] else "")
+        if match := re.fullmatch(r"(\S+\.\w+):(\d+)(?:-(\d+))?", part):
+            commit = source.get("commits", {}).get(match[1], source["commit"])
+            lines = f"#L{match[2]}" + (f"-L{match[3]}" if match[3] else "")
             short = part.rpartition("/")[2]
-            part = f"[{short}]({source['code']}/blob/{commit}/{source.get('folder', '')}{found[1]}{lines})"
+            part = f"[{short}]({source['code']}/blob/{commit}/{source.get('folder', '')}{match[1]}{lines})"
         parts.append(part)
     return "; ".join(parts)
 
 
 def _concerned(configs: Iterable[str], *, imbalance: bool = True) -> str:
-    """Methods and data sets of configs, those with the same data sets and arguments together. imbalance: say it."""
+    """List methods and data sets of configs; those with the same data sets and arguments are together.
+
+    `imbalance` says whether to show that argument.
+    """
     of_method: dict[str, dict[str, dict[str, list[str]]]] = {}
     for config in dict.fromkeys(configs):
         path, _, arguments = config.partition(":")
         given = dict(part.split("=") for part in arguments.split(","))
-        own = of_method.setdefault(recipes.METHODS[given.pop("method")].title, {}).setdefault(
-            TITLES[Path(path).stem], {}
-        )
+        of_data_set = of_method.setdefault(recipes.METHODS[given.pop("method")].title, {})
+        values = of_data_set.setdefault(TITLES[Path(path).stem], {})
         for key, value in given.items():
-            if (imbalance or key != "imbalance") and value not in own.setdefault(key, []):
-                own[key].append(value)
+            if (imbalance or key != "imbalance") and value not in values.setdefault(key, []):
+                values[key].append(value)
     of_data: dict[str, list[str]] = {}
     for method, data in of_method.items():
-        told = []
+        texts = []
         for title, arguments in data.items():
             given = "; ".join(f"{key} {', '.join(some)}" for key, some in arguments.items())
-            told.append(title + (f" ({given})" if given else ""))
-        of_data.setdefault(", ".join(told), []).append(method)
+            texts.append(title + (f" ({given})" if given else ""))
+        of_data.setdefault(", ".join(texts), []).append(method)
     return "<br>".join(f"{', '.join(methods)}: {data}" for data, methods in of_data.items())
 
 
@@ -489,8 +499,8 @@ PATTERN = re.compile(r"(<!-- (?P<kind>\w+): (?P<what>.*?) -->\n).*?(<!-- end -->
 
 
 def filled(markdown: str) -> str:
-    """A page with its blocks made anew."""
-    return PATTERN.sub(lambda found: f"{found[1]}\n{BLOCKS[found['kind']](found['what'])}\n\n{found[4]}", markdown)
+    """Return a page with its blocks generated."""
+    return PATTERN.sub(lambda match: f"{match[1]}\n{BLOCKS[match['kind']](match['what'])}\n\n{match[4]}", markdown)
 
 
 def pages() -> list[Path]:

@@ -1,4 +1,4 @@
-"""What `mkdocs build` does beyond its plugins: formulas become MathML, files that lie outside docs/ pages."""
+"""Hooks of `mkdocs build`: formulas become MathML, and files outside docs/ become pages."""
 
 import html
 import posixpath
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = {  # file of the repository: its page
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "README.md": "index.md",  # whose place on the site the home page takes
+    "README.md": "index.md",  # the home page replaces it
     "benchmarks/README.md": "benchmarks.md",
     "tests/golden/README.md": "golden.md",
 }
@@ -26,27 +26,27 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links between files of the repository -> links between pages, so that both work where they are read."""
+    """Turn links between files of the repository into links between pages."""
     places = {page_name: name for name, page_name in OUTSIDE.items() if page_name != "index.md"}
     here = places.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
-    def link(found):
-        target, anchor = found[1], found[2] or ""
+    def link(match):
+        target, anchor = match[1], match[2] or ""
         if re.match(r"[a-z]+:", target) or not target:
-            return found[0]
-        there = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
-        to = OUTSIDE.get(there, there.removeprefix("docs/"))
+            return match[0]
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
+        to = OUTSIDE.get(file, file.removeprefix("docs/"))
         return f"]({posixpath.relpath(to, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
     return re.sub(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", link, markdown)
 
 
 def on_page_content(content, page, config, files):
-    """`arithmatex` elements -> MathML, which browsers show without a script and without a network."""
+    """Turn `arithmatex` elements into MathML, which needs no script and no network."""
 
-    def formula(found):
-        display = "block" if found["open"] == r"\[" else "inline"
-        return found["tag"] + convert(html.unescape(found["latex"]).strip(), display=display) + found["end"]
+    def formula(match):
+        display = "block" if match["open"] == r"\[" else "inline"
+        return match["tag"] + convert(html.unescape(match["latex"]).strip(), display=display) + match["end"]
 
     pattern = (
         r'(?P<tag><(?:span|div) class="arithmatex">)(?P<open>\\[\[(])(?P<latex>.*?)\\[\])](?P<end></(?:span|div)>)'

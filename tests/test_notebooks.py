@@ -1,4 +1,4 @@
-"""The notebooks, run from start to end with small settings."""
+"""The notebooks run from start to end with small settings."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def read(name):
 
 
 def run(name, folder):
-    """What a notebook printed; its files are in `folder`."""
+    """Run a notebook in `folder`; return what it printed and its number of pictures."""
     notebook = read(name)
     environment = {
         **os.environ,
@@ -45,7 +45,7 @@ def run(name, folder):
 
 
 def shares(line):
-    """The percentages of a printed line."""
+    """Return the percentages of a printed line."""
     return [float(word.rstrip("%")) for word in line.split() if word.rstrip("%").replace(".", "", 1).isdigit()]
 
 
@@ -54,12 +54,12 @@ def test_quickstart_trains_compares_and_uses(tmp_path):
     assert pictures == 3
     results = json.loads((tmp_path / "runs" / "quickstart-seed0" / "results.json").read_text())
     few = [stage["accuracy"]["few"] for stage in results["stages"].values()]
-    assert few[1] > few[0] + 0.1  # what the second stage is for
+    assert few[1] > few[0] + 0.1  # the second stage improves rare classes
     compared = printed[printed.index("last epoch, %") :]
     assert all(f"{100 * accuracy:.1f}" in compared for accuracy in few)
 
 
-def test_the_losses_do_in_other_loops_what_they_are_for(tmp_path):
+def test_the_losses_work_in_other_training_loops(tmp_path):
     printed, _ = run("losses_in_your_project", tmp_path)
     rows = {}
     for line in printed.splitlines():
@@ -69,18 +69,18 @@ def test_the_losses_do_in_other_loops_what_they_are_for(tmp_path):
     assert rows["label-aware smoothing"][-1] < rows["cross-entropy"][-1]  # ECE
 
 
-def test_robustness_is_gained_and_measured(tmp_path):
+def test_lbgat_is_more_robust(tmp_path):
     printed, pictures = run("robustness", tmp_path)
     natural, robust = (line for line in printed.splitlines() if line.startswith(("natural", "LBGAT")))
-    assert pictures == 1 and len(shares(natural)) == len(shares(robust)) == 5  # clean, and after each of four attacks
+    assert pictures == 1 and len(shares(natural)) == len(shares(robust)) == 5  # clean, after each of 4 attacks
     assert shares(robust) == sorted(shares(robust), reverse=True) and shares(robust)[-1] > shares(natural)[-1]
 
 
-def test_own_images_are_trained_on_calibrated_and_predicted(tmp_path):
+def test_a_folder_of_images_is_trained_on_calibrated_and_predicted(tmp_path):
     printed, pictures = run("your_own_images", tmp_path)
-    kept = json.loads((tmp_path / "runs" / "your_own_images" / "temperature.json").read_text())
-    assert pictures == 2 and kept["num_holdout"] == 20
-    assert f"temperature {kept['replicas'][0]['temperature']:.2f}" in printed
+    summary = json.loads((tmp_path / "runs" / "your_own_images" / "temperature.json").read_text())
+    assert pictures == 2 and summary["num_holdout"] == 20
+    assert f"temperature {summary['replicas'][0]['temperature']:.2f}" in printed
     assert "classes circle, cross, square, triangle" in printed
 
 
@@ -90,7 +90,7 @@ def test_a_notebook_is_stored_without_outputs(name):
     assert cells and not any(cell.outputs or cell.execution_count for cell in cells)
 
 
-def test_after_a_restart_the_configs_are_still_found(tmp_path):
+def test_the_configs_are_found_after_a_restart(tmp_path):
     (tmp_path / "ltjax-clone").mkdir()
     for name in ("ltjax", "configs"):
         (tmp_path / "ltjax-clone" / name).symlink_to(ROOT / name)
@@ -100,6 +100,6 @@ def test_after_a_restart_the_configs_are_still_found(tmp_path):
     assert ran.stdout.strip() == str(tmp_path / "ltjax-clone" / "configs"), ran.stderr
 
 
-def test_all_notebooks_install_in_the_same_way():
+def test_all_notebooks_have_the_same_first_cell():
     first = {next(cell.source for cell in read(name).cells if cell.cell_type == "code") for name in NAMES}
     assert len(NAMES) == 4 and len(first) == 1

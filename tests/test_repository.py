@@ -1,4 +1,4 @@
-"""Files that hosts and readers of the repository look for: they say what the rest of it says."""
+"""CITATION.cff, the issue forms and the workflow are valid and agree with the project."""
 
 import re
 import subprocess
@@ -45,6 +45,10 @@ def test_the_citation_names_the_papers_as_the_readme_does(citation):
         assert paper["identifiers"] == [{"type": "other", "value": f"arXiv:{number}"}]
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_an_issue_form_has_what_its_host_requires(path):
     form = read(path)
@@ -81,19 +85,19 @@ def test_the_workflow_tests_every_python_from_the_oldest_on(workflow):
 def test_the_shards_of_the_workflow_are_all_test_files_once(workflow):
     shards = workflow["jobs"]["tests"]["strategy"]["matrix"]["shard"]
     listing = workflow["jobs"]["tests"]["steps"][-1]["run"].rpartition("| xargs")[0]
-    found = []
+    files = []
     for shard in shards:
         ran = subprocess.run(
             ["bash", "-c", listing], cwd=ROOT, env={"SHARD": str(shard), "PATH": "/usr/bin:/bin"}, capture_output=True
         )
-        found += ran.stdout.decode().split()
+        files += ran.stdout.decode().split()
     tracked = subprocess.run(["git", "ls-files", "tests"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not tracked:
         pytest.skip("not a clone")
-    assert sorted(found) == sorted(path for path in tracked if re.fullmatch(r"(.*/)?test_[^/]*\.py", path))
+    assert sorted(files) == sorted(path for path in tracked if re.fullmatch(r"(.*/)?test_[^/]*\.py", path))
 
 
 def test_every_dependency_has_a_lower_bound():
-    """The oldest versions that are tested are those of pyproject.toml."""
+    """CI tests these versions."""
     listed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
     assert [each for each in listed if ">=" not in each.partition(";")[0]] == []

@@ -1,4 +1,4 @@
-"""docs/authors.toml against the configs: what is said to be the authors' is so, the rest has its reason."""
+"""docs/authors.toml agrees with the configs: values are the authors', or have a reason."""
 
 import re
 
@@ -7,14 +7,14 @@ import pytest
 from configs import common, recipes
 from docs import generate
 
-CONFIGS = (*generate.LONG_TAILED[:-1], *generate.BALANCED)  # image_folder: nobody's
+CONFIGS = (*generate.LONG_TAILED[:-1], *generate.BALANCED)  # image_folder has no authors
 RECIPES = generate.authors()["recipe"]
 PAIRS = [(recipe, config) for recipe in RECIPES for config in recipe["configs"]]
 LINE = re.compile(r"\S.*:\d+(-\d+)?|\S.* \(line not checked\)")
 
 
 def methods_of(name):
-    """The methods that a config takes."""
+    """Return the methods that a config takes."""
     with pytest.raises(common.Help) as caught:
         generate.module(name)["get_config"]("help")
     return caught.value.arguments["method"][1].split(", ")
@@ -26,7 +26,7 @@ def methods_of(name):
 def test_a_value_is_the_authors_unless_a_reason_is_given(recipe, config):
     wrong = [
         f"{value['what']}: theirs {value['theirs']}, ours {ours}, "
-        + ("but why?" if "why" not in value else "no reason")
+        + ("a reason is missing" if "why" not in value else "the reason is superfluous")
         for value in recipe["value"]
         if generate.same(value["theirs"], ours := generate.our_value(config, value)) == ("why" in value)
     ]
@@ -34,7 +34,7 @@ def test_a_value_is_the_authors_unless_a_reason_is_given(recipe, config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_method_of_a_config_is_in_the_table_or_ours_alone(name):
+def test_every_method_of_a_config_is_compared_or_has_no_authors_recipe(name):
     compared = {
         re.search(r"method=(\w+)", config)[1]
         for recipe in RECIPES
@@ -46,7 +46,7 @@ def test_every_method_of_a_config_is_in_the_table_or_ours_alone(name):
     assert not compared & set(alone) and len(set(alone)) == len(alone)
 
 
-def test_every_value_says_which_line_it_is_from():
+def test_every_value_has_its_line():
     for recipe in RECIPES:
         for value in recipe["value"]:
             parts = value["where"].split("; ")
@@ -55,7 +55,7 @@ def test_every_value_says_which_line_it_is_from():
             assert set(value) <= {"what", "theirs", "where", "ours", "said", "why"}, value["what"]
 
 
-def test_every_source_is_a_repository_at_a_commit_and_used():
+def test_every_source_is_a_repository_at_a_commit_and_is_used():
     sources = generate.authors()["source"]
     assert {recipe["source"] for recipe in RECIPES} == set(sources)
     for source in sources.values():
@@ -67,7 +67,7 @@ def test_every_source_is_a_repository_at_a_commit_and_used():
         assert [file for file in source.get("commits", {}) if file not in files] == []
 
 
-def test_a_key_that_no_config_has_is_noticed():
+def test_a_key_that_no_config_has_differs():
     value = dict(what="x", theirs=1.0, ours="first.method.betta")
     config = "configs/cifar100.py:method=trades"
     assert not generate.same(value["theirs"], generate.our_value(config, value))
@@ -89,30 +89,30 @@ def test_a_key_that_no_config_has_is_noticed():
         ("none", 0, False),
     ],
 )
-def test_values_are_compared_whatever_their_form(theirs, ours, expected):
+def test_values_are_equal_in_any_form(theirs, ours, expected):
     assert generate.same(theirs, ours) is expected
 
 
-def test_rates_are_those_of_the_epochs_that_are_named():
+def test_rates_are_compared_at_the_authors_epochs():
     value = dict(what="rate", theirs={"1": 0, "75": 0, "76": 0, "101": 0}, ours="first.rates")
     ours = generate.our_value("configs/cifar100.py:method=lbgat", value)
     assert ours == pytest.approx({"1": 0.02, "75": 0.1, "76": 0.01})
 
 
-def test_the_page_names_every_difference_and_every_method():
+def test_the_page_has_every_difference_and_every_method():
     page = (generate.ROOT / "docs" / "differences.md").read_text()
     assert all(value["why"] in page for recipe in RECIPES for value in recipe["value"] if "why" in value)
     assert all(recipe.title in page for recipe in recipes.METHODS.values())
 
 
-def test_a_line_is_linked_at_the_commit_of_its_file():
+def test_a_link_has_the_commit_of_its_file():
     source = dict(code="https://github.com/a/b", commit="1" * 40, commits={"d.py": "2" * 40}, folder="f/")
     linked = generate._linked(source, "g/c.py:3-4; d.py:5; e (line not checked)")
     first = f"[c.py:3-4](https://github.com/a/b/blob/{'1' * 40}/f/g/c.py#L3-L4)"
     assert linked == f"{first}; [d.py:5](https://github.com/a/b/blob/{'2' * 40}/f/d.py#L5); e (line not checked)"
 
 
-def test_methods_with_the_same_data_sets_stand_together():
+def test_methods_with_the_same_data_sets_are_listed_together():
     configs = ["configs/cifar100.py:method=lbgat,beta=6", "configs/cifar100.py:method=lbgat,beta=0"]
     configs += ["configs/cifar10.py:method=alp", "configs/cifar10.py:method=trades"]
     assert generate._concerned(configs) == "LBGAT: CIFAR-100 (beta 6, 0)<br>ALP, TRADES: CIFAR-10"

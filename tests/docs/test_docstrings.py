@@ -1,40 +1,93 @@
-"""What docs/docstrings.py makes of a NamedTuple, for the pages of the API."""
+"""Docstrings that the pages of the API show are Google style, as griffe parses it, and name what exists."""
+
+import logging
+import re
+from pathlib import Path
 
 import pytest
 
 griffe = pytest.importorskip("griffe")
 
-CODE = '''
-class Found(NamedTuple):
-    """What was found.
-
-    names: as they stand,
-      on two lines.
-    """
-
-    names: tuple[str, ...]
-    # [N], of
-    scores: Array  # each name
-    rest: int = 0
-'''
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^::: (?P<module>[\w.]+)(?:\n    options:\n      members: \[(?P<members>.*?)\])?", re.MULTILINE)
+SECTION = re.compile(r"^ *(Args|Arguments|Attributes|Examples|Raises|Returns|Warns|Yields):", re.MULTILINE)
+OPTIONS = {"returns_multiple_items": False}  # as in mkdocs.yml
 
 
-def load(tmp_path, code):
-    from docs import docstrings
-
-    (tmp_path / "found.py").write_text(code)
-    return griffe.load("found", search_paths=[tmp_path], extensions=griffe.load_extensions(docstrings.Sections))
-
-
-def test_comments_on_fields_and_lines_of_the_docstring_become_attributes(tmp_path):
-    text, section = load(tmp_path, CODE)["Found"].docstring.parse("google")
-    assert text.value == "What was found."
-    told = {one.name: one.description for one in section.value}
-    assert told == {"names": "as they stand, on two lines.", "scores": "[N], of each name", "rest": "as named"}
+def public(owner):
+    """Members of a module or class that are defined there: no imports, no private names but __call__."""
+    return [
+        member
+        for name, member in owner.members.items()
+        if not member.is_alias and (name[0] != "_" or name == "__call__")
+    ]
 
 
-def test_lines_that_begin_with_a_parameter_become_parameters(tmp_path):
-    code = 'def draw(a, b, c):\n  """Draws: all.\n\n  a: one,\n  two. b: 3.\n  c: four.\n  Raises: no.\n  """'
-    text, section, raises = load(tmp_path, code)["draw"].docstring.parse("google")
-    assert {one.name: one.description for one in section.value} == {"a": "one, two. b: 3.", "c": "four."}
-    assert (text.value, raises.value) == ("Draws: all.", "**Raises:** no.")
+def shown():
+    """{path: object} of what docs/api shows: modules, classes, functions and methods that have a docstring."""
+    package = griffe.load("ltjax", search_paths=[ROOT], submodules=True)
+    found = {}
+
+    def add(member):
+        if member.docstring:
+            found[member.path] = member
+        for below in public(member) if member.is_class else ():
+            add(below)
+
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for block in BLOCK.finditer(page.read_text()):
+            module = package[block["module"].removeprefix("ltjax.")]
+            add(module)
+            names = block["members"].split(", ") if block["members"] else []
+            for member in [module[name] for name in names] or public(module):
+                add(member.final_target if member.is_alias else member)
+    return found
+
+
+SHOWN = shown()
+
+
+def problems(member, caplog):
+    """What griffe warns about in a docstring, sections that it takes for text, and attributes that do not exist."""
+    with caplog.at_level(logging.WARNING):
+        sections = member.docstring.parse("google", **OPTIONS)
+    found = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    for section in sections:
+        if section.kind.value == "text":
+            found += [f"{name}: is not a section" for name in SECTION.findall(section.value)]
+        elif section.kind.value == "attributes":
+            found += [f"no attribute {each.name}" for each in section.value if each.name not in member.all_members]
+    return found
+
+
+@pytest.mark.parametrize("path", SHOWN)
+def test_a_docstring_parses_and_names_parameters_that_exist(path, caplog):
+    assert problems(SHOWN[path], caplog) == []
+
+
+@pytest.mark.parametrize("path", [path for path, member in SHOWN.items() if member.is_class])
+def test_a_named_tuple_describes_each_field(path):
+    member = SHOWN[path]
+    if "NamedTuple" not in map(str, member.bases):
+        return
+    fields = [field.name for field in public(member) if field.is_attribute]
+    sections = member.docstring.parse("google", warnings=False)
+    described = [each.name for section in sections if section.kind.value == "attributes" for each in section.value]
+    assert described == fields
+
+
+@pytest.mark.parametrize(
+    "docstring, problem",
+    [
+        ("Draw.\n\n    Args:\n        b: there is none.\n    ", "Parameter 'b' does not appear"),
+        ("Draw.\n\n    Args:\n        a, in pixels.\n    ", "Failed to get 'name: description' pair"),
+        ("Draw.\n\n    Args: a: in pixels.\n    ", "Args: is not a section"),
+        ("Draw.\n\n    Raises:\n        never.\n    ", "Failed to get 'exception: description' pair"),
+        ("Draw.\n\n    Args:\n        a: in pixels.\n\n    Returns:\n        The pixels.\n    ", None),
+    ],
+)
+def test_what_is_wrong_in_a_docstring_is_found(tmp_path, caplog, docstring, problem):
+    (tmp_path / "drawing.py").write_text(f'def draw(a: int) -> int:\n    """{docstring}"""\n')
+    found = problems(griffe.load("drawing", search_paths=[tmp_path])["draw"], caplog)
+    assert any(problem in each for each in found) if problem else not found

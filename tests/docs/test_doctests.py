@@ -1,4 +1,4 @@
-"""The examples in docstrings give what they say, and every public function has one."""
+"""The examples in docstrings print what they show, and every public function has one."""
 
 import doctest
 import importlib
@@ -14,7 +14,7 @@ from ltjax.interop import export, torch
 from ltjax.interop.weights import Weights
 from ltjax.types import Variables
 
-# what docs/api/index.md says that the examples begin with
+# the imports that docs/api/index.md lists for the examples
 PRELUDE = {
     module.__name__.rpartition(".")[2]: module
     for module in (
@@ -40,11 +40,11 @@ MODULES = (
     "ltjax.interop.torch",
     "ltjax.interop.export",
 )
-OF_THEIR_HOUSE = {
+PUBLIC = {  # of modules whose other functions need no example
     "ltjax.attacks.ball": ("radius",),
     "ltjax.surgery": ("tau_normalised", "nearest_mean", "logit_shifted"),
     "ltjax.optim": ("schedule_table",),
-    "ltjax.predictor": (),  # `Model` has one
+    "ltjax.predictor": (),  # `Model` has an example
     "ltjax.interop.torch": ("import_state_dict", "export_state_dict"),
     "ltjax.interop.export": ("stablehlo",),
 }
@@ -53,32 +53,32 @@ OF_THEIR_HOUSE = {
 def examples():
     finder = doctest.DocTestFinder()
     for name in MODULES:
-        for found in finder.find(importlib.import_module(name), globs=dict(PRELUDE)):
-            if found.examples:
-                yield found
+        for example in finder.find(importlib.import_module(name), globs=dict(PRELUDE)):
+            if example.examples:
+                yield example
 
 
 @pytest.mark.parametrize("example", [*examples()], ids=lambda example: example.name)
-def test_an_example_gives_what_it_says(example):
-    said = []
+def test_an_example_prints_what_it_shows(example):
+    printed = []
     with np.printoptions(precision=3, suppress=True):
-        outcome = doctest.DocTestRunner().run(example, out=said.append)
-    assert outcome.attempted and not outcome.failed, "".join(said)
+        outcome = doctest.DocTestRunner().run(example, out=printed.append)
+    assert outcome.attempted and not outcome.failed, "".join(printed)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_function_has_an_example(name):
     module = importlib.import_module(name)
-    own = {
+    functions = {
         key
         for key, value in vars(module).items()
         if callable(value) and getattr(value, "__module__", "") == name and not isinstance(value, type)
     }
-    public = OF_THEIR_HOUSE.get(name, {key for key in own if key[0] != "_"})
-    lacking = [key for key in public if ">>>" not in (getattr(module, key).__doc__ or "")]
-    assert own.issuperset(public) and not lacking, f"{name} has functions without an example: {lacking}"
+    public = PUBLIC.get(name, {key for key in functions if key[0] != "_"})
+    without = [key for key in public if ">>>" not in (getattr(module, key).__doc__ or "")]
+    assert functions.issuperset(public) and not without, f"{name} has functions without an example: {without}"
 
 
-def test_an_example_that_is_wrong_is_noticed():
+def test_a_wrong_example_fails():
     example = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, None)
     assert doctest.DocTestRunner().run(example, out=lambda text: None).failed == 1

@@ -1,4 +1,4 @@
-"""The worked examples of docs/extend.md, put into a copy of the repository and run."""
+"""The worked examples of docs/extend.md, applied to a copy of the repository, work."""
 
 import os
 import re
@@ -18,16 +18,16 @@ BLOCK = re.compile(r'^```(python|diff) title="(.*?)"\n(.*?)^```$', re.DOTALL | r
 
 
 def patched(text, diff):
-    """A file after a diff whose lines stand somewhere in it, once."""
+    """Apply a diff whose context occurs exactly once in the text."""
     lines = diff.splitlines(keepends=True)
     before, after = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
-    assert text.count(before) == 1, f"docs/extend.md changes what is not there, or not once:\n{before}"
+    assert text.count(before) == 1, f"docs/extend.md: this context occurs {text.count(before)} times:\n{before}"
     return text.replace(before, after)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository with what the page adds to it, and a few made-up images."""
+    """Copy the repository, apply the page's code, and add a few random images."""
     root = tmp_path_factory.mktemp("repository")
     for name in ("ltjax", "configs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -37,7 +37,7 @@ def copy(tmp_path_factory):
     for kind, name, code in BLOCK.findall(PAGE.read_text()):
         path = root / name
         if kind == "python":
-            assert not path.exists(), f"docs/extend.md adds {name}, which is there already"
+            assert not path.exists(), f"docs/extend.md adds {name}, which exists already"
             path.write_text(code)
         else:
             path.write_text(patched(path.read_text(), code))
@@ -65,13 +65,37 @@ def run(copy, *command):
     return ran.stdout
 
 
+def train(copy, workdir, arguments, *flags):
+    """Train for an epoch with the added config; return what the run printed and its folder."""
+    small = ("epochs=1", "batch_size=8", "model.width=2", "data.many_above=10", "data.few_below=6", *flags)
+    settings = [f"--config.{setting}" for setting in small]
+    config = f"--config=configs/plankton.py:{arguments},model=resnet8,budget=short"
+    printed = run(copy, "run.py", config, *settings, "--data_dir=.", f"--workdir={workdir}")
+    return printed, copy / workdir
+
+
 def test_the_added_method_trains_on_the_added_data_set(copy):
-    config = "--config=configs/plankton.py:method=centre,model=resnet8,budget=short"
-    small = ("epochs=1", "batch_size=8", "model.width=2", "data.many_above=10", "data.few_below=6")
-    flags = [f"--config.{setting}" for setting in small]
-    shown = run(copy, "run.py", config, *flags, "--data_dir=.", "--workdir=run")
-    assert "Centre loss" in shown
-    assert (copy / "run" / "results.json").is_file()
+    printed, folder = train(copy, "run", "method=centre")
+    assert "Centre loss" in printed
+    assert (folder / "results.json").is_file()
+
+
+def test_the_added_loss_trains_the_added_network(copy):
+    printed, folder = train(copy, "other", "method=poly", "model.name=plain", "model.depth=2")
+    assert "PolyLoss" in printed
+    assert "layer2/conv/kernel" in (folder / "parameters.txt").read_text()
+
+
+def test_the_added_loss_is_cross_entropy_and_a_multiple_of_the_probability_of_a_wrong_class(copy):
+    code = """
+import jax.numpy as jnp
+from ltjax.methods import criteria
+from ltjax.types import Batch
+batch = Batch(jnp.zeros((1, 1, 1, 1)), jnp.array([0]))
+loss = criteria.create((4, 2), {"name": "poly", "weight": 3.0})
+print(loss(jnp.log(jnp.array([[0.25, 0.75]])), batch))
+"""
+    assert float(run(copy, "-c", code)) == pytest.approx(np.log(4) + 3 * 0.75, rel=1e-5)
 
 
 def test_the_added_tests_pass(copy):

@@ -1,4 +1,4 @@
-"""What the pages say is so: commands parse, links lead somewhere, figures and recipes are those of today."""
+"""The pages are correct: commands parse, links exist, figures and recipes are up to date."""
 
 import argparse
 import importlib
@@ -17,9 +17,7 @@ from ltjax import losses
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*generate.pages(), *(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md"))]
-WRITTEN = [
-    page for page in PAGES if page.name not in ("extend.md",)
-]  # whose config is there only once one has added it
+WRITTEN = [page for page in PAGES if page.name != "extend.md"]  # its commands need the config that it adds
 
 
 def name_of(page):
@@ -27,11 +25,11 @@ def name_of(page):
 
 
 def commands(text):
-    """Every `python run.py ...` and `python -m ...` of a page, whole, without comments and shell."""
+    """Yield the words of every `python run.py ...` and `python -m ...` of a page, without comments and shell syntax."""
     text = re.sub(r"\\\n\s*", " ", text)
-    for found in re.finditer(r"\bpython3? (?:run\.py|-m (?:ltjax|benchmarks|docs)\.[\w.]+)([^`\n]*)", text):
-        line = re.split(r"\s+#|&&|;|</", found[0])[0]
-        if line.count('"') % 2:  # the end of a quotation that the command stands in
+    for match in re.finditer(r"\bpython3? (?:run\.py|-m (?:ltjax|benchmarks|docs)\.[\w.]+)([^`\n]*)", text):
+        line = re.split(r"\s+#|&&|;|</", match[0])[0]
+        if line.count('"') % 2:  # the end of a quotation that contains the command
             line = line.rpartition('"')[0]
         yield shlex.split(line)
 
@@ -41,7 +39,7 @@ CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if "def get_
 
 @pytest.fixture(scope="module")
 def known_flags():
-    """Names of run.py's flags, and what --mode takes, read off its source: importing it would define them here."""
+    """Read the names of run.py's flags and modes from its source; importing it would define the flags."""
     source = (ROOT / "run.py").read_text()
     names = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
     modes = set(re.findall(r'"(\w+)"', re.search(r'"mode",\s*"train",\s*\[(.*?)\]', source, re.DOTALL)[1]))
@@ -70,7 +68,7 @@ class Parsed(Exception):
 
 
 def understood(module, arguments):
-    """Whether a module's command line takes these arguments."""
+    """Return whether a module's command line takes these arguments."""
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, *given):
@@ -84,7 +82,7 @@ def understood(module, arguments):
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         patch.setattr(sys, "argv", [module, *arguments])
         try:
-            return main() is Parsed  # it gave up on them, and said so
+            return main() is Parsed  # main rejected the arguments
         except Parsed:
             return True
         except SystemExit:
@@ -92,7 +90,7 @@ def understood(module, arguments):
 
 
 @pytest.mark.parametrize("page", [*WRITTEN, *CONFIGS], ids=name_of)
-def test_every_command_on_a_page_is_understood(page, known_flags):
+def test_every_command_on_a_page_parses(page, known_flags):
     for command in commands(page.read_text()):
         if command[1] == "run.py":
             check_run(command[2:], known_flags)
@@ -106,7 +104,7 @@ def test_commands_are_found_whole():
     assert list(commands(text)) == found
 
 
-def test_wrong_commands_are_noticed(known_flags):
+def test_wrong_commands_are_rejected(known_flags):
     with pytest.raises(AssertionError, match="epoks"):
         check_run(["--config=configs/cifar100_lt.py:method=ce", "--config.epoks=3"], known_flags)
     with pytest.raises(ValueError, match="unknown config argument"):
@@ -117,24 +115,24 @@ def test_wrong_commands_are_noticed(known_flags):
 
 
 def anchors(page):
-    """What headings of a page may be linked by."""
-    found = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
-    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in found}
+    """Return the anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_relative_link_leads_somewhere(page):
+def test_the_target_of_every_relative_link_exists(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
         if re.match(r"[a-z]+:", target):
             continue
-        there = (page.parent / target).resolve() if target else page
-        assert there.is_file(), f"{target} is not there"
-        assert not anchor or anchor in anchors(there), f"{target} has no heading #{anchor}"
+        file = (page.parent / target).resolve() if target else page
+        assert file.is_file(), f"{target} does not exist"
+        assert not anchor or anchor in anchors(file), f"{target} has no heading #{anchor}"
 
 
 @pytest.mark.parametrize("page", [page for page in generate.pages() if "<!-- end -->" in page.read_text()], ids=name_of)
-def test_what_a_page_takes_from_the_configs_is_what_they_say(page):
+def test_generated_blocks_are_up_to_date(page):
     text = page.read_text()
     assert generate.filled(text) == text, "run `python -m docs.generate`"
 
@@ -145,12 +143,12 @@ def numbers(text):
 
 @pytest.mark.parametrize("name", [*generate.LONG_TAILED[:-1], *generate.BALANCED])
 def test_every_figure_of_a_config_is_in_its_table(name):
-    said = "\n".join(line for _, lines in generate.sections(name) for line in lines)
-    assert numbers(said) <= numbers(generate.reproduction(name))
+    text = "\n".join(line for _, lines in generate.sections(name) for line in lines)
+    assert numbers(text) <= numbers(generate.reproduction(name))
     assert generate.headings(name) or name == "tiny_imagenet"
 
 
-def test_a_figure_of_ours_takes_the_place_of_not_yet_run(monkeypatch):
+def test_our_figure_replaces_not_yet_run(monkeypatch):
     lines = (
         "Top-1 in %, full length:",
         "MiSLAS, paper  47.0",
@@ -165,7 +163,7 @@ def test_a_figure_of_ours_takes_the_place_of_not_yet_run(monkeypatch):
 
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
-    """write(name, seed, accuracy, ece): an archive, as far as tables read it."""
+    """Return write(name, seed, accuracy, ece), which makes an archive with what tables read."""
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
 
     def write(name, seed, accuracy, ece, **more):
@@ -173,16 +171,16 @@ def archives(tmp_path, monkeypatch):
         folder.mkdir()
         figures = {"accuracy": {"all": accuracy, "few": accuracy / 2}, "ece": ece, "num_images": 10_000}
         stage = {"title": "One", "seconds": 60.0, **figures}
-        found = {"name": name, "final_stage": "one", "seconds": 60.0, "seed": seed, "stages": {"one": stage}}
-        about = {"git_commit": "abcdef123", "versions": {"jax": "0.12.0"}, "device": "cpu: cpu", "num_devices": 2}
-        (folder / "results.json").write_text(json.dumps({**found, **about, **more}))
+        results = {"name": name, "final_stage": "one", "seconds": 60.0, "seed": seed, "stages": {"one": stage}}
+        origin = {"git_commit": "abcdef123", "versions": {"jax": "0.12.0"}, "device": "cpu: cpu", "num_devices": 2}
+        (folder / "results.json").write_text(json.dumps({**results, **origin, **more}))
         config = {"name": name, "data": {"name": "cifar100"}, "stages": ["one"], "one": {}, "seed": seed}
         (folder / "config.json").write_text(json.dumps(config))
 
     return write
 
 
-def test_figures_of_archives_stand_where_those_of_runs_stand(archives):
+def test_our_figures_come_from_archives(archives):
     assert generate.ours("cifar100_lt", "mislas") == ["not yet run"]
     archives("cifar100_lt-mislas-if100-bf16", 0, 0.46, 0.05)
     archives("cifar100_lt-mislas-if100-bf16", 1, 0.48, 0.05)
@@ -196,24 +194,24 @@ def test_figures_of_archives_stand_where_those_of_runs_stand(archives):
     assert generate.archived("cifar100_lt", "mislas", "-bf16-short") == ["19.0 / 5.0; -; - (bf16, 1 seed)"]
 
 
-def test_a_table_of_archives_has_a_row_for_each_config_the_best_first_and_says_where_it_comes_from(archives):
+def test_a_table_of_archives_has_a_row_for_each_config_the_best_first_and_its_origin(archives):
     archives("cifar100_lt-ce-if100-bf16", 0, 0.38, 0.2)
     archives("cifar100_lt-mislas-if100-bf16", 0, 0.47, 0.05)
     archives("cifar100_lt-mislas-if10-bf16", 0, 0.63, 0.02)
-    found = generate.results_table("cifar100_lt-*-if100-bf16").splitlines()
-    assert [line.split("|")[1].strip() for line in found[2:4]] == [
+    lines = generate.results_table("cifar100_lt-*-if100-bf16").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == [
         "cifar100_lt-mislas-if100-bf16",
         "cifar100_lt-ce-if100-bf16",
     ]
-    assert found[-1].endswith("commit abcdef1; jax 0.12.0; 2 x cpu.")
-    assert "63.0" not in "".join(found)
+    assert lines[-1].endswith("commit abcdef1; jax 0.12.0; 2 x cpu.")
+    assert "63.0" not in "".join(lines)
 
 
 def test_a_table_without_archives_says_how_to_make_them(archives):
     assert "`python -m benchmarks.reproduce` makes them" in generate.results_table("nothing-*")
 
 
-def test_short_figures_are_named_as_the_line_above_them_does(monkeypatch):
+def test_short_figures_have_the_names_of_their_heading(monkeypatch):
     lines = "Top-1 / few-shot classes / ECE of the last epoch in %, budget=short:", "drolt  15.3 / 0.8 / 0.9   2411053"
     monkeypatch.setattr(generate, "module", lambda name: {"__doc__": "\n  ".join(lines)})
     assert generate.ours_short("cifar100_lt", "drolt") == ["Top-1 15.3, few-shot classes 0.8, ECE 0.9, 2411053"]
@@ -224,12 +222,12 @@ def test_every_method_has_a_page():
     assert all(f"`{method}`" in listed for method in recipes.METHODS)
 
 
-def test_every_block_is_on_the_page_of_combinations():
+def test_the_page_of_combinations_has_every_block():
     listed = (ROOT / "docs" / "methods" / "combinations.md").read_text()
     assert all(f"`{block}`" in listed for block in (*recipes.SCRATCH, *recipes.NEXT))
 
 
-def test_every_public_loss_is_drawn_or_linked_from_a_page():
+def test_every_public_loss_is_on_a_page():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "methods").glob("*.md"))
     public = [name for name, value in vars(losses).items() if getattr(value, "__module__", "") == losses.__name__]
     assert [
@@ -238,11 +236,11 @@ def test_every_public_loss_is_drawn_or_linked_from_a_page():
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_a_picture_shows_todays_numbers(name):
-    drawn = (figures.FOLDER / f"{name}.svg").read_text()
-    said = [float(number) for number in re.search(r"<dc:description>(.*?)</dc:description>", drawn)[1].split()]
-    today = figures.numbers(figures.FIGURES[name]())
-    assert said == pytest.approx(today, rel=0.01, abs=0.003), "run `python -m docs.figures`"
+def test_a_picture_is_up_to_date(name):
+    svg = (figures.FOLDER / f"{name}.svg").read_text()
+    stored = [float(number) for number in re.search(r"<dc:description>(.*?)</dc:description>", svg)[1].split()]
+    current = figures.numbers(figures.FIGURES[name]())
+    assert stored == pytest.approx(current, rel=0.01, abs=0.003), "run `python -m docs.figures`"
 
 
 def test_every_page_is_in_the_menu():
