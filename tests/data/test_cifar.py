@@ -12,7 +12,8 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from ltjax.data import cifar, prepare, source
+from ltjax.data import cifar, source
+from ltjax.data.prepare import cifar as preparation
 from ltjax.types import UserError
 
 REAL = os.environ.get("TFDS_DATA_DIR")
@@ -25,10 +26,10 @@ def written(tmp_path_factory):
     splits = {}
     for split, count in (("train", 40), ("test", 12)):
         labels = np.stack([rng.integers(20, size=count), rng.integers(100, size=count)], axis=1).astype(np.uint8)
-        splits[split] = prepare.Split(rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), labels)
+        splits[split] = preparation.Split(rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), labels)
     names = {"coarse_label": [f"group {i}" for i in range(20)], "label": [f"class_{i}" for i in range(100)]}
     data_dir = tmp_path_factory.mktemp("written")
-    prepare._write(prepare.CIFAR100, data_dir, names, splits)
+    preparation.write(preparation.CIFAR100, data_dir, names, splits)
     return data_dir, splits
 
 

@@ -7,7 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from ltjax import data
-from ltjax.data import index, prepare, shards
+from ltjax.data import index, shards
+from ltjax.data.prepare.__main__ import main
 from ltjax.data.source import newest_version
 from ltjax.types import UserError
 from tests.data import miniatures
@@ -20,7 +21,7 @@ def prepared(tmp_path_factory):
     """What our own preparer made of a miniature: the folder of all data sets."""
     source, data_dir = tmp_path_factory.mktemp("official"), tmp_path_factory.mktemp("prepared")
     miniatures.inat18(source, COUNTS, VALIDATION, size=16)
-    assert prepare.main(["inat18", f"--source={source}", f"--data_dir={data_dir}"]) == 0
+    assert main(["inat18", f"--source={source}", f"--data_dir={data_dir}"]) == 0
     return data_dir
 
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import prepare, prepare_shards
+from ltjax.data.prepare import shards
+from ltjax.data.prepare.__main__ import main
 
 NAME = "i_naturalist2018"
 VERSION = "1.0.0"
 
 
 def run(source, data_dir, *flags):
-    return prepare.main(["inat18", f"--source={source}", f"--data_dir={data_dir}", *flags])
+    return main(["inat18", f"--source={source}", f"--data_dir={data_dir}", *flags])
 
 
 def directory(data_dir):
@@ -50,7 +51,7 @@ def error_line(capsys):
 def run_with_small_shards(source, data_dir):
     """Prepares with two images to a shard; returns the folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_shards, "SHARD_IMAGES", 2)
+        patch.setattr(shards, "SHARD_IMAGES", 2)
         assert run(source, data_dir) == 0
     return directory(data_dir)
 

@@ -12,7 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from ltjax import data
-from ltjax.data import prepare, prepare_tiny_imagenet, tiny_imagenet
+from ltjax.data import tiny_imagenet
+from ltjax.data.prepare import tiny_imagenet as preparation
+from ltjax.data.prepare.__main__ import SMALL, main
 from ltjax.types import UserError
 
 WNIDS = ("n02124075", "n04067472", "n01443537")  # not sorted, as in the official file
@@ -58,7 +60,7 @@ def write_folder(path, members):
     return path
 
 
-MINIATURE = prepare_tiny_imagenet.OFFICIAL._replace(num_classes=3, train_per_class=TRAIN, test_per_class=TEST)
+MINIATURE = preparation.OFFICIAL._replace(num_classes=3, train_per_class=TRAIN, test_per_class=TEST)
 
 
 @pytest.fixture(autouse=True)
@@ -66,24 +68,22 @@ def expect(monkeypatch):
     """`expect(**fields)`: from then on the official archive is a miniature with those fields, as it is without."""
 
     def replace(**fields):
-        made = functools.partial(prepare_tiny_imagenet.prepare, archive=MINIATURE._replace(**fields))
-        monkeypatch.setitem(prepare.DATASETS, "tiny_imagenet", made)
+        made = functools.partial(preparation.prepare, archive=MINIATURE._replace(**fields))
+        monkeypatch.setitem(SMALL, "tiny_imagenet", made)
 
     replace()
     return replace
 
 
 def run(data_dir, source=None):
-    return prepare.main(
-        ["tiny_imagenet", f"--data_dir={data_dir}", *([f"--source={source}"] if source is not None else [])]
-    )
+    return main(["tiny_imagenet", f"--data_dir={data_dir}", *([f"--source={source}"] if source is not None else [])])
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder with a prepared miniature."""
     base = tmp_path_factory.mktemp("written")
-    prepare_tiny_imagenet.prepare(base / "data", write_zip(base / "archive.zip", miniature()), MINIATURE)
+    preparation.prepare(base / "data", write_zip(base / "archive.zip", miniature()), MINIATURE)
     return base / "data"
 
 
@@ -193,7 +193,7 @@ def test_a_second_run_says_that_it_is_there(written, capsys):
 
 
 def test_the_official_numbers():
-    official = prepare_tiny_imagenet.OFFICIAL
+    official = preparation.OFFICIAL
     assert official.num_classes * official.train_per_class == 100000
     assert official.num_classes * official.test_per_class == 10000
 

@@ -3,14 +3,15 @@
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import prepare, prepare_places_lt
+from ltjax.data.prepare import places_lt
+from ltjax.data.prepare.__main__ import main
 from tests.data import miniatures
 
 SPLITS = ("train", "validation", "test")
 
 
 def run(source, data_dir):
-    return prepare.main(["places_lt", f"--source={source}", f"--data_dir={data_dir}"])
+    return main(["places_lt", f"--source={source}", f"--data_dir={data_dir}"])
 
 
 def builder(data_dir):
@@ -179,9 +180,9 @@ def test_every_category_is_known_in_both_spellings():
     labels = {name.replace("/", "-") for name in names}
     for name in names:
         key = f"{name.replace('/', '-')}/00000001.jpg"
-        assert prepare_places_lt._key(f"data_256/{name[0]}/{name}/00000001.jpg", labels) == key
-        assert prepare_places_lt._key(f"train/{name.replace('/', '-')}/00000001.jpg", labels) == key
+        assert places_lt._key(f"data_256/{name[0]}/{name}/00000001.jpg", labels) == key
+        assert places_lt._key(f"train/{name.replace('/', '-')}/00000001.jpg", labels) == key
 
 
 def test_the_official_numbers():
-    assert prepare_places_lt.OFFICIAL == {"train": 62500, "validation": 7300, "test": 36500}
+    assert places_lt.OFFICIAL == {"train": 62500, "validation": 7300, "test": 36500}

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ltjax.data import index, prepare_large, prepare_shards
+from ltjax.data import index
+from ltjax.data.prepare import one_pass, shards, target
 from tests.data import miniatures
-from tests.data.preparing import (
+from tests.data.prepare.preparing import (
     directory,
     error_line,
     incomplete,
@@ -22,12 +23,12 @@ from tests.data.preparing import (
     run_with_small_shards,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(prepare_shards, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 2)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def stopped(source, monkeypatch):
     """`stopped(data_dir, number, error)`: the exit code of a run that an error stops at a number of records."""
 
     def stopped(data_dir, number, error, *flags):
-        serialise, calls = prepare_large._record, []
+        serialise, calls = one_pass._record, []
 
         def record(*args):
             calls.append(args)
@@ -58,7 +59,7 @@ def stopped(source, monkeypatch):
             return serialise(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare_large, "_record", record)
+            patch.setattr(one_pass, "_record", record)
             return run(source, data_dir, *flags)
 
     return stopped
@@ -84,19 +85,19 @@ def test_only_images_of_unfinished_shards_are_read_again(stopped, source, small_
     finished = [json.loads(line)["keys"] for line in journal(tmp_path)[1:]]
     assert finished
     read = []
-    walk = prepare_large.walk
+    walk = one_pass.walk
 
     def counting(source):
         for member in walk(source):
             yield member._replace(read=lambda member=member: read.append(Path(member.name).stem) or member.read())
 
-    monkeypatch.setattr(prepare_large, "walk", counting)
+    monkeypatch.setattr(one_pass, "walk", counting)
     assert run(source, tmp_path) == 0
     assert sorted(read) == sorted(originals(source).keys() - {key for keys in finished for key in keys})
 
 
 def journal(data_dir):
-    return (incomplete(data_dir) / prepare_shards.JOURNAL).read_text().splitlines()
+    return (incomplete(data_dir) / shards.JOURNAL).read_text().splitlines()
 
 
 def test_ctrl_c_says_that_the_finished_part_is_kept(stopped, small_shards, tmp_path, capsys):
@@ -111,16 +112,17 @@ def test_ctrl_c_says_that_the_finished_part_is_kept(stopped, small_shards, tmp_p
 def test_killed_with_sigkill_the_same_command_goes_on(source, prepared, small_shards, tmp_path):
     code = f"""
 import os, signal
-from ltjax.data import prepare, prepare_large, prepare_shards
-prepare_shards.SHARD_IMAGES = 2
-serialise, calls = prepare_large._record, []
+from ltjax.data.prepare import one_pass, shards
+from ltjax.data.prepare.__main__ import main
+shards.SHARD_IMAGES = 2
+serialise, calls = one_pass._record, []
 def record(*args):
     calls.append(args)
     if len(calls) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return serialise(*args)
-prepare_large._record = record
-prepare.main(["inat18", "--source={source}", "--data_dir={tmp_path}"])
+one_pass._record = record
+main(["inat18", "--source={source}", "--data_dir={tmp_path}"])
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
@@ -148,7 +150,7 @@ def test_killed_at_the_very_end_no_image_is_read_again(source, prepared, small_s
     def walk(source):
         raise AssertionError(f"{source} is read again")
 
-    monkeypatch.setattr(prepare_large, "walk", walk)
+    monkeypatch.setattr(one_pass, "walk", walk)
     assert run(source, tmp_path) == 0
     assert raw(directory(tmp_path)) == raw(prepared)
 
@@ -167,7 +169,7 @@ def test_an_image_skipped_by_a_killed_run_and_then_replaced_is_not_listed_as_ski
 
 def test_a_journal_cut_short_counts_as_far_as_it_goes(stopped, source, prepared, small_shards, tmp_path):
     stopped(tmp_path, 10, KeyboardInterrupt)
-    path = incomplete(tmp_path) / prepare_shards.JOURNAL
+    path = incomplete(tmp_path) / shards.JOURNAL
     path.write_text(path.read_text()[:-20])
     assert run(source, tmp_path) == 0
     assert raw(directory(tmp_path)) == raw(prepared)
@@ -208,7 +210,7 @@ def test_a_full_disk_says_that_the_finished_part_is_kept(stopped, source, prepar
 
 def test_two_runs_at_once_are_refused(source, tmp_path, capsys):
     incomplete(tmp_path).mkdir(parents=True)
-    with prepare_shards.locked(incomplete(tmp_path)):
+    with target.locked(incomplete(tmp_path)):
         assert run(source, tmp_path) == 2
     assert "another run is writing" in error_line(capsys)
 

@@ -5,15 +5,16 @@ import gzip
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import prepare, prepare_inat18
-from ltjax.data.prepare_large import features
+from ltjax.data.prepare import inat18
+from ltjax.data.prepare.__main__ import main
+from ltjax.data.prepare.one_pass import features
 from tests.data import miniatures
 
 NAME = "i_naturalist2018"
 
 
 def run(source, data_dir, name="inat18"):
-    return prepare.main([name, f"--source={source}", f"--data_dir={data_dir}"])
+    return main([name, f"--source={source}", f"--data_dir={data_dir}"])
 
 
 def builder(data_dir):
@@ -100,8 +101,8 @@ def test_without_it_the_annotations_name_them(prepared):
 
 
 def test_as_many_species_as_in_the_official_set_are_named_as_in_tfds(tmp_path):
-    species = [{"id": i, "name": str(i), "supercategory": "Aves"} for i in range(prepare_inat18.NUM_CLASSES)]
-    names = prepare_inat18._class_names(tmp_path, {}, species)
+    species = [{"id": i, "name": str(i), "supercategory": "Aves"} for i in range(inat18.NUM_CLASSES)]
+    names = inat18._class_names(tmp_path, {}, species)
     assert names == tfds.builder_cls(NAME)(data_dir=tmp_path, file_format="array_record").info.features["label"].names
 
 
@@ -112,9 +113,9 @@ def test_features_are_those_of_the_builder_of_tfds(tmp_path):
 
 
 def test_version_and_official_numbers(tmp_path):
-    plan = prepare_inat18.plan(miniatures.inat18(tmp_path))
-    assert (plan.name, plan.version) == (NAME, str(tfds.builder_cls(NAME).VERSION))
-    assert plan.official == {"train": 437513, "validation": 24426} and prepare_inat18.NUM_CLASSES == 8142
+    spec = inat18.read_spec(miniatures.inat18(tmp_path))
+    assert (spec.name, spec.version) == (NAME, str(tfds.builder_cls(NAME).VERSION))
+    assert spec.official == {"train": 437513, "validation": 24426} and inat18.NUM_CLASSES == 8142
 
 
 def unknown_category(annotations):

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import prepare, prepare_imagenet_lt
-from ltjax.data.prepare_large import features
+from ltjax.data.prepare import imagenet_lt
+from ltjax.data.prepare.__main__ import main
+from ltjax.data.prepare.one_pass import features
 from tests.data import miniatures
 
 SPLITS = ("train", "validation", "test")
 
 
 def run(source, data_dir):
-    return prepare.main(["imagenet_lt", f"--source={source}", f"--data_dir={data_dir}"])
+    return main(["imagenet_lt", f"--source={source}", f"--data_dir={data_dir}"])
 
 
 def contents(data_dir):
@@ -127,9 +128,9 @@ def test_features_are_those_of_the_builder_of_tfds(tmp_path):
 
 
 def test_version_and_official_numbers_are_those_of_tfds(source, tmp_path):
-    plan = prepare_imagenet_lt.plan(source)
-    assert (plan.name, plan.version) == ("imagenet_lt", str(tfds.builder_cls("imagenet_lt").VERSION))
-    assert plan.official == {"train": 115846, "validation": 20000, "test": 50000}
+    spec = imagenet_lt.read_spec(source)
+    assert (spec.name, spec.version) == ("imagenet_lt", str(tfds.builder_cls("imagenet_lt").VERSION))
+    assert spec.official == {"train": 115846, "validation": 20000, "test": 50000}
 
 
 def test_the_index_stands_by_file_name(tmp_path, source):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import cifar, prepare
+from ltjax.data import cifar
+from ltjax.data.prepare import cifar as preparation
+from ltjax.data.prepare.__main__ import SMALL, main
 from ltjax.types import UserError
 
 NAMES = ("cifar10", "cifar100")
@@ -74,7 +76,7 @@ def data_dir(tmp_path):
 
 
 def run(name, data_dir, source=None):
-    return prepare.main([name, f"--data_dir={data_dir}"] + ([f"--source={source}"] if source else []))
+    return main([name, f"--data_dir={data_dir}"] + ([f"--source={source}"] if source else []))
 
 
 def error_line(capsys, data_dir=None):
@@ -158,7 +160,7 @@ def test_second_run_finds_damage(archive, name, data_dir, capsys):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError("disk")])
 def test_interruption_leaves_nothing_that_loads_and_the_next_run_works(error, archive, name, data_dir, capsys):
-    encode, calls = prepare.cv2.imencode, []
+    encode, calls = preparation.cv2.imencode, []
 
     def fails_at_the_fifth(*args):
         calls.append(args)
@@ -167,7 +169,7 @@ def test_interruption_leaves_nothing_that_loads_and_the_next_run_works(error, ar
         return encode(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare.cv2, "imencode", fails_at_the_fifth)
+        patch.setattr(preparation.cv2, "imencode", fails_at_the_fifth)
         assert run(name, data_dir, archive) == (130 if error is KeyboardInterrupt else 2)
     error_line(capsys, data_dir)
     assert run(name, data_dir, archive) == 0
@@ -195,7 +197,7 @@ def test_interruption_while_the_files_are_written(archive, name, data_dir, capsy
     ],
 )
 def test_wrong_command(arguments, expected, capsys):
-    assert prepare.main(arguments) == 2
+    assert main(arguments) == 2
     assert expected in error_line(capsys)
 
 
@@ -275,7 +277,7 @@ def binary_class_names(members, name):
         (without_member, "it lacks {first}"),
         (ragged, "not a whole number of records"),
         (without_records, "{file} has 0 bytes"),
-        (label_out_of_range, "label 200, where there are"),
+        (label_out_of_range, "label 200, but there are"),
         (one_class_name_too_few, "0 different class names"),
         (repeated_class_name, "0 different class names"),
         (binary_class_names, "is not text"),
@@ -315,8 +317,8 @@ def served(archive, name, monkeypatch):
     def replace(**fields):
         data = archive.read_bytes()
         official = {"url": archive.as_uri(), "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} | fields
-        real = {"cifar10": prepare.CIFAR10, "cifar100": prepare.CIFAR100}[name]
-        monkeypatch.setitem(prepare.DATASETS, name, functools.partial(prepare.prepare_cifar, real._replace(**official)))
+        real = {"cifar10": preparation.CIFAR10, "cifar100": preparation.CIFAR100}[name]
+        monkeypatch.setitem(SMALL, name, functools.partial(preparation.prepare, real._replace(**official)))
 
     return replace
 
@@ -357,7 +359,7 @@ def test_no_network(served, name, data_dir, monkeypatch, capsys):
     assert "cannot download http://127.0.0.1:9/cifar.tar.gz" in line and "--source=FILE" in line
 
 
-@pytest.mark.parametrize("official", [prepare.CIFAR10, prepare.CIFAR100], ids=NAMES)
+@pytest.mark.parametrize("official", [preparation.CIFAR10, preparation.CIFAR100], ids=NAMES)
 def test_size_and_hash_are_those_that_tfds_registers(official):
     registered = tfds.builder_cls(official.name).url_infos[official.url]
     assert (official.size, official.sha256) == (registered.size, registered.checksum)

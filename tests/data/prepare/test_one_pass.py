@@ -11,9 +11,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image as Picture
 
-from ltjax.data import decode, index, prepare, prepare_large, prepare_shards, prepare_sources
+from ltjax.data import decode, index
+from ltjax.data.prepare import inat18, one_pass, shards, sources
+from ltjax.data.prepare.__main__ import main
 from tests.data import miniatures
-from tests.data.preparing import (
+from tests.data.prepare.preparing import (
     NAME,
     VERSION,
     directory,
@@ -29,7 +31,7 @@ from tests.data.preparing import (
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(prepare_shards, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 2)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +101,7 @@ def test_the_index_carries_the_fingerprint_of_the_shards(prepared):
 
 
 def test_the_bytes_of_records_bound_a_shard(source, tmp_path):
-    from ltjax.data import prepare_inat18
-
-    def plan():
-        return prepare_inat18.plan(source)
-
-    prepare_large.prepare(NAME, tmp_path, plan, shard_bytes=1)
+    one_pass.prepare(NAME, tmp_path, source, inat18.read_spec, (), shard_bytes=1)
     assert set(raw(directory(tmp_path))[2]["train"]) == {1}
 
 
@@ -119,7 +116,7 @@ def test_the_command_says_what_it_made_and_that_the_lists_are_short(source, tmp_
 
 
 def test_a_second_run_says_that_it_is_there_and_needs_no_source(prepared, capsys):
-    assert prepare.main([NAME, f"--data_dir={prepared.parents[1]}"]) == 0
+    assert main([NAME, f"--data_dir={prepared.parents[1]}"]) == 0
     assert capsys.readouterr() == (
         f"{NAME} is already prepared: 11 train and 3 validation images in {prepared}\n",
         "",
@@ -135,13 +132,13 @@ def test_a_second_run_finds_a_missing_shard(source, tmp_path, capsys):
 
 
 def test_without_a_source_the_command_says_what_is_needed(tmp_path, capsys):
-    assert prepare.main(["inat18", f"--data_dir={tmp_path}"]) == 2
+    assert main(["inat18", f"--data_dir={tmp_path}"]) == 2
     line = error_line(capsys)
     assert "--source=FOLDER" in line and "train_val2018.tar.gz" in line
 
 
 def test_skip_damaged_is_refused_for_other_data_sets(tmp_path, capsys):
-    assert prepare.main(["cifar10", f"--data_dir={tmp_path}", "--skip_damaged"]) == 2
+    assert main(["cifar10", f"--data_dir={tmp_path}", "--skip_damaged"]) == 2
     assert "leave it out for cifar10" in error_line(capsys)
 
 
@@ -185,7 +182,7 @@ PNG = encoded("RGBA PNG")
     ids=["rgb", "progressive", "grey", "cmyk", "rotated", "rgba", "palette", "appended bytes", "stray bytes"],
 )
 def test_every_kind_of_picture_will_do(content):
-    assert prepare_large.problem(content) == ""
+    assert decode.problem(content) == ""
 
 
 @pytest.mark.parametrize(
@@ -205,11 +202,11 @@ def test_every_kind_of_picture_will_do(content):
     ],
 )
 def test_what_is_wrong_with_an_image_is_said(content, expected):
-    assert prepare_large.problem(content).startswith(expected)
+    assert decode.problem(content).startswith(expected)
 
 
 def test_a_png_cut_short_is_found():
-    assert "not an image" in prepare_large.problem(PNG[: len(PNG) // 2])
+    assert "not an image" in decode.problem(PNG[: len(PNG) // 2])
 
 
 @pytest.fixture
@@ -288,8 +285,8 @@ def test_replaced_images_complete_what_is_finished(damaged, tmp_path, small_shar
     assert run(source, data_dir) == 2
     miniatures.inat18(source, counts=(6, 3, 2))  # the official images
     written = []
-    serialise = prepare_large._record
-    monkeypatch.setattr(prepare_large, "_record", lambda *a: written.append(a[1]) or serialise(*a))
+    serialise = one_pass._record
+    monkeypatch.setattr(one_pass, "_record", lambda *a: written.append(a[1]) or serialise(*a))
     assert run(source, data_dir) == 0
     assert sorted(written) == sorted(ids)
     found = {r["id"].decode(): r["image"] for s in ("train", "validation") for r in records(directory(data_dir), s)}
@@ -346,8 +343,8 @@ def test_an_archive_of_another_layout_is_refused(tmp_path, capsys):
 # Memory.
 
 
-def plan_of(names):
-    return prepare_large.Plan(
+def spec_of(names):
+    return one_pass.DatasetSpec(
         name="many",
         version="1.0.0",
         description="",
@@ -356,7 +353,7 @@ def plan_of(names):
         class_names={"label": ["a"]},
         by_label={},
         official={"train": len(names)},
-        images=dict.fromkeys(names, prepare_large.Image("train", 0)),
+        images=dict.fromkeys(names, one_pass.Image("train", 0)),
         key=lambda name: name,
         sources=[Path("unused")],
         expected="",
@@ -376,21 +373,21 @@ def test_few_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
                     ahead.append(len(read) - len(written))
                 return WHOLE
 
-            yield prepare_sources.Member(name, name, content)
+            yield sources.Member(name, name, content)
 
-    serialise = prepare_large._record
-    monkeypatch.setattr(prepare_large, "walk", walk)
-    monkeypatch.setattr(prepare_large, "_record", lambda *args: written.append(args[1]) or serialise(*args))
-    prepare_large.prepare("many", tmp_path, lambda: plan_of(names))
+    serialise = one_pass._record
+    monkeypatch.setattr(one_pass, "walk", walk)
+    monkeypatch.setattr(one_pass, "_record", lambda *args: written.append(args[1]) or serialise(*args))
+    one_pass.prepare("many", tmp_path, tmp_path, lambda source: spec_of(names), ())
     assert read == written == names  # each once, in the order of the source
-    assert max(ahead) <= prepare_large.IN_FLIGHT
+    assert max(ahead) <= one_pass.IN_FLIGHT
 
 
 def test_an_image_that_claims_to_be_huge_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_sources, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 1000)
     monkeypatch.setattr(decode, "MAX_IMAGE_BYTES", 1000)
     path = miniatures.write_tar(tmp_path / "x.tar", {"1.jpg": bytes(5000)})
-    (member,) = [(len(m.read()), prepare_large.problem(m.read())) for m in prepare_sources.walk(path)]
+    (member,) = [(len(m.read()), decode.problem(m.read())) for m in sources.walk(path)]
     assert member == (1001, "more than 1000 bytes")
 
 

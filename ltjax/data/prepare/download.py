@@ -1,4 +1,4 @@
-"""Fetching an archive from the network, once."""
+"""Download an archive once."""
 
 import contextlib
 import http.client
@@ -13,15 +13,25 @@ from ltjax.types import UserError, one_line
 
 
 def basename(url: str) -> str:
-    """The name of the file that an address stands for."""
+    """Return the file name at the end of a URL."""
     return url.rpartition("/")[2]
 
 
 def download(url: str, folder: Path, difference: Callable[[Path], str]) -> Path:
-    """What lies at `url`, as a file in `folder`, downloaded unless it is there.
+    """Download `url` into `folder`, unless the right file is there already.
 
-    difference: in what a file differs from the expected one; empty if in nothing. The file appears under its own name
-    only once it is whole. Raises: UserError where it cannot be had or is another.
+    The file gets its name only after the last byte has been checked.
+
+    Args:
+      url: what to download.
+      folder: where to put the file; made if missing.
+      difference: `path -> how the file differs from the expected one`, "" if it does not.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      UserError: the download failed, or the server sent another file.
     """
     path = folder / basename(url)
     if path.is_file() and not difference(path):
