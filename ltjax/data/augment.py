@@ -4,6 +4,8 @@ They run inside a compiled step, also in `lax.scan` and on a batch sharded over 
 at most the last bit of mixup's sum. Each image draws its own random numbers; mixup draws one share for the batch.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -29,9 +31,8 @@ def augment(
     magnitude), division by 255, `color_jitter`, `cutout`, `random_mixup`. Each keyword is a setting of that part in a
     config. Zero, False or () turns a part off and leaves the random numbers of the others unchanged.
 
-    Raises:
-      UserError: a setting is out of range, or colour operations get images that are not RGB.
-      ValueError: the images are not uint8.
+    UserError if a setting is out of range, or if colour operations get images that are not RGB; ValueError if the
+    images are not uint8.
     """
     sizes = dict(crop_padding=crop_padding, cutout_size=cutout_size, mixup_alpha=mixup_alpha, color_jitter=color_jitter)
     _check_settings(rand_augment, auto_augment, sizes)
@@ -58,8 +59,7 @@ def _check_settings(rand_augment: tuple[float, ...], auto_augment: bool, sizes: 
     for name, value in sizes.items():
         if not value >= 0:
             raise UserError(f"augment {name} = {value}: 0 turns it off, else above 0")
-    if sizes["color_jitter"] > 1:
-        value = sizes["color_jitter"]
+    if (value := sizes["color_jitter"]) > 1:
         raise UserError(f"augment color_jitter = {value}: factors from 1 - it to 1 + it, so at most 1")
     if rand_augment and (len(rand_augment) != 2 or rand_augment[0] < 1 or not 0 <= rand_augment[1] <= 10):
         raise UserError(
@@ -92,19 +92,14 @@ def crop_flip(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool
 def cutout(
     rng: jax.Array, images: jax.Array, *, size: int = 16, fill: float | tuple[float, ...] | jax.Array = 0.0
 ) -> jax.Array:
-    """Fill one square of `size` x `size` pixels in each image.
+    """Fill one square of `size` x `size` pixels in each of the images [B, H, W, channels], of any dtype.
 
     The square's centre is uniform over the image's pixels; the square is clipped at the border. It spans the rows from
     `centre - size // 2` up to, but not including, `centre - size // 2 + size`.
 
+    `fill` is a scalar or [channels], in the units of `images`. The default is black, as in DRO-LT's code, which cuts
+    before normalisation. The authors' code cuts after it; the equivalent is `fill=mean`, the data set's mean.
     Source: DeVries & Taylor 2017, arXiv 1708.04552.
-
-    Args:
-      rng: key.
-      images: [B, H, W, channels], any dtype; shape and dtype stay.
-      size: side in pixels.
-      fill: scalar or [channels], in the units of `images`. The default is black, as in DRO-LT's code, which cuts before
-        normalisation. The authors' code cuts after normalisation; the equivalent is `fill=mean`, the data set's mean.
     """
     count, height, width, _ = images.shape
     row_rng, column_rng = jax.random.split(rng)
@@ -118,20 +113,12 @@ def cutout(
 
 
 def mixup(images: jax.Array, labels: jax.Array, lam: float | jax.Array, permutation: jax.Array) -> Batch:
-    """Mix image i with image `permutation[i]`: `lam * images[i] + (1 - lam) * images[permutation[i]]`.
+    """Mix float images [B, H, W, channels]: `lam * images[i] + (1 - lam) * images[permutation[i]]`, lam in [0, 1].
 
+    The batch holds the labels [B] unchanged and the partners' labels. ValueError if the images are not float.
     Source: Zhang et al. 2018, arXiv 1710.09412.
-
-    Args:
-      images: [B, H, W, channels], float.
-      labels: [B], int; the batch holds them unchanged, and the partners' labels.
-      lam: scalar in [0, 1], the share of the image itself.
-      permutation: [B], int.
-
-    Raises:
-      ValueError: the images are not float.
     """
-    return _mixed(images, labels, lam, images[permutation], labels[permutation])
+    return _mixed(images, labels, lam, lambda x: x[permutation])
 
 
 def random_mixup(rng: jax.Array, images: jax.Array, labels: jax.Array, *, alpha: float) -> Batch:
@@ -140,7 +127,7 @@ def random_mixup(rng: jax.Array, images: jax.Array, labels: jax.Array, *, alpha:
     The authors' code draws a permutation of the batch. On several devices, that would send every image to every device,
     more bytes than the gradients. Samplers draw batches in random order, so fixed positions pair random images as well.
     """
-    return _mixed(images, labels, symmetric_beta(rng, alpha), partners(images), partners(labels))
+    return _mixed(images, labels, symmetric_beta(rng, alpha), partners)
 
 
 TRIES = 16  # candidates for each gamma draw: all are rejected once in 1e20 draws
@@ -184,17 +171,12 @@ def partners(x: jax.Array) -> jax.Array:
     return jnp.roll(groups, -min(4, size // 2), axis=1).reshape(x.shape)
 
 
-def _mixed(
-    images: jax.Array,
-    labels: jax.Array,
-    lam: float | jax.Array,
-    partner_images: jax.Array,
-    partner_labels: jax.Array,
-) -> Batch:
+def _mixed(images: jax.Array, labels: jax.Array, lam: float | jax.Array, partners_of: Callable) -> Batch:
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"mixup needs float images, not {images.dtype}")
     lam = jnp.asarray(lam, images.dtype)
-    return Batch(lam * images + (1 - lam) * partner_images, labels, partner_labels=partner_labels, lam=lam)
+    mixed = lam * images + (1 - lam) * partners_of(images)
+    return Batch(mixed, labels, partner_labels=partners_of(labels), lam=lam)
 
 
 # The 25 sub-policies for CIFAR-10: two operations each, as (operation, probability, level of magnitude 0 to 9).
@@ -258,11 +240,8 @@ def auto_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
     with its probability. Geometry and enhancements draw their sign. DRO-LT's code differs in geometry: it shears with
     bicubic interpolation and always rotates anticlockwise.
 
+    UserError if the images are not RGB, ValueError if they are not uint8.
     Source: Cubuk et al. 2019, arXiv 1805.09501.
-
-    Raises:
-      UserError: the images are not RGB.
-      ValueError: the images are not uint8.
     """
     _require_rgb(images)
     policy_rng, probability_rng, sign_rng = jax.random.split(rng, 3)
@@ -291,11 +270,8 @@ def rand_augment(rng: jax.Array, images: jax.Array, *, num_operations: int = 2, 
     Each image draws one of the 14 operations of `apply_operation`, and its sign, `num_operations` times. All operations
     have the same magnitude; 0 to 10 correspond to AutoAugment's levels 0 to 9.
 
+    UserError if the images are not RGB, ValueError if they are not uint8.
     Source: Cubuk et al. 2020, arXiv 1909.13719.
-
-    Raises:
-      UserError: the images are not RGB.
-      ValueError: the images are not uint8.
     """
     _require_rgb(images, "rand_augment")
     choice_rng, sign_rng = jax.random.split(rng)
@@ -317,20 +293,11 @@ def _apply_in_turn(images: jax.Array, operations: jax.Array, magnitudes: jax.Arr
 
 
 def color_jitter(rng: jax.Array, images: jax.Array, *, strength: float = 0.4) -> jax.Array:
-    """Scale brightness, contrast and saturation of each image, in random order.
+    """Scale brightness, contrast and saturation of images [B, H, W, 3], float in [0, 1], each image in a random order.
 
-    The factors are uniform in [1 - strength, 1 + strength]. Values are clipped to [0, 1] after each factor and not
-    rounded; torchvision rounds, because it works on 8-bit images.
-
+    The factors are uniform in [1 - strength, 1 + strength], strength at most 1. Values are clipped to [0, 1] after each
+    factor and not rounded; torchvision rounds, because it works on 8-bit images. UserError if the images are not RGB.
     Source: Krizhevsky et al. 2012, in the form of torchvision's transform.
-
-    Args:
-      rng: key.
-      images: [B, H, W, 3], float in [0, 1]; shape and dtype stay.
-      strength: at most 1.
-
-    Raises:
-      UserError: the images are not RGB.
     """
     if images.shape[-1] != 3:
         raise UserError(f"color_jitter needs RGB images, but these have {images.shape[-1]} channel(s): set it to 0")
@@ -360,13 +327,9 @@ def apply_operation(name: str, images: jax.Array, magnitude: float | jax.Array =
     enhancements, which Pillow rounds in floating point, differ by one grey level in few pixels.
 
     Args:
-      name: one of `MAGNITUDES`.
-      images: [B, H, W, 3], uint8.
+      name: one of `MAGNITUDES`, else ValueError.
+      images: [B, H, W, 3]; ValueError if they are not uint8, UserError if they are not RGB.
       magnitude: scalar or [B], in the units of `MAGNITUDES`, signed; unused by autocontrast, equalize and invert.
-
-    Raises:
-      UserError: the images are not RGB.
-      ValueError: the name is unknown, or the images are not uint8.
     """
     if name not in MAGNITUDES:
         raise ValueError(f"unknown operation {name!r}: choose one of {', '.join(MAGNITUDES)}")
@@ -510,10 +473,7 @@ def _look_up(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) ->
 
 
 def _equalizing_table(pixels: jax.Array, high: jax.Array) -> jax.Array:
-    """Return the table [B, 256, channels] that flattens the histogram of `pixels` [B, H W, channels].
-
-    `high` is their highest value, [B, 1, channels].
-    """
+    """Make the [B, 256, channels] table that flattens the histogram of `pixels` [B, H W, channels], maximum `high`."""
     num_pixels, values = pixels.shape[1], jnp.arange(256)[:, None]
     counts = jax.lax.platform_dependent(pixels, cpu=_counts_by_index, default=_counts_by_products)
     brightest = jnp.where(values == high, counts, 0).sum(1, keepdims=True)

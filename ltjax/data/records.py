@@ -16,10 +16,8 @@ def load(name: str, data_dir: Path) -> Images:
     """Read the newest prepared version of a data set with the splits `train` and `test` and one image size.
 
     Images are in the order of their ids, however the files are shuffled or sharded: record `train_00042` becomes
-    training image 42. Grey images become RGB. The EXIF orientation of a JPEG is ignored.
-
-    Raises:
-      UserError: the data set is missing or damaged, or only TensorFlow can read its files.
+    training image 42. Grey images become RGB. The EXIF orientation of a JPEG is ignored. UserError if the data set is
+    missing or damaged, or if only TensorFlow can read it.
     """
     return prepared.read(name, data_dir, _read)
 
@@ -45,16 +43,9 @@ def _read(builder: Any, directory: Path, class_names: tuple[str, ...]) -> Images
 def _decode(
     records: Any, image_shape: tuple[int, int, int], num_classes: int, advance: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decode N serialised `tf.train.Example`s, in the order of their ids.
+    """Decode N serialised `tf.train.Example`s, sorted by id, to images [N, *image_shape] uint8 and labels [N] int32.
 
-    Args:
-      records: the records, indexed by a range.
-      image_shape: the shape that every image must have.
-      num_classes: labels must be lower.
-      advance: called with the number of records decoded since the last call.
-
-    Returns:
-      Images [N, *image_shape] uint8 and labels [N] int32.
+    `advance` is called with the number of records decoded since the last call.
     """
     import cv2
     from tensorflow_datasets.proto import tf_example_pb2

@@ -157,10 +157,10 @@ def spoil_by_strays(root):
         (lambda root: make(root, (1,), "val"), ["{}/val has no images of b: nothing will be known"]),
         (
             lambda root: make(root, (1, 1), "valid"),
-            ["{}/valid is not read: for validation, call it validation", "{} has no folder"],
+            ["{}/valid is not read: rename it to validation to use it", "{} has no folder"],
         ),
         (spoil_by_two_for_validation, ["{}/test is not read: val is"]),
-        (spoil_by_strays, ["1 image(s) right in {}/train, in no class's folder, are passed over: x.jpg"]),
+        (spoil_by_strays, ["1 image(s) in {}/train, outside the classes' folders, are ignored: x.jpg"]),
     ],
 )
 def test_what_is_passed_over_or_held_out_is_said(tmp_path, capsys, spoil, notes):

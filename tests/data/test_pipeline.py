@@ -166,7 +166,7 @@ def test_an_image_that_cannot_be_read_is_named(sharding):
     data = made(Encoded(damaged=(7,)))
     plan = pipeline.once(data.train_files, data.train_labels, np.arange(8), 8, VIEW)
     with (
-        pytest.raises(UserError, match=r"image 7 cannot be read .*mend or remove it"),
+        pytest.raises(UserError, match=r"image 7 cannot be read .*replace or remove it"),
         pipeline.Stream(plan, sharding, 2) as stream,
     ):
         stream.take(0, 1, 0)

@@ -36,11 +36,7 @@ LARGE: dict[str, ModuleType] = {
 
 
 def prepare(dataset: str, data_dir: Path, source: Path | None, skip_damaged: bool) -> str:
-    """Prepare a data set; return the line to print.
-
-    Raises:
-      UserError: an unknown data set, `skip_damaged` for a small one, or what the data set's module raises.
-    """
+    """Prepare a data set; return the line to print."""
     if dataset in LARGE:
         module = LARGE[dataset]
         return one_pass.prepare(module.NAME, data_dir, source, module.read_spec, module.PIECES, skip_damaged)
@@ -52,11 +48,7 @@ def prepare(dataset: str, data_dir: Path, source: Path | None, skip_damaged: boo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-      The exit code: 0; 2 after one line `error: ...` on stderr; 130 after Ctrl-C.
-    """
+    """Run the command line; return the exit code: 0, 2 after one line `error: ...` on stderr, 130 after Ctrl-C."""
     parser = Parser(prog="python -m ltjax.data.prepare", description="Writes a data set to disk, once.")
     parser.add_argument("dataset", metavar="DATASET", help=", ".join([*SMALL, *LARGE]))
     parser.add_argument(

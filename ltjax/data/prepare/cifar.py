@@ -20,16 +20,10 @@ from ltjax.types import UserError, one_line
 
 
 class LabelFile(NamedTuple):
-    """One label of a record.
+    """One label of a record."""
 
-    Attributes:
-      feature: its name in the prepared data set.
-      file: the archive's file of class names.
-      num_classes: number of classes.
-    """
-
-    feature: str
-    file: str
+    feature: str  # its name in the prepared data set
+    file: str  # of class names, in the archive
     num_classes: int
 
 
@@ -80,20 +74,11 @@ class Split(NamedTuple):
 
 
 def prepare(archive: CifarArchive, data_dir: Path, source: Path | None = None) -> str:
-    """Write a CIFAR below `data_dir`, unless it is there already; completely or not at all.
+    """Write a CIFAR below `data_dir` unless it is there, completely or not at all; return a line for the user.
 
-    Args:
-      archive: `CIFAR10` or `CIFAR100`.
-      data_dir: the folder of all prepared data sets; made if missing.
-      source: an archive on disk with the official layout; stderr gets a warning if it is not the official file byte
-        for byte. None downloads the official archive to `<data_dir>/downloads`.
-
-    Returns:
-      A line for the user.
-
-    Raises:
-      UserError: an existing data set is damaged, the archive is missing, damaged or not a CIFAR, the download failed,
-        or `data_dir` cannot be written.
+    `source` is an archive with the official layout; stderr gets a warning if it is not the official file byte for byte.
+    None downloads the official archive to `<data_dir>/downloads`. UserError if an existing data set is damaged, the
+    archive is missing, damaged or not a CIFAR, the download fails, or `data_dir` cannot be written.
     """
 
     def make() -> None:

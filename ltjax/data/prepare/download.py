@@ -18,20 +18,10 @@ def basename(url: str) -> str:
 
 
 def download(url: str, folder: Path, difference: Callable[[Path], str]) -> Path:
-    """Download `url` into `folder`, unless the right file is there already.
+    """Download `url` into `folder`, unless the right file is there already; return the file's path.
 
-    The file gets its name only after the last byte has been checked.
-
-    Args:
-      url: what to download.
-      folder: where to put the file; made if missing.
-      difference: `path -> how the file differs from the expected one`, "" if it does not.
-
-    Returns:
-      The path of the file.
-
-    Raises:
-      UserError: the download failed, or the server sent another file.
+    `difference(path)` says how a file differs from the expected one, "" if it does not. The file gets its name only
+    after this check. UserError if the download fails or the server sends another file.
     """
     path = folder / basename(url)
     if path.is_file() and not difference(path):

@@ -21,11 +21,7 @@ PIECES = (*TRAIN, *TEST, *LISTS.values())
 
 
 def read_spec(source: Path) -> DatasetSpec:
-    """Read the lists in a folder.
-
-    Raises:
-      UserError: a file is missing, or a line of a list is wrong.
-    """
+    """Read the lists in a folder; UserError if a file is missing or a line is wrong."""
     import tensorflow_datasets as tfds
 
     wnids = Path(tfds.core.tfds_path("datasets/imagenet2012/labels.txt")).read_text().split()

@@ -14,13 +14,9 @@ from ltjax.types import UserError, one_line
 
 
 def prepare(name: str, data_dir: Path, make: Callable[[], None]) -> str:
-    """Call `make` to write a data set below `data_dir`, unless it is there already; read all of it back.
+    """Let `make` write a data set below `data_dir` unless it is there; read it back and return a line for the user.
 
-    Returns:
-      A line for the user: whether the data set was written, how many images it has, where it is.
-
-    Raises:
-      UserError: an existing data set is damaged, `data_dir` cannot be written, or `make` raises it.
+    UserError if an existing data set is damaged or `data_dir` cannot be written.
     """
     done = f"{name} is already prepared"
     if newest_version(data_dir, name) is None:
@@ -41,18 +37,15 @@ def write(
 ) -> None:
     """Write `<data_dir>/<name>/<version>`, completely or not at all.
 
-    The builder's description, features, version and shuffling stay; only its source of examples is replaced. TFDS
-    writes to a temporary folder and renames it at the end.
+    The description, features, version and shuffling are those of `builder`, a `tfds.core.GeneratorBasedBuilder` class.
+    TFDS writes to a temporary folder and renames it at the end. UserError if the files cannot be written.
 
     Args:
-      builder: a `tfds.core.GeneratorBasedBuilder` class.
+      builder: the class whose source of examples is replaced.
       data_dir: the folder of all prepared data sets.
       class_names: {label feature: names of its classes}.
       splits: {split: examples}, each example {feature: value} with encoded images.
       total: number of examples in all splits, for the progress bar.
-
-    Raises:
-      UserError: the files cannot be written.
     """
     import tensorflow_datasets as tfds
 

@@ -30,11 +30,7 @@ KEPT_KEYS |= {"name", "supercategory"}
 
 
 def read_spec(source: Path) -> DatasetSpec:
-    """Read the annotations in a folder; labels are category ids.
-
-    Raises:
-      UserError: a file is missing, or the annotations do not have the official layout.
-    """
+    """Read the annotations in a folder; UserError if a file is missing or the layout is not the official one."""
     import tensorflow_datasets as tfds
 
     found = find(source, [*PIECES, *CATEGORIES])

@@ -77,7 +77,7 @@ def prepare(
     skip_damaged: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write a data set below `data_dir`, unless it is there already.
+    """Write a data set below `data_dir` unless it is there; return a line for the user.
 
     Image files are kept byte for byte; each is decoded once as a check. Memory holds the lists and a few images. If the
     run stops for any reason, `<name>/<version>.incomplete` keeps the finished shards. The next run continues from there
@@ -94,12 +94,9 @@ def prepare(
         `problems.txt` and raise UserError.
       shard_bytes: the size of a full shard.
 
-    Returns:
-      A line for the user.
-
     Raises:
-      UserError: an existing data set is damaged; official files are missing, damaged or different; images are missing
-        or damaged; or `data_dir` cannot be written.
+      UserError: an existing data set is damaged; official files are missing, damaged or different; or `data_dir`
+        cannot be written.
       KeyboardInterrupt: with a message that says what is kept.
     """
     directory = newest_version(data_dir, name)
@@ -168,11 +165,8 @@ def _hash(spec: DatasetSpec) -> str:
 def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
     """Read the sources once and write the images that no finished shard holds.
 
-    Returns:
-      The missing and damaged images, which `problems.txt` lists as well.
-
-    Raises:
-      UserError: an image is in the sources twice, the sources hold no image of the lists, or `walk` raises it.
+    Return the missing and damaged images, which `problems.txt` lists as well. UserError if an image is in the sources
+    twice, or if they hold no image of the lists.
     """
     finished, seen = shards.keys(), set()
     problems: list[Problem] = []

@@ -34,11 +34,7 @@ NUM_CLASSES = 365
 
 
 def read_spec(source: Path) -> DatasetSpec:
-    """Read the lists in a folder.
-
-    Raises:
-      UserError: a file is missing, or a line of a list is wrong.
-    """
+    """Read the lists in a folder; UserError if a file is missing or a line is wrong."""
     found = find(source, [*PIECES, CATEGORIES])
     class_names = _class_names(found.get(CATEGORIES))
     labels = {name.replace("/", "-"): label for label, name in enumerate(class_names)}

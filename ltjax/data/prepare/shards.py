@@ -47,16 +47,9 @@ class Shards:
     """
 
     def __init__(self, folder: Path, name: str, spec_hash: str, shard_bytes: int = SHARD_BYTES):
-        """Open a folder.
+        """Open a folder, made if missing; UserError if it was begun with another hash of what is to be written.
 
-        Args:
-          folder: made if missing.
-          name: the data set.
-          spec_hash: hash of what is to be written.
-          shard_bytes: a shard is full with this many bytes of records, or with `SHARD_IMAGES` records.
-
-        Raises:
-          UserError: the folder was begun with another hash.
+        A shard is full with `shard_bytes` bytes of records, or with `SHARD_IMAGES` records.
         """
         self.folder, self.name, self.shard_bytes = folder, name, shard_bytes
         self.finished: dict[str, list[Shard]] = {}

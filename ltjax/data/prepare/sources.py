@@ -23,18 +23,11 @@ IMAGE_FOLDERS = re.compile(
 
 
 class Member(NamedTuple):
-    """A file in an archive or folder.
+    """A file in an archive or folder. Call `read` before asking for the next member."""
 
-    Attributes:
-      where: the full path, for messages.
-      name: the path relative to the archive or folder, with slashes.
-      read: returns the content, at most MAX_IMAGE_BYTES + 1 bytes. Call it before asking for the next member. It
-        raises OSError if a file in a folder cannot be read.
-    """
-
-    where: str
-    name: str
-    read: Callable[[], bytes]
+    where: str  # full path, for messages
+    name: str  # path relative to the archive or folder, with slashes
+    read: Callable[[], bytes]  # at most MAX_IMAGE_BYTES + 1 bytes; OSError if a file in a folder cannot be read
 
 
 def archives(stem: str) -> tuple[str, ...]:
@@ -45,11 +38,8 @@ def archives(stem: str) -> tuple[str, ...]:
 def find(source: Path, names: Iterable[str]) -> dict[str, Path]:
     """Find files and folders by name in `source` and a few levels below, but not inside folders of images.
 
-    Returns:
-      {name: path}, for each name the path nearest to `source`; without the names that are not found.
-
-    Raises:
-      UserError: `source` is not a readable folder, or holds a name twice at one depth.
+    Return {name: the path nearest to `source`}, without the names that are not found. UserError if `source` is not a
+    readable folder, or holds a name twice at one depth.
     """
     if not source.is_dir():
         raise UserError(f"no folder at {source}: --source is the folder that holds the official archives and lists")
@@ -82,11 +72,7 @@ def _search_level(folders: list[Path], wanted: set[str]) -> tuple[dict[str, list
 
 
 def pick(source: Path, found: dict[str, Path], what: str, names: Sequence[str]) -> Path:
-    """Return the first of `names` that `find` has found.
-
-    Raises:
-      UserError: none was found; the message says that `what` is missing.
-    """
+    """Return the first of `names` that `find` has found; UserError that `what` is missing if there is none."""
     for name in names:
         if name in found:
             return found[name]
@@ -97,10 +83,8 @@ def walk(source: Path) -> Iterator[Member]:
     """Iterate over the files of a tar archive, in its order, or of a folder, sorted by name. Nothing is unpacked.
 
     Tar archives inside are walked as well. An archive needs memory for one header, a folder for one folder's names.
-
-    Raises:
-      UserError: an archive is damaged or cut short; a member is a link or a device, or its name leads out of the
-        archive; or a folder cannot be listed.
+    UserError if an archive is damaged or truncated, if a member is a link or a device or its name leads out of the
+    archive, or if a folder cannot be listed.
     """
     if source.is_dir():
         yield from _walk_folder(source)
@@ -192,11 +176,7 @@ class Line(NamedTuple):
 
 
 def read_list(path: Path, num_classes: int) -> list[Line]:
-    """Read a list of images with lines `<path> <label>`, labels from 0 to `num_classes` - 1.
-
-    Raises:
-      UserError: the file cannot be read or is empty, or a line is malformed.
-    """
+    """Read a list of images with lines `<path> <label>`; UserError if it is unreadable or empty, or a line is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -218,14 +198,9 @@ def read_list(path: Path, num_classes: int) -> list[Line]:
 
 
 def read_json(path: Path, keep: Set[str]) -> Any:
-    """Read a JSON file, or the JSON file in a tar archive.
+    """Read a JSON file, or the JSON file in a tar archive; UserError if that fails.
 
-    Args:
-      path: the file or archive.
-      keep: the keys to keep of each object; dropping the others saves memory.
-
-    Raises:
-      UserError: the file cannot be read as JSON.
+    Only the keys in `keep` are kept of each object, to save memory.
     """
     if path.name.endswith(".json"):
         members = iter([Member(str(path), path.name, path.read_bytes)])

@@ -10,11 +10,7 @@ from ltjax.types import UserError
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder if it is missing.
-
-    Raises:
-      UserError: files cannot be written there.
-    """
+    """Make a folder if it is missing; UserError if files cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -25,11 +21,7 @@ def require_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Lock a folder against a second preparation. The lock ends with the process, also after a kill.
-
-    Raises:
-      UserError: another process holds the lock.
-    """
+    """Lock a folder until the process ends, even by a kill; UserError if another process holds the lock."""
     try:
         import fcntl
     except ImportError:  # not a Unix: no lock

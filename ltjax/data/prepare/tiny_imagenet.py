@@ -62,26 +62,15 @@ class Files(NamedTuple):
 
 
 def prepare(data_dir: Path, source: Path | None = None, archive: Archive = OFFICIAL) -> str:
-    """Write Tiny ImageNet below `data_dir`, unless it is there already; completely or not at all.
+    """Write Tiny ImageNet below `data_dir` unless it is there, completely or not at all; return a line for the user.
 
     The splits are `train` and `test`. `test` is the official validation split, because the official test images have
     no labels. Image files are kept byte for byte. Nothing is unpacked to disk.
 
-    No checksum of the archive is known, so its contents are checked: the number of classes, the number of training and
-    test images of each class, and that every image is a complete JPEG of the right size.
-
-    Args:
-      data_dir: the folder of all prepared data sets; made if missing.
-      source: the archive on disk, or the folder that it unpacks to. None downloads the archive to
-        `<data_dir>/downloads`.
-      archive: the expected numbers.
-
-    Returns:
-      A line for the user.
-
-    Raises:
-      UserError: an existing data set is damaged, the archive is missing, incomplete, damaged or another one, the
-        download failed, or `data_dir` cannot be written.
+    `source` is the archive, or the folder that it unpacks to; None downloads it to `<data_dir>/downloads`. No checksum
+    of the archive is known, so its contents are checked: the number of classes, of training and of test images of each
+    class (those of `archive`), and that every image is a complete JPEG of the right size. UserError if they differ, if
+    an existing data set is damaged, the download fails, or `data_dir` cannot be written.
     """
 
     def make() -> None:
@@ -135,11 +124,7 @@ def _open(path: Path, archive: Archive) -> Generator[Files]:
 
 
 def _parse(path: Path, files: Files, archive: Archive) -> tuple[list[str], dict[str, Split]]:
-    """Read and check class names and splits.
-
-    Raises:
-      UserError: a file or image is missing, damaged or superfluous.
-    """
+    """Read class names and splits; UserError if a file or image is missing, damaged or superfluous."""
     wnids = _lines(path, files, archive, "wnids.txt")
     if not len(set(wnids)) == len(wnids) == archive.num_classes:
         raise _wrong(path, f"wnids.txt does not hold {archive.num_classes} different classes", archive)
