@@ -1,4 +1,4 @@
-"""A preparation that is stopped, killed or refused goes on where it was, on miniatures of iNaturalist 2018."""
+"""Resuming a preparation after it was stopped or killed, with miniatures of iNaturalist 2018."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def prepared(source, tmp_path_factory):
 
 @pytest.fixture
 def stopped(source, monkeypatch):
-    """`stopped(data_dir, number, error)`: the exit code of a run that an error stops at a number of records."""
+    """`stopped(data_dir, number, error)`: raise an error at record `number`, return the exit code."""
 
     def stopped(data_dir, number, error, *flags):
         serialise, calls = one_pass._record, []
@@ -66,7 +66,7 @@ def stopped(source, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 4, 7, 10, 14])
-def test_a_run_that_was_stopped_ends_with_the_same_records(number, stopped, source, prepared, small_shards, tmp_path):
+def test_resuming_a_stopped_run_gives_the_same_records(number, stopped, source, prepared, small_shards, tmp_path):
     assert stopped(tmp_path, number, KeyboardInterrupt) == 130
     assert not directory(tmp_path).exists()
     assert run(source, tmp_path) == 0
@@ -74,7 +74,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_records(number, stopped, sour
     assert set(os.listdir(directory(tmp_path))) == set(os.listdir(prepared))
 
 
-def test_a_run_stopped_again_and_again_ends_with_the_same_records(stopped, source, prepared, small_shards, tmp_path):
+def test_resuming_many_times_gives_the_same_records(stopped, source, prepared, small_shards, tmp_path):
     while (code := stopped(tmp_path, 4, KeyboardInterrupt)) == 130:
         pass
     assert code == 0 and raw(directory(tmp_path)) == raw(prepared)
@@ -100,7 +100,7 @@ def journal(data_dir):
     return (incomplete(data_dir) / shards.JOURNAL).read_text().splitlines()
 
 
-def test_ctrl_c_says_that_the_finished_part_is_kept(stopped, small_shards, tmp_path, capsys):
+def test_ctrl_c_prints_what_is_kept(stopped, small_shards, tmp_path, capsys):
     assert stopped(tmp_path, 6, KeyboardInterrupt) == 130
     line = error_line(capsys)
     kept = sum(len(json.loads(line)["keys"]) for line in journal(tmp_path)[1:])
@@ -109,7 +109,7 @@ def test_ctrl_c_says_that_the_finished_part_is_kept(stopped, small_shards, tmp_p
     assert "the same command goes on" in line
 
 
-def test_killed_with_sigkill_the_same_command_goes_on(source, prepared, small_shards, tmp_path):
+def test_the_same_command_resumes_after_sigkill(source, prepared, small_shards, tmp_path):
     code = f"""
 import os, signal
 from ltjax.data.prepare import one_pass, shards
@@ -132,7 +132,7 @@ main(["inat18", "--source={source}", "--data_dir={tmp_path}"])
 
 
 def kill_at_the_end(source, data_dir, *flags):
-    """A run that is killed after the shards got their names."""
+    """Kill a run after it has renamed the shards."""
 
     def killed(*args):
         raise SystemExit
@@ -144,7 +144,7 @@ def kill_at_the_end(source, data_dir, *flags):
     assert list(incomplete(data_dir).glob("*array_record*")) and not directory(data_dir).exists()
 
 
-def test_killed_at_the_very_end_no_image_is_read_again(source, prepared, small_shards, tmp_path, monkeypatch):
+def test_a_run_killed_at_the_end_reads_no_image_again(source, prepared, small_shards, tmp_path, monkeypatch):
     kill_at_the_end(source, tmp_path)
 
     def walk(source):
@@ -155,7 +155,7 @@ def test_killed_at_the_very_end_no_image_is_read_again(source, prepared, small_s
     assert raw(directory(tmp_path)) == raw(prepared)
 
 
-def test_an_image_skipped_by_a_killed_run_and_then_replaced_is_not_listed_as_skipped(tmp_path, small_shards):
+def test_an_image_replaced_after_a_kill_is_not_listed_as_skipped(tmp_path, small_shards):
     def spoil(images):
         images[next(iter(images))] = b""
 
@@ -167,7 +167,7 @@ def test_an_image_skipped_by_a_killed_run_and_then_replaced_is_not_listed_as_ski
     assert len(records(directory(tmp_path / "data"), "train")) == 9
 
 
-def test_a_journal_cut_short_counts_as_far_as_it_goes(stopped, source, prepared, small_shards, tmp_path):
+def test_a_truncated_journal_is_used_up_to_its_end(stopped, source, prepared, small_shards, tmp_path):
     stopped(tmp_path, 10, KeyboardInterrupt)
     path = incomplete(tmp_path) / shards.JOURNAL
     path.write_text(path.read_text()[:-20])
@@ -175,14 +175,14 @@ def test_a_journal_cut_short_counts_as_far_as_it_goes(stopped, source, prepared,
     assert raw(directory(tmp_path)) == raw(prepared)
 
 
-def test_a_finished_shard_that_is_damaged_is_written_again(stopped, source, prepared, small_shards, tmp_path):
+def test_a_damaged_shard_is_written_again(stopped, source, prepared, small_shards, tmp_path):
     stopped(tmp_path, 10, KeyboardInterrupt)
     os.truncate(incomplete(tmp_path) / "train-00001", 100)
     assert run(source, tmp_path) == 0
     assert raw(directory(tmp_path)) == raw(prepared)
 
 
-def test_going_on_with_other_lists_is_refused(stopped, small_shards, tmp_path, capsys):
+def test_resuming_with_other_lists_is_an_error(stopped, small_shards, tmp_path, capsys):
     stopped(tmp_path / "data", 6, KeyboardInterrupt)
     capsys.readouterr()
     other = miniatures.inat18(tmp_path / "other", counts=(5, 3, 2))
@@ -190,7 +190,7 @@ def test_going_on_with_other_lists_is_refused(stopped, small_shards, tmp_path, c
     assert "was begun with other lists" in error_line(capsys)
 
 
-def test_a_full_disk_says_that_the_finished_part_is_kept(stopped, source, prepared, small_shards, tmp_path, capsys):
+def test_a_full_disk_prints_what_is_kept(stopped, source, prepared, small_shards, tmp_path, capsys):
     class Full:
         def __init__(self, *args): ...
         def write(self, record): ...
@@ -208,7 +208,7 @@ def test_a_full_disk_says_that_the_finished_part_is_kept(stopped, source, prepar
     assert raw(directory(tmp_path)) == raw(prepared)
 
 
-def test_two_runs_at_once_are_refused(source, tmp_path, capsys):
+def test_a_second_run_at_the_same_time_is_an_error(source, tmp_path, capsys):
     incomplete(tmp_path).mkdir(parents=True)
     with target.locked(incomplete(tmp_path)):
         assert run(source, tmp_path) == 2
