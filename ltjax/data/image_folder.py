@@ -75,7 +75,7 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
     if not test_folder:
         return _hold_out(root, train, train_labels, titles, counts)
     if lacking := [title for label, title in enumerate(titles) if label not in test_labels]:
-        _note(f"{root / test_folder} has no images of {some(lacking)}: nothing will be known of their accuracy")
+        _note(f"{root / test_folder} has no images of {some(lacking)}: their accuracy will be unknown")
     return Stored(train, train_labels, Files(root, test_paths), test_labels, titles)
 
 

@@ -117,18 +117,18 @@ def long_tailed_split(
     if max_count is None:
         max_count = int(available[0]) - holdout
     counts = class_counts(num_classes, max_count, imbalance=imbalance, profile=profile)
-    for title, count, most in zip(titles, counts, available, strict=True):
-        if count < 1:
-            raise UserError(
-                f"{title} would keep no image (largest class {max_count}, imbalance {imbalance:g}): "
-                "lower data.imbalance or raise data.max_count"
-            )
-        if count + holdout > most:
-            asked = f"{count} training" + (f" and {holdout} hold-out" if holdout else "")
-            raise UserError(
-                f"{title} has {most} images, but {asked} images are asked for: "
-                "lower data.max_count or data.holdout, or raise data.imbalance"
-            )
+    if (counts < 1).any():
+        raise UserError(
+            f"{titles[int(np.argmax(counts < 1))]} would keep no image (largest class {max_count}, imbalance "
+            f"{imbalance:g}): lower data.imbalance or raise data.max_count"
+        )
+    if (lacking := counts + holdout > available).any():
+        c = int(np.argmax(lacking))
+        asked = f"{counts[c]} training" + (f" and {holdout} hold-out" if holdout else "")
+        raise UserError(
+            f"{titles[c]} has {available[c]} images, but {asked} images are asked for: "
+            "lower data.max_count or data.holdout, or raise data.imbalance"
+        )
     return _choose(labels, available, counts, holdout, seed)
 
 

@@ -154,7 +154,7 @@ def spoil_by_strays(root):
     [
         (spoil_nothing, []),
         (lambda root: None, ["{} has no folder validation, val, test: 1 image(s) of each class are held out of train"]),
-        (lambda root: make(root, (1,), "val"), ["{}/val has no images of b: nothing will be known"]),
+        (lambda root: make(root, (1,), "val"), ["{}/val has no images of b: their accuracy will be unknown"]),
         (
             lambda root: make(root, (1, 1), "valid"),
             ["{}/valid is not read: rename it to validation to use it", "{} has no folder"],
