@@ -9,13 +9,14 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from posixpath import basename
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from ltjax.data.prepare import in_memory
-from ltjax.data.prepare.download import basename, download
+from ltjax.data.prepare.download import download
 from ltjax.types import UserError, one_line
 
 

@@ -5,16 +5,12 @@ import http.client
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from posixpath import basename
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ltjax.data import progress
 from ltjax.types import UserError, one_line
-
-
-def basename(url: str) -> str:
-    """Return the file name at the end of a URL."""
-    return url.rpartition("/")[2]
 
 
 def download(url: str, folder: Path, difference: Callable[[Path], str]) -> Path:

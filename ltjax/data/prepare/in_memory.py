@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ltjax.data import progress, records
-from ltjax.data.prepare.target import require_writable
 from ltjax.data.source import newest_version
 from ltjax.types import UserError, one_line
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder if it is missing; UserError if files cannot be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --data_dir") from error
 
 
 def prepare(name: str, data_dir: Path, make: Callable[[], None]) -> str:

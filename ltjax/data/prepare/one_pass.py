@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 from rich.progress import MofNCompleteColumn, ProgressColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ltjax.data import index, progress
+from ltjax.data import index, prepared, progress
 from ltjax.data.decode import problem
 from ltjax.data.messages import some
-from ltjax.data.prepare.shards import JOURNAL, SHARD_BYTES, Shards
+from ltjax.data.prepare.in_memory import require_writable
+from ltjax.data.prepare.shards import JOURNAL, SHARD_BYTES, Shards, locked
 from ltjax.data.prepare.sources import Member, walk
-from ltjax.data.prepare.target import locked, require_writable
 from ltjax.data.source import newest_version
-from ltjax.types import UserError, one_line
+from ltjax.types import UserError
 
 IN_FLIGHT = 64  # images in memory while threads check them
 
@@ -99,9 +99,8 @@ def prepare(
         cannot be written.
       KeyboardInterrupt: with a message that says what is kept.
     """
-    directory = newest_version(data_dir, name)
-    if directory is not None:
-        return f"{name} is already prepared: {_counts(directory)} in {directory}"
+    if newest_version(data_dir, name) is not None:
+        return f"{name} is already prepared: {_counts(name, data_dir)}"
     if source is None:
         raise UserError(
             f"{name} has to be fetched by hand: pass --source=FOLDER, a folder with its official files "
@@ -116,7 +115,7 @@ def prepare(
         try:
             problems = _write_records(spec, shards)
             left_out = _handle_problems(spec, folder, problems, skip_damaged)
-            directory = _finish(spec, shards)
+            _finish(spec, shards)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted: {len(shards.keys())} of {len(spec.images)} images are finished and kept in {folder}; "
@@ -124,25 +123,21 @@ def prepare(
             ) from None
         finally:
             shards.abandon()
-    return f"prepared {name}: {_counts(directory)} in {directory}{left_out}"
+    return f"prepared {name}: {_counts(name, data_dir)}{left_out}"
 
 
-def _counts(directory: Path) -> str:
-    """Count the images of a prepared data set, in words; UserError if it cannot be read."""
-    import tensorflow_datasets as tfds
+def _counts(name: str, data_dir: Path) -> str:
+    """Say how many images a prepared data set has, and where it is; UserError if it is damaged."""
 
-    try:
-        builder: Any = tfds.builder_from_directory(directory)
-        splits = {split: info.num_examples for split, info in builder.info.splits.items()}
-        missing = [file for info in builder.info.splits.values() for file in info.filepaths if not Path(file).exists()]
+    def count(builder: Any, directory: Path, class_names: tuple[str, ...]) -> str:
+        splits = builder.info.splits
+        missing = [file for info in splits.values() for file in info.filepaths if not Path(file).exists()]
         if missing or not splits:
             raise FileNotFoundError(f"{missing[0] if missing else 'every split'} is missing")
-    except Exception as error:  # TFDS and protobuf each raise their own kinds on a damaged folder
-        raise UserError(
-            f"{directory} is damaged or incomplete ({one_line(error)}): delete that folder, then prepare it again"
-        ) from error
-    counts = [f"{count} {split}" for split, count in splits.items()]
-    return f"{', '.join(counts[:-1])} and {counts[-1]} images"
+        counts = [f"{info.num_examples} {split}" for split, info in splits.items()]
+        return f"{', '.join(counts[:-1])} and {counts[-1]} images in {directory}"
+
+    return prepared.read(name, data_dir, count, flags=" --source=...")
 
 
 def _compare_with_official(spec: DatasetSpec) -> None:
@@ -286,8 +281,8 @@ def _handle_problems(spec: DatasetSpec, folder: Path, problems: list[Problem], s
     )
 
 
-def _finish(spec: DatasetSpec, shards: Shards) -> Path:
-    """Add metadata and indices, give the folder its final name, and return it."""
+def _finish(spec: DatasetSpec, shards: Shards) -> None:
+    """Add metadata and indices, and give the folder its final name."""
     folder = shards.folder
     if empty := [split for split in spec.official if not shards.finished.get(split)]:
         raise UserError(f"no image of {spec.name}'s split {empty[0]} is left: prepare it from other files")
@@ -300,7 +295,6 @@ def _finish(spec: DatasetSpec, shards: Shards) -> Path:
     directory = folder.with_name(spec.version)
     os.rename(folder, directory)
     (directory / JOURNAL).unlink()
-    return directory
 
 
 def _write_metadata(spec: DatasetSpec, shards: Shards) -> None:

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from posixpath import basename
 from typing import Any, NamedTuple
 
 import cv2
@@ -15,7 +16,7 @@ import numpy as np
 from ltjax.data import progress
 from ltjax.data.messages import some
 from ltjax.data.prepare import in_memory
-from ltjax.data.prepare.download import basename, download
+from ltjax.data.prepare.download import download
 from ltjax.data.prepare.sources import leads_outside
 from ltjax.types import UserError, one_line
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ltjax.data import index
-from ltjax.data.prepare import one_pass, shards, target
+from ltjax.data.prepare import one_pass, shards
 from tests.data import miniatures
 from tests.data.prepare.preparing import (
     directory,
@@ -210,7 +210,7 @@ def test_a_full_disk_prints_what_is_kept(stopped, source, prepared, small_shards
 
 def test_a_second_run_at_the_same_time_is_an_error(source, tmp_path, capsys):
     incomplete(tmp_path).mkdir(parents=True)
-    with target.locked(incomplete(tmp_path)):
+    with shards.locked(incomplete(tmp_path)):
         assert run(source, tmp_path) == 2
     assert "another run is writing" in error_line(capsys)
 
