@@ -62,9 +62,7 @@ def _check_settings(rand_augment: tuple[float, ...], auto_augment: bool, sizes: 
     if (value := sizes["color_jitter"]) > 1:
         raise UserError(f"augment color_jitter = {value}: factors from 1 - it to 1 + it, so at most 1")
     if rand_augment and (len(rand_augment) != 2 or rand_augment[0] < 1 or not 0 <= rand_augment[1] <= 10):
-        raise UserError(
-            f"augment rand_augment = {rand_augment}: (operations, magnitude from 0 to 10), such as (2, 9.0)"
-        )
+        raise UserError(f"augment rand_augment = {rand_augment}: (operations, magnitude from 0 to 10), as (2, 9.0)")
     if rand_augment and auto_augment:
         raise UserError("augment has auto_augment and rand_augment: turn one of them off")
 

@@ -15,8 +15,7 @@ import jax
 import numpy as np
 
 from ltjax.data import decode, folders, progress
-from ltjax.data.messages import some
-from ltjax.data.source import Stored, Subset
+from ltjax.data.source import Stored, Subset, some
 from ltjax.data.splits import long_tailed_split
 from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, one_line

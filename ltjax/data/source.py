@@ -1,8 +1,9 @@
-"""The types that every data set is loaded as, and the location of prepared data on disk."""
+"""The types that every data set is loaded as, the location of prepared data, and wording for messages."""
 
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -125,3 +126,9 @@ def newest_version(data_dir: Path, name: str) -> Path | None:
 def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
     """Return the shell command that prepares data set `name` in `data_dir`, for error messages."""
     return f"python -m ltjax.data.prepare {name} --data_dir={shlex.quote(str(data_dir))}"
+
+
+def some(items: Sequence[str], separator: str = ", ") -> str:
+    """Join up to 5 items and count the rest, for messages: "a, b, c, d, e and 3 more"."""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more

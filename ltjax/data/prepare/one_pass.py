@@ -18,11 +18,10 @@ from rich.text import Text
 
 from ltjax.data import index, prepared, progress
 from ltjax.data.decode import problem
-from ltjax.data.messages import some
 from ltjax.data.prepare.in_memory import require_writable
 from ltjax.data.prepare.shards import JOURNAL, SHARD_BYTES, Shards, locked
 from ltjax.data.prepare.sources import Member, walk
-from ltjax.data.source import newest_version
+from ltjax.data.source import newest_version, some
 from ltjax.types import UserError
 
 IN_FLIGHT = 64  # images in memory while threads check them

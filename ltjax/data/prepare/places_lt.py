@@ -20,13 +20,8 @@ NAME = "places_lt"
 OFFICIAL = {"train": 62500, "validation": 7300, "test": 36500}
 LISTS = {"train": "Places_LT_train.txt", "validation": "Places_LT_val.txt", "test": "Places_LT_test.txt"}
 BOTH = (*archives("places365standard_easyformat"), "places365_standard")
-TRAIN = (
-    *archives("train_256_places365standard"),
-    "data_256",
-    *archives("train_large_places365standard"),
-    "data_large",
-    "train",
-)
+TRAIN = (*archives("train_256_places365standard"), "data_256", *archives("train_large_places365standard"))
+TRAIN = (*TRAIN, "data_large", "train")
 TEST = (*archives("val_256"), "val_256", *archives("val_large"), "val_large", "val")
 PIECES = (*BOTH, *TRAIN, *TEST, *LISTS.values())
 CATEGORIES = "categories_places365.txt"

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 
 from ltjax.data import progress
-from ltjax.data.messages import some
 from ltjax.data.prepare import in_memory
 from ltjax.data.prepare.download import download
 from ltjax.data.prepare.sources import leads_outside
+from ltjax.data.source import some
 from ltjax.types import UserError, one_line
 
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
