@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from ltjax import train
-from ltjax.data import prepare
+from ltjax.data.prepare.__main__ import main
 from tests.configs.reading import read
 from tests.data import miniatures
 
@@ -14,7 +14,7 @@ COUNTS = (12, 7, 4, 3)
 
 def test_runlocal_trains_on_inat18_as_prepared_from_the_official_layout(tmp_path):
     source = miniatures.inat18(tmp_path / "source", counts=COUNTS, validation=2, size=40)
-    assert prepare.main(["inat18", f"--source={source}", f"--data_dir={tmp_path / 'data'}"]) == 0
+    assert main(["inat18", f"--source={source}", f"--data_dir={tmp_path / 'data'}"]) == 0
     config = read("inat18", "method=ce,runlocal")
     config.update(batch_size=8, eval_batch_size=8, epochs=1)
     config.model.width = 2

@@ -1,4 +1,4 @@
-"""Where images come from, one file a source: `load(name, data_dir) -> Images`, held in memory, or `Stored` on disk."""
+"""Data sets, one file a source: `load(name, data_dir)` returns `Images`, in memory, or `Stored`, on disk."""
 
 import os
 
@@ -15,10 +15,10 @@ SOURCES = {
     "fashion_mnist_lt": "ltjax.data.fashion_mnist_lt",
     "tiny_imagenet": "ltjax.data.tiny_imagenet",
 }
-# Side in pixels of the images that are held in memory; those of the other sources are as large as config.data says.
+# Side in pixels of images in memory. For the other sources, config.data sets the size.
 SIDES = {"cifar10": 32, "cifar100": 32, "fashion_mnist_lt": 28, "tiny_imagenet": 64}
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Images | Stored:
-    """All images of a data set. Raises: UserError where it is unknown, missing or damaged."""
+    """Load all images of a data set; UserError if it is unknown, missing or damaged."""
     return registry.load("data set", SOURCES, name, "load")(name, data_dir)

@@ -1,8 +1,10 @@
 """Augmentation of whole batches on the device, as pure functions of a key and images [B, H, W, channels].
 
 They run inside a compiled step, also in `lax.scan` and on a batch sharded over devices. The number of devices changes
-at most the last bit of mixup's sum. Each image draws its own numbers, except in mixup, which mixes a whole batch alike.
+at most the last bit of mixup's sum. Each image draws its own random numbers; mixup draws one share for the batch.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +25,17 @@ def augment(
     cutout_size: int = 0,
     mixup_alpha: float = 0.0,
 ) -> Batch:
-    """What a training step sees of uint8 images [B, H, W, channels] and labels [B].
+    """Augment uint8 images [B, H, W, channels] and labels [B] for a training step; return float32 images in [0, 1].
 
-    In the order of the long-tail papers: crop, flip, AutoAugment or RandAugment (`rand_augment`: number of operations,
-    magnitude), division by 255, colour jitter, Cutout, mixup. Zero, False or () turns a part off, without a change to
-    the random numbers of the others. Returns float32 images in [0, 1].
+    The order is that of the long-tail papers: `crop_flip`, `auto_augment` or `rand_augment` (number of operations,
+    magnitude), division by 255, `color_jitter`, `cutout`, `random_mixup`. Each keyword is a setting of that part in a
+    config. Zero, False or () turns a part off and leaves the random numbers of the others unchanged.
 
-    Raises UserError if operations on colours are asked for images that are not RGB, ValueError if images are not uint8.
+    UserError if a setting is out of range, or if colour operations get images that are not RGB; ValueError if the
+    images are not uint8.
     """
     sizes = dict(crop_padding=crop_padding, cutout_size=cutout_size, mixup_alpha=mixup_alpha, color_jitter=color_jitter)
-    for name, value in sizes.items():
-        if not value >= 0:
-            raise UserError(f"augment {name} = {value}: 0 turns it off, else above 0")
-    if color_jitter > 1:
-        raise UserError(f"augment color_jitter = {color_jitter}: factors from 1 - it to 1 + it, so at most 1")
-    if rand_augment and (len(rand_augment) != 2 or rand_augment[0] < 1 or not 0 <= rand_augment[1] <= 10):
-        raise UserError(
-            f"augment rand_augment = {rand_augment}: (operations, magnitude from 0 to 10), such as (2, 9.0)"
-        )
-    if rand_augment and auto_augment:
-        raise UserError("augment has auto_augment and rand_augment: turn one of them off")
+    _check_settings(rand_augment, auto_augment, sizes)
     _require_uint8(images)
     crop_rng, policy_rng, cutout_rng, mixup_rng = jax.random.split(rng, 4)
     if crop_padding or flip:
@@ -62,16 +55,27 @@ def augment(
     return Batch(images, labels)
 
 
-def crop_flip(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = True) -> jax.Array:
-    """Shifts each image by up to `padding` pixels each way, black moving in, and mirrors half of the images.
+def _check_settings(rand_augment: tuple[float, ...], auto_augment: bool, sizes: dict[str, float]) -> None:
+    for name, value in sizes.items():
+        if not value >= 0:
+            raise UserError(f"augment {name} = {value}: 0 turns it off, else above 0")
+    if (value := sizes["color_jitter"]) > 1:
+        raise UserError(f"augment color_jitter = {value}: factors from 1 - it to 1 + it, so at most 1")
+    if rand_augment and (len(rand_augment) != 2 or rand_augment[0] < 1 or not 0 <= rand_augment[1] <= 10):
+        raise UserError(f"augment rand_augment = {rand_augment}: (operations, magnitude from 0 to 10), as (2, 9.0)")
+    if rand_augment and auto_augment:
+        raise UserError("augment has auto_augment and rand_augment: turn one of them off")
 
-    The window is drawn uniformly from the (2 padding + 1)^2 windows of the image's size in the image with `padding`
-    zeros on each side; left and right are exchanged with probability 1/2 (never if `flip` is False). Any dtype; shape
-    and dtype stay.
+
+def crop_flip(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = True) -> jax.Array:
+    """Pad each image with `padding` zeros on each side, cut a random window of its size, and flip half of the images.
+
+    The window is uniform over all (2 padding + 1)^2 positions. Without `flip`, no image is flipped. Shape and dtype
+    stay; any dtype will do.
     """
     count, height, width, channels = images.shape
     crop_rng, flip_rng = jax.random.split(rng)
-    if flip:  # before the crop, which changes no probability: after it, XLA on CPU takes ten times as long in a loop
+    if flip:  # before the crop: the distribution is the same, but after it XLA on CPU takes ten times as long in a loop
         mirrored = jax.random.bernoulli(flip_rng, 0.5, (count, 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -86,17 +90,14 @@ def crop_flip(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool
 def cutout(
     rng: jax.Array, images: jax.Array, *, size: int = 16, fill: float | tuple[float, ...] | jax.Array = 0.0
 ) -> jax.Array:
-    """Fills one square of `size` x `size` pixels in each image (DeVries & Taylor 2017, arXiv 1708.04552).
+    """Fill one square of `size` x `size` pixels in each of the images [B, H, W, channels], of any dtype.
 
-    The square's centre is drawn uniformly from the image's pixels, and what lies beyond the border is cut off; the
-    square spans rows `centre - size // 2` up to, not including, `centre - size // 2 + size`.
+    The square's centre is uniform over the image's pixels; the square is clipped at the border. It spans the rows from
+    `centre - size // 2` up to, but not including, `centre - size // 2 + size`.
 
-    Args:
-      rng: key.
-      images: [B, H, W, channels], any dtype; shape and dtype stay.
-      size: side in pixels.
-      fill: scalar or [channels], in the units of `images`. The default is black, as in DRO-LT, whose code cuts before
-        it normalises. The inventors' code cuts afterwards, which here is `fill=mean` with the data set's mean colour.
+    `fill` is a scalar or [channels], in the units of `images`. The default is black, as in DRO-LT's code, which cuts
+    before normalisation. The authors' code cuts after it; the equivalent is `fill=mean`, the data set's mean.
+    Source: DeVries & Taylor 2017, arXiv 1708.04552.
     """
     count, height, width, _ = images.shape
     row_rng, column_rng = jax.random.split(rng)
@@ -110,62 +111,57 @@ def cutout(
 
 
 def mixup(images: jax.Array, labels: jax.Array, lam: float | jax.Array, permutation: jax.Array) -> Batch:
-    """Mixes image i with image `permutation[i]`: `lam * own + (1 - lam) * partner` (Zhang et al. 2018, 1710.09412).
+    """Mix float images [B, H, W, channels]: `lam * images[i] + (1 - lam) * images[permutation[i]]`, lam in [0, 1].
 
-    Args:
-      images: [B, H, W, channels], float.
-      labels: [B], int; returned as they are, with the partners' beside them.
-      lam: scalar in [0, 1], the share of the image itself.
-      permutation: [B], int.
-
-    Raises ValueError if images are not float.
+    The batch holds the labels [B] unchanged and the partners' labels. ValueError if the images are not float.
+    Source: Zhang et al. 2018, arXiv 1710.09412.
     """
-    return _mixed(images, labels, lam, images[permutation], labels[permutation])
+    return _mixed(images, labels, lam, lambda x: x[permutation])
 
 
 def random_mixup(rng: jax.Array, images: jax.Array, labels: jax.Array, *, alpha: float) -> Batch:
-    """`mixup` with one share drawn from Beta(alpha, alpha) for the whole batch, and the partners of `partners`.
+    """Mix a batch with one share from Beta(alpha, alpha) and the pairs of `partners`.
 
-    The authors' code draws a permutation of the batch. Split over devices, that sends every image to every device:
-    more than the gradients. Samplers draw batches in random order, so fixed places pair random images just as well.
+    The authors' code draws a permutation of the batch. On several devices, that would send every image to every device,
+    more bytes than the gradients. Samplers draw batches in random order, so fixed positions pair random images as well.
     """
-    return _mixed(images, labels, symmetric_beta(rng, alpha), partners(images), partners(labels))
+    return _mixed(images, labels, symmetric_beta(rng, alpha), partners)
 
 
-TRIES = 16  # of each draw from a gamma distribution: all fail once in 1e20 draws
+TRIES = 16  # candidates for each gamma draw: all are rejected once in 1e20 draws
 
 
 def symmetric_beta(rng: jax.Array, alpha: float) -> jax.Array:
-    """One draw from Beta(alpha, alpha), alpha > 0: float32 [].
+    """Draw once from Beta(alpha, alpha), alpha > 0: float32 [].
 
-    `jax.random.beta` rejects and draws again in a loop that a GPU's host waits for at each turn. Here all tries are
-    made at once and the first one that holds is taken. A beta is g / (g + h) of two draws from Gamma(alpha), and such a
-    draw is one from Gamma(alpha + 1) times u^(1 / alpha), u uniform. All of it is done in logarithms, since a small
-    alpha leaves the range of floats. Source: Marsaglia & Tsang, "A Simple Method for Generating Gamma Variables", 2000.
+    `jax.random.beta` samples by rejection in a while loop, and on a GPU the host waits at each iteration. This function
+    draws all candidates at once and takes the first accepted one. A beta is g / (g + h) with g, h ~ Gamma(alpha), and
+    Gamma(alpha) is Gamma(alpha + 1) times u^(1 / alpha), u uniform. Logarithms avoid underflow for small alpha.
+
+    Source: Marsaglia & Tsang, "A Simple Method for Generating Gamma Variables", 2000.
     """
     if alpha == 1:
         return jax.random.uniform(rng, dtype=jnp.float32)
     normal_rng, accept_rng, power_rng = jax.random.split(rng, 3)
-    shape = alpha + 2 / 3  # of Gamma(alpha + 1), less 1/3
+    shape = alpha + 2 / 3  # that of Gamma(alpha + 1), minus 1/3
     x = jax.random.normal(normal_rng, (TRIES, 2), jnp.float32)
     cube = (1 + x / (9 * shape) ** 0.5) ** 3
     log_cube = jnp.log(jnp.maximum(cube, 1e-30))
     log_uniform = -jax.random.exponential(accept_rng, (TRIES, 2), jnp.float32)
-    holds = (cube > 0) & (log_uniform < x**2 / 2 + shape * (1 - cube + log_cube))
-    first = jnp.argmax(holds, axis=0, keepdims=True)  # [1, 2]
-    log_gamma = jnp.take_along_axis(log_cube, first, axis=0)[0]  # [2], of gamma / shape
+    accepted = (cube > 0) & (log_uniform < x**2 / 2 + shape * (1 - cube + log_cube))
+    first = jnp.argmax(accepted, axis=0, keepdims=True)  # [1, 2]
+    log_gamma = jnp.take_along_axis(log_cube, first, axis=0)[0]  # [2], log(gamma / shape)
     log_gamma -= jax.random.exponential(power_rng, (2,), jnp.float32) / alpha
     return jax.nn.sigmoid(log_gamma[0] - log_gamma[1])
 
 
 def partners(x: jax.Array) -> jax.Array:
-    """The rows of x [B, ...] in the order of mixup's partners: row i is that of the image which image i is mixed with.
+    """Reorder the rows of x [B, ...] for mixup: row i of the result belongs to the partner of image i.
 
-    The batch is cut into groups of 8 neighbours, or of the next larger number that divides B. The partner stands 4
-    places further on in the group, the last 4 being followed by the first (half a group further on in a batch of less
-    than 8). So each image is partner once, and never its own unless it is alone. The pairs do not depend on the number
-    of devices, and devices that hold whole groups exchange no images. Of the class-aware sampler's batches, 4 images of
-    a class in a row, each image is mixed with one of the class before or after it.
+    The batch is cut into groups of 8 neighbours, or of the next larger number that divides B. Each group is rolled by 4
+    rows, or by half a group if B < 8. So each image is a partner once, and never of itself unless B is 1. The pairs do
+    not depend on the number of devices, and devices that hold whole groups exchange no images. The class-aware sampler
+    draws 4 images of a class in a row, so each image is mixed with one of the previous or next class.
     """
     count = len(x)
     size = next((size for size in range(8, count) if count % size == 0), count)
@@ -173,14 +169,15 @@ def partners(x: jax.Array) -> jax.Array:
     return jnp.roll(groups, -min(4, size // 2), axis=1).reshape(x.shape)
 
 
-def _mixed(images: jax.Array, labels: jax.Array, lam: float | jax.Array, others: jax.Array, theirs: jax.Array) -> Batch:
+def _mixed(images: jax.Array, labels: jax.Array, lam: float | jax.Array, partners_of: Callable) -> Batch:
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"mixup needs float images, not {images.dtype}")
     lam = jnp.asarray(lam, images.dtype)
-    return Batch(lam * images + (1 - lam) * others, labels, partner_labels=theirs, lam=lam)
+    mixed = lam * images + (1 - lam) * partners_of(images)
+    return Batch(mixed, labels, partner_labels=partners_of(labels), lam=lam)
 
 
-# The 25 sub-policies found for CIFAR-10: two operations each, as (operation, probability, level of magnitude 0 to 9).
+# The 25 sub-policies for CIFAR-10: two operations each, as (operation, probability, level of magnitude 0 to 9).
 CIFAR10_POLICY = (
     (("invert", 0.1, 7), ("contrast", 0.2, 6)),
     (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
@@ -209,7 +206,7 @@ CIFAR10_POLICY = (
     (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1)),
 )
 
-# Each operation's magnitude at level 0 and at level 9, and whether its sign is drawn at random.
+# {operation: (magnitude at level 0, magnitude at level 9, whether the sign is random)}
 MAGNITUDES = {
     "shear_x": (0.0, 0.3, True),  # pixels along x per pixel along y
     "shear_y": (0.0, 0.3, True),
@@ -220,8 +217,8 @@ MAGNITUDES = {
     "equalize": (0.0, 0.0, False),
     "invert": (0.0, 0.0, False),
     "posterize": (8, 4, False),  # bits kept, a whole number
-    "solarize": (256.0, 0.0, False),  # grey level from which on values are inverted
-    "brightness": (0.0, 0.9, True),  # enhancement factor minus 1; the same for the other three
+    "solarize": (256.0, 0.0, False),  # values from this grey level on are inverted
+    "brightness": (0.0, 0.9, True),  # enhancement factor minus 1, also for the next three
     "color": (0.0, 0.9, True),
     "contrast": (0.0, 0.9, True),
     "sharpness": (0.0, 0.9, True),
@@ -230,18 +227,19 @@ _NAMES = tuple(MAGNITUDES)
 _GEOMETRY = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 _POINTWISE = ("autocontrast", "equalize", "invert", "posterize", "solarize")
 _ENHANCEMENT = ("brightness", "color", "contrast", "sharpness")
-_NOTHING = -1  # the operation's number where none is applied
-_GREY = 128  # moves in where geometry leaves the image
+_NOTHING = -1  # operation number for "none"
+_GREY = 128  # fills the pixels that geometry leaves empty
 
 
 def auto_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
-    """AutoAugment's CIFAR-10 policy (Cubuk et al. 2019, arXiv 1805.09501): uint8 [B, H, W, 3] in and out.
+    """Apply AutoAugment's CIFAR-10 policy to images [B, H, W, 3], uint8.
 
-    Each image draws one of the 25 sub-policies and applies its two operations in turn, each with its probability;
-    geometry and enhancements draw their sign. Operations are those of `apply_operation`. DRO-LT's code differs in
-    geometry: it shears with bicubic interpolation and always rotates anticlockwise.
+    Each image draws one of the 25 sub-policies and applies its two operations in turn (see `apply_operation`), each
+    with its probability. Geometry and enhancements draw their sign. DRO-LT's code differs in geometry: it shears with
+    bicubic interpolation and always rotates anticlockwise.
 
-    Raises UserError if the images are not RGB, ValueError if they are not uint8.
+    UserError if the images are not RGB, ValueError if they are not uint8.
+    Source: Cubuk et al. 2019, arXiv 1805.09501.
     """
     _require_rgb(images)
     policy_rng, probability_rng, sign_rng = jax.random.split(rng, 3)
@@ -261,17 +259,17 @@ def auto_augment(rng: jax.Array, images: jax.Array) -> jax.Array:
     negative = jax.random.bernoulli(sign_rng, 0.5, (count, 2)) & (chosen & is_signed).any(1)
     operations = jnp.where(applied, operations, _NOTHING)  # [B, 2]
     magnitudes = jnp.where(negative, -magnitudes, magnitudes)  # [B, 2]
-    # A loop, because in one piece XLA on CPU would compute the first operation anew for each use in the second.
-    return jax.lax.scan(lambda images, turn: (_apply(images, *turn), None), images, (operations.T, magnitudes.T))[0]
+    return _apply_in_turn(images, operations.T, magnitudes.T)
 
 
 def rand_augment(rng: jax.Array, images: jax.Array, *, num_operations: int = 2, magnitude: float = 9.0) -> jax.Array:
-    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): uint8 [B, H, W, 3] in and out.
+    """Apply RandAugment to images [B, H, W, 3], uint8.
 
-    Each image draws `num_operations` times one of the 14 operations of `apply_operation`, all at one magnitude: 0 to 10
-    are AutoAugment's levels 0 to 9. Signs are drawn.
+    Each image draws one of the 14 operations of `apply_operation`, and its sign, `num_operations` times. All operations
+    have the same magnitude; 0 to 10 correspond to AutoAugment's levels 0 to 9.
 
-    Raises UserError if the images are not RGB, ValueError if they are not uint8.
+    UserError if the images are not RGB, ValueError if they are not uint8.
+    Source: Cubuk et al. 2020, arXiv 1909.13719.
     """
     _require_rgb(images, "rand_augment")
     choice_rng, sign_rng = jax.random.split(rng)
@@ -283,19 +281,21 @@ def rand_augment(rng: jax.Array, images: jax.Array, *, num_operations: int = 2, 
     magnitudes = jnp.where(chosen, sizes, 0).sum(-1)
     negative = jax.random.bernoulli(sign_rng, 0.5, shape) & (chosen & is_signed).any(-1)
     magnitudes = jnp.where(negative, -magnitudes, magnitudes)
+    return _apply_in_turn(images, operations, magnitudes)
+
+
+def _apply_in_turn(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
+    """Apply operations [turns, B] with magnitudes [turns, B] one turn after the other."""
+    # A scan, because in straight code XLA on CPU would repeat the first operation for each use in the second.
     return jax.lax.scan(lambda images, turn: (_apply(images, *turn), None), images, (operations, magnitudes))[0]
 
 
 def color_jitter(rng: jax.Array, images: jax.Array, *, strength: float = 0.4) -> jax.Array:
-    """Brightness, contrast and saturation of each image times factors in [1 - strength, 1 + strength], in any order.
+    """Scale brightness, contrast and saturation of images [B, H, W, 3], float in [0, 1], each image in a random order.
 
-    Args:
-      rng: key.
-      images: [B, H, W, 3], float in [0, 1]; shape and dtype stay.
-      strength: up to 1.
-
-    Values are cut off to [0, 1] after each factor, and not rounded (torchvision rounds on 8-bit images).
-    Raises UserError if the images are not RGB. Source: Krizhevsky et al. 2012, in the form of torchvision's transform.
+    The factors are uniform in [1 - strength, 1 + strength], strength at most 1. Values are clipped to [0, 1] after each
+    factor and not rounded; torchvision rounds, because it works on 8-bit images. UserError if the images are not RGB.
+    Source: Krizhevsky et al. 2012, in the form of torchvision's transform.
     """
     if images.shape[-1] != 3:
         raise UserError(f"color_jitter needs RGB images, but these have {images.shape[-1]} channel(s): set it to 0")
@@ -303,33 +303,31 @@ def color_jitter(rng: jax.Array, images: jax.Array, *, strength: float = 0.4) ->
     order = jnp.argsort(jax.random.uniform(order_rng, (3, len(images))), axis=0)  # [turn, B]
     factors = jax.random.uniform(factor_rng, (3, len(images)), images.dtype, 1 - strength, 1 + strength)
 
-    def one_turn(images, turn):
+    def scale_one(images, turn):
         kind, factor = (x[:, None, None, None] for x in turn)
         grey = (images * jnp.asarray(_LUMA, images.dtype)).sum(-1, keepdims=True)
         mean = grey.mean((1, 2), keepdims=True)
         origin = jnp.where(kind == 0, 0, jnp.where(kind == 1, mean, grey)).astype(images.dtype)
         return jnp.clip(origin + factor * (images - origin), 0, 1), None
 
-    return jax.lax.scan(one_turn, images, (order, factors))[0]
+    return jax.lax.scan(scale_one, images, (order, factors))[0]
 
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
-# `augment` has arguments of these names
+# aliases, because arguments of `augment` have these names
 _auto_augment, _rand_augment, _color_jitter = auto_augment, rand_augment, color_jitter
 
 
 def apply_operation(name: str, images: jax.Array, magnitude: float | jax.Array = 0.0) -> jax.Array:
-    """One AutoAugment operation on uint8 images [B, H, W, 3], as Pillow computes it.
+    """Apply one AutoAugment operation as Pillow computes it.
 
-    Geometry takes the nearest pixel and fills with grey 128. Pillow's values are met exactly, but for one grey level
-    here and there where it rounds in floating point: autocontrast and the enhancements.
+    Geometry takes the nearest pixel and fills with grey 128. The values equal Pillow's; autocontrast and the
+    enhancements, which Pillow rounds in floating point, differ by one grey level in few pixels.
 
     Args:
-      name: one of `MAGNITUDES`.
-      images: uint8 [B, H, W, 3].
-      magnitude: scalar or [B], in the units of `MAGNITUDES`, signed; autocontrast, equalize and invert take none.
-
-    Raises ValueError for an unknown name or images that are not uint8, UserError if they are not RGB.
+      name: one of `MAGNITUDES`, else ValueError.
+      images: [B, H, W, 3]; ValueError if they are not uint8, UserError if they are not RGB.
+      magnitude: scalar or [B], in the units of `MAGNITUDES`, signed; unused by autocontrast, equalize and invert.
     """
     if name not in MAGNITUDES:
         raise ValueError(f"unknown operation {name!r}: choose one of {', '.join(MAGNITUDES)}")
@@ -355,10 +353,10 @@ def _magnitude(name: str, level: float) -> float:
     return float(round(magnitude)) if name == "posterize" else magnitude
 
 
-# One branch per operation would be run for every image and then thrown away (a switch under vmap is a select). The 14
-# operations are three computations, though: a gather of pixels, a look-up in a table, a blend with another image.
 def _apply(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
-    """Applies operation number `operations[i]` with `magnitudes[i]` to image i; both [B]."""
+    """Apply operation number `operations[i]` with `magnitudes[i]` to image i; both [B]."""
+    # Under vmap a switch becomes a select, which computes all 14 branches for every image. They need only three
+    # computations: a gather of pixels, a look-up in a table, and a blend with another image.
 
     def chosen(*names):
         return jnp.isin(operations, jnp.array([_NAMES.index(name) for name in names]))[:, None, None, None]
@@ -372,21 +370,21 @@ def _apply(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> j
 
 
 def _warp(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
-    """Moves pixels: the output at (x, y) is the input at (a x + b y + c, d x + e y + f), nearest pixel."""
+    """Move pixels: the output at (x, y) is the input's nearest pixel to (a x + b y + c, d x + e y + f)."""
     height, width = images.shape[1:3]
 
-    def only(name, value):  # [B]
+    def only(name, value):  # [B]; 0 for other operations
         return jnp.where(operations == _NAMES.index(name), value, 0.0)
 
     angle = only("rotate", jnp.radians(magnitudes))
     a = e = jnp.cos(angle)
     b = only("shear_x", magnitudes) - jnp.sin(angle)
     d = only("shear_y", magnitudes) + jnp.sin(angle)
-    # Rotation is about the middle of the image, shear about its top left corner.
+    # Rotation is about the centre of the image, shear about its top left corner.
     c = only("translate_x", magnitudes * width) + only("rotate", (width - a * width - b * height) / 2)
     f = only("translate_y", magnitudes * height) + only("rotate", (height - d * width - e * height) / 2)
 
-    def fixed(value):  # [B] -> [B, 1, 1]; Pillow's 16 fractional bits, so that no device rounds to another pixel
+    def fixed(value):  # [B] -> [B, 1, 1]; Pillow's 16 fractional bits, so that all devices take the same pixel
         return jnp.floor(value * 65536 + 0.5).astype(jnp.int32)[:, None, None]
 
     x, y = jnp.arange(width), jnp.arange(height)[:, None]
@@ -401,10 +399,9 @@ def _warp(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> ja
     return jnp.where(inside[..., None], moved, jnp.uint8(_GREY))
 
 
-# A TPU takes single pixels, table entries and counts one after the other, a GPU counts in any order. They get the same
-# numbers from products with one-hot vectors: whole numbers up to 256 are exact in bfloat16. A CPU takes 6 to 200 times
-# as long for those.
-LARGEST_BY_PRODUCTS = 64 * 64  # pixels of an image; the products of a 224 x 224 image would take 67 MB
+# A TPU gathers and scatters one element at a time, and a GPU scatters in any order. Products with one-hot vectors give
+# the same numbers, because integers up to 256 are exact in bfloat16. On a CPU they take 6 to 200 times as long.
+LARGEST_BY_PRODUCTS = 64 * 64  # pixels of an image; for 224 x 224 pixels the products would take 67 MB
 
 
 def _one_hot(index: jax.Array, size: int) -> jax.Array:
@@ -412,10 +409,10 @@ def _one_hot(index: jax.Array, size: int) -> jax.Array:
 
 
 def _pixels_by_index(images: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, channels], x, y [B, H, W] -> the pixels at (x, y)."""
+    """Take the pixels at x, y [B, H, W] from images [B, H, W, channels], uint8."""
     count, height, width, channels = images.shape
-    place = (y * width + x).reshape(count, height * width, 1)
-    return jnp.take_along_axis(images.reshape(count, height * width, channels), place, axis=1).reshape(images.shape)
+    position = (y * width + x).reshape(count, height * width, 1)
+    return jnp.take_along_axis(images.reshape(count, height * width, channels), position, axis=1).reshape(images.shape)
 
 
 def _pixels_by_products(images: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -425,7 +422,7 @@ def _pixels_by_products(images: jax.Array, x: jax.Array, y: jax.Array) -> jax.Ar
 
 
 def _entries_by_index(table: jax.Array, values: jax.Array) -> jax.Array:
-    """table uint8 [B, 256, channels], values [B, P, channels] -> each value's entry."""
+    """Look values [B, P, channels] up in a table [B, 256, channels], uint8."""
     return jnp.take_along_axis(table, values, axis=1)
 
 
@@ -437,7 +434,7 @@ def _entries_by_products(table: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _counts_by_index(values: jax.Array) -> jax.Array:
-    """values [B, P, channels] -> how often each of 0 to 255 occurs, int32 [B, 256, channels]."""
+    """Count each of 0 to 255 in values [B, P, channels]: int32 [B, 256, channels]."""
     channels = values.shape[-1]
     return jax.vmap(lambda x: jnp.zeros((256, channels), jnp.int32).at[x, jnp.arange(channels)].add(1))(values)
 
@@ -450,7 +447,7 @@ def _counts_by_products(values: jax.Array) -> jax.Array:
 
 
 def _look_up(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
-    """Replaces each value by the entry of its image's and channel's table."""
+    """Replace each value by an entry of its image's and channel's table."""
     count, height, width, channels = images.shape
     pixels = images.reshape(count, height * width, channels).astype(jnp.int32)
     operations, magnitudes = operations[:, None, None], magnitudes[:, None, None]
@@ -474,7 +471,7 @@ def _look_up(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) ->
 
 
 def _equalizing_table(pixels: jax.Array, high: jax.Array) -> jax.Array:
-    """The table [B, 256, channels] that flattens the histogram of `pixels` [B, H W, channels], highest value `high`."""
+    """Make the [B, 256, channels] table that flattens the histogram of `pixels` [B, H W, channels], maximum `high`."""
     num_pixels, values = pixels.shape[1], jnp.arange(256)[:, None]
     counts = jax.lax.platform_dependent(pixels, cpu=_counts_by_index, default=_counts_by_products)
     brightest = jnp.where(values == high, counts, 0).sum(1, keepdims=True)
@@ -485,7 +482,7 @@ def _equalizing_table(pixels: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _enhance(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
-    """Moves each image away from (magnitude > 0) or towards (< 0) black, its grey, its mean grey, or its blur."""
+    """Move each image away from (magnitude > 0) or towards (< 0) black, its grey, its mean grey, or its blur."""
     operations = operations[:, None, None, None]
     values = images.astype(jnp.int32)
     red, green, blue = values[..., :1], values[..., 1:2], values[..., 2:]
@@ -496,7 +493,7 @@ def _enhance(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) ->
     rows = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
     neighbourhood = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * values[:, 1:-1, 1:-1]
     inner = (2 * neighbourhood + 13) // 26  # weights 1 and 5 of 13
-    blurred = jax.lax.dynamic_update_slice(values, inner, (0, 1, 1, 0))  # the border stays
+    blurred = jax.lax.dynamic_update_slice(values, inner, (0, 1, 1, 0))  # without the border
 
     origins = {"brightness": 0, "color": grey, "contrast": mean_grey, "sharpness": blurred}
     origin = values

@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100, read from what TensorFlow Datasets or `python -m ltjax.data.prepare` has prepared.
+"""Load CIFAR-10 and CIFAR-100 as prepared by TensorFlow Datasets or `python -m ltjax.data.prepare`.
 
-Or from one file, `<data_dir>/<name>.npz`, which needs neither TFDS nor OpenCV: for machines that lack them.
+Or from one file, `<data_dir>/<name>.npz`, which needs neither TFDS nor OpenCV.
 """
 
 import os
@@ -17,19 +17,11 @@ NAMES = ("cifar10", "cifar100")
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Images:
-    """Reads all of `name`, one of `NAMES`: 50,000 training and 10,000 test images of [32, 32, 3] pixels.
+    """Load 50,000 training and 10,000 test images of [32, 32, 3] pixels, in the order of the original archive.
 
-    Images stand in the order of the original archive, however the prepared files were shuffled or sharded: record
-    `train_00042` becomes training image 42. `<data_dir>/<name>.npz`, whose arrays are the fields of `Images`, goes
-    before prepared folders, and may hold any number of images; of several prepared versions the newest is read.
-
-    Args:
-      name: "cifar10" (10 classes) or "cifar100" (the 100 fine classes).
-      data_dir: the folder that holds `<name>.npz` or `<name>/<version>`; by default `TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`.
-
-    Raises:
-      UserError: an unknown name, a data set that is not there, damaged files, or files that only TensorFlow reads.
+    `<data_dir>/<name>.npz` takes precedence over prepared folders and may hold any number of images; its arrays are the
+    fields of `Images`. Of several prepared versions the newest is read. "cifar100" has the 100 fine classes. UserError
+    if the name is unknown, the data set is missing or damaged, or only TensorFlow can read it.
     """
     if name not in NAMES:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
@@ -53,5 +45,5 @@ def _read_npz(path: Path) -> Images:
         return images
     except MemoryError:
         raise
-    except Exception as error:  # zip files that are cut short raise many kinds
-        raise UserError(f"{path} is damaged or incomplete ({one_line(error)}): make it anew, or delete it") from error
+    except Exception as error:  # truncated zip files raise many kinds
+        raise UserError(f"{path} is damaged or incomplete ({one_line(error)}): replace it or delete it") from error

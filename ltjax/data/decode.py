@@ -1,4 +1,4 @@
-"""From the bytes of an image file to the pixels that a network sees: decoding, cropping, resizing, on a host."""
+"""Decode, crop and resize image files on the host."""
 
 import math
 import re
@@ -11,44 +11,42 @@ import simplejpeg
 from ltjax.hashing import hash32
 from ltjax.types import one_line
 
-JPEG = b"\xff\xd8"  # how one begins
-MAX_IMAGE_BYTES = 256 << 20  # more than any photograph has: what claims to be larger is not read
-# What libjpeg warns of and goes on from, with pixels made up. Its other warnings are harmless: stray bytes, versions.
-MADE_UP = re.compile(r"premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
-ATTEMPTS = 10  # at a window of the drawn area and shape, before the middle of the image is taken
-SHAPES = (3 / 4, 4 / 3)  # of a random window, width over height
+JPEG = b"\xff\xd8"  # first bytes
+MAX_IMAGE_BYTES = 256 << 20  # more than any photograph; larger files are not read
+# Warnings after which libjpeg continues with invented pixels. Its other warnings (stray bytes, versions) are harmless.
+INVENTED_PIXELS = re.compile(r"premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
+ATTEMPTS = 10  # draws of a random window that fits, before the centre of the image is taken
+SHAPES = (3 / 4, 4 / 3)  # width over height of a random window
 
 
 class View(NamedTuple):
     """How images of any size become squares of one size."""
 
     size: int  # side of the square, in pixels
-    resize: int  # evaluation: the shorter side, before the square in the middle is cut out
-    min_area: float = 0.08  # training: smallest share of the image in a random window
+    resize: int  # evaluation: the shorter side of the image before the centre crop
+    min_area: float = 0.08  # training: the smallest share of the image in a random window
 
 
 def decode(encoded: bytes) -> np.ndarray:
-    """A JPEG, PNG or other image file -> RGB uint8 [h, w, 3], whatever its colours: grey, CMYK, with transparency.
+    """Decode a JPEG, PNG or other image file of any colour space to RGB uint8 [h, w, 3].
 
-    Orientations noted in the file are not heeded, as in the code of the papers. Raises: ValueError where `problem` has
-    something to say.
+    The EXIF orientation is ignored, as in the papers' code. ValueError with what `problem` returns.
     """
     if encoded.startswith(JPEG):
         try:
             return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True)
         except (ValueError, KeyError):
-            pass  # CMYK, which OpenCV reads, a harmless warning, or damage
-    if found := problem(encoded):
-        raise ValueError(found)
+            pass  # CMYK, which OpenCV reads; a harmless warning; or damage
+    if message := problem(encoded):
+        raise ValueError(message)
     pixels: Any = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     return pixels
 
 
 def problem(content: bytes) -> str:
-    """What is wrong with the file of an image; empty if nothing.
+    """Say what is wrong with an image file; "" if nothing is.
 
-    Any colour space, orientation and name will do. A JPEG is decoded by libjpeg at an eighth of its size, with an eye
-    on the warnings by which it tells that pixels are made up; OpenCV is asked about everything else.
+    libjpeg decodes a JPEG at an eighth of its size and warns if it invents pixels. OpenCV decodes everything else.
     """
     if not content:
         return "empty"
@@ -60,20 +58,20 @@ def problem(content: bytes) -> str:
             space = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
             simplejpeg.decode_jpeg(content, space, min_height=1, min_width=1, min_factor=8, strict=True)
             return ""
-        except (ValueError, KeyError) as error:  # KeyError: a kind of JPEG that simplejpeg has no name for
-            if MADE_UP.search(str(error)):
+        except (ValueError, KeyError) as error:  # KeyError: a colour space unknown to simplejpeg
+            if INVENTED_PIXELS.search(str(error)):
                 return one_line(error)
     try:
         pixels: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error as error:  # one that claims to have more pixels than OpenCV accepts
+    except cv2.error as error:  # the header declares more pixels than OpenCV accepts
         return one_line(error)
     return "not an image that can be decoded" if pixels is None else ""
 
 
 def resized(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [h, w, 3] -> [height, width, 3]: means over areas where it shrinks, bilinear where it grows.
+    """Resize uint8 [h, w, 3] to [height, width, 3]: means over areas to shrink, bilinear to enlarge.
 
-    out: contiguous, to be filled and returned; None: a new array, or the image itself where it has that size.
+    Fill and return the contiguous array `out`. If it is None, return a new array, or an image of that size unchanged.
     """
     if image.shape[:2] == (height, width):
         if out is None:
@@ -81,28 +79,29 @@ def resized(image: np.ndarray, height: int, width: int, out: np.ndarray | None =
         out[:] = image
         return out
     shrinks = height < image.shape[0] or width < image.shape[1]
-    made = cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return np.asarray(made)
+    pixels = cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return np.asarray(pixels)
 
 
 def random_resized_crop(image: np.ndarray, key: np.uint32, view: View) -> np.ndarray:
-    """A random window of the image, resized to the view's square: uint8 [size, size, 3].
+    """Cut a random window from an image and resize it to the view's square: uint8 [size, size, 3].
 
-    Its area is a uniform share of the image's, from `min_area` to 1, its shape log-uniform in `SHAPES`, its place
-    uniform; if no such window fits in ten attempts, the largest of an allowed shape is cut from the middle.
-    key: uint32 that all of it follows from. Source: Szegedy et al. 2015, with the numbers of torchvision's transform.
+    The window's share of the area is uniform from `min_area` to 1, its shape log-uniform in `SHAPES`, its position
+    uniform. If no such window fits in ten attempts, the largest one with an allowed shape is cut from the centre. The
+    uint32 `key` determines all of it.
+    Source: Szegedy et al. 2015, with the numbers of torchvision's transform.
     """
     return random_window(image, window_draws(key), view)
 
 
 def window_draws(keys: np.ndarray | np.uint32) -> np.ndarray:
-    """What `random_window` draws for uint32 keys [...]: float64 [..., ATTEMPTS, 4] in [0, 1)."""
+    """Draw the random numbers of `random_window` for uint32 keys [...]: float64 [..., ATTEMPTS, 4] in [0, 1)."""
     draws = hash32(np.asarray(keys)[..., None], np.arange(4 * ATTEMPTS, dtype=np.uint32))
     return draws.reshape(*draws.shape[:-1], ATTEMPTS, 4) / 2.0**32
 
 
 def random_window(image: np.ndarray, draws: np.ndarray, view: View, out: np.ndarray | None = None) -> np.ndarray:
-    """`random_resized_crop` by what `window_draws` drew for its key, [ATTEMPTS, 4]; out: see `resized`."""
+    """Compute `random_resized_crop` from the `window_draws` [ATTEMPTS, 4] of its key; `out` as in `resized`."""
     height, width = image.shape[:2]
     low, high = (math.log(shape) for shape in SHAPES)
     for area, shape, row, column in draws.tolist():
@@ -120,12 +119,9 @@ def random_window(image: np.ndarray, draws: np.ndarray, view: View, out: np.ndar
 
 
 def center_crop(image: np.ndarray, view: View, out: np.ndarray | None = None) -> np.ndarray:
-    """The shorter side becomes `resize`, then the square in the middle is cut out: uint8 [size, size, 3].
-
-    out: see `resized`.
-    """
+    """Resize the shorter side to `resize` and cut out the centre: uint8 [size, size, 3]; `out` as in `resized`."""
     height, width = image.shape[:2]
-    # Only what the square shows is resized: the same window, in the pixels of the image as it is.
+    # Resize only the window that the square shows, in the original image's pixels.
     side = min(height, width) * min(view.size / view.resize, 1.0)
     h = w = max(1, round(side))
     top, left = (height - h) // 2, (width - w) // 2

@@ -1,4 +1,4 @@
-"""Folders on disk, links among them followed."""
+"""Walk folders and follow symbolic links."""
 
 import os
 from collections.abc import Iterator, Set
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ltjax.types import UserError
 
-Identity = tuple[int, int]  # of a folder, whatever links lead there
+Identity = tuple[int, int]  # device and inode of a folder, the same through any link
 
 
 def identity(folder: str | Path) -> Identity:
@@ -14,22 +14,21 @@ def identity(folder: str | Path) -> Identity:
     return status.st_dev, status.st_ino
 
 
-def walk(root: str | Path, entered: Set[Identity] = frozenset()) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk`, in the order of names, each folder once: links may lead back to it. Hidden ones are the caller's.
+def walk(root: str | Path, excluded: Set[Identity] = frozenset()) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk like `os.walk`, sorted by name, following links but entering each folder once.
 
-    entered: folders that are not to be entered, but for `root` itself.
-    Raises: UserError for a folder that cannot be listed.
+    Hidden folders and files are included, `excluded` folders are not, except `root` itself. UserError if a folder
+    cannot be listed.
     """
 
     def fail(error: OSError):
         raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
 
-    seen = set(entered) - {identity(root)}
+    seen = set(excluded) - {identity(root)}
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        own = identity(folder)
-        if own in seen:
+        if identity(folder) in seen:
             folders.clear()
             continue
-        seen.add(own)
+        seen.add(identity(folder))
         folders.sort()
         yield folder, folders, sorted(files)

@@ -1,7 +1,7 @@
-"""Batches of stored images, decoded by threads ahead of time, each process its own rows, and put on the devices.
+"""Stream batches of stored images to the devices: threads decode ahead, each process decodes its own rows.
 
-Which image stands where, and which window of it is cut out, follow from (seed, step, row) alone: a stream can begin at
-any step, and is the same on any number of processes and threads.
+(seed, step, row) alone determine the image in a row and its window. So a stream can begin at any step, and is the same
+on any number of processes and threads.
 """
 
 import time
@@ -20,8 +20,8 @@ from ltjax.hashing import hash32
 from ltjax.system.cores import num_cores
 from ltjax.types import UserError, one_line
 
-TASK_ROWS = 16  # images that a thread decodes before it looks for more, at most
-WAIT_SECONDS = 0.01  # between looks at what the devices do, while a chunk is waited for
+TASK_ROWS = 16  # at most this many images in one task of a thread
+WAIT_SECONDS = 0.01  # between checks whether the devices are busy, while waiting for a chunk
 
 
 class Plan(NamedTuple):
@@ -29,8 +29,8 @@ class Plan(NamedTuple):
 
     files: ImageFiles
     labels: np.ndarray  # [N]
-    positions: Callable[[int], np.ndarray]  # of a step: which images, [B]; -1: an empty one, with label -1
-    # (decoded image, what `decode.window_draws` drew for it, uint8 [size, size, 3] to be filled)
+    positions: Callable[[int], np.ndarray]  # step -> images of its batch, [B]; -1 is an empty image with label -1
+    # (image, its `decode.window_draws`, out): fill `out`, uint8 [size, size, 3], with a window of the image
     cut: Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
     size: int
     seed: np.uint32
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 
 def once(files: ImageFiles, labels: np.ndarray, order: np.ndarray, batch_size: int, view: View) -> Plan:
-    """The images `order`, one after the other, cut as for evaluation; the last batch is filled with empty ones."""
+    """Plan one pass over the images `order`, cut as for evaluation; empty images fill the last batch."""
     num_steps = -(-len(order) // batch_size)
     padded = np.pad(order, (0, num_steps * batch_size - len(order)), constant_values=-1)
 
@@ -61,7 +61,7 @@ def training(
     num_steps: int,
     view: View,
 ) -> Plan:
-    """Random windows of the training images `order`, which is sorted by class, as a sampler draws them."""
+    """Plan training: `sampler` draws from the training images `order`, sorted by class; windows are random."""
 
     def positions(step: int) -> np.ndarray:
         return order[sampler(seed, np.uint32(step), batch_size=batch_size, class_counts=class_counts)]
@@ -71,12 +71,10 @@ def training(
 
 
 def fill(plan: Plan, step: int, rows: np.ndarray, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-    """Decode and cut some rows of a step's batch, one after the other.
+    """Decode and cut `rows` [R] of a step's batch into `images` uint8 [R, size, size, 3] and `labels` int32 [R].
 
-    Args:
-      rows: [R], of the batch. indices: [R], which image stands in each; -1: an empty one, with label -1.
-      images, labels: uint8 [R, size, size, 3] and int32 [R], to be filled.
-    Raises: UserError naming an image that cannot be read; with a note that names it, whatever else is raised.
+    `indices` [R] are the images in these rows; -1 is an empty image with label -1. UserError if an image cannot be
+    read; other errors get a note with the image's name.
     """
     labels[:] = np.where(indices < 0, -1, plan.labels[indices])
     draws = window_draws(hash32(plan.seed, np.uint32(step), rows.astype(np.uint32)))
@@ -90,7 +88,7 @@ def fill(plan: Plan, step: int, rows: np.ndarray, indices: np.ndarray, images: n
             raise
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{plan.files.name(index)} cannot be read ({one_line(error)}): mend or remove it, then start again"
+                f"{plan.files.name(index)} cannot be read ({one_line(error)}): replace or remove it, then start again"
             ) from error
         except Exception as error:
             error.add_note(f"while {plan.files.name(index)} was decoded")
@@ -98,55 +96,58 @@ def fill(plan: Plan, step: int, rows: np.ndarray, indices: np.ndarray, images: n
 
 
 class Stream:
-    """Chunks of K batches on the devices: images uint8 [K, B, size, size, 3] and labels int32 [K, B], split over them.
+    """Chunks of K batches, sharded over the devices: images uint8 [K, B, size, size, 3] and labels int32 [K, B].
 
-    While the device works on one chunk, the next is decoded and sent. `waited`: seconds that `take` has kept callers
-    whose devices had nothing to do.
+    While the devices work on one chunk, the next is decoded and sent. `waited` counts the seconds that `take` has
+    waited while the devices were idle.
     """
 
     def __init__(self, plan: Plan, sharding: NamedSharding, threads: int = 0):
-        """sharding: of [K, B] arrays. threads: that decode; 0: one for each core."""
-        cv2.setNumThreads(0)  # the threads are ours
+        """Start decoding threads, one per core if `threads` is 0; `sharding` is that of [K, B] arrays."""
+        cv2.setNumThreads(0)  # no threads inside our threads
         self._plan, self._sharding = plan, sharding
         self._rows = local_rows(sharding, plan.batch_size)
         self._threads = threads or num_cores()
         self._decoders = ThreadPoolExecutor(self._threads, "decode")
         self._sender = ThreadPoolExecutor(1, "send")
-        self._next: tuple[int, int, Future] | None = None  # first step, number of steps, the arrays to come
+        self._next: tuple[int, int, Future] | None = None  # first step, number of steps, future arrays
         self.waited = 0.0
 
     def take(
         self, step: int, num_steps: int, then: int, busy: Callable[[], bool] = lambda: False
     ) -> tuple[jax.Array, jax.Array]:
-        """The batches of `num_steps` steps from `step` on. then: how many steps will be asked for next; 0: none.
+        """Return the batches of `num_steps` steps from `step` on.
 
-        busy: whether the devices have something to do, so that waiting does not count yet.
+        `then` is how many steps the next call will ask for, 0 if there is none. Waiting is not counted while the
+        devices are `busy`.
         """
-        made = self._next
-        if made is None or made[:2] != (step, num_steps):
-            made = (step, num_steps, self._begin(step, num_steps))
+        chunk = self._next
+        if chunk is None or chunk[:2] != (step, num_steps):
+            chunk = (step, num_steps, self._begin(step, num_steps))
         after = step + num_steps
-        # Begun before this chunk is complete, so that no thread is idle while others decode the last images of it.
+        # Begin the next chunk before this one is complete, so that no thread is idle during its last images.
         self._next = (after, then, self._begin(after, then)) if then else None
         complete = False
         while not complete:
             began = time.monotonic()
-            complete = bool(wait([made[2]], timeout=WAIT_SECONDS).done)
+            complete = bool(wait([chunk[2]], timeout=WAIT_SECONDS).done)
             self.waited += 0.0 if busy() else time.monotonic() - began
-        return made[2].result()
+        return chunk[2].result()
 
     def _begin(self, step: int, num_steps: int) -> Future:
-        """Have the threads decode a chunk, and then have it sent."""
+        """Submit a chunk: the threads decode it, then it is sent to the devices."""
         local, size = len(self._rows), self._plan.size
         each = min(TASK_ROWS, max(1, num_steps * local // self._threads))
         images = np.empty((num_steps, local, size, size, 3), np.uint8)
         labels = np.empty((num_steps, local), np.int32)
         tasks = []
         for number in range(num_steps):
-            positions = self._decoders.submit(self._plan.positions, step + number)  # done before a task waits for it
+            positions = self._decoders.submit(
+                self._plan.positions, step + number
+            )  # runs before the tasks that wait for it
             for part in (slice(first, first + each) for first in range(0, local, each)):
-                into = images[number, part], labels[number, part]
-                tasks.append(self._decoders.submit(self._decode, step + number, positions, self._rows[part], *into))
+                out = images[number, part], labels[number, part]
+                tasks.append(self._decoders.submit(self._decode, step + number, positions, self._rows[part], *out))
         return self._sender.submit(self._send, tasks, images, labels)
 
     def _decode(self, step: int, positions: Future, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
@@ -162,12 +163,12 @@ class Stream:
         )
 
     def each(self) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """All batches in turn, with K = 1."""
+        """Iterate over all batches, with K = 1."""
         for step in range(self._plan.num_steps):
             yield self.take(step, 1, int(step + 1 < self._plan.num_steps))
 
     def close(self) -> None:
-        """Stop the threads: what they have not begun is dropped."""
+        """Stop the threads and cancel pending tasks."""
         self._decoders.shutdown(wait=True, cancel_futures=True)
         self._sender.shutdown(wait=True, cancel_futures=True)
 
@@ -179,6 +180,6 @@ class Stream:
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Which rows of a batch the devices of this process need; sharding: of [K, B] arrays."""
-    places = sharding.addressable_devices_indices_map((1, batch_size)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[place[1]] for place in places if place is not None]))
+    """Return the rows of a batch that this process's devices hold; `sharding` is that of [K, B] arrays."""
+    slices = sharding.addressable_devices_indices_map((1, batch_size)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index[1]] for index in slices if index is not None]))

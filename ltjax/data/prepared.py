@@ -1,4 +1,4 @@
-"""Opening what TFDS or `python -m ltjax.data.prepare` wrote, `<data_dir>/<name>/<version>`, without TensorFlow."""
+"""Open a data set that TFDS or `python -m ltjax.data.prepare` wrote, without TensorFlow."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def read(name: str, data_dir: Path, use: Callable[[Any, Path, tuple[str, ...]], T], *, flags: str = "") -> T:
-    """`use(TFDS's builder, its folder, class names)` of the newest prepared version of a data set.
+    """Return `use(TFDS builder, folder, class names)` for the newest prepared version of a data set.
 
-    flags: that the command which prepares it needs besides --data_dir, for messages.
-    Raises: UserError for a data set that is not there, damaged files, or files that only TensorFlow reads.
+    UserError if it is missing or damaged, or if only TensorFlow can read it; the message shows the command that
+    prepares it, with these `flags` besides --data_dir.
     """
     directory, command = newest_version(data_dir, name), prepare_command(name, data_dir) + flags
     if directory is None:
@@ -39,7 +39,7 @@ def _open(directory: Path, elsewhere: str) -> tuple[Any, Path, tuple[str, ...]]:
             f"{directory} is in the {file_format} format, which is not readable without TensorFlow: have TFDS write it "
             f"again with file_format='array_record', or prepare a copy elsewhere with `{elsewhere}`"
         )
-    # Without this file TFDS would silently call the classes "0", "1", ...
+    # Without this file TFDS would silently name the classes "0", "1", ...
     if not (directory / "label.labels.txt").is_file():
         raise FileNotFoundError("label.labels.txt is missing")
     return builder, directory, tuple(builder.info.features["label"].names)

@@ -1,8 +1,8 @@
-"""Which images make up a batch, as pure functions of (seed, step).
+"""Choose the images of a batch, as pure functions of (seed, step).
 
-Nothing is stored between steps, so a sampler resumes anywhere and draws the same on any number of devices. The training
-images are sorted by class: image `starts[c] + i` is the i-th of class c. The same code serves device arrays inside a
-compiled step and numpy arrays on a host.
+A sampler stores nothing between steps, so it resumes anywhere and draws the same on any number of devices. The training
+images are sorted by class: image `starts[c] + i` is the i-th of class c. The same code works on device arrays inside a
+compiled step and on numpy arrays.
 
     sampler(seed, step, batch_size=B, class_counts=[C]) -> int32 [B], indices into the sorted images
 """
@@ -19,10 +19,10 @@ from ltjax.types import UserError
 
 
 def instance_balanced(seed, step, *, batch_size: int, class_counts):
-    """Every image once before any comes again, in a new order each time: the sampling of ordinary training.
+    """Draw every image once per pass, each pass in a new order: ordinary training.
 
-    An epoch's last batch runs on into the next pass over the data, so every batch is full and no image is left out
-    (PyTorch's loader ends an epoch with a smaller batch, or drops it).
+    A pass may end in the middle of a batch; the next pass fills the rest, so every batch is full and no image is left
+    out. PyTorch's loader ends an epoch with a smaller batch, or drops it.
 
     Examples:
       >>> sampler = samplers.create("instance_balanced")
@@ -35,7 +35,9 @@ def instance_balanced(seed, step, *, batch_size: int, class_counts):
 
 
 def class_balanced(seed, step, *, batch_size: int, class_counts):
-    """Each draw: a class at random, then one of its images at random (Kang et al., ICLR 2020).
+    """Draw a class at random, then one of its images at random.
+
+    Source: Kang et al., ICLR 2020.
 
     Examples:
       >>> sampler = samplers.create("class_balanced")
@@ -49,9 +51,9 @@ def class_balanced(seed, step, *, batch_size: int, class_counts):
 
 
 def class_aware(seed, step, *, batch_size: int, class_counts, in_a_row: int = 4):
-    """Cycle over the shuffled classes, `in_a_row` images of each; every class walks its own reshuffled images.
+    """Cycle over the shuffled classes and draw `in_a_row` images of each; a class reshuffles its images after a pass.
 
-    Source: Shen et al., ECCV 2016, with the 4 in a row of MiSLAS's and DRO-LT's code.
+    Source: Shen et al., ECCV 2016, with 4 in a row as in MiSLAS's and DRO-LT's code.
 
     Examples:
       >>> sampler = samplers.create("class_aware", in_a_row=2)
@@ -66,8 +68,8 @@ def class_aware(seed, step, *, batch_size: int, class_counts, in_a_row: int = 4)
     cycle = turn // num_classes
     chosen = shuffled(turn % num_classes, num_classes, hash32(seed, np.uint32(1), cycle))  # [B] classes
     draw = cycle * row + position % row  # how often the class was drawn before
-    own = shuffled(draw % counts[chosen], counts[chosen], hash32(seed, np.uint32(2), chosen, draw // counts[chosen]))
-    return (starts[chosen] + own).astype(np.int32)
+    key = hash32(seed, np.uint32(2), chosen, draw // counts[chosen])
+    return (starts[chosen] + shuffled(draw % counts[chosen], counts[chosen], key)).astype(np.int32)
 
 
 SAMPLERS: dict[str, Callable] = {
@@ -78,7 +80,14 @@ SAMPLERS: dict[str, Callable] = {
 
 
 def create(name: str, **settings) -> Callable:
-    """A sampler by its name in a config. Raises: UserError for an unknown name or setting.
+    """Return the sampler that a config names.
+
+    Args:
+      name: one of `SAMPLERS`.
+      settings: further arguments of the sampler, such as `in_a_row`.
+
+    Raises:
+      UserError: the name or a setting is unknown.
 
     Examples:
       >>> sampler = samplers.create("class_aware", in_a_row=2)
@@ -86,13 +95,13 @@ def create(name: str, **settings) -> Callable:
       (4,)
     """
     sampler = registry.choose("sampler", SAMPLERS, name)
-    trial = {"batch_size": 1, "class_counts": [1]}  # the caller's to fill in
+    trial = {"batch_size": 1, "class_counts": [1]}  # the training loop passes these
     registry.bind(f"sampler {name!r}", sampler, {**trial, **settings})(np.uint32(0), np.uint32(0))
     return partial(sampler, **settings)
 
 
 def _positions(seed, step, batch_size, class_counts=()):
-    """Draws since the start [B], counts [C] and starts [C]: uint32, numpy or device arrays as `seed` and `step` are."""
+    """Return the number of each draw [B], counts [C] and starts [C]: uint32, in numpy if seed and step are numpy's."""
     xp = np if isinstance(seed, np.generic) and isinstance(step, np.generic) else jnp
     counts = np.asarray(class_counts).astype(np.uint32)
     starts = (np.cumsum(counts) - counts).astype(np.uint32)

@@ -1,6 +1,6 @@
-"""Large data sets as TFDS lays them out, `<data_dir>/<name>/<version>`: images stay in their array records.
+"""Open large prepared data sets, `<data_dir>/<name>/<version>`; images stay in their array records.
 
-Written by TFDS with TensorFlow or by `python -m ltjax.data.prepare` without it; read without it either way.
+TFDS or `python -m ltjax.data.prepare` wrote them. Reading needs no TensorFlow.
 """
 
 import os
@@ -15,17 +15,17 @@ from ltjax.data.source import Stored, resolve_data_dir
 from ltjax.system.paths import cache_folder
 from ltjax.types import UserError, one_line
 
-SPLITS = {  # training and test split
+SPLITS = {  # {data set: (training split, test split)}
     "imagenet_lt": ("train", "test"),
     "places_lt": ("train", "test"),
     "i_naturalist2018": ("train", "validation"),
 }
-KEYS = ("file_name", "filename", "id")  # features that name an image, and so give the order that all machines share
-CHUNK = 512  # records read at once where all are
+KEYS = ("file_name", "filename", "id")  # features that name an image; their order is the same on all machines
+CHUNK = 512  # records per read when all are read
 
 
 class Records:
-    """The images of a split, in the order of `records`, their numbers in the files."""
+    """The images of a split, in the order of the record numbers `records`."""
 
     def __init__(self, source: Any, records: np.ndarray, directory: Path, split: str):
         self._source, self._records, self._directory, self._split = source, records, directory, split
@@ -44,13 +44,11 @@ class Records:
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Stored:
-    """Opens `name`, one of `SPLITS`; images in the order of their file names, or of their ids.
+    """Open `name`, one of `SPLITS`; images are in the order of their file names or ids.
 
-    Labels come from the index beside the records; where there is none, as after TFDS with TensorFlow, it is made in one
-    pass over them and kept there (or in `~/.cache/ltjax`, where that folder cannot be written).
-
-    Raises: UserError for an unknown name, a data set that is not there, damaged files, or files that only TensorFlow
-      reads.
+    Labels come from the index beside the records. If there is none, as with TFDS, one pass over the records makes it
+    and stores it there, or in `~/.cache/ltjax` if that folder is not writable. UserError if the name is unknown, the
+    data set is missing or damaged, or only TensorFlow can read it.
     """
     if name not in SPLITS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(SPLITS)}")
@@ -76,13 +74,13 @@ def _open(builder: Any, directory: Path, class_names: tuple[str, ...]) -> Stored
 
 
 def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and record numbers in the order of the images' names; read, or made and kept."""
-    kept = cache_folder()
-    places = [directory / f"{split}.index.npz"]
-    places += [kept / f"index-{shards_fingerprint(paths)[:32]}.npz"] if kept else []
-    for place in places:
-        if (found := read_index(place, paths)) is not None:
-            return found
+    """Return labels and record numbers in the order of the images' names; read the index or make it."""
+    cache = cache_folder()
+    candidates = [directory / f"{split}.index.npz"]
+    candidates += [cache / f"index-{shards_fingerprint(paths)[:32]}.npz"] if cache else []
+    for path in candidates:
+        if (stored := read_index(path, paths)) is not None:
+            return stored
     labels, keys = np.empty(len(source), np.int32), []
     with progress.bar(transient=True) as bar:
         task = bar.add_task(f"reading the labels of {directory.parent.name} {split}", total=len(source))
@@ -93,13 +91,13 @@ def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> tuple
                 labels[number] = fields["label"].int64_list.value[0]
                 keys.append(_key(fields, number))
             bar.advance(task, len(chunk))
-    for place in places:
+    for path in candidates:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_index(place, labels, keys, paths)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_index(path, labels, keys, paths)
             break
         except OSError:
-            continue  # a folder that cannot be written
+            continue  # the folder is not writable
     order = np.asarray(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
     return labels[order], order
 

@@ -1,8 +1,9 @@
-"""What every image source hands on, and where prepared data lies on disk."""
+"""The types that every data set is loaded as, the location of prepared data, and wording for messages."""
 
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,46 +14,59 @@ from ltjax.types import UserError
 
 
 class Images(NamedTuple):
-    """A classification data set held in memory: N training and M test images of one size, in a fixed order.
+    """A classification data set in memory: N training and M test images of one size, in a fixed order.
 
-    Position i means the same image on every machine, so that a split can be written down as indices. Labels run from
-    0 to `len(class_names) - 1` and index `class_names`.
+    Position i is the same image on every machine, so a split can be stored as indices. Labels index `class_names`.
+
+    Attributes:
+      train_images: [N, H, W, channels], uint8.
+      train_labels: [N], int32.
+      test_images: [M, H, W, channels], uint8.
+      test_labels: [M], int32.
+      class_names: C names.
     """
 
-    train_images: np.ndarray  # [N, H, W, channels], uint8
-    train_labels: np.ndarray  # [N], int32
-    test_images: np.ndarray  # [M, H, W, channels], uint8
-    test_labels: np.ndarray  # [M], int32
-    class_names: tuple[str, ...]  # C names
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
 
 
 class ImageFiles(Protocol):
-    """N encoded images on disk; reading them from several threads at once is fine."""
+    """N encoded images on disk, which several threads may read at once."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> bytes: ...
 
     def name(self, index: int) -> str:
-        """What to call image number `index` in a message."""
+        """Return a name for image number `index`, for messages."""
         ...
 
 
 class Stored(NamedTuple):
-    """A classification data set that stays on disk: images of any size, as files or records, decoded when needed.
+    """A classification data set on disk: images of any size, as files or records, decoded when needed.
 
-    As in `Images`, position i means the same image on every machine, and labels index `class_names`.
+    As in `Images`, position i is the same image on every machine, and labels index `class_names`.
+
+    Attributes:
+      train_files: N images.
+      train_labels: [N], int32.
+      test_files: M images.
+      test_labels: [M], int32.
+      class_names: C names.
     """
 
-    train_files: ImageFiles  # N
-    train_labels: np.ndarray  # [N], int32
-    test_files: ImageFiles  # M
-    test_labels: np.ndarray  # [M], int32
-    class_names: tuple[str, ...]  # C names
+    train_files: ImageFiles
+    train_labels: np.ndarray
+    test_files: ImageFiles
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
 
 
 class Subset:
-    """Some of the images of `files`, in the order of `indices`."""
+    """The images `indices` of `files`, in that order."""
 
     def __init__(self, files: ImageFiles, indices: np.ndarray):
         self._files, self._indices = files, indices
@@ -68,30 +82,36 @@ class Subset:
 
 
 def first_classes(data: Images | Stored, count: int) -> Images | Stored:
-    """The images of classes 0 to `count` - 1, or all where there are no more. Raises: UserError for fewer than two."""
+    """Keep the images of classes 0 to `count` - 1, or all if there are fewer classes.
+
+    Raises:
+      UserError: `count` is below 2.
+    """
     if count < 2:
         raise UserError(f"config.data.classes = {count}: 2 or more, or 0 for all")
     train, test = (np.flatnonzero(labels < count) for labels in (data.train_labels, data.test_labels))
-    kept = dict(
+    labels = dict(
         train_labels=data.train_labels[train], test_labels=data.test_labels[test], class_names=data.class_names[:count]
     )
     if isinstance(data, Stored):
         return data._replace(
-            train_files=Subset(data.train_files, train), test_files=Subset(data.test_files, test), **kept
+            train_files=Subset(data.train_files, train), test_files=Subset(data.test_files, test), **labels
         )
-    return data._replace(train_images=data.train_images[train], test_images=data.test_images[test], **kept)
+    return data._replace(train_images=data.train_images[train], test_images=data.test_images[test], **labels)
 
 
 def resolve_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
-    """The folder that holds prepared data sets: the argument, else `TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
+    """Return the folder of prepared data sets: the argument, else `TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
     return local(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def newest_version(data_dir: Path, name: str) -> Path | None:
-    """The folder `<data_dir>/<name>/<major.minor.patch>` of the highest version; None if there is none.
+    """Return the folder `<data_dir>/<name>/<major.minor.patch>` of the highest version; None if there is none.
 
-    An interrupted preparation leaves at most a folder under another name, which is never returned. Raises UserError
-    if the folder cannot be listed.
+    Folders of interrupted preparations have other names and are never returned.
+
+    Raises:
+      UserError: the folder cannot be listed.
     """
     directory = data_dir / name
     try:
@@ -104,5 +124,11 @@ def newest_version(data_dir: Path, name: str) -> Path | None:
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
-    """The shell command that puts data set `name` into `data_dir`, for error messages."""
+    """Return the shell command that prepares data set `name` in `data_dir`, for error messages."""
     return f"python -m ltjax.data.prepare {name} --data_dir={shlex.quote(str(data_dir))}"
+
+
+def some(items: Sequence[str], separator: str = ", ") -> str:
+    """Join up to 5 items and count the rest, for messages: "a, b, c, d, e and 3 more"."""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more

@@ -1,4 +1,4 @@
-"""Which images a long-tailed training set keeps: a function of a seed, and written down."""
+"""Choose the images of a long-tailed training set by a seed, and describe the choice."""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -9,20 +9,26 @@ from ltjax.hashing import hash32, shuffled
 from ltjax.types import UserError
 
 PROFILES = ("exp", "step")
-NATURAL = "natural"  # a split that keeps all images, as unequal as they are
+NATURAL = "natural"  # keeps all images, with the class sizes of the source
 
 
 def class_counts(num_classes: int, max_count: int, *, imbalance: float, profile: str = "exp") -> np.ndarray:
-    """Training images of each class, from `max_count` down to `max_count / imbalance`.
+    """Compute the training images of each class, from `max_count` down to `max_count / imbalance`.
+
+    Source: Cao et al., "Learning Imbalanced Datasets with LDAM", NeurIPS 2019.
 
     Args:
-      num_classes: C. max_count: images of the largest class.
+      num_classes: C.
+      max_count: images of the largest class.
       imbalance: imbalance factor, largest over smallest count, at least 1.
       profile: "exp" falls exponentially with the class number, `int(max_count * f ** (k / (C - 1)))` with
         `f = 1 / imbalance`; "step" keeps `max_count` for the first C / 2 classes and `int(max_count * f)` for the rest.
-    Returns: int64 [C].
-    Raises: UserError (a ValueError) for an unknown profile, an imbalance below 1 or sizes below 1.
-    Source: Cao et al., "Learning Imbalanced Datasets with LDAM", NeurIPS 2019.
+
+    Returns:
+      int64 [C].
+
+    Raises:
+      UserError: the profile is unknown, the imbalance is below 1, or a size is below 1.
 
     Examples:
       >>> splits.class_counts(5, 100, imbalance=100)
@@ -41,16 +47,22 @@ def class_counts(num_classes: int, max_count: int, *, imbalance: float, profile:
         counts = [int(max_count * smallest ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
     else:
         head = num_classes // 2
-        counts = [int(max_count)] * head + [int(max_count * smallest)] * (num_classes - head)
+        counts = [max_count] * head + [int(max_count * smallest)] * (num_classes - head)
     return np.asarray(counts, np.int64)
 
 
 class Split(NamedTuple):
-    """Indices into a source's training images. `train` is sorted by class, so that samplers need only the counts."""
+    """Indices into a source's training images.
 
-    train: np.ndarray  # [N] int64
-    holdout: np.ndarray  # [C * h] int64, the same number from each class, sorted by class
-    class_counts: np.ndarray  # [C] int64, of `train`
+    Attributes:
+      train: [N] int64, sorted by class, so that samplers need only the counts.
+      holdout: [C * h] int64, h of each class, sorted by class.
+      class_counts: [C] int64, images of each class in `train`.
+    """
+
+    train: np.ndarray
+    holdout: np.ndarray
+    class_counts: np.ndarray
 
 
 def long_tailed_split(
@@ -66,16 +78,21 @@ def long_tailed_split(
 ) -> Split:
     """Keep a long-tailed part of balanced (or already long-tailed) training images.
 
-    One permutation a class, chosen by `seed`: its first n_c images are kept, so that a class's images at imbalance 100
-    are among those at imbalance 10; the last `holdout` ones make a class-balanced set for selection and tuning.
+    `seed` permutes each class. The first n_c images are kept, so the images at imbalance 100 are a subset of those at
+    imbalance 10. The last `holdout` images form a class-balanced set for selection and tuning.
 
     Args:
-      labels: [M] of all training images.
-      profile: of `class_counts`; or "natural", which keeps every image, of each class at most `max_count`.
-      max_count: images of the largest class; None takes all the images that every class has beyond the hold-out, or,
-        where classes differ, those that the first class has.
+      labels: [M], of all training images.
+      num_classes: C.
+      imbalance: see `class_counts`; 1 for the profile "natural".
+      profile: see `class_counts`; or "natural", which keeps every image, at most `max_count` of each class.
+      max_count: images of the largest class. None takes all images of the first class beyond the hold-out.
+      holdout: images held out of each class.
+      seed: of the permutations.
       class_names: C names, for messages.
-    Raises: UserError where a class has fewer images than asked for, or would be left with none.
+
+    Raises:
+      UserError: a class has fewer images than asked for, or would keep none.
 
     Examples:
       >>> labels = np.repeat(np.arange(3), 10)
@@ -86,16 +103,13 @@ def long_tailed_split(
       array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
     """
     available = np.bincount(labels, minlength=num_classes)
-
-    def called(c: int) -> str:
-        return f"class {c}" + (f" ({class_names[c]})" if class_names else "")
-
+    titles = [f"class {c}" + (f" ({class_names[c]})" if class_names else "") for c in range(num_classes)]
     if profile == NATURAL:
         if imbalance != 1:
             raise UserError(f"data.imbalance = {imbalance:g}: profile {NATURAL!r} keeps classes as unequal as they are")
         if not 0 <= holdout < available.min():
             rarest = int(available.argmin())
-            raise UserError(f"data.holdout = {holdout} images a class: {called(rarest)} has {available[rarest]} in all")
+            raise UserError(f"data.holdout = {holdout} images a class: {titles[rarest]} has {available[rarest]} in all")
         counts = available - holdout if max_count is None else np.minimum(available - holdout, max_count)
         return _choose(labels, available, counts, holdout, seed)
     if not 0 <= holdout < available.max():
@@ -103,23 +117,23 @@ def long_tailed_split(
     if max_count is None:
         max_count = int(available[0]) - holdout
     counts = class_counts(num_classes, max_count, imbalance=imbalance, profile=profile)
-    for c in range(num_classes):
-        if counts[c] < 1:
-            raise UserError(
-                f"{called(c)} would keep no image (largest class {max_count}, imbalance {imbalance:g}): "
-                "lower data.imbalance or raise data.max_count"
-            )
-        if counts[c] + holdout > available[c]:
-            asked = f"{counts[c]} training" + (f" and {holdout} hold-out" if holdout else "")
-            raise UserError(
-                f"{called(c)} has {available[c]} images, but {asked} images are asked for: "
-                "lower data.max_count or data.holdout, or raise data.imbalance"
-            )
+    if (counts < 1).any():
+        raise UserError(
+            f"{titles[int(np.argmax(counts < 1))]} would keep no image (largest class {max_count}, imbalance "
+            f"{imbalance:g}): lower data.imbalance or raise data.max_count"
+        )
+    if (lacking := counts + holdout > available).any():
+        c = int(np.argmax(lacking))
+        asked = f"{counts[c]} training" + (f" and {holdout} hold-out" if holdout else "")
+        raise UserError(
+            f"{titles[c]} has {available[c]} images, but {asked} images are asked for: "
+            "lower data.max_count or data.holdout, or raise data.imbalance"
+        )
     return _choose(labels, available, counts, holdout, seed)
 
 
 def _choose(labels: np.ndarray, available: np.ndarray, counts: np.ndarray, holdout: int, seed: int) -> Split:
-    """`counts[c]` training and `holdout` further images of each class, by one seeded permutation of its images."""
+    """Permute each class by the seed; keep its first `counts[c]` images and hold out its last `holdout`."""
     order = np.argsort(labels, kind="stable")
     starts = np.cumsum(available) - available
     train, held = [], []
@@ -135,12 +149,18 @@ def _choose(labels: np.ndarray, available: np.ndarray, counts: np.ndarray, holdo
 def describe(
     split: Split, *, seed: int, groups: dict[str, np.ndarray], class_names: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """What `split.json` holds: counts, a SHA-256 of the kept indices (little-endian int64), seed, groups, names.
+    """Return the content of `split.json`; its SHA-256 hashes are those of the indices as little-endian int64.
+
+    Args:
+      split: the split.
+      seed: that of the split.
+      groups: {name: [C] bool, whether a class belongs to the group}.
+      class_names: C names.
 
     Examples:
       >>> split = splits.long_tailed_split(np.repeat(np.arange(2), 4), 2, imbalance=2)
-      >>> found = splits.describe(split, seed=0, groups={"few": np.array([False, True])})
-      >>> found["class_counts"], found["groups"], found["sha256"][:8]
+      >>> description = splits.describe(split, seed=0, groups={"few": np.array([False, True])})
+      >>> description["class_counts"], description["groups"], description["sha256"][:8]
       ([4, 2], {'few': [1]}, 'df2709fe')
     """
 

@@ -1,4 +1,4 @@
-"""Tiny ImageNet, read from what `python -m ltjax.data.prepare tiny_imagenet` has prepared."""
+"""Load Tiny ImageNet as prepared by `python -m ltjax.data.prepare tiny_imagenet`."""
 
 import os
 
@@ -10,19 +10,12 @@ NAMES = ("tiny_imagenet",)
 
 
 def load(name: str = "tiny_imagenet", data_dir: str | os.PathLike | None = None) -> Images:
-    """Reads all of it: 100,000 training images of [64, 64, 3] pixels (1.2 GB), 500 a class, and 10,000 for testing.
+    """Load 100,000 training images of [64, 64, 3] pixels (1.2 GB), 500 a class, and 10,000 test images.
 
-    The test images are the official validation images, since the official test images have no labels. Classes stand in
-    the order of the archive's `wnids.txt`, which is not alphabetical, and are named by the first word of `words.txt`.
+    The test images are the official validation images, because the official test images have no labels. Classes are in
+    the order of the archive's `wnids.txt`, which is not alphabetical; a class's name is the first word in `words.txt`.
     Training image i is number i % 500 of class i // 500; test image i is `val_<i>.JPEG`.
-
-    Args:
-      name: "tiny_imagenet".
-      data_dir: the folder that holds `tiny_imagenet/<version>`; by default `TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`.
-
-    Raises:
-      UserError: an unknown name, a data set that is not there, damaged files, or files that only TensorFlow reads.
+    UserError if the name is unknown, the data set is missing or damaged, or only TensorFlow can read it.
     """
     if name not in NAMES:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""Miniatures of the large data sets in their official layouts, of small JPEGs whose class shows in their colours."""
+"""Write miniatures of the large data sets in their official layouts, with small JPEGs coloured by class."""
 
 import io
 import json
@@ -10,14 +10,15 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-# What a miniature's images may be changed by before they are written: {path: content}, in place.
+# Changes a miniature's images, {path: content}, in place before they are written.
 Spoil = Callable[[dict[str, bytes]], None]
 
 
 def photo(label: int, index: int, size: int = 64) -> bytes:
-    """A JPEG of `size` x 1.25 `size` pixels: stripes in the colours and the direction of its class, and noise."""
-    own, rng = np.random.default_rng(label), np.random.default_rng((label, index))
-    colours, angle, period = own.uniform(40, 215, (2, 3)), own.uniform(0, np.pi), own.uniform(0.1, 0.4) * size
+    """Make a JPEG of `size` x 1.25 `size` pixels: noisy stripes whose colours and direction depend on the class."""
+    class_rng, rng = np.random.default_rng(label), np.random.default_rng((label, index))
+    colours, angle = class_rng.uniform(40, 215, (2, 3)), class_rng.uniform(0, np.pi)
+    period = class_rng.uniform(0.1, 0.4) * size
     y, x = np.mgrid[:size, : size * 5 // 4]
     phase = (x * np.cos(angle) + y * np.sin(angle)) / period + rng.uniform()
     share = (0.5 + 0.5 * np.sin(2 * np.pi * phase))[..., None]
@@ -47,7 +48,7 @@ def write_list(path: Path, labels: dict[str, int]) -> Path:
 
 
 def wnids() -> list[str]:
-    """The WordNet ids of the classes of ImageNet, by label."""
+    """Return the WordNet ids of the classes of ImageNet, by label."""
     return Path(tfds.core.tfds_path("datasets/imagenet2012/labels.txt")).read_text().split()
 
 
@@ -60,23 +61,24 @@ def imagenet_lt(
     extracted: bool = False,
     spoil: Spoil | None = None,
 ) -> Path:
-    """Writes ImageNet-LT with `counts[label]` training images of the first classes, and others that no list names.
+    """Write ImageNet-LT to `folder` and return it.
 
-    validation, test: images of each class. extracted: folders instead of archives. Returns `folder`.
+    It has `counts[label]` training images of the first classes, `validation` and `test` images of each class, and some
+    that no list names; in folders if `extracted`, else in archives.
     """
     folder.mkdir(parents=True, exist_ok=True)
     classes = wnids()[: len(counts)]
     images: dict[str, bytes] = {}
     lists: dict[str, dict[str, int]] = {"train": {}, "val": {}, "test": {}}
     for label, (wnid, count) in enumerate(zip(classes, counts, strict=True)):
-        for i in range(count + validation + 1):  # the last of them in no list
+        for i in range(count + validation + 1):  # the last one is in no list
             path = f"train/{wnid}/{wnid}_{(i * 7) % 100 + 1}.JPEG"
             images[path] = photo(label, i, size)
             if i < count + validation:
                 lists["train" if i < count else "val"][path] = label
     official = Path(tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")).read_text().split()
     for label, wnid in enumerate(classes):
-        numbers = [number for number, own in enumerate(official, start=1) if own == wnid][:test]
+        numbers = [number for number, other in enumerate(official, start=1) if other == wnid][:test]
         for i, number in enumerate(numbers):
             path = f"val/ILSVRC2012_val_{number:08d}.JPEG"
             images[path] = photo(label, 1000 + i, size)
@@ -89,10 +91,10 @@ def imagenet_lt(
         return write_folder(folder, images)
     train = {}
     for wnid in classes:
-        own = {path.split("/")[2]: content for path, content in images.items() if path.startswith(f"train/{wnid}/")}
+        members = {path.split("/")[2]: content for path, content in images.items() if path.startswith(f"train/{wnid}/")}
         inner = io.BytesIO()
         with tarfile.open(fileobj=inner, mode="w") as tar:
-            for name, content in own.items():
+            for name, content in members.items():
                 header = tarfile.TarInfo(name)
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
@@ -104,7 +106,7 @@ def imagenet_lt(
 
 
 def places() -> list[str]:
-    """The categories of Places365, by label."""
+    """Return the categories of Places365, by label."""
     return Path(tfds.core.tfds_path("image_classification/categories_places365.txt")).read_text().split()
 
 
@@ -119,9 +121,10 @@ def places_lt(
     extracted: bool = False,
     spoil: Spoil | None = None,
 ) -> Path:
-    """Writes Places-LT with `counts[label]` training images of the first categories; number 8 has a folder in a folder.
+    """Write Places-LT to `folder` and return it.
 
-    layout, lists: `easyformat` (places365_standard/train/apartment_building-outdoor/...) or `standard`
+    It has `counts[label]` training images of the first categories; category 8 has a nested folder. `layout` of the
+    archives and `lists`: `easyformat` (places365_standard/train/apartment_building-outdoor/...) or `standard`
     (data_256/a/apartment_building/outdoor/..., val_256/...), of the archives and of the lists. Paths given to `spoil`
     are those of the layout. Returns `folder`.
     """
@@ -137,7 +140,7 @@ def places_lt(
 
     prefix = "" if layout == "standard" else "places365_standard/"
     for label, (name, count) in enumerate(zip(places(), counts, strict=False)):
-        for i in range(count + validation + 1):  # the last of them in no list
+        for i in range(count + validation + 1):  # the last one is in no list
             file = f"{(i * 7) % 100 + 1:08d}.jpg"
             images[prefix + train_path(name, file, layout)] = photo(label, i, size)
             if i < count + validation:
@@ -171,7 +174,7 @@ def inat18(
     spoil: Spoil | None = None,
     edit: Callable[[dict], None] | None = None,
 ) -> Path:
-    """Writes iNaturalist 2018 with `counts[label]` training images of each of as many species, named `0`, `1`, ...
+    """Write iNaturalist 2018 with `counts[label]` training images of the species `0`, `1`, ...
 
     Args:
       folder: where to; made if missing, and returned.

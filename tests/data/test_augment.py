@@ -35,7 +35,7 @@ def photos(height=32, width=32):
 
 @pytest.fixture(scope="module")
 def cropped():
-    """(offset, mirrored) of each of 8,100 crops of one image whose 64 values all differ; None if it is no window."""
+    """(offset, mirrored) of 8,100 crops of one image with 64 different values; None if a crop is no window."""
     image = np.arange(1, 65, dtype=np.uint8).reshape(8, 8, 1)
     out = jax.jit(augment.crop_flip)(jax.random.key(0), jnp.tile(jnp.asarray(image), (8100, 1, 1, 1)))
     windows = {}
@@ -119,7 +119,7 @@ def test_draws_from_a_symmetric_beta(alpha):
 
 @pytest.mark.parametrize("policy", [{"auto_augment": True}, {"rand_augment": (2, 9.0)}], ids=["auto", "rand"])
 @pytest.mark.parametrize("alpha", [1.0, 0.2])
-def test_no_part_of_the_augmentation_loops_until_a_condition_holds(alpha, policy):
+def test_augmentation_compiles_without_while_loops(alpha, policy):
     every = partial(augment.augment, color_jitter=0.4, cutout_size=4, mixup_alpha=alpha, **policy)
     images, labels = jnp.asarray(photos()), jnp.arange(40)
     program = jax.make_jaxpr(every)(jax.random.key(0), images, labels)
@@ -161,7 +161,7 @@ def test_a_class_aware_batch_is_mixed_with_other_classes():
 
 
 def test_an_instance_balanced_batch_is_mixed_at_random():
-    """Pairs are of one class as often as random pairs are, though images are sorted by class."""
+    """Pairs share a class as often as random pairs do, although images are sorted by class."""
     sampler, counts = samplers.create("instance_balanced"), [700, 200, 100]
     labels = np.repeat(np.arange(3), counts)
     batches = [labels[sampler(np.uint32(1), np.uint32(k), batch_size=40, class_counts=counts)] for k in range(100)]
@@ -193,8 +193,8 @@ PILLOW = {
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
-def test_products_with_one_hot_vectors_give_what_indices_give(shape):
-    """To the bit, pixels, table entries and counts."""
+def test_one_hot_products_equal_indexing(shape):
+    """Pixels, table entries and counts are equal to the bit."""
     random, images = np.random.default_rng(1), jnp.asarray(photos(*shape))
     x, y = (jnp.asarray(random.integers(0, size, images.shape[:3])) for size in (shape[1], shape[0]))
     table = jnp.asarray(random.integers(0, 256, (len(images), 256, 3)), jnp.uint8)
@@ -210,15 +210,17 @@ def test_products_with_one_hot_vectors_give_what_indices_give(shape):
 
 
 @pytest.mark.parametrize("policy", [augment.auto_augment, augment.rand_augment])
-@pytest.mark.parametrize("platform, takes", [("tpu", [False, False]), ("cuda", [True, False]), ("cpu", [True, True])])
-def test_what_is_taken_and_counted_by_index(policy, platform, takes):
-    """On a TPU nothing, on a GPU single pixels and entries."""
+@pytest.mark.parametrize(
+    "platform, expected", [("tpu", [False, False]), ("cuda", [True, False]), ("cpu", [True, True])]
+)
+def test_which_platform_gathers_and_scatters(policy, platform, expected):
+    """A TPU neither gathers nor scatters; a GPU gathers pixels and entries."""
     traced = jax.jit(policy).trace(jax.random.key(0), jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.uint8))
     program = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert [name in program for name in ("stablehlo.gather", "stablehlo.scatter")] == takes
+    assert [name in program for name in ("stablehlo.gather", "stablehlo.scatter")] == expected
 
 
-def test_every_operation_of_the_policy_is_compared_with_pillow():
+def test_every_operation_is_compared_with_pillow():
     assert set(PILLOW) == set(augment.MAGNITUDES)
     assert {name for pair in augment.CIFAR10_POLICY for name, _, _ in pair} <= set(PILLOW)
 
@@ -323,21 +325,21 @@ def test_augment_composes_in_the_papers_order():
     assert batch.images.min() >= 0 and batch.images.max() <= 1 + 1e-6
 
 
-def test_a_part_switched_off_leaves_the_others_random_numbers_alone():
+def test_turning_a_part_off_keeps_the_others_random_numbers():
     images, labels, rng = jnp.asarray(photos()), jnp.arange(40), jax.random.key(6)
     whole = augment.augment(rng, images, labels).images
     cut = augment.augment(rng, images, labels, cutout_size=16).images
     assert jnp.all((cut == whole) | (cut == 0)) and jnp.any(cut != whole)
 
 
-def test_augment_repeats_itself_and_follows_the_key():
+def test_the_key_determines_the_augmentation():
     images = jnp.asarray(photos())
     first, second, other = (everything(jax.random.key(seed), images).images for seed in (7, 7, 8))
     np.testing.assert_array_equal(first, second)
     assert jnp.any(first != other)
 
 
-def test_augment_in_a_scan_over_two_devices_gives_the_same_as_on_one():
+def test_augment_in_a_scan_on_two_devices_equals_one_device():
     @jax.jit
     def epoch(keys, images):
         return jax.lax.scan(lambda carry, rng: (carry, everything(rng, images)), None, keys)[1]
@@ -353,8 +355,8 @@ def test_augment_in_a_scan_over_two_devices_gives_the_same_as_on_one():
         assert shared.lam[step] == alone.lam
 
 
-def test_colour_jitter_is_a_chain_of_blends_in_any_order():
-    """Each image is one of the six orders of brightness, contrast and saturation, with factors of its own."""
+def test_colour_jitter_chains_three_blends_in_random_order():
+    """Each image is one of the six orders of brightness, contrast and saturation, with its own factors."""
     images = jnp.asarray(np.random.default_rng(0).uniform(0.3, 0.6, (12, 6, 5, 3)), jnp.float32)
     found = np.asarray(augment.color_jitter(jax.random.key(1), images, strength=0.3))
     order_rng, factor_rng = jax.random.split(jax.random.key(1))
@@ -375,7 +377,7 @@ def test_colour_jitter_of_strength_0_changes_nothing():
     np.testing.assert_allclose(augment.color_jitter(jax.random.key(1), images, strength=0.0), images, atol=1e-6)
 
 
-def test_rand_augment_applies_that_many_operations_at_one_magnitude():
+def test_rand_augment_applies_operations_at_one_magnitude():
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3)), jnp.uint8)
     once = np.asarray(augment.rand_augment(jax.random.key(0), images, num_operations=1, magnitude=6.0))
     candidates = []
@@ -400,13 +402,13 @@ def test_rand_augment_applies_that_many_operations_at_one_magnitude():
         ({"rand_augment": (2, 9.0), "auto_augment": True}, "auto_augment and rand_augment: turn one"),
     ],
 )
-def test_settings_of_large_images_that_cannot_be_are_named(settings, message):
+def test_impossible_settings_are_explained(settings, message):
     images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
     with pytest.raises(UserError, match=message):
         augment.augment(jax.random.key(0), images, jnp.zeros(2, jnp.int32), **settings)
 
 
 @pytest.mark.parametrize("settings", [{"color_jitter": 0.4}, {"rand_augment": (2, 9.0)}])
-def test_operations_on_colours_refuse_grey_images(settings):
+def test_colour_operations_refuse_grey_images(settings):
     with pytest.raises(UserError, match="needs RGB images, but these have 1 channel"):
         augment.augment(jax.random.key(0), jnp.zeros((2, 8, 8, 1), jnp.uint8), jnp.zeros(2, jnp.int32), **settings)

@@ -1,4 +1,4 @@
-"""Reading a prepared CIFAR: the order of the images, where they are looked for, and what damage looks like."""
+"""Reading a prepared CIFAR: the order of the images, the search for the folder, messages about damage."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from ltjax.data import cifar, prepare, source
+from ltjax.data import cifar, source
+from ltjax.data.prepare import cifar as preparation
 from ltjax.types import UserError
 
 REAL = os.environ.get("TFDS_DATA_DIR")
@@ -20,21 +21,21 @@ REAL = os.environ.get("TFDS_DATA_DIR")
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder with a CIFAR-100 of 40 training and 12 test images of noise, and those splits."""
+    """A folder with a CIFAR-100 of 40 training and 12 test images of noise, and its splits."""
     rng = np.random.default_rng(0)
     splits = {}
     for split, count in (("train", 40), ("test", 12)):
         labels = np.stack([rng.integers(20, size=count), rng.integers(100, size=count)], axis=1).astype(np.uint8)
-        splits[split] = prepare.Split(rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), labels)
+        splits[split] = preparation.Split(rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), labels)
     names = {"coarse_label": [f"group {i}" for i in range(20)], "label": [f"class_{i}" for i in range(100)]}
     data_dir = tmp_path_factory.mktemp("written")
-    prepare._write(prepare.CIFAR100, data_dir, names, splits)
+    preparation.write(preparation.CIFAR100, data_dir, names, splits)
     return data_dir, splits
 
 
 @pytest.fixture
 def copy(written, tmp_path):
-    """A copy of that folder's version to damage, below `tmp_path`."""
+    """A copy of the prepared version, to be damaged."""
     return Path(shutil.copytree(written[0] / "cifar100", tmp_path / "cifar100")) / "3.0.2"
 
 
@@ -44,7 +45,7 @@ def raw_records(directory, split):
 
 
 def reshard(directory, split, shards):
-    """Replaces a split's files by one per list of serialised records."""
+    """Replace a split's files: one file per list of serialised records."""
     for path in directory.glob(f"cifar100-{split}.*"):
         path.unlink()
     for i, records in enumerate(shards):
@@ -81,7 +82,7 @@ def test_exact_pixels_labels_and_types(written):
     assert images.class_names[:2] == ("class_0", "class_1") and len(images.class_names) == 100
 
 
-def test_order_is_that_of_the_ids_however_the_files_are_shuffled_and_sharded(written, copy):
+def test_images_are_sorted_by_id_for_any_shuffling_and_sharding(written, copy):
     records = raw_records(copy, "train")
     decoders = {"image": tfds.decode.SkipDecoding()}
     on_disk = [record["id"] for record in tfds.builder_from_directory(copy).as_data_source("train", decoders=decoders)]
@@ -105,12 +106,12 @@ def test_data_dir_is_the_argument_then_the_environment_then_home(monkeypatch):
     assert source.resolve_data_dir() == Path("/home/someone/tensorflow_datasets")
 
 
-def test_unknown_name():
+def test_an_unknown_name_is_an_error():
     assert "cifar10, cifar100" in failure(None, "cifar1000")
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "file", "cifar10 only", "interrupted"])
-def test_missing_names_the_directory_and_the_command(folder, tmp_path):
+def test_a_missing_data_set_names_the_folder_and_the_command(folder, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "cifar10 only" / "cifar10" / "3.0.2").mkdir(parents=True)
     (tmp_path / "interrupted" / "cifar100" / "incomplete.ABCDEF_3.0.2").mkdir(parents=True)
@@ -184,7 +185,7 @@ def empty_folder(directory):
         empty_folder,
     ],
 )
-def test_damage_is_one_line_that_says_what_to_do(damage, copy):
+def test_damage_is_reported_in_one_line_with_the_command(damage, copy):
     damage(copy)
     message = failure(copy.parent.parent)
     assert message.startswith(f"{copy} is damaged or incomplete (")
@@ -192,7 +193,7 @@ def test_damage_is_one_line_that_says_what_to_do(damage, copy):
     assert message.endswith(f"): delete that folder, then run `{command}`")
 
 
-def test_files_that_only_tensorflow_reads(copy):
+def test_a_format_that_only_tensorflow_reads_is_named(copy):
     info = (copy / "dataset_info.json").read_text()
     (copy / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
     assert "tfrecord format" in failure(copy.parent.parent)

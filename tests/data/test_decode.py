@@ -1,4 +1,4 @@
-"""Decoding, cropping and resizing, on a host."""
+"""Decoding, cropping and resizing images on the host."""
 
 import io
 
@@ -14,7 +14,7 @@ VIEW = View(size=16, resize=20)
 
 
 def picture(height=40, width=60):
-    """Smooth, so that JPEG changes little: red grows downwards, green to the right."""
+    """A smooth image that JPEG changes little: red grows downwards, green to the right."""
     y, x = np.mgrid[:height, :width]
     return np.stack([y * 255 / height, x * 255 / width, np.full((height, width), 80)], -1).astype(np.uint8)
 
@@ -26,39 +26,39 @@ def encoded(image, kind="JPEG", **settings):
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "L"), ("PNG", "L")])
-def test_images_of_all_colours_come_as_rgb(kind, mode):
+def test_all_colour_modes_decode_to_rgb(kind, mode):
     pixels = decode.decode(encoded(Image.fromarray(picture()).convert(mode), kind))
     assert pixels.shape == (40, 60, 3) and pixels.dtype == np.uint8
     expected = np.asarray(Image.fromarray(picture()).convert(mode).convert("RGB"))
     assert np.abs(pixels.astype(int) - expected).max() <= 12  # JPEG's loss
 
 
-def test_cmyk_comes_as_rgb():
+def test_cmyk_decodes_to_rgb():
     image = Image.fromarray(picture()).convert("CMYK")
     assert decode.decode(encoded(image)).shape == (40, 60, 3)
 
 
-def test_noted_orientations_are_not_heeded():
+def test_the_exif_orientation_is_ignored():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # a quarter turn
     assert decode.decode(encoded(Image.fromarray(picture()), exif=exif)).shape == (40, 60, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8 no image \xff\xd9"])
-def test_what_is_no_image_is_refused(content):
+def test_bytes_that_are_no_image_are_an_error(content):
     with pytest.raises(ValueError):
         decode.decode(content)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_file_cut_short_is_refused(kind):
+def test_a_truncated_file_is_an_error(kind):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     whole = encoded(Image.fromarray(noise), kind)
     with pytest.raises(ValueError):
         decode.decode(whole[: len(whole) // 2])
 
 
-def test_shrinking_takes_means_over_areas():
+def test_shrinking_averages_areas():
     checks = (np.indices((32, 32)).sum(0) % 2 * 200).astype(np.uint8)[..., None].repeat(3, -1)
     assert (decode.resized(checks, 8, 8) == 100).all()
 
@@ -70,7 +70,7 @@ def test_the_center_crop_is_the_middle_of_the_resized_image():
     assert np.abs(decode.center_crop(image, VIEW).astype(int) - expected).max() <= 4
 
 
-def test_random_windows_have_the_areas_and_shapes_that_they_should():
+def test_random_windows_have_the_documented_areas_and_shapes():
     y, x = np.mgrid[:300, :400]
     image = np.stack([y / 300 * 255, x / 400 * 255, 0 * x], -1).astype(np.uint8)
     areas, shapes = [], []
@@ -81,7 +81,7 @@ def test_random_windows_have_the_areas_and_shapes_that_they_should():
         areas.append(height * width / 120000)
         shapes.append(width / height)
     assert 0.07 < min(areas) < 0.13 and 0.85 < max(areas) < 1.02
-    rng = np.random.default_rng(0)  # uniform, but for windows that do not fit
+    rng = np.random.default_rng(0)  # uniform, except for windows that do not fit
     area, shape = rng.uniform(0.08, 1, 50_000), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), 50_000))
     fits = (120000 * area * shape < 400**2) & (120000 * area / shape < 300**2)
     assert abs(np.mean(areas) - area[fits].mean()) < 0.04
@@ -89,14 +89,14 @@ def test_random_windows_have_the_areas_and_shapes_that_they_should():
     assert abs(np.mean(np.log(shapes)) - np.log(shape[fits]).mean()) < 0.03
 
 
-def test_a_key_gives_the_same_window_each_time_and_another_key_another():
+def test_the_key_determines_the_window():
     image = np.random.default_rng(0).integers(0, 255, (50, 70, 3)).astype(np.uint8)
     first, again, other = (decode.random_resized_crop(image, np.uint32(key), VIEW) for key in (5, 5, 6))
     assert (first == again).all() and (first != other).any()
 
 
 @pytest.mark.parametrize("shape", [(4, 400), (400, 4), (1, 1)])
-def test_images_of_odd_shapes_are_cut_too(shape):
+def test_extreme_aspect_ratios_are_cropped(shape):
     image = np.full((*shape, 3), 7, np.uint8)
     assert decode.random_resized_crop(image, np.uint32(0), VIEW).shape == (16, 16, 3)
     assert decode.center_crop(image, VIEW).shape == (16, 16, 3)

@@ -31,7 +31,7 @@ def test_training_is_long_tailed_and_test_balanced(images):
     np.testing.assert_array_equal(np.bincount(images.test_labels), [100] * 10)
 
 
-def test_classes_follow_each_other_in_no_order(images):
+def test_the_order_of_classes_is_random(images):
     assert np.mean(images.train_labels[1:] == images.train_labels[:-1]) < 0.4  # 0.25 if independent
 
 
@@ -41,7 +41,7 @@ def test_class_names_are_the_official_ones(images):
     )  # fmt: skip
 
 
-def test_arrays_are_those_that_results_were_made_with(images):
+def test_the_arrays_are_frozen(images):
     digest = hashlib.sha256(b"".join(array.tobytes() for array in images[:4])).hexdigest()
     assert digest == "92b7ef9c9fd95b8a600e98f7addde680212dc1bb572d7d43091b3092922ab155"
 
@@ -62,7 +62,7 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
-def test_make_keeps_the_asked_number_of_each_class_in_official_order(tmp_path):
+def test_make_keeps_the_counts_in_official_order(tmp_path):
     labels = np.tile(np.arange(10, dtype=np.uint8), 20)
     pixels = np.repeat(np.arange(200, dtype=np.uint8), 28 * 28).reshape(200, 28, 28)  # image i is of grey level i
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", pixels)

@@ -1,4 +1,4 @@
-"""People's own folders of images."""
+"""The user's own folders of images."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def test_classes_and_counts_are_found(tmp_path):
     assert found.train_files[7] == photo(1, 0, 16)
 
 
-def test_images_in_deeper_folders_count_and_other_files_do_not(tmp_path):
+def test_images_in_subfolders_are_found_and_other_files_ignored(tmp_path):
     make(make(tmp_path, (2, 2)), (1, 1), "val")
     (tmp_path / "train" / "a" / "more").mkdir()
     (tmp_path / "train" / "a" / "more" / "x.JPEG").write_bytes(photo(0, 5, 16))
@@ -45,7 +45,7 @@ def test_images_in_deeper_folders_count_and_other_files_do_not(tmp_path):
     assert np.bincount(data.load("image_folder", tmp_path).train_labels).tolist() == [3, 2]
 
 
-def test_without_a_folder_for_validation_each_class_gives_as_many_images(tmp_path):
+def test_without_validation_the_same_number_of_each_class_is_held_out(tmp_path):
     found = data.load("image_folder", make(tmp_path, (30, 11, 10)))
     assert np.bincount(found.test_labels).tolist() == [2, 2, 2]
     assert np.bincount(found.train_labels).tolist() == [28, 9, 8]
@@ -64,7 +64,7 @@ def test_damaged_images_are_counted_and_named(tmp_path):
         data.load("image_folder", tmp_path)
 
 
-def test_images_are_checked_once_and_again_when_they_change(tmp_path, monkeypatch):
+def test_images_are_checked_again_only_after_a_change(tmp_path, monkeypatch):
     make(make(tmp_path, (2, 2)), (1, 1), "val")
     data.load("image_folder", tmp_path)
     monkeypatch.setattr(image_folder.decode, "problem", lambda content: pytest.fail("decoded again"))
@@ -86,14 +86,14 @@ def test_images_are_checked_once_and_again_when_they_change(tmp_path, monkeypatc
         (lambda root: [(root / "train" / "a" / f"00{n}.jpg").unlink() for n in (1, 2)], "one image in a, so none"),
     ],
 )
-def test_folders_that_are_no_data_set_are_named(tmp_path, spoil, message):
+def test_folders_that_are_no_data_set_are_explained(tmp_path, spoil, message):
     make(tmp_path, (3, 3))
     spoil(tmp_path)
     with pytest.raises(UserError, match=message):
         data.load("image_folder", tmp_path)
 
 
-def test_links_that_lead_back_or_to_another_class_multiply_no_images(tmp_path):
+def test_links_to_parents_or_other_classes_add_no_images(tmp_path):
     make(make(tmp_path, (3, 2)), (1, 1), "val")
     (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a")
     (tmp_path / "train" / "a" / "all").symlink_to(tmp_path / "train")
@@ -101,7 +101,7 @@ def test_links_that_lead_back_or_to_another_class_multiply_no_images(tmp_path):
     assert np.bincount(data.load("image_folder", tmp_path).train_labels).tolist() == [3, 2]
 
 
-def test_images_that_a_link_leads_to_count(tmp_path):
+def test_images_behind_a_link_are_found(tmp_path):
     make(make(tmp_path, (3, 2)), (1, 1), "val")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "train" / "b" / "001.jpg").rename(tmp_path / "elsewhere" / "x.jpg")
@@ -109,7 +109,7 @@ def test_images_that_a_link_leads_to_count(tmp_path):
     assert np.bincount(data.load("image_folder", tmp_path).train_labels).tolist() == [3, 2]
 
 
-def test_a_broken_link_is_counted_and_named_among_the_damaged_images(tmp_path):
+def test_a_broken_link_is_a_damaged_image(tmp_path):
     make(tmp_path, (3, 3))
     (tmp_path / "train" / "a" / "x.jpg").symlink_to(tmp_path / "gone.jpg")
     with pytest.raises(UserError, match=r"1 of 7 images cannot be read: .*a/x.jpg \(No such file"):
@@ -117,7 +117,7 @@ def test_a_broken_link_is_counted_and_named_among_the_damaged_images(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
-def test_names_that_are_no_utf8_are_read_and_shown(tmp_path):
+def test_names_that_are_not_utf8_are_printable(tmp_path):
     make(make(tmp_path, (3, 3)), (1, 1), "val")
     for part in ("train", "val"):
         os.rename(tmp_path / part / "b", os.fsencode(tmp_path / part) + b"/caf\xe9")
@@ -154,16 +154,16 @@ def spoil_by_strays(root):
     [
         (spoil_nothing, []),
         (lambda root: None, ["{} has no folder validation, val, test: 1 image(s) of each class are held out of train"]),
-        (lambda root: make(root, (1,), "val"), ["{}/val has no images of b: nothing will be known"]),
+        (lambda root: make(root, (1,), "val"), ["{}/val has no images of b: their accuracy will be unknown"]),
         (
             lambda root: make(root, (1, 1), "valid"),
-            ["{}/valid is not read: for validation, call it validation", "{} has no folder"],
+            ["{}/valid is not read: rename it to validation to use it", "{} has no folder"],
         ),
         (spoil_by_two_for_validation, ["{}/test is not read: val is"]),
-        (spoil_by_strays, ["1 image(s) right in {}/train, in no class's folder, are passed over: x.jpg"]),
+        (spoil_by_strays, ["1 image(s) in {}/train, outside the classes' folders, are ignored: x.jpg"]),
     ],
 )
-def test_what_is_passed_over_or_held_out_is_said(tmp_path, capsys, spoil, notes):
+def test_notes_say_what_is_ignored_or_held_out(tmp_path, capsys, spoil, notes):
     spoil(make(tmp_path, (5, 5)))
     data.load("image_folder", tmp_path)
     said = capsys.readouterr().err.splitlines()
@@ -172,6 +172,6 @@ def test_what_is_passed_over_or_held_out_is_said(tmp_path, capsys, spoil, notes)
         assert line.startswith("note: " + note.format(tmp_path)), line
 
 
-def test_the_folder_has_to_be_given():
+def test_the_folder_is_required():
     with pytest.raises(UserError, match=r"--config\.data\.root=DIR"):
         data.load("image_folder", "")

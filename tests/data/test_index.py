@@ -22,16 +22,16 @@ def written(tmp_path, shards):
     return dict(np.load(tmp_path / "train.index.npz"))
 
 
-def test_the_fingerprint_is_that_of_sorted_names_and_sizes(shards):
+def test_the_fingerprint_hashes_sorted_names_and_sizes(shards):
     expected = hashlib.sha256(b"a 5\nb 3").hexdigest()
     assert index.shards_fingerprint(shards) == index.shards_fingerprint(shards[::-1]) == expected
 
 
-def test_records_stand_in_the_order_of_their_keys(written):
+def test_records_are_sorted_by_key(written):
     assert written["records"].tolist() == [2, 0, 1]
 
 
-def test_labels_stand_in_the_order_of_the_keys(written):
+def test_labels_are_sorted_by_key(written):
     assert written["labels"].tolist() == [7, 5, 6]
 
 
@@ -40,5 +40,5 @@ def test_types(written, shards):
     assert written["fingerprint"].shape == () and str(written["fingerprint"]) == index.shards_fingerprint(shards)
 
 
-def test_an_index_appears_whole(written, tmp_path):
+def test_writing_an_index_leaves_no_temporary_file(written, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "train.index.npz"}

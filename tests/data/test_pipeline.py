@@ -22,7 +22,7 @@ VIEW = View(size=12, resize=14)
 
 
 class Encoded:
-    """PNGs in memory: image i is all of value 5 i but for one bright corner."""
+    """PNGs in memory: image i has the value 5 i everywhere except in one bright corner."""
 
     def __init__(self, damaged=()):
         self.damaged = damaged
@@ -42,7 +42,7 @@ class Encoded:
 
 
 class Counted(Encoded):
-    """Counts what is read; a read of number `at`, counted from 0, does something first."""
+    """Counts the reads; read number `at`, counted from 0, calls `act` first."""
 
     def __init__(self, at=None, act=lambda: None):
         super().__init__()
@@ -92,7 +92,7 @@ def test_a_stream_draws_what_its_sampler_says(sharding):
         assert (images[step, :, -1, -1, 0] == 5 * positions).all()
 
 
-def test_a_stream_may_begin_at_any_step_and_have_any_number_of_threads(sharding):
+def test_batches_do_not_depend_on_the_first_step_or_the_threads(sharding):
     plan = training(made())
     whole = drawn(plan, sharding, (0, 2, 3), (2, 3, 3), (5, 3, 0))
     [later] = drawn(plan, sharding, (5, 3, 0), threads=1)
@@ -100,8 +100,8 @@ def test_a_stream_may_begin_at_any_step_and_have_any_number_of_threads(sharding)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_row_follows_from_seed_step_and_row_alone(sharding, monkeypatch, threads):
-    """Also where rows are shared out unevenly."""
+def test_seed_step_and_row_determine_every_row(sharding, monkeypatch, threads):
+    """Also if the rows are not a multiple of a task's."""
     monkeypatch.setattr(pipeline, "TASK_ROWS", 3)
     files, plan = Encoded(), training(made(), seed=4)
     [(images, labels)] = drawn(plan, sharding, (2, 2, 0), threads=threads)
@@ -113,7 +113,7 @@ def test_every_row_follows_from_seed_step_and_row_alone(sharding, monkeypatch, t
             assert labels[step - 2, row] == plan.labels[index]
 
 
-def test_a_process_with_some_of_the_rows_fills_them_as_the_whole_batch_has_them():
+def test_filling_some_rows_equals_filling_the_whole_batch():
     plan, whole = training(made()), (np.empty((8, 12, 12, 3), np.uint8), np.empty(8, np.int32))
     rows = np.array([1, 4, 5, 6])
     some = np.empty((4, 12, 12, 3), np.uint8), np.empty(4, np.int32)
@@ -133,25 +133,25 @@ def test_no_more_than_the_next_chunk_is_decoded_ahead(sharding):
     assert files.read <= 8 * 10
 
 
-def test_what_was_not_foretold_is_read_all_the_same(sharding):
+def test_what_was_not_announced_is_read_all_the_same(sharding):
     plan = training(made())
-    foretold = drawn(plan, sharding, (0, 2, 2), (2, 2, 0))
+    announced = drawn(plan, sharding, (0, 2, 2), (2, 2, 0))
     other = drawn(plan, sharding, (0, 2, 5), (2, 2, 0))
-    assert (foretold[1][0] == other[1][0]).all()
+    assert (announced[1][0] == other[1][0]).all()
 
 
-def test_seeds_draw_other_windows(sharding):
+def test_seeds_draw_different_windows(sharding):
     first, second = (drawn(training(made(), seed=seed), sharding, (0, 4, 0))[0][0] for seed in (0, 1))
     assert (first != second).any()
 
 
-def test_batches_lie_on_the_devices_that_share_them(sharding):
+def test_batches_are_sharded_over_the_devices(sharding):
     with pipeline.Stream(training(made()), sharding, 1) as stream:
         images, labels = stream.take(0, 2, 0)
     assert images.sharding == sharding and {shard.data.shape for shard in labels.addressable_shards} == {(2, 2)}
 
 
-def test_going_through_once_meets_every_image_and_fills_the_last_batch(sharding):
+def test_one_pass_yields_every_image_and_fills_the_last_batch(sharding):
     data, order = made(), np.array([40, 3, 17, 8, 9, 10])
     plan = pipeline.once(data.train_files, data.train_labels, order, 4, VIEW)
     with pipeline.Stream(plan, sharding, 2) as stream:
@@ -166,13 +166,13 @@ def test_an_image_that_cannot_be_read_is_named(sharding):
     data = made(Encoded(damaged=(7,)))
     plan = pipeline.once(data.train_files, data.train_labels, np.arange(8), 8, VIEW)
     with (
-        pytest.raises(UserError, match=r"image 7 cannot be read .*mend or remove it"),
+        pytest.raises(UserError, match=r"image 7 cannot be read .*replace or remove it"),
         pipeline.Stream(plan, sharding, 2) as stream,
     ):
         stream.take(0, 1, 0)
 
 
-def test_what_else_goes_wrong_with_an_image_names_it(sharding):
+def test_any_other_error_gets_a_note_with_the_image(sharding):
     def fail():
         raise KeyError("no such thing")
 
@@ -182,7 +182,7 @@ def test_what_else_goes_wrong_with_an_image_names_it(sharding):
     assert error.value.__notes__ == [f"while image {training(data).positions(0)[0]} was decoded"]
 
 
-def test_an_error_in_the_chunk_after_the_next_is_raised_when_it_is_taken(sharding):
+def test_an_error_in_the_next_chunk_is_raised_when_it_is_taken(sharding):
     plan = training(made())
     index = plan.positions(2)[0]
     damaged = plan._replace(files=Encoded(damaged=(index,)), positions=lambda step: np.full(8, index * (step == 2)))
@@ -194,7 +194,7 @@ def test_an_error_in_the_chunk_after_the_next_is_raised_when_it_is_taken(shardin
 
 @pytest.fixture
 def gate(monkeypatch):
-    """An event that is set once a stream has dropped what its threads have not begun."""
+    """An event that is set after a stream has cancelled its pending tasks."""
     event, shutdown = threading.Event(), pipeline.ThreadPoolExecutor.shutdown
 
     def watched(executor, **settings):
@@ -206,7 +206,7 @@ def gate(monkeypatch):
     return event
 
 
-def test_threads_end_where_an_image_cannot_be_read_and_begin_no_more(sharding, gate):
+def test_threads_stop_after_an_unreadable_image(sharding, gate):
     class Gone(Counted):
         def __getitem__(self, index):
             if self.read == 4:
@@ -220,14 +220,14 @@ def test_threads_end_where_an_image_cannot_be_read_and_begin_no_more(sharding, g
     with pytest.raises(UserError, match="gone"), pipeline.Stream(training(made(files)), sharding, 1) as stream:
         stream.take(0, 4, 4)
     assert not threads_of_streams()
-    assert files.read <= 4 + 8  # of 64: a task has a step's 8
+    assert files.read <= 4 + 8  # of 64; a task has the 8 of a step
 
 
-def test_ctrl_c_ends_the_threads_and_they_begin_no_more(sharding, gate):
+def test_ctrl_c_stops_the_threads(sharding, gate):
     waiting = threading.Event()
 
     def press():
-        assert waiting.wait(20)  # pressed before, a thread that is just being started is not waited for by Python
+        assert waiting.wait(20)  # before that, Python would not join a thread that is just starting
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         gate.wait(20)
 

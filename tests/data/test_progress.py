@@ -1,4 +1,4 @@
-"""What is said of work that takes hours where nobody sees a bar."""
+"""Lines about progress if stderr is not a terminal."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from ltjax.data import progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`clock[0]` is the time of a bar begun by `progress.bar`, in seconds."""
+    """`clock[0]` is the time in seconds for bars made by `progress.bar`."""
     now = [0.0]
     make = progress._Bar.__init__
 
@@ -22,7 +22,7 @@ def lines(capsys):
     return capsys.readouterr().err.splitlines()
 
 
-def test_a_line_a_minute_says_how_much_is_done_how_fast_and_what_is_left(capsys, clock):
+def test_a_line_a_minute_shows_amount_speed_and_time_left(capsys, clock):
     with progress.bar() as bar:
         task = bar.add_task("preparing inat18", total=437_513, completed=100_000)
         for second in range(150):
@@ -32,7 +32,7 @@ def test_a_line_a_minute_says_how_much_is_done_how_fast_and_what_is_left(capsys,
     assert lines(capsys) == [expected.format("130,000", "0:10:15"), expected.format("160,000", "0:09:15")]
 
 
-def test_what_takes_less_than_a_minute_says_nothing(capsys, clock):
+def test_less_than_a_minute_of_work_prints_nothing(capsys, clock):
     with progress.bar() as bar:
         task = bar.add_task("checking images", total=100)
         clock[0] = 59.0
@@ -40,7 +40,7 @@ def test_what_takes_less_than_a_minute_says_nothing(capsys, clock):
     assert lines(capsys) == []
 
 
-def test_work_of_unknown_length_is_counted(capsys, clock):
+def test_work_of_unknown_length_shows_amount_and_speed(capsys, clock):
     with progress.bar(unit=("MB", 10**6)) as bar:
         task = bar.add_task("x.tar", total=None)
         clock[0] = 60.0

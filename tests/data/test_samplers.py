@@ -1,4 +1,4 @@
-"""Samplers: which images are drawn how often, and the same at every place that asks."""
+"""Samplers: how often each image is drawn, and the same draws on host and devices."""
 
 from functools import partial
 
@@ -32,12 +32,12 @@ def draws(name, seed, num_draws, batch_size=16, class_counts=COUNTS, **settings)
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 81, 200])
-def test_every_image_comes_once_before_any_comes_again(batch_size):
+def test_instance_balanced_draws_every_image_once_per_pass(batch_size):
     passes = draws("instance_balanced", 0, 81 * 4, batch_size).reshape(4, 81)
     np.testing.assert_array_equal(np.sort(passes), np.broadcast_to(np.arange(81), (4, 81)))
 
 
-def test_every_pass_has_an_order_of_its_own():
+def test_instance_balanced_passes_have_different_orders():
     passes = draws("instance_balanced", 0, 81 * 20).reshape(20, 81)
     assert len({tuple(order) for order in passes.tolist()}) == 20
 
@@ -54,46 +54,46 @@ def test_class_balanced_draws_the_images_of_a_class_equally_often():
 
 
 @pytest.mark.parametrize("in_a_row", [1, 3, 4])
-def test_class_aware_draws_each_class_once_a_cycle_and_so_many_in_a_row(in_a_row):
+def test_class_aware_draws_each_class_once_per_cycle_in_a_row(in_a_row):
     classes = CLASS_OF[draws("class_aware", 0, 5 * in_a_row * 12, in_a_row=in_a_row)].reshape(12, 5, in_a_row)
     np.testing.assert_array_equal(classes, np.broadcast_to(classes[..., :1], classes.shape))
     np.testing.assert_array_equal(np.sort(classes[..., 0]), np.broadcast_to(np.arange(5), (12, 5)))
 
 
-def test_class_aware_cycles_have_orders_of_their_own():
+def test_class_aware_cycles_have_different_orders():
     cycles = CLASS_OF[draws("class_aware", 0, 5 * 4 * 40)][::4].reshape(40, 5)
     assert len({tuple(order) for order in cycles.tolist()}) > 20
 
 
 @pytest.mark.parametrize("in_a_row", [1, 4])
-def test_class_aware_walks_all_images_of_a_class_before_any_comes_again(in_a_row):
+def test_class_aware_draws_every_image_of_a_class_once_per_pass(in_a_row):
     drawn = draws("class_aware", 3, 5 * 4 * 60, in_a_row=in_a_row)  # 240 of each class
     for c, count in enumerate(COUNTS):
-        own = drawn[CLASS_OF[drawn] == c]
-        rounds = own[: 240 // count * count].reshape(-1, count)
+        of_class = drawn[CLASS_OF[drawn] == c]
+        rounds = of_class[: 240 // count * count].reshape(-1, count)
         members = np.flatnonzero(CLASS_OF == c)
         np.testing.assert_array_equal(np.sort(rounds), np.broadcast_to(members, rounds.shape))
 
 
-def test_class_aware_walks_a_class_in_a_new_order_each_time():
+def test_class_aware_reshuffles_a_class_for_each_pass():
     drawn = draws("class_aware", 3, 5 * 4 * 105)
     rounds = drawn[CLASS_OF[drawn] == 1].reshape(-1, 20)
     assert len({tuple(order) for order in rounds.tolist()}) == len(rounds) == 21
 
 
-def test_class_aware_draws_one_image_in_a_row_from_a_class_of_one():
+def test_class_aware_repeats_the_image_of_a_class_of_one():
     classes_of_one = draws("class_aware", 0, 4 * 2 * 10, class_counts=np.array([1, 1])).reshape(20, 4)
     np.testing.assert_array_equal(classes_of_one, np.broadcast_to(classes_of_one[:, :1], (20, 4)))
 
 
 @each_sampler
-def test_a_batch_does_not_depend_on_how_the_draws_are_cut_into_batches(name, settings):
+def test_draws_do_not_depend_on_the_batch_size(name, settings):
     np.testing.assert_array_equal(draws(name, 4, 240, 16, **settings), draws(name, 4, 240, 80, **settings))
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_under_jit_scan_and_vmap_the_draws_are_those_of_the_host(name):
-    """With steps in int32, as the training loop counts them."""
+def test_draws_under_jit_scan_and_vmap_equal_those_of_numpy(name):
+    """The steps are int32, as in the training loop."""
     sampler = partial(samplers.create(name), batch_size=16, class_counts=COUNTS)
 
     @jax.jit
@@ -112,23 +112,23 @@ def test_seeds_draw_differently(name, settings):
 
 @each_sampler
 @pytest.mark.parametrize("class_counts", [[10_000, 1], [1] * 7, [1], [3000] + [1] * 300], ids=lambda c: f"{len(c)}")
-def test_indices_stay_in_range_however_skewed_the_counts(name, settings, class_counts):
+def test_indices_are_in_range_for_skewed_counts(name, settings, class_counts):
     drawn = draws(name, 2**32 - 1, 4000, 500, class_counts=np.array(class_counts), **settings)
     assert drawn.dtype == np.int32
     assert drawn.min() >= 0 and drawn.max() < sum(class_counts)
 
 
 @each_sampler
-def test_a_late_step_still_draws_images(name, settings):
+def test_the_last_step_before_overflow_draws_valid_indices(name, settings):
     last = np.uint32(2**32 // 16 - 1)
     drawn = samplers.create(name, **settings)(np.uint32(0), last, batch_size=16, class_counts=COUNTS)
     assert drawn.min() >= 0 and drawn.max() < 81
 
 
 def test_the_draws_are_frozen():
-    """Everybody's runs rest on them: these numbers may never change."""
-    found = {name: draws(name, 0, 12).tolist() for name in samplers.SAMPLERS}
-    assert found == {
+    """A change would alter every training run."""
+    first_draws = {name: draws(name, 0, 12).tolist() for name in samplers.SAMPLERS}
+    assert first_draws == {
         "instance_balanced": [71, 9, 28, 53, 68, 40, 66, 48, 77, 42, 59, 27],
         "class_balanced": [73, 74, 78, 75, 80, 71, 75, 60, 7, 61, 80, 75],
         "class_aware": [79, 77, 78, 79, 80, 80, 80, 80, 27, 49, 25, 36],
@@ -146,6 +146,6 @@ def test_an_unknown_setting_names_the_allowed_ones():
 
 
 @pytest.mark.parametrize("in_a_row", [0, -1, 2.5])
-def test_a_row_of_no_whole_number_of_images_is_an_error(in_a_row):
+def test_in_a_row_must_be_a_positive_integer(in_a_row):
     with pytest.raises(UserError, match="in_a_row"):
         samplers.create("class_aware", in_a_row=in_a_row)

@@ -1,4 +1,4 @@
-"""Large data sets in array records, whoever wrote them."""
+"""Reading large data sets in array records, from ltjax and from TFDS."""
 
 import shutil
 
@@ -7,7 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from ltjax import data
-from ltjax.data import index, prepare, shards
+from ltjax.data import index, shards
+from ltjax.data.prepare.__main__ import main
 from ltjax.data.source import newest_version
 from ltjax.types import UserError
 from tests.data import miniatures
@@ -17,16 +18,16 @@ COUNTS, VALIDATION = (6, 4, 2), 2
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """What our own preparer made of a miniature: the folder of all data sets."""
+    """The folder of all data sets, with a miniature prepared by ltjax."""
     source, data_dir = tmp_path_factory.mktemp("official"), tmp_path_factory.mktemp("prepared")
     miniatures.inat18(source, COUNTS, VALIDATION, size=16)
-    assert prepare.main(["inat18", f"--source={source}", f"--data_dir={data_dir}"]) == 0
+    assert main(["inat18", f"--source={source}", f"--data_dir={data_dir}"]) == 0
     return data_dir
 
 
 @pytest.fixture
 def copy(prepared, tmp_path, monkeypatch):
-    """A copy to spoil: the folder of all data sets, and the data set's own."""
+    """A copy to be damaged: the folder of all data sets, and that of the data set."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(prepared, tmp_path / "data")
     directory = newest_version(tmp_path / "data", "i_naturalist2018")
@@ -41,7 +42,7 @@ def same(first, second):
     return (first.train_labels == second.train_labels).all() and (first.test_labels == second.test_labels).all()
 
 
-def test_what_our_preparer_wrote_is_read(prepared):
+def test_sets_prepared_by_ltjax_are_read(prepared):
     found = data.load("i_naturalist2018", prepared)
     assert np.bincount(found.train_labels).tolist() == list(COUNTS)
     assert np.bincount(found.test_labels).tolist() == [VALIDATION] * 3
@@ -52,7 +53,7 @@ def test_what_our_preparer_wrote_is_read(prepared):
     assert all(content in of_each[label] for content, label in zip(contents, found.train_labels, strict=True))
 
 
-def test_without_an_index_labels_are_read_once_and_kept(copy, prepared, monkeypatch):
+def test_a_missing_index_is_made_once(copy, prepared, monkeypatch):
     data_dir, directory = copy
     for path in directory.glob("*.index.npz"):
         path.unlink()
@@ -62,7 +63,7 @@ def test_without_an_index_labels_are_read_once_and_kept(copy, prepared, monkeypa
     assert same(data.load("i_naturalist2018", data_dir), found)
 
 
-def test_an_index_of_other_files_is_made_again(copy, prepared):
+def test_an_index_of_other_shards_is_replaced(copy, prepared):
     data_dir, directory = copy
     with np.load(directory / "train.index.npz") as arrays:
         values = dict(arrays)
@@ -71,7 +72,7 @@ def test_an_index_of_other_files_is_made_again(copy, prepared):
     assert same(data.load("i_naturalist2018", data_dir), data.load("i_naturalist2018", prepared))
 
 
-def test_where_the_folder_cannot_be_written_the_index_is_kept_elsewhere(copy, tmp_path, monkeypatch):
+def test_the_index_is_cached_if_the_folder_is_not_writable(copy, tmp_path, monkeypatch):
     data_dir, directory = copy
     (directory / "train.index.npz").unlink()
     write = index.write_index
@@ -89,7 +90,7 @@ def test_where_the_folder_cannot_be_written_the_index_is_kept_elsewhere(copy, tm
 
 
 class ImagenetLt(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The features of TFDS's own builder, whose records it writes in its shuffled order."""
+    """A builder with the features of TFDS' own, which writes records in shuffled order."""
 
     name = "imagenet_lt"
     VERSION = tfds.core.Version("1.0.0")
@@ -112,7 +113,7 @@ class ImagenetLt(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield name, {"image": content, "label": number % 2, "file_name": name}
 
 
-def test_what_tfds_wrote_is_read_in_the_order_of_the_file_names(tmp_path):
+def test_sets_written_by_tfds_are_sorted_by_file_name(tmp_path):
     builder = ImagenetLt(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     assert not list(newest_version(tmp_path, "imagenet_lt").glob("*.index.npz"))
@@ -123,7 +124,7 @@ def test_what_tfds_wrote_is_read_in_the_order_of_the_file_names(tmp_path):
         assert [files[n] for n in range(9)] == [miniatures.photo(n % 2, n, 16) for n in range(9)]
 
 
-def test_a_data_set_that_is_not_there_says_how_to_prepare_it(tmp_path):
+def test_a_missing_data_set_names_the_command(tmp_path):
     with pytest.raises(UserError, match=r"imagenet_lt is not in .*python -m ltjax.data.prepare imagenet_lt .*--source"):
         data.load("imagenet_lt", tmp_path)
 

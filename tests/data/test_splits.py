@@ -1,4 +1,4 @@
-"""Which images a long-tailed split keeps: the authors' counts (source: tests/golden/README.md), frozen for ever."""
+"""Long-tailed splits: the authors' counts (source: tests/golden/README.md), and a frozen choice of images."""
 
 import json
 from itertools import pairwise
@@ -29,7 +29,7 @@ def test_imbalance_1_keeps_everything(profile):
     assert splits.class_counts(7, 30, imbalance=1, profile=profile).tolist() == [30] * 7
 
 
-def test_half_of_the_classes_rounded_down_are_the_steps_head():
+def test_the_head_of_the_step_profile_is_half_of_the_classes_rounded_down():
     assert splits.class_counts(5, 30, imbalance=10, profile="step").tolist() == [30, 30, 3, 3, 3]
 
 
@@ -45,7 +45,7 @@ def test_half_of_the_classes_rounded_down_are_the_steps_head():
         ((10, 0, 10, "exp"), "a split of 10 classes with up to 0 images: both must be at least 1"),
     ],
 )
-def test_impossible_counts_are_errors_that_say_why(arguments, message):
+def test_impossible_counts_are_explained(arguments, message):
     num_classes, max_count, imbalance, profile = arguments
     with pytest.raises(UserError, match=message):
         splits.class_counts(num_classes, max_count, imbalance=imbalance, profile=profile)
@@ -65,7 +65,7 @@ def test_no_image_is_kept_twice():
 
 @pytest.mark.parametrize("profile", splits.PROFILES)
 @pytest.mark.parametrize("holdout", [0, 20])
-def test_the_images_at_a_higher_imbalance_are_among_those_at_a_lower(profile, holdout):
+def test_a_higher_imbalance_keeps_a_subset(profile, holdout):
     kept = [set(split(i, profile=profile, holdout=holdout).train.tolist()) for i in (1, 10, 50, 100)]
     assert all(higher < lower for lower, higher in pairwise(kept))
 
@@ -132,26 +132,26 @@ def test_an_already_long_tailed_source_is_kept_whole():
         (dict(imbalance=10, num_classes=11), "class 10 has 0 images"),
     ],
 )
-def test_impossible_splits_are_errors_that_say_why(settings, message):
+def test_impossible_splits_are_explained(settings, message):
     with pytest.raises(UserError, match=message):
         split(**settings)
 
 
-def test_the_split_of_cifar_100s_size_is_frozen():
-    """Everybody's training set rests on it: these hashes may never change."""
+def test_the_split_of_a_set_of_cifar_100s_size_is_frozen():
+    """A change would alter every training set."""
     labels = np.arange(50_000) * 7919 % 100
     made = splits.long_tailed_split(labels, 100, imbalance=100, holdout=5, max_count=400, seed=3)
-    told = splits.describe(made, seed=3, groups={})
-    assert (told["num_train"], told["num_holdout"]) == (8668, 500)
-    assert told["sha256"] == "9608568ecbec8d6ac9f2c35f8738217f232bdeafa1b3bfe94be46ebb09b44ec7"
-    assert told["holdout_sha256"] == "6d51728f3ced8f992ff55117ac0a7b2250d0fda07c6922c782dcf785880a57c9"
+    description = splits.describe(made, seed=3, groups={})
+    assert (description["num_train"], description["num_holdout"]) == (8668, 500)
+    assert description["sha256"] == "9608568ecbec8d6ac9f2c35f8738217f232bdeafa1b3bfe94be46ebb09b44ec7"
+    assert description["holdout_sha256"] == "6d51728f3ced8f992ff55117ac0a7b2250d0fda07c6922c782dcf785880a57c9"
 
 
 def test_the_description_is_json_with_the_groups_classes():
-    told = splits.describe(split(10), seed=5, groups={"many": np.arange(10) < 2, "few": np.arange(10) > 7})
-    assert json.loads(json.dumps(told)) == told
-    assert (told["groups"], told["seed"]) == ({"many": [0, 1], "few": [8, 9]}, 5)
-    assert told["class_counts"] == split(10).class_counts.tolist()
+    description = splits.describe(split(10), seed=5, groups={"many": np.arange(10) < 2, "few": np.arange(10) > 7})
+    assert json.loads(json.dumps(description)) == description
+    assert (description["groups"], description["seed"]) == ({"many": [0, 1], "few": [8, 9]}, 5)
+    assert description["class_counts"] == split(10).class_counts.tolist()
 
 
 def test_a_natural_split_keeps_all_that_is_not_held_out():
@@ -177,7 +177,7 @@ def test_a_natural_split_may_cap_its_largest_classes():
         ({"imbalance": 1, "holdout": 4, "class_names": ("cat", "emu")}, r"class 1 \(emu\) has 4 in all"),
     ],
 )
-def test_what_a_natural_split_cannot_do_is_named(settings, message):
+def test_impossible_natural_splits_are_explained(settings, message):
     labels = np.repeat([0, 1], [9, 4])
     with pytest.raises(UserError, match=message):
         splits.long_tailed_split(labels, 2, profile="natural", **settings)

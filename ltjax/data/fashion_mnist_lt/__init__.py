@@ -1,8 +1,8 @@
-"""A long-tailed subset of Fashion-MNIST that comes with ltjax, so that a first run needs no download.
+"""A long-tailed subset of Fashion-MNIST that ships with ltjax, so a first run needs no download.
 
 Training: 2,478 images, from 1,000 of class 0 down to 10 of class 9 (1000, 599, 359, 215, 129, 77, 46, 27, 16, 10: the
 exponential profile with imbalance factor 100). Test: 100 images of each class. Fashion-MNIST is by Xiao, Rasul and
-Vollgraf (2017, arXiv 1708.07747), under the licence in `NOTICE`; `make.py` cut the subset from the official files.
+Vollgraf (2017, arXiv 1708.07747), under the licence in `NOTICE`; `make.py` made the subset from the official files.
 """
 
 import os
@@ -17,10 +17,9 @@ NAMES = ("fashion_mnist_lt",)
 
 
 def load(name: str = "fashion_mnist_lt", data_dir: str | os.PathLike | None = None) -> Images:
-    """Reads the subset: 2,478 training and 1,000 test images of [28, 28, 1] grey levels, in the official order.
+    """Load 2,478 training and 1,000 test images of [28, 28, 1] grey levels, in the official order.
 
-    The data lies beside this file; `data_dir` is there because every source takes one, and is ignored.
-    Raises UserError for an unknown name.
+    `data_dir` is ignored; every source has this argument. UserError if the name is unknown.
     """
     if name not in NAMES:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""Cuts `subset.npz` out of the four official Fashion-MNIST files; ltjax ships the result.
+"""Make `subset.npz`, which ltjax ships, from the four official Fashion-MNIST files.
 
     python -m ltjax.data.fashion_mnist_lt.make FOLDER
 
@@ -23,7 +23,7 @@ SEED = 0
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of a gzipped IDX file of unsigned bytes; ValueError if it is something else."""
+    """Read a gzipped IDX file of unsigned bytes; ValueError if it is something else."""
     data = gzip.decompress(path.read_bytes())
     num_axes = data[3]
     if data[:3] != b"\0\0\x08":
@@ -33,13 +33,13 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def subset(folder: Path, split: str, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """`counts[k]` images of each class k, chosen by the seed, in official order: [N, 28, 28, 1] and [N], uint8."""
+    """Choose `counts[k]` images of each class k, in official order: images [N, 28, 28, 1] and labels [N], uint8."""
     images = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
     rng = np.random.default_rng(SEED)
-    kept = [rng.permutation(np.flatnonzero(labels == k))[:count] for k, count in enumerate(counts)]
-    kept = np.sort(np.concatenate(kept))
-    return images[kept, :, :, None], labels[kept]
+    chosen = [rng.permutation(np.flatnonzero(labels == k))[:count] for k, count in enumerate(counts)]
+    indices = np.sort(np.concatenate(chosen))
+    return images[indices, :, :, None], labels[indices]
 
 
 def main(folder: Path) -> None:

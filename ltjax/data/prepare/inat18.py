@@ -1,15 +1,15 @@
-"""What `python -m ltjax.data.prepare inat18 --source=FOLDER` does.
+"""Prepare iNaturalist 2018: `python -m ltjax.data.prepare inat18 --source=FOLDER`.
 
 FOLDER holds train_val2018.tar.gz, or the folder that it unpacks to, and the annotations train2018.json and
-val2018.json or their archives (https://github.com/visipedia/inat_comp/tree/master/2018); also categories.json, which
-names the species, if you have it. TFDS knows the data set as `i_naturalist2018`.
+val2018.json or their archives (https://github.com/visipedia/inat_comp/tree/master/2018). categories.json, which names
+the species, is optional. TFDS calls the data set `i_naturalist2018`.
 """
 
 from pathlib import Path
 from typing import Any
 
-from ltjax.data.prepare_large import Image, Plan, prepare_from
-from ltjax.data.prepare_sources import archives, find, pick, read_json
+from ltjax.data.prepare.one_pass import DatasetSpec, Image
+from ltjax.data.prepare.sources import archives, find, pick, read_json
 from ltjax.types import UserError
 
 NAME = "i_naturalist2018"
@@ -24,41 +24,17 @@ def _json(stem: str) -> tuple[str, ...]:
 
 ANNOTATIONS = {"train": _json("train2018"), "validation": _json("val2018")}
 CATEGORIES = _json("categories")
-KEPT = frozenset({"images", "annotations", "categories", "id", "file_name", "image_id", "category_id"})
-KEPT |= {"name", "supercategory"}
+PIECES = (*IMAGES, *ANNOTATIONS["train"], *ANNOTATIONS["validation"])
+KEPT_KEYS = frozenset({"images", "annotations", "categories", "id", "file_name", "image_id", "category_id"})
+KEPT_KEYS |= {"name", "supercategory"}
 
 
-def prepare(data_dir: Path, source: Path | None, skip_damaged: bool = False) -> str:
-    """Writes iNaturalist 2018 below `data_dir` unless it is there: see `prepare_large.prepare`."""
-    pieces = [*IMAGES, *ANNOTATIONS["train"], *ANNOTATIONS["validation"]]
-    return prepare_from(NAME, data_dir, source, plan, pieces, skip_damaged)
-
-
-def plan(source: Path) -> Plan:
-    """What the annotations in a folder ask for; labels are category ids.
-
-    Raises: UserError for a file that is missing or annotations that are others.
-    """
+def read_spec(source: Path) -> DatasetSpec:
+    """Read the annotations in a folder; UserError if a file is missing or the layout is not the official one."""
     import tensorflow_datasets as tfds
 
-    found = find(source, [*IMAGES, *ANNOTATIONS["train"], *ANNOTATIONS["validation"], *CATEGORIES])
-    images: dict[str, Image] = {}
-    categories: list[dict[str, Any]] = []
-    for split, files in ANNOTATIONS.items():
-        path = pick(source, found, f"the annotations of the {split} split", files)
-        content = read_json(path, KEPT)
-        try:
-            categories = categories or _categories(path, content["categories"])
-            for key, label in _labels(path, content, len(categories)).items():
-                if key in images:
-                    raise UserError(f"{path}: the image {key} belongs to the training split already")
-                images[key] = Image(split, label)
-        except (KeyError, TypeError, AttributeError) as error:  # also of values of other types
-            raise UserError(
-                f"{path} does not have the layout of the official annotations ({type(error).__name__}: {error}): "
-                "expected `images` with id and file_name, `annotations` with image_id and category_id, and "
-                "`categories` with id, name and supercategory"
-            ) from error
+    found = find(source, [*PIECES, *CATEGORIES])
+    images, categories = _read_annotations(source, found)
     file = "image_classification/i_naturalist2018/inaturalist2018_supercategories.txt"
     supercategories = Path(tfds.core.tfds_path(file)).read_text().split()
     for category in categories:
@@ -67,7 +43,7 @@ def plan(source: Path) -> Plan:
                 f"the category {category['id']} belongs to the unknown supercategory {category['supercategory']!r}: "
                 f"expected one of {', '.join(supercategories)}"
             )
-    return Plan(
+    return DatasetSpec(
         name=NAME,
         version="1.0.0",
         description=(
@@ -89,13 +65,35 @@ def plan(source: Path) -> Plan:
     )
 
 
+def _read_annotations(source: Path, found: dict[str, Path]) -> tuple[dict[str, Image], list[dict[str, Any]]]:
+    """Return the images by key, and the categories by id."""
+    images: dict[str, Image] = {}
+    categories: list[dict[str, Any]] = []
+    for split, files in ANNOTATIONS.items():
+        path = pick(source, found, f"the annotations of the {split} split", files)
+        content = read_json(path, KEPT_KEYS)
+        try:
+            categories = categories or _categories(path, content["categories"])
+            for key, label in _labels(path, content, len(categories)).items():
+                if key in images:
+                    raise UserError(f"{path}: the image {key} belongs to the training split already")
+                images[key] = Image(split, label)
+        except (KeyError, TypeError, AttributeError) as error:  # AttributeError: a value of another type
+            raise UserError(
+                f"{path} does not have the layout of the official annotations ({type(error).__name__}: {error}): "
+                "expected `images` with id and file_name, `annotations` with image_id and category_id, and "
+                "`categories` with id, name and supercategory"
+            ) from error
+    return images, categories
+
+
 def _key(path: str) -> str:
-    """The name of the file without its ending, a hash that is unique; TFDS calls it the id."""
+    """Return the file name without its suffix, a unique hash that TFDS calls the id."""
     return path.rpartition("/")[2].partition(".")[0]
 
 
 def _categories(path: Path, categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The categories by id. Raises: UserError unless the ids are 0, 1, 2 and so on."""
+    """Sort the categories by id; UserError unless the ids are 0, 1, 2 and so on."""
     ordered = sorted(categories, key=lambda category: category["id"])
     if not ordered or [category["id"] for category in ordered] != list(range(len(ordered))):
         raise UserError(f"{path}: expected categories with the ids 0, 1, 2 and so on, each once")
@@ -103,7 +101,7 @@ def _categories(path: Path, categories: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def _labels(path: Path, content: dict[str, Any], num_classes: int) -> dict[str, int]:
-    """The category of each image by its key. Raises: UserError naming an image that does not have exactly one."""
+    """Return {key: category id} of the images; UserError if an image does not have exactly one category."""
     by_id: dict[Any, int] = {}
     for annotation in content["annotations"]:
         image, category = annotation["image_id"], annotation["category_id"]
@@ -130,9 +128,9 @@ def _labels(path: Path, content: dict[str, Any], num_classes: int) -> dict[str, 
 
 
 def _class_names(source: Path, found: dict[str, Path], categories: list[dict[str, Any]]) -> list[str]:
-    """The species by label: from categories.json, else TFDS's if they are as many, else what the annotations say.
+    """Return the species by label: from categories.json, else TFDS's if their number fits, else the annotations'.
 
-    The published annotations keep the species secret, from the time of the competition.
+    The published annotations hide the names of the species, because they were made for the competition.
     """
     import tensorflow_datasets as tfds
 
@@ -140,7 +138,7 @@ def _class_names(source: Path, found: dict[str, Path], categories: list[dict[str
     if any(name in found for name in CATEGORIES):
         path = pick(source, found, "the categories", CATEGORIES)
         try:
-            named = _categories(path, read_json(path, KEPT))
+            named = _categories(path, read_json(path, KEPT_KEYS))
             names = [str(category["name"]) for category in named]
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: expected a list of categories with id and name") from error

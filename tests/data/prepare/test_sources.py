@@ -1,4 +1,4 @@
-"""Archives and folders walked in their order, pieces found by name, lists read line by line."""
+"""Walking archives and folders, finding files by name, reading lists."""
 
 import os
 import tarfile
@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ltjax.data import prepare_sources
+from ltjax.data.prepare import sources
 from ltjax.types import UserError
 from tests.data import miniatures
-from tests.data.preparing import (
-    error_line,
-    run,
-)
+from tests.data.prepare.preparing import error_line, run
 
 # Archives.
 
@@ -40,24 +37,24 @@ def test_links_and_devices_are_refused(kind, tmp_path):
         link.type, link.linkname = kind, "/etc/passwd"
         tar.addfile(link)
     with pytest.raises(UserError, match=r"'a/link\.jpg' is a link or a device"):
-        list(prepare_sources.walk(tmp_path / "x.tar"))
+        list(sources.walk(tmp_path / "x.tar"))
 
 
-def test_a_bad_name_in_an_archive_inside_an_archive_is_refused(tmp_path):
+def test_a_name_that_leads_out_of_a_nested_archive_is_refused(tmp_path):
     inner = miniatures.write_tar(tmp_path / "inner.tar", {"../x.JPEG": b"x"}).read_bytes()
     outer = miniatures.write_tar(tmp_path / "outer.tar", {"n01440764.tar": inner})
     with pytest.raises(UserError, match=r"outer\.tar/n01440764\.tar: the name '\.\./x\.JPEG' leads out"):
-        list(prepare_sources.walk(outer))
+        list(sources.walk(outer))
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_an_archive_of_archives_is_walked_in_its_order(mode, tmp_path):
+def test_nested_archives_are_walked_in_order(mode, tmp_path):
     inner = {f"n{i}.tar": {f"n{i}_{j}.JPEG": f"{i}{j}".encode() * 3000 for j in range(3)} for i in range(3)}
     packed = {
         name: miniatures.write_tar(tmp_path / name, members).read_bytes() for name, members in reversed(inner.items())
     }
     outer = miniatures.write_tar(tmp_path / "outer", {"./first.jpg": b"1"} | packed | {"last.jpg": b"2"}, mode)
-    found = {member.name: member.read() for member in prepare_sources.walk(outer)}
+    found = {member.name: member.read() for member in sources.walk(outer)}
     expected = {"first.jpg": b"1"}
     for name in reversed(inner):
         expected |= {f"{name}/{file}": content for file, content in inner[name].items()}
@@ -66,22 +63,22 @@ def test_an_archive_of_archives_is_walked_in_its_order(mode, tmp_path):
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.8])
-def test_an_archive_cut_short_is_named(mode, part, tmp_path):
+def test_a_truncated_archive_is_named(mode, part, tmp_path):
     members = {f"{i}.jpg": os.urandom(3000) for i in range(20)}
     path = miniatures.write_tar(tmp_path / "x.tar", members, mode)
     os.truncate(path, int(path.stat().st_size * part))
     with pytest.raises(UserError, match=r"cannot read .*x\.tar.* damaged(,| or) cut short"):
-        for member in prepare_sources.walk(path):
+        for member in sources.walk(path):
             member.read()
 
 
-def test_a_damaged_header_does_not_end_an_archive_in_silence(tmp_path):
+def test_a_damaged_header_is_an_error(tmp_path):
     path = miniatures.write_tar(tmp_path / "x.tar", {f"{i}.jpg": b"x" * 100 for i in range(5)})
     content = bytearray(path.read_bytes())
     content[2 * 1024 + 10] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read .*x\.tar as a tar archive \(bad checksum at byte 2048\)"):
-        list(prepare_sources.walk(path))
+        list(sources.walk(path))
 
 
 def test_a_wrong_byte_in_a_compressed_archive_is_found(tmp_path):
@@ -90,61 +87,61 @@ def test_a_wrong_byte_in_a_compressed_archive_is_found(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"x\.tar\.gz"):
-        list(prepare_sources.walk(path))
+        list(sources.walk(path))
 
 
-def test_something_else_than_an_archive_is_named(tmp_path):
+def test_a_file_that_is_no_archive_is_named(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"PK\x03\x04" * 1000)
     with pytest.raises(UserError, match=r"cannot read .*x\.tar as a tar archive"):
-        list(prepare_sources.walk(tmp_path / "x.tar"))
+        list(sources.walk(tmp_path / "x.tar"))
 
 
-def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path):
+def test_a_folder_is_walked_by_name(tmp_path):
     miniatures.write_folder(tmp_path, {"b/2": b"", "b/1": b"", "a": b"", "c/d/3": b""})
     miniatures.write_tar(tmp_path / "c" / "x.tar", {"4": b""})
-    assert [member.name for member in prepare_sources.walk(tmp_path)] == ["a", "b/1", "b/2", "c/x.tar/4", "c/d/3"]
+    assert [member.name for member in sources.walk(tmp_path)] == ["a", "b/1", "b/2", "c/x.tar/4", "c/d/3"]
 
 
-def test_a_folder_that_is_a_link_is_followed_but_not_in_circles(tmp_path):
+def test_links_to_folders_are_followed_once(tmp_path):
     miniatures.write_folder(tmp_path, {"elsewhere/1.jpg": b"", "root/2.jpg": b""})
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "root")
-    assert [member.name for member in prepare_sources.walk(tmp_path / "root")] == ["2.jpg", "linked/1.jpg"]
+    assert [member.name for member in sources.walk(tmp_path / "root")] == ["2.jpg", "linked/1.jpg"]
 
 
-def test_walking_does_not_keep_the_headers(tmp_path):
+def test_walking_does_not_keep_headers_in_memory(tmp_path):
     path = miniatures.write_tar(tmp_path / "x.tar", {f"{i:06d}.jpg": b"" for i in range(4000)})
     tracemalloc.start()
-    assert sum(1 for _ in prepare_sources.walk(path)) == 4000
+    assert sum(1 for _ in sources.walk(path)) == 4000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e6  # bytes; the headers would be four times that
 
 
-# Finding the pieces.
+# Finding files.
 
 
-def test_pieces_are_found_some_folders_down_but_not_among_images(tmp_path):
+def test_files_are_found_in_subfolders_but_not_among_images(tmp_path):
     names = ["ILSVRC/Data/CLS-LOC/train/list.txt", "ILSVRC/Annotations/CLS-LOC/train/x", "ILSVRC/lists/list.txt"]
     miniatures.write_folder(tmp_path, dict.fromkeys(names, b""))
-    found = prepare_sources.find(tmp_path, ["train", "list.txt", "val"])
+    found = sources.find(tmp_path, ["train", "list.txt", "val"])
     assert found == {"train": tmp_path / "ILSVRC/Data/CLS-LOC/train", "list.txt": tmp_path / "ILSVRC/lists/list.txt"}
 
 
-def test_the_piece_nearest_to_the_source_counts(tmp_path):
+def test_the_file_nearest_to_the_source_is_taken(tmp_path):
     miniatures.write_folder(tmp_path, {"a/list.txt": b"", "list.txt": b""})
-    assert prepare_sources.find(tmp_path, ["list.txt"]) == {"list.txt": tmp_path / "list.txt"}
+    assert sources.find(tmp_path, ["list.txt"]) == {"list.txt": tmp_path / "list.txt"}
 
 
-def test_two_pieces_of_one_name_are_refused(tmp_path):
+def test_two_files_of_one_name_are_an_error(tmp_path):
     miniatures.write_folder(tmp_path, {"a/list.txt": b"", "b/list.txt": b""})
     with pytest.raises(UserError, match=r"a/list\.txt and .*b/list\.txt: which one is meant"):
-        prepare_sources.find(tmp_path, ["list.txt"])
+        sources.find(tmp_path, ["list.txt"])
 
 
-def test_a_source_that_is_no_folder_is_named(tmp_path):
+def test_a_missing_source_is_named(tmp_path):
     with pytest.raises(UserError, match="no folder at"):
-        prepare_sources.find(tmp_path / "nothing", ["x"])
+        sources.find(tmp_path / "nothing", ["x"])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +155,7 @@ def test_a_source_that_is_no_folder_is_named(tmp_path):
         (b"\xff\xfe\x00", "cannot read the list"),
     ],
 )
-def test_a_line_that_is_another_is_named(text, expected, tmp_path):
+def test_a_wrong_line_is_named(text, expected, tmp_path):
     (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=expected):
-        prepare_sources.read_list(tmp_path / "list.txt", 10)
+        sources.read_list(tmp_path / "list.txt", 10)

@@ -1,4 +1,4 @@
-"""Tiny ImageNet from miniature archives in the official layout, and all that may be wrong with one."""
+"""Preparing Tiny ImageNet from miniature archives in the official layout, and errors in the archives."""
 
 import functools
 import os
@@ -12,7 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from ltjax import data
-from ltjax.data import prepare, prepare_tiny_imagenet, tiny_imagenet
+from ltjax.data import tiny_imagenet
+from ltjax.data.prepare import tiny_imagenet as preparation
+from ltjax.data.prepare.__main__ import SMALL, main
 from ltjax.types import UserError
 
 WNIDS = ("n02124075", "n04067472", "n01443537")  # not sorted, as in the official file
@@ -58,32 +60,30 @@ def write_folder(path, members):
     return path
 
 
-MINIATURE = prepare_tiny_imagenet.OFFICIAL._replace(num_classes=3, train_per_class=TRAIN, test_per_class=TEST)
+MINIATURE = preparation.OFFICIAL._replace(num_classes=3, train_per_class=TRAIN, test_per_class=TEST)
 
 
 @pytest.fixture(autouse=True)
 def expect(monkeypatch):
-    """`expect(**fields)`: from then on the official archive is a miniature with those fields, as it is without."""
+    """`expect(**fields)`: make the miniature, with these fields, the official archive; by default without fields."""
 
     def replace(**fields):
-        made = functools.partial(prepare_tiny_imagenet.prepare, archive=MINIATURE._replace(**fields))
-        monkeypatch.setitem(prepare.DATASETS, "tiny_imagenet", made)
+        made = functools.partial(preparation.prepare, archive=MINIATURE._replace(**fields))
+        monkeypatch.setitem(SMALL, "tiny_imagenet", made)
 
     replace()
     return replace
 
 
 def run(data_dir, source=None):
-    return prepare.main(
-        ["tiny_imagenet", f"--data_dir={data_dir}", *([f"--source={source}"] if source is not None else [])]
-    )
+    return main(["tiny_imagenet", f"--data_dir={data_dir}", *([f"--source={source}"] if source is not None else [])])
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder with a prepared miniature."""
     base = tmp_path_factory.mktemp("written")
-    prepare_tiny_imagenet.prepare(base / "data", write_zip(base / "archive.zip", miniature()), MINIATURE)
+    preparation.prepare(base / "data", write_zip(base / "archive.zip", miniature()), MINIATURE)
     return base / "data"
 
 
@@ -94,7 +94,7 @@ def images(written):
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """`refused(members)`: the line with which an archive of these is refused, after which no data set is there."""
+    """`refused(members)`: prepare, expect an error and no data set, and return the error's line."""
 
     def refused(members, write=write_zip):
         source = write(tmp_path / "archive", members)
@@ -122,12 +122,12 @@ def raw_records(directory, split):
 # A good archive.
 
 
-def test_training_images_stand_by_class_and_number(images):
+def test_training_images_are_sorted_by_class_and_number(images):
     names = [f"train/{wnid}/images/{wnid}_{i}.JPEG" for wnid in WNIDS for i in range(TRAIN)]
     np.testing.assert_array_equal(images.train_images, decoded(names))
 
 
-def test_test_images_stand_by_number(images):
+def test_test_images_are_sorted_by_number(images):
     np.testing.assert_array_equal(images.test_images, decoded([f"val/images/val_{i}.JPEG" for i in range(6)]))
 
 
@@ -140,11 +140,11 @@ def test_types(images):
     assert [array.dtype for array in images[:4]] == [np.uint8, np.int32, np.uint8, np.int32]
 
 
-def test_a_class_is_named_by_the_first_of_its_words(images):
+def test_a_class_is_named_by_its_first_word(images):
     assert images.class_names == ("Egyptian cat", "reel", "goldfish")
 
 
-def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
+def test_classes_of_one_name_get_their_ids(tmp_path):
     members = miniature()
     members["words.txt"] = b"n01443537\tcrane, bird\nn02124075\tEgyptian cat\nn04067472\tcrane\n"
     assert run(tmp_path / "data", write_zip(tmp_path / "archive", members)) == 0
@@ -152,48 +152,48 @@ def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
     assert images.class_names == ("Egyptian cat", "crane (n04067472)", "crane (n01443537)")
 
 
-def test_a_grey_image_is_three_equal_planes(images):
+def test_a_grey_image_has_three_equal_planes(images):
     grey = images.train_images[TRAIN + 2]
     assert (grey == grey[..., :1]).all() and grey.std() > 0
 
 
-def test_the_files_of_the_images_are_kept_byte_for_byte(written):
+def test_image_files_are_kept_byte_for_byte(written):
     members = miniature()
     records = raw_records(written / "tiny_imagenet" / "1.0.0", "test")
     assert [record["image"] for record in records] == [members[f"val/images/val_{i}.JPEG"] for i in range(6)]
 
 
-def test_tfds_reads_it(written):
+def test_tfds_reads_the_result(written):
     builder = tfds.builder_from_directory(written / "tiny_imagenet" / "1.0.0")
     assert builder.info.full_name == "tiny_imagenet/1.0.0"
     assert {split: info.num_examples for split, info in builder.info.splits.items()} == {"train": 12, "test": 6}
     assert builder.as_data_source("train")[0].keys() == {"id", "image", "label"}
 
 
-def test_only_the_data_set_is_left_in_the_folder(written):
+def test_no_temporary_files_are_left(written):
     assert os.listdir(written) == ["tiny_imagenet"] and os.listdir(written / "tiny_imagenet") == ["1.0.0"]
 
 
 @pytest.mark.parametrize("inner", ["", ROOT])
-def test_a_folder_gives_what_its_archive_gives(inner, images, tmp_path):
+def test_a_folder_gives_the_same_as_its_archive(inner, images, tmp_path):
     assert run(tmp_path / "data", write_folder(tmp_path / "unpacked", miniature()) / inner) == 0
     for ours, theirs in zip(tiny_imagenet.load("tiny_imagenet", tmp_path / "data"), images, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_command_says_what_it_made(tmp_path, capfd):
+def test_the_command_prints_the_counts(tmp_path, capfd):
     assert run(tmp_path / "data", write_zip(tmp_path / "archive", miniature())) == 0
     where = tmp_path / "data" / "tiny_imagenet" / "1.0.0"
     assert capfd.readouterr() == (f"prepared tiny_imagenet: 12 training and 6 test images in {where}\n", "")
 
 
-def test_a_second_run_says_that_it_is_there(written, capsys):
+def test_a_second_run_prints_that_the_set_exists(written, capsys):
     assert run(written) == 0
     assert capsys.readouterr().out.startswith("tiny_imagenet is already prepared: 12 training and 6 test images in ")
 
 
 def test_the_official_numbers():
-    official = prepare_tiny_imagenet.OFFICIAL
+    official = preparation.OFFICIAL
     assert official.num_classes * official.train_per_class == 100000
     assert official.num_classes * official.test_per_class == 10000
 
@@ -201,7 +201,7 @@ def test_the_official_numbers():
 # A download.
 
 
-def test_a_download_is_kept_and_used_again(expect, tmp_path):
+def test_a_download_is_reused(expect, tmp_path):
     source = write_zip(tmp_path / "tiny.zip", miniature())
     expect(url=source.as_uri())
     assert run(tmp_path / "data") == 0
@@ -210,7 +210,7 @@ def test_a_download_is_kept_and_used_again(expect, tmp_path):
     assert run(tmp_path / "data") == 0
 
 
-def test_half_a_download_is_thrown_away(expect, tmp_path, capsys):
+def test_a_truncated_download_is_deleted(expect, tmp_path, capsys):
     source = write_zip(tmp_path / "tiny.zip", miniature())
     os.truncate(source, source.stat().st_size // 2)
     expect(url=source.as_uri())
@@ -258,18 +258,18 @@ def another_size(members):
         (another_size, "32 x 32 pixels, not 64 x 64"),
     ],
 )
-def test_a_bad_image_is_named(spoil, expected, write, refused):
+def test_a_damaged_image_is_named(spoil, expected, write, refused):
     members = miniature()
     spoil(members)
     assert f": 1 of 18 images are missing or damaged: {VICTIM} ({expected});" in refused(members, write)
 
 
-def test_bad_images_are_counted(refused):
+def test_damaged_images_are_counted(refused):
     members = {name: content for name, content in miniature().items() if not name.startswith("val/images")}
     assert "6 of 18 images are missing or damaged: val/images/val_0.JPEG (missing)" in refused(members)
 
 
-def test_at_most_five_bad_images_are_named(refused):
+def test_at_most_five_damaged_images_are_named(refused):
     members = {name: content for name, content in miniature().items() if not name.startswith("val/images")}
     line = refused(members)
     assert line.count("(missing)") == 5 and " and 1 more;" in line
@@ -358,7 +358,7 @@ def class_too_many(members):
         (class_too_many, "n00000001_0.JPEG should not be there"),
     ],
 )
-def test_another_layout(spoil, expected, refused):
+def test_wrong_contents_are_named(spoil, expected, refused):
     members = miniature()
     spoil(members)
     assert expected in refused(members)
@@ -374,7 +374,7 @@ def test_a_name_that_leads_out_of_the_archive_is_refused(name, refused):
     assert f"the name {name!r} leads out of the archive" in refused(miniature(), write)
 
 
-def test_nothing_of_an_archive_is_unpacked(tmp_path, refused):
+def test_nothing_is_unpacked_to_disk(tmp_path, refused):
     def write(path, members):
         with zipfile.ZipFile(write_zip(path, members), "a") as archive:
             archive.writestr("../x", b"")
@@ -385,7 +385,7 @@ def test_nothing_of_an_archive_is_unpacked(tmp_path, refused):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" * 1000, b"\x1f\x8b\x08" + b"x" * 1000])
-def test_not_a_zip(content, refused):
+def test_a_file_that_is_no_zip_archive_is_named(content, refused):
     def write(path, members):
         path.write_bytes(content)
         return path
@@ -393,7 +393,7 @@ def test_not_a_zip(content, refused):
     assert "as a zip archive" in refused({}, write)
 
 
-def test_an_empty_folder(refused):
+def test_an_empty_folder_is_an_error(refused):
     def write(path, members):
         path.mkdir()
         return path
@@ -401,7 +401,7 @@ def test_an_empty_folder(refused):
     assert "it lacks tiny-imagenet-200/wnids.txt" in refused({}, write)
 
 
-def test_missing_archive(refused):
+def test_a_missing_archive_is_named(refused):
     line = refused({}, lambda path, members: path)
     assert "no archive at" in line and "http://cs231n.stanford.edu/tiny-imagenet-200.zip" in line
 
@@ -411,7 +411,7 @@ def test_missing_archive(refused):
 
 @pytest.fixture
 def interrupted(tmp_path):
-    """`interrupted(error)`: the exit code of a preparation of `<tmp_path>/archive` that is cut short by an error."""
+    """`interrupted(error)`: interrupt the preparation of `<tmp_path>/archive`, return the exit code."""
 
     def interrupted(error):
         def write_examples(path, iterator):
@@ -429,7 +429,7 @@ def interrupted(tmp_path):
 @pytest.mark.parametrize(
     "error, code", [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2), (RuntimeError("disk"), 2)]
 )
-def test_an_interruption_leaves_nothing_that_loads(error, code, interrupted, tmp_path):
+def test_an_interruption_leaves_no_data_set(error, code, interrupted, tmp_path):
     assert interrupted(error) == code
     with pytest.raises(UserError, match="tiny_imagenet is not in"):
         tiny_imagenet.load("tiny_imagenet", tmp_path / "data")
@@ -461,7 +461,7 @@ def remove_class_names(directory):
 
 
 @pytest.mark.parametrize("damage", [remove_shard, truncate_shard, overwrite_an_image, remove_class_names])
-def test_damage_is_one_line_that_says_what_to_do(damage, written, tmp_path):
+def test_damage_is_reported_in_one_line_with_the_command(damage, written, tmp_path):
     copy = Path(shutil.copytree(written / "tiny_imagenet", tmp_path / "tiny_imagenet")) / "1.0.0"
     damage(copy)
     command = f"python -m ltjax.data.prepare tiny_imagenet --data_dir={tmp_path}"
@@ -472,6 +472,6 @@ def test_damage_is_one_line_that_says_what_to_do(damage, written, tmp_path):
     assert message.endswith(f"): delete that folder, then run `{command}`")
 
 
-def test_unknown_name():
+def test_an_unknown_name_is_an_error():
     with pytest.raises(UserError, match="choose one of tiny_imagenet"):
         tiny_imagenet.load("tiny_imagenet_200")

@@ -1,4 +1,4 @@
-"""`python -m ltjax.data.prepare` on miniature archives in the official layout, and all that may be wrong with one."""
+"""Preparing CIFAR from miniature archives in the official layout, and errors in the archives."""
 
 import functools
 import hashlib
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import cifar, prepare
+from ltjax.data import cifar
+from ltjax.data.prepare import cifar as preparation
+from ltjax.data.prepare.__main__ import SMALL, main
 from ltjax.types import UserError
 
 NAMES = ("cifar10", "cifar100")
@@ -19,7 +21,7 @@ FIRST = {"cifar10": "cifar-10-batches-bin/data_batch_1.bin", "cifar100": "cifar-
 
 
 def noise(rng, count, highest_labels):
-    """Images [count, 32, 32, 3], labels [count, L] and the same as the archives' bytes."""
+    """Images [count, 32, 32, 3], labels [count, L], and both as the bytes of an archive's file."""
     images = rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
     labels = np.stack([rng.integers(highest, size=count) for highest in highest_labels], axis=1).astype(np.uint8)
     data = b"".join(
@@ -30,7 +32,7 @@ def noise(rng, count, highest_labels):
 
 
 def miniature(name):
-    """The members of an archive {path: bytes}, and the splits {"train" or "test": (images, labels)} it should give."""
+    """The members of an archive {path: bytes}, and the splits {"train" or "test": (images, labels)} in it."""
     rng = np.random.default_rng(0)
     splits = {}
     if name == "cifar10":
@@ -74,11 +76,11 @@ def data_dir(tmp_path):
 
 
 def run(name, data_dir, source=None):
-    return prepare.main([name, f"--data_dir={data_dir}"] + ([f"--source={source}"] if source else []))
+    return main([name, f"--data_dir={data_dir}"] + ([f"--source={source}"] if source else []))
 
 
 def error_line(capsys, data_dir=None):
-    """The single error that was printed; beside it at most the warning that an archive is not the official one."""
+    """Return the one error line on stderr; a warning about the archive may precede it."""
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
     assert out == "" and len(lines) == 1 and lines[0].startswith("error: ")
@@ -108,7 +110,7 @@ def test_exact_pixels_labels_and_class_names(name, archive, data_dir, capfd):
     assert os.listdir(data_dir) == [name] and os.listdir(data_dir / name) == ["3.0.2"]
 
 
-def test_tfds_reads_it_as_its_own(name, archive, data_dir):
+def test_tfds_reads_the_result_like_its_own(name, archive, data_dir):
     assert run(name, data_dir, archive) == 0
     splits = miniature(name)[1]
     builder = tfds.builder_from_directory(data_dir / name / "3.0.2")
@@ -132,13 +134,13 @@ def test_tfds_reads_it_as_its_own(name, archive, data_dir):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:xz"])
-def test_repacked_archive(mode, tmp_path, data_dir):
+def test_a_repacked_archive_is_read(mode, tmp_path, data_dir):
     members = {f"./{path}": data for path, data in miniature("cifar100")[0].items()}
     assert run("cifar100", data_dir, write_tar(tmp_path / "repacked", members, mode)) == 0
     assert len(cifar.load("cifar100", data_dir).train_labels) == 20
 
 
-def test_second_run_says_so_and_changes_nothing(name, archive, data_dir, capsys):
+def test_a_second_run_changes_nothing(name, archive, data_dir, capsys):
     assert run(name, data_dir, archive) == 0
     before = {path: path.stat().st_mtime_ns for path in sorted(data_dir.rglob("*"))}
     capsys.readouterr()
@@ -148,7 +150,7 @@ def test_second_run_says_so_and_changes_nothing(name, archive, data_dir, capsys)
     assert {path: path.stat().st_mtime_ns for path in sorted(data_dir.rglob("*"))} == before
 
 
-def test_second_run_finds_damage(archive, name, data_dir, capsys):
+def test_a_second_run_finds_damage(archive, name, data_dir, capsys):
     assert run(name, data_dir, archive) == 0
     (data_dir / name / "3.0.2" / f"{name}-test.array_record-00000-of-00001").unlink()
     capsys.readouterr()
@@ -157,8 +159,8 @@ def test_second_run_finds_damage(archive, name, data_dir, capsys):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError("disk")])
-def test_interruption_leaves_nothing_that_loads_and_the_next_run_works(error, archive, name, data_dir, capsys):
-    encode, calls = prepare.cv2.imencode, []
+def test_an_interruption_leaves_no_data_set_and_the_next_run_works(error, archive, name, data_dir, capsys):
+    encode, calls = preparation.cv2.imencode, []
 
     def fails_at_the_fifth(*args):
         calls.append(args)
@@ -167,14 +169,14 @@ def test_interruption_leaves_nothing_that_loads_and_the_next_run_works(error, ar
         return encode(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare.cv2, "imencode", fails_at_the_fifth)
+        patch.setattr(preparation.cv2, "imencode", fails_at_the_fifth)
         assert run(name, data_dir, archive) == (130 if error is KeyboardInterrupt else 2)
     error_line(capsys, data_dir)
     assert run(name, data_dir, archive) == 0
     cifar.load(name, data_dir)
 
 
-def test_interruption_while_the_files_are_written(archive, name, data_dir, capsys):
+def test_an_interruption_during_writing_leaves_no_data_set(archive, name, data_dir, capsys):
     def write_examples(path, iterator):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
@@ -194,19 +196,19 @@ def test_interruption_while_the_files_are_written(archive, name, data_dir, capsy
         (["cifar10", "--sauce=x"], "--sauce=x"),
     ],
 )
-def test_wrong_command(arguments, expected, capsys):
-    assert prepare.main(arguments) == 2
+def test_a_wrong_command_is_explained(arguments, expected, capsys):
+    assert main(arguments) == 2
     assert expected in error_line(capsys)
 
 
-def test_missing_archive(name, data_dir, tmp_path, capsys):
+def test_a_missing_archive_is_named(name, data_dir, tmp_path, capsys):
     assert run(name, data_dir, tmp_path / "nothing.tar.gz") == 2
     line = error_line(capsys, data_dir)
     assert f"no archive at {tmp_path / 'nothing.tar.gz'}" in line and "https://www.cs.toronto.edu/~kriz/" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" * 1000, b"\x1f\x8b\x08" + b"x" * 1000])
-def test_not_a_tar(content, name, data_dir, tmp_path, capsys):
+def test_a_file_that_is_no_tar_archive_is_named(content, name, data_dir, tmp_path, capsys):
     path = tmp_path / "photo.zip"
     path.write_bytes(content)
     assert run(name, data_dir, path) == 2
@@ -215,7 +217,7 @@ def test_not_a_tar(content, name, data_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 @pytest.mark.parametrize("part", [0.03, 0.5, 0.8])
-def test_archive_cut_short(mode, part, data_dir, tmp_path, capsys):
+def test_a_truncated_archive_is_named(mode, part, data_dir, tmp_path, capsys):
     path = write_tar(tmp_path / "archive", miniature("cifar100")[0], mode)
     os.truncate(path, int(path.stat().st_size * part))
     assert run("cifar100", data_dir, path) == 2
@@ -232,7 +234,7 @@ def test_a_single_wrong_byte_in_a_compressed_archive(mode, data_dir, tmp_path, c
     assert f"cannot read {path} as a tar archive" in error_line(capsys, data_dir)
 
 
-def test_archive_of_the_other_cifar(name, archive, data_dir, capsys):
+def test_the_archive_of_the_other_cifar_is_an_error(name, archive, data_dir, capsys):
     other = NAMES[1 - NAMES.index(name)]
     assert run(other, data_dir, archive) == 2
     assert "it lacks cifar-" in error_line(capsys, data_dir)
@@ -275,13 +277,13 @@ def binary_class_names(members, name):
         (without_member, "it lacks {first}"),
         (ragged, "not a whole number of records"),
         (without_records, "{file} has 0 bytes"),
-        (label_out_of_range, "label 200, where there are"),
+        (label_out_of_range, "label 200, but there are"),
         (one_class_name_too_few, "0 different class names"),
         (repeated_class_name, "0 different class names"),
         (binary_class_names, "is not text"),
     ],
 )
-def test_another_layout(spoil, expected, name, data_dir, tmp_path, capsys):
+def test_wrong_contents_are_named(spoil, expected, name, data_dir, tmp_path, capsys):
     members = miniature(name)[0]
     spoil(members, name)
     path = write_tar(tmp_path / "archive.tar.gz", members)
@@ -302,7 +304,7 @@ def test_a_link_is_not_followed(data_dir, tmp_path, capsys):
     assert "it lacks cifar-100-binary/train.bin" in error_line(capsys, data_dir)
 
 
-def test_unwritable_directory(name, archive, tmp_path, capsys):
+def test_an_unwritable_folder_is_named(name, archive, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert run(name, tmp_path / "file" / "data", archive) == 2
     assert f"cannot write to {tmp_path / 'file' / 'data'}" in error_line(capsys)
@@ -310,18 +312,18 @@ def test_unwritable_directory(name, archive, tmp_path, capsys):
 
 @pytest.fixture
 def served(archive, name, monkeypatch):
-    """`served(**fields)`: from then on the "official" archive is the miniature one, but for those fields."""
+    """`served(**fields)`: make the miniature the official archive, with these fields changed."""
 
     def replace(**fields):
         data = archive.read_bytes()
         official = {"url": archive.as_uri(), "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} | fields
-        real = {"cifar10": prepare.CIFAR10, "cifar100": prepare.CIFAR100}[name]
-        monkeypatch.setitem(prepare.DATASETS, name, functools.partial(prepare.prepare_cifar, real._replace(**official)))
+        real = {"cifar10": preparation.CIFAR10, "cifar100": preparation.CIFAR100}[name]
+        monkeypatch.setitem(SMALL, name, functools.partial(preparation.prepare, real._replace(**official)))
 
     return replace
 
 
-def test_download_is_checked_kept_and_used_again(served, name, archive, data_dir, capsys):
+def test_a_download_is_reused(served, name, archive, data_dir, capsys):
     served()
     assert run(name, data_dir) == 0
     assert capsys.readouterr().err == ""
@@ -334,14 +336,14 @@ def test_download_is_checked_kept_and_used_again(served, name, archive, data_dir
     assert len(cifar.load(name, data_dir).train_labels) == num_train
 
 
-def test_the_official_archive_from_disk_is_not_remarked_upon(served, name, archive, data_dir, capsys):
+def test_the_official_archive_from_disk_gives_no_warning(served, name, archive, data_dir, capsys):
     served()
     assert run(name, data_dir, archive) == 0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("fields, expected", [({"sha256": "0" * 64}, "its SHA-256 is"), ({"size": 1}, "its size is")])
-def test_wrong_download_is_thrown_away(fields, expected, served, name, data_dir, capsys):
+def test_a_wrong_download_is_deleted(fields, expected, served, name, data_dir, capsys):
     served(**fields)
     assert run(name, data_dir) == 2
     line = error_line(capsys, data_dir)
@@ -349,7 +351,7 @@ def test_wrong_download_is_thrown_away(fields, expected, served, name, data_dir,
     assert os.listdir(data_dir / "downloads") == []
 
 
-def test_no_network(served, name, data_dir, monkeypatch, capsys):
+def test_a_failed_download_names_the_url(served, name, data_dir, monkeypatch, capsys):
     monkeypatch.setenv("no_proxy", "*")
     served(url="http://127.0.0.1:9/cifar.tar.gz")
     assert run(name, data_dir) == 2
@@ -357,7 +359,7 @@ def test_no_network(served, name, data_dir, monkeypatch, capsys):
     assert "cannot download http://127.0.0.1:9/cifar.tar.gz" in line and "--source=FILE" in line
 
 
-@pytest.mark.parametrize("official", [prepare.CIFAR10, prepare.CIFAR100], ids=NAMES)
-def test_size_and_hash_are_those_that_tfds_registers(official):
+@pytest.mark.parametrize("official", [preparation.CIFAR10, preparation.CIFAR100], ids=NAMES)
+def test_size_and_hash_equal_those_of_tfds(official):
     registered = tfds.builder_cls(official.name).url_infos[official.url]
     assert (official.size, official.sha256) == (registered.size, registered.checksum)

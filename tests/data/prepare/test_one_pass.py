@@ -1,4 +1,4 @@
-"""The pass over archives that prepares large data sets, on miniatures of iNaturalist 2018."""
+"""The pass over the archives of a large data set, with miniatures of iNaturalist 2018."""
 
 import io
 import os
@@ -11,9 +11,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image as Picture
 
-from ltjax.data import decode, index, prepare, prepare_large, prepare_shards, prepare_sources
+from ltjax.data import decode, index
+from ltjax.data.prepare import inat18, one_pass, shards, sources
+from ltjax.data.prepare.__main__ import main
 from tests.data import miniatures
-from tests.data.preparing import (
+from tests.data.prepare.preparing import (
     NAME,
     VERSION,
     directory,
@@ -29,7 +31,7 @@ from tests.data.preparing import (
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(prepare_shards, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 2)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def prepared(source, tmp_path_factory):
 # What is written.
 
 
-def test_the_files_of_the_images_are_kept_byte_for_byte(source, prepared):
+def test_image_files_are_kept_byte_for_byte(source, prepared):
     found = {r["id"].decode(): r["image"] for split in ("train", "validation") for r in records(prepared, split)}
     assert found == originals(source)
 
@@ -72,7 +74,7 @@ def test_num_bytes_is_the_size_of_the_records(prepared):
     assert all(splits[split].num_bytes == sum(map(len, found[split])) for split in ("train", "validation"))
 
 
-def test_a_record_is_what_tfds_would_serialise(prepared):
+def test_records_equal_the_serialisation_of_tfds(prepared):
     from tensorflow_datasets.core import example_serializer
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -85,7 +87,7 @@ def test_a_record_is_what_tfds_would_serialise(prepared):
     assert ours == theirs
 
 
-def test_the_index_gives_labels_and_records_in_the_order_of_the_ids(prepared):
+def test_the_index_is_sorted_by_id(prepared):
     for split in ("train", "validation"):
         found, sidecar = records(prepared, split), np.load(prepared / f"{split}.index.npz")
         ordered = [found[number] for number in sidecar["records"]]
@@ -93,22 +95,17 @@ def test_the_index_gives_labels_and_records_in_the_order_of_the_ids(prepared):
         assert sidecar["labels"].tolist() == [record["label"] for record in ordered]
 
 
-def test_the_index_carries_the_fingerprint_of_the_shards(prepared):
+def test_the_index_holds_the_fingerprint_of_the_shards(prepared):
     paths = list(prepared.glob(f"{NAME}-train.array_record*"))
     assert str(np.load(prepared / "train.index.npz")["fingerprint"]) == index.shards_fingerprint(paths)
 
 
-def test_the_bytes_of_records_bound_a_shard(source, tmp_path):
-    from ltjax.data import prepare_inat18
-
-    def plan():
-        return prepare_inat18.plan(source)
-
-    prepare_large.prepare(NAME, tmp_path, plan, shard_bytes=1)
+def test_shard_bytes_limits_a_shard(source, tmp_path):
+    one_pass.prepare(NAME, tmp_path, source, inat18.read_spec, (), shard_bytes=1)
     assert set(raw(directory(tmp_path))[2]["train"]) == {1}
 
 
-def test_the_command_says_what_it_made_and_that_the_lists_are_short(source, tmp_path, capsys):
+def test_the_command_prints_counts_and_warns_of_short_lists(source, tmp_path, capsys):
     assert run(source, tmp_path) == 0
     out, err = capsys.readouterr()
     assert out == f"prepared {NAME}: 11 train and 3 validation images in {directory(tmp_path)}\n"
@@ -118,8 +115,8 @@ def test_the_command_says_what_it_made_and_that_the_lists_are_short(source, tmp_
     )
 
 
-def test_a_second_run_says_that_it_is_there_and_needs_no_source(prepared, capsys):
-    assert prepare.main([NAME, f"--data_dir={prepared.parents[1]}"]) == 0
+def test_a_second_run_needs_no_source(prepared, capsys):
+    assert main([NAME, f"--data_dir={prepared.parents[1]}"]) == 0
     assert capsys.readouterr() == (
         f"{NAME} is already prepared: 11 train and 3 validation images in {prepared}\n",
         "",
@@ -134,14 +131,14 @@ def test_a_second_run_finds_a_missing_shard(source, tmp_path, capsys):
     assert "delete that folder" in error_line(capsys)
 
 
-def test_without_a_source_the_command_says_what_is_needed(tmp_path, capsys):
-    assert prepare.main(["inat18", f"--data_dir={tmp_path}"]) == 2
+def test_without_a_source_the_command_names_the_official_files(tmp_path, capsys):
+    assert main(["inat18", f"--data_dir={tmp_path}"]) == 2
     line = error_line(capsys)
     assert "--source=FOLDER" in line and "train_val2018.tar.gz" in line
 
 
 def test_skip_damaged_is_refused_for_other_data_sets(tmp_path, capsys):
-    assert prepare.main(["cifar10", f"--data_dir={tmp_path}", "--skip_damaged"]) == 2
+    assert main(["cifar10", f"--data_dir={tmp_path}", "--skip_damaged"]) == 2
     assert "leave it out for cifar10" in error_line(capsys)
 
 
@@ -184,8 +181,8 @@ PNG = encoded("RGBA PNG")
     ],
     ids=["rgb", "progressive", "grey", "cmyk", "rotated", "rgba", "palette", "appended bytes", "stray bytes"],
 )
-def test_every_kind_of_picture_will_do(content):
-    assert prepare_large.problem(content) == ""
+def test_intact_images_of_all_kinds_have_no_problem(content):
+    assert decode.problem(content) == ""
 
 
 @pytest.mark.parametrize(
@@ -204,17 +201,17 @@ def test_every_kind_of_picture_will_do(content):
         (bytes(5000), "not an image"),
     ],
 )
-def test_what_is_wrong_with_an_image_is_said(content, expected):
-    assert prepare_large.problem(content).startswith(expected)
+def test_a_damaged_image_has_a_problem(content, expected):
+    assert decode.problem(content).startswith(expected)
 
 
-def test_a_png_cut_short_is_found():
-    assert "not an image" in prepare_large.problem(PNG[: len(PNG) // 2])
+def test_a_truncated_png_has_a_problem():
+    assert "not an image" in decode.problem(PNG[: len(PNG) // 2])
 
 
 @pytest.fixture
 def kinds(tmp_path):
-    """A source whose first images are of all the kinds that are kept."""
+    """A source whose first images have different formats."""
     contents = [CMYK, encoded("L JPEG"), PNG, encoded("RGB JPEG", exif=rotated())]
 
     def spoil(images):
@@ -223,7 +220,7 @@ def kinds(tmp_path):
     return miniatures.inat18(tmp_path / "source", counts=(6, 3, 2), spoil=spoil), contents
 
 
-def test_cmyk_grey_rgba_and_rotated_images_are_kept_as_they_are(kinds, tmp_path):
+def test_cmyk_grey_rgba_and_rotated_images_are_kept_unchanged(kinds, tmp_path):
     source, contents = kinds
     assert run(source, tmp_path / "data") == 0
     assert [record["image"] for record in records(directory(tmp_path / "data"), "train")[:4]] == contents
@@ -234,7 +231,7 @@ DAMAGE = {"empty": b"", "cut": WHOLE[:-2], "text": b"sorry", "half": WHOLE[: len
 
 @pytest.fixture
 def damaged(tmp_path):
-    """A source with four damaged images and one missing, as an archive; and their ids, the missing one last."""
+    """A source with four damaged images and a missing one, and their ids, the missing one last."""
     names = []
 
     def spoil(images):
@@ -254,7 +251,7 @@ def test_missing_and_damaged_images_are_counted_and_named(damaged, tmp_path, cap
     assert "--skip_damaged" in line and not directory(tmp_path / "data").exists()
 
 
-def test_problems_txt_names_all_of_them_and_where_they_are(damaged, tmp_path):
+def test_problems_txt_lists_all_problems_with_their_paths(damaged, tmp_path):
     source, ids = damaged
     run(source, tmp_path / "data")
     lines = (incomplete(tmp_path / "data") / "problems.txt").read_text().splitlines()
@@ -263,7 +260,7 @@ def test_problems_txt_names_all_of_them_and_where_they_are(damaged, tmp_path):
     assert lines[4] == f"{ids[4]}\tmissing\ttrain_val2018.tar.gz"
 
 
-def test_at_most_five_are_named_on_the_screen(tmp_path, capsys):
+def test_the_message_names_at_most_five_images(tmp_path, capsys):
     def spoil(images):
         images.update(dict.fromkeys(list(images)[:7], b""))
 
@@ -272,7 +269,7 @@ def test_at_most_five_are_named_on_the_screen(tmp_path, capsys):
     assert line.count("(empty)") == 5 and " and 2 more;" in line
 
 
-def test_skip_damaged_leaves_them_out_and_lists_them(damaged, tmp_path, capsys):
+def test_skip_damaged_lists_the_images_it_leaves_out(damaged, tmp_path, capsys):
     source, ids = damaged
     assert run(source, tmp_path / "data", "--skip_damaged") == 0
     folder = directory(tmp_path / "data")
@@ -288,8 +285,8 @@ def test_replaced_images_complete_what_is_finished(damaged, tmp_path, small_shar
     assert run(source, data_dir) == 2
     miniatures.inat18(source, counts=(6, 3, 2))  # the official images
     written = []
-    serialise = prepare_large._record
-    monkeypatch.setattr(prepare_large, "_record", lambda *a: written.append(a[1]) or serialise(*a))
+    serialise = one_pass._record
+    monkeypatch.setattr(one_pass, "_record", lambda *a: written.append(a[1]) or serialise(*a))
     assert run(source, data_dir) == 0
     assert sorted(written) == sorted(ids)
     found = {r["id"].decode(): r["image"] for s in ("train", "validation") for r in records(directory(data_dir), s)}
@@ -297,7 +294,7 @@ def test_replaced_images_complete_what_is_finished(damaged, tmp_path, small_shar
     assert not (directory(data_dir) / "problems.txt").exists() and not (directory(data_dir) / "skipped.txt").exists()
 
 
-def test_skipping_after_a_refusal_gives_what_skipping_at_once_gives(damaged, tmp_path, small_shards):
+def test_skipping_after_an_error_equals_skipping_at_once(damaged, tmp_path, small_shards):
     source, _ = damaged
     assert run(source, tmp_path / "twice") == 2
     assert run(source, tmp_path / "twice", "--skip_damaged") == 0
@@ -314,7 +311,7 @@ def test_an_unreadable_file_in_a_folder_is_a_damaged_image(tmp_path, capsys):
     assert f"{victim.stem} (cannot be read: No such file or directory)" in error_line(capsys)
 
 
-def test_a_split_of_which_nothing_is_left_is_refused(tmp_path, capsys):
+def test_a_split_without_intact_images_is_an_error(tmp_path, capsys):
     def spoil(images):
         images.update(dict.fromkeys(list(images)[-3:], b""))
 
@@ -323,7 +320,7 @@ def test_a_split_of_which_nothing_is_left_is_refused(tmp_path, capsys):
     assert "split validation is left" in error_line(capsys)
 
 
-def test_an_image_that_is_there_twice_is_refused(tmp_path, capsys):
+def test_an_image_that_occurs_twice_is_an_error(tmp_path, capsys):
     def spoil(images):
         name = next(iter(images))
         images[f"copy/{Path(name).name}"] = images[name]
@@ -333,7 +330,7 @@ def test_an_image_that_is_there_twice_is_refused(tmp_path, capsys):
     assert "is there twice" in line and "/copy/" in line
 
 
-def test_an_archive_of_another_layout_is_refused(tmp_path, capsys):
+def test_an_archive_without_listed_images_is_an_error(tmp_path, capsys):
     def spoil(images):
         content = next(iter(images.values()))
         images.clear()
@@ -346,8 +343,8 @@ def test_an_archive_of_another_layout_is_refused(tmp_path, capsys):
 # Memory.
 
 
-def plan_of(names):
-    return prepare_large.Plan(
+def spec_of(names):
+    return one_pass.DatasetSpec(
         name="many",
         version="1.0.0",
         description="",
@@ -356,7 +353,7 @@ def plan_of(names):
         class_names={"label": ["a"]},
         by_label={},
         official={"train": len(names)},
-        images=dict.fromkeys(names, prepare_large.Image("train", 0)),
+        images=dict.fromkeys(names, one_pass.Image("train", 0)),
         key=lambda name: name,
         sources=[Path("unused")],
         expected="",
@@ -376,21 +373,21 @@ def test_few_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
                     ahead.append(len(read) - len(written))
                 return WHOLE
 
-            yield prepare_sources.Member(name, name, content)
+            yield sources.Member(name, name, content)
 
-    serialise = prepare_large._record
-    monkeypatch.setattr(prepare_large, "walk", walk)
-    monkeypatch.setattr(prepare_large, "_record", lambda *args: written.append(args[1]) or serialise(*args))
-    prepare_large.prepare("many", tmp_path, lambda: plan_of(names))
+    serialise = one_pass._record
+    monkeypatch.setattr(one_pass, "walk", walk)
+    monkeypatch.setattr(one_pass, "_record", lambda *args: written.append(args[1]) or serialise(*args))
+    one_pass.prepare("many", tmp_path, tmp_path, lambda source: spec_of(names), ())
     assert read == written == names  # each once, in the order of the source
-    assert max(ahead) <= prepare_large.IN_FLIGHT
+    assert max(ahead) <= one_pass.IN_FLIGHT
 
 
-def test_an_image_that_claims_to_be_huge_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_sources, "MAX_IMAGE_BYTES", 1000)
+def test_a_huge_image_is_not_read_completely(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 1000)
     monkeypatch.setattr(decode, "MAX_IMAGE_BYTES", 1000)
     path = miniatures.write_tar(tmp_path / "x.tar", {"1.jpg": bytes(5000)})
-    (member,) = [(len(m.read()), prepare_large.problem(m.read())) for m in prepare_sources.walk(path)]
+    (member,) = [(len(m.read()), decode.problem(m.read())) for m in sources.walk(path)]
     assert member == (1001, "more than 1000 bytes")
 
 

@@ -1,27 +1,33 @@
-"""What `python -m ltjax.data.prepare tiny_imagenet` does: from the official archive to array records."""
+"""Prepare Tiny ImageNet from its official archive."""
 
 import collections
 import contextlib
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from posixpath import basename
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from ltjax.data import progress, records
-from ltjax.data.download import basename, download
+from ltjax.data import progress
+from ltjax.data.prepare import in_memory
+from ltjax.data.prepare.download import download
+from ltjax.data.prepare.sources import leads_outside
+from ltjax.data.source import some
 from ltjax.types import UserError, one_line
 
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 
 
 class Archive(NamedTuple):
-    """The official archive and what lies in it, under `folder`: `wnids.txt` (the classes' WordNet ids), `words.txt`
-    (their names), `train/<wnid>/images/<wnid>_<n>.JPEG`, `val/images/val_<n>.JPEG` and `val/val_annotations.txt`.
+    """The official archive.
+
+    Its `folder` holds `wnids.txt` (the classes' WordNet ids), `words.txt` (their names),
+    `train/<wnid>/images/<wnid>_<n>.JPEG`, `val/images/val_<n>.JPEG` and `val/val_annotations.txt`.
     """
 
     url: str
@@ -43,39 +49,29 @@ OFFICIAL = Archive(
 
 
 class Split(NamedTuple):
-    """N images, as the bytes of their files, and their labels."""
+    """N encoded images and their labels."""
 
     images: list[bytes]
     labels: list[int]
 
 
 class Files(NamedTuple):
-    """The files of an archive: their names below the archive's folder, and how to read one."""
+    """The files of an archive."""
 
-    names: set[str]
+    names: set[str]  # relative to the archive's folder
     read: Callable[[str], bytes]
 
 
 def prepare(data_dir: Path, source: Path | None = None, archive: Archive = OFFICIAL) -> str:
-    """Writes Tiny ImageNet below `data_dir` unless it is there; returns a sentence that says which.
+    """Write Tiny ImageNet below `data_dir` unless it is there, completely or not at all; return a line for the user.
 
-    The splits are `train` and `test`, which is the official validation split: the official test images have no labels.
-    The files of the images are kept byte for byte. Either the whole data set appears under its final name or nothing
-    does, and nothing is ever unpacked to disk.
+    The splits are `train` and `test`. `test` is the official validation split, because the official test images have
+    no labels. Image files are kept byte for byte. Nothing is unpacked to disk.
 
-    No checksum of the archive is known to us, so its contents are checked instead: that it names exactly as many
-    classes as it should, that each has exactly as many training and test images as it should, and that every image is
-    a whole JPEG of the right size.
-
-    Args:
-      data_dir: the folder of all prepared data sets; made if missing.
-      source: the archive on disk, or the folder that it unpacks to. Without it the archive is downloaded to
-        `<data_dir>/downloads`.
-      archive: the numbers that are checked.
-
-    Raises:
-      UserError: what is there already is damaged, the archive is missing, incomplete, damaged or another one, the
-        download failed, or `data_dir` cannot be written.
+    `source` is the archive, or the folder that it unpacks to; None downloads it to `<data_dir>/downloads`. No checksum
+    of the archive is known, so its contents are checked: the number of classes, of training and of test images of each
+    class (those of `archive`), and that every image is a complete JPEG of the right size. UserError if they differ, if
+    an existing data set is damaged, the download fails, or `data_dir` cannot be written.
     """
 
     def make() -> None:
@@ -89,11 +85,11 @@ def prepare(data_dir: Path, source: Path | None = None, archive: Archive = OFFIC
             class_names, splits = _parse(path, files, archive)
         _write(archive, data_dir, class_names, splits)
 
-    return records.prepare("tiny_imagenet", data_dir, make)
+    return in_memory.prepare("tiny_imagenet", data_dir, make)
 
 
 def _difference(path: Path) -> str:
-    """In what a file differs from any zip archive; empty if in nothing. The list of contents is at its end."""
+    """Say how a file differs from a zip archive, whose table of contents is at its end; "" if it does not."""
     return "" if zipfile.is_zipfile(path) else "it is not a whole zip archive"
 
 
@@ -105,8 +101,8 @@ def _wrong(path: Path, problem: str, archive: Archive) -> UserError:
 
 
 @contextlib.contextmanager
-def _open(path: Path, archive: Archive) -> Iterator[Files]:
-    """The files of a zip archive, or of the folder that it unpacks to."""
+def _open(path: Path, archive: Archive) -> Generator[Files]:
+    """Open a zip archive, or the folder that it unpacks to."""
     if path.is_dir():
         root = path / archive.folder if (path / archive.folder).is_dir() else path
         names = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
@@ -121,7 +117,7 @@ def _open(path: Path, archive: Archive) -> Iterator[Files]:
                 f"expected the file published at {archive.url}"
             ) from error
         for name in unpacked.namelist():
-            if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+            if leads_outside(name):
                 raise _wrong(path, f"the name {name!r} leads out of the archive", archive)
         prefix = f"{archive.folder}/"
         names = {name.removeprefix(prefix) for name in unpacked.namelist() if name.startswith(prefix)}
@@ -129,72 +125,67 @@ def _open(path: Path, archive: Archive) -> Iterator[Files]:
 
 
 def _parse(path: Path, files: Files, archive: Archive) -> tuple[list[str], dict[str, Split]]:
-    """Class names and the splits by name, checked. Raises: UserError naming what is missing, damaged or too much."""
-
-    def lines(name: str) -> list[str]:
-        if name not in files.names:
-            raise _wrong(path, f"it lacks {archive.folder}/{name}", archive)
-        try:
-            return [line.strip() for line in files.read(name).decode().splitlines() if line.strip()]
-        except (*UNREADABLE, UnicodeDecodeError) as error:
-            raise _wrong(path, f"{name} cannot be read ({one_line(error)})", archive) from error
-
-    wnids = lines("wnids.txt")
+    """Read class names and splits; UserError if a file or image is missing, damaged or superfluous."""
+    wnids = _lines(path, files, archive, "wnids.txt")
     if not len(set(wnids)) == len(wnids) == archive.num_classes:
         raise _wrong(path, f"wnids.txt does not hold {archive.num_classes} different classes", archive)
-    if strange := [wnid for wnid in wnids if not re.fullmatch(r"n\d{8}", wnid)]:
-        raise _wrong(path, f"wnids.txt holds {strange[0]!r}, which is no WordNet id", archive)
-    class_names = _class_names(wnids, lines("words.txt"))
+    if invalid := [wnid for wnid in wnids if not re.fullmatch(r"n\d{8}", wnid)]:
+        raise _wrong(path, f"wnids.txt holds {invalid[0]!r}, which is no WordNet id", archive)
+    class_names = _class_names(wnids, _lines(path, files, archive, "words.txt"))
     if "" in class_names:
         raise _wrong(path, f"words.txt does not name {wnids[class_names.index('')]}", archive)
 
-    places = {wnid: place for place, wnid in enumerate(wnids)}
-    labels: dict[str, int] = {}
-    for line in lines("val/val_annotations.txt"):
-        file, wnid, *_ = [*line.split("\t"), ""]
-        if wnid not in places:
-            raise _wrong(path, f"val_annotations.txt gives {file!r} the class {wnid!r}, not in wnids.txt", archive)
-        if labels.setdefault(file, places[wnid]) != places[wnid]:
-            raise _wrong(path, f"val_annotations.txt gives {file!r} two classes", archive)
-
-    wanted = {
-        "train": {
-            f"train/{wnid}/images/{wnid}_{i}.JPEG": places[wnid]
-            for wnid in wnids
-            for i in range(archive.train_per_class)
-        },
-        "test": {
-            f"val/images/val_{i}.JPEG": labels.get(f"val_{i}.JPEG", -1)
-            for i in range(archive.num_classes * archive.test_per_class)
-        },
+    test_labels = _test_labels(path, files, archive, wnids)
+    train_indices = range(archive.train_per_class)
+    test_files = [f"val_{i}.JPEG" for i in range(archive.num_classes * archive.test_per_class)]
+    labels = {  # by split and image file
+        "train": {f"train/{w}/images/{w}_{i}.JPEG": label for label, w in enumerate(wnids) for i in train_indices},
+        "test": {f"val/images/{file}": test_labels.get(file, -1) for file in test_files},
     }
-    known = wanted["train"].keys() | wanted["test"].keys()
-    found = {name for name in files.names if name.startswith(("train/", "val/")) and name.endswith(".JPEG")}
-    if extra := sorted(found - known):
-        raise _wrong(path, f"{_some(extra)} should not be there", archive)
-    counts = collections.Counter(wanted["test"].values())
-    if any(counts[place] != archive.test_per_class for place in range(archive.num_classes)):
+    expected = labels["train"].keys() | labels["test"].keys()
+    present = {name for name in files.names if name.startswith(("train/", "val/")) and name.endswith(".JPEG")}
+    if extra := sorted(present - expected):
+        raise _wrong(path, f"{some(extra)} should not be there", archive)
+    counts = collections.Counter(labels["test"].values())
+    if any(counts[label] != archive.test_per_class for label in range(archive.num_classes)):
         raise _wrong(path, f"val_annotations.txt does not give every class {archive.test_per_class} images", archive)
-    images = _read_images(path, files, known, archive)
-    splits = {split: Split([images[name] for name in own], list(own.values())) for split, own in wanted.items()}
+    images = _read_images(path, files, expected, archive)
+    splits = {split: Split([images[name] for name in of], list(of.values())) for split, of in labels.items()}
     return class_names, splits
 
 
+def _lines(path: Path, files: Files, archive: Archive, name: str) -> list[str]:
+    if name not in files.names:
+        raise _wrong(path, f"it lacks {archive.folder}/{name}", archive)
+    try:
+        return [line.strip() for line in files.read(name).decode().splitlines() if line.strip()]
+    except (*UNREADABLE, UnicodeDecodeError) as error:
+        raise _wrong(path, f"{name} cannot be read ({one_line(error)})", archive) from error
+
+
+def _test_labels(path: Path, files: Files, archive: Archive, wnids: list[str]) -> dict[str, int]:
+    """Return {file name: label} of the test images."""
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    labels: dict[str, int] = {}
+    for line in _lines(path, files, archive, "val/val_annotations.txt"):
+        file, wnid, *_ = [*line.split("\t"), ""]
+        if wnid not in label_of:
+            raise _wrong(path, f"val_annotations.txt gives {file!r} the class {wnid!r}, not in wnids.txt", archive)
+        if labels.setdefault(file, label_of[wnid]) != label_of[wnid]:
+            raise _wrong(path, f"val_annotations.txt gives {file!r} two classes", archive)
+    return labels
+
+
 def _class_names(wnids: list[str], lines: list[str]) -> list[str]:
-    """The first of each class's words, with the WordNet id where two classes share it; empty where there is none."""
+    """Return the first word of each class, plus the WordNet id if two classes share it; "" if a class has none."""
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     names = [words.get(wnid, "").split(",")[0].strip() for wnid in wnids]
     repeated = {name for name in names if name and names.count(name) > 1}
     return [f"{name} ({wnid})" if name in repeated else name for name, wnid in zip(names, wnids, strict=True)]
 
 
-def _some(items: list[str]) -> str:
-    """Up to five of them in words."""
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
-
-
 def _read_images(path: Path, files: Files, names: set[str], archive: Archive) -> dict[str, bytes]:
-    """The contents of the image files, each decoded once to see that it can be."""
+    """Read the image files; decode each once as a check."""
     images, problems = {}, []
     with progress.bar() as bar:
         for name in bar.track(sorted(names), description=f"checking {path.name}"):
@@ -206,14 +197,14 @@ def _read_images(path: Path, files: Files, names: set[str], archive: Archive) ->
             if problem:
                 problems.append(f"{name} ({problem})")
     if problems:
-        raise _wrong(path, f"{len(problems)} of {len(names)} images are missing or damaged: {_some(problems)}", archive)
+        raise _wrong(path, f"{len(problems)} of {len(names)} images are missing or damaged: {some(problems)}", archive)
     return images
 
 
 def _problem(content: bytes | None, size: int) -> str:
-    """What is wrong with the file of an image; empty if nothing.
+    """Say what is wrong with an image file; "" if nothing is.
 
-    A JPEG cut short may still decode, with a grey rest; but then no end marker follows the last start of a scan.
+    A truncated JPEG may still decode, with a grey rest. Then no end marker follows the last start of a scan.
     """
     if content is None:
         return "missing"
@@ -229,7 +220,7 @@ def _problem(content: bytes | None, size: int) -> str:
 
 
 def _write(archive: Archive, data_dir: Path, class_names: list[str], splits: dict[str, Split]) -> None:
-    """Writes `<data_dir>/tiny_imagenet/1.0.0` in the order of the splits' images, which their ids keep."""
+    """Write `<data_dir>/tiny_imagenet/1.0.0`; the ids keep the order of the images."""
     import tensorflow_datasets as tfds
 
     class TinyImagenet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -258,4 +249,4 @@ def _write(archive: Archive, data_dir: Path, class_names: list[str], splits: dic
             yield {"id": f"{split}_{index:05d}", "image": image, "label": label}
 
     total = sum(len(split.images) for split in splits.values())
-    records.write(TinyImagenet, data_dir, {"label": class_names}, {split: examples(split) for split in splits}, total)
+    in_memory.write(TinyImagenet, data_dir, {"label": class_names}, {split: examples(split) for split in splits}, total)

@@ -1,19 +1,20 @@
-"""iNaturalist 2018 from miniatures in the official layout, and annotations that are others."""
+"""iNaturalist 2018 from miniatures in the official layout, and errors in the annotations."""
 
 import gzip
 
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import prepare, prepare_inat18
-from ltjax.data.prepare_large import features
+from ltjax.data.prepare import inat18
+from ltjax.data.prepare.__main__ import main
+from ltjax.data.prepare.one_pass import features
 from tests.data import miniatures
 
 NAME = "i_naturalist2018"
 
 
 def run(source, data_dir, name="inat18"):
-    return prepare.main([name, f"--source={source}", f"--data_dir={data_dir}"])
+    return main([name, f"--source={source}", f"--data_dir={data_dir}"])
 
 
 def builder(data_dir):
@@ -21,7 +22,7 @@ def builder(data_dir):
 
 
 def contents(data_dir):
-    """{split: {id: (label, supercategory, image)}} of what was prepared."""
+    """{split: {id: (label, supercategory, image)}} of the prepared data set."""
     decoders = {"image": tfds.decode.SkipDecoding()}
     return {
         split: {
@@ -41,7 +42,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """`refused(**changes)`: the line with which a miniature so changed is refused."""
+    """`refused(**changes)`: prepare a changed miniature, expect an error, and return its line."""
 
     def refused(change=lambda source: None, **options):
         source = miniatures.inat18(tmp_path / "source", **options)
@@ -61,14 +62,14 @@ def test_labels_are_category_ids(prepared):
     assert images == expected | {miniatures.photo(label, 1000): label for label in range(3)}
 
 
-def test_supercategories_are_numbered_as_in_tfds(prepared):
+def test_supercategories_have_the_numbers_of_tfds(prepared):
     names = builder(prepared).info.features["supercategory"].names
     found = {label: names[group] for own in contents(prepared).values() for label, group, _ in own.values()}
     assert found == {0: "Aves", 1: "Plantae", 2: "Insecta"}
 
 
 @pytest.mark.parametrize("name", ["inat18", NAME])
-def test_both_names_give_the_data_set_its_name_in_tfds(name, prepared, tmp_path):
+def test_both_names_write_the_data_set_under_its_tfds_name(name, prepared, tmp_path):
     source = miniatures.inat18(tmp_path / "source")
     assert run(source, tmp_path / "data", name) == 0
     assert contents(tmp_path / "data") == contents(prepared)
@@ -81,7 +82,7 @@ def bare_tar(source):
 
 
 @pytest.mark.parametrize("extracted, change", [(True, lambda source: None), (False, bare_tar)], ids=["folder", "tar"])
-def test_every_layout_gives_the_same(extracted, change, prepared, tmp_path):
+def test_all_layouts_give_the_same_records(extracted, change, prepared, tmp_path):
     source = miniatures.inat18(tmp_path / "source", extracted=extracted)
     change(source)
     assert run(source, tmp_path / "data") == 0
@@ -95,26 +96,26 @@ def test_categories_json_names_the_species(extracted, tmp_path):
     assert builder(tmp_path / "data").info.features["label"].names == ["Species 0", "Species 1", "Species 2"]
 
 
-def test_without_it_the_annotations_name_them(prepared):
+def test_without_categories_json_the_annotations_name_the_species(prepared):
     assert builder(prepared).info.features["label"].names == ["0", "1", "2"]
 
 
-def test_as_many_species_as_in_the_official_set_are_named_as_in_tfds(tmp_path):
-    species = [{"id": i, "name": str(i), "supercategory": "Aves"} for i in range(prepare_inat18.NUM_CLASSES)]
-    names = prepare_inat18._class_names(tmp_path, {}, species)
+def test_the_official_number_of_species_gets_the_names_of_tfds(tmp_path):
+    species = [{"id": i, "name": str(i), "supercategory": "Aves"} for i in range(inat18.NUM_CLASSES)]
+    names = inat18._class_names(tmp_path, {}, species)
     assert names == tfds.builder_cls(NAME)(data_dir=tmp_path, file_format="array_record").info.features["label"].names
 
 
-def test_features_are_those_of_the_builder_of_tfds(tmp_path):
+def test_features_equal_those_of_tfds(tmp_path):
     theirs = tfds.builder_cls(NAME)(data_dir=tmp_path, file_format="array_record").info.features
     names = {"label": theirs["label"].names, "supercategory": theirs["supercategory"].names}
     assert features("id", names).to_json() == theirs.to_json()
 
 
 def test_version_and_official_numbers(tmp_path):
-    plan = prepare_inat18.plan(miniatures.inat18(tmp_path))
-    assert (plan.name, plan.version) == (NAME, str(tfds.builder_cls(NAME).VERSION))
-    assert plan.official == {"train": 437513, "validation": 24426} and prepare_inat18.NUM_CLASSES == 8142
+    spec = inat18.read_spec(miniatures.inat18(tmp_path))
+    assert (spec.name, spec.version) == (NAME, str(tfds.builder_cls(NAME).VERSION))
+    assert spec.official == {"train": 437513, "validation": 24426} and inat18.NUM_CLASSES == 8142
 
 
 def unknown_category(annotations):
@@ -178,19 +179,19 @@ def number_for_a_name(annotations):
         (no_images, "val2018.json.tar.gz does not have the layout of the official annotations (KeyError: 'images')"),
     ],
 )
-def test_annotations_that_are_wrong_are_named(edit, expected, refused):
+def test_wrong_annotations_are_explained(edit, expected, refused):
     assert expected in refused(edit=edit)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff\xfe\xff"])
-def test_a_file_that_is_no_annotations_is_named(content, refused):
+def test_a_file_without_annotations_is_named(content, refused):
     assert "train2018.json" in refused(lambda source: (source / "train2018.json").write_bytes(content), extracted=True)
 
 
 @pytest.mark.parametrize(
     "content", [b"{", b'{"a": 1}', b'[{"id": 0, "name": "a"}]', b'[{"id": 0}, {"id": 1}, {"id": 2}]']
 )
-def test_another_categories_json_is_refused(content, refused):
+def test_a_wrong_categories_json_is_named(content, refused):
     assert "categories.json" in refused(
         lambda source: (source / "categories.json").write_bytes(content), extracted=True
     )
@@ -204,11 +205,11 @@ def test_another_categories_json_is_refused(content, refused):
         ("val2018.json.tar.gz", "the annotations of the validation split: expected val2018.json,"),
     ],
 )
-def test_a_missing_piece_is_named(missing, expected, refused):
+def test_a_missing_file_is_named(missing, expected, refused):
     assert expected in refused(lambda source: (source / missing).unlink())
 
 
-def test_an_archive_of_annotations_without_any_is_named(refused):
+def test_an_archive_without_a_json_file_is_named(refused):
     def change(source):
         miniatures.write_tar(source / "train2018.json.tar.gz", {"readme.txt": b"x"}, "w:gz")
 

@@ -1,10 +1,11 @@
-"""Fetching an archive from the network, once."""
+"""Download an archive once."""
 
 import contextlib
 import http.client
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from posixpath import basename
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -12,16 +13,11 @@ from ltjax.data import progress
 from ltjax.types import UserError, one_line
 
 
-def basename(url: str) -> str:
-    """The name of the file that an address stands for."""
-    return url.rpartition("/")[2]
-
-
 def download(url: str, folder: Path, difference: Callable[[Path], str]) -> Path:
-    """What lies at `url`, as a file in `folder`, downloaded unless it is there.
+    """Download `url` into `folder`, unless the right file is there already; return the file's path.
 
-    difference: in what a file differs from the expected one; empty if in nothing. The file appears under its own name
-    only once it is whole. Raises: UserError where it cannot be had or is another.
+    `difference(path)` says how a file differs from the expected one, "" if it does not. The file gets its name only
+    after this check. UserError if the download fails or the server sends another file.
     """
     path = folder / basename(url)
     if path.is_file() and not difference(path):

@@ -1,10 +1,10 @@
-"""Shards of a data set in the making: each appears whole, and a journal says which are; so a killed run goes on."""
+"""Write the shards of a data set so that a killed run can continue: a journal lists the finished shards."""
 
 import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,13 @@ SHARD_IMAGES = 1 << 16
 
 
 class Shard(NamedTuple):
-    """A finished shard: its size in bytes, that of its records without the format's own, and its records' keys."""
+    """A finished shard."""
 
     split: str
-    number: int
-    size: int
-    num_bytes: int
-    keys: list[str]
+    number: int  # within the split
+    size: int  # of the file, in bytes
+    num_bytes: int  # of the records alone
+    keys: list[str]  # of the records
 
     @property
     def file(self) -> str:
@@ -40,11 +40,11 @@ class _Open:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second preparation out of a folder, also after a kill. Raises: UserError where there is a first one."""
+def locked(folder: Path) -> Generator[None]:
+    """Lock a folder until the process ends, even by a kill; UserError if another process holds the lock."""
     try:
         import fcntl
-    except ImportError:  # not a Unix: nothing is kept out
+    except ImportError:  # not a Unix: no lock
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -60,55 +60,53 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Shards:
-    """Writes records to shards in a folder and knows those that earlier runs have finished there.
+    """The shards in a folder: those that earlier runs have finished, and those that this run writes.
 
-    A shard is written under the name `<split>-<number>.part`, renamed once it is whole, and then noted in the journal.
-    What the journal does not vouch for is deleted at the start; `finish` gives the shards the names that TFDS expects.
+    A shard is written as `<split>-<number>.part`, renamed when it is complete, and then added to the journal. Shards
+    that the journal does not list are deleted at the start. `finish` gives the shards the names that TFDS expects.
     """
 
-    def __init__(self, folder: Path, name: str, plan_hash: str, shard_bytes: int = SHARD_BYTES):
-        """
-        Args:
-          folder: where to; made if missing.
-          name: of the data set.
-          plan_hash: of what is to be written. Raises UserError where the folder was begun with another.
-          shard_bytes: a shard that has as many bytes of records is full; so is one of `SHARD_IMAGES`.
+    def __init__(self, folder: Path, name: str, spec_hash: str, shard_bytes: int = SHARD_BYTES):
+        """Open a folder, made if missing; UserError if it was begun with another hash of what is to be written.
+
+        A shard is full with `shard_bytes` bytes of records, or with `SHARD_IMAGES` records.
         """
         self.folder, self.name, self.shard_bytes = folder, name, shard_bytes
         self.finished: dict[str, list[Shard]] = {}
         self._open: dict[str, _Open] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        self._take_back_names()
-        self._read_journal(plan_hash)
-        kept = {shard.file for shards in self.finished.values() for shard in shards}
+        self._undo_finish()
+        self._read_journal(spec_hash)
+        finished = [shard for shards in self.finished.values() for shard in shards]
+        files = {shard.file for shard in finished}
         for path in folder.iterdir():
-            if re.fullmatch(r"\w+-\d{5}(\.part)?", path.name) and path.name not in kept:
+            if re.fullmatch(r"\w+-\d{5}(\.part)?", path.name) and path.name not in files:
                 path.unlink()
-        lines = [{"plan": plan_hash}] + [shard._asdict() for shards in self.finished.values() for shard in shards]
+        lines = [{"plan": spec_hash}, *(shard._asdict() for shard in finished)]
         part = folder / f"{JOURNAL}.part"
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         part.replace(folder / JOURNAL)
 
-    def _take_back_names(self) -> None:
-        """Undoes what a killed `finish` has done."""
+    def _undo_finish(self) -> None:
+        """Undo the renaming of a killed `finish`."""
         pattern = re.compile(rf"{self.name}-(\w+)\.array_record-(\d{{5}})-of-\d{{5}}")
         for path in self.folder.iterdir():
             if match := pattern.fullmatch(path.name):
                 path.rename(self.folder / f"{match[1]}-{match[2]}")
 
-    def _read_journal(self, plan_hash: str) -> None:
-        """Takes over each split's shards up to the first that is missing or of another size."""
+    def _read_journal(self, spec_hash: str) -> None:
+        """Accept each split's shards up to the first that is missing or has another size."""
         journal = self.folder / JOURNAL
         lines = journal.read_text().splitlines() if journal.exists() else []
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
             except ValueError:
-                break  # cut short by a kill
+                break  # a line that a kill has cut short
             if number == 0:
-                if entry != {"plan": plan_hash}:
+                if entry != {"plan": spec_hash}:
                     raise UserError(
-                        f"{self.folder} was begun with other lists: go on with those, or delete it to start anew"
+                        f"{self.folder} was begun with other lists: go on with those, or delete it to start over"
                     )
                 continue
             shard = Shard(**entry)
@@ -117,17 +115,17 @@ class Shards:
                 shards.append(shard)
 
     def keys(self) -> set[str]:
-        """Of the records in finished shards."""
+        """Return the keys of all records in finished shards."""
         return {key for shards in self.finished.values() for shard in shards for key in shard.keys}
 
     def add(self, split: str, key: str, record: bytes) -> None:
-        """Appends a record to a split. Raises: UserError where it cannot be written."""
+        """Append a record to a split; UserError if it cannot be written."""
         if split not in self._open:
             number = len(self.finished.setdefault(split, []))
-            with self._named():
+            with self._write_errors():
                 self._open[split] = _Open(self.folder / f"{split}-{number:05d}.part")
         shard = self._open[split]
-        with self._named():
+        with self._write_errors():
             shard.writer.write(record)
         shard.keys.append(key)
         shard.num_bytes += len(record)
@@ -135,11 +133,11 @@ class Shards:
             self._close(split)
 
     def _close(self, split: str) -> None:
-        """Makes a finished shard of a split's open one."""
+        """Finish a split's open shard."""
         from array_record.python import array_record_module
 
         opened = self._open.pop(split)
-        with self._named():
+        with self._write_errors():
             opened.writer.close()
             reader: Any = array_record_module.ArrayRecordReader(str(opened.path))
             if reader.num_records() != len(opened.keys):
@@ -156,19 +154,19 @@ class Shards:
         self.finished[split].append(shard)
 
     def close(self) -> None:
-        """Finishes every open shard, however small."""
+        """Finish all open shards, however small."""
         for split in list(self._open):
             self._close(split)
 
     def abandon(self) -> None:
-        """Lets go of the open shards; the next run deletes their files."""
+        """Close the open shards without finishing them; the next run deletes their files."""
         for opened in self._open.values():
             with contextlib.suppress(RuntimeError):
                 opened.writer.close()
         self._open.clear()
 
     def finish(self) -> dict[str, list[Path]]:
-        """Gives the shards the names that TFDS expects; returns each split's, in order."""
+        """Rename the shards as TFDS expects; return each split's paths in order."""
         paths: dict[str, list[Path]] = {}
         for split, shards in self.finished.items():
             for shard in shards:
@@ -177,7 +175,8 @@ class Shards:
         return paths
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _write_errors(self) -> Generator[None]:
+        """Turn write errors into UserErrors."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # array_record reports a full disk as a RuntimeError

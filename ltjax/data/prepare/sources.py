@@ -1,4 +1,4 @@
-"""What a folder of official files holds: archives and extracted folders walked in their own order, lists, JSON."""
+"""Read official files: archives and unpacked folders, lists of images, JSON."""
 
 import collections
 import json
@@ -15,59 +15,64 @@ from ltjax.data import folders
 from ltjax.data.decode import MAX_IMAGE_BYTES
 from ltjax.types import UserError, one_line
 
-DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
-SEARCH_DEPTH = 4  # of folders below --source, enough for ILSVRC/Data/CLS-LOC/train
+READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+SEARCH_DEPTH = 4  # levels of folders below --source, enough for ILSVRC/Data/CLS-LOC/train
 IMAGE_FOLDERS = re.compile(
     r"(train|val|test)(_256|_large|_val2018|2018)?|data_(256|large)|places365_standard|n\d{8}|Annotations"
 )
 
 
 class Member(NamedTuple):
-    """A file of an archive or folder. `read` is to be called, if at all, before the next one is asked for."""
+    """A file in an archive or folder. Call `read` before asking for the next member."""
 
-    where: str  # for messages
-    name: str  # below the archive or folder, with slashes
-    read: Callable[[], bytes]  # at most MAX_IMAGE_BYTES + 1; OSError where a file in a folder cannot be read
+    where: str  # full path, for messages
+    name: str  # path relative to the archive or folder, with slashes
+    read: Callable[[], bytes]  # at most MAX_IMAGE_BYTES + 1 bytes; OSError if a file in a folder cannot be read
 
 
 def archives(stem: str) -> tuple[str, ...]:
-    """The names under which people keep an archive."""
+    """Return the usual file names of an archive."""
     return (f"{stem}.tar", f"{stem}.tar.gz", f"{stem}.tgz")
 
 
 def find(source: Path, names: Iterable[str]) -> dict[str, Path]:
-    """The files and folders of these names in a folder and a few levels below, but not inside folders of images.
+    """Find files and folders by name in `source` and a few levels below, but not inside folders of images.
 
-    Where a name is found at several depths, the one nearest to `source` counts.
-
-    Raises: UserError where `source` is no folder that can be listed, or holds a name twice at one depth.
+    Return {name: the path nearest to `source`}, without the names that are not found. UserError if `source` is not a
+    readable folder, or holds a name twice at one depth.
     """
     if not source.is_dir():
         raise UserError(f"no folder at {source}: --source is the folder that holds the official archives and lists")
-    wanted, found, level = set(names), {}, [source]
+    wanted, nearest, level = set(names), {}, [source]
     for _ in range(SEARCH_DEPTH):
-        here: dict[str, list[Path]] = collections.defaultdict(list)
-        below = []
-        for folder in level:
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in sorted(entries, key=lambda entry: entry.name):
-                        if entry.name in wanted:
-                            here[entry.name].append(folder / entry.name)
-                        elif not entry.name.startswith(".") and not IMAGE_FOLDERS.fullmatch(entry.name):
-                            below += [folder / entry.name] if entry.is_dir() else []
-            except OSError as error:
-                raise UserError(f"cannot list {folder}: {error.strerror}") from error
-        for name, paths in here.items():
-            if name not in found and len(paths) > 1:
+        matches, next_level = _search_level(level, wanted)
+        for name, paths in matches.items():
+            if name not in nearest and len(paths) > 1:
                 raise UserError(f"{paths[0]} and {paths[1]}: which one is meant? Move one of them out of {source}")
-            found.setdefault(name, paths[0])
-        level = below
-    return found
+            nearest.setdefault(name, paths[0])
+        level = next_level
+    return nearest
+
+
+def _search_level(folders: list[Path], wanted: set[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Return the wanted paths in these folders by name, and the subfolders to search next."""
+    matches: dict[str, list[Path]] = collections.defaultdict(list)
+    subfolders = []
+    for folder in folders:
+        try:
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if entry.name in wanted:
+                        matches[entry.name].append(folder / entry.name)
+                    elif not entry.name.startswith(".") and not IMAGE_FOLDERS.fullmatch(entry.name):
+                        subfolders += [folder / entry.name] if entry.is_dir() else []
+        except OSError as error:
+            raise UserError(f"cannot list {folder}: {error.strerror}") from error
+    return matches, subfolders
 
 
 def pick(source: Path, found: dict[str, Path], what: str, names: Sequence[str]) -> Path:
-    """The first of `names` that was found. Raises: UserError that says what is missing."""
+    """Return the first of `names` that `find` has found; UserError that `what` is missing if there is none."""
     for name in names:
         if name in found:
             return found[name]
@@ -75,12 +80,11 @@ def pick(source: Path, found: dict[str, Path], what: str, names: Sequence[str]) 
 
 
 def walk(source: Path) -> Iterator[Member]:
-    """All files of a tar archive, whatever its compression, or of a folder, in their order there; nothing is unpacked.
+    """Iterate over the files of a tar archive, in its order, or of a folder, sorted by name. Nothing is unpacked.
 
-    Archives inside are walked as well. Memory is that of one header; of a folder, that of one folder's names.
-
-    Raises: UserError for an archive that is damaged or cut short, or has a member that is a link or a device, or whose
-      name leads out of the archive; and for a folder that cannot be listed.
+    Tar archives inside are walked as well. An archive needs memory for one header, a folder for one folder's names.
+    UserError if an archive is damaged or truncated, if a member is a link or a device or its name leads out of the
+    archive, or if a folder cannot be listed.
     """
     if source.is_dir():
         yield from _walk_folder(source)
@@ -106,14 +110,14 @@ def _read_file(path: str) -> bytes:
 
 
 class _Header(tarfile.TarInfo):
-    """A header that is damaged ends no archive in silence, as it would with tarfile."""
+    """Raise ReadError for a damaged header, where tarfile would silently end the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: Any):  # pyrefly: ignore[bad-override-param-name]
         try:
             return super().fromtarfile(tarfile_)
         except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # pyrefly: ignore[missing-attribute]
-            raise  # the regular end
+            raise  # the regular end of the archive
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{one_line(error)} at byte {tarfile_.offset}") from error
 
@@ -123,8 +127,8 @@ def _walk_file(path: Path, prefix: str) -> Iterator[Member]:
         with tarfile.open(path, tarinfo=_Header) as tar:
             yield from _walk_tar(tar, str(path), prefix)
             stream: Any = tar.fileobj
-            stream.seek(0, os.SEEK_END)  # compressed files keep their checksum at the end
-    except DAMAGED as error:
+            stream.seek(0, os.SEEK_END)  # the checksum of a compressed file is at its end
+    except READ_ERRORS as error:
         raise UserError(
             f"cannot read {path} as a tar archive ({one_line(error)}): it is damaged, cut short or something else; "
             "replace it and run the same command again (what is finished is kept)"
@@ -133,8 +137,8 @@ def _walk_file(path: Path, prefix: str) -> Iterator[Member]:
 
 def _walk_tar(tar: Any, where: str, prefix: str) -> Iterator[Member]:
     while (member := tar.next()) is not None:
-        tar.members.clear()  # tarfile would keep every header that it has seen
-        if re.match(r"[/\\]|[A-Za-z]:", member.name) or ".." in re.split(r"[/\\]", member.name):
+        tar.members.clear()  # tarfile would keep all headers in memory
+        if leads_outside(member.name):
             raise UserError(
                 f"{where}: the name {member.name!r} leads out of the archive; replace it by the official one"
             )
@@ -148,10 +152,15 @@ def _walk_tar(tar: Any, where: str, prefix: str) -> Iterator[Member]:
             yield Member(f"{where}/{name}", prefix + name, lambda member=member: _read_member(tar, where, member))
 
 
+def leads_outside(name: str) -> bool:
+    """Whether the name of an archive's member is an absolute path or contains "..", on any system."""
+    return bool(re.match(r"[/\\]|[A-Za-z]:", name)) or ".." in re.split(r"[/\\]", name)
+
+
 def _read_member(tar: Any, where: str, member: tarfile.TarInfo) -> bytes:
     try:
         return tar.extractfile(member).read(MAX_IMAGE_BYTES + 1)
-    except DAMAGED as error:
+    except READ_ERRORS as error:
         raise UserError(
             f"cannot read {member.name} in {where} ({one_line(error)}): the archive is damaged or cut short; replace "
             "it and run the same command again (what is finished is kept)"
@@ -159,18 +168,15 @@ def _read_member(tar: Any, where: str, member: tarfile.TarInfo) -> bytes:
 
 
 class Line(NamedTuple):
-    """What one line of a list says: the path of an image and its label."""
+    """A line of a list: an image's path and label."""
 
-    where: str  # for messages
+    where: str  # list and line number, for messages
     path: str
     label: int
 
 
 def read_list(path: Path, num_classes: int) -> list[Line]:
-    """The lines of a list of images: `<path> <label>`, labels from 0 to `num_classes` - 1.
-
-    Raises: UserError naming the file and line that is another, or the file that cannot be read or is empty.
-    """
+    """Read a list of images with lines `<path> <label>`; UserError if it is unreadable or empty, or a line is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -192,9 +198,9 @@ def read_list(path: Path, num_classes: int) -> list[Line]:
 
 
 def read_json(path: Path, keep: Set[str]) -> Any:
-    """What a JSON file says, or the only JSON file in a tar archive; of its objects the keys in `keep` alone.
+    """Read a JSON file, or the JSON file in a tar archive; UserError if that fails.
 
-    Raises: UserError naming a file that cannot be read as such.
+    Only the keys in `keep` are kept of each object, to save memory.
     """
     if path.name.endswith(".json"):
         members = iter([Member(str(path), path.name, path.read_bytes)])

@@ -1,4 +1,4 @@
-"""ImageNet-LT from miniatures in the official layouts, and lists that are others."""
+"""ImageNet-LT from miniatures in the official layouts, and errors in the lists."""
 
 import tarfile
 
@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import prepare, prepare_imagenet_lt
-from ltjax.data.prepare_large import features
+from ltjax.data.prepare import imagenet_lt
+from ltjax.data.prepare.__main__ import main
+from ltjax.data.prepare.one_pass import features
 from tests.data import miniatures
 
 SPLITS = ("train", "validation", "test")
 
 
 def run(source, data_dir):
-    return prepare.main(["imagenet_lt", f"--source={source}", f"--data_dir={data_dir}"])
+    return main(["imagenet_lt", f"--source={source}", f"--data_dir={data_dir}"])
 
 
 def contents(data_dir):
-    """{split: {file_name: (label, image)}} of what was prepared."""
+    """{split: {file_name: (label, image)}} of the prepared data set."""
     builder = tfds.builder_from_directory(data_dir / "imagenet_lt" / "1.0.0")
     decoders = {"image": tfds.decode.SkipDecoding()}
     return {
@@ -44,7 +45,7 @@ def prepared(source, tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """`refused(source)`: the line with which a source is refused."""
+    """`refused(source)`: prepare, expect an error, and return its line."""
 
     def refused(source):
         assert run(source, tmp_path / "data") == 2
@@ -60,19 +61,19 @@ def listed(source, split):
     return {line.split()[0].rpartition("/")[2]: int(line.split()[1]) for line in lines}
 
 
-def test_each_split_holds_what_its_list_names_with_its_labels(source, prepared):
+def test_each_split_holds_the_images_and_labels_of_its_list(source, prepared):
     for split, file in zip(SPLITS, ("train", "val", "test"), strict=True):
         assert {name: label for name, (label, _) in prepared[split].items()} == listed(source, file)
 
 
-def test_the_images_are_those_of_the_archives(source, prepared):
+def test_images_equal_the_archives(source, prepared):
     with tarfile.open(source / "ILSVRC2012_img_train.tar") as outer:
         for member in outer:
             with tarfile.open(fileobj=outer.extractfile(member)) as inner:
                 files = {name: inner.extractfile(name).read() for name in inner.getnames()}
             own = {**prepared["train"], **prepared["validation"]}
             own = {name: image for name, (_, image) in own.items() if name.startswith(member.name[:9])}
-            assert own and own.items() < files.items()  # one image more is in no list
+            assert own and own.items() < files.items()  # the archive also has an image that is in no list
     with tarfile.open(source / "ILSVRC2012_img_val.tar") as tar:
         assert {name: image for name, (_, image) in prepared["test"].items()} == {
             name: tar.extractfile(name).read() for name in tar.getnames()
@@ -80,7 +81,7 @@ def test_the_images_are_those_of_the_archives(source, prepared):
 
 
 def nested_validation(source):
-    """Moves the validation images to folders by class, as people do."""
+    """Move the validation images to folders by class."""
     for name, label in listed(source, "test").items():
         folder = source / "val" / miniatures.wnids()[label]
         folder.mkdir(exist_ok=True)
@@ -88,7 +89,7 @@ def nested_validation(source):
 
 
 def kaggle(source):
-    """Moves the folders to where Kaggle's archive has them, beside annotations of the same names."""
+    """Move the folders to their places in Kaggle's archive, beside annotations of the same names."""
     (source / "ILSVRC/Data/CLS-LOC").mkdir(parents=True)
     (source / "ILSVRC/Annotations/CLS-LOC/train/n01440764").mkdir(parents=True)
     for folder in ("train", "val"):
@@ -96,7 +97,7 @@ def kaggle(source):
 
 
 def half_unpacked(source):
-    """Packs the images of each class again, as the outer archive's members are."""
+    """Pack the images of each class like the members of the outer archive."""
     for folder in list((source / "train").iterdir()):
         members = {path.name: path.read_bytes() for path in folder.iterdir()}
         miniatures.write_tar(source / "train" / f"{folder.name}.tar", members)
@@ -112,27 +113,27 @@ def lists_by_class(source):
 
 
 @pytest.mark.parametrize("change", [lambda source: None, nested_validation, kaggle, half_unpacked, lists_by_class])
-def test_extracted_folders_give_what_the_archives_give(change, prepared, tmp_path):
+def test_extracted_folders_give_the_same_as_the_archives(change, prepared, tmp_path):
     source = miniatures.imagenet_lt(tmp_path / "source", extracted=True)
     change(source)
     assert run(source, tmp_path / "data") == 0
     assert contents(tmp_path / "data") == prepared
 
 
-def test_features_are_those_of_the_builder_of_tfds(tmp_path):
+def test_features_equal_those_of_tfds(tmp_path):
     theirs = tfds.builder_cls("imagenet_lt")(data_dir=tmp_path, file_format="array_record").info
     ours = features("file_name", {"label": miniatures.wnids()})
     assert ours.to_json() == theirs.features.to_json()
     assert ours["label"].names == theirs.features["label"].names
 
 
-def test_version_and_official_numbers_are_those_of_tfds(source, tmp_path):
-    plan = prepare_imagenet_lt.plan(source)
-    assert (plan.name, plan.version) == ("imagenet_lt", str(tfds.builder_cls("imagenet_lt").VERSION))
-    assert plan.official == {"train": 115846, "validation": 20000, "test": 50000}
+def test_version_and_official_numbers_equal_those_of_tfds(source, tmp_path):
+    spec = imagenet_lt.read_spec(source)
+    assert (spec.name, spec.version) == ("imagenet_lt", str(tfds.builder_cls("imagenet_lt").VERSION))
+    assert spec.official == {"train": 115846, "validation": 20000, "test": 50000}
 
 
-def test_the_index_stands_by_file_name(tmp_path, source):
+def test_the_index_is_sorted_by_file_name(tmp_path, source):
     assert run(source, tmp_path) == 0
     labels = np.load(tmp_path / "imagenet_lt" / "1.0.0" / "test.index.npz")["labels"]
     own = listed(source, "test")
@@ -147,7 +148,7 @@ def test_the_index_stands_by_file_name(tmp_path, source):
         ("ILSVRC2012_img_val.tar", "the test images: expected ILSVRC2012_img_val.tar"),
     ],
 )
-def test_a_missing_piece_is_named(missing, expected, tmp_path, refused):
+def test_a_missing_file_is_named(missing, expected, tmp_path, refused):
     source = miniatures.imagenet_lt(tmp_path / "source")
     (source / missing).unlink()
     assert expected in refused(source)
@@ -166,7 +167,7 @@ def test_a_missing_piece_is_named(missing, expected, tmp_path, refused):
         ("test", "val/x.JPEG 0", "such as ILSVRC2012_val_00000446.JPEG, found 'val/x.JPEG'"),
     ],
 )
-def test_a_line_that_is_wrong_is_named(split, line, expected, tmp_path, refused):
+def test_a_wrong_line_is_named(split, line, expected, tmp_path, refused):
     source = miniatures.imagenet_lt(tmp_path / "source")
     with open(source / f"ImageNet_LT_{split}.txt", "a") as file:
         file.write(line + "\n")
@@ -175,7 +176,7 @@ def test_a_line_that_is_wrong_is_named(split, line, expected, tmp_path, refused)
     assert f"ImageNet_LT_{split}.txt, line {number}: " in message and expected in message
 
 
-def test_an_image_that_no_archive_has_is_named(tmp_path, refused):
+def test_an_image_missing_from_the_archives_is_named(tmp_path, refused):
     source = miniatures.imagenet_lt(tmp_path / "source")
     with open(source / "ImageNet_LT_train.txt", "a") as file:
         file.write("train/n01440764/n01440764_190.JPEG 0\n")

@@ -1,4 +1,4 @@
-"""A preparation that is stopped, killed or refused goes on where it was, on miniatures of iNaturalist 2018."""
+"""Resuming a preparation after it was stopped or killed, with miniatures of iNaturalist 2018."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ltjax.data import index, prepare_large, prepare_shards
+from ltjax.data import index
+from ltjax.data.prepare import one_pass, shards
 from tests.data import miniatures
-from tests.data.preparing import (
+from tests.data.prepare.preparing import (
     directory,
     error_line,
     incomplete,
@@ -22,12 +23,12 @@ from tests.data.preparing import (
     run_with_small_shards,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(prepare_shards, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 2)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,10 @@ def prepared(source, tmp_path_factory):
 
 @pytest.fixture
 def stopped(source, monkeypatch):
-    """`stopped(data_dir, number, error)`: the exit code of a run that an error stops at a number of records."""
+    """`stopped(data_dir, number, error)`: raise an error at record `number`, return the exit code."""
 
     def stopped(data_dir, number, error, *flags):
-        serialise, calls = prepare_large._record, []
+        serialise, calls = one_pass._record, []
 
         def record(*args):
             calls.append(args)
@@ -58,14 +59,14 @@ def stopped(source, monkeypatch):
             return serialise(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare_large, "_record", record)
+            patch.setattr(one_pass, "_record", record)
             return run(source, data_dir, *flags)
 
     return stopped
 
 
 @pytest.mark.parametrize("number", [1, 4, 7, 10, 14])
-def test_a_run_that_was_stopped_ends_with_the_same_records(number, stopped, source, prepared, small_shards, tmp_path):
+def test_resuming_a_stopped_run_gives_the_same_records(number, stopped, source, prepared, small_shards, tmp_path):
     assert stopped(tmp_path, number, KeyboardInterrupt) == 130
     assert not directory(tmp_path).exists()
     assert run(source, tmp_path) == 0
@@ -73,7 +74,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_records(number, stopped, sour
     assert set(os.listdir(directory(tmp_path))) == set(os.listdir(prepared))
 
 
-def test_a_run_stopped_again_and_again_ends_with_the_same_records(stopped, source, prepared, small_shards, tmp_path):
+def test_resuming_many_times_gives_the_same_records(stopped, source, prepared, small_shards, tmp_path):
     while (code := stopped(tmp_path, 4, KeyboardInterrupt)) == 130:
         pass
     assert code == 0 and raw(directory(tmp_path)) == raw(prepared)
@@ -84,22 +85,22 @@ def test_only_images_of_unfinished_shards_are_read_again(stopped, source, small_
     finished = [json.loads(line)["keys"] for line in journal(tmp_path)[1:]]
     assert finished
     read = []
-    walk = prepare_large.walk
+    walk = one_pass.walk
 
     def counting(source):
         for member in walk(source):
             yield member._replace(read=lambda member=member: read.append(Path(member.name).stem) or member.read())
 
-    monkeypatch.setattr(prepare_large, "walk", counting)
+    monkeypatch.setattr(one_pass, "walk", counting)
     assert run(source, tmp_path) == 0
     assert sorted(read) == sorted(originals(source).keys() - {key for keys in finished for key in keys})
 
 
 def journal(data_dir):
-    return (incomplete(data_dir) / prepare_shards.JOURNAL).read_text().splitlines()
+    return (incomplete(data_dir) / shards.JOURNAL).read_text().splitlines()
 
 
-def test_ctrl_c_says_that_the_finished_part_is_kept(stopped, small_shards, tmp_path, capsys):
+def test_ctrl_c_prints_what_is_kept(stopped, small_shards, tmp_path, capsys):
     assert stopped(tmp_path, 6, KeyboardInterrupt) == 130
     line = error_line(capsys)
     kept = sum(len(json.loads(line)["keys"]) for line in journal(tmp_path)[1:])
@@ -108,19 +109,20 @@ def test_ctrl_c_says_that_the_finished_part_is_kept(stopped, small_shards, tmp_p
     assert "the same command goes on" in line
 
 
-def test_killed_with_sigkill_the_same_command_goes_on(source, prepared, small_shards, tmp_path):
+def test_the_same_command_resumes_after_sigkill(source, prepared, small_shards, tmp_path):
     code = f"""
 import os, signal
-from ltjax.data import prepare, prepare_large, prepare_shards
-prepare_shards.SHARD_IMAGES = 2
-serialise, calls = prepare_large._record, []
+from ltjax.data.prepare import one_pass, shards
+from ltjax.data.prepare.__main__ import main
+shards.SHARD_IMAGES = 2
+serialise, calls = one_pass._record, []
 def record(*args):
     calls.append(args)
     if len(calls) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return serialise(*args)
-prepare_large._record = record
-prepare.main(["inat18", "--source={source}", "--data_dir={tmp_path}"])
+one_pass._record = record
+main(["inat18", "--source={source}", "--data_dir={tmp_path}"])
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
@@ -130,7 +132,7 @@ prepare.main(["inat18", "--source={source}", "--data_dir={tmp_path}"])
 
 
 def kill_at_the_end(source, data_dir, *flags):
-    """A run that is killed after the shards got their names."""
+    """Kill a run after it has renamed the shards."""
 
     def killed(*args):
         raise SystemExit
@@ -142,18 +144,18 @@ def kill_at_the_end(source, data_dir, *flags):
     assert list(incomplete(data_dir).glob("*array_record*")) and not directory(data_dir).exists()
 
 
-def test_killed_at_the_very_end_no_image_is_read_again(source, prepared, small_shards, tmp_path, monkeypatch):
+def test_a_run_killed_at_the_end_reads_no_image_again(source, prepared, small_shards, tmp_path, monkeypatch):
     kill_at_the_end(source, tmp_path)
 
     def walk(source):
         raise AssertionError(f"{source} is read again")
 
-    monkeypatch.setattr(prepare_large, "walk", walk)
+    monkeypatch.setattr(one_pass, "walk", walk)
     assert run(source, tmp_path) == 0
     assert raw(directory(tmp_path)) == raw(prepared)
 
 
-def test_an_image_skipped_by_a_killed_run_and_then_replaced_is_not_listed_as_skipped(tmp_path, small_shards):
+def test_an_image_replaced_after_a_kill_is_not_listed_as_skipped(tmp_path, small_shards):
     def spoil(images):
         images[next(iter(images))] = b""
 
@@ -165,22 +167,22 @@ def test_an_image_skipped_by_a_killed_run_and_then_replaced_is_not_listed_as_ski
     assert len(records(directory(tmp_path / "data"), "train")) == 9
 
 
-def test_a_journal_cut_short_counts_as_far_as_it_goes(stopped, source, prepared, small_shards, tmp_path):
+def test_a_truncated_journal_is_used_up_to_its_end(stopped, source, prepared, small_shards, tmp_path):
     stopped(tmp_path, 10, KeyboardInterrupt)
-    path = incomplete(tmp_path) / prepare_shards.JOURNAL
+    path = incomplete(tmp_path) / shards.JOURNAL
     path.write_text(path.read_text()[:-20])
     assert run(source, tmp_path) == 0
     assert raw(directory(tmp_path)) == raw(prepared)
 
 
-def test_a_finished_shard_that_is_damaged_is_written_again(stopped, source, prepared, small_shards, tmp_path):
+def test_a_damaged_shard_is_written_again(stopped, source, prepared, small_shards, tmp_path):
     stopped(tmp_path, 10, KeyboardInterrupt)
     os.truncate(incomplete(tmp_path) / "train-00001", 100)
     assert run(source, tmp_path) == 0
     assert raw(directory(tmp_path)) == raw(prepared)
 
 
-def test_going_on_with_other_lists_is_refused(stopped, small_shards, tmp_path, capsys):
+def test_resuming_with_other_lists_is_an_error(stopped, small_shards, tmp_path, capsys):
     stopped(tmp_path / "data", 6, KeyboardInterrupt)
     capsys.readouterr()
     other = miniatures.inat18(tmp_path / "other", counts=(5, 3, 2))
@@ -188,7 +190,7 @@ def test_going_on_with_other_lists_is_refused(stopped, small_shards, tmp_path, c
     assert "was begun with other lists" in error_line(capsys)
 
 
-def test_a_full_disk_says_that_the_finished_part_is_kept(stopped, source, prepared, small_shards, tmp_path, capsys):
+def test_a_full_disk_prints_what_is_kept(stopped, source, prepared, small_shards, tmp_path, capsys):
     class Full:
         def __init__(self, *args): ...
         def write(self, record): ...
@@ -206,9 +208,9 @@ def test_a_full_disk_says_that_the_finished_part_is_kept(stopped, source, prepar
     assert raw(directory(tmp_path)) == raw(prepared)
 
 
-def test_two_runs_at_once_are_refused(source, tmp_path, capsys):
+def test_a_second_run_at_the_same_time_is_an_error(source, tmp_path, capsys):
     incomplete(tmp_path).mkdir(parents=True)
-    with prepare_shards.locked(incomplete(tmp_path)):
+    with shards.locked(incomplete(tmp_path)):
         assert run(source, tmp_path) == 2
     assert "another run is writing" in error_line(capsys)
 

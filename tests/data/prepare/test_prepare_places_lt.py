@@ -1,16 +1,17 @@
-"""Places-LT from miniatures in the official layouts, and lists that are others."""
+"""Places-LT from miniatures in the official layouts, and errors in the lists."""
 
 import pytest
 import tensorflow_datasets as tfds
 
-from ltjax.data import prepare, prepare_places_lt
+from ltjax.data.prepare import places_lt
+from ltjax.data.prepare.__main__ import main
 from tests.data import miniatures
 
 SPLITS = ("train", "validation", "test")
 
 
 def run(source, data_dir):
-    return prepare.main(["places_lt", f"--source={source}", f"--data_dir={data_dir}"])
+    return main(["places_lt", f"--source={source}", f"--data_dir={data_dir}"])
 
 
 def builder(data_dir):
@@ -18,7 +19,7 @@ def builder(data_dir):
 
 
 def contents(data_dir):
-    """{split: {file_name: (label, image)}} of what was prepared."""
+    """{split: {file_name: (label, image)}} of the prepared data set."""
     decoders = {"image": tfds.decode.SkipDecoding()}
     return {
         split: {
@@ -38,7 +39,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """`refused(source)`: the line with which a source is refused."""
+    """`refused(source)`: prepare, expect an error, and return its line."""
 
     def refused(source):
         assert run(source, tmp_path / "data") == 2
@@ -58,12 +59,12 @@ def test_each_split_holds_its_images_with_their_labels(prepared):
     assert found["test"]["Places365_val_00000097.jpg"] == (8, miniatures.photo(8, 1000))
 
 
-def test_the_categories_stand_in_their_official_order(prepared):
+def test_categories_are_in_the_official_order(prepared):
     names = builder(prepared).info.features["label"].names
     assert len(names) == 365 and names[:2] + names[8:9] == ["airfield", "airplane_cabin", "apartment_building/outdoor"]
 
 
-def test_tfds_reads_it(prepared):
+def test_tfds_reads_the_result(prepared):
     info = builder(prepared).info
     assert info.full_name == "places_lt/1.0.0" and set(info.features) == {"image", "label", "file_name"}
 
@@ -71,13 +72,13 @@ def test_tfds_reads_it(prepared):
 @pytest.mark.parametrize("extracted", [False, True], ids=["archive", "folder"])
 @pytest.mark.parametrize("lists", ["easyformat", "standard"])
 @pytest.mark.parametrize("layout", ["easyformat", "standard"])
-def test_every_layout_of_archives_and_lists_gives_the_same(layout, lists, extracted, prepared, tmp_path):
+def test_all_layouts_give_the_same_records(layout, lists, extracted, prepared, tmp_path):
     source = miniatures.places_lt(tmp_path / "source", layout=layout, lists=lists, extracted=extracted)
     assert run(source, tmp_path / "data") == 0
     assert contents(tmp_path / "data") == contents(prepared)
 
 
-def test_the_source_may_be_the_folder_of_train_and_val(prepared, tmp_path):
+def test_the_source_may_be_the_parent_of_train_and_val(prepared, tmp_path):
     source = miniatures.places_lt(tmp_path / "source", extracted=True)
     for path in source.glob("*.txt"):
         path.rename(source / "places365_standard" / path.name)
@@ -99,7 +100,7 @@ def categories_file(source, change=lambda lines: lines):
     (source / "categories_places365.txt").write_text("".join(line + "\n" for line in change(lines)))
 
 
-def test_the_official_file_of_categories_may_lie_there(prepared, tmp_path):
+def test_the_official_categories_file_is_read(prepared, tmp_path):
     source = miniatures.places_lt(tmp_path / "source")
     categories_file(source)
     assert run(source, tmp_path / "data") == 0
@@ -115,13 +116,13 @@ def test_the_official_file_of_categories_may_lie_there(prepared, tmp_path):
         (lambda lines: ["airfield 0", *lines[1:]], "line 1: expected `/a/airfield 0`"),
     ],
 )
-def test_another_file_of_categories_is_refused(change, expected, tmp_path, refused):
+def test_a_wrong_categories_file_is_explained(change, expected, tmp_path, refused):
     source = miniatures.places_lt(tmp_path / "source")
     categories_file(source, change)
     assert expected in refused(source)
 
 
-def test_test_images_of_places365_and_other_files_are_left_alone(prepared, tmp_path):
+def test_test_images_of_places365_and_other_files_are_ignored(prepared, tmp_path):
     def spoil(images):
         images["places365_standard/test/Places365_test_00000001.jpg"] = b"not read"
         images["places365_standard/train/airfield/notes.txt"] = b"not read"
@@ -143,7 +144,7 @@ def test_test_images_of_places365_and_other_files_are_left_alone(prepared, tmp_p
         ("val", "train/airfield/00000099.jpg 365", "the label 365 is out of range"),
     ],
 )
-def test_a_line_that_is_wrong_is_named(split, line, expected, tmp_path, refused):
+def test_a_wrong_line_is_named(split, line, expected, tmp_path, refused):
     source = miniatures.places_lt(tmp_path / "source")
     with open(source / f"Places_LT_{split}.txt", "a") as file:
         file.write(line + "\n")
@@ -152,7 +153,7 @@ def test_a_line_that_is_wrong_is_named(split, line, expected, tmp_path, refused)
     assert f"Places_LT_{split}.txt, line {number}: " in message and expected in message
 
 
-def test_an_image_in_two_folders_of_one_category_is_refused(tmp_path, refused):
+def test_an_image_in_two_folders_of_one_category_is_an_error(tmp_path, refused):
     def spoil(images):
         first = next(iter(images))
         images["places365_standard/more/a/airfield/00000001.jpg"] = images[first]
@@ -168,20 +169,20 @@ def test_an_image_in_two_folders_of_one_category_is_refused(tmp_path, refused):
         ("val_256.tar", "the validation images of Places365: expected val_256.tar"),
     ],
 )
-def test_a_missing_piece_is_named(missing, expected, tmp_path, refused):
+def test_a_missing_file_is_named(missing, expected, tmp_path, refused):
     source = miniatures.places_lt(tmp_path / "source", layout="standard")
     (source / missing).unlink()
     assert expected in refused(source)
 
 
-def test_every_category_is_known_in_both_spellings():
+def test_both_spellings_of_a_category_give_the_same_key():
     names = miniatures.places()
     labels = {name.replace("/", "-") for name in names}
     for name in names:
         key = f"{name.replace('/', '-')}/00000001.jpg"
-        assert prepare_places_lt._key(f"data_256/{name[0]}/{name}/00000001.jpg", labels) == key
-        assert prepare_places_lt._key(f"train/{name.replace('/', '-')}/00000001.jpg", labels) == key
+        assert places_lt._key(f"data_256/{name[0]}/{name}/00000001.jpg", labels) == key
+        assert places_lt._key(f"train/{name.replace('/', '-')}/00000001.jpg", labels) == key
 
 
 def test_the_official_numbers():
-    assert prepare_places_lt.OFFICIAL == {"train": 62500, "validation": 7300, "test": 36500}
+    assert places_lt.OFFICIAL == {"train": 62500, "validation": 7300, "test": 36500}
