@@ -1,13 +1,13 @@
-"""A finished run in a folder of two megabytes, for others to check.
+"""Archive a finished run in a folder of a few megabytes, for others to check.
 
     python -m ltjax.archive runs/cifar100_lt-mislas-if100-seed0 results/cifar100_lt-mislas-if100-seed0
 
 The folder holds `config.json`, `split.json`, `results.json` and `weights.safetensors`, the last stage's weights in
-float32. For every mode but training it is a run as good as the one it was made of:
+float32. Every mode except training accepts it as a workdir:
 
     python run.py --mode=eval --workdir=results/cifar100_lt-mislas-if100-seed0
 
-`config.weights` may name it, for a stage that is to begin with its weights.
+A stage can start from its weights if `config.weights` names it.
 """
 
 import argparse
@@ -26,7 +26,11 @@ OPTIONAL = ("attack.json", "temperature.json")
 
 
 def archive(workdir: str | Path, folder: str | Path) -> None:
-    """Write the archive of a finished run. Raises: UserError where it is not finished, or has several replicas."""
+    """Write the archive of a finished run.
+
+    Raises:
+      UserError: The run is not finished or has several replicas, or `folder` holds something else.
+    """
     workdir, folder = local(workdir), local(folder)
     for name in FILES:
         if not (workdir / name).is_file():

@@ -1,7 +1,7 @@
-"""Pseudo-randomness without state: hashes and permutations that can be asked for one element at a time.
+"""Stateless pseudo-randomness: hashes, and permutations that compute single elements.
 
-The same code takes numpy scalars and arrays on a host and traced arrays inside a compiled step; all integers are
-uint32, and all results are the same everywhere.
+The functions take NumPy scalars and arrays, or JAX arrays inside `jit`, and give the same results. All integers are
+uint32.
 """
 
 import jax
@@ -12,9 +12,9 @@ ROUNDS = 32
 
 
 def hash32(*words):
-    """A uint32 that looks random, from uint32 words (scalars or arrays that broadcast)."""
+    """Hash uint32 words (scalars or arrays that broadcast) to one uint32."""
     digest = np.uint32(0x9E3779B9)
-    with np.errstate(over="ignore"):  # wrapping around is the point
+    with np.errstate(over="ignore"):  # the hash relies on wrap-around
         for word in words:
             digest = (digest ^ word) * np.uint32(0x85EBCA6B) + np.uint32(0x52DCE729)
             digest = (digest ^ (digest >> np.uint32(16))) * np.uint32(0x7FEB352D)
@@ -24,15 +24,16 @@ def hash32(*words):
 
 
 def shuffled(index, size, seed):
-    """Where a pseudo-random permutation of `range(size)`, chosen by `seed`, sends `index`.
+    """Return the image of `index` under a pseudo-random permutation of `range(size)` chosen by `seed`.
 
-    All arguments are uint32, scalars or arrays that broadcast, so one call can walk many permutations at once; the cost
-    is that of the indices asked for, not of `size` (below 2**31). Swap-or-not: in each round an index and its mirror
-    image about a random point change places, or do not, on the toss of a coin that both share.
+    The arguments are uint32 scalars or arrays that broadcast, so one call can use many permutations. The cost depends
+    on the number of indices, not on `size` (below 2**31). The algorithm is swap-or-not: each round swaps an index with
+    its mirror image about a random point if a bit that both share is set.
+
     Source: Hoang, Morris & Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012.
     """
 
-    def one_round(number, index):
+    def swap_or_not(number, index):
         key = hash32(seed, number)
         with np.errstate(over="ignore"):
             mirror = (key % size + size - index) % size
@@ -42,22 +43,22 @@ def shuffled(index, size, seed):
 
     if any(isinstance(x, jax.Array) for x in (index, size, seed)):
         shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (index, size, seed)))
-        # In one piece, the rounds take XLA on a CPU 5 s to compile and run no faster; elsewhere a loop costs launches.
+        # Unrolled, XLA takes 5 s to compile for a CPU, for no speed; on accelerators, each iteration costs a launch.
         unroll = 1 if jax.default_backend() == "cpu" else ROUNDS
         start = jnp.broadcast_to(jnp.asarray(index), shape)
-        return jax.lax.fori_loop(0, ROUNDS, lambda n, i: one_round(n.astype(jnp.uint32), i), start, unroll=unroll)
+        return jax.lax.fori_loop(0, ROUNDS, lambda n, i: swap_or_not(n.astype(jnp.uint32), i), start, unroll=unroll)
     for number in range(ROUNDS):
-        index = one_round(np.uint32(number), index)
+        index = swap_or_not(np.uint32(number), index)
     return index
 
 
 def fingerprint(tree) -> np.uint32:
-    """A number that changes, but for one chance in 2**32, with any bit of any array of 32, 16 or 8 bits in a pytree.
+    """Hash a pytree of arrays of 32, 16 or 8 bits. Trees that differ in any bit have the same hash by chance of 2**-32.
 
-    A sum of element hashes, so it does not depend on how the arrays are sharded.
+    The hash is a sum over elements, so it does not depend on sharding.
     """
-    # One small program for each shape instead of one for the tree: networks have few shapes, and every tree its own.
-    # They run one after the other: of arrays that are split, two at a time could wait for each other on a CPU.
+    # One small program for each shape, not one for the tree: trees of different networks share most shapes.
+    # Wait for each program: on CPUs, two programs on sharded arrays can deadlock.
     leaves = enumerate(jax.tree.leaves(tree))
     return np.sum([np.asarray(_array_fingerprint(np.uint32(number), leaf)) for number, leaf in leaves], dtype=np.uint32)
 

@@ -1,4 +1,4 @@
-"""What a table reports: calibration and accuracy by group. This module needs jax (and numpy) alone."""
+"""Metrics of result tables: calibration and accuracy by group. This module needs only jax and numpy."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,40 +10,51 @@ from jax.typing import ArrayLike
 
 
 class Calibration(NamedTuple):
-    """How far confidence and accuracy are apart, in bins of confidence."""
+    """Accuracy and confidence in bins of confidence.
 
-    ece: jax.Array  # expected calibration error, in [0, 1]
-    mce: jax.Array  # largest |accuracy - confidence| of a bin
-    accuracies: jax.Array  # [bins], 0 where a bin is empty
-    confidences: jax.Array  # [bins], mean confidence, 0 where a bin is empty
-    counts: jax.Array  # [bins] int
-    edges: jax.Array  # [bins + 1]
+    Attributes:
+      ece: Expected calibration error, in [0, 1].
+      mce: Largest |accuracy - confidence| of a bin.
+      accuracies: [bins], 0 for empty bins.
+      confidences: [bins], mean confidence, 0 for empty bins.
+      counts: [bins] int.
+      edges: [bins + 1].
+    """
+
+    ece: jax.Array
+    mce: jax.Array
+    accuracies: jax.Array
+    confidences: jax.Array
+    counts: jax.Array
+    edges: jax.Array
 
 
 def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 15) -> Calibration:
-    """Expected calibration error over equal bins of confidence: `sum_b n_b / N |accuracy_b - mean confidence_b|`.
+    """Compute the expected calibration error over equal bins: `sum_b n_b / N |accuracy_b - mean confidence_b|`.
 
-    Args:
-      confidences: [N] maximum softmax probability, in [0, 1]. correct: [N] bool or 0/1.
-      num_bins: bins are right-closed, `(lo, hi]`; a confidence of exactly 0, in no bin of the authors' code, counts in
-        the first.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; MiSLAS reports it with 15 bins.
 
+    Args:
+      confidences: [N] maximum softmax probability, in [0, 1].
+      correct: [N] bool or 0/1.
+      num_bins: Bins are right-closed, `(lo, hi]`. A confidence of exactly 0 counts in the first bin; the authors' code
+        leaves it out.
+
     Examples:
-      >>> found = metrics.calibration(jnp.array([0.9, 0.9, 0.6]), jnp.array([True, False, True]), num_bins=10)
-      >>> found.ece
+      >>> result = metrics.calibration(jnp.array([0.9, 0.9, 0.6]), jnp.array([True, False, True]), num_bins=10)
+      >>> result.ece
       Array(0.4, dtype=float32)
-      >>> found.counts
+      >>> result.counts
       Array([0, 0, 0, 0, 0, 1, 0, 0, 2, 0], dtype=int32)
     """
     values = jnp.asarray(confidences)
-    dtype = jnp.float64 if values.dtype == jnp.float64 else jnp.float32  # half precision cannot count to 3,000
+    dtype = jnp.float64 if values.dtype == jnp.float64 else jnp.float32  # half precision cannot count to 3,000 by ones
     values = values.astype(dtype)  # [N]
     edges, index = _bins(values, num_bins)
     member = jax.nn.one_hot(index, num_bins, dtype=dtype)  # [N, bins]
     counts = member.sum(0)
     pairs = jnp.stack([jnp.asarray(correct).astype(dtype), values])  # [2, N]
-    hits, mass = jnp.matmul(pairs, member, precision="highest")  # [bins]; accelerators would round the confidences
+    hits, mass = jnp.matmul(pairs, member, precision="highest")  # [bins]; else accelerators round the confidences
     accuracies, means = hits / jnp.maximum(counts, 1), mass / jnp.maximum(counts, 1)
     gaps = jnp.abs(accuracies - means)
     ece = jnp.abs(hits - mass).sum() / jnp.maximum(counts.sum(), 1)
@@ -51,36 +62,44 @@ def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 1
 
 
 def _bins(values: jax.Array, num_bins: int) -> tuple[jax.Array, jax.Array]:
-    """Edges [num_bins + 1] of equal right-closed bins of [0, 1], and the bin of each value."""
-    edges = jnp.asarray(np.linspace(0, 1, num_bins + 1), values.dtype)  # NumPy: k / num_bins to the last bit
+    """Return edges [num_bins + 1] of equal right-closed bins of [0, 1], and the bin of each value."""
+    edges = jnp.asarray(np.linspace(0, 1, num_bins + 1), values.dtype)  # NumPy's is exact
     return edges, jnp.clip(jnp.searchsorted(edges, values, side="left") - 1, 0, num_bins - 1)
 
 
 def classwise_gaps(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> jax.Array:
-    """Sums over images of `[y = c] - p_c`, by class c and by the bin that p_c falls in: [C, bins] float32.
+    """Sum `[y = c] - p_c` over images, by class c and by bin of p_c: [C, bins] float32.
 
-    Gaps of several batches add up to those of their union, of which `classwise_ece` makes a figure.
-    probabilities: [N, C], softmax. labels: [N], -1 for images that do not count. Bins as in `calibration`.
+    Add the gaps of several batches to get those of all their images, and pass the sum to `classwise_ece`.
+
+    Args:
+      probabilities: [N, C], softmax.
+      labels: [N]. Images with label -1 do not count.
+      num_bins: See `calibration`.
 
     Examples:
       >>> np.asarray(metrics.classwise_gaps([[0.75, 0.25], [0.75, 0.25]], [0, 1], num_bins=2)).tolist()
       [[0.0, -0.5], [0.5, 0.0]]
     """
     values, labels = jnp.asarray(probabilities).astype(jnp.float32), jnp.asarray(labels)
-    own = jax.nn.one_hot(labels, values.shape[1], dtype=values.dtype)  # [N, C]
-    gaps = jnp.where((labels >= 0)[:, None], own - values, 0)
+    is_label = jax.nn.one_hot(labels, values.shape[1], dtype=values.dtype)  # [N, C]
+    gaps = jnp.where((labels >= 0)[:, None], is_label - values, 0)
     index = _bins(values, num_bins)[1]  # [N, C]
-    # a bin at a time: with 8,142 classes, [N, C, bins] would be gigabytes
+    # One bin at a time: with 8,142 classes, [N, C, bins] would take gigabytes.
     return jax.lax.map(lambda b: jnp.where(index == b, gaps, 0).sum(0), jnp.arange(num_bins)).T
 
 
 def classwise_ece(gaps: ArrayLike, num_images: int) -> float:
-    """Class-wise expected calibration error: `1/C sum_c sum_b n_cb / N |share of class c - mean p_c|` over bins of p_c.
+    """Compute class-wise expected calibration error: `1/C sum_c sum_b n_cb / N |share of class c - mean p_c|`.
 
-    Looks at the probability of every class, where `calibration` looks at the predicted one's alone. It falls with the
-    number of classes, since most probabilities of most classes are near 0: comparable between models, not data sets.
-    gaps: [C, bins] of `classwise_gaps`, over N = num_images.
+    Bins are of p_c. The error covers the probability of every class; `calibration` covers only the predicted class.
+    Most probabilities are near 0 if there are many classes, and the error is then small: compare models, not data sets.
+
     Source: Kull et al., "Beyond Temperature Scaling", NeurIPS 2019, equation 4.
+
+    Args:
+      gaps: [C, bins] from `classwise_gaps`.
+      num_images: N.
 
     Examples:
       >>> gaps = metrics.classwise_gaps([[0.9, 0.1], [0.8, 0.2]], [0, 1], num_bins=2)
@@ -92,7 +111,7 @@ def classwise_ece(gaps: ArrayLike, num_images: int) -> float:
 
 
 def count_groups(class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, np.ndarray]:
-    """The usual groups: many > `many_above` training images, few < `few_below`, medium between -> {name: bool [C]}.
+    """Group classes by training images: many > `many_above`, few < `few_below`, medium between -> {name: bool [C]}.
 
     Examples:
       >>> {name: member.tolist() for name, member in metrics.count_groups([500, 50, 5]).items()}
@@ -104,7 +123,7 @@ def count_groups(class_counts, *, few_below: int = 20, many_above: int = 100) ->
 
 
 def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarray]:
-    """Groups by fixed class numbers, as some papers have them: many [0, a), medium [a, b), few [b, C).
+    """Group classes by number, as some papers do: many [0, a), medium [a, b), few [b, C), for `bounds = (a, b)`.
 
     Examples:
       >>> {name: member.tolist() for name, member in metrics.range_groups(4, (1, 3)).items()}
@@ -115,7 +134,7 @@ def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarra
 
 
 def rank_groups(class_counts, bounds: Sequence[int]) -> dict[str, np.ndarray]:
-    """`range_groups` of the classes' ranks by count, most frequent first; of equal counts, the lower number first.
+    """Group classes by rank with `range_groups`. The most frequent class is first; ties go to the lower number.
 
     Examples:
       >>> {name: member.tolist() for name, member in metrics.rank_groups([5, 500, 50], (1, 2)).items()}
@@ -129,9 +148,12 @@ def rank_groups(class_counts, bounds: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Share of correct images in each group of classes and in `all`; a group without images is absent, never 0.
+    """Compute accuracy over each group of classes and over `all`. Groups without images are left out. Not for `jit`.
 
-    correct: [N] bool or 0/1. labels: [N]. groups: {name: bool [C]}. Concrete arrays, outside `jit`.
+    Args:
+      correct: [N] bool or 0/1.
+      labels: [N].
+      groups: {name: bool [C]}.
 
     Examples:
       >>> metrics.accuracy_by_group([1, 0, 1], [0, 0, 1], {"even": np.array([True, False])})
@@ -144,10 +166,14 @@ def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict
 
 
 def group_accuracy(correct, labels, class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, float]:
-    """Accuracy over the images of many-, medium- and few-shot classes and over all -> {"many", "medium", "few", "all"}.
+    """Compute accuracy over many-, medium- and few-shot classes and over all. Groups without images are left out.
 
-    correct: [N] bool or 0/1. labels: [N]. class_counts: [C] *training* images, which define the groups
-    (`count_groups`). A group without images is absent from the answer, never 0.
+    Args:
+      correct: [N] bool or 0/1.
+      labels: [N].
+      class_counts: [C] *training* images, which define the groups.
+      few_below: See `count_groups`.
+      many_above: See `count_groups`.
 
     Examples:
       >>> metrics.group_accuracy([True, False, True, True], [0, 0, 1, 2], [500, 50, 5])

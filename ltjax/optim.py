@@ -25,16 +25,21 @@ def schedule_table(
     decay_at: tuple[float, ...] = (),
     decay: float = 0.1,
 ) -> np.ndarray:
-    """The factor on the learning rate in each epoch [epochs]: all four papers change it once an epoch.
+    """Compute the factor on the learning rate of each epoch, [epochs]. All four papers change it once an epoch.
 
-    Positions are shares of the run, so that a shorter one keeps the shape.
+    Positions are shares of the run, so a shorter run keeps the shape.
 
     Args:
-      kind: "constant"; "step": times `decay` from each share in `decay_at` on; "cosine": `(1 + cos(pi e / epochs))/2`,
-        which begins in the last epoch of a warm-up.
-      warmup: share of the epochs over which the factor rises linearly, in whole epochs, W: it is 1 in the last of them.
-      warmup_start: the factor of the first epoch; 0: 1/W, so that the rise is `(e + 1) / W`.
-    Raises: UserError for an unknown kind, shares outside [0, 1] and a negative number of epochs.
+      epochs: Length of the run.
+      kind: "constant"; "step", times `decay` after each share in `decay_at`; or "cosine", `(1 + cos(pi e / epochs))/2`,
+        which begins in the last epoch of the warm-up.
+      warmup: Share of the epochs, rounded to W epochs, over which the factor rises linearly. It reaches 1 in the last.
+      warmup_start: Factor of the first epoch. 0 means 1/W, for a rise of `(e + 1) / W`.
+      decay_at: Shares of the run at which "step" decays.
+      decay: Factor of each decay.
+
+    Raises:
+      UserError: The kind is unknown, a share or `warmup_start` is outside [0, 1], or epochs is negative.
 
     Examples:
       >>> optim.schedule_table(5, kind="step", warmup=0.4, decay_at=(0.8,))
@@ -66,7 +71,7 @@ def schedule_table(
 
 
 def flatten(params: Any) -> dict[str, jax.Array]:
-    """{"net/backbone/conv/kernel": array, ...} from nested dicts."""
+    """Flatten nested dicts to {"net/backbone/conv/kernel": array, ...}."""
     return dict(traverse_util.flatten_dict(params, sep="/"))
 
 
@@ -75,10 +80,14 @@ def unflatten(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
 
 
 def assign_groups(paths: list[str], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Which group each parameter belongs to: {path: group name}.
+    """Assign each parameter to its group: {path: group name}.
 
-    groups: {name: {"match": regular expression for the whole path, "optional": whether it may match none, ...}}.
-    Raises: UserError naming the parameter that no or more than one group matches, or the group that matches none.
+    Args:
+      paths: Of the parameters.
+      groups: {name: {"match": regular expression for the whole path, "optional": whether it may match none, ...}}.
+
+    Raises:
+      UserError: A parameter matches no group or several, or a group matches no parameter.
     """
     roots = sorted({"/".join(path.split("/")[:2]) for path in paths})
     assigned = {}
@@ -106,11 +115,20 @@ def optimizer(
     nesterov: bool,
     weight_decay: float,
 ) -> optax.GradientTransformation:
-    """SGD as PyTorch has it, for the flat {path: array} of trained parameters: decay added to the gradient, momentum,
-    then the learning rate `lr * factor[epoch] * rate of the group`.
+    """Build PyTorch's SGD for a flat {path: array} of trained parameters.
 
-    assigned: {path: group} of the trained parameters. groups: {name: {"rate": factor on lr, "weight_decay": instead of
-    the common one}}.
+    Weight decay is added to the gradient, then comes momentum, then the learning rate `lr * factors[epoch] * rate of
+    the group`.
+
+    Args:
+      assigned: {path: group} of the trained parameters.
+      groups: {name: {"rate": factor on lr, "weight_decay": optional, replaces the common one}}.
+      lr: Base learning rate.
+      factors: [epochs], see `schedule_table`.
+      steps_per_epoch: Steps after which the next factor applies.
+      momentum: Of SGD.
+      nesterov: Whether momentum is Nesterov's.
+      weight_decay: Common weight decay.
     """
     table = jnp.asarray(factors, jnp.float32)
 
@@ -120,7 +138,7 @@ def optimizer(
         schedule = lambda count: rate * table[jnp.minimum(count // steps_per_epoch, len(factors) - 1)]  # noqa: E731
         return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
 
-    # Parameter by parameter: with `optax.flatten`, one update of one vector, XLA makes 507 kernels of ResNet-32's step
-    # for an H100 instead of 464, since each convolution wants its own part of the vector as an array.
+    # Not `optax.flatten`: XLA then compiles ResNet-32's step to 507 kernels on an H100 instead of 464, because each
+    # convolution needs its part of the vector as an array.
     used = sorted(set(assigned.values()))
     return optax.partition({name: sgd(groups[name]) for name in used}, dict(assigned))

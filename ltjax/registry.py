@@ -1,4 +1,4 @@
-"""Things that a config chooses by name, and their settings, checked before they are used."""
+"""Look up what a config names, and check its settings before use."""
 
 import importlib
 import inspect
@@ -10,21 +10,27 @@ from ltjax.types import UserError
 
 
 def choose(kind: str, known: Mapping[str, Any], name: str) -> Any:
-    """`known[name]`. kind: what is being chosen ("method"). Raises: UserError naming what is known."""
+    """Return `known[name]`, or raise a UserError that lists the known names. kind: for the message ("method")."""
     if name not in known:
         raise UserError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
     return known[name]
 
 
 def load(kind: str, modules: Mapping[str, str], name: str, entry: str) -> Callable:
-    """The function `entry` of the module that `name` stands for."""
+    """Return the function `entry` of the module `modules[name]`."""
     return getattr(importlib.import_module(choose(kind, modules, name)), entry)
 
 
 def bind(what: str, function: Callable, settings: Mapping[str, Any]) -> Callable:
-    """`function` with its keyword-only arguments filled in from a config.
+    """Bind a function's keyword-only arguments to settings from a config.
 
-    what: the thing in messages ("method 'mislas'"). Raises: UserError for a setting that it does not take, or lacks.
+    Args:
+      what: Name of the thing in messages, such as "method 'mislas'".
+      function: Whose keyword-only arguments are the settings.
+      settings: {name: value}.
+
+    Raises:
+      UserError: A setting is unknown, or a required one is missing.
     """
     parameters = inspect.signature(function).parameters.values()
     keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -1,7 +1,7 @@
-"""Classifiers made without training, or made anew before it: what a stage does to a network's weights at its start.
+"""Change a network's classifier at the start of a stage: reinitialise it, or replace it without training.
 
-The functions on parameters take a network's parameters, `{"classifier": {"kernel": [D, C], "bias": [C]}, ...}`, and
-return them changed. Leading axes (replicas) are fine, the same in every array.
+Functions of parameters take `{"classifier": {"kernel": [D, C], "bias": [C]}, ...}` and return a changed copy. All
+arrays may have the same leading axes (replicas).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,22 +19,34 @@ METRICS = ("cosine", "euclidean")
 
 
 class Context(NamedTuple):
-    """What a surgery may ask for."""
+    """Inputs of a surgery beside the variables.
 
-    class_counts: np.ndarray  # [C]
-    branches: int  # of the network, whose logits are summed; 0: it has none
-    fresh: Callable[[], Variables]  # a newly initialised network
-    class_means: Callable[[Variables], jax.Array]  # mean training features [C, D]
-    holdout_accuracy: Callable[[Variables], np.ndarray] | None  # of every replica; None: there is no hold-out
+    Attributes:
+      class_counts: [C].
+      branches: Number of the network's branches, 0 for none.
+      fresh: Returns a newly initialised network.
+      class_means: Returns mean training features [C, D].
+      holdout_accuracy: Returns the accuracy of every replica; None if there is no hold-out.
+    """
+
+    class_counts: np.ndarray
+    branches: int
+    fresh: Callable[[], Variables]
+    class_means: Callable[[Variables], jax.Array]
+    holdout_accuracy: Callable[[Variables], np.ndarray] | None
 
 
 def tau_normalised(params: Params, *, tau: float | jax.Array, bias: bool = False) -> dict[str, Any]:
-    """The classifier with each class's weight vector divided by its length to the power of tau.
+    """Divide each class's weight vector by its length to the power of tau.
 
-    A learned logit scale is a part of that vector, and becomes 1.
-    tau: 0 changes nothing, 1 gives all classes the same length; a scalar, or an array that broadcasts against [..., 1].
-    bias: keep the classifier's; tau-normalisation and ResLT's evaluation (its gamma is tau) drop it.
+    A learned logit scale is multiplied into the vector first, and becomes 1.
+
     Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, section 4.2.
+
+    Args:
+      params: Of a network with a linear classifier.
+      tau: 0 changes nothing, 1 gives all classes the same length. A scalar, or one value for each replica.
+      bias: Keep the bias. Tau-normalisation and ResLT's evaluation (its gamma is tau) set it to 0.
 
     Examples:
       >>> params = {"classifier": {"kernel": jnp.array([[3.0, 0.0], [4.0, 0.5]]), "bias": jnp.array([1.0, 0.0])}}
@@ -44,11 +56,11 @@ def tau_normalised(params: Params, *, tau: float | jax.Array, bias: bool = False
     """
     classifier, scale = dict(params["classifier"]), {}
     if "logit_scale" in params:
-        own = params["logit_scale"]  # [..., C]
-        classifier["kernel"] = classifier["kernel"] * own[..., None, :]
+        logit_scale = params["logit_scale"]  # [..., C]
+        classifier["kernel"] = classifier["kernel"] * logit_scale[..., None, :]
         if "bias" in classifier:
-            classifier["bias"] = classifier["bias"] * own
-        scale = {"logit_scale": jnp.ones_like(own)}
+            classifier["bias"] = classifier["bias"] * logit_scale
+        scale = {"logit_scale": jnp.ones_like(logit_scale)}
     length = jnp.sqrt(jnp.maximum(jnp.square(classifier["kernel"]).sum(-2, keepdims=True), 1e-12))  # [..., 1, C]
     power = jnp.asarray(tau, length.dtype)
     classifier["kernel"] = classifier["kernel"] / length ** power.reshape(power.shape + (1,) * (2 * (power.ndim > 0)))
@@ -58,16 +70,21 @@ def tau_normalised(params: Params, *, tau: float | jax.Array, bias: bool = False
 
 
 def nearest_mean(params: Params, class_means: jax.Array, *, metric: str = "cosine") -> dict[str, Any]:
-    """A linear classifier that picks the class whose mean feature is nearest.
+    """Make a linear classifier that predicts the class with the nearest mean feature.
 
-    class_means: [C, D]. metric: "cosine", of the features' angle to the means; "euclidean", where the logits are
-    `z m_c - |m_c|^2 / 2`. A logit scale becomes 1. The logits' size means nothing, so neither does their calibration.
+    A logit scale becomes 1. The logits have no meaningful scale, so confidences are not calibrated.
+
     Source: Kang et al., ICLR 2020, section 4.2.
+
+    Args:
+      params: Of a network with one linear classifier.
+      class_means: m [C, D].
+      metric: "cosine" compares the angles of features and means. "euclidean" gives logits `z m_c - |m_c|^2 / 2`.
 
     Examples:
       >>> params = {"classifier": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
-      >>> made = surgery.nearest_mean(params, jnp.array([[3.0, 4.0], [0.0, 2.0]]))
-      >>> made["classifier"]["kernel"]
+      >>> params = surgery.nearest_mean(params, jnp.array([[3.0, 4.0], [0.0, 2.0]]))
+      >>> params["classifier"]["kernel"]
       Array([[0.6, 0. ],
              [0.8, 1. ]], dtype=float32)
     """
@@ -76,17 +93,22 @@ def nearest_mean(params: Params, class_means: jax.Array, *, metric: str = "cosin
     euclidean = metric == "euclidean"
     classifier["kernel"] = jnp.swapaxes(class_means if euclidean else class_means / length, -1, -2)
     if "bias" in classifier:
-        own = -jnp.square(class_means).sum(-1) / 2  # [..., C]
-        classifier["bias"] = own if euclidean else jnp.zeros_like(own)
+        bias = -jnp.square(class_means).sum(-1) / 2  # [..., C]
+        classifier["bias"] = bias if euclidean else jnp.zeros_like(bias)
     scale = {"logit_scale": jnp.ones_like(params["logit_scale"])} if "logit_scale" in params else {}
     return {**params, "classifier": classifier, **scale}
 
 
 def logit_shifted(params: Params, class_counts: np.ndarray, *, tau: float = 1.0, branches: int = 0) -> dict[str, Any]:
-    """The classifier with `tau * log prior` taken off each logit: post-hoc logit adjustment.
+    """Subtract `tau * log prior` from each logit through the bias: post-hoc logit adjustment.
 
-    branches: how often the bias counts in the prediction, where the logits of several branches are summed.
     Source: Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021, equation 9.
+
+    Args:
+      params: Of a network with a linear classifier.
+      class_counts: [C].
+      tau: Strength of the adjustment.
+      branches: Number of the network's branches. Their logits are summed, so the bias counts that often.
 
     Examples:
       >>> params = {"classifier": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
@@ -101,8 +123,8 @@ def logit_shifted(params: Params, class_counts: np.ndarray, *, tau: float = 1.0,
     return {**params, "classifier": classifier}
 
 
-# A surgery: (variables, context) -> variables, and what is worth noting: {"tau": ...}, or {"calibrated": False} where
-# confidences mean nothing. Their settings are keyword-only.
+# A surgery maps (variables, context) to (variables, note). Its settings are keyword-only. The note goes into the
+# results: {"tau": ...}, or {"calibrated": False} if confidences have no meaning.
 
 
 def _changed(variables: Variables, params: Params) -> Variables:
@@ -122,8 +144,8 @@ def _tau_norm(
     if len(taus) == 1:
         return _changed(variables, tau_normalised(params, tau=taus[0], bias=bias)), {"tau": float(taus[0])}
     assert context.holdout_accuracy is not None  # `create` has checked
-    tried = [_changed(variables, tau_normalised(params, tau=tau, bias=bias)) for tau in taus]
-    accuracy = np.stack([np.asarray(context.holdout_accuracy(each)) for each in tried])  # [taus] or [taus, replicas]
+    candidates = [_changed(variables, tau_normalised(params, tau=tau, bias=bias)) for tau in taus]
+    accuracy = np.stack([np.asarray(context.holdout_accuracy(c)) for c in candidates])  # [taus] or [taus, replicas]
     chosen = np.asarray(taus, np.float64)[accuracy.argmax(0)]  # [] or [replicas]
     note = {
         "tau": chosen.tolist(),
@@ -154,10 +176,16 @@ SURGERIES: dict[str, Callable] = {
 
 
 def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdout: bool) -> Callable:
-    """The surgery that a stage's config names: `(variables, context) -> (variables, note)`.
+    """Return the surgery of a stage's config: `(variables, context) -> (variables, note)`.
 
-    params: the network's, or their shapes. holdout: whether there is one.
-    Raises: UserError for a name or setting that is not known, or a network that the surgery is not for.
+    Args:
+      settings: `name`, one of `SURGERIES`, and its settings.
+      params: The network's parameters, or their shapes.
+      branches: Number of the network's branches.
+      holdout: Whether there is a hold-out.
+
+    Raises:
+      UserError: A name or setting is unknown, or the surgery does not apply to the network.
     """
     settings = dict(settings)
     name = settings.pop("name", "")
@@ -183,9 +211,11 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
 
 
 def as_evaluated(variables: Variables, eval_classifier: Mapping[str, Any]) -> Variables:
-    """Variables as a stage is evaluated with them: without its method's arrays, its classifier perhaps tau-normalised.
+    """Return the variables that a stage is evaluated with: without the method's arrays, perhaps tau-normalised.
 
-    eval_classifier: of the stage's config; {}: the classifier as it is.
+    Args:
+      variables: Of the trained network.
+      eval_classifier: Arguments of `tau_normalised` from the stage's config; {} leaves the classifier unchanged.
     """
     variables = variables._replace(arrays={})
     if not eval_classifier:

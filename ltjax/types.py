@@ -1,4 +1,4 @@
-"""The shapes that methods, models and the training loop pass to each other."""
+"""Types that methods, models and the training loop exchange."""
 
 from __future__ import annotations
 
@@ -6,50 +6,67 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import jax  # for annotations alone: a command that needs but `UserError` starts at once
+    import jax  # only for annotations, so that commands that need only `UserError` start fast
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend: `run.py` prints it as one line and exits with 2.
+    """Error that the user can fix: `run.py` prints it as one line and exits with 2.
 
-    The message names the thing, what was allowed, and what to do.
+    The message names the thing, what is allowed, and what to do.
     """
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none, for use in another message."""
+    """Return the first line of an exception's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 class Outputs(NamedTuple):
-    """What a network returns for B images: `logits` is always the prediction."""
+    """Outputs of a network for B images.
 
-    logits: jax.Array  # [B, C]
-    features: jax.Array  # [B, D], pooled output of the backbone; without branches, what the classifier sees
-    branches: jax.Array | None = None  # [R, B, C], logits of each branch where the network has several
-    layers: dict[str, jax.Array] | None = None  # {name: [B, D_l]}, pooled output of each stage of the backbone
+    Attributes:
+      logits: [B, C], the prediction.
+      features: [B, D], pooled output of the backbone. Without branches, it is the classifier's input.
+      branches: [R, B, C], logits of each branch, if the network has branches.
+      layers: {name: [B, D_l]}, pooled output of each stage of the backbone.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    branches: jax.Array | None = None
+    layers: dict[str, jax.Array] | None = None
 
 
 class Variables(NamedTuple):
-    """Everything a training step may read: trained parameters, batch-norm statistics, a method's own arrays.
+    """All arrays that a training step may read.
 
-    `params` and `stats` are keyed by network first (`net`), then by the network's own names; `params["method"]`
-    holds what a method's `init` adds.
+    Attributes:
+      params: Trained parameters, keyed by network (`net`), then by the network's names. `params["method"]` holds those
+        of the method.
+      stats: Batch-norm statistics, with the same keys.
+      arrays: The method's untrained arrays.
     """
 
-    params: dict[str, Any]  # trained
-    stats: dict[str, Any]  # of batch norm
-    arrays: dict[str, Any]  # the method's own, not trained
+    params: dict[str, Any]
+    stats: dict[str, Any]
+    arrays: dict[str, Any]
 
 
 class Batch(NamedTuple):
-    """B augmented images in [0, 1] and their labels. With mixup, image i is `lam * own + (1 - lam) * partner`."""
+    """B augmented images and their labels. With mixup, an image is `lam * image + (1 - lam) * partner`.
 
-    images: jax.Array  # [B, H, W, channels], float
-    labels: jax.Array  # [B], int
-    partner_labels: jax.Array | None = None  # [B], int
-    lam: jax.Array | None = None  # scalar
+    Attributes:
+      images: [B, H, W, channels], floats in [0, 1].
+      labels: [B], int.
+      partner_labels: [B], int.
+      lam: Scalar.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    partner_labels: jax.Array | None = None
+    lam: jax.Array | None = None
 
 
 # apply(variables, images, net="net", bn=None) -> (Outputs, variables with new batch-norm statistics)
@@ -57,16 +74,16 @@ Apply = Callable[..., Any]
 
 
 class Method(NamedTuple):
-    """A way to train, as pure functions.
+    """A training method as pure functions.
 
-    init: `rng -> (extra_params, extra_arrays)`, what the method adds to the network's variables.
-    loss: `(apply, variables, batch, rng) -> (scalar, (variables, metrics))`.
-    refresh: `(extra_arrays, class_means) -> extra_arrays`, called once an epoch when set; class_means [C, D] of the
-      training images' features, or {layer: [C, D_l]} where `layers` names some.
-    layers: names in `Outputs.layers` whose class means `refresh` wants; none: those of `Outputs.features`.
-    per_class: `extra_params -> {title: [C]}`, what each class has of its own, learned or by its count, for the report.
-      Parameters of several replicas have a leading axis, which stays: [..., C].
-    attacks: whether the loss attacks its images, so that a step takes several times as long as others.
+    Attributes:
+      init: `rng -> (extra_params, extra_arrays)`, which are added to the network's variables.
+      loss: `(apply, variables, batch, rng) -> (scalar, (variables, metrics))`.
+      refresh: `(extra_arrays, class_means) -> extra_arrays`, called before each epoch if set. class_means: [C, D], mean
+        training features, or {layer: [C, D_l]} if `layers` is not empty.
+      layers: Names in `Outputs.layers` whose class means `refresh` takes; empty means `Outputs.features`.
+      per_class: `extra_params -> {title: [C]}`, values of each class for the report. A leading axis (replicas) stays.
+      attacks: Whether the loss attacks its images, so that a step takes several times as long.
     """
 
     init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]
