@@ -148,7 +148,10 @@ def rank_groups(class_counts, bounds: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Compute accuracy over each group of classes and over `all`. Groups without images are left out. Not for `jit`.
+    """Compute accuracy over the classes of each group, and over `all` images. Not for `jit`.
+
+    A group's accuracy is the mean of its classes' accuracies, as the field reports it; this is also the share of right
+    images if the classes have equally many. Classes and groups without images are left out.
 
     Args:
       correct: [N] bool or 0/1.
@@ -160,9 +163,41 @@ def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict
       {'even': 0.5, 'all': 0.6666666666666666}
     """
     correct, labels = np.asarray(correct).astype(np.float64), np.asarray(labels)
-    members = {name: np.asarray(member)[labels] for name, member in groups.items()}  # {name: bool [N]}
-    members["all"] = np.ones(labels.shape, bool)
-    return {name: float(correct[member].mean()) for name, member in members.items() if member.any()}
+    present, by_class = accuracy_by_class(correct, labels)
+    members = {name: np.asarray(member)[present] for name, member in groups.items()}
+    accuracies = {name: float(by_class[member].mean()) for name, member in members.items() if member.any()}
+    return {**accuracies, "all": float(correct.mean())} if len(labels) else {}
+
+
+def accuracy_by_class(correct, labels) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the accuracy of each class that has images. Not for `jit`.
+
+    Args:
+      correct: [N] bool or 0/1.
+      labels: [N].
+
+    Returns: The classes, sorted, and their accuracies, both [number of classes with images].
+
+    Examples:
+      >>> metrics.accuracy_by_class([1, 0, 1], [2, 2, 0])
+      (array([0, 2]), array([1. , 0.5]))
+    """
+    present, index, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    return present, np.bincount(index, np.asarray(correct, np.float64), len(present)) / counts
+
+
+def balanced_accuracy(correct, labels) -> float:
+    """Average the accuracies of all classes that have images. Not for `jit`.
+
+    Args:
+      correct: [N] bool or 0/1.
+      labels: [N].
+
+    Examples:
+      >>> metrics.balanced_accuracy([1, 1, 1, 0], [0, 0, 0, 1])  # accuracy is 0.75
+      0.5
+    """
+    return float(accuracy_by_class(correct, labels)[1].mean())
 
 
 def group_accuracy(correct, labels, class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, float]:

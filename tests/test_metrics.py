@@ -111,15 +111,20 @@ def test_20_to_100_training_images_are_medium():
     }
 
 
-def test_group_accuracy_is_over_the_images_of_each_group():
-    correct = [True, True, False, True, False, False]
-    labels = [0, 0, 0, 1, 2, 2]
-    assert metrics.group_accuracy(correct, labels, [500, 50, 5]) == {
+def test_group_accuracy_is_the_mean_of_its_classes_accuracies():
+    """Two few-shot classes with 38 images, all right, and with 2, all wrong: 50 %, and not 95 %."""
+    labels = np.repeat([0, 1, 2, 3], [3, 1, 38, 2])
+    correct = np.repeat([True, False, True, True, False], [2, 1, 1, 38, 2])
+    assert metrics.group_accuracy(correct, labels, [500, 50, 5, 4]) == {
         "many": pytest.approx(2 / 3),
         "medium": 1.0,
-        "few": 0.0,
-        "all": 0.5,
+        "few": 0.5,
+        "all": 41 / 44,
     }
+
+
+def test_balanced_accuracy_is_the_mean_over_classes_with_images():
+    assert metrics.balanced_accuracy([1, 1, 1, 0], [0, 0, 0, 4]) == 0.5
 
 
 def test_thresholds_of_groups_are_settings():

@@ -123,74 +123,81 @@ def evaluator(
 _calibration = jax.jit(metrics.calibration)  # one program instead of twenty
 
 
+# Scalar figures of a table: {key in results.json: function of (outcome, labels)}; `runs.results.COLUMNS` shows them.
+METRICS: dict[str, Callable[[Mapping[str, np.ndarray], np.ndarray], float]] = {
+    "loss": lambda outcome, labels: float(outcome["losses"].mean()),
+    "balanced_accuracy": lambda outcome, labels: metrics.balanced_accuracy(outcome["predictions"] == labels, labels),
+}
+_BINNED = ("ece", "mce")
+
+
 def summarise(
     outcome: Mapping[str, np.ndarray], labels: np.ndarray, groups: Mapping[str, np.ndarray], num_classes: int
 ) -> dict[str, Any]:
-    """The figures of a table, JSON-ready: accuracy by group, ECE and its bins, mean loss, accuracy of each class.
+    """Compute the figures of a table, JSON-ready: accuracy by group and class, ECE and its bins, `METRICS`.
 
-    outcome: from `evaluator`. labels: [N]. groups: {name: bool [C]}. A class without test images has accuracy None.
+    Args:
+      outcome: From `evaluator`.
+      labels: [N].
+      groups: {name: bool [C]}.
+      num_classes: C. A class without test images has accuracy None.
     """
     correct = outcome["predictions"] == labels
     bins = _calibration(outcome["confidences"], correct)
-    totals = np.bincount(labels, minlength=num_classes)
-    hits = np.bincount(labels, weights=correct, minlength=num_classes)
-    nearest = {}
-    if "nearest" in outcome:
-        accuracy = metrics.accuracy_by_group(outcome["nearest"] == labels, labels, groups)
-        nearest = {"nearest_mean": {"accuracy": accuracy}}
-    return {
+    by_class = dict(zip(*(values.tolist() for values in metrics.accuracy_by_class(correct, labels)), strict=True))
+    summary = {
         "accuracy": metrics.accuracy_by_group(correct, labels, groups),
         "ece": float(bins.ece),
         "mce": float(bins.mce),
-        "loss": float(outcome["losses"].mean()),
+        **{name: metric(outcome, labels) for name, metric in METRICS.items()},
         "num_images": len(labels),
-        "per_class_accuracy": [float(h / n) if n else None for h, n in zip(hits, totals, strict=True)],
-        "calibration_bins": {
-            "accuracies": np.asarray(bins.accuracies).tolist(),
-            "confidences": np.asarray(bins.confidences).tolist(),
-            "counts": np.asarray(bins.counts).tolist(),
-        },
-        **nearest,
+        "per_class_accuracy": [by_class.get(c) for c in range(num_classes)],
+        "calibration_bins": {name: np.asarray(getattr(bins, name)).tolist() for name in _OF_BINS},
     }
+    if "nearest" in outcome:
+        accuracy = metrics.accuracy_by_group(outcome["nearest"] == labels, labels, groups)
+        summary["nearest_mean"] = {"accuracy": accuracy}
+    return summary
+
+
+_OF_BINS = ("accuracies", "confidences", "counts")
 
 
 def over_seeds(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """The summary of several replicas: their means, the sample standard deviations under "std", each under "replicas".
+    """Average the summaries of replicas; "std" has sample standard deviations, "replicas" each summary with its seed.
 
-    The bins of calibration are those of all replicas' predictions together.
+    Calibration bins are those of all replicas' predictions together.
     """
 
-    def mean(values):
-        return None if values[0] is None else float(np.mean(values))
+    def combined(combine: Callable) -> dict[str, Any]:
+        def by_key(part: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
+            return {key: combine([part(s)[key] for s in summaries]) for key in part(summaries[0])}
 
-    def spread(values):
-        return None if values[0] is None else float(np.std(values, ddof=1))
+        scalars = (*_BINNED, *METRICS)
+        result = {"accuracy": by_key(lambda s: s["accuracy"]), **by_key(lambda s: {key: s[key] for key in scalars})}
+        if "nearest_mean" in summaries[0]:
+            result["nearest_mean"] = {"accuracy": by_key(lambda s: s["nearest_mean"]["accuracy"])}
+        return result
 
-    def by_key(combine, part):
-        return {key: combine([part(s)[key] for s in summaries]) for key in part(summaries[0])}
-
-    whole = ("ece", "mce", "loss")
-    pooled = by_key(np.stack, lambda s: s["calibration_bins"])  # [replicas, bins]
-    counts = pooled["counts"].sum(0)
-    nearest, nearest_spread = {}, {}
-    if "nearest_mean" in summaries[0]:
-        nearest["nearest_mean"] = {"accuracy": by_key(mean, lambda s: s["nearest_mean"]["accuracy"])}
-        nearest_spread["nearest_mean"] = {"accuracy": by_key(spread, lambda s: s["nearest_mean"]["accuracy"])}
+    bins = {name: np.stack([s["calibration_bins"][name] for s in summaries]) for name in _OF_BINS}  # [replicas, bins]
+    counts = bins["counts"].sum(0)
+    pooled = {
+        name: ((bins[name] * bins["counts"]).sum(0) / np.maximum(counts, 1)).tolist()
+        for name in ("accuracies", "confidences")
+    }
     return {
-        "accuracy": by_key(mean, lambda s: s["accuracy"]),
-        **by_key(mean, lambda s: {key: s[key] for key in whole}),
+        **combined(_mean),
         "num_images": summaries[0]["num_images"],
-        "per_class_accuracy": [mean(a) for a in zip(*(s["per_class_accuracy"] for s in summaries), strict=True)],
-        "calibration_bins": {
-            name: ((pooled[name] * pooled["counts"]).sum(0) / np.maximum(counts, 1)).tolist()
-            for name in ("accuracies", "confidences")
-        }
-        | {"counts": counts.tolist()},
-        **nearest,
-        "std": {
-            "accuracy": by_key(spread, lambda s: s["accuracy"]),
-            **by_key(spread, lambda s: {key: s[key] for key in whole}),
-            **nearest_spread,
-        },
+        "per_class_accuracy": [_mean(each) for each in zip(*(s["per_class_accuracy"] for s in summaries), strict=True)],
+        "calibration_bins": {**pooled, "counts": counts.tolist()},
+        "std": combined(_deviation),
         "replicas": [{"seed": seed, **summary} for seed, summary in zip(seeds, summaries, strict=True)],
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if values[0] is None else float(np.mean(np.asarray(values, np.float64)))
+
+
+def _deviation(values: Sequence[float | None]) -> float | None:
+    return None if values[0] is None else float(np.std(np.asarray(values, np.float64), ddof=1))

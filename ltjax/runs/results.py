@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -68,32 +69,53 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         )
 
 
+class Column(NamedTuple):
+    """A figure of each stage in the table, beside the accuracies of groups."""
+
+    heading: str
+    figure: Callable[[Mapping[str, Any]], float | None]  # of a stage's summary, or of its "std"
+    shown: Callable[[Mapping[str, Any]], bool] = lambda results: True
+
+
+def _unequal_test_set(results: Mapping[str, Any]) -> bool:
+    return len(set(results.get("test_class_counts", ())) - {0}) > 1
+
+
+def _has_nearest_mean(results: Mapping[str, Any]) -> bool:
+    return any("nearest_mean" in stage for stage in results["stages"].values())
+
+
+COLUMNS = (
+    Column("balanced\n", lambda stage: stage.get("balanced_accuracy"), _unequal_test_set),
+    Column("ECE\n15 bins", lambda stage: stage.get("ece")),
+    Column(
+        "nearest\nmean",
+        lambda stage: stage.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all"),
+        _has_nearest_mean,
+    ),
+)
+
+
 def table(results: dict[str, Any]) -> Table:
-    counts = results["group_sizes"]
+    sizes, ranges = results["group_sizes"], results.get("group_counts", {})
     seeds = f", mean ± std of {len(results['seeds'])} seeds" if "seeds" in results else ""
-    ranges = results.get("group_counts", {})
-    made = Table(
+    columns = [column for column in COLUMNS if column.shown(results)]
+    table = Table(
         title=f"{results['name']}: test accuracy and calibration, last epoch (%){seeds}",
         caption=f"Training images a class: {in_words(ranges)}." if ranges else None,
     )
-    nearest = any("nearest_mean" in stage for stage in results["stages"].values())
-    made.add_column("")
+    table.add_column("")
     for group in GROUPS:
-        size = f"\n{counts[group]} classes" if group in counts else "\n"
-        made.add_column(f"{group}{size}", justify="right")
-    made.add_column("ECE\n15 bins", justify="right")
-    if nearest:
-        made.add_column("nearest\nmean", justify="right")
-    made.add_column("seconds\n", justify="right")
+        size = f"\n{sizes[group]} classes" if group in sizes else "\n"
+        table.add_column(f"{group}{size}", justify="right")
+    for heading in (*(column.heading for column in columns), "seconds\n"):
+        table.add_column(heading, justify="right")
     for stage in results["stages"].values():
         spread = stage.get("std", {"accuracy": {}})
         cells = [percent(stage["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
-        cells += [percent(stage["ece"], spread.get("ece"))]
-        if nearest:
-            both = (part.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all") for part in (stage, spread))
-            cells += [percent(*both)]
-        made.add_row(stage["title"], *cells, f"{stage['seconds']:.0f}")
-    return made
+        cells += [percent(column.figure(stage), column.figure(spread)) for column in columns]
+        table.add_row(stage["title"], *cells, f"{stage['seconds']:.0f}")
+    return table
 
 
 def percent(value: float | None, spread: float | None = None) -> str:
@@ -128,6 +150,7 @@ def summarise(
         **({"seeds": [run.seed + r for r in range(run.replicas)]} if run.replicas > 1 else {}),
         "class_names": list(experiment.class_names),
         "class_counts": counts.tolist(),
+        "test_class_counts": np.bincount(experiment.test_set.host_labels, minlength=len(counts)).tolist(),
         "group_sizes": {"all": len(counts), **{name: len(counts) for name, counts in groups.items()}},
         "group_counts": {name: [int(counts.min()), int(counts.max())] for name, counts in groups.items()},
         **provenance(experiment.mesh, commit),

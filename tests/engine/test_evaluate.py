@@ -106,7 +106,7 @@ def test_replicas_are_summed_up_by_mean_and_sample_deviation(summaries):
     figures = {
         "ece": lambda s: s["ece"],
         "mce": lambda s: s["mce"],
-        "loss": lambda s: s["loss"],
+        **{name: lambda s, name=name: s[name] for name in evaluate.METRICS},
         **{f"accuracy {g}": lambda s, g=g: s["accuracy"][g] for g in ("all", "many", "few")},
     }
     for name, figure in figures.items():
