@@ -62,7 +62,7 @@ def test_frozen_parameters_have_no_backward_pass(monkeypatch):
         text = built.run.lower(state, problem.train_data, 1).as_text()
         convolutions[name] = text.count("stablehlo.convolution")
     assert convolutions["classifier"] == 7  # depth 8: one first convolution and two in each of three blocks
-    assert convolutions["features"] == 3 * 7 - 1  # the first needs no gradient to the image
+    assert convolutions["features"] == 3 * 7  # XLA drops the gradient to the image
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -20,8 +20,8 @@ from ltjax.data.decode import View
 from ltjax.modes import calibrate
 from ltjax.modes import predict as prediction
 from ltjax.modes.evaluate import evaluate_workdir
-from ltjax.modes.predict import Prediction
-from ltjax.predictor import Model
+from ltjax.predictor import Model, files
+from ltjax.predictor.files import Prediction
 from ltjax.types import UserError
 from tests.test_run import ROOT, environment, tiny_config
 
@@ -33,7 +33,7 @@ def touch(folder, *names):
 
 
 def found(folder, pattern=""):
-    return [os.path.relpath(file, folder) for file in prediction.find(str(folder / pattern))]
+    return [os.path.relpath(file, folder) for file in files.find(str(folder / pattern))]
 
 
 def test_a_folder_is_searched_whole_in_natural_order(tmp_path):
@@ -66,7 +66,7 @@ def test_a_link_to_itself_is_no_folder_and_named_where_it_is_called_an_image(tmp
     for name in ("loop", "loop.jpg"):
         (tmp_path / name).symlink_to(tmp_path / name)
     assert found(tmp_path) == ["a.jpg", "loop.jpg"]
-    assert "symbolic links" in prediction.read_image(str(tmp_path / "loop.jpg"), View(8, 8), 3)
+    assert "symbolic links" in files.read_image(str(tmp_path / "loop.jpg"), View(8, 8), 3)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_link_to_itself_is_no_folder_and_named_where_it_is_called_an_image(tmp
 def test_what_was_looked_for_in_vain_is_named(tmp_path, pattern, message):
     touch(tmp_path, "notes.txt")
     with pytest.raises(UserError, match=message):
-        prediction.find(str(tmp_path / pattern))
+        files.find(str(tmp_path / pattern))
 
 
 def some_pixels(mode, size=(20, 16)):
@@ -92,7 +92,7 @@ def some_pixels(mode, size=(20, 16)):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_colours_become_those_of_the_network(tmp_path, mode, kind, channels):
     some_pixels(mode).save(tmp_path / f"image.{kind}")
-    read = prediction.read_image(str(tmp_path / f"image.{kind}"), View(12, 16), channels)
+    read = files.read_image(str(tmp_path / f"image.{kind}"), View(12, 16), channels)
     assert read.shape == (12, 12, channels) and read.dtype == np.uint8
 
 
@@ -100,13 +100,13 @@ def test_any_colours_become_those_of_the_network(tmp_path, mode, kind, channels)
 def test_grey_pixels_stay_as_they_are(tmp_path):
     image = some_pixels("L", (16, 16))
     image.save(tmp_path / "image.png")
-    read = prediction.read_image(str(tmp_path / "image.png"), View(16, 16), 1)
+    read = files.read_image(str(tmp_path / "image.png"), View(16, 16), 1)
     np.testing.assert_array_equal(read[..., 0], np.asarray(image))
 
 
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "image.jpg")
-    assert prediction.read_image(str(tmp_path / "image.jpg"), View(8, 8), 3) == "no file"
+    assert files.read_image(str(tmp_path / "image.jpg"), View(8, 8), 3) == "no file"
 
 
 class Brightness(Model):
@@ -174,10 +174,10 @@ def test_no_more_files_are_asked_for_than_fit_ahead(tmp_path):
             asked.append(number)
             yield str(tmp_path / "0.png")
 
-    told = prediction.predictions(Brightness(), endless())
+    told = files.predictions(Brightness(), endless())
     for number in range(3):
         assert len(next(told)) == 4
-        assert len(asked) <= 4 * (number + prediction.AHEAD + 2)
+        assert len(asked) <= 4 * (number + files.AHEAD + 2)
     told.close()
 
 

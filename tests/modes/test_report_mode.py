@@ -147,7 +147,7 @@ def test_it_can_be_made_again(trained):
 def test_of_a_run_that_was_stopped_it_has_the_stages_so_far(trained, made, kept, tmp_path, monkeypatch):
     for path in ("config.json", "split.json", "metrics.jsonl"):
         (tmp_path / path).symlink_to(trained[0] / path)
-    monkeypatch.setattr(report, "setup", lambda *_: made)
+    monkeypatch.setattr(report, "set_up", lambda *_: made)
     monkeypatch.setattr(report, "restored", lambda run, name, *_: kept[name] if name == "features" else None)
     found = report.report_workdir(quick(), tmp_path)
     assert found["accuracy"] == trained[1]["stages"]["features"]["accuracy"]
@@ -165,7 +165,7 @@ def test_figures_of_a_run_that_was_stopped_are_those_of_its_newest_checkpoint(
     built, state, record = kept["features"]
     early = {"epoch": 0, "step": 1, "test": {"accuracy": {"all": 0.0}}}
     stopped = built, state, {**record, "evaluations": [early]}
-    monkeypatch.setattr(report, "setup", lambda *_: made)
+    monkeypatch.setattr(report, "set_up", lambda *_: made)
     monkeypatch.setattr(report, "restored", lambda run, name, *_: stopped if name == "features" else None)
     found = report.report_workdir(quick(), tmp_path)
     assert found["accuracy"] == pytest.approx(trained[1]["stages"]["features"]["accuracy"])

@@ -5,7 +5,7 @@ import logging
 import jax
 import pytest
 
-from ltjax.system import devices
+from ltjax.system.devices import start_devices
 from ltjax.types import UserError
 from tests.test_run import start
 
@@ -33,12 +33,12 @@ def test_a_gpu_that_is_not_used_is_named_with_what_to_install(jax_is_silenced, m
         logger.info("nothing")
 
     monkeypatch.setattr(jax, "devices", devices)
-    assert devices.start_devices() == [f'{REMARK} To use it: pip install -e ".[cuda]"']
+    assert start_devices() == [f'{REMARK} To use it: pip install -e ".[cuda]"']
     assert logger.level == logging.NOTSET and not logger.handlers
 
 
 def test_devices_that_are_all_used_are_no_remark(jax_is_silenced):
-    assert devices.start_devices() == []
+    assert start_devices() == []
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unknown backend: 'cuda' requested")])
@@ -48,7 +48,7 @@ def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error):
 
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(UserError, match=r"JAX cannot use JAX_PLATFORMS=.*or leave the variable out"):
-        devices.start_devices()
+        start_devices()
 
 
 def test_the_command_line_says_so_and_ends_with_2():
