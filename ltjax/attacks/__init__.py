@@ -1,9 +1,9 @@
-"""Attacks on any JAX model `predict(images) -> logits`: PGD, and AutoAttack's suite. This package needs jax alone.
+"""Attacks on any JAX model `predict(images) -> logits`: PGD, and AutoAttack's suite. This package needs only jax.
 
     adversarial = attacks.pgd_attack(predict, images, labels, rng, epsilon="8/255", step_size="2/255", num_steps=20)
     robust = attacks.autoattack(predict, images, labels, rng, epsilon="8/255").robust
 
-Images are floats [N, H, W, channels] in [0, 1]; a normalisation belongs into the model.
+Images are floats [N, H, W, channels] in [0, 1]; the model normalises them itself.
 """
 
 from ltjax.attacks.autoattack import ATTACKS, STANDARD, AutoAttackResult, autoattack

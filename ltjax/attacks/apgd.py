@@ -1,4 +1,4 @@
-"""APGD: projected gradient ascent with momentum that halves its own step (Croce & Hein, ICML 2020)."""
+"""APGD: projected gradient ascent with momentum and an adaptive step size (Croce & Hein, ICML 2020)."""
 
 from typing import Any, NamedTuple
 
@@ -10,51 +10,75 @@ from ltjax.attacks.ball import direction, length, per_image, project
 from ltjax.attacks.slots import Task
 
 LOSSES = ("ce", "dlr", "dlr-targeted")
-PATIENCE = 0.75  # share of steps since the last look that must have gone uphill
+UPHILL_SHARE = 0.75  # of the steps since the last checkpoint; the step size is halved below it
 MOMENTUM = 0.75
 
 
 class State(NamedTuple):
-    """Of B images; `x`, `gradient` and `loss` belong to the point evaluated last."""
+    """State for B images. A point is [B, H, W, channels]. A checkpoint is a step at which the step size may be halved.
 
-    adversarial: jax.Array  # [B, H, W, channels], of the highest loss, or the one that fools the model
-    fooled: jax.Array  # bool [B]
-    done: jax.Array  # bool [B]
-    step: jax.Array  # int32 [B], evaluations so far, over all targets
+    Attributes:
+      adversarial: Point of the highest loss, or one that fools the model.
+      fooled: bool [B].
+      done: bool [B].
+      step: int32 [B], evaluations so far, over all targets.
+      x: Point evaluated last.
+      before: Point before x.
+      gradient: At x.
+      loss: [B], at x.
+      best: Point of the highest loss of this run.
+      best_gradient: At `best`.
+      best_loss: [B].
+      step_size: [B].
+      uphill: int32 [B], steps since the last checkpoint that raised the loss.
+      last_best: [B], best_loss at the last checkpoint.
+      halved: bool [B], whether the step size was halved at the last checkpoint.
+    """
+
+    adversarial: jax.Array
+    fooled: jax.Array
+    done: jax.Array
+    step: jax.Array
     x: jax.Array
-    before: jax.Array  # the point before x
+    before: jax.Array
     gradient: jax.Array
-    loss: jax.Array  # [B]
-    best: jax.Array  # the point of the highest loss of this run
+    loss: jax.Array
+    best: jax.Array
     best_gradient: jax.Array
-    best_loss: jax.Array  # [B]
-    step_size: jax.Array  # [B]
-    uphill: jax.Array  # int32 [B], steps since the last look that raised the loss
-    last_best: jax.Array  # [B], best_loss at the last look
-    halved: jax.Array  # bool [B], the step size was halved at the last look
+    best_loss: jax.Array
+    step_size: jax.Array
+    uphill: jax.Array
+    last_best: jax.Array
+    halved: jax.Array
 
 
-def looks(num_steps: int) -> tuple[list[bool], list[int]]:
-    """After which of `num_steps` steps the step size may be halved, and how many steps the look covers.
+def checkpoints(num_steps: int) -> tuple[list[bool], list[int]]:
+    """Return for each of `num_steps` steps whether it is a checkpoint, and the steps between checkpoints there.
 
-    The first look comes after 22 % of the steps, the gaps shrink by 3 % to 6 %.
+    The first checkpoint comes after 22 % of the steps. The gaps then shrink by 3 % of the steps each, down to 6 %.
     """
     gap, least, shrink = (max(int(share * num_steps), 1) for share in (0.22, 0.06, 0.03))
-    at, covers, since = [], [], 0
+    is_checkpoint, gaps, since = [], [], 0
     for _ in range(num_steps):
         since += 1
-        covers.append(gap)
-        at.append(since == gap)
+        gaps.append(gap)
+        is_checkpoint.append(since == gap)
         if since == gap:
             gap, since = max(gap - shrink, least), 0
-    return at, covers
+    return is_checkpoint, gaps
 
 
 class Apgd(NamedTuple):
-    """One run of `num_steps` steps (and its start), or with "dlr-targeted" one for each of `num_targets` classes.
+    """One run of a start and `num_steps` steps, or with "dlr-targeted" one for each of `num_targets` classes.
 
-    epsilon: radius in [0, 1] pixel units. loss: one of `LOSSES`; "ce" by its log-odds, see `objectives.log_odds`.
     An image is done as soon as a point fools the model.
+
+    Attributes:
+      epsilon: Radius in [0, 1] pixel units.
+      norm: "linf" or "l2".
+      loss: One of `LOSSES`. "ce" uses `objectives.log_odds`.
+      num_steps: Steps of a run.
+      num_targets: Runs with "dlr-targeted".
     """
 
     epsilon: float
@@ -65,7 +89,7 @@ class Apgd(NamedTuple):
     evaluations_a_step = 1
 
     def init(self, task: Task) -> State:
-        images, flat = task.images, jnp.zeros(task.labels.shape, task.images.dtype)  # [B]
+        images, numbers = task.images, jnp.zeros(task.labels.shape, task.images.dtype)  # [B]
         none = jnp.zeros(task.labels.shape, bool)
         count = jnp.zeros(task.labels.shape, jnp.int32)
         points = dict(x=images, before=images, best=images)
@@ -77,17 +101,17 @@ class Apgd(NamedTuple):
             step=count,
             **points,
             gradient=zeros,
-            loss=flat,
+            loss=numbers,
             best_gradient=zeros,
-            best_loss=flat,
-            step_size=flat,
+            best_loss=numbers,
+            step_size=numbers,
             uphill=count,
-            last_best=flat,
+            last_best=numbers,
             halved=none,
         )
 
     def _start(self, task: Task, run: jax.Array) -> jax.Array:
-        """A random point on the surface of the ball, of each image and run."""
+        """Draw a point on the surface of the ball for each image and run."""
         keys = jax.vmap(jax.random.fold_in)(task.keys, run)
         images = task.images
 
@@ -101,7 +125,7 @@ class Apgd(NamedTuple):
         return project(images + self.epsilon * noise, images, epsilon=self.epsilon, norm=self.norm)
 
     def step(self, predict: Any, task: Task, state: State) -> State:
-        """Move (or start a run), evaluate, and where a look is due, perhaps halve the step and return to the best."""
+        """Move (or start a run) and evaluate. At a checkpoint, perhaps halve the step size and go back to the best."""
         images, per_run = task.images, self.num_steps + 1
         run, number = state.step // per_run, state.step % per_run  # number 0: the start of a run
         begins = number == 0
@@ -131,14 +155,14 @@ class Apgd(NamedTuple):
         best_loss = jnp.where(better, loss, state.best_loss)
         uphill = jnp.where(begins, 0, state.uphill + (loss > state.loss).astype(jnp.int32))
         last_best = jnp.where(begins, loss, state.last_best)
-        halved = begins | state.halved  # at the first look, a best that has not moved is no reason yet
+        halved = begins | state.halved  # so that the first checkpoint ignores whether the best loss has risen
         step_size = jnp.where(begins, 2 * self.epsilon, state.step_size).astype(images.dtype)
 
-        at, covers = looks(self.num_steps)
-        look = jnp.asarray([False, *at])[number]
-        oscillates = uphill <= jnp.asarray([0, *(int(PATIENCE * steps) for steps in covers)], jnp.int32)[number]
+        is_checkpoint, gaps = checkpoints(self.num_steps)
+        check = jnp.asarray([False, *is_checkpoint])[number]
+        oscillates = uphill <= jnp.asarray([0, *(int(UPHILL_SHARE * gap) for gap in gaps)], jnp.int32)[number]
         stuck = ~halved & (last_best >= best_loss)
-        halve = look & (oscillates | stuck)
+        halve = check & (oscillates | stuck)
         back = per_image(halve, images)
         step = state.step + 1
         runs = min(self.num_targets, task.targets.shape[1]) if self.loss == "dlr-targeted" else 1
@@ -155,13 +179,13 @@ class Apgd(NamedTuple):
             best_gradient=best_gradient,
             best_loss=best_loss,
             step_size=jnp.where(halve, step_size / 2, step_size),
-            uphill=jnp.where(look, 0, uphill),
-            last_best=jnp.where(look, best_loss, last_best),
-            halved=jnp.where(look, halve, halved),
+            uphill=jnp.where(check, 0, uphill),
+            last_best=jnp.where(check, best_loss, last_best),
+            halved=jnp.where(check, halve, halved),
         )
 
     def _move(self, images: jax.Array, state: State, number: jax.Array) -> jax.Array:
-        """A projected step along the gradient, three quarters of it, and a quarter of the move before."""
+        """Add 3/4 of a projected step along the gradient and 1/4 of the previous move."""
         ball = dict(epsilon=self.epsilon, norm=self.norm)
         along = per_image(state.step_size, images) * direction(state.gradient, norm=self.norm)
         stepped = project(state.x + along, images, **ball)

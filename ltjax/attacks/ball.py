@@ -1,4 +1,4 @@
-"""The ball that an attack may search: l-inf or l2 around each image, cut with the box [0, 1] of pixels."""
+"""The search space of an attack: an l-inf or l2 ball around each image, intersected with the pixel range [0, 1]."""
 
 import math
 from fractions import Fraction
@@ -9,17 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 NORMS = ("linf", "l2")
-ROUNDING = 1e-3  # by so much, arithmetic alone can take pixels out of [0, 1]
+ROUNDING = 1e-3  # pixels outside [0, 1] by at most this are rounding errors
 
 
 def radius(value: Any, *, norm: str = "linf", name: str = "epsilon", size: int | None = None) -> Any:
-    """An epsilon as a number: 0.031, "8/255" or "0.5" -> float, in pixel units of [0, 1].
+    """Parse an epsilon: 0.031, "8/255" or "0.5" -> float, in pixel units of [0, 1]. Tracers are returned unchanged.
 
-    name: for the error. size: numbers in an image, H * W * channels, where they are known.
-    What is traced by `jit` has no value to look at, and is returned as it is.
+    Args:
+      value: Number or text.
+      norm: "linf" or "l2".
+      name: Name in the error message.
+      size: Numbers in an image, H * W * channels. None if unknown.
 
-    Raises: ValueError for what is no number, for a radius below 0, and for one that most likely counts in 255ths: of
-      l-inf above 1, of l2 above sqrt(size), as far as two images can be apart.
+    Raises:
+      ValueError: It is not a number, or below 0, or so large that it probably counts in 255ths: above 1 for l-inf,
+        above sqrt(size), the largest distance of two images, for l2.
 
     Examples:
       >>> attacks.radius("8/255") == 8 / 255, attacks.radius(0.031)
@@ -50,18 +54,18 @@ def check_norm(norm: str) -> None:
 
 
 def check_floats(images: Any) -> None:
-    """Raises: ValueError unless images are floats."""
+    """Raise a ValueError unless images are floats."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}: give floats in [0, 1] (of uint8: images / 255)")
 
 
 def check_images(images: Any) -> None:
-    """Raises: ValueError unless images [B, ...] are floats in [0, 1]. Inside `jit`, only their type can be seen."""
+    """Raise a ValueError unless images [B, ...] are floats in [0, 1]. Inside `jit`, only the type is checked."""
     check_floats(images)
     if not isinstance(images, jax.core.Tracer) and images.size:
-        values = np.asarray(images)  # by numpy: inside `jit`, jax would trace even what is known
+        values = np.asarray(images)  # NumPy, because inside `jit` JAX traces constants, too
         low, high = float(values.min()), float(values.max())
-        if not (low >= 0 and high <= 1):  # nan is caught as well
+        if not (low >= 0 and high <= 1):  # also catches nan
             if -ROUNDING <= low and high <= 1 + ROUNDING:
                 hint = "clip what rounding has left outside: images.clip(0, 1)"
             else:
@@ -70,23 +74,21 @@ def check_images(images: Any) -> None:
 
 
 def per_image(values: jax.Array, like: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, ...], to go with images [B, ...]."""
+    """Reshape [B] to [B, 1, ...], to broadcast with images [B, ...]."""
     return values.reshape(values.shape[0], *(1,) * (like.ndim - 1))
 
 
 def length(x: jax.Array, *, norm: str) -> jax.Array:
-    """Norm of each image's perturbation: [B, ...] -> [B]."""
+    """Compute the norm of each image's perturbation: [B, ...] -> [B]."""
     axes = tuple(range(1, x.ndim))
     return jnp.abs(x).max(axes) if norm == "linf" else jnp.sqrt(jnp.square(x).sum(axes))
 
 
 def direction(x: jax.Array, *, norm: str) -> jax.Array:
-    """Steepest ascent: the sign for l-inf, x over its l2 length (0 where that is 0) for l2. [B, ...] -> the same.
-
-    Scaled by the largest entry first, so that tiny gradients do not underflow when squared.
-    """
+    """Compute the direction of steepest ascent [B, ...]: the sign for l-inf, x over its l2 length (or 0) for l2."""
     if norm == "linf":
         return jnp.sign(x)
+    # Divide by the largest entry first, so that squares of tiny gradients do not underflow.
     largest = per_image(jnp.abs(x).max(tuple(range(1, x.ndim))), x)
     x = x / jnp.where(largest > 0, largest, 1)
     size = per_image(length(x, norm="l2"), x)
@@ -94,9 +96,9 @@ def direction(x: jax.Array, *, norm: str) -> jax.Array:
 
 
 def project(x: jax.Array, images: jax.Array, *, epsilon: Any, norm: str) -> jax.Array:
-    """x [B, ...] moved into the ball of radius `epsilon` around images, then into [0, 1].
+    """Project x [B, ...] into the ball of radius `epsilon` around images, then clip to [0, 1].
 
-    The result lies in both: cutting off at 0 and 1 only brings a pixel nearer to the image.
+    The result lies in both, because clipping only moves pixels closer to the image.
     """
     if norm == "linf":
         return jnp.clip(jnp.clip(x, images - epsilon, images + epsilon), 0, 1)

@@ -1,4 +1,4 @@
-"""What would make a robust accuracy mean less than it says, looked for before an attack begins."""
+"""Checks for models whose robust accuracy would be misleading, made before an attack."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from ltjax.attacks import objectives
 from ltjax.system import xla
 
-MOST = 64  # images that are looked at
+MAX_IMAGES = 64  # that are checked
 
 
 @xla.jit
@@ -21,9 +21,9 @@ def _logits(predict: Partial, images: jax.Array) -> jax.Array:
 
 @xla.jit
 def _flat(predict: Partial, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether no pixel of an image has a gradient, bool [B]: of the log-odds; of cross-entropy."""
+    """Return whether an image's gradient is 0 in every pixel, bool [B]: of the log-odds; of cross-entropy."""
     odds, back = jax.vjp(lambda x: objectives.log_odds(predict(x), labels), images)
-    slope = jax.nn.sigmoid(odds)  # of cross-entropy, the softplus of the log-odds
+    slope = jax.nn.sigmoid(odds)  # cross-entropy is the softplus of the log-odds
 
     def is_flat(gradient: jax.Array) -> jax.Array:
         return ~(jnp.nan_to_num(gradient) != 0).any(tuple(range(1, images.ndim)))
@@ -32,58 +32,63 @@ def _flat(predict: Partial, images: jax.Array, labels: jax.Array) -> tuple[jax.A
 
 
 def look_for_trouble(predict: Partial, images: np.ndarray, labels: np.ndarray, clean: np.ndarray) -> Iterator[str]:
-    """A sentence for each thing found.
+    """Yield a warning for each problem of a model.
 
-    Random or stateful predictions; predictions that depend on the other images of the batch; logits that are not
-    finite, or look like probabilities; images without a gradient. The first and the last are what AutoAttack's own
-    checks flag, too.
+    Problems are random or stateful predictions, predictions that depend on the other images of the batch, logits that
+    are not finite or look like probabilities, and images without a gradient. AutoAttack's own checks cover the first
+    and the last.
 
-    Args: images [N, ...], labels [N], clean: their logits [N, C].
+    Args:
+      predict: The model.
+      images: [N, ...].
+      labels: [N].
+      clean: Logits of the images, [N, C].
     """
-    some, own = jnp.asarray(images[:MOST]), jnp.asarray(labels[:MOST])
-    scale = 1e-3 * float(np.ptp(np.nan_to_num(clean))) + 1e-6
+    sample = jnp.asarray(images[:MAX_IMAGES])
+    tolerance = 1e-3 * float(np.ptp(np.nan_to_num(clean))) + 1e-6
 
     def differ(a, b) -> bool:
-        return bool((np.abs(np.nan_to_num(np.asarray(a)) - np.nan_to_num(np.asarray(b))) > scale).any())
+        return bool((np.abs(np.nan_to_num(np.asarray(a)) - np.nan_to_num(np.asarray(b))) > tolerance).any())
 
-    first = _logits(predict, some)
-    if differ(first, _logits(predict, some)) or _traces_differ(predict, some):
+    logits = _logits(predict, sample)
+    if differ(logits, _logits(predict, sample)) or _traces_differ(predict, sample):
         yield (
-            "predict is random: it gives the same images different logits, so attacks follow noise and robust accuracy "
-            "is overestimated; attack the mean over its random numbers (expectation over transformation)"
+            "predict is random: the same images have different logits, so attacks follow noise and robust accuracy is "
+            "overestimated; attack the mean over its random numbers (expectation over transformation)"
         )
-    elif len(some) > 1:
-        half = len(some) // 2
-        crowd = jnp.concatenate([some[:half], jnp.broadcast_to(some[-1:], some[half:].shape)])
-        if differ(first[:half], _logits(predict, crowd)[:half]):
+    elif len(sample) > 1:
+        half = len(sample) // 2
+        changed = jnp.concatenate([sample[:half], jnp.broadcast_to(sample[-1:], sample[half:].shape)])
+        if differ(logits[:half], _logits(predict, changed)[:half]):
             yield (
-                "predict gives an image other logits in other company, as batch norm does in training mode: attack the "
+                "an image's logits change with the rest of the batch, as with batch norm in training mode: attack the "
                 "model in evaluation mode"
             )
     if (bad := int((~np.isfinite(clean)).any(1).sum())) > 0:
-        yield f"predict's logits are not finite for {bad} of {len(clean)} clean images; one with a nan counts as wrong"
+        yield f"predict's logits are not finite for {bad} of {len(clean)} clean images; those with a nan count as wrong"
     elif (clean >= 0).all() and np.abs(clean.sum(1) - 1).max() < 1e-3:
-        yield "predict seems to return probabilities: give logits, which the DLR loss and the margins are made for"
-    flat, saturated = (int(np.asarray(zero).sum()) for zero in _flat(predict, some, own))
+        yield "predict seems to return probabilities: return logits, which the DLR loss and the margins need"
+    flat, saturated = (int(np.asarray(zero).sum()) for zero in _flat(predict, sample, jnp.asarray(labels[:MAX_IMAGES])))
     if flat:
         yield (
-            f"{flat} of {len(some)} images have a gradient of exactly 0 in every pixel: the attacks that need one are "
-            "blind there, and only Square says something about such a model"
+            f"{flat} of {len(sample)} images have a gradient of exactly 0 in every pixel: attacks by gradient cannot "
+            "work on them, and only Square tests such a model"
         )
     elif saturated:
         yield (
-            f"cross-entropy has vanishing gradients, exactly 0 in every pixel, for {saturated} of {len(some)} images, "
-            "whose logits saturate: APGD here climbs the log-odds, which go on, but attacks elsewhere are blind"
+            f"cross-entropy has vanishing gradients, exactly 0 in every pixel, for {saturated} of {len(sample)} images "
+            "with saturated logits: APGD here climbs the log-odds, which still have a gradient, but attacks elsewhere "
+            "fail"
         )
 
 
 def _traces_differ(predict: Partial, images: jax.Array) -> bool:
-    """Whether Python makes another program of predict each time, as with random numbers drawn outside of JAX."""
-    one, two = (jax.make_jaxpr(lambda x: predict(x))(images) for _ in range(2))
-    programs = [re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)) for traced in (one, two)]  # without memory addresses
-    if programs[0] != programs[1]:
+    """Return whether two traces of predict differ, as with random numbers drawn outside of JAX."""
+    traces = [jax.make_jaxpr(lambda x: predict(x))(images) for _ in range(2)]
+    first, second = (re.sub(r"0x[0-9a-f]+", "", str(trace.jaxpr)) for trace in traces)  # without memory addresses
+    if first != second:
         return True
-    pairs = zip(one.consts, two.consts, strict=True)
+    pairs = zip(*(trace.consts for trace in traces), strict=True)
     return any(a is not b and not _equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
 

@@ -1,4 +1,4 @@
-"""FAB-T: looks for the nearest misclassified point, through a linear model of the decision boundary at each iterate."""
+"""FAB-T: searches for the nearest misclassified point by linearising the decision boundary at each iterate."""
 
 from typing import Any, NamedTuple
 
@@ -9,33 +9,48 @@ from jax import lax
 from ltjax.attacks import ball, objectives
 from ltjax.attacks.slots import Task
 
-OVERSHOOT = 1.05  # eta of the paper: how far past the linearised boundary a step goes
-MAX_BIAS = 0.1  # alpha_max: the most that a step leans towards the original image
-PULL = 0.9  # beta: what is kept of a perturbation that has fooled the model
+OVERSHOOT = 1.05  # the paper's eta: factor on a step to the linearised boundary
+MAX_BIAS = 0.1  # alpha_max: largest weight of the original image's projection
+PULL = 0.9  # beta: factor on a perturbation that fools the model
 
 
 class State(NamedTuple):
-    adversarial: jax.Array  # [B, H, W, channels]; the image itself until `fooled`
-    fooled: jax.Array  # [B]
-    done: jax.Array  # [B]
-    point: jax.Array  # [B, H, W, channels], the iterate to evaluate next
-    iteration: jax.Array  # [B] int32, projections done for this target
-    target: jax.Array  # [B] int32, column of `Task.targets`
-    distance: jax.Array  # [B], to the nearest misclassified point so far; infinite before the first
+    """State for B images.
+
+    Attributes:
+      adversarial: [B, H, W, channels], the image itself until `fooled`.
+      fooled: bool [B].
+      done: bool [B].
+      point: [B, H, W, channels], the iterate to evaluate next.
+      iteration: int32 [B], projections so far for this target.
+      target: int32 [B], column of `Task.targets`.
+      distance: [B], to the nearest misclassified point so far, or infinite.
+    """
+
+    adversarial: jax.Array
+    fooled: jax.Array
+    done: jax.Array
+    point: jax.Array
+    iteration: jax.Array
+    target: jax.Array
+    distance: jax.Array
 
 
 class Fab(NamedTuple):
     """FAB-T without random restarts, as in AutoAttack's standard suite.
 
-    Args: epsilon: radius in [0, 1] pixel units. norm: linf or l2. num_steps: projections for each target class.
-      num_targets: how many of the task's targets to try, each from the original image.
+    A step evaluates its point, pulls it back if it fools the model, evaluates again with the gradient, and projects, as
+    in the authors' code. A target takes num_steps + 1 steps. Unlike their code, a point that still fools the model
+    after being pulled back counts, too, and an image is done as soon as a point inside the ball fools the model.
 
-    A step checks its point, pulls it back if it fools the model, and projects from there: a forward pass, and one more
-    with its backward pass, as the authors' code does. A target takes num_steps + 1 steps. Here a point that still fools
-    after being pulled back counts too (theirs does not look), and an image is left as soon as a point inside the ball
-    fools the model, instead of going on to the smallest distance.
     Source: Croce & Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack", ICML 2020;
-      targeted as in "Reliable evaluation of adversarial robustness ...", ICML 2020.
+    targeted as in "Reliable evaluation of adversarial robustness ...", ICML 2020.
+
+    Attributes:
+      epsilon: Radius in [0, 1] pixel units.
+      norm: "linf" or "l2".
+      num_steps: Projections for each target class.
+      num_targets: Number of the task's targets to try, each from the original image.
     """
 
     epsilon: float
@@ -73,25 +88,25 @@ class Fab(NamedTuple):
         x = jnp.where(ball.per_image(pull, images), images + PULL * (state.point - images), state.point)
         x = jnp.clip(x, 0, 1)
 
-        def gap(x):  # of all images in one sum: they know nothing of each other
+        def gap(x):  # the sum over images, which do not depend on each other
             logits = predict(x)  # [B, C]
-            theirs, own = (jax.nn.one_hot(c, logits.shape[-1], dtype=bool) for c in (target, task.labels))
-            value = jnp.where(theirs, logits, 0).sum(-1) - jnp.where(own, logits, 0).sum(-1)  # [B], > 0: target has won
+            is_target, is_label = (jax.nn.one_hot(c, logits.shape[-1], dtype=bool) for c in (target, task.labels))
+            value = jnp.where(is_target, logits, 0).sum(-1) - jnp.where(is_label, logits, 0).sum(-1)  # [B]
             return value.sum(), (logits, value)
 
         (_, (logits, value)), slope = jax.value_and_grad(gap, has_aux=True)(x)
         _, near = check(logits, x)
         fooled = jnp.minimum(far, near) <= self.epsilon  # bool [B]
-        kept = jnp.where(ball.per_image(far <= self.epsilon, x), state.point, x)
+        inside = jnp.where(ball.per_image(far <= self.epsilon, x), state.point, x)
         nearer = towards_boundary(x, images, value.astype(x.dtype), slope, norm=self.norm)
-        following = state.target + last.astype(jnp.int32)
+        next_target = state.target + last.astype(jnp.int32)
         return State(
-            adversarial=jnp.where(ball.per_image(fooled, x), kept, state.adversarial),
+            adversarial=jnp.where(ball.per_image(fooled, x), inside, state.adversarial),
             fooled=state.fooled | fooled,
-            done=state.done | (following >= self._targets(task)),
+            done=state.done | (next_target >= self._targets(task)),
             point=jnp.where(ball.per_image(last, x), images, nearer),
             iteration=jnp.where(last, 0, state.iteration + 1),
-            target=following,
+            target=next_target,
             distance=jnp.minimum(state.distance, jnp.minimum(far, near).astype(x.dtype)),
         )
 
@@ -100,43 +115,44 @@ class Fab(NamedTuple):
 
 
 def towards_boundary(x: jax.Array, images: jax.Array, value: jax.Array, slope: jax.Array, *, norm: str) -> jax.Array:
-    """One projection step of FAB: x, images, slope [B, ...], value [B] -> the next iterate [B, ...], in [0, 1].
+    """Take a projection step of FAB: x, images, slope [B, ...], value [B] -> the next iterate [B, ...], in [0, 1].
 
-    The boundary is taken to be where `value + <slope, z - x> = 0`. Both x and the image are projected on it, and the
-    step goes past it, between the two, the nearer to the image's own projection the further x has to go. Where value or
-    slope is not finite, or the slope is 0, x only moves towards the image.
+    x and the image are both projected to the linearised boundary, `value + <slope, z - x> = 0`, and overshoot it. The
+    step averages the two; the weight of the image's grows with the distance of x. If value or slope is not finite, or
+    the slope is 0, x only moves towards the image.
     """
     shape, (x, images, slope) = x.shape, (a.reshape(a.shape[0], -1) for a in (x, images, slope))  # [B, D] each
-    largest = jnp.abs(slope).max(-1)  # [B]; nan if any entry is
+    largest = jnp.abs(slope).max(-1)  # [B]; nan if any entry is nan
     usable = jnp.isfinite(largest) & (largest >= jnp.finfo(largest.dtype).tiny) & jnp.isfinite(value)
     scale = jnp.where(usable, largest, 1)
-    weights = jnp.where(usable[:, None], slope / scale[:, None], 0)  # [B, D], so that no square underflows
-    missing = jnp.where(usable, -value / scale, 0)  # [B], what <weights, z - x> has to become
+    weights = jnp.where(usable[:, None], slope / scale[:, None], 0)  # [B, D]; scaled so that squares do not underflow
+    missing = jnp.where(usable, -value / scale, 0)  # [B], value of <weights, z - x> on the boundary
     starts = jnp.stack([x, images])  # [2, B, D]
     missing = jnp.stack([missing, missing + (weights * (x - images)).sum(-1)])  # [2, B]
     moves = to_hyperplane(starts, weights, missing, norm=norm)  # [2, B, D]
-    own, original = jnp.maximum(jax.vmap(lambda d: ball.length(d, norm=norm))(moves), 1e-8)  # [B] each
-    bias = jnp.minimum(own / (own + original), MAX_BIAS)[:, None]  # [B, 1]
+    of_x, of_image = jnp.maximum(jax.vmap(lambda d: ball.length(d, norm=norm))(moves), 1e-8)  # [B] each
+    bias = jnp.minimum(of_x / (of_x + of_image), MAX_BIAS)[:, None]  # [B, 1]
     ends = starts + OVERSHOOT * moves
     return jnp.clip((1 - bias) * ends[0] + bias * ends[1], 0, 1).reshape(shape)
 
 
 def to_hyperplane(x: jax.Array, weights: jax.Array, missing: jax.Array, *, norm: str) -> jax.Array:
-    """The shortest move d with `<weights, d> = missing` and x + d in [0, 1]: x [..., D], missing [...] -> d [..., D].
+    """Find the shortest d with `<weights, d> = missing` and x + d in [0, 1]: x [..., D], missing [...] -> d [..., D].
 
-    If no such d exists, every entry that has a weight goes to the end of the box that brings it nearest.
+    If no such d exists, every entry with a weight goes to the end of the box that comes closest.
 
-    Each entry moves by min(t * speed, room) in its helpful direction: speed is 1 for l-inf, |weight| for l2. What this
-    gains is concave in t, so that Newton's method from the left never overshoots: an entry that has reached its end
-    stays there, and the answer is exact once no further entry does, mostly after 3 to 6 rounds, and without sorting.
-    Source: the problem of Croce & Hein, ICML 2020, section 2.2; they sort the ends.
+    Each entry moves by min(t * speed, room) in its helpful direction; the speed is 1 for l-inf, |weight| for l2. The
+    gain is concave in t, so Newton's method from the left never overshoots. An entry at its end stays there, and the
+    result is exact once no further entry reaches its end, mostly after 3 to 6 iterations.
+
+    Source: the problem of Croce & Hein, ICML 2020, section 2.2, which they solve by sorting.
     """
     size = jnp.abs(weights)
     speed = jnp.ones_like(size) if norm == "linf" else size
     gain = size * speed
     sign = jnp.sign(missing)[..., None] * jnp.where(gain > 0, jnp.sign(weights), 0)  # [..., D]
     room = jnp.maximum(jnp.where(sign > 0, 1 - x, x), 0)
-    whole = jnp.where(gain > 0, size * room, 0)  # gained by going to the end
+    whole = jnp.where(gain > 0, size * room, 0)  # gain at the end of the box
 
     def enlarge(carry):
         free, t, _ = carry

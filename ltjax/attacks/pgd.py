@@ -1,10 +1,10 @@
-"""Projected gradient descent (Madry et al., ICLR 2018), as training and the older tables use it.
+"""Projected gradient descent (Madry et al., ICLR 2018), for training and for tables of PGD-20.
 
     start = attacks.random_start(rng, images)
     adversarial = attacks.pgd(images, start, objective, epsilon=8 / 255, step_size=2 / 255, num_steps=10)
 
-Pure functions, inside `jit` and outside. On an accelerator the steps are one `lax.fori_loop`. On a CPU, where XLA's
-convolutions are several times as slow in a loop, they are written out; see `pgd`'s `unroll`.
+The functions are pure, and work inside `jit` and outside. On accelerators the steps are one `lax.fori_loop`. On CPUs,
+XLA's convolutions are several times as slow in a loop, so the steps are unrolled; see `unroll` of `pgd`.
 """
 
 import math
@@ -19,7 +19,7 @@ from ltjax.attacks.ball import check_floats, check_images, check_norm, direction
 
 STARTS = ("gaussian", "uniform", "none")
 OBJECTIVES = ("ce", "kl", "cw")
-WRITTEN_OUT = 20  # steps; compiling takes longer with each
+MAX_UNROLLED = 20  # steps, because the time to compile grows with each
 
 
 def random_start(
@@ -30,12 +30,18 @@ def random_start(
     scale: float | str | jax.Array = 0.001,
     norm: str = "linf",
 ) -> jax.Array:
-    """Where an attack begins: images [B, ...] moved at random.
+    """Draw the start of an attack around images [B, ...].
 
-    kind: "gaussian", `images + scale N(0, 1)`, neither projected nor clipped (TRADES, LBGAT: 0.001); "uniform", from
-      the ball of radius `scale` (Madry: epsilon), clipped to [0, 1]; "none", the images.
-    norm: of the uniform ball, "linf" or "l2".
-    Raises: ValueError for an unknown kind or norm, or images that are no floats.
+    Args:
+      rng: Random key.
+      images: [B, ...], floats in [0, 1].
+      kind: "gaussian": `images + scale N(0, 1)`, neither projected nor clipped (TRADES, LBGAT: 0.001). "uniform": from
+        the ball of radius `scale` (Madry: epsilon), clipped to [0, 1]. "none": the images.
+      scale: See `kind`; a number or text such as "8/255".
+      norm: Norm of the uniform ball, "linf" or "l2".
+
+    Raises:
+      ValueError: The kind or norm is unknown, or images are not floats.
 
     Examples:
       >>> images = jnp.full((1, 2, 2, 1), 0.5)
@@ -49,17 +55,17 @@ def random_start(
     check_floats(images)
     if kind == "none":
         return images
-    dtype = jax.dtypes.canonicalize_dtype(images.dtype)  # of float64 without x64, float32
+    dtype = jax.dtypes.canonicalize_dtype(images.dtype)  # float64 to float32 without x64
     if kind == "gaussian":
-        spread = radius(scale, norm="l2", name="scale")  # whose upper end is open
+        spread = radius(scale, norm="l2", name="scale")  # l2, because it has no upper limit
         return images + spread * jax.random.normal(rng, images.shape, dtype)
     size = radius(scale, norm=norm, name="scale", size=math.prod(images.shape[1:]))
     if norm == "linf":
         noise = jax.random.uniform(rng, images.shape, dtype, -1, 1)
         return jnp.clip(images + size * noise, 0, 1)
-    way, far = jax.random.split(rng)
-    towards = direction(jax.random.normal(way, images.shape, dtype), norm="l2")
-    share = jax.random.uniform(far, images.shape[:1], dtype) ** (1 / math.prod(images.shape[1:]))  # over the volume
+    direction_key, length_key = jax.random.split(rng)
+    towards = direction(jax.random.normal(direction_key, images.shape, dtype), norm="l2")
+    share = jax.random.uniform(length_key, images.shape[:1], dtype) ** (1 / math.prod(images.shape[1:]))  # of volume
     return jnp.clip(images + size * per_image(share, images) * towards, 0, 1)
 
 
@@ -74,20 +80,27 @@ def pgd(
     norm: str = "linf",
     unroll: bool | None = None,
 ) -> jax.Array:
-    """`num_steps` times: a step uphill, back into the ball around `images`, and into [0, 1].
+    """Take `num_steps` steps uphill, each projected into the ball around `images` and clipped to [0, 1].
+
+    Pixels with a gradient of nan or 0 do not move.
 
     Args:
-      images, start: [B, H, W, channels]; images in [0, 1].
-      objective: images -> [B] or their sum, to be maximised. Only its gradient to the images is computed.
-      epsilon: radius in pixel units of [0, 1]: 8/255 (or "8/255"), not 8. step_size: in the same units, l-inf: of each
-        pixel; l2: of the whole image's step along the gradient.
-      norm: "linf" (sign of the gradient) or "l2" (the gradient over its length).
-      unroll: write the steps out instead of looping over them. Outside `jit` they then are calls of one compiled step;
-        inside, compiling takes as many times as long. By default they are written out on a CPU, inside `jit` up to
-        `WRITTEN_OUT` of them. False suits a network whose convolutions are fast in a loop, as those of `ltjax.models`.
-    Returns: [B, H, W, channels], in the ball and in [0, 1], without a gradient to anything.
-    Raises: ValueError for an epsilon that cannot be one, num_steps below 0, an unknown norm, or images outside [0, 1].
-    Where the objective's gradient is nan or 0, that pixel stays.
+      images: [B, H, W, channels] in [0, 1].
+      start: First iterate [B, H, W, channels], such as from `random_start`.
+      objective: Function of images to maximise; returns [B] or the sum. Only its gradient to the images is computed.
+      epsilon: Radius in pixel units of [0, 1]: 8/255 (or "8/255"), not 8.
+      step_size: In the same units; of each pixel for l-inf, of the whole image for l2.
+      num_steps: Number of steps.
+      norm: "linf" (step along the gradient's sign) or "l2" (along the gradient over its length).
+      unroll: Unroll the steps instead of looping. Outside `jit` they are then calls of one compiled step; inside, the
+        time to compile grows with their number. Default: on CPUs, inside `jit` for at most `MAX_UNROLLED` steps. Use
+        False for networks with convolutions that are fast in a loop, such as those of `ltjax.models`.
+
+    Returns:
+      [B, H, W, channels], in the ball and in [0, 1], without a gradient.
+
+    Raises:
+      ValueError: epsilon, num_steps or norm is invalid, or images are outside [0, 1].
 
     Examples:
       >>> images = jnp.full((1, 1, 2, 1), 0.5)
@@ -103,7 +116,6 @@ def pgd(
     if known and num_steps < 0:
         raise ValueError(f"num_steps = {num_steps}: 0 or more")
     images = jax.lax.stop_gradient(images)
-
     x = jax.lax.stop_gradient(start.astype(images.dtype))
 
     def ascend(x, images):
@@ -111,8 +123,8 @@ def pgd(
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
         return project(x + step_size * direction(gradient, norm=norm), images, epsilon=epsilon, norm=norm)
 
-    if _writes_out(unroll, num_steps, images, start):
-        step = jax.jit(ascend)  # traced once, and compiled once where nobody compiles all of it
+    if _unrolls(unroll, num_steps, images, start):
+        step = jax.jit(ascend)  # traced once, and outside `jit` compiled once
         for _ in range(num_steps):
             x = step(x, images)
         x = jax.lax.stop_gradient(x)
@@ -121,14 +133,14 @@ def pgd(
     return x if known and num_steps > 0 else project(x, images, epsilon=epsilon, norm=norm)
 
 
-def _writes_out(unroll: bool | None, num_steps: Any, *inputs: Any) -> bool:
-    """Whether steps are written out: as asked, by default where that is fast and does not compile for long."""
+def _unrolls(unroll: bool | None, num_steps: Any, *inputs: Any) -> bool:
+    """Return whether to unroll the steps, see `pgd`."""
     if isinstance(num_steps, jax.core.Tracer):
         return False
     if unroll is not None:
         return unroll
     inside = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs))
-    return jax.default_backend() == "cpu" and (not inside or num_steps <= WRITTEN_OUT)
+    return jax.default_backend() == "cpu" and (not inside or num_steps <= MAX_UNROLLED)
 
 
 def pgd_attack(
@@ -147,20 +159,32 @@ def pgd_attack(
     num_restarts: int = 1,
     unroll: bool | None = None,
 ) -> jax.Array:
-    """PGD against a model, as tables report it (PGD-20, CW-20): the adversarial images [B, H, W, channels].
+    """Attack a model with PGD, as tables report it (PGD-20, CW-20): the adversarial images [B, H, W, channels].
+
+    The parameters after `labels` and `rng` are those of an attack in a config; most have the usual defaults.
 
     Args:
-      predict: images -> logits [B, C]. images: [B, H, W, channels] in [0, 1]. labels: [B].
-      objective: "ce" (by `objectives.log_odds`, whose path is that of cross-entropy), "cw" (the margin) or "kl" (from
-        the clean prediction; needs a random start, where its gradient is not 0).
-      start, start_scale: see `random_start`; the scale is epsilon for "uniform", 0.001 for "gaussian" by default.
-      num_restarts: each with its own start. Of the last images of all, one that fools the model is kept, else the one
-        with the largest objective.
-      unroll: see `pgd`; of the restarts as well, whose steps count together.
-    Raises: ValueError as `pgd` does, and for an unknown objective.
+      predict: Function of images that returns logits [B, C].
+      images: [B, H, W, channels] in [0, 1].
+      labels: [B].
+      rng: Random key.
+      epsilon: See `pgd`.
+      step_size: See `pgd`.
+      num_steps: See `pgd`.
+      norm: See `pgd`.
+      objective: "ce" (by `objectives.log_odds`, which has the same path as cross-entropy), "cw" (the margin) or "kl"
+        (from the clean prediction, where its gradient is 0, so it needs a random start).
+      start: Kind of `random_start`.
+      start_scale: Scale of `random_start`. Default: epsilon for "uniform", 0.001 for "gaussian".
+      num_restarts: Attempts with different starts. The result is one that fools the model, or else the one with the
+        largest objective.
+      unroll: See `pgd`. It applies to the restarts, too; their steps count together.
+
+    Raises:
+      ValueError: As in `pgd`, or the objective is unknown.
 
     Examples:
-      >>> def predict(images):  # the first pixel decides
+      >>> def predict(images):  # from the first pixel
       ...     return 20 * jnp.stack([images[:, 0, 0, 0] - 0.5, 0.5 - images[:, 0, 0, 0]], -1)
       >>> images, labels = jnp.array([0.52, 0.9]).reshape(2, 1, 1, 1), jnp.array([0, 0])
       >>> settings = dict(epsilon=0.1, step_size=0.05, num_steps=5)
@@ -177,7 +201,7 @@ def pgd_attack(
     if start_scale is None:
         start_scale = epsilon if start == "uniform" else 0.001
     natural = predict(images) if objective == "kl" else None
-    unroll = _writes_out(unroll, num_steps * num_restarts, predict, images, labels, rng)
+    unroll = _unrolls(unroll, num_steps * num_restarts, predict, images, labels, rng)
 
     def value(logits: jax.Array) -> jax.Array:  # [B]
         if natural is not None:
@@ -185,9 +209,9 @@ def pgd_attack(
         return (objectives.log_odds if objective == "ce" else objectives.margin)(logits, labels)
 
     def attempt(key: jax.Array) -> Any:
-        begin = random_start(key, images, kind=start, scale=start_scale, norm=norm)
+        x = random_start(key, images, kind=start, scale=start_scale, norm=norm)
         settings: dict[str, Any] = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, norm=norm)
-        return pgd(images, begin, lambda x: value(predict(x)), **settings, unroll=unroll)
+        return pgd(images, x, lambda x: value(predict(x)), **settings, unroll=unroll)
 
     keys = jax.random.split(rng, num_restarts)
     best = attempt(keys[0])
@@ -196,20 +220,20 @@ def pgd_attack(
 
     def rank(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = predict(x)
-        reached = value(logits)
-        return objectives.fooled(logits, labels), jnp.where(jnp.isnan(reached), -jnp.inf, reached)
+        values = value(logits)
+        return objectives.fooled(logits, labels), jnp.where(jnp.isnan(values), -jnp.inf, values)
 
-    def again(number, kept):
-        best, (fooled, highest) = kept
-        tried = attempt(keys[number])
-        fools, reached = rank(tried)
-        better = (fools & ~fooled) | ((fools == fooled) & (reached > highest))  # [B]
-        chosen = jnp.where(per_image(better, best), tried, best)
-        return chosen, (fooled | fools, jnp.where(better, reached, highest))
+    def restart(number, state):
+        best, (fooled, highest) = state
+        candidate = attempt(keys[number])
+        fools, values = rank(candidate)
+        better = (fools & ~fooled) | ((fools == fooled) & (values > highest))  # [B]
+        best = jnp.where(per_image(better, best), candidate, best)
+        return best, (fooled | fools, jnp.where(better, values, highest))
 
-    kept = best, rank(best)
+    state = best, rank(best)
     if not unroll:
-        return jax.lax.fori_loop(1, num_restarts, again, kept)[0]
+        return jax.lax.fori_loop(1, num_restarts, restart, state)[0]
     for number in range(1, num_restarts):
-        kept = again(number, kept)
-    return kept[0]
+        state = restart(number, state)
+    return state[0]

@@ -1,9 +1,10 @@
-"""How far a suite of attacks has come: told to whoever watches, and kept in a file that a kill cannot spoil."""
+"""State and progress of a suite of attacks, and a file that keeps the state if the process is killed."""
 
 import hashlib
 import os
 import sys
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,20 +12,31 @@ import numpy as np
 
 
 class Progress(NamedTuple):
-    """Where a suite stands; handed to `progress` at the start of each attack and after each dispatch."""
+    """Progress of a suite, passed to `progress` at the start of each attack and after each dispatch.
+
+    Attributes:
+      attack: Name of the running attack.
+      settled: Images that this attack has finished.
+      total: Images that it attacks.
+      robust: Images that are still robust.
+      num_images: N.
+      evaluations: Model evaluations of unsettled images in this attack.
+      slots: Model evaluations of all slots, including idle ones.
+      seconds: Duration of this attack so far.
+    """
 
     attack: str
-    settled: int  # images that this attack is done with
-    total: int  # images that it was given
-    robust: int  # images that still stand
-    num_images: int  # N
-    evaluations: int  # of the model in this attack, of images that were not settled yet
-    slots: int  # evaluations of all slots, idle ones included
-    seconds: float  # in this attack
+    settled: int
+    total: int
+    robust: int
+    num_images: int
+    evaluations: int
+    slots: int
+    seconds: float
 
 
 def show_progress(now: Progress) -> None:
-    """One line on stderr: a bar that moves where it is a terminal, else the end of each attack."""
+    """Print one line on stderr: a live bar on a terminal, otherwise only the end of each attack."""
     ends, live = now.settled == now.total, sys.stderr.isatty()
     if not (ends or live):
         return
@@ -37,21 +49,35 @@ def show_progress(now: Progress) -> None:
     print(start + line, end=end, file=sys.stderr, flush=True)
 
 
-class Found(NamedTuple):
-    """What a suite knows so far, of N images. The arrays are written to."""
+@dataclass
+class Suite:
+    """State of a suite on N images.
 
-    adversarial: np.ndarray  # [N, H, W, channels]
-    robust: np.ndarray  # bool [N]
-    settled: np.ndarray  # bool [N], the attack under way has nothing more to do for these
-    attack: str  # under way
-    robust_after: dict[str, np.ndarray]  # of the attacks that are over
+    Attributes:
+      adversarial: [N, H, W, channels].
+      robust: bool [N].
+      settled: bool [N], images that the running attack has finished.
+      attack: Name of the running attack.
+      robust_after: {attack: bool [N]} of the finished attacks.
+    """
+
+    adversarial: np.ndarray
+    robust: np.ndarray
+    settled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    attack: str = ""
+    robust_after: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def begin(self, attack: str) -> np.ndarray:
+        """Begin an attack, or continue it after loading, and return the images that it must attack, int [K]."""
+        if self.attack != attack:
+            self.attack, self.settled = attack, ~self.robust
+        return np.flatnonzero(self.robust & ~self.settled)
 
 
 class ProgressFile:
-    """`Found` as an npz, replaced as a whole: a kill leaves the old one or the new.
+    """A `Suite` as an npz file, which is replaced atomically.
 
-    Raises: ValueError where it is damaged, or of other images, labels, settings, or another model, told by its logits
-      `clean` [N, C] on the images.
+    `clean`, the logits [N, C] of the clean images, identifies the model.
     """
 
     def __init__(self, path: Path, settings: str, images: np.ndarray, labels: np.ndarray, clean: np.ndarray):
@@ -59,42 +85,46 @@ class ProgressFile:
         digest.update(images.tobytes())
         digest.update(labels.astype(np.int64).tobytes())
         self.path, self.digest, self.clean = path, digest.hexdigest(), clean
-        self.mend = f"delete {path}, or give another progress_file"
+        self.hint = f"delete {path}, or give another progress_file"
 
-    def load(self, fresh: Found) -> Found:
-        """What the file holds, or `fresh` where there is none."""
+    def load(self, suite: Suite) -> None:
+        """Load the file into a new suite, if the file exists.
+
+        Raises:
+          ValueError: The file is damaged, or of other images, labels, settings, or another model.
+        """
         if not self.path.exists():
-            return fresh
+            return
         try:
             with open(self.path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # closed if damaged, too
-                kept = dict(arrays)
-            digest, clean, robust = str(kept["digest"]), kept["clean"], kept["robust"]
-            after = dict(zip(kept["names"].tolist(), kept["after"], strict=True))
-            settled, attack, moved, index = kept["settled"], str(kept["attack"]), kept["adversarial"], kept["index"]
+                saved = dict(arrays)
+            digest, clean, robust = str(saved["digest"]), saved["clean"], saved["robust"]
+            after = dict(zip(saved["names"].tolist(), saved["after"], strict=True))
+            settled, attack, index, moved = saved["settled"], str(saved["attack"]), saved["index"], saved["adversarial"]
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"the progress file cannot be read ({error}): {self.mend}") from error
+            raise ValueError(f"the progress file cannot be read ({error}): {self.hint}") from error
         if digest != self.digest:
-            raise ValueError(f"the progress file is of other images, labels, random numbers or settings: {self.mend}")
-        near = 0.01 * float(np.ptp(np.nan_to_num(self.clean, posinf=0, neginf=0)))  # another device rounds otherwise
-        if clean.shape != self.clean.shape or not np.allclose(clean, self.clean, rtol=0, atol=near, equal_nan=True):
-            raise ValueError(f"the progress file is of another model, whose clean logits differ: {self.mend}")
-        fresh.adversarial[index] = moved.astype(fresh.adversarial.dtype)
-        return Found(fresh.adversarial, robust, settled, attack, after)
+            raise ValueError(f"the progress file is of other images, labels, random numbers or settings: {self.hint}")
+        atol = 0.01 * float(np.ptp(np.nan_to_num(self.clean, posinf=0, neginf=0)))  # devices round differently
+        if clean.shape != self.clean.shape or not np.allclose(clean, self.clean, rtol=0, atol=atol, equal_nan=True):
+            raise ValueError(f"the progress file is of another model, whose clean logits differ: {self.hint}")
+        suite.adversarial[index] = moved.astype(suite.adversarial.dtype)
+        suite.robust, suite.settled, suite.attack, suite.robust_after = robust, settled, attack, after
 
-    def save(self, found: Found, images: np.ndarray) -> None:
-        """images: [N, H, W, channels], the clean ones; only what differs from them is written."""
-        kept = np.promote_types(images.dtype, np.float32)  # of bfloat16, which NumPy's files do not know
-        index = np.flatnonzero((found.adversarial != images).reshape(len(images), -1).any(1))
+    def save(self, suite: Suite, images: np.ndarray) -> None:
+        """Write the suite. images: the clean ones [N, H, W, channels]; only those that have changed are written."""
+        dtype = np.promote_types(images.dtype, np.float32)  # npz files have no bfloat16
+        index = np.flatnonzero((suite.adversarial != images).reshape(len(images), -1).any(1))
         arrays = dict(
             digest=np.asarray(self.digest),
             clean=self.clean,
-            robust=found.robust,
-            settled=found.settled,
-            attack=np.asarray(found.attack),
-            names=np.asarray(list(found.robust_after), dtype=str),
-            after=np.asarray(list(found.robust_after.values()), bool).reshape(-1, len(images)),
+            robust=suite.robust,
+            settled=suite.settled,
+            attack=np.asarray(suite.attack),
+            names=np.asarray(list(suite.robust_after), dtype=str),
+            after=np.asarray(list(suite.robust_after.values()), bool).reshape(-1, len(images)),
             index=index,
-            adversarial=found.adversarial[index].astype(kept),
+            adversarial=suite.adversarial[index].astype(dtype),
         )
         part = self.path.with_name(self.path.name + f".{os.getpid()}.part")
         self.path.parent.mkdir(parents=True, exist_ok=True)

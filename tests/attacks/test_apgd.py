@@ -9,13 +9,13 @@ import pytest
 from jax import lax
 
 from ltjax.attacks import ball, objectives
-from ltjax.attacks.apgd import Apgd, looks
+from ltjax.attacks.apgd import Apgd, checkpoints
 from ltjax.attacks.slots import Task
 
 SHAPE = (4, 4, 2)
 CLASSES = 5
 STEPS = 40
-LOOKS = {8: 8, 15: 7, 21: 6, 26: 5, 30: 4, 33: 3, 35: 2, 37: 2, 39: 2}  # of 40 steps: after which one, over how many
+CHECKPOINTS = {8: 8, 15: 7, 21: 6, 26: 5, 30: 4, 33: 3, 35: 2, 37: 2, 39: 2}  # of 40 steps: {step: gap}
 
 
 def net(x):
@@ -46,7 +46,7 @@ def history(attack, predict, steps, task):
 
 
 def algorithm_1(start, image, value_and_slope, epsilon, norm):
-    """-> points, losses, step sizes and the best loss after evaluations 0, 1, ..., STEPS of one image."""
+    """Return one image's points, losses, step sizes and best losses after evaluations 0, 1, ..., STEPS."""
 
     def into_ball(x):
         if norm == "linf":
@@ -68,8 +68,8 @@ def algorithm_1(start, image, value_and_slope, epsilon, norm):
         losses.append(loss)
         if loss > best[0]:
             best = loss, x, slope
-        if k in LOOKS:
-            window = LOOKS[k]
+        if k in CHECKPOINTS:
+            window = CHECKPOINTS[k]
             uphill = sum(losses[i] > losses[i - 1] for i in range(k - window + 1, k + 1))
             halve = uphill <= 0.75 * window or (not halved_before and best[0] == last_best)
             last_best, halved_before = best[0], halve
@@ -83,7 +83,7 @@ def algorithm_1(start, image, value_and_slope, epsilon, norm):
 
 @pytest.mark.parametrize("norm, epsilon, loss", [("linf", 0.1, "dlr"), ("l2", 0.6, "ce")])
 def test_every_step_is_that_of_the_paper(norm, epsilon, loss):
-    """In float64, where rounding turns no sign of a gradient."""
+    """In float64, so that rounding does not flip signs of gradients."""
     with jax.enable_x64():
         task = task_of(jnp.float64)
         ours = history(Apgd(epsilon, norm, loss, STEPS), net, STEPS + 1, task)
@@ -109,24 +109,24 @@ def test_every_step_is_that_of_the_paper(norm, epsilon, loss):
     assert len(halvings) > 1  # some images halve their step more often than others
 
 
-def test_looks_of_100_steps():
+def test_checkpoints_of_100_steps():
     """Gaps 22, 19, 16, 13, 10, 7, and then 6: the paper's p = 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99."""
-    at, covers = looks(100)
-    steps = [step for step, look in enumerate(at, 1) if look]
+    is_checkpoint, gaps = checkpoints(100)
+    steps = [step for step, check in enumerate(is_checkpoint, 1) if check]
     assert steps == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert [covers[step - 1] for step in steps] == [22, 19, 16, 13, 10, 7, 6, 6]
+    assert [gaps[step - 1] for step in steps] == [22, 19, 16, 13, 10, 7, 6, 6]
 
 
-def test_looks_of_40_steps():
-    at, covers = looks(40)
-    assert {step: covers[step - 1] for step, look in enumerate(at, 1) if look} == LOOKS
+def test_checkpoints_of_40_steps():
+    is_checkpoint, gaps = checkpoints(40)
+    assert {step: gaps[step - 1] for step, check in enumerate(is_checkpoint, 1) if check} == CHECKPOINTS
 
 
-def test_looks_of_one_step():
-    assert looks(1) == ([True], [1])
+def test_checkpoints_of_one_step():
+    assert checkpoints(1) == ([True], [1])
 
 
-def test_targets_take_turns_each_from_a_start_of_its_own():
+def test_each_target_has_its_own_start():
     task, attack = task_of(jnp.float32), Apgd(0.05, "linf", "dlr-targeted", num_steps=3, num_targets=2)
     states = history(attack, net, 8, task)
     for run in (0, 1):
@@ -149,7 +149,7 @@ def test_the_start_is_on_the_surface_of_the_ball(norm):
     np.testing.assert_allclose(ball.length(start - task.images, norm=norm), 0.1, rtol=1e-5)
 
 
-def test_what_is_kept_fools_the_model_or_has_the_highest_loss():
+def test_the_result_fools_the_model_or_has_the_highest_loss():
     task = task_of(jnp.float32)
     states = history(Apgd(0.1, "linf", num_steps=10), net, 11, task)
     np.testing.assert_array_equal(states.best_loss[-1], states.loss.max(0))

@@ -1,4 +1,4 @@
-"""The suite as a whole, on a net of two layers and small budgets; and on the authors' numbers."""
+"""The whole suite, on a net of two layers with small budgets, and against the authors' numbers."""
 
 import itertools
 import os
@@ -35,7 +35,7 @@ def net(images):
 
 PREDICT = Partial(apply, WEIGHTS)
 LABELS = np.array(net(IMAGES).argmax(-1))
-LABELS[:2] = (LABELS[:2] + 1) % CLASSES  # two are wrong already
+LABELS[:2] = (LABELS[:2] + 1) % CLASSES  # two are misclassified
 
 
 def attack(predict=PREDICT, images=IMAGES, labels=LABELS, rng=KEY, **changes):
@@ -46,15 +46,15 @@ def attack(predict=PREDICT, images=IMAGES, labels=LABELS, rng=KEY, **changes):
 @pytest.fixture(scope="module", autouse=True)
 def reports_that_no_clock_decides():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots, "DISPATCH_SECONDS", 0.0)  # after the first, a step to a dispatch
+        patch.setattr(slots, "DISPATCH_SECONDS", 0.0)  # one step per dispatch, after the first
         yield
 
 
 @pytest.fixture(scope="module")
 def whole():
-    """The standard suite without interruption, and what it told on the way."""
-    told = []
-    return attack(progress=told.append), told
+    """The standard suite without interruption, and its progress."""
+    updates = []
+    return attack(progress=updates.append), updates
 
 
 def test_the_result_has_three_fields(whole):
@@ -63,7 +63,7 @@ def test_the_result_has_three_fields(whole):
     assert whole[0].robust.shape == (NUM,) and whole[0].robust.dtype == bool
 
 
-def test_each_attack_takes_only_from_those_that_stood(whole):
+def test_an_attack_fools_only_images_that_were_robust(whole):
     after = whole[0].robust_after
     assert tuple(after) == attacks.STANDARD
     standing = net(IMAGES).argmax(-1) == LABELS
@@ -74,7 +74,7 @@ def test_each_attack_takes_only_from_those_that_stood(whole):
     assert 0 < standing.sum() < NUM - 2
 
 
-def test_what_fell_is_misclassified_inside_the_ball(whole):
+def test_fooled_images_are_misclassified_inside_the_ball(whole):
     adversarial, robust = whole[0].adversarial, whole[0].robust
     assert (np.asarray(net(adversarial).argmax(-1)) == LABELS)[robust].all()
     assert (np.asarray(net(adversarial).argmax(-1)) != LABELS)[~robust].all()
@@ -82,17 +82,17 @@ def test_what_fell_is_misclassified_inside_the_ball(whole):
     assert adversarial.min() >= 0 and adversarial.max() <= 1
 
 
-def test_images_that_stood_or_were_wrong_are_untouched(whole):
-    kept = whole[0].robust.copy()
-    kept[:2] = True
-    np.testing.assert_array_equal(whole[0].adversarial[kept], IMAGES[kept])
+def test_robust_and_wrong_images_are_unchanged(whole):
+    untouched = whole[0].robust.copy()
+    untouched[:2] = True
+    np.testing.assert_array_equal(whole[0].adversarial[untouched], IMAGES[untouched])
 
 
 def test_progress_adds_up(whole):
-    result, told = whole
+    result, updates = whole
     standing = NUM - 2
     for name in attacks.STANDARD:
-        reports = [now for now in told if now.attack == name]
+        reports = [now for now in updates if now.attack == name]
         first, last = reports[0], reports[-1]
         assert (first.settled, first.total, first.robust, first.evaluations) == (0, standing, standing, 0)
         assert last.settled == last.total and last.num_images == NUM
@@ -114,51 +114,51 @@ def test_one_attack_alone(name, whole):
 
 
 @pytest.mark.parametrize("calls", [2, 5, 9, 13])
-def test_an_interrupted_suite_ends_with_the_same_answer(whole, tmp_path, calls):
-    told = []
+def test_an_interrupted_suite_has_the_same_result(whole, tmp_path, calls):
+    updates = []
 
     def stop(now):
-        told.append(now)
-        if len(told) == calls:
+        updates.append(now)
+        if len(updates) == calls:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         attack(progress=stop, progress_file=tmp_path / "run.npz")
-    told.clear()
-    again = attack(progress=lambda now: told.append(now), progress_file=tmp_path / "run.npz")
+    updates.clear()
+    again = attack(progress=lambda now: updates.append(now), progress_file=tmp_path / "run.npz")
     np.testing.assert_array_equal(again.robust, whole[0].robust)
     np.testing.assert_array_equal(again.adversarial, whole[0].adversarial)
     for name, robust in whole[0].robust_after.items():
         np.testing.assert_array_equal(again.robust_after[name], robust)
-    assert len(told) < len(whole[1])
+    assert len(updates) < len(whole[1])
 
 
-def test_a_killed_suite_ends_with_the_same_answer(whole, tmp_path):
+def test_a_killed_suite_has_the_same_result(whole, tmp_path):
     script = f"""
 import os, signal
 import tests.conftest
 from tests.attacks.test_autoattack import attack
-told = []
+updates = []
 def die(now):
-    told.append(now)
+    updates.append(now)
     if now.attack == "apgd-t" and now.settled:
         os.kill(os.getpid(), signal.SIGKILL)
 attack(progress=die, progress_file={str(tmp_path / "run.npz")!r}, save_seconds=0)
 """
     child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    told = []
-    again = attack(progress=told.append, progress_file=tmp_path / "run.npz")
-    assert told[0].attack == "apgd-t"
+    updates = []
+    again = attack(progress=updates.append, progress_file=tmp_path / "run.npz")
+    assert updates[0].attack == "apgd-t"
     np.testing.assert_array_equal(again.robust, whole[0].robust)
     np.testing.assert_array_equal(again.adversarial, whole[0].adversarial)
 
 
 def test_a_finished_suite_is_read_from_its_file(tmp_path):
     how = dict(attacks=("apgd-ce",), progress_file=tmp_path / "run.npz")
-    first, told = attack(**how), []
-    again = attack(**how, progress=told.append)
-    assert not told
+    first, updates = attack(**how), []
+    again = attack(**how, progress=updates.append)
+    assert not updates
     np.testing.assert_array_equal(again.adversarial, first.adversarial)
     np.testing.assert_array_equal(again.robust, first.robust)
 
@@ -184,13 +184,13 @@ def test_a_foreign_progress_file_is_refused(tmp_path, changes, message):
 
     with pytest.raises(KeyboardInterrupt):
         attack(attacks=("apgd-ce",), progress_file=file, progress=stop)
-    if (kept := changes.pop("damage", None)) is not None:
-        file.write_bytes(file.read_bytes()[:kept])
+    if (size := changes.pop("damage", None)) is not None:
+        file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ValueError, match=f"{message}.*delete .*run.npz, or give another progress_file"):
         attack(attacks=("apgd-ce",), progress_file=file, **changes)
 
 
-def test_eight_devices_and_another_batch_size_give_the_same_answer(whole):
+def test_eight_devices_and_another_batch_size_give_the_same_result(whole):
     weights = jax.device_put(WEIGHTS, jax.devices()[1])  # committed to one device
     rng = jax.device_put(KEY, jax.devices()[2])
     result = attack(Partial(apply, weights), rng=rng, attacks=("apgd-ce",), batch_size=16, devices=None)
@@ -239,7 +239,7 @@ def test_two_classes_and_a_thousand(num_classes):
     np.testing.assert_array_equal(others == labels, result.robust)
 
 
-def test_saturating_logits_are_no_defence(whole):
+def test_saturating_logits_are_not_a_defence(whole):
     """Cross-entropy of such logits is 0 in float32 for most images; its log-odds are not."""
     with pytest.warns(RuntimeWarning, match="cross-entropy has vanishing gradients"):
         result = attack(Partial(apply, [WEIGHTS[0], WEIGHTS[1] * np.float32(1e4)]), attacks=("apgd-ce",))
@@ -260,12 +260,12 @@ def test_logits_with_a_nan_count_as_wrong():
         (lambda x: net(x) + np.random.default_rng().normal(), "predict is random"),
         (lambda x: net(x) + np.random.default_rng().normal(size=CLASSES).astype(np.float32), "predict is random"),
         (lambda x: net(x) + noise_of_the_host(x), "predict is random"),
-        (lambda x: net(x) - 3 * net(x).mean(0) * jnp.arange(4.0, dtype=jnp.float32), "other company"),
+        (lambda x: net(x) - 3 * net(x).mean(0) * jnp.arange(4.0, dtype=jnp.float32), "the rest of the batch"),
         (lambda x: net(jnp.round(x)), "20 of 20 images have a gradient of exactly 0"),
         (lambda x: jax.nn.softmax(net(x)), "probabilities"),
     ],
 )
-def test_warns_of_what_makes_the_outcome_mean_less(change, message):
+def test_misleading_models_are_warned_of(change, message):
     with pytest.warns(RuntimeWarning, match=message):
         attack(change, attacks=())
 
@@ -331,7 +331,7 @@ def test_errors_name_what_is_wrong(changes, message):
         attack(**changes)
 
 
-def test_float64_images_and_keys_of_the_old_kind(whole):
+def test_float64_images_and_raw_keys_are_accepted(whole):
     result = attack(images=IMAGES.astype(np.float64), rng=jax.random.PRNGKey(0), attacks=("apgd-ce",))
     assert result.adversarial.dtype == np.float32
     np.testing.assert_array_equal(result.robust, whole[0].robust_after["apgd-ce"])
@@ -339,7 +339,7 @@ def test_float64_images_and_keys_of_the_old_kind(whole):
 
 @pytest.mark.parametrize("given, chosen", [(np.float64, attacks.STANDARD), (np.float32, ("apgd-ce",))])
 def test_attacks_run_with_x64(whole, given, chosen):
-    """Their numbers are float64 where the images or the logits are."""
+    """Computations are in float64 if the images or the logits are."""
     with jax.enable_x64(True):
         predict = Partial(apply, [weights.astype(np.float64) for weights in WEIGHTS])
         result = attack(lambda x: predict(x.astype(jnp.float64)), images=IMAGES.astype(given), attacks=chosen)
@@ -356,7 +356,7 @@ def test_a_suite_on_bfloat16_images_is_resumed(tmp_path):
     np.testing.assert_array_equal(again.adversarial, first.adversarial)
 
 
-def test_company_does_not_matter_with_keys_of_any_kind():
+def test_an_image_does_not_depend_on_the_others_with_any_kind_of_key():
     """JAX draws for a batch of "rbg" keys all from the first, so that they would make images depend on each other."""
     rng, labels = jax.random.key(0, impl="unsafe_rbg"), LABELS.copy()
     labels[2:12] = (labels[2:12] + 1) % CLASSES  # wrong already: these are not attacked
@@ -364,7 +364,7 @@ def test_company_does_not_matter_with_keys_of_any_kind():
     np.testing.assert_array_equal(some.adversarial[12:], every.adversarial[12:])
 
 
-def test_inputs_need_not_be_images_for_attacks_by_gradient(whole):
+def test_attacks_by_gradient_accept_inputs_of_any_shape(whole):
     flat = attack(images=IMAGES.reshape(NUM, -1), attacks=("apgd-ce",))
     np.testing.assert_array_equal(flat.robust, whole[0].robust_after["apgd-ce"])
 
@@ -374,7 +374,7 @@ def test_silent_without_progress(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_bar_tells_the_robust_accuracy(capfd):
+def test_the_bar_shows_the_robust_accuracy(capfd):
     result = attack(attacks=("apgd-ce",), progress=attacks.show_progress)
     line = capfd.readouterr().err
     assert f"18/18 images, 0 s, robust accuracy so far {result.robust.mean():.1%}\n" in line.replace("1 s,", "0 s,")
@@ -401,9 +401,9 @@ OF_THE_AUTHORS = np.array([0, 3, 7, 14, 20, 131])
 def test_the_authors_numbers(golden, optimised, monkeypatch, chosen):
     """Source: `autoattack.npz`. The full budget; each attack alone, and the suite.
 
-    An image at a time: most fall soon, and one that withstands takes all the steps, in a batch with the others' slots.
+    The batch size is 1, because a robust image takes all the steps, in a batch with the slots of all others.
     """
-    monkeypatch.setattr(slots, "DISPATCH_SECONDS", 5.0)  # as users have it
+    monkeypatch.setattr(slots, "DISPATCH_SECONDS", 5.0)  # the default
     z = golden("autoattack")
     axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # of PyTorch
     weights = {k[8:]: jnp.asarray(v.transpose(axes[v.ndim])) for k, v in z.items() if k.startswith("weights/")}

@@ -22,7 +22,7 @@ def task_of(images, labels, num_classes=CLASSES):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def drive(attack, predict, task, wait=0):
-    """Step all images until every one is settled, each from step `wait` [B] on. -> state, steps that each one took."""
+    """Step all images until they are settled, each from step `wait` [B] on -> state, steps of each image."""
 
     def settled(state):
         return state.fooled | state.done
@@ -91,11 +91,11 @@ def test_projection_fulfils_the_conditions_of_optimality(norm, size):
 
 
 @pytest.mark.parametrize("norm", ball.NORMS)
-def test_projection_is_no_longer_than_any_other_way_there(norm):
+def test_projection_is_the_shortest_move(norm):
     """In two dimensions, all ways can be tried: the points of the line inside the box."""
     x, weights, missing = cases(np.random.default_rng(2), 60, 2)
     move = np.asarray(jax.jit(functools.partial(to_hyperplane, norm=norm))(x, weights, missing))
-    for x_i, (a, b), rest, found in zip(x, weights, missing, move, strict=True):
+    for x_i, (a, b), rest, actual in zip(x, weights, missing, move, strict=True):
         if b == 0:
             continue
         first = np.linspace(0, 1, 20001) - x_i[0]
@@ -103,10 +103,10 @@ def test_projection_is_no_longer_than_any_other_way_there(norm):
         ways = np.stack([first, second], -1)[(x_i[1] + second >= 0) & (x_i[1] + second <= 1)]
         if len(ways):
             order = np.inf if norm == "linf" else 2
-            assert np.linalg.norm(found, order) <= np.linalg.norm(ways, order, axis=-1).min() + 1e-6
+            assert np.linalg.norm(actual, order) <= np.linalg.norm(ways, order, axis=-1).min() + 1e-6
 
 
-def test_projection_does_not_care_for_the_scale_of_the_gradient():
+def test_projection_does_not_depend_on_the_scale_of_the_gradient():
     rng = np.random.default_rng(4)
     images, x = (jnp.asarray(rng.random((5, *SHAPE)), jnp.float32) for _ in range(2))
     slope, value = jnp.asarray(rng.normal(size=(5, *SHAPE)), jnp.float32), jnp.full(5, -0.3)
@@ -155,7 +155,7 @@ def test_fooled_images_are_misclassified_inside_ball_and_box(net, norm, epsilon)
 
 
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.06), ("l2", 0.3)])
-def test_an_image_does_not_depend_on_its_batch_nor_on_when_it_came(net, norm, epsilon):
+def test_an_image_does_not_depend_on_its_batch_or_its_first_step(net, norm, epsilon):
     predict, task = net
     attack = Fab(epsilon, norm, num_steps=20)
     zero = jnp.zeros(len(task.labels), jnp.int32)
@@ -163,9 +163,9 @@ def test_an_image_does_not_depend_on_its_batch_nor_on_when_it_came(net, norm, ep
     order = np.random.default_rng(6).permutation(len(task.labels))
     turned = drive(attack, predict, jax.tree.map(lambda a: a[order], task), zero + jnp.arange(len(order)) % 3)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), (whole, steps), turned)
-    one, _ = drive(attack, predict, jax.tree.map(lambda a: a[5:6], task))
-    np.testing.assert_allclose(one.distance, whole.distance[5:6], rtol=1e-3)
-    assert one.fooled == whole.fooled[5:6]
+    alone, _ = drive(attack, predict, jax.tree.map(lambda a: a[5:6], task))
+    np.testing.assert_allclose(alone.distance, whole.distance[5:6], rtol=1e-3)
+    assert alone.fooled == whole.fooled[5:6]
 
 
 def test_an_image_that_is_wrong_to_begin_with_is_settled_by_the_first_evaluation(net):
@@ -175,8 +175,8 @@ def test_an_image_that_is_wrong_to_begin_with_is_settled_by_the_first_evaluation
     assert state.fooled.all() and (steps == 1).all() and (state.distance == 0).all()
 
 
-def test_without_a_useful_gradient_every_target_takes_its_steps_and_no_more(net):
-    """A constant model, for one image each with a gradient of nan, a logit of -inf, and nan alone, which fools."""
+def test_without_a_useful_gradient_every_target_takes_exactly_its_steps(net):
+    """A constant model with a gradient of nan, a logit of -inf, and only nan, which fools it, for one image each."""
     _, task = net
     task = task_of(task.images[:4], np.zeros(4))
 
@@ -207,7 +207,7 @@ def test_a_step_evaluates_the_model_as_often_as_it_says_and_keeps_the_state_smal
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 3 * task.images.size
 
 
-def test_images_of_64_bits_stay_so(net):
+def test_float64_images_stay_float64(net):
     predict, task = net
     with jax.enable_x64(True):
         task = task._replace(images=task.images.astype(jnp.float64))

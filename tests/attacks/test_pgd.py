@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ltjax import attacks
 from ltjax.attacks import ball, objectives, slots
-from ltjax.attacks.pgd import WRITTEN_OUT
+from ltjax.attacks.pgd import MAX_UNROLLED
 
 CLASSES = 4
 KEY = jax.random.key(0, impl="unsafe_rbg")  # of all kinds the fastest to compile
@@ -65,9 +65,9 @@ def test_unrolled_and_looped_steps_agree():
 
 @pytest.mark.parametrize(
     "num_steps, unroll, looped",
-    [(WRITTEN_OUT, None, False), (WRITTEN_OUT + 1, None, True), (3, False, True), (30, True, False)],
+    [(MAX_UNROLLED, None, False), (MAX_UNROLLED + 1, None, True), (3, False, True), (30, True, False)],
 )
-def test_steps_are_written_out_on_a_cpu_unless_they_are_many(num_steps, unroll, looped):
+def test_steps_are_unrolled_on_a_cpu_unless_they_are_many(num_steps, unroll, looped):
     how = dict(epsilon=0.1, step_size=0.01, num_steps=num_steps, unroll=unroll)
     inside = jax.make_jaxpr(lambda images: attacks.pgd(images, images, cross_entropy, **how))(IMAGES)
     assert any(name in str(inside) for name in ("while[", "scan[")) == looped
@@ -87,7 +87,7 @@ def test_outside_jit_one_step_is_compiled_and_called():
     np.testing.assert_allclose(ours, attacks.pgd(IMAGES, IMAGES, cross_entropy, **how, unroll=False), atol=1e-6)
 
 
-def test_restarts_are_written_out_with_their_steps():
+def test_restarts_are_unrolled_with_their_steps():
     def attack(images, **how):
         settings = dict(epsilon=0.1, step_size=0.03, num_steps=6, num_restarts=3)
         return attacks.pgd_attack(linear, images, LABELS, KEY, **settings, **how)
@@ -96,7 +96,7 @@ def test_restarts_are_written_out_with_their_steps():
     np.testing.assert_allclose(jax.jit(attack)(IMAGES), attack(IMAGES, unroll=False), atol=1e-6)
 
 
-def test_no_steps_bring_the_start_into_the_ball():
+def test_zero_steps_project_the_start_into_the_ball():
     ours = attacks.pgd(IMAGES, IMAGES + 0.5, cross_entropy, epsilon=0.1, step_size=0.1, num_steps=0)
     np.testing.assert_allclose(ours, np.minimum(IMAGES + np.float32(0.1), 1), atol=1e-6)
 
@@ -110,7 +110,7 @@ def test_the_number_of_steps_may_be_traced(num_steps):
     np.testing.assert_allclose(jax.jit(attack)(num_steps), attack(num_steps), atol=1e-6)
 
 
-def test_fewer_steps_than_none_are_refused():
+def test_a_negative_number_of_steps_is_refused():
     with pytest.raises(ValueError, match="num_steps = -1: 0 or more"):
         attacks.pgd(IMAGES, IMAGES, cross_entropy, epsilon=0.1, step_size=0.1, num_steps=-1)
 
@@ -121,7 +121,7 @@ def test_a_start_from_float64_images_is_float32_without_x64(kind):
     assert start.dtype == jnp.float32
 
 
-def test_a_start_from_whole_numbers_is_refused():
+def test_integer_images_are_refused():
     with pytest.raises(ValueError, match="images are uint8: give floats"):
         attacks.random_start(KEY, IMAGES.astype(np.uint8))
 
@@ -188,11 +188,11 @@ def test_start_uniform_fills_the_l2_ball_by_volume():
 
 
 @pytest.mark.parametrize("kind", attacks.STARTS)
-def test_a_start_follows_from_its_key(kind):
+def test_a_start_depends_only_on_its_key(kind):
     keys = [jax.random.key(number, impl="unsafe_rbg") for number in (0, 0, 1)]
-    one, same, other = (attacks.random_start(key, IMAGES, kind=kind, scale=0.1) for key in keys)
-    np.testing.assert_array_equal(one, same)
-    assert (kind == "none") == bool((one == other).all())
+    first, same, other = (attacks.random_start(key, IMAGES, kind=kind, scale=0.1) for key in keys)
+    np.testing.assert_array_equal(first, same)
+    assert (kind == "none") == bool((first == other).all())
 
 
 @pytest.mark.parametrize("name", ["ce", "kl", "cw"])
@@ -206,8 +206,8 @@ def test_every_objective_rises(name):
     assert (value(ours) > value(IMAGES) + 0.1).all()
 
 
-def test_restarts_keep_what_fools_the_model_else_the_highest():
-    """Without steps, the attack is its start; so the attempts can be told."""
+def test_restarts_keep_a_fooling_image_or_else_the_highest_loss():
+    """With no steps, an attempt is its start, so the attempts can be compared."""
     how = dict(epsilon=0.2, step_size=0.1, num_steps=0)
     ours = attacks.pgd_attack(linear, IMAGES, LABELS, KEY, **how, num_restarts=6)
     keys = jax.random.split(KEY, 6)
@@ -269,7 +269,7 @@ def test_targeted_dlr_of_three_classes_and_of_two():
 @pytest.mark.parametrize("name", ["log_odds", "margin", "dlr", "dlr_targeted"])
 @pytest.mark.parametrize("num_classes", [2, 3, 4])
 def test_saturating_logits_have_finite_gradients(name, num_classes):
-    """Cross-entropy itself is 0 there in float32, and so is its gradient."""
+    """Cross-entropy and its gradient are 0 in float32 for these logits."""
     logits = jnp.asarray([[1e4, -1e4, 0, 5e3], [1e4, 9e3, 2, 1]], jnp.float32)[:, :num_classes]
     zeros, ones = np.zeros(2, np.int32), np.ones(2, np.int32)
     arguments = (zeros, ones) if name == "dlr_targeted" else (zeros,)
@@ -302,7 +302,7 @@ def test_an_l2_radius_may_exceed_1():
 
 
 @pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf, "a lot", "1/0", None])
-def test_what_is_no_radius_is_refused(wrong):
+def test_an_invalid_radius_is_refused(wrong):
     with pytest.raises(ValueError, match="epsilon"):
         attacks.radius(wrong)
 

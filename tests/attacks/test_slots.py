@@ -16,7 +16,7 @@ from ltjax.attacks.square import Square
 
 NUM = 70
 STEPS = np.random.default_rng(0).integers(1, 90, NUM)  # of each image
-FOOLED = np.arange(NUM) % 3 == 0  # who ends fooled, the others end because nothing is left to try
+FOOLED = np.arange(NUM) % 3 == 0  # the others end as done
 KEY = jax.random.key(5)
 
 
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 
 class Countdown(NamedTuple):
-    """Image i ends at step `labels[i]`, as `images[i]` plus what it draws in each step; targets say whether fooled."""
+    """Image i ends at step `labels[i]`, as `images[i]` plus a random number per step; targets say whether fooled."""
 
     evaluations_a_step = 1
 
@@ -51,7 +51,7 @@ def double(images):
 
 
 def drive(chosen, *, batch_size, devices=1, dispatch=50, looped=True):
-    """-> the reports of a run on `chosen`, and what became of each image: fooled [NUM], pixel [NUM], times reported."""
+    """Run on `chosen` -> reports; for each image whether it was fooled, its pixel, and how often it was reported."""
     images = np.arange(NUM, dtype=np.float32).reshape(NUM, 1, 1, 1)
     mesh = slots.make_mesh(jax.devices()[:devices])
     how = dict(batch_size=batch_size, mesh=mesh, steps_a_dispatch=dispatch, looped=looped)
@@ -82,7 +82,7 @@ def alone():
     "batch_size, devices, dispatch", [(70, 1, 50), (16, 1, 50), (16, 8, 7), (64, 8, 50), (5, 1, 3)]
 )
 @pytest.mark.parametrize("looped", [True, False])
-def test_an_outcome_depends_on_the_image_alone(alone, batch_size, devices, dispatch, looped, three_cores):
+def test_a_result_depends_only_on_the_image(alone, batch_size, devices, dispatch, looped, three_cores):
     how = dict(batch_size=batch_size, devices=devices, dispatch=dispatch, looped=looped)
     _, fooled, pixel, times = drive(np.arange(NUM), **how)
     np.testing.assert_array_equal(times, 1)
@@ -90,7 +90,7 @@ def test_an_outcome_depends_on_the_image_alone(alone, batch_size, devices, dispa
     np.testing.assert_array_equal(pixel, alone)
 
 
-def test_the_chosen_images_alone_are_attacked_in_any_order(alone):
+def test_only_the_chosen_images_are_attacked_in_any_order(alone):
     chosen = np.array([60, 3, 17, 41])
     _, fooled, pixel, times = drive(chosen, batch_size=16)
     np.testing.assert_array_equal(np.flatnonzero(times), np.sort(chosen))
@@ -115,7 +115,7 @@ def test_slots_are_refilled(looped):
     assert full[-1].evaluations > 0.8 * full[-1].slots
 
 
-def test_survivors_move_into_smaller_batches():
+def test_remaining_images_move_into_smaller_batches():
     reports, *_ = drive(np.arange(NUM), batch_size=70)
     left = NUM - np.cumsum([len(report.index) for report in reports])
     last = np.flatnonzero(left <= 17)[0]  # from here on, a quarter of the slots will do
@@ -126,7 +126,7 @@ def test_survivors_move_into_smaller_batches():
 
 def test_cores_share_the_images_evenly():
     assert slots.cpu_batches(65, 128, cores=2) == (2, [34, 24, 18, 12, 8])
-    assert slots.cpu_batches(130, 128, cores=2) == (2, [34, 24, 18, 12, 8])  # two rounds, not one and a bit
+    assert slots.cpu_batches(130, 128, cores=2) == (2, [34, 24, 18, 12, 8])  # two even rounds
     assert slots.cpu_batches(10_000, 512, cores=2)[1][0] == slots.CPU_BATCH
     assert slots.cpu_batches(10_000, 512, cores=64)[0] == 512 // slots.CPU_LEAST
     assert slots.cpu_batches(31, 512, cores=2) == (1, [32, 24, 18, 12, 8])
@@ -134,7 +134,7 @@ def test_cores_share_the_images_evenly():
     assert slots.cpu_batches(1, 1, cores=2) == (1, [1])
 
 
-def test_a_batch_of_a_core_shrinks_once_that_pays(monkeypatch):
+def test_a_cpu_batch_shrinks_after_its_patience(monkeypatch):
     monkeypatch.setattr(slots, "CPU_PATIENCE", 40)
     monkeypatch.setattr(slots, "num_cores", lambda: 1)
     reports, *_ = drive(np.arange(32), batch_size=32, dispatch=10, looped=False)
@@ -142,8 +142,8 @@ def test_a_batch_of_a_core_shrinks_once_that_pays(monkeypatch):
     assert (slots_of_each[:4] == 32).all() and (slots_of_each[4:] < 32).all()
 
 
-def test_other_threads_keep_the_settings_of_this_one(three_cores):
-    """JAX keeps settings such as this one for each thread."""
+def test_threads_use_the_callers_jax_settings(three_cores):
+    """JAX has settings such as x64 for each thread."""
     with jax.enable_x64(True):
         images, mesh = np.full((48, 1, 1, 1), 1 / 3), slots.make_mesh(jax.devices()[:1])
         task = images, np.ones(48, int), np.ones((48, 1), int), np.arange(48), KEY
@@ -172,7 +172,7 @@ MACHINES = {
 
 
 def small_cnn(weights, images):
-    """As somebody writes it who does not know ltjax, in PyTorch's order of dimensions."""
+    """A network without ltjax, in PyTorch's order of dimensions."""
     how = dict(window_strides=(2, 2), padding="SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
     x = jax.nn.relu(jax.lax.conv_general_dilated(images.transpose(0, 3, 1, 2), weights[0], **how))
     return x.reshape(len(x), -1) @ weights[1]
@@ -189,23 +189,23 @@ def small():
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_the_host_and_the_devices_drive_an_attack_to_the_same_end(small, name, three_cores):
+def test_loops_on_host_and_device_give_the_same_result(small, name, three_cores):
     _, images, labels, _ = small
-    found = []
+    results = []
     for looped in (True, False):
         fooled, adversarial = np.zeros(len(labels), bool), images.copy()
         how = dict(batch_size=32, mesh=slots.make_mesh(jax.devices()[:1]), looped=looped)
         for report in slots.run(MACHINES[name], *small, np.arange(len(labels)), KEY, **how):
             fooled[report.index], adversarial[report.index] = report.fooled, report.adversarial
-        found.append((fooled, adversarial))
-    assert 0 < found[0][0].sum() < len(labels)
-    np.testing.assert_array_equal(found[0][0], found[1][0])
-    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-5)
+        results.append((fooled, adversarial))
+    assert 0 < results[0][0].sum() < len(labels)
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_no_convolution_is_in_a_loop_on_a_cpu(small, name, monkeypatch):
-    """XLA's are several times as slow there. The loops of an attack's own arithmetic are no matter."""
+    """XLA's are several times as slow there. Other arithmetic of an attack may loop."""
     predict, images, labels, targets = small
     steps = []
 
@@ -255,5 +255,5 @@ def test_few_images_share_compiled_sizes():
     assert slots._advance._cache_size() == before
 
 
-def test_no_images_no_reports():
+def test_no_images_give_no_reports():
     assert drive(np.array([], int), batch_size=16)[0] == []

@@ -20,7 +20,7 @@ def task_of(images, labels):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def drive(attack, predict, task, wait=0):
-    """Step all images until every one is settled, each from step `wait` [B] on. -> state, steps that each one took."""
+    """Step all images until they are settled, each from step `wait` [B] on -> state, steps of each image."""
 
     def settled(state):
         return state.fooled | state.done
@@ -82,8 +82,8 @@ def test_eta_is_the_windows_of_the_paper(side):
     wanted = np.concatenate(halves)
     wanted /= np.linalg.norm(wanted)
     pixels = jnp.arange(side, dtype=jnp.int32)
-    found = eta(pixels[:, None], pixels[None, :], side, jnp.array(pyramids(side, 20), jnp.float32))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    actual = eta(pixels[:, None], pixels[None, :], side, jnp.array(pyramids(side, 20), jnp.float32))
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("height, width, filled", [(32, 32, 900), (4, 6, 24), (13, 11, 120)])
@@ -102,7 +102,7 @@ def test_the_l2_start_fills_the_image_with_windows(height, width, filled):
 
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.05), ("l2", 0.4)])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 2)])
-def test_every_step_stays_inside_ball_and_box_and_never_loses_ground(norm, epsilon, shape):
+def test_every_step_stays_inside_ball_and_box_and_never_raises_the_margin(norm, epsilon, shape):
     predict, task = net_of(shape)
     attack = Square(epsilon, norm, num_queries=30)
 
@@ -133,10 +133,10 @@ def test_an_linf_proposal_changes_one_square_of_the_schedules_size():
     change = np.asarray(jax.jit(Square(0.1).proposal)(task_of(images, np.zeros(256)), state) - images)
     for k, side in enumerate((29, 20, 14, 1)):
         places, signs = set(), set()
-        for one in change[k::4]:
-            rows, columns = (np.flatnonzero((one != 0).any(axes)) for axes in ((1, 2), (0, 2)))
+        for change_of_one in change[k::4]:
+            rows, columns = (np.flatnonzero((change_of_one != 0).any(axes)) for axes in ((1, 2), (0, 2)))
             assert len(rows) == len(columns) == rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1 == side
-            inside = one[rows[0] : rows[0] + side, columns[0] : columns[0] + side]
+            inside = change_of_one[rows[0] : rows[0] + side, columns[0] : columns[0] + side]
             np.testing.assert_allclose(np.abs(inside), 0.1, rtol=1e-5)
             assert (inside == inside[0, 0]).all()
             places.add(int(rows[0]))
@@ -155,7 +155,7 @@ def test_an_l2_proposal_keeps_the_length_and_touches_two_windows():
     after = np.asarray(jax.jit(Square(0.5, "l2").proposal)(task_of(images, np.zeros(32)), state) - images)
     side = window_sides(16, 16, p_init=0.8, norm="l2")[3]
     np.testing.assert_allclose(np.sqrt(np.square(after).sum((1, 2, 3))), 0.5, rtol=1e-5)
-    changed = np.abs(after - before).max(-1) > 1e-4  # beyond what scaling to the full length changes
+    changed = np.abs(after - before).max(-1) > 1e-4  # more than scaling to the full length changes
     emptied = (np.abs(after) < 1e-6).all(-1)
     assert (changed.sum((1, 2)) <= 2 * side**2).all() and (changed.sum((1, 2)) > side**2 * 0.9).all()
     apart = changed.sum((1, 2)) == 2 * side**2
@@ -175,7 +175,7 @@ def test_fooled_images_are_misclassified(norm, epsilon):
 
 
 @pytest.mark.parametrize("norm, epsilon", [("linf", 0.1), ("l2", 0.5)])
-def test_an_image_does_not_depend_on_its_batch_nor_on_when_it_came(norm, epsilon):
+def test_an_image_does_not_depend_on_its_batch_or_its_first_step(norm, epsilon):
     predict, task = net_of((5, 4, 2))
     attack = Square(epsilon, norm, num_queries=60)
     zero = jnp.zeros(len(task.labels), jnp.int32)
@@ -198,8 +198,8 @@ def test_logits_of_nan_or_infinity_end_the_search_in_time():
     task = task_of(task.images, np.zeros(3))
 
     def predict(x):  # nan for the first image, which fools, infinity for the others
-        own = jnp.where(jnp.arange(len(x)) == 0, jnp.nan, jnp.inf)
-        return jnp.stack([own, jnp.zeros(len(x))], -1)
+        bad = jnp.where(jnp.arange(len(x)) == 0, jnp.nan, jnp.inf)
+        return jnp.stack([bad, jnp.zeros(len(x))], -1)
 
     state, steps = drive(Square(0.1, num_queries=5), predict, task)
     np.testing.assert_array_equal(steps, [1, 5, 5])
@@ -222,7 +222,7 @@ def test_a_step_evaluates_the_model_once_and_keeps_the_state_small():
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * task.images.size
 
 
-def test_images_of_64_bits_stay_so():
+def test_float64_images_stay_float64():
     predict, task = net_of((4, 4, 3))
     with jax.enable_x64(True):
         task = task._replace(images=task.images.astype(jnp.float64))
