@@ -74,7 +74,7 @@ def config(
     return made.to_dict()
 
 
-def recomputing(given: adversarial.Given, *, objective: adversarial.Objective, **settings: Any) -> Method:
+def recomputing(given: adversarial.LossOf, *, objective: adversarial.Objective, **settings: Any) -> Method:
     """`adversarial.create` whose attack predicts the clean images anew in each step."""
     inside: list[Any] = []
 

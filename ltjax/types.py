@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import jax  # only for annotations, so that commands that need only `UserError` start fast
@@ -69,8 +69,18 @@ class Batch(NamedTuple):
     lam: jax.Array | None = None
 
 
-# apply(variables, images, net="net", bn=None) -> (Outputs, variables with new batch-norm statistics)
-Apply = Callable[..., Any]
+Settings = Mapping[str, Any]  # of a config
+
+
+class Apply(Protocol):
+    """Function that runs a network on images [B, H, W, channels].
+
+    It returns `Outputs`, and the variables with new batch-norm statistics. bn: batch-norm mode, instead of the stage's.
+    """
+
+    def __call__(
+        self, variables: Variables, images: jax.Array, *, net: str = "net", bn: str | None = None
+    ) -> tuple[Any, Variables]: ...
 
 
 class Method(NamedTuple):

@@ -1,4 +1,8 @@
-"""Ways to train, one file each: `create(class_counts [C], *, hyper-parameters) -> ltjax.types.Method`."""
+"""Training methods, one file each: `create(class_counts [C], *, hyper-parameters) -> ltjax.types.Method`."""
+
+from typing import Any
+
+import numpy as np
 
 from ltjax import registry
 from ltjax.types import Method, UserError
@@ -9,14 +13,20 @@ METHODS = {
 }
 
 
-def create(name: str, class_counts, **settings) -> Method:
-    """The method of a stage. class_counts: [C] training images. settings: the method's own, as in a config.
+def create(name: str, class_counts: np.ndarray, **settings: Any) -> Method:
+    """Create the method of a stage.
 
-    Raises: UserError for an unknown name or hyper-parameter, or a value it cannot have.
+    Args:
+      name: One of `METHODS`.
+      class_counts: [C] training images.
+      **settings: Hyper-parameters, as in a config.
+
+    Raises:
+      UserError: The name or a hyper-parameter is unknown, or a value is invalid.
 
     Examples:
       >>> method = methods.create("mislas", np.array([100, 10, 1]), head=0.4, tail=0.1)
-      >>> method.per_class({})["Label smoothing"]  # of each class
+      >>> method.per_class({})["Label smoothing"]
       Array([0.4  , 0.143, 0.1  ], dtype=float32)
     """
     function = registry.load("method", METHODS, name, "create")

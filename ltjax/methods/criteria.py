@@ -1,22 +1,30 @@
-"""Classification losses by the name that a config gives them: the part of a method that other methods share."""
+"""Classification losses by their names in a config, for use in all methods."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ltjax import losses, registry
-from ltjax.types import Batch, UserError
+from ltjax.types import Batch, Settings, UserError
+
+CROSS_ENTROPY: Settings = MappingProxyType({"name": "cross_entropy"})
 
 
 class Criterion(NamedTuple):
-    """`criterion(logits [B, C], batch) -> scalar`, and what it has for each class."""
+    """A loss `criterion(logits [B, C], batch) -> scalar`.
+
+    Attributes:
+      mean: The loss.
+      per_class: {title: [C]}, see `ltjax.types.Method`.
+    """
 
     mean: Callable[[jax.Array, Batch], jax.Array]
-    per_class: dict[str, jax.Array]  # {title: [C]}, see `ltjax.types.Method`
+    per_class: dict[str, jax.Array]
 
     def __call__(self, logits: jax.Array, batch: Batch) -> jax.Array:
         return self.mean(logits, batch)
@@ -64,7 +72,7 @@ CRITERIA: dict[str, Callable] = {
 
 
 def _class_weights(class_counts: np.ndarray, *, kind: str, beta: float = 0.9999) -> jax.Array:
-    """[C]. kind: "effective_number" favours rare classes; "count", n_c / n_max, frequent ones (DRO-LT, stage 2)."""
+    """Compute weights [C]. "effective_number" favours rare classes; "count", n_c / n_max, frequent ones (DRO-LT)."""
     if kind == "effective_number":
         return losses.effective_number_weights(class_counts, beta=beta)
     if kind == "count":
@@ -73,8 +81,8 @@ def _class_weights(class_counts: np.ndarray, *, kind: str, beta: float = 0.9999)
     raise UserError(f"unknown class weights {kind!r}; known: effective_number, count")
 
 
-def class_weights(class_counts: np.ndarray, settings: Mapping[str, Any] | None) -> jax.Array | None:
-    """[C] from {"kind": "effective_number", "beta": ...} or {"kind": "count"}; None for None."""
+def class_weights(class_counts: np.ndarray, settings: Settings | None) -> jax.Array | None:
+    """Compute weights [C] from {"kind": "effective_number", "beta": ...} or {"kind": "count"}; None for None."""
     if settings is None:
         return None
     if not isinstance(settings, Mapping) or "kind" not in settings:
@@ -83,14 +91,17 @@ def class_weights(class_counts: np.ndarray, settings: Mapping[str, Any] | None) 
     return registry.bind("class_weights", _class_weights, settings)(class_counts)
 
 
-def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
-    """The mean loss of a batch, mixed by mixup or not.
+def create(class_counts: np.ndarray, settings: Settings) -> Criterion:
+    """Create the mean loss of a batch, with or without mixup.
 
     Args:
       class_counts: [C] training images.
-      settings: {"name": one of `CRITERIA`, its own settings, optionally "class_weights": {"kind": ..., "beta": ...}}.
-        With class weights w the mean is `sum_i w_yi loss_i / sum_i w_yi` over the batch, as in PyTorch.
-    Raises: UserError (or the loss's ValueError) for a name or setting that is not known.
+      settings: {"name": one of `CRITERIA`, its settings, optionally "class_weights": {"kind": ..., "beta": ...}}. With
+        class weights w, the mean is `sum_i w_yi loss_i / sum_i w_yi` over the batch, as in PyTorch.
+
+    Raises:
+      UserError: The name or a setting is unknown.
+      ValueError: The loss rejects a value.
     """
     if not isinstance(settings, Mapping):
         raise UserError(f"loss = {settings!r}: needs settings, such as {{'name': {str(settings)!r}}}")
@@ -105,9 +116,9 @@ def create(class_counts: np.ndarray, settings: Mapping[str, Any]) -> Criterion:
             values = per_image(logits, labels)  # [B]
             if weights is None:
                 return values.mean()
-            own = jax.nn.one_hot(labels, weights.shape[0], dtype=values.dtype)  # [B, C]
-            own = jnp.matmul(own, weights.astype(values.dtype), precision="highest")  # [B]; else a TPU rounds weights
-            return (own * values).sum() / own.sum()
+            is_label = jax.nn.one_hot(labels, weights.shape[0], dtype=values.dtype)  # [B, C]
+            weight = jnp.matmul(is_label, weights.astype(values.dtype), precision="highest")  # [B]; else TPUs round it
+            return (weight * values).sum() / weight.sum()
 
         return losses.mixed(mean, batch.labels, batch.partner_labels, batch.lam)
 

@@ -1,24 +1,23 @@
-"""Empirical risk minimisation: the mean of a classification loss. Most baselines are this with another loss."""
-
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+"""Empirical risk minimisation: the mean of a classification loss. Most baselines are this with different losses."""
 
 import numpy as np
 
 from ltjax.methods import criteria
-from ltjax.types import Method
+from ltjax.types import Method, Settings
 
 
 def create(
     class_counts: np.ndarray,
     *,
-    loss: Mapping[str, Any] = MappingProxyType({"name": "cross_entropy"}),
+    loss: Settings = criteria.CROSS_ENTROPY,
     net: str = "net",
 ) -> Method:
-    """Cross-entropy, focal, LDAM, balanced softmax, ... with or without class weights and mixup.
+    """Minimise cross-entropy, focal, LDAM, balanced softmax, ..., with or without class weights and mixup.
 
-    loss: see `ltjax.methods.criteria.create`. net: the network that trains, such as the `guide` of BGAT.
+    Args:
+      class_counts: [C].
+      loss: See `ltjax.methods.criteria.create`.
+      net: Network to train, such as the `guide` of BGAT.
     """
     criterion = criteria.create(class_counts, loss)
 

@@ -1,7 +1,8 @@
 """MiSLAS's second stage: label-aware smoothing of the classifier (Zhong et al., CVPR 2021).
 
-The rest of the method is the stage's settings: a frozen backbone whose batch norm goes on seeing class-balanced
-batches (shifted batch norm), a class-aware sampler, and the network's `logit_scale` as learnable weight scaling.
+The rest of the method is in the stage's settings: a frozen backbone whose batch-norm statistics are updated on
+class-balanced batches (shifted batch norm), a class-aware sampler, and the network's `logit_scale` as learnable weight
+scaling.
 """
 
 import numpy as np
@@ -11,6 +12,6 @@ from ltjax.types import Method
 
 
 def create(class_counts: np.ndarray, *, head: float, tail: float, shape: str = "concave", power: float = 1.0) -> Method:
-    """head, tail, shape, power: as in `ltjax.losses.smoothing_by_count`."""
+    """Minimise `ltjax.losses.label_aware_smoothing`. Settings: see `ltjax.losses.smoothing_by_count`."""
     smoothing = dict(name="label_aware_smoothing", head=head, tail=tail, shape=shape, power=power)
     return erm.create(class_counts, loss=smoothing)

@@ -1,32 +1,32 @@
-"""Adversarial training on attacked images alone (Madry et al., ICLR 2018)."""
-
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+"""Adversarial training on attacked images only (Madry et al., ICLR 2018)."""
 
 import numpy as np
 
 from ltjax.methods import adversarial, criteria
-from ltjax.types import Method
+from ltjax.types import Method, Settings
 
 
 def create(
     class_counts: np.ndarray,
     *,
-    loss: Mapping[str, Any] = MappingProxyType({"name": "cross_entropy"}),
-    attack: Mapping[str, Any] = MappingProxyType({}),
+    loss: Settings = criteria.CROSS_ENTROPY,
+    attack: Settings = adversarial.PAPERS_ATTACK,
     awp: float = 0.0,
 ) -> Method:
-    """`loss(f(x_adv), y)`; the attack climbs cross-entropy.
+    """Minimise `loss(f(x_adv), y)`; attack cross-entropy.
 
-    loss: of the labels, see `ltjax.methods.criteria.create`: balanced softmax here is the long tail's robust baseline.
-    attack, awp: see `ltjax.methods.adversarial.create`.
+    Args:
+      class_counts: [C].
+      loss: Classification loss, see `ltjax.methods.criteria.create`. Balanced softmax gives the usual robust baseline
+        for long-tailed data.
+      attack: See `ltjax.methods.adversarial.create`.
+      awp: See `ltjax.methods.adversarial.create`.
     """
     criterion = criteria.create(class_counts, loss)
 
-    def given(apply, variables, batch, images):
+    def loss_of(apply, variables, batch, images):
         outputs, variables = apply(variables, images)
         return criterion(outputs.logits, batch), (variables, {})
 
     shared = dict(attack=attack, awp=awp, per_class=criterion.per_class)
-    return adversarial.create(given, objective=adversarial.cross_entropy, **shared)
+    return adversarial.create(loss_of, objective=adversarial.cross_entropy, **shared)

@@ -1,6 +1,6 @@
-"""ResLT (Cui et al., TPAMI 2022): branches share backbone and classifier, each responsible for fewer, rarer classes.
+"""ResLT (Cui et al., TPAMI 2022): branches share backbone and classifier, and each next one covers only rarer classes.
 
-The network has the branches (`models.create(..., branches=3)`); its prediction is the sum of their logits.
+The network has the branches (`models.create(..., branches=3)`), and its prediction is the sum of their logits.
 """
 
 import numpy as np
@@ -10,11 +10,13 @@ from ltjax.types import Method, UserError
 
 
 def create(class_counts: np.ndarray, *, medium_start: float, tail_start: float | None = None, beta: float) -> Method:
-    """The residual fusion of branches, see `ltjax.losses.residual_fusion`.
+    """Minimise the residual fusion of branches, see `ltjax.losses.residual_fusion`.
 
-    medium_start, tail_start: ranks by count at which the second and the third branch begin, or, below 1, shares of the
-      classes; a network with two branches has no use for tail_start.
-    beta: weight of the branches' own losses against that of their sum, in [0, 1].
+    Args:
+      class_counts: [C].
+      medium_start: First class of the second branch, as a rank by count, or as a share of the classes if below 1.
+      tail_start: First class of the third branch, if the network has one.
+      beta: Weight of the branches' losses against the loss of their sum, in [0, 1].
     """
     if not 0 <= beta <= 1:
         raise UserError(f"method 'reslt': beta = {beta}: from 0 to 1")
@@ -30,13 +32,13 @@ def create(class_counts: np.ndarray, *, medium_start: float, tail_start: float |
     def loss(apply, variables, batch, rng):
         del rng
         outputs, variables = apply(variables, batch.images)
-        have = 0 if outputs.branches is None else len(outputs.branches)
-        if have not in (2, 3) or (have == 3 and tail_start is None):
-            need = "2, or a tail_start" if have == 3 else "2 or 3"
-            raise UserError(f"method 'reslt' needs model.branches = {need}; it is {have}")
+        branches = 0 if outputs.branches is None else len(outputs.branches)
+        if branches not in (2, 3) or (branches == 3 and tail_start is None):
+            allowed = "2, or a tail_start" if branches == 3 else "2 or 3"
+            raise UserError(f"method 'reslt' needs model.branches = {allowed}; it is {branches}")
 
         def fused(labels):
-            return losses.residual_fusion(outputs.branches, labels, masks=masks[:have], beta=beta)
+            return losses.residual_fusion(outputs.branches, labels, masks=masks[:branches], beta=beta)
 
         return losses.mixed(fused, batch.labels, batch.partner_labels, batch.lam), (variables, {})
 

@@ -1,35 +1,37 @@
-"""TRADES: right on clean images, and the same on attacked ones (Zhang et al., ICML 2019)."""
-
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+"""TRADES: classify clean images, and keep the prediction on attacked ones (Zhang et al., ICML 2019)."""
 
 import numpy as np
 
 from ltjax import losses
 from ltjax.methods import adversarial, criteria
-from ltjax.types import Method
+from ltjax.types import Method, Settings
 
 
 def create(
     class_counts: np.ndarray,
     *,
     beta: float = 6.0,
-    loss: Mapping[str, Any] = MappingProxyType({"name": "cross_entropy"}),
-    attack: Mapping[str, Any] = MappingProxyType({}),
+    loss: Settings = criteria.CROSS_ENTROPY,
+    attack: Settings = adversarial.PAPERS_ATTACK,
     awp: float = 0.0,
 ) -> Method:
-    """`loss(f(x), y) + beta KL(f(x) || f(x_adv))`; the attack climbs the KL.
+    """Minimise `loss(f(x), y) + beta KL(f(x) || f(x_adv))`; attack the KL.
 
-    loss: of the labels, see `ltjax.methods.criteria.create`. attack, awp: see `ltjax.methods.adversarial.create`.
-    As in the authors' code f runs on clean images, on attacked ones, and on the clean ones again, whose value is the
-    same: so batch-norm statistics see clean images twice and attacked ones once.
+    As in the authors' code, f runs on clean images, on attacked ones, and on the clean ones again. So batch-norm
+    statistics are updated with clean images twice and with attacked ones once.
+
+    Args:
+      class_counts: [C].
+      beta: Weight of the KL divergence.
+      loss: Classification loss, see `ltjax.methods.criteria.create`.
+      attack: See `ltjax.methods.adversarial.create`.
+      awp: See `ltjax.methods.adversarial.create`.
     """
     if not beta >= 0:
         raise ValueError(f"beta = {beta}: from 0 up")
     criterion = criteria.create(class_counts, loss)
 
-    def given(apply, variables, batch, images):
+    def loss_of(apply, variables, batch, images):
         clean, variables = apply(variables, batch.images)
         attacked, variables = apply(variables, images)
         _, variables = apply(variables, batch.images)
@@ -38,4 +40,4 @@ def create(
         return natural + beta * robust, (variables, {"natural_loss": natural, "robust_loss": robust})
 
     shared = dict(attack=attack, awp=awp, per_class=criterion.per_class)
-    return adversarial.create(given, objective=adversarial.divergence, **shared)
+    return adversarial.create(loss_of, objective=adversarial.divergence, **shared)

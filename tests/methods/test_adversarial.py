@@ -39,7 +39,7 @@ def remembered(old, new):
 
 
 class Toy:
-    """`apply` of the toy network, in a stage whose batch norm trains; it keeps what it was called with."""
+    """`apply` of the toy network in a stage whose batch norm trains. It records its calls."""
 
     def __init__(self):
         self.calls = []  # (net, bn, images, weights)
@@ -113,8 +113,8 @@ def guide(params):
 def smoothed(logits):
     """Label-aware smoothing over all classes, concave: 0.3 for 50 images, 0.1 for 2."""
     amount = jnp.asarray(0.1 + 0.2 * np.sin((COUNTS - 2) * np.pi / 96), jnp.float32)[LABELS][:, None]
-    own = jax.nn.one_hot(LABELS, 3)
-    target = own * (1 - amount) + amount / 3
+    is_label = jax.nn.one_hot(LABELS, 3)
+    target = is_label * (1 - amount) + amount / 3
     return -(target * jax.nn.log_softmax(logits)).sum(-1)
 
 
@@ -163,8 +163,8 @@ every_formula = pytest.mark.parametrize(
 )
 
 
-def assert_close(found, expected, rtol=2e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), found, expected)
+def assert_close(actual, expected, rtol=2e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), actual, expected)
 
 
 @every_formula
@@ -185,7 +185,7 @@ def test_the_pairing_pulls_at_the_guide():
 
 
 @pytest.mark.parametrize("beta", [0.0, 6.0])
-def test_bgat_pairs_with_a_guide_in_evaluation_mode_that_stays(beta):
+def test_bgats_guide_is_in_evaluation_mode_and_does_not_change(beta):
     method, x = create("bgat", beta=beta), attacked(climb_divergence)
     target = network(PARAMS["guide"], IMAGES, STATS["guide"]["mean"])[0]
     toy, loss, after, _ = run(method)
@@ -207,8 +207,8 @@ def test_mixup_attacks_and_trains_on_both_labels():
 
 def test_mixup_reaches_the_guides_loss():
     mixed = Batch(IMAGES, LABELS, PARTNERS, jnp.float32(0.3))
-    own = 0.3 * ce(guide(PARAMS)) + 0.7 * ce(guide(PARAMS), PARTNERS)
-    assert_close(run(create("lbgat"), batch=mixed)[3]["guide_loss"], own.mean())
+    expected = 0.3 * ce(guide(PARAMS)) + 0.7 * ce(guide(PARAMS), PARTNERS)
+    assert_close(run(create("lbgat"), batch=mixed)[3]["guide_loss"], expected.mean())
 
 
 # The attack inside a step.
@@ -219,23 +219,23 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 def attacked_pass(toy):
     """Images of the pass on adversarial ones."""
-    (found,) = [images for net, bn, images, _ in toy.calls if net == "net" and bn is None and images is not IMAGES]
-    return found
+    (actual,) = [images for net, bn, images, _ in toy.calls if net == "net" and bn is None and images is not IMAGES]
+    return actual
 
 
 @every_method
 @pytest.mark.parametrize("start", ["gaussian", "uniform", "none"])
 def test_attacked_images_stay_in_the_ball_and_the_box(name, start):
     attack = dict(epsilon="51/255", step_size=0.15, num_steps=3, start=start, start_scale=0.1)
-    found = attacked_pass(run(create(name, attack=attack))[0])
-    assert np.abs(found - IMAGES).max() == pytest.approx(0.2, abs=1e-6)
-    assert found.min() >= 0 and found.max() <= 1
+    actual = attacked_pass(run(create(name, attack=attack))[0])
+    assert np.abs(actual - IMAGES).max() == pytest.approx(0.2, abs=1e-6)
+    assert actual.min() >= 0 and actual.max() <= 1
 
 
 def test_an_l2_ball_is_kept():
     attack = dict(epsilon=0.3, step_size=0.2, num_steps=3, norm="l2")
-    found = attacked_pass(run(create("pgd_at", attack=attack))[0])
-    lengths = np.sqrt(np.square(found - IMAGES).sum((1, 2, 3)))
+    actual = attacked_pass(run(create("pgd_at", attack=attack))[0])
+    lengths = np.sqrt(np.square(actual - IMAGES).sum((1, 2, 3)))
     assert 0.2 < lengths.max() < 0.3 + 1e-6
 
 
@@ -280,7 +280,7 @@ def test_the_logged_parts_make_up_the_loss(name):
 
 
 def moved(formula, x, awp=0.05):
-    """Parameters where each kernel of the net has moved along the gradient, by a share of its own length."""
+    """Move each kernel of the net along the gradient, by a share of its length."""
     gradient = jax.grad(formula)(PARAMS, x)["net"]
     kernels = {
         name: w + awp * jnp.linalg.norm(w) * gradient[name] / jnp.linalg.norm(gradient[name])
@@ -293,10 +293,10 @@ def moved(formula, x, awp=0.05):
 @every_formula
 def test_awp_takes_the_loss_and_its_gradient_at_moved_kernels(name, settings, objective, formula):
     method, x = create(name, awp=0.05, **settings), attacked(objective)
-    there = moved(formula, x)
+    moved_params = moved(formula, x)
     _, loss, after, _ = run(method)
-    assert_close(loss, formula(there, x), rtol=1e-4)
-    assert_close(gradient_of(method), jax.grad(formula)(there, x), rtol=2e-3)
+    assert_close(loss, formula(moved_params, x), rtol=1e-4)
+    assert_close(gradient_of(method), jax.grad(formula)(moved_params, x), rtol=2e-3)
     assert_close(after.params, PARAMS, rtol=0)
 
 
@@ -313,7 +313,7 @@ def test_awp_moves_kernels_by_its_share_of_their_length_and_nothing_else():
 
 
 @every_method
-def test_awp_of_0_is_none(name):
+def test_awp_of_0_changes_nothing(name):
     with_0, without = create(name, awp=0.0), create(name)
     assert_close(gradient_of(with_0), gradient_of(without), rtol=0)
     assert len(run(with_0)[0].calls) == len(run(without)[0].calls)

@@ -71,18 +71,18 @@ def expected_weights(kind, beta=None):
 def test_class_weights_are_pytorchs_weighted_mean(name, weighting):
     """`reduction="mean"` with `weight`: sum of w l over sum of w, over the batch."""
     one_each = [float(create(name)(LOGITS[i : i + 1], batch(LABELS[i : i + 1]))) for i in range(len(LABELS))]
-    own = expected_weights(**weighting)[np.asarray(LABELS)]
+    weights = expected_weights(**weighting)[np.asarray(LABELS)]
     ours = create(name, class_weights=weighting)(LOGITS, batch())
-    np.testing.assert_allclose(ours, (own * one_each).sum() / own.sum(), rtol=1e-5)
+    np.testing.assert_allclose(ours, (weights * one_each).sum() / weights.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("weighting", [None, *WEIGHTS], ids=lambda w: w["kind"] if w else "unweighted")
 @each_criterion
 def test_mixup_combines_the_losses_of_both_labels(name, weighting):
     criterion = create(name, class_weights=weighting)
-    own, partners = criterion(LOGITS, batch()), criterion(LOGITS, batch(PARTNERS))
+    labels, partners = criterion(LOGITS, batch()), criterion(LOGITS, batch(PARTNERS))
     mixed = criterion(LOGITS, batch(partner_labels=PARTNERS, lam=jnp.float32(0.3)))
-    np.testing.assert_allclose(mixed, 0.3 * own + 0.7 * partners, rtol=1e-5)
+    np.testing.assert_allclose(mixed, 0.3 * labels + 0.7 * partners, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name, settings", [("erm", {}), ("mislas", {"head": 0.4, "tail": 0.1})])

@@ -41,7 +41,7 @@ def create(**settings):
 
 
 def loss_of(method, *, margins=None, weights=WEIGHTS, batch=BATCH):
-    """The method's loss and metrics. margins: instead of the initial ones, where they are parameters."""
+    """Compute the method's loss and metrics. margins: replace the initial ones if they are parameters."""
     extra, _ = method.init(jax.random.key(0))
     if margins is not None:
         assert extra["margins"].shape == margins.shape
@@ -79,7 +79,7 @@ def test_learned_margins_are_parameters_of_each_layer_and_class(radius, layers):
 
 
 @pytest.mark.parametrize("radius", ["shared", "by_count"])
-def test_fixed_margins_are_no_parameters(radius):
+def test_fixed_margins_are_not_parameters(radius):
     assert create(radius=radius).init(jax.random.key(0)) == ({}, {})
 
 
@@ -101,11 +101,11 @@ def test_the_temperature_reaches_the_bound():
     np.testing.assert_allclose(metrics["robust_loss"], bound("stage3", 1.0, temperature=0.5), rtol=1e-6)
 
 
-def test_without_a_loss_of_its_own_cross_entropy_is_weighted_by_count():
+def test_the_default_loss_is_cross_entropy_weighted_by_count():
     _, metrics = loss_of(create())
     logits = apply(Variables({"net": WEIGHTS}, {}, {}), BATCH.images)[0].logits
-    own = COUNTS[np.asarray(BATCH.labels)] / 9
-    expected = (own * losses.cross_entropy(logits, BATCH.labels)).sum() / own.sum()
+    weights = COUNTS[np.asarray(BATCH.labels)] / 9
+    expected = (weights * losses.cross_entropy(logits, BATCH.labels)).sum() / weights.sum()
     np.testing.assert_allclose(metrics["classification_loss"], expected, rtol=1e-5)
 
 
@@ -121,7 +121,7 @@ def test_every_layer_contributes_its_gradient_and_so_does_the_classification():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, jax.grad(expected)(WEIGHTS))
 
 
-def test_each_layer_has_margins_of_its_own():
+def test_each_layer_has_its_own_margins():
     margins = jnp.asarray([[0.1, 0.2, 0.3], [0.6, 0.5, 0.4]], jnp.float32)
     _, metrics = loss_of(create(layers=LAYERS), margins=margins)
     expected = bound("stage2", margins[0]) + bound("stage3", margins[1])

@@ -1,4 +1,4 @@
-"""LBGAT against the authors' code: tests/golden/lbgat_step.npz, made in float64; its source is in the README there."""
+"""LBGAT against the authors' code: tests/golden/lbgat_step.npz, computed in float64; see the README there."""
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,10 @@ def pair(request, golden):
     dtype, numbers = request.param, golden("lbgat_step")
     with jax.enable_x64(dtype == "float64"), optimised_programs():
         net = models.create("wide_resnet", 100, depth=10, width=1, dtype=dtype)
-        found = {ours: import_state_dict(of(numbers, f"init/{theirs}."), net) for ours, theirs in NETS.items()}
+        imported = {ours: import_state_dict(of(numbers, f"init/{theirs}."), net) for ours, theirs in NETS.items()}
         variables = Variables(
-            {name: each.params["net"] for name, each in found.items()},
-            {name: each.stats["net"] for name, each in found.items()},
+            {name: each.params["net"] for name, each in imported.items()},
+            {name: each.stats["net"] for name, each in imported.items()},
             {},
         )
         variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
@@ -47,7 +47,7 @@ def is_double(batch):
 
 
 def test_the_attack_finds_the_authors_images(pair):
-    """In float32 the sign of a tiny gradient turns a pixel around, so there the KL that is reached is compared."""
+    """In float32 rounding flips signs of tiny gradients, so only the resulting KL is compared."""
     numbers, apply, variables, batch = pair
 
     def predict(images):
@@ -56,12 +56,12 @@ def test_the_attack_finds_the_authors_images(pair):
     natural = predict(batch.images)
     start = batch.images + float(numbers["noise_scale"]) * jnp.asarray(numbers["start_noise"], batch.images.dtype)
     settings = dict(epsilon=float(numbers["epsilon"]), step_size=float(numbers["step_size"]), num_steps=10)
-    found = jax.jit(
+    actual = jax.jit(
         lambda start: attacks.pgd(batch.images, start, lambda x: losses.kl_divergence(natural, predict(x)), **settings)
     )(start)
     if is_double(batch):
-        np.testing.assert_allclose(found, numbers["adversarial_images"], atol=1e-6)
-    reached = losses.kl_divergence(natural, predict(found)).sum()
+        np.testing.assert_allclose(actual, numbers["adversarial_images"], atol=1e-6)
+    reached = losses.kl_divergence(natural, predict(actual)).sum()
     np.testing.assert_allclose(reached, numbers["attack_objective"], rtol=1e-9 if is_double(batch) else 0.01)
 
 
@@ -83,22 +83,22 @@ def test_loss_gradients_and_statistics_are_the_authors(pair, beta, monkeypatch):
     compared = 0
     for ours, theirs in NETS.items():
         stored = of(numbers, f"beta{beta}/grad/{theirs}."), of(numbers, f"beta{beta}/stats/{theirs}.")
-        found = optim.flatten(gradients[ours]), optim.flatten(after.stats[ours])
-        for values, known in zip(found, stored, strict=True):
+        flat = optim.flatten(gradients[ours]), optim.flatten(after.stats[ours])
+        for values, known in zip(flat, stored, strict=True):
             for name, wanted in known.items():
-                own = np.asarray(values[path_of(name)])
+                value = np.asarray(values[path_of(name)])
                 wanted = wanted.transpose(2, 3, 1, 0) if wanted.ndim == 4 else wanted.T
-                np.testing.assert_allclose(own, wanted, atol=close * np.abs(wanted).max(), rtol=0, err_msg=name)
+                np.testing.assert_allclose(value, wanted, atol=close * np.abs(wanted).max(), rtol=0, err_msg=name)
                 compared += 1
     assert compared == 2 * (9 + 6)
 
 
 def path_of(name):
-    """Our path of one of the authors' names."""
+    """Return our path of an authors' name."""
     *block, layer, leaf = name.split(".")
     where = f"stage{block[0][-1]}_block1/" if block else ""
     if layer == "fc":
         return "classifier/" + {"weight": "kernel", "bias": "bias"}[leaf]
     kind, number = layer[:-1], layer[-1] if block else ""
-    own = {"conv": {"weight": "kernel"}, "bn": {"weight": "scale", "running_mean": "mean", "running_var": "var"}}
-    return f"backbone/{where}{'norm' if kind == 'bn' else 'conv'}{number}/{own[kind][leaf]}"
+    leaves = {"conv": {"weight": "kernel"}, "bn": {"weight": "scale", "running_mean": "mean", "running_var": "var"}}
+    return f"backbone/{where}{'norm' if kind == 'bn' else 'conv'}{number}/{leaves[kind][leaf]}"

@@ -1,4 +1,4 @@
-"""What each class has of its own in a method, which the report shows: learned margins, or values set by count."""
+"""Values of each class that the report shows: learned margins, or values set by count."""
 
 import jax
 import numpy as np
@@ -17,33 +17,33 @@ def per_class(name, **settings):
 
 
 def test_label_aware_smoothing_is_set_by_count():
-    (found,) = per_class("mislas", head=0.4, tail=0.1).values()
-    np.testing.assert_array_equal(found, losses.smoothing_by_count(COUNTS, head=0.4, tail=0.1))
+    (actual,) = per_class("mislas", head=0.4, tail=0.1).values()
+    np.testing.assert_array_equal(actual, losses.smoothing_by_count(COUNTS, head=0.4, tail=0.1))
 
 
-def test_class_weights_stand_beside_what_the_loss_has():
-    found = per_class("erm", loss={**LDAM, "class_weights": {"kind": "count"}})
-    assert list(found) == ["LDAM's margin", "Class weight"]
-    np.testing.assert_array_equal(found["LDAM's margin"], losses.ldam_margins(COUNTS, max_margin=0.3))
-    np.testing.assert_allclose(found["Class weight"], COUNTS / 100, rtol=1e-6)
+def test_class_weights_are_added_to_the_values_of_the_loss():
+    actual = per_class("erm", loss={**LDAM, "class_weights": {"kind": "count"}})
+    assert list(actual) == ["LDAM's margin", "Class weight"]
+    np.testing.assert_array_equal(actual["LDAM's margin"], losses.ldam_margins(COUNTS, max_margin=0.3))
+    np.testing.assert_allclose(actual["Class weight"], COUNTS / 100, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     "name, key", [("pgd_at", "loss"), ("trades", "loss"), ("alp", "loss"), ("lbgat", "guide_loss")]
 )
-def test_adversarial_training_has_what_its_loss_has(name, key):
+def test_adversarial_training_has_the_values_of_its_loss(name, key):
     assert list(per_class(name, **{key: LDAM})) == ["LDAM's margin"]
 
 
 @pytest.mark.parametrize("name, settings", [("erm", {}), ("bgat", {}), ("reslt", {"medium_start": 0.5, "beta": 0.9})])
-def test_plain_cross_entropy_has_nothing(name, settings):
+def test_plain_cross_entropy_has_no_values(name, settings):
     assert per_class(name, **settings) == {}
 
 
 def margins(values, **settings):
-    """DRO-LT's, where training has made `values` of them, [L, C]."""
-    found = methods.create("drolt", COUNTS, **settings).per_class({"margins": np.asarray(values, np.float32)})
-    return {title: np.asarray(own) for title, own in found.items() if title.startswith("DRO-LT's")}
+    """DRO-LT's margins after training has changed them to `values` [L, C]."""
+    actual = methods.create("drolt", COUNTS, **settings).per_class({"margins": np.asarray(values, np.float32)})
+    return {title: np.asarray(margin) for title, margin in actual.items() if title.startswith("DRO-LT's")}
 
 
 def test_a_learned_margin_of_drolt_is_never_below_zero_but_as_in_the_authors_code():
@@ -53,13 +53,13 @@ def test_a_learned_margin_of_drolt_is_never_below_zero_but_as_in_the_authors_cod
 
 
 def test_every_layer_of_drolt_has_its_margins():
-    found = margins([[1, 2, 3, 4], [5, 6, 7, 8]], layers=("stage2", "stage3"))
-    assert {title: own.tolist() for title, own in found.items()} == {
+    actual = margins([[1, 2, 3, 4], [5, 6, 7, 8]], layers=("stage2", "stage3"))
+    assert {title: margin.tolist() for title, margin in actual.items()} == {
         "DRO-LT's margin, stage2": [1, 2, 3, 4],
         "DRO-LT's margin, stage3": [5, 6, 7, 8],
     }
 
 
 def test_a_radius_by_count_is_that_of_the_count():
-    (found,) = margins([], radius="by_count", radius_size=0.5).values()
-    np.testing.assert_allclose(found, 1 / np.sqrt(COUNTS), rtol=1e-6)
+    (actual,) = margins([], radius="by_count", radius_size=0.5).values()
+    np.testing.assert_allclose(actual, 1 / np.sqrt(COUNTS), rtol=1e-6)

@@ -32,9 +32,9 @@ def cross_entropy(logits, labels):
 def expected_loss(responsible, beta):
     """responsible: the classes of each branch."""
     pairs = [np.isin(LABELS, classes) for classes in responsible]
-    own = sum(cross_entropy(LOGITS[r], LABELS)[member].sum() for r, member in enumerate(pairs)) / np.sum(pairs)
+    branch = sum(cross_entropy(LOGITS[r], LABELS)[member].sum() for r, member in enumerate(pairs)) / np.sum(pairs)
     fused = cross_entropy(LOGITS[: len(responsible)].sum(0), LABELS).mean()
-    return beta * own + (1 - beta) * fused
+    return beta * branch + (1 - beta) * fused
 
 
 BRANCHES = [
@@ -46,7 +46,7 @@ BRANCHES = [
 
 @pytest.mark.parametrize("beta", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("starts, responsible", BRANCHES, ids=["three", "two", "two, none given"])
-def test_branches_answer_for_all_for_medium_and_tail_and_for_tail(starts, responsible, beta):
+def test_branches_cover_all_then_medium_and_tail_then_tail(starts, responsible, beta):
     method = methods.create("reslt", COUNTS, beta=beta, **starts)
     ours = loss_of(method, len(responsible))
     np.testing.assert_allclose(ours, expected_loss(responsible, beta), rtol=1e-5)
@@ -96,16 +96,16 @@ def test_a_network_with_other_branches_is_refused(have, starts, wanted):
     assert str(raised.value) == f"method 'reslt' needs model.branches = {wanted}; it is {have}"
 
 
-def test_a_network_of_two_branches_has_no_tail_of_its_own():
+def test_two_branches_ignore_tail_start():
     """`tail_start` of a config for three branches may stay."""
     net = models.create("resnet_cifar", 5, depth=8, width=4, branches=2)
     variables = stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0))
     batch = Batch(jax.random.uniform(jax.random.key(1), (4, 8, 8, 3)), jnp.array([0, 1, 3, 4]))
-    apply, found = stage.make_apply({"net": net}, "eval"), []
+    apply, actual = stage.make_apply({"net": net}, "eval"), []
     for settings in ({}, {"tail_start": 3}):
         method = methods.create("reslt", COUNTS, beta=0.9, medium_start=1, **settings)
-        found.append(float(method.loss(apply, variables, batch, jax.random.key(0))[0]))
+        actual.append(float(method.loss(apply, variables, batch, jax.random.key(0))[0]))
     outputs, _ = apply(variables, batch.images)
     masks = losses.branch_masks(COUNTS, medium_start=1, tail_start=5)[:2]
     expected = losses.residual_fusion(outputs.branches, batch.labels, masks=masks, beta=0.9)
-    np.testing.assert_allclose(found, [float(expected)] * 2, rtol=1e-6)
+    np.testing.assert_allclose(actual, [float(expected)] * 2, rtol=1e-6)
