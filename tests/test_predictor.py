@@ -1,4 +1,4 @@
-"""A model as a function of images: what it takes, what it refuses, and that it is its network."""
+"""A model as a function of images: accepted and refused inputs, and outputs equal to its network's."""
 
 import json
 import math
@@ -24,13 +24,13 @@ CLASSES = 4
 
 
 def variables(seed=0, classes=CLASSES):
-    """A network and random variables, by NumPy: XLA takes seconds to compile an initialisation."""
+    """Make a network and random variables, by NumPy because XLA takes seconds to compile an initialisation."""
     settings = {**SETTINGS, "mean": (0.3,), "std": (0.4,)}
     net, rng = models.create(settings.pop("name"), classes, **settings), np.random.default_rng(seed)
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    made = jax.tree.map(lambda x: rng.uniform(0.1, 0.5, x.shape).astype(x.dtype), shapes)
-    made["params"] = jax.tree.map(lambda x: x - np.float32(0.3), made["params"])
-    return net, Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {})
+    collections = jax.tree.map(lambda x: rng.uniform(0.1, 0.5, x.shape).astype(x.dtype), shapes)
+    collections["params"] = jax.tree.map(lambda x: x - np.float32(0.3), collections["params"])
+    return net, Variables({"net": collections["params"]}, {"net": collections["batch_stats"]}, {})
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def expected_logits(net, images):
 
 @pytest.mark.parametrize("size", [0, 1, 16, 37])
 def test_any_number_of_images_has_the_logits_of_the_network(model, net, size):
-    found = model.logits(pixels(size))
-    assert found.shape == (size, CLASSES)
+    actual = model.logits(pixels(size))
+    assert actual.shape == (size, CLASSES)
     if size:
-        np.testing.assert_allclose(found, expected_logits(net, pixels(size)), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actual, expected_logits(net, pixels(size)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_call_gives_probabilities_at_the_temperature(model):
@@ -90,7 +90,7 @@ def test_its_network_has_gradients(model):
         (np.full((2, 8, 8, 1), np.nan, np.float32), r"from nan to nan"),
     ],
 )
-def test_what_it_cannot_take_is_described(model, images, message):
+def test_invalid_images_are_described(model, images, message):
     with pytest.raises(UserError, match=message):
         model(images)
 
@@ -101,16 +101,16 @@ def test_classes_without_names_have_numbers(model):
 
 def test_a_folder_of_weights_is_loaded_in_our_order_of_classes(net, tmp_path):
     save_weights(tmp_path, net[1], SETTINGS, num_classes=CLASSES, class_order=(2, 0, 3, 1))
-    found = ltjax.load(tmp_path).logits(pixels(3))
-    np.testing.assert_allclose(found[:, [2, 0, 3, 1]], expected_logits(net, pixels(3)), rtol=1e-5, atol=1e-5)
+    actual = ltjax.load(tmp_path).logits(pixels(3))
+    np.testing.assert_allclose(actual[:, [2, 0, 3, 1]], expected_logits(net, pixels(3)), rtol=1e-5, atol=1e-5)
 
 
 def workdir(folder, *, replicas=1, step=7, **changes):
-    """A run's folder with random weights, and the variables in it."""
+    """Write a run's folder with random weights, and return its variables."""
     own = [variables(seed, classes=10)[1] for seed in range(replicas)]
-    both = jax.tree.map(lambda *leaves: np.stack(leaves), *own) if replicas > 1 else own[0]
+    all_variables = jax.tree.map(lambda *leaves: np.stack(leaves), *own) if replicas > 1 else own[0]
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "checkpoints" / "ce" / str(step) / "state", TrainState(step, 0, both, {}))
+        checkpointer.save(folder / "checkpoints" / "ce" / str(step) / "state", TrainState(step, 0, all_variables, {}))
     model = {"model.logit_scale": False, "model.mean": (0.3,), "model.std": (0.4,), "model.width": 2}
     write_json(folder / "config.json", tiny_config(**{"stages": ("ce",), "replicas": replicas, **model, **changes}))
     return own
@@ -125,18 +125,18 @@ def test_a_run_is_loaded_without_its_data(tmp_path):
     assert model.about == "Cross-entropy, step 7 of stage ce"
 
 
-def test_another_size_of_images_keeps_the_share_that_the_crop_shows(tmp_path):
+def test_another_image_size_keeps_the_share_of_the_crop(tmp_path):
     workdir(tmp_path, **{"data.name": "image_folder", "data.root": "/nowhere", "data.profile": "natural"})
     view = ltjax.load(tmp_path, image_size=448).view
     assert (view.size, view.resize) == (448, 512)
 
 
-def test_each_replica_is_a_model_of_its_own_with_its_own_temperature(tmp_path):
-    both = workdir(tmp_path, replicas=2)
+def test_each_replica_has_its_weights_and_its_temperature(tmp_path):
+    all_variables = workdir(tmp_path, replicas=2)
     fitted = {"stage": "ce", "step": 7, "replicas": [{"temperature": 1.5}, {"temperature": 2.5}]}
     write_json(tmp_path / TEMPERATURE, fitted)
     images = np.zeros((1, 28, 28, 1), np.uint8)
-    for replica, own in enumerate(both):
+    for replica, own in enumerate(all_variables):
         model = ltjax.load(tmp_path, replica=replica)
         net = variables(classes=10)[0]
         np.testing.assert_allclose(model.logits(images), expected_logits((net, own), images), rtol=1e-4, atol=1e-5)
@@ -169,14 +169,14 @@ def test_a_temperature_is_a_number_above_0(tmp_path, net, temperature):
         ltjax.load(tmp_path, temperature=temperature)
 
 
-def test_imported_weights_are_loaded_as_the_evaluation_would_judge_them(tmp_path):
+def test_imported_weights_are_loaded_as_they_are_evaluated(tmp_path):
     net, own = variables(classes=10)
     save_weights(tmp_path / "w", own, SETTINGS, num_classes=10)
     config, empty = tiny_config(weights=str(tmp_path / "w")), tmp_path / "run"
     empty.mkdir()
     write_json(empty / "eval.json", {"class_names": list("abcdefghij")})
-    kept = {**imported_key(str(tmp_path / "w")), "replicas": [{"temperature": 1.5}]}
-    write_json(empty / TEMPERATURE, kept)
+    fitted = {**imported_key(str(tmp_path / "w")), "replicas": [{"temperature": 1.5}]}
+    write_json(empty / TEMPERATURE, fitted)
     model = load_as_configured(config, empty)
     assert (model.class_names, model.temperature, model.image_size) == (tuple("abcdefghij"), 1.5, 28)
     images = np.zeros((1, 28, 28, 1), np.uint8)
@@ -191,7 +191,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         ltjax.load(tmp_path)
 
 
-def test_the_size_of_images_in_memory_is_theirs():
+def test_the_known_side_is_that_of_the_images():
     images = data.load("fashion_mnist_lt").test_images
     assert images.shape[1:3] == (data.SIDES["fashion_mnist_lt"],) * 2
     assert set(data.SIDES) <= set(data.SOURCES)

@@ -1,11 +1,11 @@
-"""Weights of a run, or of a folder of weights, for others to use.
+"""Export the weights of a run, or of a folder of weights.
 
     python -m ltjax.interop.export WORKDIR_OR_WEIGHTS --format=safetensors --out=net.safetensors
     python -m ltjax.interop.export WORKDIR_OR_WEIGHTS --format=stablehlo --image_size=32 --out=net.stablehlo
 
 `state_dict` (a file of `torch.save`; needs PyTorch) and `safetensors` have PyTorch's names, see
-`ltjax.interop.torch.export_state_dict`; `weights` is a folder for `config.weights`; `stablehlo` is the whole network as
-one file, for cpu, cuda and tpu and batches of any size, which needs jax and nothing of ltjax:
+`ltjax.interop.torch.export_state_dict`. `weights` is a folder for `config.weights`. `stablehlo` is the whole network in
+one file, for cpu, cuda and tpu and batches of any size; it needs jax, but not ltjax:
 
     import jax.export, pathlib
     file = bytearray(pathlib.Path("net.stablehlo").read_bytes())
@@ -13,8 +13,8 @@ one file, for cpu, cuda and tpu and batches of any size, which needs jax and not
     logits = network(images)  # float32 [b, H, W, channels] in [0, 1] -> [b, num_classes]
     print(logits.argmax(-1))
 
-Of a run, the network is that of the newest checkpoint of its last stage, as its evaluation has it. Outputs of a
-`stablehlo` are in the order of our classes; the other formats keep a folder's own order.
+The network of a run is that of the newest checkpoint of its last stage, as it is evaluated. Outputs of a `stablehlo`
+are in the order of our classes; the other formats keep a folder's order.
 """
 
 import argparse
@@ -39,9 +39,12 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
-    """The weights in a folder of weights, or those that a run has come to. Needs no data set.
+    """Read a folder of weights, or the newest weights of a run. Needs no data set.
 
-    net: "net", or "guide" where the run trains one. replica: which, of a run with several.
+    Args:
+      source: Folder or workdir.
+      net: "net", or "guide" if the run trains one.
+      replica: Which one, if the run has several.
     """
     source = local(source)
     if (source / DESCRIPTION).is_file():
@@ -50,16 +53,23 @@ def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
 
 
 def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
-    """A network with its weights as one `jax.export` artifact.
+    """Export a network with its weights as one `jax.export` artifact.
 
     It maps images float32 [b, H, W, channels] in [0, 1] to logits [b, num_classes], in the order of our classes, for
-    any b, on cpu, cuda and tpu, in this version of JAX or a newer one. image_size: H and W.
+    any b, on cpu, cuda and tpu, in this version of JAX or a newer one.
+
+    Args:
+      weights: To export.
+      image_size: H and W.
+
+    Raises:
+      UserError: The package flatbuffers is missing.
 
     Examples:
       >>> from jax.export import deserialize
-      >>> network = dict(name="resnet_cifar", depth=8, width=2)
-      >>> made = models.create(num_classes=3, **network).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-      >>> weights = Weights(Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {}), network, 3)
+      >>> settings = dict(name="resnet_cifar", depth=8, width=2)
+      >>> net = models.create(num_classes=3, **settings).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> weights = Weights(Variables({"net": net["params"]}, {"net": net["batch_stats"]}, {}), settings, 3)
       >>> file = export.stablehlo(weights, (8, 8))
       >>> deserialize(bytearray(file)).call(jnp.zeros((2, 8, 8, 3))).shape
       (2, 3)
@@ -67,17 +77,16 @@ def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
     from jax import export
 
     weights = in_our_order(weights)
-    settings: dict[str, Any] = {**weights.settings, "platform": "gpu"}  # whose convolution is that of all platforms
+    settings: dict[str, Any] = {**weights.settings, "platform": "gpu"}  # its convolution works everywhere
     model = models.create(settings.pop("name"), weights.num_classes, **settings)
     params, stats = weights.variables.params["net"], weights.variables.stats["net"]
-    channels = params["backbone"]["conv"]["kernel"].shape[2]
 
     def network(images):
         outputs: Any = model.apply({"params": params, "batch_stats": stats}, images, False)
         return outputs.logits
 
     (batch,) = export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *image_size, channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, *image_size, models.input_channels(params)), jnp.float32)
     exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
     try:
         return bytes(exported.serialize())
@@ -86,7 +95,7 @@ def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
 
 
 def write(weights: Weights, kind: str, out: Path, image_size: tuple[int, int] | None = None) -> None:
-    """Write weights in one of `FORMATS`. image_size: H and W, for "stablehlo"."""
+    """Write weights to `out` in a format of `FORMATS`. image_size: H and W, for "stablehlo"."""
     if kind == "weights":
         shape = dict(num_classes=weights.num_classes, class_order=weights.class_order)
         save_weights(out, weights.variables, weights.settings, **shape)
@@ -101,8 +110,8 @@ def write(weights: Weights, kind: str, out: Path, image_size: tuple[int, int] | 
     model = models.create(settings.pop("name"), weights.num_classes, **settings)
     state_dict = export_state_dict(weights.variables, model)
     if kind == "safetensors":
-        about = {"model": weights.settings, "class_order": weights.class_order}
-        save_file(state_dict, out, {"format": "pt", "ltjax": json.dumps(about)})
+        metadata = {"model": weights.settings, "class_order": weights.class_order}
+        save_file(state_dict, out, {"format": "pt", "ltjax": json.dumps(metadata)})
         return
     try:
         import torch  # pyrefly: ignore[missing-import]
@@ -121,7 +130,7 @@ def _image_size(text: str) -> tuple[int, int] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
+    """Run the command line, and return the exit code: 0, or 2 after one line `error: ...` on stderr."""
     parser = Parser(
         prog="python -m ltjax.interop.export",
         description=__doc__,
@@ -133,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="file to write; for weights, a folder")
     parser.add_argument("--image_size", default="", help="SIDE or HEIGHTxWIDTH, for stablehlo")
     parser.add_argument("--net", default="net", help="net (default) or guide")
-    parser.add_argument("--replica", type=int, default=0, help="which, of a run with several; default: 0")
+    parser.add_argument("--replica", type=int, default=0, help="which, if the run has several; default: 0")
     try:
         args = parser.parse_args(argv)
         image_size = _image_size(args.image_size)

@@ -1,25 +1,33 @@
-"""What PyTorch's networks and ours call the same thing: one table, read in both directions."""
+"""Names of PyTorch's networks and ours: one table for both directions."""
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from flax import linen as nn
 
 PREFIXES = r"(?:(?:module|model|_orig_mod)\.)*"  # of wrappers, and of the backbone in MiSLAS's and ResLT's networks
-_BLOCK = r"(?:layer(?P<stage>\d)|block(?P<wide_stage>\d)\.layer)\.(?P<block>\d+)\."  # the latter in wide ResNets
+_BLOCK = r"(?:layer(?P<stage>\d)|block(?P<wide_stage>\d)\.layer)\.(?P<block>\d+)\."  # the second in wide ResNets
 _OURS = "backbone/stage{stage}_block{block}/"
-# What a state_dict may hold and a network has no use for: the batches PyTorch has counted; a stage that the class of
-# LBGAT's wide ResNets holds and never uses; the margins that DRO-LT learns, which are its loss's.
+# Names without use for a network: PyTorch's batch counts, the unused stage of LBGAT's wide ResNets, and DRO-LT's
+# margins.
 IGNORED = r"(?:.*\.)?num_batches_tracked|sub_block1\..*|(?:.*\.)?(?:learnable_)?epsilons"
 
 
 class Rule(NamedTuple):
-    theirs: str  # regular expression for a module's name without `PREFIXES`
+    """Names of one module or several.
+
+    Attributes:
+      theirs: Regular expression for PyTorch's names without `PREFIXES`.
+      ours: Our path.
+      exported: PyTorch's name in an export.
+      exceptions: {family of backbones: name in an export}, see `ltjax.models`.
+    """
+
+    theirs: str
     ours: str
-    written: str  # the name that an export gives it
-    families: Mapping[str, str] = {}  # where that differs, by the kind of backbone
+    exported: str
+    exceptions: Mapping[str, str] = {}
 
 
 RULES = (
@@ -45,7 +53,7 @@ RULES = (
         {"wide_resnet": "block{stage}.layer.{block}.convShortcut", "preact_resnet": "layer{stage}.{block}.shortcut.0"},
     ),
     Rule(_BLOCK + r"(?:shortcut|downsample)\.1", _OURS + "shortcut_norm", "layer{stage}.{block}.downsample.1"),
-    Rule(r"block\.conv(?P<n>\d)", "block/conv{n}", "block.conv{n}"),  # MiSLAS's further block for Places-LT
+    Rule(r"block\.conv(?P<n>\d)", "block/conv{n}", "block.conv{n}"),  # MiSLAS's extra block for Places-LT
     Rule(r"block\.bn(?P<n>\d)", "block/norm{n}", "block.bn{n}"),
     Rule(r"BNH", "branches/norm1", "BNH"),  # ResLT's head, medium and tail branch
     Rule(r"BNM", "branches/norm2", "BNM"),
@@ -55,17 +63,17 @@ RULES = (
     Rule(r"(?:classifier\.)?(?:fc|linear)", "classifier", "fc", {"resnet_cifar": "linear", "preact_resnet": "linear"}),
 )
 LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-_WRITTEN = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_EXPORTED = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 SCALE = "lws_model.learned_norm"  # MiSLAS's, [1, C]
 
 
 def bare(key: str) -> str:
-    """A name without what wrappers put before it."""
+    """Remove the prefixes of wrappers from a name."""
     return re.sub(f"^{PREFIXES}", "", key)
 
 
 def path_of(key: str, ndim: int) -> str | None:
-    """Our path ("backbone/conv/kernel") of a bare PyTorch name, or None. ndim: of its array."""
+    """Return our path ("backbone/conv/kernel") of a bare PyTorch name, or None. ndim: of its array."""
     if key.removeprefix("lws_model.") == "learned_norm":
         return "logit_scale"
     name, _, leaf = key.rpartition(".")
@@ -82,34 +90,32 @@ def path_of(key: str, ndim: int) -> str | None:
 
 
 def branches_by_shape(unplaced: dict[str, np.ndarray], width: int) -> dict[str, str]:
-    """{name: our path} of a 1x1 convolution to several times `width` channels and the batch norm after it.
+    """Find ResLT's branches for large images by their shapes: {name: our path}.
 
-    The modules of ResLT's branches for large images have been given several names; they are known by being the only
-    ones left. None where more or less is left than one of each.
+    Their modules have different names in different checkpoints. They are the only ones left: a 1x1 convolution from
+    `width` channels and its batch norm. If anything else is left, the result is empty.
     """
     convolutions = [key for key, value in unplaced.items() if value.ndim == 4]
     if len(convolutions) != 1 or (convolution := unplaced[convolutions[0]]).shape[1:] != (width, 1, 1):
         return {}
-    found = {convolutions[0]: "branches/conv/kernel"}
-    for key in unplaced.keys() - found.keys():
+    paths = {convolutions[0]: "branches/conv/kernel"}
+    for key in unplaced.keys() - paths.keys():
         leaf = key.rpartition(".")[2]
         if leaf in LEAVES and unplaced[key].shape == convolution.shape[:1]:
-            found[key] = f"branches/norm/{'scale' if leaf == 'weight' else LEAVES[leaf]}"
-    modules = {key.rpartition(".")[0] for key in found}
-    return found if len(found) == len(set(found.values())) == 5 and len(modules) == 2 else {}
+            paths[key] = f"branches/norm/{'scale' if leaf == 'weight' else LEAVES[leaf]}"
+    modules = {key.rpartition(".")[0] for key in paths}
+    return paths if len(paths) == len(set(paths.values())) == 5 and len(modules) == 2 else {}
 
 
-def family(model: nn.Module) -> str:
-    """The kind of a network's backbone, as in `Rule.families`; those of three stages may share another one's class."""
-    backbone: Any = model.backbone  # pyrefly: ignore[missing-attribute]
-    name = type(backbone).__module__.rpartition(".")[2]
-    three = len(getattr(backbone, "blocks", ())) == 3
-    return {"preact_resnet": "wide_resnet", "resnet": "resnet_cifar"}.get(name, name) if three else name
+def key_of(path: str, family: str, *, mislas: bool, reslt: bool) -> str:
+    """Return the PyTorch name of one of our paths.
 
-
-def key_of(path: str, kind: str, *, mislas: bool, reslt: bool) -> str:
-    """The PyTorch name of one of our paths. kind: from `family`. mislas, reslt: in the form of their networks, whose
-    backbone is a part called `model`, and whose classifier, in MiSLAS, is one of its own."""
+    Args:
+      path: Such as "backbone/conv/kernel".
+      family: Of the network's backbone, see `ltjax.models`.
+      mislas: Use the form of MiSLAS's networks, with parts `model` and `classifier`.
+      reslt: Use the form of ResLT's networks, with a part `model`.
+    """
     if path == "logit_scale":
         return SCALE
     module, _, leaf = path.rpartition("/")
@@ -119,9 +125,9 @@ def key_of(path: str, kind: str, *, mislas: bool, reslt: bool) -> str:
             parts = match.groupdict()
             if "block" in parts:
                 parts["block"] = str(int(parts["block"]) - 1)
-            name = rule.families.get(kind, rule.written).format(**parts)
+            name = rule.exceptions.get(family, rule.exported).format(**parts)
             if mislas and module == "classifier":
                 name = "classifier.fc"
-            inside = module.startswith("backbone/") and (mislas or (reslt and kind == "resnet_cifar"))
-            return f"{'model.' if inside else ''}{name}.{_WRITTEN[leaf]}"
+            inside = module.startswith("backbone/") and (mislas or (reslt and family == "resnet_cifar"))
+            return f"{'model.' if inside else ''}{name}.{_EXPORTED[leaf]}"
     raise KeyError(path)

@@ -1,8 +1,8 @@
-"""Weights of the authors' and torchvision's PyTorch networks, as ltjax variables, and back.
+"""Convert weights of the authors' and torchvision's PyTorch networks to ltjax variables, and back.
 
     python -m ltjax.interop.torch CHECKPOINT --model=resnet_cifar,depth=32,normalise=cifar --out=DIR
 
-Needs no PyTorch where CHECKPOINT is a .safetensors or .npz file: a state_dict is {name: array}.
+If CHECKPOINT is a .safetensors or .npz file, PyTorch is not needed: a state_dict is {name: array}.
 """
 
 import argparse
@@ -29,40 +29,53 @@ from ltjax.types import UserError, Variables
 
 NORMALISE = {  # mean and std of each channel
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's, and the authors' on large images
-    "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # MiSLAS, DRO-LT and ResLT, CIFAR-100 as well
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # MiSLAS, DRO-LT and ResLT, also on CIFAR-100
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),  # MiSLAS on iNaturalist
     "none": ((0.0,), (1.0,)),  # LBGAT
 }
 
 
 class Placed(NamedTuple):
+    """An imported state_dict.
+
+    Attributes:
+      variables: As `import_state_dict` returns them.
+      placed: {PyTorch's name: our path}.
+      ignored: Names without use, see `ltjax.interop.names.IGNORED`.
+    """
+
     variables: Variables
-    placed: dict[str, str]  # {PyTorch's name: our path}
-    ignored: tuple[str, ...]  # names passed over by rule
+    placed: dict[str, str]
+    ignored: tuple[str, ...]
 
 
 def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Variables:
-    """The variables of `model` with the weights of a PyTorch state_dict.
+    """Return the variables of `model` with the weights of a PyTorch state_dict.
+
+    Supported are torchvision's ResNets (`layer1.0.downsample.0`, `fc`); the CIFAR ResNets of DRO-LT (`conv1`,
+    `layer1.0.conv1`, `linear`), MiSLAS (`classifier.`, `lws_model.learned_norm`, for Places `block.`) and ResLT
+    (`linear`, `BNH`, `BNM`, `BNT`, or one 1x1 convolution and batch norm); LBGAT's ResNet-18 (`layer2.0.shortcut.0`)
+    and the wide ResNets of LBGAT and TRADES (`block1.layer.0.conv1`, `fc`); and pre-activation ResNets (`bn` last).
+    Ignored are `num_batches_tracked`; the unused `sub_block1` of those wide ResNets; and `epsilons`, the margins of
+    DRO-LT's loss. Import LBGAT's second network separately, without `teacher.`.
 
     Args:
-      state_dict: {name: array} with PyTorch's names and layouts (convolutions OIHW, linear [out, in]); keys may begin
-        with `module.` and `model.`. Understood: torchvision's ResNets (`layer1.0.downsample.0`, `fc`); the authors'
-        CIFAR ResNets of DRO-LT (`conv1`, `layer1.0.conv1`, `linear`), MiSLAS (`classifier.`, `lws_model.learned_norm`,
-        and for Places `block.`) and ResLT (`linear`, `BNH`, `BNM`, `BNT`, or one 1x1 convolution and batch norm);
-        LBGAT's ResNet-18 (`layer2.0.shortcut.0`) and the wide ResNets of LBGAT and TRADES (`block1.layer.0.conv1`,
-        `fc`); pre-activation ResNets (`bn` last). Passed over: `num_batches_tracked`; `sub_block1`, which the class of
-        those wide ResNets holds and never uses; `epsilons`, the margins that DRO-LT's loss learns. Without a place:
-        LBGAT's second network, to be given on its own, without `teacher.`.
-      model: from `ltjax.models.create`.
-    Returns: Variables with `params["net"]` and `stats["net"]`, float32, but float64 where both the state_dict and
-      JAX_ENABLE_X64 say so. A `logit_scale` the state_dict does not have is 1.
-    Raises: UserError naming every key that has no place or another shape, and every weight that no key gives.
+      state_dict: {name: array} with PyTorch's names and layouts (convolutions OIHW, linear [out, in]). Names may begin
+        with `module.` and `model.`.
+      model: From `ltjax.models.create`.
+
+    Returns:
+      Variables with `params["net"]` and `stats["net"]`, float32. float64 arrays stay float64 with JAX_ENABLE_X64. A
+        `logit_scale` that the state_dict lacks is 1.
+
+    Raises:
+      UserError: A name is unknown, a shape differs, or a weight is missing. The message lists them.
 
     Examples:
       >>> net = models.create("resnet_cifar", 3, depth=8, width=2)
-      >>> made = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-      >>> ours = Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {})
-      >>> state_dict = torch.export_state_dict(ours, net)  # or, of PyTorch: {key: value.numpy(), ...}
+      >>> collections = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> ours = Variables({"net": collections["params"]}, {"net": collections["batch_stats"]}, {})
+      >>> state_dict = torch.export_state_dict(ours, net)  # or, from PyTorch: {key: value.numpy(), ...}
       >>> variables = torch.import_state_dict(state_dict, net)
       >>> variables.params["net"]["backbone"]["conv"]["kernel"].shape
       (3, 3, 3, 2)
@@ -71,15 +84,15 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
 
 
 def place(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Placed:
-    """`import_state_dict`, and what became of each name."""
+    """Do what `import_state_dict` does, and also return what became of each name."""
     arrays = {key: np.asarray(value) for key, value in state_dict.items()}
-    wanted = _wanted(model, arrays)
+    shapes = _shapes(model, arrays)
     ignored = tuple(key for key in arrays if re.fullmatch(names.IGNORED, names.bare(key)))
     paths = {key: names.path_of(names.bare(key), arrays[key].ndim) for key in arrays.keys() - set(ignored)}
-    if "branches/conv/kernel" in wanted:
-        left = {key: arrays[key] for key, path in paths.items() if path not in wanted}
-        paths |= names.branches_by_shape(left, wanted["branches/conv/kernel"].shape[2])
-    found: dict[str, jax.Array] = {}
+    if "branches/conv/kernel" in shapes:
+        left = {key: arrays[key] for key, path in paths.items() if path not in shapes}
+        paths |= names.branches_by_shape(left, shapes["branches/conv/kernel"].shape[2])
+    weights: dict[str, jax.Array] = {}
     placed, unplaced = {}, []
     for key in (key for key in arrays if key in paths):
         path, value = paths[key], arrays[key]
@@ -89,28 +102,28 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Placed:
             value = value.reshape(-1)
         elif value.ndim == 2:
             value = value.T
-        if path is None or path not in wanted:
+        if path is None or path not in shapes:
             unplaced.append(key)
-        elif path in found:
-            unplaced.append(f"{key} (another one has given {path})")
-        elif wanted[path].shape != value.shape:
-            unplaced.append(f"{key} (shape {value.shape}, the model has {wanted[path].shape})")
+        elif path in weights:
+            unplaced.append(f"{key} ({path} is already set)")
+        elif shapes[path].shape != value.shape:
+            unplaced.append(f"{key} (shape {value.shape}, the model has {shapes[path].shape})")
         else:
-            array = jnp.asarray(value)  # never float64 where JAX has it switched off
-            found[path] = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+            array = jnp.asarray(value)  # float64 only with JAX_ENABLE_X64
+            weights[path] = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
             placed[key] = path
-    if "logit_scale" in wanted:
-        found.setdefault("logit_scale", jnp.ones(wanted["logit_scale"].shape, jnp.float32))
-    missing = [path for path in wanted if path not in found]
+    if "logit_scale" in shapes:
+        weights.setdefault("logit_scale", jnp.ones(shapes["logit_scale"].shape, jnp.float32))
+    missing = [path for path in shapes if path not in weights]
     if unplaced or missing:
         raise UserError(f"state_dict does not fit the model: no place for {unplaced}; nothing for {missing}")
-    stats = {path: value for path, value in found.items() if path.endswith(("/mean", "/var"))}
-    params = {path: value for path, value in found.items() if path not in stats}
+    stats = {path: value for path, value in weights.items() if path.endswith(("/mean", "/var"))}
+    params = {path: value for path, value in weights.items() if path not in stats}
     return Placed(Variables({"net": unflatten(params)}, {"net": unflatten(stats)}, {}), placed, ignored)
 
 
-def _wanted(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """{our path: shape} of the model, for images of as many channels as the state_dict's first convolution takes."""
+def _shapes(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return {our path: shape} of the model, with as many input channels as the state_dict."""
     first = [v for key, v in arrays.items() if names.path_of(names.bare(key), v.ndim) == "backbone/conv/kernel"]
     channels = first[0].shape[1] if first and first[0].ndim == 4 else 3
     shapes = jax.eval_shape(lambda rng: model.init(rng, jnp.zeros((1, 32, 32, channels))), jax.random.key(0))
@@ -118,30 +131,33 @@ def _wanted(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, Any
 
 
 def export_state_dict(variables: Variables, model: nn.Module, *, net: str = "net") -> dict[str, np.ndarray]:
-    """A PyTorch state_dict {name: array} of a network's variables, the inverse of `import_state_dict`.
+    """Return a network's variables as a PyTorch state_dict {name: array}, the inverse of `import_state_dict`.
 
-    Names are torchvision's for `resnet`; for the others the authors': DRO-LT's, or with branches ResLT's, for CIFAR
-    ResNets; LBGAT's for wide ResNets (their class wants `strict=False`, for its unused `sub_block1`). A network with a
-    `logit_scale` or a further block has MiSLAS's, `model.`, `classifier.`, `lws_model.` and `block.`, which their code
-    keeps as a state_dict each. The convolution and norm of ResLT's branches for large images are `branches.0` and
-    `branches.1`. Float32, and `num_batches_tracked` 0, for PyTorch's `strict=True`.
+    Names are torchvision's for `resnet`; DRO-LT's, or with branches ResLT's, for CIFAR ResNets; LBGAT's for wide
+    ResNets (load with `strict=False` because of their unused `sub_block1`). A network with a `logit_scale` or an extra
+    block has MiSLAS's names, `model.`, `classifier.`, `lws_model.` and `block.`; their code stores a state_dict of
+    each. The convolution and norm of ResLT's branches for large images are `branches.0` and `branches.1`. Arrays are
+    float32. `num_batches_tracked` is 0, for PyTorch's `strict=True`.
 
     Args:
-      variables: of one replica. model: what they belong to. net: which of the networks in `variables`.
+      variables: Of one replica.
+      model: Their network.
+      net: Name of the network in `variables`.
 
     Examples:
       >>> net = models.create("resnet_cifar", 3, depth=8, width=2)
-      >>> made = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-      >>> variables = Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {})
+      >>> collections = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> variables = Variables({"net": collections["params"]}, {"net": collections["batch_stats"]}, {})
       >>> state_dict = torch.export_state_dict(variables, net)
       >>> state_dict["conv1.weight"].shape, state_dict["linear.weight"].shape
       ((2, 3, 3, 3), (3, 8))
     """
     flat = {**flatten(variables.params[net]), **flatten(variables.stats[net])}
     parts, state_dict = {path.split("/")[0] for path in flat}, {}
+    family = getattr(model.backbone, "family", "")  # pyrefly: ignore[missing-attribute]
     form = dict(mislas=bool({"logit_scale", "block"} & parts), reslt="branches" in parts)
     for path, leaf in flat.items():
-        value, key = np.asarray(leaf), names.key_of(path, names.family(model), **form)
+        value, key = np.asarray(leaf), names.key_of(path, family, **form)
         if path == "logit_scale":
             value = value[None]
         elif value.ndim == 4:
@@ -155,52 +171,57 @@ def export_state_dict(variables: Variables, model: nn.Module, *, net: str = "net
 
 
 def read_model(spec: str) -> dict[str, Any]:
-    """ "resnet_cifar,depth=32,normalise=cifar" -> {"name": "resnet_cifar", "depth": 32, "mean": ..., "std": ...}.
+    """Parse "resnet_cifar,depth=32,normalise=cifar" to {"name": "resnet_cifar", "depth": 32, "mean": ..., "std": ...}.
 
-    Values are Python's (`blocks=(3,8,36,2)`), or text.
+    Values are Python literals (`blocks=(3,8,36,2)`) or text.
     """
-    name, *settings = re.split(r",(?![^()\[\]]*[)\]])", spec)
-    read: dict[str, Any] = {"name": name.strip()}
-    for setting in settings:
-        key, equals, text = (part.strip() for part in setting.partition("="))
+    name, *pairs = re.split(r",(?![^()\[\]]*[)\]])", spec)
+    settings: dict[str, Any] = {"name": name.strip()}
+    for pair in pairs:
+        key, equals, text = (part.strip() for part in pair.partition("="))
         if not equals:
-            raise UserError(f"--model={spec}: {setting!r} is no setting; write NAME,key=value,key=value")
+            raise UserError(f"--model={spec}: {pair!r} is not a setting; write NAME,key=value,key=value")
         try:
-            read[key] = ast.literal_eval(text)
+            settings[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            read[key] = text
-    if "normalise" in read:
-        kind = read.pop("normalise")
+            settings[key] = text
+    if "normalise" in settings:
+        kind = settings.pop("normalise")
         if kind not in NORMALISE:
             raise UserError(f"--model: normalise={kind}; known: {', '.join(NORMALISE)}, or mean=(...) and std=(...)")
-        read["mean"], read["std"] = NORMALISE[kind]
-    return read
+        settings["mean"], settings["std"] = NORMALISE[kind]
+    return settings
 
 
 def implied(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Settings of a model that names in a state_dict ask for: `num_classes`, and ResLT's and MiSLAS's parts."""
+    """Infer settings of a model from a state_dict: `num_classes`, and ResLT's and MiSLAS's parts."""
     paths = {names.path_of(names.bare(key), value.ndim): value for key, value in state_dict.items()}
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if "classifier/kernel" in paths:
-        found["num_classes"] = paths["classifier/kernel"].shape[0]
+        settings["num_classes"] = paths["classifier/kernel"].shape[0]
     if "logit_scale" in paths:
-        found["logit_scale"] = True
+        settings["logit_scale"] = True
     if any(path and path.startswith("block/") for path in paths):
-        found["extra_block"] = True
+        settings["extra_block"] = True
     norms = [path for path in ("branches/norm1/scale", "branches/norm2/scale", "branches/norm3/scale") if path in paths]
     if norms:
-        found["branches"] = len(norms)
-    return found
+        settings["branches"] = len(norms)
+    return settings
 
 
 def class_order(text: str, num_classes: int) -> list[int] | None:
-    """What `--class_order` says: for each of a network's outputs, our class.
+    """Read `--class_order`: our class of each of a network's outputs.
 
-    A file holds integers, as a JSON list or as text. "FILE": the order itself. "map:FILE": the authors' `class_map`,
-    for each class its output. "counts:FILE": training images of each class; outputs go by falling count (MiSLAS's
-    ImageNet-LT, Places-LT and iNaturalist), of equal ones by class. "counts-ascending:FILE": by rising count (ResLT's
-    ImageNet-LT). The authors sort with NumPy's default, which leaves the order of equal counts to chance: a map
-    printed by their data loader is better than counts.
+    FILE holds integers, as a JSON list or as text:
+
+    - "FILE": our class of each output.
+    - "map:FILE": the output of each class, the authors' `class_map`.
+    - "counts:FILE": training images of each class. Outputs are sorted by falling count (MiSLAS's ImageNet-LT, Places-LT
+      and iNaturalist), then by class.
+    - "counts-ascending:FILE": the same by rising count (ResLT's ImageNet-LT).
+
+    The authors sort with NumPy's default, which does not define the order of equal counts. A map printed by their data
+    loader is safer than counts.
     """
     if not text:
         return None
@@ -225,36 +246,33 @@ def class_order(text: str, num_classes: int) -> list[int] | None:
 
 
 def convert(checkpoint: str, model: str, out: str, *, num_classes: int = 0, order: str = "", net: str = "") -> str:
-    """A PyTorch checkpoint as a folder of `ltjax.interop.weights` -> what to tell the user. See `main`."""
-    read = checkpoints.read(local(checkpoint))
-    chosen, left_out = checkpoints.network(read, net)
-    settings = {**implied(chosen), **read_model(model)}
+    """Convert a PyTorch checkpoint to a folder of `ltjax.interop.weights`, and return the text to print. See `main`."""
+    state_dict, left_out = checkpoints.network(checkpoints.read(local(checkpoint)), net)
+    settings = {**implied(state_dict), **read_model(model)}
     num_classes = num_classes or settings.get("num_classes", 0)
     settings.pop("num_classes", None)
     if not num_classes:
-        raise UserError(f"{checkpoint}: no classifier to tell the number of classes from; give --num_classes")
+        raise UserError(f"{checkpoint}: it has no classifier, so the number of classes is unknown; give --num_classes")
     name = settings.pop("name")
-    done = place(chosen, models.create(name, num_classes, **settings))
+    imported = place(state_dict, models.create(name, num_classes, **settings))
     settings = {"name": name, **settings}
     with open(checkpoint, "rb") as file:
         source = {"file": Path(checkpoint).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     classes = class_order(order, num_classes)
-    save_weights(out, done.variables, settings, num_classes=num_classes, class_order=classes, source=source)
-    lines = [f"{len(done.placed)} tensors placed in {described(settings, num_classes)}"]
+    save_weights(out, imported.variables, settings, num_classes=num_classes, class_order=classes, source=source)
+    lines = [f"{len(imported.placed)} tensors placed in {described(settings, num_classes)}"]
     if "mean" not in settings:
-        lines.append(
-            "images are taken as they are, in [0, 1]: most networks want normalise=cifar or imagenet in --model"
-        )
-    if done.ignored or left_out:
-        lines.append(f"passed over: {', '.join(_folded((*done.ignored, *left_out)))}")
-    lines.append(f"weights are in {out}; to judge them:")
+        lines.append("images in [0, 1] are not normalised: most networks need normalise=cifar or imagenet in --model")
+    if imported.ignored or left_out:
+        lines.append(f"ignored: {', '.join(_folded((*imported.ignored, *left_out)))}")
+    lines.append(f"weights are in {out}; to evaluate them:")
     lines.append(f"  python run.py --config=CONFIG --mode=eval --workdir=NEW_FOLDER --config.weights={out}")
     lines.append("  and the same with --mode=attack; without --mode, training starts from them")
     return "\n".join(lines)
 
 
 def _folded(keys: tuple[str, ...]) -> list[str]:
-    """Names, those that every batch norm has told once with their number."""
+    """Shorten a list of names: of many `num_batches_tracked`, only the first and their number."""
     counted = [key for key in keys if key.endswith("num_batches_tracked")]
     rest = [key for key in keys if key not in set(counted)]
     return rest if len(counted) < 3 else [*rest, f"{counted[0]} and {len(counted) - 1} more num_batches_tracked"]
@@ -266,7 +284,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
+    """Run the command line, and return the exit code: 0, or 2 after one line `error: ...` on stderr."""
     parser = Parser(prog="python -m ltjax.interop.torch", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, .npz, or (with PyTorch) .pt .pth .tar")
     parser.add_argument(
@@ -275,8 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         help="NAME,key=value,...: as in config.model; normalise=imagenet|cifar|inat|none stands for mean and std",
     )
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--net", default="", help="which network, where CHECKPOINT holds several")
-    parser.add_argument("--num_classes", type=int, default=0, help="default: what the classifier has")
+    parser.add_argument("--net", default="", help="which network, if CHECKPOINT holds several")
+    parser.add_argument("--num_classes", type=int, default=0, help="default: that of the classifier")
     parser.add_argument(
         "--class_order",
         default="",

@@ -1,9 +1,9 @@
-"""Weights on their own, apart from any run: a folder with `weights.safetensors` and `weights.json`.
+"""Weights without a run: a folder with `weights.safetensors` and `weights.json`.
 
 `weights.safetensors` holds float32 arrays in our layouts (NHWC, HWIO) by path, `params/backbone/conv/kernel` and
-`batch_stats/backbone/norm/mean`; `weights.json` what network they belong to, the order of its classes, and what file
-they come from. `config.weights` of a run names such a folder, or one that `ltjax.archive` has written: that has the
-run's `config.json` instead, and perhaps parameters of its method, `method/margins`.
+`batch_stats/backbone/norm/mean`. `weights.json` holds their network, the order of its classes, and the file they come
+from. `config.weights` of a run names such a folder, or an archive of `ltjax.archive`, which has the run's `config.json`
+instead, and may have parameters of its method, `method/margins`.
 """
 
 import json
@@ -23,15 +23,21 @@ from ltjax.types import UserError, Variables
 
 FORMAT = 1
 ARRAYS, DESCRIPTION = "weights.safetensors", "weights.json"
-OF_CLASSES = ("classifier", "logit_scale")  # parts whose arrays end in an axis of classes
+OF_CLASSES = ("classifier", "logit_scale")  # parts whose arrays have classes as their last axis
 
 
 class Weights(NamedTuple):
-    """What a folder holds. `variables` (of the network "net" and perhaps of a "method", NumPy arrays) have the classes
-    in the network's own order: output k is our class `class_order[k]`, or k where that is None."""
+    """A network with its weights.
+
+    Attributes:
+      variables: NumPy arrays of the network "net", and perhaps of a "method".
+      settings: Arguments of `ltjax.models.create`: `name` and others, without `num_classes`.
+      num_classes: C.
+      class_order: [C], our class of each output. None: output k is class k.
+    """
 
     variables: Variables
-    settings: dict[str, Any]  # as for `ltjax.models.create`: its `name` and settings, without `num_classes`
+    settings: dict[str, Any]
     num_classes: int
     class_order: tuple[int, ...] | None = None
 
@@ -46,11 +52,19 @@ def save_weights(
     source: Mapping[str, str] | None = None,
     net: str = "net",
 ) -> None:
-    """Write a folder that `load_weights` reads.
+    """Write a folder for `load_weights`.
 
-    variables: of one replica. settings: `name` and settings for `ltjax.models.create`. class_order: [C], entry k is
-    our class of the network's output k. source: {"file": name, "sha256": of the file they were made from}. net: which
-    of the networks in `variables`.
+    Args:
+      folder: To write.
+      variables: Of one replica.
+      settings: See `Weights`.
+      num_classes: C.
+      class_order: See `Weights`.
+      source: {"file": name, "sha256": digest} of the file that the weights come from.
+      net: Name of the network in `variables`.
+
+    Raises:
+      UserError: `class_order` is not a permutation of the classes, or the folder cannot be written.
     """
     if class_order is not None and sorted(class_order) != list(range(num_classes)):
         raise UserError(f"class_order: needs each class from 0 to {num_classes - 1} once")
@@ -70,7 +84,7 @@ def save_weights(
 
 
 def save_arrays(folder: Path, variables: Variables, net: str = "net") -> None:
-    """Write `weights.safetensors` alone: the arrays of one network, and those of the method that trained it."""
+    """Write `weights.safetensors`: the arrays of one network, and those of its method."""
     arrays = {
         **_flat(variables, net),
         **{f"method/{k}": v for k, v in flatten(variables.params.get("method", {})).items()},
@@ -82,7 +96,7 @@ def save_arrays(folder: Path, variables: Variables, net: str = "net") -> None:
 
 
 def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """weights.json or, of an archived run, what it would be."""
+    """Read weights.json, or make it up from an archive's config.json."""
     if (folder / DESCRIPTION).is_file():
         return json.loads((folder / DESCRIPTION).read_text())
     model = json.loads((folder / "config.json").read_text())["model"]
@@ -91,7 +105,11 @@ def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, An
 
 
 def load_weights(folder: str | Path) -> Weights:
-    """Read what `save_weights` wrote, or `ltjax.archive`. Raises: UserError naming what is not there or understood."""
+    """Read a folder of `save_weights` or `ltjax.archive`.
+
+    Raises:
+      UserError: The folder holds no weights, or they cannot be read.
+    """
     folder = local(folder)
     archived = (folder / "config.json").is_file() and (folder / ARRAYS).is_file()
     if not (folder / DESCRIPTION).is_file() and not archived:
@@ -108,7 +126,7 @@ def load_weights(folder: str | Path) -> Weights:
         num_classes, order = settings.pop("num_classes"), description["class_order"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
-            f"cannot read the weights in {folder} ({type(error).__name__}: {error}): make them anew"
+            f"cannot read the weights in {folder} ({type(error).__name__}: {error}): write them again"
         ) from error
     tree = unflatten(arrays)
     params = {"net": tree.get("params", {}), **({"method": tree["method"]} if "method" in tree else {})}
@@ -117,10 +135,10 @@ def load_weights(folder: str | Path) -> Weights:
 
 
 def in_our_order(weights: Weights) -> Weights:
-    """The same network with its outputs in the order of our classes."""
+    """Reorder the network's outputs to the order of our classes."""
     if weights.class_order is None:
         return weights
-    output_of = np.argsort(weights.class_order)  # of each of our classes
+    output_of = np.argsort(weights.class_order)  # output of each class
     flat = {
         path: value[..., output_of] if _part(path) in OF_CLASSES else value
         for path, value in _flat(weights.variables, "net").items()
@@ -131,19 +149,21 @@ def in_our_order(weights: Weights) -> Weights:
 
 
 def surplus(variables: Variables, weights: Weights, net: str = "net") -> tuple[str, ...]:
-    """Blocks of the weights' backbone that a new `block` of the network takes the place of: ("stage4_block3",), mostly
-    none. They come right after the network's own last one, and the weights have no such `block`."""
-    have, given = (side.params[key] for side, key in ((variables, net), (weights.variables, "net")))
-    if "block" not in have or "block" in given:
+    """Return the last blocks of the weights' backbone that the network's extra `block` replaces: ("stage4_block3",).
+
+    It is empty unless the network has a `block`, the weights have none, and the network's backbone ends earlier.
+    """
+    network, imported = variables.params[net], weights.variables.params["net"]
+    if "block" not in network or "block" in imported:
         return ()
-    blocks = [
+    blocks, imported_blocks = (
         {path.split("/")[0] for path in flatten(side.get("backbone", {})) if re.match(r"stage\d+_block\d+/", path)}
-        for side in (have, given)
-    ]
-    if not all(blocks) or not blocks[0] < blocks[1]:
+        for side in (network, imported)
+    )
+    if not blocks or not blocks < imported_blocks:
         return ()
-    more = sorted(blocks[1] - blocks[0], key=_numbers)
-    return tuple(more) if _numbers(more[0]) > max(map(_numbers, blocks[0])) else ()
+    replaced = sorted(imported_blocks - blocks, key=_numbers)
+    return tuple(replaced) if _numbers(replaced[0]) > max(map(_numbers, blocks)) else ()
 
 
 def _numbers(block: str) -> list[int]:
@@ -151,62 +171,66 @@ def _numbers(block: str) -> list[int]:
 
 
 def into(variables: Variables, weights: Weights, parts: Sequence[str] = (), net: str = "net") -> Variables:
-    """`variables` with those of one network replaced by `weights`, outputs in the order of our classes.
+    """Replace the variables of one network by weights, with outputs in the order of our classes.
 
     Args:
-      variables: newly initialised; of several replicas, with a leading axis, each gets the same weights.
-      parts: which of the network's parts to take ("backbone", "branches", "block", "classifier", "logit_scale"); the
-        others stay as they are. None: all, and then both sides must have the same. What is `surplus` is passed over.
-      net: which of the networks in `variables`.
-    Raises: UserError naming the arrays that only one side has or that have another shape, and what would fit.
+      variables: Newly initialised. Each of several replicas (leading axis) gets the same weights.
+      weights: To take. Blocks that are `surplus` are ignored.
+      parts: Parts of the network to replace ("backbone", "branches", "block", "classifier", "logit_scale"). Empty: all,
+        and both sides must then have the same parts.
+      net: Name of the network in `variables`.
+
+    Raises:
+      UserError: An array is missing on one side, or shapes differ. The message names the parts that fit.
     """
-    have, given = _flat(variables, net), _flat(in_our_order(weights).variables, "net")
-    unused = tuple(f"backbone/{block}/" for block in surplus(variables, weights, net))
-    given = {path: value for path, value in given.items() if not path.partition("/")[2].startswith(unused or (" ",))}
-    known = [sorted({_part(path) for path in side}) for side in (have, given)]
+    network, imported = _flat(variables, net), _flat(in_our_order(weights).variables, "net")
+    for block in surplus(variables, weights, net):
+        imported = {path: value for path, value in imported.items() if f"/backbone/{block}/" not in path}
+    network_parts, imported_parts = (sorted({_part(path) for path in side}) for side in (network, imported))
     for part in parts:
-        if part not in known[0] or part not in known[1]:
+        if part not in network_parts or part not in imported_parts:
             raise UserError(
-                f"config.weights_parts names {part!r}: the network has {', '.join(known[0])}; "
-                f"the weights have {', '.join(known[1])}"
+                f"config.weights_parts names {part!r}: the network has {', '.join(network_parts)}; "
+                f"the weights have {', '.join(imported_parts)}"
             )
-    chosen = tuple(parts) or tuple(dict.fromkeys((*known[0], *known[1])))
-    wrong = {
-        path: f"{path} (weights {_shape(given.get(path))}, network {_shape(have.get(path))})"
-        for path in (*have, *(path for path in given if path not in have))
-        if not _fits(given.get(path), have.get(path))
+    chosen = set(parts or (*network_parts, *imported_parts))
+    mismatches = {
+        path: f"{path} (weights {_shape(imported.get(path))}, network {_shape(network.get(path))})"
+        for path in dict.fromkeys((*network, *imported))
+        if not _fits(imported.get(path), network.get(path))
     }
-    named = [text for path, text in wrong.items() if _part(path) in chosen]
-    if named:
-        raise UserError(_misfit(named, weights, [p for p in known[0] if p not in {_part(path) for path in wrong}]))
-    for path, value in given.items():
+    in_the_way = [text for path, text in mismatches.items() if _part(path) in chosen]
+    if in_the_way:
+        unfit = {_part(path) for path in mismatches}
+        raise UserError(_misfit(in_the_way, weights, [part for part in network_parts if part not in unfit]))
+    for path, value in imported.items():
         if _part(path) in chosen:
-            leaf = have[path]
+            leaf = network[path]
             value = np.broadcast_to(value.astype(leaf.dtype), leaf.shape)
-            have[path] = jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
-    tree = unflatten(have)
+            network[path] = jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
+    tree = unflatten(network)
     return variables._replace(
         params={**variables.params, net: tree["params"]}, stats={**variables.stats, net: tree.get("batch_stats", {})}
     )
 
 
-def _misfit(named: list[str], weights: Weights, fitting: list[str]) -> str:
-    more = f" and {len(named) - 6} more" if len(named) > 6 else ""
-    do = f"set config.weights_parts={tuple(fitting)!r} to take what fits, or " if fitting else ""
+def _misfit(mismatches: list[str], weights: Weights, fitting: list[str]) -> str:
+    more = f" and {len(mismatches) - 6} more" if len(mismatches) > 6 else ""
+    advice = f"set config.weights_parts={tuple(fitting)!r} to take what fits, or " if fitting else ""
     return (
-        f"config.weights do not fit the network: {', '.join(named[:6])}{more}; {do}set config.model to what they are "
-        f"for: {described(weights.settings, weights.num_classes)}"
+        f"config.weights do not fit the network: {', '.join(mismatches[:6])}{more}; {advice}set config.model to their "
+        f"network: {described(weights.settings, weights.num_classes)}"
     )
 
 
 def described(settings: Mapping[str, Any], num_classes: int) -> str:
-    """A network in words: "resnet_cifar(depth=32), 100 classes"."""
-    given = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "name")
-    return f"{settings.get('name')}({given}), {num_classes} classes"
+    """Describe a network: "resnet_cifar(depth=32), 100 classes"."""
+    arguments = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "name")
+    return f"{settings.get('name')}({arguments}), {num_classes} classes"
 
 
 def _flat(variables: Variables, net: str) -> dict[str, Any]:
-    """{"params/backbone/conv/kernel": array, "batch_stats/...": array} of one network."""
+    """Flatten one network to {"params/backbone/conv/kernel": array, "batch_stats/...": array}."""
     return flatten({"params": variables.params[net], "batch_stats": variables.stats.get(net, {})})
 
 

@@ -1,8 +1,14 @@
-"""Networks. A file gives `backbone(dtype, platform, remat, *, settings) -> module`, which is
-`(x, train) -> {stage: map [B, h, w, D_l]}`: maps named stage1, stage2, ..., the final one last (at most nine, since JAX
-hands dictionaries back sorted). Around it go what all of them share: the normalisation, one more block, the mean over
-space, ResLT's branches, the classifier and the logit scale."""
+"""Networks: a backbone, with normalisation, an extra block, pooling, ResLT's branches, classifier and logit scale.
 
+A file of this package defines a kind of backbone with a function `backbone(dtype, platform, remat, *, settings)`. It
+returns a flax module `(x, train) -> {stage: map [B, h, w, D_l]}` with these properties:
+
+- Maps are named stage1, stage2, ..., the final one last; at most nine, because JAX sorts dictionaries.
+- The first convolution is named `conv`, see `input_channels`.
+- For exports to PyTorch, its attribute `family` is the name of the kind, see `ltjax.interop.names`.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,42 +42,49 @@ def create(
     platform: str | None = None,
     **backbone: Any,
 ) -> Network:
-    """The network of a config: a flax module, `module.apply(variables, images, train) -> ltjax.types.Outputs`.
+    """Create a network: a flax module, `module.apply(variables, images, train) -> ltjax.types.Outputs`.
+
+    The many parameters are the settings of `model` in a config.
 
     Args:
-      name: one of `MODELS`. num_classes: C. backbone: the model's own settings, such as `depth`.
-      mean, std: of each channel, for images in [0, 1].
-      classifier: "linear" or "cosine" (whose logits are `cosine_scale` times a cosine).
-      classifier_init: of a linear one: "he" (He-normal weights; the authors of MiSLAS and DRO-LT on CIFAR), "torch"
-        (PyTorch's default, whose weights are 2.4 times smaller) or "torch_no_bias" (the same, the bias from 0; wide
-        ResNets).
-      logit_scale: learn a factor for each class's logit.
-      extra_block: one more bottleneck after the backbone, `block/...`, with as many channels out as in; the backbone is
-        then frozen: in evaluation mode always. MiSLAS's network for Places-LT: `depth=152, blocks=(3, 8, 36, 2)`, since
-        the block takes the place of the last one, and parameter groups that hold `net/backbone/.*` still. It begins
-        with PyTorch's default weights, as theirs does.
-      branches: R, ResLT's branches in front of the classifier: 0 for none, 2 or 3.
+      name: One of `MODELS`.
+      num_classes: C.
+      mean: Of each channel, for images in [0, 1].
+      std: Of each channel.
+      classifier: "linear", or "cosine", whose logits are `cosine_scale` times a cosine.
+      classifier_init: Of a linear classifier. "he": He-normal weights (MiSLAS and DRO-LT on CIFAR). "torch": PyTorch's
+        default, whose weights are 2.4 times smaller. "torch_no_bias": the same, with a bias of 0 (wide ResNets).
+      cosine_scale: See `classifier`.
+      logit_scale: Learn a factor for each class's logit.
+      extra_block: Add a bottleneck `block` after the backbone, with as many output as input channels. The backbone is
+        then always in evaluation mode. MiSLAS's network for Places-LT has it with `depth=152, blocks=(3, 8, 36, 2)`,
+        because it replaces the last block, and with parameter groups that freeze `net/backbone/.*`. Its initial weights
+        are PyTorch's default, as theirs.
+      branches: R, ResLT's branches before the classifier: 0, 2 or 3.
       branch_kind: "norm" (batch norms; the authors on CIFAR), "conv" (a 1x1 convolution, batch norm and ReLU; the
-        authors on larger images, with 2 branches on iNaturalist) or "pooled_conv" (the same on features whose mean over
-        space was taken before; the authors with ResNet-10). See `ltjax.models.branches`.
-      remat: compute the inside of each block once more in the backward pass, instead of keeping it in memory.
-      dtype: of the computation. "float32" or "bfloat16": parameters, statistics and logits are float32. "float64",
-        which needs JAX_ENABLE_X64=1: statistics and logits are computed in float64, and parameters begin as float32.
-      platform: "cpu", "gpu" or "tpu", whose convolution to build; None: that of JAX's own devices.
-    Raises: UserError for an unknown name or setting, and for float64 where JAX has it switched off.
+        authors on larger images, with 2 branches on iNaturalist) or "pooled_conv" (the same after pooling; the authors
+        with ResNet-10). See `ltjax.models.branches`.
+      remat: Recompute each block in the backward pass instead of storing its activations.
+      dtype: Of the computation. "float32" or "bfloat16": parameters, statistics and logits are float32. "float64" needs
+        JAX_ENABLE_X64=1: statistics and logits are float64, and parameters are initialised as float32.
+      platform: Build the convolutions of "cpu", "gpu" or "tpu". None: those of JAX's default backend.
+      **backbone: Settings of the kind of backbone, such as `depth`.
+
+    Raises:
+      UserError: A name or setting is unknown, or dtype is "float64" and JAX has it disabled.
 
     Examples:
       >>> net = models.create("resnet_cifar", 10, depth=8, width=4, logit_scale=True)
       >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-      >>> found = net.apply(variables, jnp.zeros((2, 16, 16, 3)), False)  # False: evaluation
-      >>> found.logits.shape, found.features.shape
+      >>> outputs = net.apply(variables, jnp.zeros((2, 16, 16, 3)), False)  # False: evaluation
+      >>> outputs.logits.shape, outputs.features.shape
       ((2, 10), (2, 16))
     """
-    registry.choose("classifier", {name: None for name in CLASSIFIERS}, classifier)
+    registry.choose("classifier", dict.fromkeys(CLASSIFIERS), classifier)
     if len(mean) != len(std) or not all(s > 0 for s in std):
         raise UserError(f"model mean = {mean}, std = {std}: one value each for every channel, std above 0")
-    registry.choose("model classifier_init", {name: None for name in CLASSIFIER_INITS}, classifier_init)
-    registry.choose("model branch_kind", {name: None for name in BRANCH_KINDS}, branch_kind)
+    registry.choose("model classifier_init", dict.fromkeys(CLASSIFIER_INITS), classifier_init)
+    registry.choose("model branch_kind", dict.fromkeys(BRANCH_KINDS), branch_kind)
     if not isinstance(branches, int) or branches not in (0, 2, 3):
         raise UserError(f"model branches = {branches}: take 0 for none, or 2 or 3")
     compute = registry.choose("model dtype", DTYPES, dtype)
@@ -100,3 +113,14 @@ def create(
         logit_scale=logit_scale,
         dtype=compute,
     )
+
+
+def input_channels(params: Mapping[str, Any]) -> int:
+    """Return the number of image channels of a network, from its parameters.
+
+    Examples:
+      >>> net = models.create("resnet_cifar", 10, depth=8, width=4)
+      >>> models.input_channels(net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
+      3
+    """
+    return int(params["backbone"]["conv"]["kernel"].shape[2])

@@ -1,7 +1,6 @@
-"""Residual blocks with the norm after each convolution (He et al. 2016, "Deep residual learning"), and their
-rematerialisation.
+"""Residual blocks with a batch norm after each convolution (He et al. 2016, "Deep residual learning").
 
-A module here is `(x [B, H, W, channels], train) -> [B, H/strides, W/strides, features]`.
+A block is a module `(x [B, H, W, channels], train) -> [B, H/strides, W/strides, features]`.
 """
 
 from collections.abc import Callable
@@ -15,32 +14,32 @@ from ltjax.models.layers import BatchNorm, Conv, Init
 
 
 def rematerialised(block: Callable[..., nn.Module], remat: bool) -> Callable[..., nn.Module]:
-    """`block`, a class of modules as above; with `remat`, a backward pass keeps what goes into one and no more of it.
+    """Return the class `block`; with `remat`, the backward pass stores only a block's input and recomputes the rest.
 
-    All that is inside is computed once more on the way back: a third more work, for activations that grow with the
-    number of blocks and no longer with that of layers. Parameters have the same paths and the same values.
+    It takes a third more work. Stored activations grow with the number of blocks, not of layers. Paths and values of
+    parameters do not change.
     """
     return nn.remat(block, static_argnums=(2,)) if remat else block  # (self, x, train)
 
 
 def _shortcut(x: jax.Array, block: "BasicBlock | Bottleneck", features: int, kind: str, train: bool) -> jax.Array:
-    """x in the shape that `block` gives; its layers, where it has any, are the block's `shortcut`, `shortcut_norm`."""
+    """Bring x to the output shape of `block`. Layers are named `shortcut` and `shortcut_norm`."""
     if block.strides == 1 and x.shape[-1] == features:
         return x
     if kind == "pad":
-        new = features - x.shape[-1]
-        return jnp.pad(x[:, :: block.strides, :: block.strides], ((0, 0),) * 3 + ((new // 2, new - new // 2),))
+        added = features - x.shape[-1]
+        return jnp.pad(x[:, :: block.strides, :: block.strides], ((0, 0),) * 3 + ((added // 2, added - added // 2),))
     conv = dict(dtype=block.dtype, platform=block.platform, kernel_init=block.kernel_init)
     x = Conv(features, kernel_size=1, strides=block.strides, **conv, name="shortcut")(x)
     return BatchNorm(name="shortcut_norm")(x, train)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, the first of which has the stride.
+    """Two 3x3 convolutions; the first has the stride. Other attributes: see `ltjax.models.layers.Conv`.
 
-    shortcut: what a change of shape makes of it. "conv", option B of the paper: a 1x1 convolution and a batch norm.
-      "pad", option A: one pixel of each `strides` along a side, and zeros for the new channels; no parameters.
-    dtype, platform, kernel_init: as in `ltjax.models.layers.Conv`.
+    Attributes:
+      shortcut: Used if the shape changes. "conv" (option B of the paper) is a 1x1 convolution and a batch norm. "pad"
+        (option A) takes every `strides`-th pixel and zeros for the added channels, without parameters.
     """
 
     features: int
@@ -59,12 +58,15 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution. The 3x3 one has the stride, as in torchvision and in the code of MiSLAS, OLTR
-    and classifier-balancing; He et al. have it in the first.
+    """A 1x1, a 3x3 and a 1x1 convolution. Other attributes: see `ltjax.models.layers.Conv`.
 
-    features: channels that go out; None: as many as come in.
-    inner: channels of the 3x3 convolution; None: a quarter of those that go out. groups: of the 3x3 convolution.
-    dtype, platform, kernel_init: as in `ltjax.models.layers.Conv`.
+    The 3x3 convolution has the stride, as in torchvision and in the code of MiSLAS, OLTR and classifier-balancing. He
+    et al. put it in the first.
+
+    Attributes:
+      features: Output channels. None: as many as input channels.
+      inner: Channels of the 3x3 convolution. None: a quarter of the output channels.
+      groups: Of the 3x3 convolution.
     """
 
     features: int | None = None

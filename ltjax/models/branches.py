@@ -1,8 +1,8 @@
-"""ResLT's branches (Cui et al. 2022, "ResLT: Residual Learning for Long-tailed Recognition"): light layers on the final
-map of a backbone, one set for each group of classes, in front of one classifier that all of them share.
+"""ResLT's branches (Cui et al. 2022, "ResLT: Residual Learning for Long-tailed Recognition").
 
-A module here is `(x [B, h, w, D], train) -> features of each branch [R, B, D]`, float32 (of a float64 network,
-float64). Branch 0 is the authors' head branch, which answers for all classes.
+Branches are light layers between the backbone's final map and the shared classifier, a module
+`(x [B, h, w, D], train) -> [R, B, D]`, float32 (in a float64 network, float64). Branch 0 is the authors' head branch,
+which covers all classes.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from ltjax.models.layers import BatchNorm, Conv, pool
 
 
 class NormBranches(nn.Module):
-    """A batch norm for each branch, then the mean over space; no ReLU. The authors' branches for CIFAR."""
+    """A batch norm for each branch, then the mean over space, without ReLU. The authors use it for CIFAR."""
 
     num_branches: int
 
@@ -26,13 +26,15 @@ class NormBranches(nn.Module):
 
 
 class ConvBranches(nn.Module):
-    """One 1x1 convolution to D channels for each branch, batch norm, ReLU, mean over space: for large images.
+    """A 1x1 convolution to D channels for each branch, batch norm, ReLU, mean over space: for large images.
 
-    In evaluation the mean over space comes before the convolution, as in the authors' code, whose figures need it. The
-    ReLU makes that another function than the one trained. Channels r D to (r + 1) D are those of branch r.
+    In evaluation, the mean over space comes before the convolution. Because of the ReLU, this is not the function that
+    is trained, but the authors' code does it and their figures depend on it. Channels r D to (r + 1) D are branch r's.
+    As theirs, initial weights are normal with variance 2 / (3 D), for any number of branches.
 
-    pool_first: the mean over space comes first in training, too, as in the authors' script for ResNet-10.
-    Weights begin as the authors' do: normal, of variance 2 / (3 D), whatever the number of branches.
+    Attributes:
+      num_branches: R.
+      pool_first: Take the mean over space first in training, too, as in the authors' script for ResNet-10.
     """
 
     num_branches: int

@@ -1,4 +1,4 @@
-"""Layers that the networks share: convolution, batch norm, pooling, classifiers, and the network around a backbone."""
+"""Layers of all networks: convolution, batch norm, pooling, classifiers, and the network around a backbone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
@@ -19,22 +19,22 @@ Init = Literal["fan_in", "fan_out", "torch"] | Callable[..., jax.Array]
 
 
 def he_normal(fan: Fan = "fan_in") -> Callable[..., jax.Array]:
-    """Normal weights of variance 2 / fan, as PyTorch's `kaiming_normal_`."""
+    """Initialise normal weights of variance 2 / fan, as PyTorch's `kaiming_normal_`."""
     return nn.initializers.variance_scaling(2.0, fan, "normal")
 
 
 def torch_kernel_init() -> Callable[..., jax.Array]:
-    """PyTorch's default for the weights of a linear layer or a convolution: uniform in +-1 / sqrt(fan_in)."""
+    """Initialise weights of a linear layer or a convolution by PyTorch's default: uniform in +-1 / sqrt(fan_in)."""
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The type of all that is not the network's body - statistics, means over space, logits: float32 or float64."""
+    """Return the type of statistics, means over space and logits: float64 for float64, otherwise float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
-    """PyTorch's default for the bias of a linear layer: uniform in +-1 / sqrt(fan_in)."""
+    """Initialise the bias of a linear layer by PyTorch's default: uniform in +-1 / sqrt(fan_in)."""
 
     def init(rng, shape, dtype=jnp.float32):
         bound = fan_in**-0.5
@@ -43,20 +43,20 @@ def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
     return init
 
 
-# XLA's CPU backend runs the two gradient convolutions of `lax.conv_general_dilated` 8 to 25 times slower inside a
-# loop, because their transposed dimension order stays as it is there. Written as plain NHWC convolutions they run at
-# full speed. The result is the same to rounding; forward-mode differentiation is not available through it.
+# XLA's CPU backend runs both gradient convolutions of `lax.conv_general_dilated` 8 to 25 times slower inside a loop,
+# because it keeps their transposed dimension order there. As plain NHWC convolutions they run at full speed, with the
+# same result up to rounding, but without forward-mode differentiation.
 # The kernel's gradient of a grouped convolution is slow outside of loops, too (30 times, at 32 groups of 4 channels).
-# So its kernel is filled up with zeros to that of a plain convolution, for `groups` times the work.
+# So zeros extend its kernel to that of a plain convolution, for `groups` times the work.
 
 
 def _dilate(x: jax.Array, strides: Sequence[int]) -> jax.Array:
-    """Put stride - 1 zeros between the pixels of x [B, H, W, channels]."""
+    """Insert stride - 1 zeros between the pixels of x [B, H, W, channels]."""
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)))
 
 
 def _nhwc(lhs: jax.Array, rhs: jax.Array, strides, padding, precision, dilation=(1, 1)) -> jax.Array:
-    """A convolution that sums in float32 at least. dilation: of the kernel."""
+    """Convolve, with sums in at least float32. dilation: of the kernel."""
     if lhs.dtype == jnp.bfloat16 and not xla.has_onednn():
         lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
         return _nhwc(lhs, rhs, strides, padding, precision, dilation).astype(jnp.bfloat16)
@@ -67,14 +67,17 @@ def _nhwc(lhs: jax.Array, rhs: jax.Array, strides, padding, precision, dilation=
 
 
 def _by_taps(lhs: jax.Array, rhs: jax.Array, padding, precision) -> jax.Array:
-    """A convolution of stride 1 as one matrix product for each tap: on a map of 2x2 pixels, where ResNets for large
-    images end that are given small ones, XLA's CPU backend takes 13 times as long for it."""
+    """Convolve with stride 1, by one matrix product for each tap.
+
+    For maps of 2x2 pixels, such as the last ones of large-image ResNets on small images, XLA's CPU convolution takes 13
+    times as long.
+    """
     zero = jnp.zeros((), lhs.dtype)
     padded = lax.pad(lhs, zero, ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)))
     taps_h, taps_w = rhs.shape[:2]
     height, width = padded.shape[1] - taps_h + 1, padded.shape[2] - taps_w + 1
     total = jnp.zeros((lhs.shape[0], height, width, rhs.shape[3]), lhs.dtype)
-    (rows, _), (columns, _) = padding  # zeros before the map; taps that meet nothing else are left out
+    (rows, _), (columns, _) = padding  # zeros before the map; taps that cover only zeros are skipped
     for i in range(max(0, rows - height + 1), min(taps_h, rows + lhs.shape[1])):
         for j in range(max(0, columns - width + 1), min(taps_w, columns + lhs.shape[2])):
             total += jnp.matmul(padded[:, i : i + height, j : j + width], rhs[i, j], precision=precision)
@@ -103,14 +106,14 @@ def _cpu_convolution_backward(strides, padding, precision, residuals, dy):
 
 
 def _kernel_gradient(x, dy, shape, strides, padding, precision) -> jax.Array:
-    """Gradient to a kernel of `shape` [kh, kw, Cin, Cout]: one image of width W Cin, convolved with dy as the kernel.
+    """Compute the gradient to a kernel of `shape` [kh, kw, Cin, Cout] by convolving one image of width W Cin with dy.
 
-    Input channels lie side by side in the image, and taps a whole pixel apart, so that one row of what comes out has
-    kw Cin entries. Matrix units compute that twice as fast as one image of kw columns for each channel.
+    The image holds the input channels side by side, and taps are a whole pixel apart, so an output row has kw Cin
+    entries. Matrix units compute it twice as fast as one image of kw columns for each channel.
     """
     (batch, height, width, channels), (_, rows, columns, _) = x.shape, dy.shape
-    kind = x.dtype
-    if channels == 1 and x.dtype == jnp.bfloat16:  # oneDNN 3.12 computes that wrongly for a batch of 8
+    dtype = x.dtype
+    if channels == 1 and x.dtype == jnp.bfloat16:  # oneDNN 3.12 is wrong for a batch of 8
         x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     high = [
         taps + (count - 1) * stride - size - low
@@ -127,28 +130,28 @@ def _kernel_gradient(x, dy, shape, strides, padding, precision) -> jax.Array:
         precision,
         dilation=(strides[0], strides[1] * channels),
     )  # [1, kh, kw Cin, Cout]
-    return dk.reshape(shape).astype(kind)
+    return dk.reshape(shape).astype(dtype)
 
 
 _cpu_convolution.defvjp(_cpu_convolution_forward, _cpu_convolution_backward)
 
 
 def _ungrouped(kernel: jax.Array, groups: int) -> jax.Array:
-    """[kh, kw, Cin / groups, Cout] -> [kh, kw, Cin, Cout]: zeros where input and output are of different groups."""
-    height, width, came, out = kernel.shape
-    blocks = kernel.reshape(height, width, 1, came, groups, out // groups)
-    own = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
-    blocks = jnp.where(own, blocks, 0)  # [kh, kw, groups, Cin / groups, groups, Cout / groups]
-    return blocks.reshape(height, width, groups * came, out)
+    """Extend a grouped kernel by zeros: [kh, kw, Cin / groups, Cout] -> [kh, kw, Cin, Cout]."""
+    height, width, group_in, out = kernel.shape
+    blocks = kernel.reshape(height, width, 1, group_in, groups, out // groups)
+    same_group = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
+    blocks = jnp.where(same_group, blocks, 0)  # [kh, kw, groups, Cin / groups, groups, Cout / groups]
+    return blocks.reshape(height, width, groups * group_in, out)
 
 
-# `jax.vmap` makes one grouped convolution of the convolutions of several replicas. Of a kernel's gradient it makes a
-# forward convolution whose window is as wide as the map, for which cuDNN is slow. So the gradients of vmapped
-# convolutions are those of the grouped one, which cuDNN computes as backward-data and backward-filter.
+# `jax.vmap` turns the convolutions of several replicas into one grouped convolution. It turns a kernel's gradient into
+# a forward convolution with a window as wide as the map, which is slow in cuDNN. So vmapped convolutions take the
+# gradients of the grouped one, which cuDNN computes as backward-data and backward-filter.
 
 
 def _accelerator_convolution(lhs, rhs, window_strides, padding, *, precision=None, **settings) -> jax.Array:
-    settings["precision"] = precision or jax.config.values["jax_default_matmul_precision"]  # of the gradients, too
+    settings["precision"] = precision or jax.config.values["jax_default_matmul_precision"]  # for gradients, too
     convolve = partial(lax.conv_general_dilated, window_strides=window_strides, padding=padding, **settings)
 
     def transposed(convolve, x, kernel, dy):
@@ -161,12 +164,12 @@ def _accelerator_convolution(lhs, rhs, window_strides, padding, *, precision=Non
         return transposed(convolve, x, kernel, dy)
 
     @gradients.def_vmap
-    def gradients_of_several(replicas, is_batched, *operands):
-        several = (
-            operand if batched else jnp.broadcast_to(operand, (replicas, *operand.shape))
-            for operand, batched in zip(operands, is_batched, strict=True)
+    def batched_gradients(replicas, is_batched, *operands):
+        batched = (
+            operand if has_axis else jnp.broadcast_to(operand, (replicas, *operand.shape))
+            for operand, has_axis in zip(operands, is_batched, strict=True)
         )
-        return transposed(jax.vmap(convolve), *several), (True, True)
+        return transposed(jax.vmap(convolve), *batched), (True, True)
 
     @jax.custom_vjp
     def differentiable(x, kernel):
@@ -179,7 +182,7 @@ def _accelerator_convolution(lhs, rhs, window_strides, padding, *, precision=Non
 
 
 def _convolution_for(platform: str | None) -> Callable[..., jax.Array]:
-    """The `conv_general_dilated` of a platform ("cpu", "gpu", "tpu"); None means the one that JAX runs on."""
+    """Return the `conv_general_dilated` of a platform: "cpu", "gpu", "tpu" or, for None, JAX's default backend."""
     if (platform or jax.default_backend()) != "cpu":
         return _accelerator_convolution
 
@@ -204,17 +207,24 @@ def _initialiser(init: Init) -> Callable[..., jax.Array]:
 
 
 class Conv(nn.Module):
-    """2-D convolution without bias, padded as in PyTorch (`padding` pixels on each side).
+    """2-D convolution without bias, padded as in PyTorch.
 
-    groups: of channels, each output seeing the inputs of its own group alone.
-    kernel_init: "fan_in" or "fan_out": `he_normal`, where, as in PyTorch, fan_in counts the channels of one group and
-      fan_out those of all. "torch": `torch_kernel_init`. Or an initialiser.
+    Attributes:
+      features: Output channels.
+      kernel_size: Of both sides.
+      strides: Of both sides.
+      padding: Pixels on each side. None: (kernel_size - 1) // 2.
+      groups: Of channels. An output depends only on the inputs of its group.
+      kernel_init: "fan_in" or "fan_out" for `he_normal` (as in PyTorch, fan_in counts the channels of one group,
+        fan_out those of all), "torch" for `torch_kernel_init`, or an initialiser.
+      dtype: Of the computation.
+      platform: See `ltjax.models.create`.
     """
 
     features: int
     kernel_size: int = 3
     strides: int = 1
-    padding: int | None = None  # None: (kernel_size - 1) // 2
+    padding: int | None = None
     groups: int = 1
     kernel_init: Init = "fan_in"
     dtype: Any = jnp.float32
@@ -240,11 +250,12 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch norm with PyTorch's running statistics: momentum 0.1, epsilon 1e-5, and an *unbiased* running variance.
 
-    Flax's own keeps the biased one, which drifts away from the authors' evaluation figures on small batches.
-    Statistics are taken over the whole batch, however many devices it is sharded over. All of it is computed in
-    float32 (in float64 of float64 maps) and returned in the type of x. Running statistics keep the type they come in.
+    Flax's batch norm keeps the biased variance, which changes the authors' evaluation figures on small batches.
+    Statistics cover the whole batch, over all devices. The computation is in float32 (float64 for float64 maps), the
+    result in the type of x. Running statistics keep their type.
 
-    relu: end in a ReLU. A call may add a residual before that: `relu(norm(x) + residual)`.
+    Attributes:
+      relu: End with a ReLU. A call may add a residual before it: `relu(norm(x) + residual)`.
     """
 
     relu: bool = False
@@ -281,7 +292,7 @@ def _affine(x, scale, bias, mean, inverse_std, residual, relu: bool) -> jax.Arra
     return (_relu(y) if relu else y).astype(x.dtype)
 
 
-# A product with 0 or 1: a choice by `where` becomes branches on XLA's CPU backend, and takes ten times as long.
+# The gradient is a product with 0 or 1, because XLA's CPU backend compiles `where` to branches, ten times as slow.
 @jax.custom_vjp
 def _relu(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0)
@@ -290,8 +301,8 @@ def _relu(x: jax.Array) -> jax.Array:
 _relu.defvjp(lambda x: (jnp.maximum(x, 0),) * 2, lambda y, dy: (dy * jnp.sign(y),))
 
 
-# The gradient of batch norm, residual and ReLU in three passes over the maps, one of which makes the gradient to x.
-# `mean` and `var` are there for the running statistics: no gradient comes through them.
+# The gradient of batch norm, residual and ReLU takes three passes over the maps, one of them for the gradient to x. The
+# outputs `mean` and `var` are for the running statistics, and have no gradient.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -309,8 +320,8 @@ def _batch_norm_forward(x, scale, bias, residual, relu, epsilon):
 
 
 def _batch_norm_backward(relu, epsilon, residuals, cotangents):
-    (x, scale, mean, var, y, added), (dy, *_) = residuals, cotangents
-    if relu:  # y is 0 or above
+    (x, scale, mean, var, y, has_residual), (dy, *_) = residuals, cotangents
+    if relu:  # sign(y) is 0 or 1
         dy = (_widened(dy) * jnp.sign(_widened(y))).astype(dy.dtype)
     dy, count, inverse_std = _apart(dy, 1), x.size // x.shape[-1], lax.rsqrt(var + epsilon)
     dbias = _channel_sums(_apart(dy, 1))
@@ -318,25 +329,25 @@ def _batch_norm_backward(relu, epsilon, residuals, cotangents):
     factor = scale * inverse_std
     slope = factor * inverse_std * dscale / count
     dx = _widened(dy) * factor - _widened(x) * slope + (slope * mean - factor * dbias / count)
-    return dx.astype(x.dtype), dscale, dbias, dy if added else None
+    return dx.astype(x.dtype), dscale, dbias, dy if has_residual else None
 
 
 _batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 def _channel_sums(x: jax.Array, times: jax.Array | None = None) -> jax.Array:
-    """Sums of x, or of x * times, over all axes but the last, in float32 (of float64, float64)."""
+    """Sum x, or x * times, over all axes but the last, in at least float32."""
     dtype, axes = at_least_float32(x.dtype), tuple(range(x.ndim - 1))
     return jnp.sum(x if times is None else x.astype(dtype) * times.astype(dtype), axes, dtype=dtype)
 
 
-# On a CPU, YNNPACK's sums read bfloat16 directly if nothing else uses its conversion to float32. XLA writes a shared
-# conversion out as a map of float32, and a step then takes half as long again. So each sum of a map stands behind
-# another number of barriers, and all that is not a sum converts by `_shifted`.
+# On CPUs, YNNPACK's sums read bfloat16 directly, unless something else uses the conversion to float32. XLA then stores
+# the conversion as a float32 map, and a step takes 1.5 times as long. So each sum of a map has a different number of
+# barriers, and everything else converts by `_shifted`.
 
 
 def _apart(x: jax.Array, barriers: int) -> jax.Array:
-    """x, for one sum: no two sums of a map may have the same number of `barriers`."""
+    """Return x behind barriers, for one sum. No two sums of a map may have the same number of barriers."""
     if x.dtype == jnp.bfloat16:
         for _ in range(barriers):
             x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
@@ -344,7 +355,7 @@ def _apart(x: jax.Array, barriers: int) -> jax.Array:
 
 
 def _widened(x: jax.Array) -> jax.Array:
-    """x as float32 (float64 stays)."""
+    """Convert x to float32; float64 stays."""
     return _wide(x) if x.dtype == jnp.bfloat16 else x.astype(at_least_float32(x.dtype))
 
 
@@ -357,15 +368,17 @@ _wide.defvjp(lambda x: (_wide(x), None), lambda _, dy: (dy.astype(jnp.bfloat16),
 
 
 def _shifted(x: jax.Array) -> jax.Array:
-    """bfloat16 as float32, of which it is the upper half."""
+    """Convert bfloat16 to float32, whose upper half it is."""
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
 
 
 class LinearClassifier(nn.Module):
-    """logits = features @ kernel + bias, of the features' type.
+    """`logits = features @ kernel + bias`, in the features' type.
 
-    classifier_init: "he": weights by `he_normal`, bias by `torch_bias_init`; "torch": all as PyTorch's linear layer
-      begins; "torch_no_bias": the same, but the bias begins with zeros.
+    Attributes:
+      num_classes: C.
+      classifier_init: "he": weights by `he_normal`, bias by `torch_bias_init`. "torch": as PyTorch's linear layer.
+        "torch_no_bias": the same, with a bias of 0.
     """
 
     num_classes: int
@@ -382,10 +395,10 @@ class LinearClassifier(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """logits = scale * cosine(features, class weight), of the features' type, in [-scale, scale]; no bias.
+    """`logits = scale * cosine(features, class weight)`, in the features' type, without bias.
 
-    Weights begin with length 1, as LDAM's do: a cosine does not see their length, but the longer they are, the less a
-    step of the optimizer turns them. `ltjax.losses.ldam` multiplies by its own scale, so it takes scale=1.
+    Initial weights have length 1, as LDAM's do: the longer they are, the less an optimizer step turns them. With
+    `ltjax.losses.ldam`, which has a scale, use scale=1.
     """
 
     num_classes: int
@@ -402,51 +415,49 @@ def _unit_columns(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 
 
 def unit(x: jax.Array, *, axis: int) -> jax.Array:
-    """x over its Euclidean length along `axis`; finite, with a finite gradient, where the length is 0."""
+    """Divide x by its Euclidean length along `axis`. Value and gradient stay finite if the length is 0."""
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
 
 
-# As `reduce_window` max-pooling has a scatter for a gradient, which an accelerator does one value after the other, and
-# in bfloat16. Nine strided slices have the same maxima, and a gradient of selections and sums.
+# The gradient of max-pooling by `reduce_window` is a scatter, which accelerators run sequentially, in bfloat16. Nine
+# strided slices have the same maxima, and their gradient needs only selections and sums.
 
 
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """Take the maxima of 3x3 windows, 2 pixels apart, of x with one pixel of -inf around it.
+    """Take the maxima of 3x3 windows with stride 2 and padding 1: [B, h, w, D] -> [B, h / 2, w / 2, D], rounded up.
 
-    x: [B, h, w, D]. Returns: [B, h / 2, w / 2, D], rounded up.
-
-    The gradient goes to the first maximum of a window, by rows, as PyTorch's and `lax.reduce_window`'s. It is summed in
-    float32 (of float64, float64).
+    The gradient goes to a window's first maximum, by rows, as in PyTorch and `lax.reduce_window`. It is summed in at
+    least float32.
     """
-    return reduce(jnp.maximum, (taken for taken, _ in _nine(x)))
+    return reduce(jnp.maximum, (pixels for pixels, _ in _nine_slices(x)))
 
 
-def _nine(x: jax.Array) -> Iterator[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]:
-    """What each of the nine places of a window takes of x, and how its gradient [B, h / 2, w / 2, D] becomes x's."""
+def _nine_slices(x: jax.Array) -> Iterator[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]:
+    """Yield the pixels of x at each of a window's nine places, and a function from their gradient to that of x."""
     low = jnp.asarray(-jnp.inf, x.dtype)
     padded = lax.pad(x, low, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
     height, width = padded.shape[1:3]
-    rows, columns = (height - 3) // 2 * 2 + 1, (width - 3) // 2 * 2 + 1  # from the first to the last that are taken
+    rows, columns = (height - 3) // 2 * 2 + 1, (width - 3) // 2 * 2 + 1  # from the first to the last slice element
 
     for i in range(3):
         for j in range(3):
 
             def put_back(dy: jax.Array, i: int = i, j: int = j) -> jax.Array:
-                around = ((i - 1, height - i - rows - 1, 1), (j - 1, width - j - columns - 1, 1))
-                return lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *around, (0, 0, 0)))
+                padding = ((i - 1, height - i - rows - 1, 1), (j - 1, width - j - columns - 1, 1))
+                return lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *padding, (0, 0, 0)))
 
             yield padded[:, i : i + rows : 2, j : j + columns : 2], put_back
 
 
 def _max_pool_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
     x, y = residuals
-    left = dy.astype(at_least_float32(x.dtype))
-    total = jnp.zeros(x.shape, left.dtype)
-    for taken, put_back in _nine(x):
-        here = taken == y
-        total += put_back(jnp.where(here, left, 0))
-        left = jnp.where(here, 0, left)
+    remaining = dy.astype(at_least_float32(x.dtype))
+    total = jnp.zeros(x.shape, remaining.dtype)
+    for pixels, put_back in _nine_slices(x):
+        is_maximum = pixels == y
+        total += put_back(jnp.where(is_maximum, remaining, 0))
+        remaining = jnp.where(is_maximum, 0, remaining)
     return (total.astype(x.dtype),)
 
 
@@ -454,29 +465,31 @@ max_pool.defvjp(lambda x: (y := max_pool(x), (x, y)), _max_pool_backward)
 
 
 def pool(x: jax.Array) -> jax.Array:
-    """Mean over space: a map [B, h, w, D] of any float type -> [B, D], float32 or, of a float64 map, float64."""
+    """Take the mean over space: [B, h, w, D] of any float type -> [B, D], at least float32."""
     dtype = at_least_float32(x.dtype)
     if x.dtype != dtype:
-        x = lax.optimization_barrier(x)  # XLA on CPU, jax 0.11 and 0.12, makes nan of this mean fused with a relu
+        x = lax.optimization_barrier(x)  # in jax 0.11 and 0.12, XLA on CPUs makes nan of this mean and a relu
     return x.astype(dtype).mean((1, 2))
 
 
 class Network(nn.Module):
-    """Normalisation, a backbone, a classifier and, as switches, one more block, branches and a scale for each logit.
+    """Normalisation, a backbone, a classifier and, optionally, an extra block, branches and a scale for each logit.
 
-    `backbone(x, train) -> {stage: map [B, h, w, D_l]}`, whose last map is the final one. Images come in [0, 1]: the
-    network normalises them itself, so that attacks work in pixels. Parameter paths begin with `backbone`, `block`,
-    `branches`, `classifier` and `logit_scale`.
+    The network normalises images in [0, 1] itself, so attacks work in pixels. Parameter paths begin with `backbone`,
+    `block`, `branches`, `classifier` and `logit_scale`.
 
-    `features` is the mean over space of the final map, `layers` that of every stage's, float32 (of a float64
-    network, float64). With branches the classifier sees theirs instead, each [B, D]: `branches` holds the logits of
-    each and `logits` their sum, while `features` stays what it is without branches, so that class means and losses on
-    features have one meaning.
+    The output `features` is the mean over space of the final map, `layers` that of every stage's, at least float32.
+    With branches, the classifier takes their features [R, B, D]: the output `branches` holds the logits of each, and
+    `logits` their sum. `features` does not depend on the branches, so class means and losses on features keep their
+    meaning.
 
-    block: a module of `ltjax.models.blocks` after the backbone, whose map is one more stage and the final one. The
-    backbone in front of it is in evaluation mode always: MiSLAS's for Places-LT is frozen, batch norms and all.
-    branches: a module of `ltjax.models.branches`. logit_scale: MiSLAS's learnable weight scaling,
-    `logits = s * (W z + b)` with s [C] initially 1; with branches, of each one's logits.
+    Attributes:
+      backbone: See `ltjax.models`.
+      block: A module of `ltjax.models.blocks` after the backbone. Its map is an additional stage, the final one. The
+        backbone is then always in evaluation mode: MiSLAS freezes it for Places-LT, including its batch norms.
+      branches: A module of `ltjax.models.branches`.
+      logit_scale: MiSLAS's learnable weight scaling, `logits = s * (W z + b)`, with s [C] initially 1. It applies to
+        each branch.
     """
 
     backbone: nn.Module
@@ -508,7 +521,7 @@ class Network(nn.Module):
         maps = self.backbone(x, train and self.block is None)
         if self.block is not None:
             maps = {**maps, f"stage{len(maps) + 1}": self.block(list(maps.values())[-1], train)}
-        layers = {name: pool(x) for name, x in maps.items()}  # unused ones are dead code once compiled
+        layers = {name: pool(x) for name, x in maps.items()}  # dead code if unused
         last = list(maps)[-1]
         if self.branches is None:
             return Outputs(self._logits(layers[last]), layers[last], None, layers)
@@ -516,6 +529,6 @@ class Network(nn.Module):
         return Outputs(logits.sum(0), layers[last], logits, layers)
 
     def _logits(self, features: jax.Array) -> jax.Array:
-        """[..., D] -> [..., C]"""
+        """Classify [..., D] -> [..., C]."""
         logits = self.head(features)
         return logits * self.scale.astype(logits.dtype) if self.logit_scale else logits

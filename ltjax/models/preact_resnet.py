@@ -1,8 +1,8 @@
 """Pre-activation ResNet-18 and 34 (He et al. 2016, "Identity mappings in deep residual networks"), for 32x32 images.
 
-The network of much work on adversarial training: four stages with width, 2, 4 and 8 times width channels and strides
-1, 2, 2, 2, then a batch norm and a ReLU. With a 10-way classifier, PreAct-ResNet-18 has 11,172,170 parameters; the
-11,171,146 that some code has are without that last norm of 512 channels.
+It is common in adversarial training. Four stages have width, 2, 4 and 8 times width channels and strides 1, 2, 2, 2; a
+batch norm and a ReLU follow. With a 10-way classifier, PreAct-ResNet-18 has 11,172,170 parameters. Some code has
+11,171,146, without the last norm of 512 channels.
 """
 
 from typing import Any
@@ -19,8 +19,7 @@ from ltjax.types import UserError
 
 
 class PreActBlock(nn.Module):
-    """Norm, ReLU, convolution, twice. A shortcut that changes the shape convolves what the first ReLU gives; else it
-    is x itself."""
+    """Norm, ReLU, convolution, twice. If the shape changes, the shortcut convolves the first ReLU; else it is x."""
 
     features: int
     strides: int
@@ -42,14 +41,20 @@ class PreActBlock(nn.Module):
 class PreActBackbone(nn.Module):
     """[B, H, W, channels] -> {"stage1": [B, H, W, features[0]], "stage2": [B, H/2, W/2, features[1]], ...}.
 
-    The last map is that after the last norm and ReLU; those before are the sums that the next stage's blocks take.
-    stem: channels of the first convolution. features, blocks: of each stage. kernel_init: as in
-    `ltjax.models.layers.Conv`.
+    The last map is taken after the last norm and ReLU, the others after a stage's last addition.
+
+    Attributes:
+      stem: Channels of the first convolution.
+      features: Channels of each stage.
+      blocks: Number of blocks of each stage.
+      family: See `ltjax.models`.
+      kernel_init: See `ltjax.models.layers.Conv`.
     """
 
     stem: int
     features: tuple[int, ...]
     blocks: tuple[int, ...]
+    family: str = "preact_resnet"
     dtype: Any = jnp.float32
     platform: str | None = None
     remat: bool = False
@@ -80,13 +85,17 @@ def backbone(
     blocks: tuple[int, ...] | None = None,
     init: str = "he",
 ) -> PreActBackbone:
-    """depth: 18 or 34. width: channels of the first stage, 64 in the paper. blocks: of each stage, instead of those of
-    the depth. init: as of `ltjax.models.resnet`.
+    """Create a PreAct-ResNet's backbone. Other arguments: see `ltjax.models.create`.
 
-    dtype, platform, remat: as in `ltjax.models.create`.
+    Args:
+      depth: 18 or 34.
+      width: Channels of the first stage, 64 in the paper.
+      blocks: Of each stage, instead of those of the depth.
+      init: See `ltjax.models.resnet.backbone`.
     """
     if width < 1:
         raise UserError(f"model width = {width}: the first stage needs at least one channel")
     features = tuple(width * 2**stage for stage in range(4))
     numbers, weights = stage_blocks(depth, blocks, (18, 34)), registry.choose("model init", CONV_INITS, init)
-    return PreActBackbone(width, features, numbers, dtype, platform, remat, kernel_init=weights)
+    settings = dict[str, Any](dtype=dtype, platform=platform, remat=remat, kernel_init=weights)
+    return PreActBackbone(width, features, numbers, **settings)

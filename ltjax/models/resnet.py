@@ -1,15 +1,15 @@
-"""ResNets (He et al. 2016) and ResNeXts (Xie et al. 2017), for large images and, with another stem, for small ones.
+"""ResNets (He et al. 2016) and ResNeXts (Xie et al. 2017), for large and small images.
 
-Four stages with width, 2, 4 and 8 times width channels, or four times as many after bottlenecks. Depth 10, 18 and 34
-are of basic blocks, 50, 101 and 152 of bottlenecks, and where a block changes the shape its shortcut is option B: a 1x1
-convolution and a batch norm.
+They have four stages with width, 2, 4 and 8 times width channels (times 4 after bottlenecks). Depths 10, 18 and 34 have
+basic blocks, 50, 101 and 152 bottlenecks. If the shape changes, the shortcut is option B: a 1x1 convolution and a batch
+norm.
 
-- `stem="large"`: a 7x7 convolution of stride 2, max-pooling, stages of strides 1, 2, 2, 2. These are torchvision's,
-  which the long-tailed papers take for ImageNet-LT, iNaturalist 2018 and Places-LT. With a 1000-way classifier
-  ResNet-50 has 25,557,032 parameters, and ResNeXt-50 32x4d (`depth=50, groups=32, group_width=4`) 25,028,904.
-- `stem="small"`: a 3x3 convolution and no max-pooling. LBGAT's teacher keeps the size of the image in the second stage
-  too, so that 32x32 ends as 8x8; `strides = (1, 2, 2, 2)` is the usual ResNet-18 for CIFAR. With a 10-way classifier it
-  has 11,173,962 parameters.
+- `stem="large"`: a 7x7 convolution of stride 2, max-pooling, stages of strides 1, 2, 2, 2. These are torchvision's, as
+  in the long-tailed papers for ImageNet-LT, iNaturalist 2018 and Places-LT. With a 1000-way classifier ResNet-50 has
+  25,557,032 parameters, and ResNeXt-50 32x4d (`depth=50, groups=32, group_width=4`) 25,028,904.
+- `stem="small"`: a 3x3 convolution and no max-pooling. As in LBGAT's teacher, the second stage keeps the size of the
+  image, so 32x32 becomes 8x8. With `strides=(1, 2, 2, 2)` it is the usual ResNet-18 for CIFAR, which has 11,173,962
+  parameters with a 10-way classifier.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ BLOCKS = {  # of each stage, by depth
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-BASIC = (10, 18, 34)  # depths of basic blocks
+BASIC = (10, 18, 34)  # depths with basic blocks
 STRIDES = {"small": (1, 1, 2, 2), "large": (1, 2, 2, 2)}  # of each stage, by stem
 CONV_INITS: dict[str, Init] = {"he": "fan_in", "torch": "torch"}  # of convolutions, see `ltjax.models.layers.Conv`
 
@@ -39,12 +39,18 @@ CONV_INITS: dict[str, Init] = {"he": "fan_in", "torch": "torch"}  # of convoluti
 class ResNetBackbone(nn.Module):
     """[B, H, W, channels] -> {"stage1": [B, h, w, D], "stage2": [B, h/s2, w/s2, 2 D], ...}.
 
-    D is `width`, of bottlenecks 4 `width`; h is H/s1, after the large stem H/(4 s1).
+    D is `width`, or 4 `width` with bottlenecks. h is H/s1, or H/(4 s1) with the large stem.
 
-    blocks, strides: of each stage; the first block of a stage takes its stride. stem: "small" or "large".
-    inner: channels of the 3x3 convolution in the first stage's bottlenecks; None: basic blocks. groups: of the same.
-    shortcut: of basic blocks. kernel_init: as in `ltjax.models.layers.Conv`. dtype, platform, remat: as in
-    `ltjax.models.create`.
+    Attributes:
+      blocks: Number of blocks of each stage.
+      strides: Stride of each stage's first block.
+      width: Channels of the first stage's blocks.
+      stem: "small" or "large".
+      inner: Channels of the 3x3 convolution in the first stage's bottlenecks. None: basic blocks.
+      groups: Of the same convolution.
+      shortcut: Of basic blocks.
+      family: See `ltjax.models`.
+      kernel_init: See `ltjax.models.layers.Conv`.
     """
 
     blocks: tuple[int, ...]
@@ -54,6 +60,7 @@ class ResNetBackbone(nn.Module):
     inner: int | None = None
     groups: int = 1
     shortcut: str = "conv"
+    family: str = "resnet"
     kernel_init: Init = "fan_in"
     dtype: Any = jnp.float32
     platform: str | None = None
@@ -83,7 +90,7 @@ class ResNetBackbone(nn.Module):
 
 
 def stage_blocks(depth: int, blocks: tuple[int, ...] | None, known: tuple[int, ...] = tuple(BLOCKS)) -> tuple[int, ...]:
-    """Blocks of each of the four stages: `blocks` where given, else those of the depth. known: depths there are."""
+    """Return the number of blocks of each of the four stages: `blocks`, or those of the depth, one of `known`."""
     if depth not in known:
         *others, last = map(str, known)
         raise UserError(f"model depth = {depth}: take {', '.join(others)} or {last}")
@@ -91,7 +98,7 @@ def stage_blocks(depth: int, blocks: tuple[int, ...] | None, known: tuple[int, .
 
 
 def of_each_stage(setting: str, values: tuple[int, ...]) -> tuple[int, ...]:
-    """`values` as a tuple. Raises: UserError where they are not four integers above 0."""
+    """Return `values` as a tuple, or raise a UserError if they are not four integers above 0."""
     if not isinstance(values, tuple | list) or len(values) != 4 or not all(type(v) is int and v > 0 for v in values):
         raise UserError(f"model {setting} = {values}: one integer above 0 for each of the four stages")
     return tuple(values)
@@ -111,17 +118,23 @@ def backbone(
     group_width: int = 64,
     init: str = "he",
 ) -> ResNetBackbone:
-    """depth: 10, 18, 34, 50, 101 or 152. stem: "small" or "large". width: channels of the first stage's blocks, 64 in
-    the papers. strides: of each stage's first block, instead of those of the stem. blocks: of each stage, instead of
-    those of the depth: MiSLAS's frozen ResNet-152 is (3, 8, 36, 2), without the block that its new one is there for.
+    """Create a ResNet's or ResNeXt's backbone. The many parameters are its settings in a config.
 
-    groups, group_width: of the bottlenecks' 3x3 convolutions, 32 and 4 in ResNeXt "32x4d". In the first stage each
-    group has group_width * width / 64 channels, and twice as many in every further one.
-
-    init: "he", He-normal weights: for the channels that come in, with the large stem for those that go out. "torch",
-    PyTorch's default, as LBGAT's authors leave their natural model's.
-
-    dtype, platform, remat: as in `ltjax.models.create`.
+    Args:
+      dtype: See `ltjax.models.create`.
+      platform: See `ltjax.models.create`.
+      remat: See `ltjax.models.create`.
+      depth: 10, 18, 34, 50, 101 or 152.
+      stem: "small" or "large".
+      width: Channels of the first stage's blocks, 64 in the papers.
+      strides: Of each stage's first block, instead of those of the stem.
+      blocks: Of each stage, instead of those of the depth. MiSLAS's frozen ResNet-152 has (3, 8, 36, 2), because an
+        extra block replaces the last.
+      groups: Of the bottlenecks' 3x3 convolutions, 32 in ResNeXt "32x4d".
+      group_width: Channels of a group, 4 in ResNeXt "32x4d": group_width * width / 64 in the first stage, twice as many
+        in each next one.
+      init: "he": He-normal weights with fan_in, or fan_out with the large stem. "torch": PyTorch's default, as in
+        LBGAT's natural model.
     """
     if width < 1:
         raise UserError(f"model width = {width}: the first stage needs at least one channel")
@@ -145,5 +158,5 @@ def backbone(
             f"model groups = {groups}, group_width = {group_width}: depth {depth} has no bottlenecks for them; take "
             "depth 50, 101 or 152"
         )
-    own = dict[str, Any](inner=inner, groups=groups, kernel_init=weights)
-    return ResNetBackbone(numbers, strides, width, stem, **own, dtype=dtype, platform=platform, remat=remat)
+    settings = dict[str, Any](kernel_init=weights, dtype=dtype, platform=platform, remat=remat)
+    return ResNetBackbone(numbers, strides, width, stem, inner, groups, **settings)

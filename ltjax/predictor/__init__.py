@@ -1,13 +1,11 @@
-"""A trained network as a function of images.
+"""A trained network as a function of images. It needs only a run's folder, not the data set:
 
-Needs no data set, and nothing of the run but its folder:
+import ltjax
 
-    import ltjax
-
-    model = ltjax.load("runs/quickstart-seed0")
-    probabilities = model(images)  # [N, H, W, channels] -> [N, C]
-    for found in model.predict("photos/"):
-        print(found.file, found.classes[0], found.confidences[0])
+model = ltjax.load("runs/quickstart-seed0")
+probabilities = model(images)  # [N, H, W, channels] -> [N, C]
+for prediction in model.predict("photos/"):
+    print(prediction.file, prediction.classes[0], prediction.confidences[0])
 """
 
 import hashlib
@@ -37,33 +35,28 @@ if TYPE_CHECKING:
     from ltjax.predictor.files import Prediction
 
 FITTED = "fitted"
-TEMPERATURE = "temperature.json"  # what `ltjax.modes.calibrate` leaves in a workdir
-NAMED_IN = (
-    "split.json",
-    "results.json",
-    "eval.json",
-    TEMPERATURE,
-)  # files of a workdir that may know the names of classes
+TEMPERATURE = "temperature.json"  # written by `ltjax.modes.calibrate`
+NAMED_IN = ("split.json", "results.json", "eval.json", TEMPERATURE)  # files that may hold the names of classes
 
 
 class Model:
-    """A network with its weights, compiled at its first call; batches are split over this machine's devices.
+    """A network with its weights, compiled at its first call. Batches are split over this machine's devices.
 
     Attributes:
       class_names: C names.
-      image_size: side in pixels of the images it was trained on, None where nobody noted it.
-      channels: of the images, 1 or 3.
-      temperature: what logits are divided by on their way to probabilities.
-      about: which checkpoint this is, in words.
-      network: the network alone, images [B, H, W, channels] in [0, 1] -> logits [B, C], a pytree for `jit`, `grad` and
+      image_size: Side in pixels of its training images, None if unknown.
+      channels: Of the images, 1 or 3.
+      temperature: Divisor of the logits before the softmax.
+      about: Description of the checkpoint.
+      network: The network: images [B, H, W, channels] in [0, 1] -> logits [B, C], a pytree for `jit`, `grad` and
         `ltjax.attacks`.
 
     Examples:
-      >>> network = dict(name="resnet_cifar", depth=8, width=2)
-      >>> net = models.create(num_classes=3, **network)
-      >>> made = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))  # a run would have trained it
-      >>> variables = Variables({"net": made["params"]}, {"net": made["batch_stats"]}, {})
-      >>> model = predictor.Model(Weights(variables, network, 3), class_names=("a", "b", "c"))
+      >>> settings = dict(name="resnet_cifar", depth=8, width=2)
+      >>> net = models.create(num_classes=3, **settings)
+      >>> collections = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))  # not trained
+      >>> variables = Variables({"net": collections["params"]}, {"net": collections["batch_stats"]}, {})
+      >>> model = predictor.Model(Weights(variables, settings, 3), class_names=("a", "b", "c"))
       >>> model
       <ltjax model: weights, 3 classes>
       >>> probabilities = model(np.zeros((2, 8, 8, 1), np.uint8))
@@ -81,16 +74,25 @@ class Model:
         about: str = "weights",
         batch_size: int = 256,
     ):
-        """weights: as `ltjax.interop.export.read` gives them. view: what becomes of image files."""
+        """Build a model.
+
+        Args:
+          weights: From `ltjax.interop.export.read`.
+          class_names: C names. Default: "class 0", "class 1", ...
+          view: Resizing and cropping of image files. None if unknown.
+          temperature: See the attributes.
+          about: See the attributes.
+          batch_size: Images per batch, over all devices.
+        """
         weights = in_our_order(weights)
         settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in weights.settings.items()}
         net = models.create(settings.pop("name", ""), weights.num_classes, **settings)
         self.class_names = class_names or tuple(f"class {c}" for c in range(weights.num_classes))
         self.view, self.temperature, self.about = view, temperature, about
         self._mesh = parallel.make_mesh(jax.local_devices())
-        self.batch_size = self._shared(batch_size)
+        self.batch_size = self._divisible(batch_size)
         params, stats = weights.variables.params["net"], weights.variables.stats["net"]
-        self.channels = int(params["backbone"]["conv"]["kernel"].shape[2])
+        self.channels = models.input_channels(params)
 
         def logits(variables: dict[str, Any], images: jax.Array) -> jax.Array:
             outputs: Any = net.apply(variables, images, False)
@@ -114,33 +116,42 @@ class Model:
         return None if self.view is None else self.view.size
 
     def __call__(self, images: Any) -> np.ndarray:
-        """Probabilities float32 [N, C] of images [N, H, W, channels], uint8, or floats in [0, 1]; any N.
+        """Compute probabilities, float32 [N, C].
 
-        Raises: UserError that says what was found, where it is something else.
+        Args:
+          images: [N, H, W, channels], uint8 or floats in [0, 1], for any N.
+
+        Raises:
+          UserError: Images have another shape, type or range.
         """
         return np.asarray(jax.nn.softmax(self.logits(images) / np.float32(self.temperature)))
 
     def logits(self, images: Any) -> np.ndarray:
-        """Logits [N, C], before any temperature; otherwise as `__call__`."""
-        images, found, waiting = self._checked(images), [], None
+        """Compute logits [N, C], without the temperature. Arguments and errors: see `__call__`."""
+        images = self._checked(images)
+        batches: list[Any] = [np.zeros((0, len(self.class_names)), np.float32)]
         for start in range(0, len(images), self.batch_size):
-            part = self.start(images[start : start + self.batch_size])
-            if waiting is not None:
-                found.append(np.asarray(waiting[1])[: waiting[0]])
-            waiting = min(self.batch_size, len(images) - start), part
-        if waiting is None:
-            return np.zeros((0, len(self.class_names)), np.float32)
-        return np.concatenate([*found, np.asarray(waiting[1])[: waiting[0]]])
+            batches.append(self.start(images[start : start + self.batch_size]))
+            batches[-2] = np.asarray(batches[-2])  # waits for the previous batch while the device runs this one
+        return np.concatenate(batches)[: len(images)]
 
     def predict(
         self, images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, top_k: int = 5
     ) -> Iterator["Prediction"]:
-        """The most probable classes of image files, one `ltjax.predictor.files.Prediction` each, as they are decoded.
+        """Predict the most probable classes of image files.
 
-        images: a folder, which is searched whole, a pattern such as "photos/*.jpg", or files. Those that cannot be read
-        come back with an `error`.
+        Args:
+          images: A folder, which is searched recursively, a pattern such as "photos/*.jpg", or files.
+          top_k: Number of classes.
+
+        Returns:
+          A `ltjax.predictor.files.Prediction` for each file, with an `error` if the file cannot be read. The next files
+            are decoded meanwhile.
+
+        Raises:
+          UserError: There are no such files, or their size or number of channels is unknown.
         """
-        from ltjax.predictor import files as image_files  # its decoders are not for everybody
+        from ltjax.predictor import files as image_files  # imports image decoders
 
         if isinstance(images, (str, os.PathLike)):
             files = image_files.find(os.fspath(images))
@@ -149,39 +160,39 @@ class Model:
         return itertools.chain.from_iterable(image_files.predictions(self, files, top_k=top_k))
 
     def start(self, images: np.ndarray) -> jax.Array:
-        """Logits of at most `batch_size` images, and of black ones behind them: the device may still be at work.
+        """Start computing logits of at most `batch_size` images, padded by black ones, and return without waiting.
 
-        So few sizes of batches reach it that it compiles a few times at most.
+        Padding to powers of 2 limits the number of compilations.
         """
-        size = min(self.batch_size, self._shared(1 << (len(images) - 1).bit_length()))
+        size = min(self.batch_size, self._divisible(1 << (len(images) - 1).bit_length()))
         padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
         return self._run(self.network, jax.device_put(padded, parallel.split_batch(self._mesh)))
 
-    def _shared(self, size: int) -> int:
-        """A batch of about `size` with a share for each device."""
+    def _divisible(self, size: int) -> int:
+        """Round up to a multiple of the number of devices."""
         devices = self._mesh.shape[parallel.BATCH_AXIS]
         return -(-max(1, size) // devices) * devices
 
     def _checked(self, images: Any) -> np.ndarray:
         images = np.asarray(images)
-        found = f"images are {images.dtype} {list(images.shape)}"
+        what = f"images are {images.dtype} {list(images.shape)}"
         if images.ndim == 3 and images.shape[-1] == self.channels:
-            raise UserError(f"{found}: one image is a batch of one, images[None]")
+            raise UserError(f"{what}: one image is a batch of one, images[None]")
         if images.ndim != 4 or images.shape[-1] != self.channels:
-            raise UserError(f"{found}: the network takes [N, H, W, {self.channels}]")
+            raise UserError(f"{what}: the network takes [N, H, W, {self.channels}]")
         if self.image_size not in (None, images.shape[1]) or self.image_size not in (None, images.shape[2]):
             raise UserError(
-                f"{found}: the network was trained on {self.image_size} x {self.image_size} pixels; resize them, let "
-                "model.predict(FILES) do it, or ltjax.load(..., image_size=) another size on purpose"
+                f"{what}: the network was trained on {self.image_size} x {self.image_size} pixels; resize them, use "
+                "model.predict(FILES), or load another size on purpose with ltjax.load(..., image_size=)"
             )
         if images.dtype == np.uint8:
             return images
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(f"{found}: give uint8 from 0 to 255, or floats in [0, 1]")
+            raise UserError(f"{what}: give uint8 from 0 to 255, or floats in [0, 1]")
         images = images.astype(np.float32)
-        if images.size and not (images.min() >= 0 and images.max() <= 1):  # so that nan is found as well
+        if images.size and not (images.min() >= 0 and images.max() <= 1):  # also catches nan
             raise UserError(
-                f"{found} from {images.min():g} to {images.max():g}: give floats in [0, 1], or uint8 from 0 to 255; "
+                f"{what} from {images.min():g} to {images.max():g}: give floats in [0, 1], or uint8 from 0 to 255; "
                 "the network normalises them itself"
             )
         return images
@@ -196,15 +207,19 @@ def load(
     replica: int = 0,
     batch_size: int = 256,
 ) -> Model:
-    """The model that a run has come to, or of a folder of weights (see `ltjax.interop`). Needs no data set.
+    """Load the model of a run or of a folder of weights. Needs no data set.
 
     Args:
-      source: a run's workdir, whose newest checkpoint of the last stage it is; or a folder of weights.
-      temperature: what logits are divided by. "fitted": as `--calibrate` has found, or 1 where it has not been asked.
-      image_size: side of the images in pixels, where it shall be another than the run's, or weights do not say.
-      net: "net", or "guide" where the run trains one; None: the one that the last stage is judged by.
-      replica: which, of a run with several. batch_size: images that go to the devices together.
-    Raises: UserError where there is nothing to load, or the temperature belongs to another checkpoint.
+      source: A run's workdir, of which the newest checkpoint of the last stage is loaded; or a folder of
+        `ltjax.interop.weights`.
+      temperature: Divisor of the logits. "fitted": that of `--calibrate`, or 1 if there is none.
+      image_size: Side of the images in pixels. Default: that of the run; unknown for a folder of weights.
+      net: "net", or "guide" if the run trains one. Default: the one that the last stage evaluates.
+      replica: Which one, if the run has several.
+      batch_size: Images per batch, over all devices.
+
+    Raises:
+      UserError: There is nothing to load, or the temperature belongs to another checkpoint.
     """
     source = local(source)
     if (source / DESCRIPTION).is_file():
@@ -229,14 +244,14 @@ def load(
 def load_as_configured(
     config: Mapping[str, Any], workdir: Path, *, temperature: float | str = FITTED, replica: int = 0
 ) -> Model:
-    """What `--mode=eval` would judge: the run in a workdir or, where there is none, `config.weights`."""
+    """Load the model that `--mode=eval` evaluates: the run in a workdir or, if there is none, `config.weights`."""
     run = configs.parse(config)
     if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
         return load(workdir, temperature=temperature, replica=replica, batch_size=run.eval_batch_size)
     weights = load_weights(run.weights)
-    own = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
+    computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
     return Model(
-        weights._replace(settings={**weights.settings, **own}),
+        weights._replace(settings={**weights.settings, **computation}),
         class_names=class_names(workdir, weights.num_classes),
         view=view_of(run),
         temperature=_temperature(workdir, imported_key(run.weights), 0, temperature),
@@ -246,13 +261,13 @@ def load_as_configured(
 
 
 def imported_key(folder: str) -> dict[str, Any]:
-    """What a temperature of imported weights belongs to: these arrays."""
+    """Identify imported weights by the hash of their arrays, for their temperature."""
     digest = hashlib.sha256((local(folder) / ARRAYS).read_bytes()).hexdigest()
     return {"stage": "imported", "step": 0, "weights_sha256": digest}
 
 
 def view_of(run: configs.RunConfig) -> "View":
-    """What becomes of an image file before the network sees it: as the run's own test images, or cut to a square."""
+    """Return the resizing and cropping of image files: that of the run's test images, or to a square."""
     from ltjax.data.decode import View
 
     side = data.SIDES.get(run.data.name)
@@ -260,7 +275,7 @@ def view_of(run: configs.RunConfig) -> "View":
 
 
 def class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
-    """As the run noted them; (), where it did not."""
+    """Read the names of classes from a workdir; () if it has none."""
     for file in NAMED_IN:
         if (workdir / file).is_file():
             names = read_json(workdir / file).get("class_names", ())
@@ -280,7 +295,7 @@ def _of_size(view: "View | None", size: int | None) -> "View | None":
 
 
 def _temperature(workdir: Path, key: Mapping[str, Any] | None, replica: int, asked: float | str) -> float:
-    """key: stage and step (and weights) of what is loaded; None: nothing that a temperature could belong to."""
+    """Return the temperature `asked` or fitted. key: stage and step (and weights) of the model; None: not evaluated."""
     if asked != FITTED:
         if isinstance(asked, str) or not 0 < asked < math.inf:
             raise UserError(
@@ -290,17 +305,19 @@ def _temperature(workdir: Path, key: Mapping[str, Any] | None, replica: int, ask
     path = workdir / TEMPERATURE
     if key is None or not path.is_file():
         return 1.0
-    kept = read_json(path)
+    content = read_json(path)
     try:
-        if all(kept[name] == value for name, value in key.items()):
-            fitted = float(kept["replicas"][replica]["temperature"])
+        if all(content[name] == value for name, value in key.items()):
+            fitted = float(content["replicas"][replica]["temperature"])
             if not 0 < fitted < math.inf:
                 raise ValueError(f"temperature {fitted}")
             return fitted
-        whose = f"step {kept['step']} of stage {kept['stage']}"
+        checkpoint = f"step {content['step']} of stage {content['stage']}"
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}): delete it, or calibrate anew") from None
+        raise UserError(
+            f"cannot read {path} ({type(error).__name__}: {error}): delete it, or calibrate again"
+        ) from None
     raise UserError(
-        f"{path} belongs to {whose}, not to this checkpoint (step {key['step']} of stage {key['stage']}): fit it anew "
-        "with --mode=eval --calibrate, delete it, or ltjax.load(..., temperature=1.0)"
+        f"{path} belongs to {checkpoint}, not to this checkpoint (step {key['step']} of stage {key['stage']}): fit it "
+        "again with --mode=eval --calibrate, delete it, or ltjax.load(..., temperature=1.0)"
     )

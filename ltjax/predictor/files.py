@@ -1,4 +1,4 @@
-"""Predict the classes of image files, wherever they are: found, decoded ahead of the device, and ranked."""
+"""Predict the classes of image files: find and decode them while the device works, and rank the classes."""
 
 import glob
 import itertools
@@ -24,11 +24,11 @@ from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 
-AHEAD = 2  # batches that are being decoded while one is waited for
+AHEAD = 2  # batches decoded while the device works on one
 
 
 class Classifier(Protocol):
-    """What files are shown to, such as `ltjax.predictor.Model`."""
+    """Interface of `ltjax.predictor.Model`."""
 
     about: str
     view: View | None
@@ -41,52 +41,62 @@ class Classifier(Protocol):
 
 
 class Prediction(NamedTuple):
-    """What the network says of one file: the most probable classes, most probable first, or why it could not look."""
+    """Prediction for one file.
 
-    file: str  # as it was found, or given
-    classes: tuple[str, ...]  # names
-    confidences: tuple[float, ...]  # of these; calibrated where a temperature was fitted
-    error: str = ""  # then there are no classes
+    Attributes:
+      file: Path.
+      classes: Names of the most probable classes, most probable first.
+      confidences: Of these classes; calibrated if a temperature was fitted.
+      error: Reason if the file could not be read. There are no classes then.
+    """
+
+    file: str
+    classes: tuple[str, ...]
+    confidences: tuple[float, ...]
+    error: str = ""
 
 
 def find(images: str) -> Iterator[str]:
-    """The files that are meant, in natural order (img9 before img10): of a folder, the images in it and below it; of a
-    pattern (`*`, `?`, `[a-z]`, `**` for any folders), all that match; or one file.
+    """Find image files, in natural order (img9 before img10). Hidden files are ignored.
 
-    Hidden files, and in folders files of other kinds than images, are passed over.
-    Raises: UserError naming what was looked for, where there is nothing.
+    Args:
+      images: A file, a folder, of which all images are found recursively, or a pattern (`*`, `?`, `[a-z]`, `**` for any
+        folders), of which all matches are.
+
+    Raises:
+      UserError: There are none.
     """
     path = os.fspath(local(images))
     if os.path.isdir(path):
         files: Iterator[str] = _walk(path, ())
-        looked_for = f"no images in {images} or below it; known kinds: {', '.join(SUFFIXES)}"
+        message = f"no images in {images} or below it; known kinds: {', '.join(SUFFIXES)}"
     elif os.path.exists(path):
-        files, looked_for = iter((path,)), ""
+        files, message = iter((path,)), ""
     else:
         matches = glob.iglob(path, recursive=True)
         files = iter(sorted((match for match in matches if not os.path.isdir(match)), key=_natural_path))
-        looked_for = f"nothing matches --images={images}: a folder, or a quoted pattern such as 'photos/**/*.jpg'"
+        message = f"nothing matches --images={images}: a folder, or a quoted pattern such as 'photos/**/*.jpg'"
     first = next(files, None)
     if first is None:
-        raise UserError(looked_for)
+        raise UserError(message)
     return itertools.chain((first,), files)
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """One folder's names at a time. above: the folders on the way here, since links may lead back."""
+    """Yield the images in and below a folder. above: its parents, to detect links to them."""
     try:
-        found = os.stat(folder)
+        status = os.stat(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: _natural(entry.name))
     except OSError as error:
         print(f"cannot list {folder}: {error.strerror}", file=sys.stderr)
         return
-    here = (found.st_dev, found.st_ino)
+    identity = (status.st_dev, status.st_ino)
     for entry in entries:
         if entry.name.startswith("."):
             continue
         if _is_folder(entry):
-            if here not in above:
-                yield from _walk(entry.path, (*above, here))
+            if identity not in above:
+                yield from _walk(entry.path, (*above, identity))
         elif entry.name.lower().endswith(SUFFIXES):
             yield entry.path
 
@@ -94,7 +104,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: where it is called an image, reading it will say so
+    except OSError:  # a link to itself; if its name is an image's, reading it fails later
         return False
 
 
@@ -107,12 +117,12 @@ def _natural_path(path: str) -> list[Any]:
 
 
 def read_image(file: str, view: View, channels: int) -> np.ndarray | str:
-    """The pixels that the network sees, uint8 [size, size, channels], or what is wrong with the file."""
+    """Read the network's input from a file, uint8 [size, size, channels], or return an error message."""
     try:
-        about = os.stat(file)
-        if not stat.S_ISREG(about.st_mode):
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):
             return "no file"
-        if about.st_size > MAX_IMAGE_BYTES:
+        if status.st_size > MAX_IMAGE_BYTES:
             return f"more than {MAX_IMAGE_BYTES} bytes"
         pixels = center_crop(decode(Path(file).read_bytes()), view)
     except OSError as error:
@@ -124,15 +134,15 @@ def read_image(file: str, view: View, channels: int) -> np.ndarray | str:
 
 class _Batch(NamedTuple):
     files: list[str]
-    errors: list[str]  # "" where the file was read
-    probabilities: jax.Array  # [B, k], and so is
-    classes: jax.Array
+    errors: list[str]  # "" for files without one
+    probabilities: jax.Array  # [B, k]
+    classes: jax.Array  # [B, k]
 
 
 def _ranked(logits: jax.Array, temperature: np.float32, k: int) -> tuple[jax.Array, jax.Array]:
-    values, classes = jax.lax.top_k(logits, k)  # of logits: probabilities may be equal where these are not
-    whole = jax.nn.logsumexp(logits / temperature, axis=-1, keepdims=True)
-    return jnp.exp(values / temperature - whole), classes
+    values, classes = jax.lax.top_k(logits, k)  # of logits, because different logits may have equal probabilities
+    total = jax.nn.logsumexp(logits / temperature, axis=-1, keepdims=True)
+    return jnp.exp(values / temperature - total), classes
 
 
 _rank = xla.jit(_ranked, static_argnames="k")
@@ -141,17 +151,24 @@ _rank = xla.jit(_ranked, static_argnames="k")
 def predictions(
     model: Classifier, files: Iterable[str], *, top_k: int = 5, threads: int = 0
 ) -> Iterator[list[Prediction]]:
-    """Batches of predictions, in the order of the files; `AHEAD` batches are decoded while the device works.
+    """Predict files in batches, in their order. `AHEAD` batches are decoded while the device works.
 
-    threads: that decode; 0: one for each core. Raises: UserError where the model cannot look at files.
+    Args:
+      model: The network.
+      files: Paths.
+      top_k: Number of classes.
+      threads: That decode. 0: one for each core.
+
+    Raises:
+      UserError: The model's image size is unknown, or it takes neither 1 nor 3 channels.
     """
     if top_k < 1:
         raise UserError(f"top_k = {top_k}: at least 1")
     if model.view is None:
-        raise UserError(f"{model.about}: nobody noted the size of its images; give it, ltjax.load(..., image_size=32)")
+        raise UserError(f"{model.about}: the size of its images is unknown; set it: ltjax.load(..., image_size=32)")
     if model.channels not in (1, 3):
         raise UserError(f"{model.about}: takes images of {model.channels} channels, and files have 1 or 3")
-    cv2.setNumThreads(0)  # the threads are ours
+    cv2.setNumThreads(0)  # only our threads
     pool = ThreadPoolExecutor(threads or num_cores())
     return _stream(model, model.view, iter(files), min(top_k, len(model.class_names)), pool)
 
@@ -162,13 +179,13 @@ def _stream(
     black = np.zeros((view.size, view.size, model.channels), np.uint8)
     decoding: deque[tuple[list[str], list[Future]]] = deque()
     working: _Batch | None = None
-    several = False
+    several = False  # batches
 
     def dispatch(names: list[str], futures: list[Future]) -> _Batch:
-        found = [future.result() for future in futures]
-        errors = [one if isinstance(one, str) else "" for one in found]
-        images = [black if isinstance(one, str) else one for one in found]
-        images += [black] * (model.batch_size - len(names) if several else 0)  # no other size to compile for
+        results = [future.result() for future in futures]
+        errors = [result if isinstance(result, str) else "" for result in results]
+        images = [black if isinstance(result, str) else result for result in results]
+        images += [black] * (model.batch_size - len(names) if several else 0)  # else another size compiles
         logits = model.start(np.stack(images))
         return _Batch(names, errors, *_rank(logits, np.float32(model.temperature), k=top_k))
 
@@ -181,16 +198,16 @@ def _stream(
             if not decoding:
                 break
             if len(decoding) > AHEAD or not names:
-                before, working = working, dispatch(*decoding.popleft())
-                if before is not None:
-                    yield _told(before, model.class_names)
+                previous, working = working, dispatch(*decoding.popleft())
+                if previous is not None:
+                    yield _predictions(previous, model.class_names)
         if working is not None:
-            yield _told(working, model.class_names)
+            yield _predictions(working, model.class_names)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _told(batch: _Batch, names: tuple[str, ...]) -> list[Prediction]:
+def _predictions(batch: _Batch, names: tuple[str, ...]) -> list[Prediction]:
     probabilities, classes = np.asarray(batch.probabilities), np.asarray(batch.classes)
     return [
         Prediction(file, (), (), error)

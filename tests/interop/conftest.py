@@ -10,8 +10,8 @@ def random_variables(model, channels=3, seed=0):
     image = np.zeros((1, 32, 32, channels), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     rng = np.random.default_rng(seed)
-    made = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes)
-    return Variables({"net": made["params"]}, {"net": made.get("batch_stats", {})}, {})
+    collections = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes)
+    return Variables({"net": collections["params"]}, {"net": collections.get("batch_stats", {})}, {})
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +21,5 @@ def variables_of():
 
 @pytest.fixture
 def same():
-    """Asserts that two pytrees are of one structure and equal to the bit."""
+    """Assert that two pytrees have the same structure and are bitwise equal."""
     return lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)

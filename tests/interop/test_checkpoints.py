@@ -1,4 +1,4 @@
-"""Files of weights and the containers in them. Those of PyTorch where it is installed."""
+"""Files of weights and the networks in them. Those of PyTorch need PyTorch."""
 
 import argparse
 import os
@@ -43,8 +43,8 @@ def wrapped(state_dict, prefix="module."):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_mislas_parts_are_one_network(mislas, prefix):
     held = {key: wrapped(value, prefix) if isinstance(value, dict) else value for key, value in mislas.items()}
-    found, left_out = checkpoints.network(held)
-    assert {"model.conv1.weight", "classifier.fc.weight", "lws_model.learned_norm"} <= found.keys()
+    actual, left_out = checkpoints.network(held)
+    assert {"model.conv1.weight", "classifier.fc.weight", "lws_model.learned_norm"} <= actual.keys()
     assert left_out == ("epoch", "best_acc1", "its_ece")
 
 
@@ -63,20 +63,20 @@ def test_mislass_network_for_places_imports_whole(variables_of, same):
 
 def test_the_block_of_places_keeps_its_own_names(mislas):
     block = {"module.conv1.weight": np.zeros((4, 4, 1, 1)), "module.bn1.bias": np.zeros(4)}
-    found, _ = checkpoints.network({**mislas, "state_dict_block": block})
-    assert {"block.conv1.weight", "block.bn1.bias", "model.conv1.weight"} <= found.keys()
+    actual, _ = checkpoints.network({**mislas, "state_dict_block": block})
+    assert {"block.conv1.weight", "block.bn1.bias", "model.conv1.weight"} <= actual.keys()
 
 
 @pytest.mark.parametrize("name", ["state_dict", "model", "net", "model_state_dict"])
-def test_a_state_dict_is_found_beside_what_training_saves(state_dict, name):
+def test_a_state_dict_is_found_beside_other_values(state_dict, name):
     held = {"epoch": 3, "arch": "resnet32", name: wrapped(state_dict), "optimizer": {"state": {}, "param_groups": []}}
-    found, left_out = checkpoints.network(held)
-    assert found.keys() == wrapped(state_dict).keys()
+    actual, left_out = checkpoints.network(held)
+    assert actual.keys() == wrapped(state_dict).keys()
     assert left_out == ("epoch", "arch", "optimizer")
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_of_two_networks_one_is_chosen_and_the_other_named(state_dict, together):
+def test_one_of_two_networks_is_chosen_and_the_other_named(state_dict, together):
     model, teacher = state_dict, {key: np.asarray(value + 1) for key, value in state_dict.items()}
     if together:
         held = {**wrapped(model, "module.model."), **wrapped(teacher, "module.teacher.")}
@@ -84,8 +84,8 @@ def test_of_two_networks_one_is_chosen_and_the_other_named(state_dict, together)
         held = {"model": wrapped(model), "teacher": wrapped(teacher)}
     with pytest.raises(UserError, match=r"choose with --net=model\|teacher"):
         checkpoints.network(held)
-    found, left_out = checkpoints.network(held, "teacher")
-    bare = {key.removeprefix("module."): value for key, value in found.items()}
+    actual, left_out = checkpoints.network(held, "teacher")
+    bare = {key.removeprefix("module."): value for key, value in actual.items()}
     np.testing.assert_array_equal(bare["conv1.weight"], teacher["conv1.weight"])
     assert bare.keys() == teacher.keys()
     assert {name.removeprefix("module.").partition(".")[0] for name in left_out} == {"model"}
@@ -140,18 +140,18 @@ def test_a_checkpoint_of_mislas_becomes_weights(mislas, tmp_path, capsys):
     theirs = mislas["state_dict_lws_model"]["learned_norm"][0]
     np.testing.assert_array_equal(weights.variables.params["net"]["logit_scale"], theirs)
     assert weights.settings["logit_scale"] is True  # asked for by the file
-    told = capsys.readouterr().out
-    assert "passed over: epoch, best_acc1, its_ece, model.bn1.num_batches_tracked and 6 more" in told
-    assert f"--config.weights={tmp_path / 'w'}" in told
+    output = capsys.readouterr().out
+    assert "ignored: epoch, best_acc1, its_ece, model.bn1.num_batches_tracked and 6 more" in output
+    assert f"--config.weights={tmp_path / 'w'}" in output
 
 
 @pytest.mark.parametrize("number", [np.float32(0.1), np.float64(0.1), np.int64(7), np.bool_(True)], ids=repr)
 def test_numbers_of_numpy_are_read(state_dict, number, tmp_path):
     pt = pytorch()
     pt.save({"state_dict": tensors(state_dict), "number": number}, tmp_path / "net.pt")
-    found = checkpoints.read(tmp_path / "net.pt")
-    assert found["number"] == number
-    np.testing.assert_array_equal(found["state_dict"]["conv1.weight"], state_dict["conv1.weight"])
+    actual = checkpoints.read(tmp_path / "net.pt")
+    assert actual["number"] == number
+    np.testing.assert_array_equal(actual["state_dict"]["conv1.weight"], state_dict["conv1.weight"])
 
 
 def test_bfloat16_is_read(tmp_path):
@@ -161,7 +161,7 @@ def test_bfloat16_is_read(tmp_path):
 
 
 class Runs:
-    """What a pickle can do to who opens it."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, command):
         self.command = command
@@ -190,5 +190,5 @@ def test_a_file_cut_short_is_named(state_dict, tmp_path):
     pt.save(tensors(state_dict), tmp_path / "net.pt")
     whole = (tmp_path / "net.pt").read_bytes()
     (tmp_path / "net.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="or not a whole one"):
+    with pytest.raises(UserError, match="or is truncated"):
         checkpoints.read(tmp_path / "net.pt")

@@ -1,4 +1,4 @@
-"""Weights in PyTorch's names and as StableHLO: what comes out goes in again."""
+"""Export weights by PyTorch's names and as StableHLO, and import them again."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def test_import_undoes_export(network, same):
     same(import_state_dict(export_state_dict(variables, model), model), variables)
 
 
-# names that the authors' and torchvision's own classes have, one of each kind
+# names in the authors' and torchvision's classes, one of each kind
 THEIRS = {
     "drolt": ("conv1.weight", "bn1.running_var", "layer3.0.conv2.weight", "layer1.0.bn1.bias", "linear.weight"),
     "mislas": ("model.conv1.weight", "model.layer1.0.bn2.weight", "classifier.fc.bias", "lws_model.learned_norm"),
@@ -115,7 +115,7 @@ def test_stablehlo_gives_the_logits_in_our_order_for_batches_of_any_size(folder,
         np.testing.assert_allclose(ours[:, list(weights.class_order)], theirs[:size], rtol=1e-5)
 
 
-def test_safetensors_say_what_they_are_of(folder, tmp_path):
+def test_safetensors_hold_the_settings_of_their_model(folder, tmp_path):
     assert export.main([str(folder), "--format=safetensors", f"--out={tmp_path / 'net.safetensors'}"]) == 0
     with safe_open(tmp_path / "net.safetensors", "numpy") as file:
         about = json.loads(file.metadata()["ltjax"])
@@ -124,13 +124,13 @@ def test_safetensors_say_what_they_are_of(folder, tmp_path):
     assert about["class_order"] == [3, 1, 2, 0, 5, 4]
 
 
-def test_weights_come_out_as_they_are(folder, tmp_path, same):
+def test_exported_weights_are_unchanged(folder, tmp_path, same):
     assert export.main([str(folder), "--format=weights", f"--out={tmp_path / 'copy'}"]) == 0
     same(load_weights(tmp_path / "copy"), load_weights(folder))
     assert isinstance(load_weights(folder), Weights)
 
 
-def test_pytorch_loads_what_is_written_for_it(folder, tmp_path):
+def test_pytorch_loads_an_exported_state_dict(folder, tmp_path):
     torch = pytorch()
     assert export.main([str(folder), "--format=state_dict", f"--out={tmp_path / 'net.pt'}"]) == 0
     state_dict = torch.load(tmp_path / "net.pt", weights_only=True)

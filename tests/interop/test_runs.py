@@ -1,4 +1,4 @@
-"""Runs and other people's weights: out of a run, into another, judged without one."""
+"""Runs and imported weights: exported from a run, imported into another, evaluated without one."""
 
 import json
 
@@ -41,9 +41,9 @@ def weights(trained):
 FIGURES = ("accuracy", "ece", "loss", "per_class_accuracy")
 
 
-def test_weights_judged_on_their_own_have_the_figures_of_the_run_they_come_from(trained, weights, tmp_path, capsys):
-    found = evaluate_workdir(quick(weights=str(weights)), tmp_path / "new")
-    assert {key: found[key] for key in FIGURES} == {key: trained[1][key] for key in FIGURES}
+def test_imported_weights_have_the_figures_of_their_run(trained, weights, tmp_path, capsys):
+    actual = evaluate_workdir(quick(weights=str(weights)), tmp_path / "new")
+    assert {key: actual[key] for key in FIGURES} == {key: trained[1][key] for key in FIGURES}
     written = json.loads((tmp_path / "new" / "eval.json").read_text())
     assert written["weights"] == str(weights)
     assert "Imported weights" in capsys.readouterr().out
@@ -54,37 +54,37 @@ def test_a_trip_through_pytorchs_names_changes_no_figure(trained, tmp_path):
     assert export.main([str(trained[0]), "--format=safetensors", f"--out={file}"]) == 0
     command = [str(file), "--model=resnet_cifar,depth=8,width=2,mean=(0.286,),std=(0.353,)"]
     assert torch.main([*command, f"--out={tmp_path / 'w'}"]) == 0
-    found = evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
-    assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
+    actual = evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
+    assert actual["per_class_accuracy"] == trained[1]["per_class_accuracy"]
 
 
 def test_weights_in_another_order_of_classes_have_the_same_figures(trained, weights, tmp_path):
     order = np.random.default_rng(0).permutation(10)
-    file, there = tmp_path / "net.safetensors", load_weights(weights)
-    theirs = there.variables.params["net"]["classifier"]
+    file, imported = tmp_path / "net.safetensors", load_weights(weights)
+    theirs = imported.variables.params["net"]["classifier"]
     theirs |= {"kernel": theirs["kernel"][:, order], "bias": theirs["bias"][order]}
-    save_weights(file.with_suffix(""), there.variables, there.settings, num_classes=10)
+    save_weights(file.with_suffix(""), imported.variables, imported.settings, num_classes=10)
     assert export.main([str(file.with_suffix("")), "--format=safetensors", f"--out={file}"]) == 0
     (tmp_path / "order.json").write_text(json.dumps(order.tolist()))
     command = [str(file), "--model=resnet_cifar,depth=8,width=2,mean=(0.286,),std=(0.353,)", f"--out={tmp_path / 'w'}"]
     assert torch.main([*command, f"--class_order={tmp_path / 'order.json'}"]) == 0
     assert load_weights(tmp_path / "w").class_order == tuple(order)
-    found = evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
-    assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
+    actual = evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
+    assert actual["per_class_accuracy"] == trained[1]["per_class_accuracy"]
 
 
-def test_weights_alone_are_attacked(trained, weights, tmp_path):
+def test_imported_weights_are_attacked(trained, weights, tmp_path):
     settings = {"tests": ("pgd-1",), "num_images": 20, "batch_size": 20}
     values = {**quick(weights=str(weights)), "attack": settings}
-    found = attack.attack_workdir(values, tmp_path)
+    actual = attack.attack_workdir(values, tmp_path)
     same = attack.attack_workdir({**quick(), "attack": settings}, trained[0])
-    assert found["stage"] == "imported"
+    assert actual["stage"] == "imported"
     for test in ("clean", "pgd-1"):
-        assert found["tests"][test]["accuracy"] == same["tests"][test]["accuracy"]
+        assert actual["tests"][test]["accuracy"] == same["tests"][test]["accuracy"]
     assert json.loads((tmp_path / "attack.json").read_text())["weights"] == str(weights)
 
 
-def test_training_starts_from_them(trained, weights):
+def test_training_starts_from_imported_weights(trained, weights):
     run = config.parse(quick(weights=str(weights)))
     start = experiment.initial_variables(experiment.set_up(run, None), run.stages["ce"])
     for tree, name in ((start.params, "params"), (start.stats, "stats")):
@@ -92,7 +92,7 @@ def test_training_starts_from_them(trained, weights):
         jax.tree.map(np.testing.assert_array_equal, tree["net"], given)
 
 
-def test_a_new_head_of_surgery_is_not_theirs(weights):
+def test_a_new_head_of_surgery_is_not_the_imported_one(weights):
     run = config.parse(quick(weights=str(weights)))
     stages = run.stages
     ready = experiment.set_up(run, None)
@@ -121,17 +121,17 @@ def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
         experiment.initial_variables(ready._replace(config=run._replace(weights_parts=())), run.stages["ce"])
 
 
-def test_weights_of_another_network_are_judged_as_what_they_are(trained, weights, tmp_path):
+def test_weights_of_another_network_are_evaluated_with_their_network(trained, weights, tmp_path):
     values = quick(**{"weights": str(weights), "model.width": 4, "model.logit_scale": False})
-    found = evaluate_workdir(values, tmp_path)
-    assert found["per_class_accuracy"] == trained[1]["per_class_accuracy"]
+    actual = evaluate_workdir(values, tmp_path)
+    assert actual["per_class_accuracy"] == trained[1]["per_class_accuracy"]
 
 
 def test_weights_for_other_classes_are_refused(weights, tmp_path):
-    there = load_weights(weights)
-    classifier = there.variables.params["net"]["classifier"]
+    imported = load_weights(weights)
+    classifier = imported.variables.params["net"]["classifier"]
     classifier |= {key: value[..., :7] for key, value in classifier.items()}
-    save_weights(tmp_path / "w", there.variables, there.settings, num_classes=7)
+    save_weights(tmp_path / "w", imported.variables, imported.settings, num_classes=7)
     with pytest.raises(UserError, match=r"classifier/bias \(weights \(7,\), network \(10,\)\)"):
         evaluate_workdir(quick(weights=str(tmp_path / "w")), tmp_path / "new")
 
@@ -145,13 +145,13 @@ def test_stablehlo_of_a_run_has_the_logits_of_its_network(trained, weights, tmp_
     file = tmp_path / "net"
     assert export.main([str(trained[0]), "--format=stablehlo", "--image_size=28", f"--out={file}"]) == 0
     images = np.random.default_rng(0).uniform(size=(2, 28, 28, 1)).astype(np.float32)
-    there = load_weights(weights)
-    settings = dict(there.settings)
+    imported = load_weights(weights)
+    settings = dict(imported.settings)
     model = models.create(settings.pop("name"), 10, **settings)
-    collections = {"params": there.variables.params["net"], "batch_stats": there.variables.stats["net"]}
+    collections = {"params": imported.variables.params["net"], "batch_stats": imported.variables.stats["net"]}
     expected = jax.jit(lambda x: model.apply(collections, x).logits)(images)
-    found = jax.export.deserialize(bytearray(file.read_bytes())).call(images)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    actual = jax.export.deserialize(bytearray(file.read_bytes())).call(images)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_each_replica_of_a_run_can_be_taken_out(tmp_path, variables_of, same):

@@ -73,7 +73,7 @@ def test_reslts_head_medium_and_tail_norms_are_branches_1_2_and_3(golden):
 
 
 def lbgats(golden, which):
-    """The weights of one of LBGAT's two networks, as its file names them without `teacher.`."""
+    """Return the weights of one of LBGAT's two networks, without `teacher.`."""
     numbers = golden("lbgat_step")
     return {k.removeprefix(f"init/{which}."): v for k, v in numbers.items() if k.startswith(f"init/{which}.")}
 
@@ -103,7 +103,7 @@ def test_the_names_of_a_wide_resnet_have_their_places(golden, wide):
         np.testing.assert_array_equal(value, state_dict[path])
 
 
-def test_the_stage_that_wide_resnets_never_use_is_passed_over(golden, wide):
+def test_the_unused_stage_of_wide_resnets_is_ignored(golden, wide):
     state_dict = lbgats(golden, "model")
     used = {key: value for key, value in state_dict.items() if not key.startswith("sub_block1.")}
     assert len(used) < len(state_dict)
@@ -162,10 +162,10 @@ def test_the_names_of_resnets_have_their_places(model, head):
         names = {"conv1": "conv", "bn1": "norm", **block_names(BLOCK, shortcut)}
     state_dict, expected = written_by_hand(net, names, head)
     variables = import_state_dict(state_dict, net)
-    found = {**flatten(variables.params["net"]), **flatten(variables.stats["net"])}
-    assert found.keys() == expected.keys()
+    actual = {**flatten(variables.params["net"]), **flatten(variables.stats["net"])}
+    assert actual.keys() == expected.keys()
     for path, value in expected.items():
-        np.testing.assert_array_equal(found[path], value, err_msg=path)
+        np.testing.assert_array_equal(actual[path], value, err_msg=path)
 
 
 @pytest.mark.parametrize("x64", [True, False])
@@ -180,11 +180,11 @@ def test_weights_are_float32_unless_both_sides_say_float64(golden, net, given, x
 
 def test_two_names_of_one_weight_are_named(golden, net):
     state_dict = initial(golden)
-    with pytest.raises(UserError, match=r"'conv1\.weight \(another one has given backbone/conv/kernel\)'"):
+    with pytest.raises(UserError, match=r"'conv1\.weight \(backbone/conv/kernel is already set\)'"):
         import_state_dict({**state_dict, "conv1.weight": state_dict["model.conv1.weight"]}, net)
 
 
-def test_margins_of_drolts_loss_are_passed_over_by_name(golden, net):
+def test_margins_of_drolts_loss_are_ignored_by_name(golden, net):
     margins = {"learnable_epsilons": np.ones(100), "module.epsilons": np.ones(100)}
     done = place({**initial(golden), **margins}, net)
     assert set(margins) <= set(done.ignored)
@@ -192,7 +192,7 @@ def test_margins_of_drolts_loss_are_passed_over_by_name(golden, net):
 
 
 @pytest.mark.parametrize("names", [("branches.0", "branches.1"), ("final.conv", "final.bn"), ("conv1x1", "bn_last")])
-def test_branches_for_large_images_are_known_under_any_name(names, variables_of, same):
+def test_branches_for_large_images_are_found_under_any_name(names, variables_of, same):
     large = models.create("resnet", 10, width=2, branches=3, branch_kind="conv")
     variables = variables_of(large)
     state_dict = export_state_dict(variables, large)
@@ -230,14 +230,14 @@ def test_a_model_is_read_from_its_spec():
 
 
 @pytest.mark.parametrize(
-    "spec, message", [("resnet,depth", "'depth' is no setting"), ("x,normalise=mnist", "imagenet")]
+    "spec, message", [("resnet,depth", "'depth' is not a setting"), ("x,normalise=mnist", "imagenet")]
 )
 def test_a_mistake_in_a_spec_is_named(spec, message):
     with pytest.raises(UserError, match=message):
         read_model(spec)
 
 
-def test_names_ask_for_their_parts(golden):
+def test_names_imply_settings_of_the_model(golden):
     numbers = golden("reslt_train")
     state_dict = {key.removeprefix("final/"): value for key, value in numbers.items() if key.startswith("final/")}
     assert implied(state_dict) == {"num_classes": 100, "branches": 3}
@@ -262,7 +262,7 @@ def test_the_order_of_classes_is_read(kind, content, order, tmp_path):
 @pytest.mark.parametrize(
     "content, message", [("[0, 1]", "2 numbers for 4"), ("[0, 1, 1, 3]", "counts:FILE"), ("a b c d", "no list")]
 )
-def test_an_order_that_is_none_is_named(content, message, tmp_path):
+def test_an_invalid_order_of_classes_is_named(content, message, tmp_path):
     (tmp_path / "order").write_text(content)
     with pytest.raises(UserError, match=message):
         class_order(str(tmp_path / "order"), 4)

@@ -33,9 +33,9 @@ def test_a_folder_holds_all_that_was_saved(weights, tmp_path, same):
     source = {"file": "net.pth", "sha256": "0"}
     more = dict(num_classes=5, class_order=order, source=source)
     save_weights(tmp_path / "w", weights.variables, weights.settings, **more)
-    found = load_weights(tmp_path / "w")
-    same(found.variables, weights.variables)
-    assert found._replace(variables=None) == Weights(None, weights.settings, 5, order)
+    actual = load_weights(tmp_path / "w")
+    same(actual.variables, weights.variables)
+    assert actual._replace(variables=None) == Weights(None, weights.settings, 5, order)
     assert json.loads((tmp_path / "w" / "weights.json").read_text())["source"] == source
 
 
@@ -76,19 +76,19 @@ def test_the_order_of_classes_is_applied_on_the_way_in(weights, fresh, same):
 
 
 def test_parts_not_named_stay_as_they_are(weights, fresh, same):
-    found = into(fresh, weights, ("backbone",))
-    same(found.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
-    same(found.stats, weights.variables.stats)
-    same(found.params["net"]["classifier"], fresh.params["net"]["classifier"])
+    actual = into(fresh, weights, ("backbone",))
+    same(actual.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
+    same(actual.stats, weights.variables.stats)
+    same(actual.params["net"]["classifier"], fresh.params["net"]["classifier"])
 
 
-def test_each_replica_gets_the_same_weights_where_it_was(weights, fresh, same):
+def test_each_replica_gets_the_same_weights_on_its_device(weights, fresh, same):
     device = jax.devices()[3]
     replicas = jax.device_put(jax.tree.map(lambda x: np.stack([x, x + 1]), fresh), device)
-    found = into(replicas, weights)
+    actual = into(replicas, weights)
     for replica in (0, 1):
-        same(jax.tree.map(lambda x, r=replica: x[r], found), weights.variables)
-    assert {d for leaf in jax.tree.leaves(found) for d in leaf.devices()} == {device}
+        same(jax.tree.map(lambda x, r=replica: x[r], actual), weights.variables)
+    assert {d for leaf in jax.tree.leaves(actual) for d in leaf.devices()} == {device}
 
 
 def test_another_network_keeps_its_weights(weights, fresh, same):
@@ -96,8 +96,8 @@ def test_another_network_keeps_its_weights(weights, fresh, same):
         params={"net": fresh.params["net"], "guide": fresh.params["net"]},
         stats={"net": fresh.stats["net"], "guide": fresh.stats["net"]},
     )
-    found = into(both, weights, net="guide")
-    same(found.params, {"net": fresh.params["net"], "guide": weights.variables.params["net"]})
+    actual = into(both, weights, net="guide")
+    same(actual.params, {"net": fresh.params["net"], "guide": weights.variables.params["net"]})
 
 
 def test_another_number_of_classes_leaves_the_backbone(weights, variables_of):
@@ -115,8 +115,8 @@ def test_a_part_that_the_network_lacks_is_named(weights, variables_of):
         into(variables_of(network()), weights)
 
 
-def test_another_width_fits_nowhere_and_says_what_the_weights_are_for(weights, variables_of):
-    with pytest.raises(UserError, match=r"and \d+ more; set config\.model to .*resnet_cifar\(depth=8, width=4"):
+def test_another_width_is_refused_with_the_network_of_the_weights(weights, variables_of):
+    with pytest.raises(UserError, match=r"and \d+ more; set config\.model to their network: resnet_cifar\(depth=8"):
         into(variables_of(network(width=2)), weights)
 
 
@@ -130,33 +130,33 @@ LARGE = dict(name="resnet", depth=50, width=2, stem="large")
 
 @pytest.fixture(scope="module")
 def whole(variables_of):
-    """A network as torchvision has it, two blocks in its last stage."""
+    """A torchvision network with two blocks in its last stage."""
     settings = dict(LARGE, blocks=(1, 1, 1, 2))
     return Weights(variables_of(network(**settings)), settings, 5)
 
 
 @pytest.fixture(scope="module")
 def places(variables_of):
-    """MiSLAS's for Places-LT: a new block instead of the last one."""
+    """MiSLAS's network for Places-LT, with an extra block instead of the last one."""
     return variables_of(network(**LARGE, blocks=(1, 1, 1, 1), extra_block=True), seed=1)
 
 
-def test_the_block_that_a_new_one_replaces_is_passed_over_by_name(whole, places, same):
+def test_a_replaced_block_is_ignored_by_name(whole, places, same):
     assert surplus(places, whole) == ("stage4_block2",)
-    found = into(places, whole, ("backbone",))
+    actual = into(places, whole, ("backbone",))
     theirs = {k: v for k, v in whole.variables.params["net"]["backbone"].items() if k != "stage4_block2"}
-    same(found.params["net"]["backbone"], theirs)
-    same(found.params["net"]["block"], places.params["net"]["block"])
+    same(actual.params["net"]["backbone"], theirs)
+    same(actual.params["net"]["block"], places.params["net"]["block"])
 
 
 @pytest.mark.parametrize("blocks, extra_block", [((1, 1, 1, 1), False), ((1, 1, 2, 1), True), ((1, 1, 1, 3), True)])
-def test_other_blocks_are_not_passed_over(whole, blocks, extra_block, variables_of):
+def test_other_blocks_are_not_ignored(whole, blocks, extra_block, variables_of):
     net = variables_of(network(**LARGE, blocks=blocks, extra_block=extra_block))
     assert surplus(net, whole) == ()
     with pytest.raises(UserError, match=r"do not fit the network: params/backbone/stage"):
         into(net, whole, ("backbone",))
 
 
-def test_weights_with_a_block_of_their_own_go_in_whole(places, same):
+def test_weights_with_an_extra_block_are_taken_whole(places, same):
     mislas = Weights(jax.tree.map(lambda x: x + 1, places), dict(LARGE, blocks=(1, 1, 1, 1), extra_block=True), 5)
     same(into(places, mislas), mislas.variables)

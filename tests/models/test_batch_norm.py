@@ -1,4 +1,4 @@
-"""Batch norm's gradient by hand, beside what JAX makes of the formula."""
+"""Batch norm's gradient against JAX's gradient of the formula."""
 
 import itertools
 
@@ -36,12 +36,12 @@ def test_values_and_gradients_are_the_formulas(dtype, relu, added, train):
         return formula(params, x, residual, relu=relu, train=train)
 
     dy = jax.random.normal(keys[4], x.shape).astype(dtype)
-    found = []
+    results = []
     for function in (ours, theirs):
         y, pull_back = jax.vjp(function, params, x, residual)
-        found.append(jax.tree.leaves((y, pull_back(dy))))
-    assert len(found[0]) == 4 + added
-    for own, exact in zip(*found, strict=True):
-        assert own.dtype == exact.dtype
-        own, exact = np.float64(own), np.float64(exact)
-        assert np.abs(own - exact).max() < (2e-5 if dtype == "float32" else 2e-2) * np.abs(exact).max()
+        results.append(jax.tree.leaves((y, pull_back(dy))))
+    assert len(results[0]) == 4 + added
+    for ours, exact in zip(*results, strict=True):
+        assert ours.dtype == exact.dtype
+        ours, exact = np.float64(ours), np.float64(exact)
+        assert np.abs(ours - exact).max() < (2e-5 if dtype == "float32" else 2e-2) * np.abs(exact).max()

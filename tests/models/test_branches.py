@@ -63,7 +63,7 @@ def test_branch_logits_in_evaluation_are_the_authors(authors):
 
 
 def test_branch_logits_in_training_give_the_authors_first_loss(authors):
-    """At the start every norm is the identity in evaluation: what follows it shows in training alone."""
+    """Initially every norm is the identity in evaluation, so only training tests the layers after it."""
     numbers, net, variables = authors
     train = jax.jit(lambda v, images: net.apply(v, images, True, mutable=["batch_stats"])[0])
     logits = np.float64(train(variables, numbers["images"][0].astype(np.float32) / 255).branches)
@@ -164,7 +164,7 @@ def test_features_are_those_of_the_network_without_branches(outcomes, kind):
 
 
 def branch_features(variables, features):
-    """[3, B, D] of norm branches in evaluation, where a batch norm and the mean over space change places freely."""
+    """Compute norm branches [3, B, D] in evaluation, where batch norm and the mean over space commute."""
     params, stats = variables["params"]["branches"], variables["batch_stats"]["branches"]
     names = ("norm1", "norm2", "norm3")
     return np.stack([batch_norm(np.float64(features), params[name], stats[name], False) for name in names])

@@ -1,4 +1,4 @@
-"""Pre-activation ResNets: sizes, the block against NumPy, and what comes after the last block."""
+"""Pre-activation ResNets: sizes, the block against NumPy, and the layers after the last block."""
 
 import re
 
@@ -91,8 +91,8 @@ def test_a_shortcut_that_changes_the_shape_convolves_the_activated_input(feature
     x = random.normal(size=(2, 5, 5, 4)).astype(np.float32)
     kernel = random.normal(size=(1, 1, 4, features)).astype(np.float32)
     block = PreActBlock(features, strides, jnp.float32, None)
-    found = block.apply(block_variables(block, x, params__shortcut__kernel=kernel), x, False)
-    np.testing.assert_allclose(found, active(x)[:, ::strides, ::strides] @ kernel[0, 0], rtol=1e-4, atol=1e-5)
+    actual = block.apply(block_variables(block, x, params__shortcut__kernel=kernel), x, False)
+    np.testing.assert_allclose(actual, active(x)[:, ::strides, ::strides] @ kernel[0, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_shortcut_of_the_same_shape_is_the_input_and_not_its_activation():
@@ -109,13 +109,13 @@ def test_the_convolutions_see_the_activated_input():
     middle[1, 1] = np.eye(4)
     given = dict(params__conv1__kernel=middle, params__conv2__kernel=middle)
     given |= dict(params__norm2__scale=np.ones(4, np.float32), batch_stats__norm2__var=np.ones(4, np.float32))
-    found = block.apply(block_variables(block, x, **given), x, False)
-    np.testing.assert_allclose(found, x + active(x), rtol=1e-4, atol=1e-4)
+    actual = block.apply(block_variables(block, x, **given), x, False)
+    np.testing.assert_allclose(actual, x + active(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """Variables before, and what one pass in training mode gives: maps and variables after."""
+    """Return variables, and the maps and new variables of one pass in training mode."""
     net, random = tiny(), np.random.default_rng(1)
     like = flatten(shapes(net))
     before = {path: random.normal(0.3, 0.5, leaf.shape).astype(np.float32) for path, leaf in like.items()}

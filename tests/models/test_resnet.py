@@ -114,7 +114,7 @@ def test_parameters_of_large_networks_are_the_published(name, published):
     assert num_parameters(large(**NETWORKS[name])) == published
 
 
-def test_counts_that_nobody_published_are_those_of_other_code():
+def test_unpublished_counts_are_those_of_other_code():
     assert (RESNET_10, RESNEXT_101) == (5_418_792, 44_177_704)
 
 
@@ -230,9 +230,9 @@ def test_a_shortcut_that_changes_the_shape_is_a_convolution_and_a_norm(features,
     block = BasicBlock(features, strides, jnp.float32, None)
     norm = dict(params__shortcut_norm__scale=scale, params__shortcut_norm__bias=bias)
     norm |= dict(batch_stats__shortcut_norm__mean=mean, batch_stats__shortcut_norm__var=var)
-    found = block.apply(zeros(block, x, params__shortcut__kernel=kernel, **norm), x, False)
+    actual = block.apply(zeros(block, x, params__shortcut__kernel=kernel, **norm), x, False)
     expected = (x[:, ::strides, ::strides] @ kernel[0, 0] - mean) / np.sqrt(var + 1e-5) * scale + bias
-    np.testing.assert_allclose(found, np.maximum(expected, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual, np.maximum(expected, 0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_block_of_the_same_shape_adds_its_input():
@@ -296,7 +296,7 @@ def places(**settings):
 
 
 def test_mislass_network_for_places_has_as_many_parameters_as_resnet_152():
-    """Its new block takes the place of the last one, and is as large."""
+    """The extra block replaces the last one, and has the same size."""
     net = large(depth=152, blocks=(3, 8, 36, 2), extra_block=True)
     assert num_parameters(net) == 60_192_808
     block = flatten(shapes(net)["params"]["block"])
@@ -338,7 +338,7 @@ def test_training_with_an_extra_block_leaves_the_backbone_in_evaluation_mode(ext
     assert np.abs(trained.features - evaluated.features).max() > 0.1
 
 
-def test_branches_stand_on_the_extra_block():
+def test_branches_follow_the_extra_block():
     outputs = jax.eval_shape(lambda rng: places(branches=3).init_with_output(rng, IMAGES)[0], jax.random.key(0))
     assert (outputs.branches.shape, outputs.features.shape) == ((3, 4, 10), (4, 128))
 

@@ -54,9 +54,9 @@ def test_resnet_32_of_100_classes_has_470004_parameters():
 
 @pytest.mark.parametrize("depth, published", [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")])
 def test_parameters_are_those_that_he_et_al_published(depth, published):
-    found = num_parameters(models.create("resnet_cifar", 10, depth=depth))
-    assert found == count_by_hand(depth, 10)
-    assert f"{found / 1e6:.{len(published) - 2}f}" == published
+    actual = num_parameters(models.create("resnet_cifar", 10, depth=depth))
+    assert actual == count_by_hand(depth, 10)
+    assert f"{actual / 1e6:.{len(published) - 2}f}" == published
 
 
 @pytest.mark.parametrize("width", [1, 8, 64])
@@ -89,11 +89,11 @@ def test_initial_weights_are_he_normal(fresh):
 def test_a_classifier_begins_as_its_authors_does(init, weights, biases):
     """Variances times the width: He's are 2, PyTorch's 1/3."""
     width = 64
-    found = layers.LinearClassifier(500, init).init(jax.random.key(0), jnp.ones((1, width)))["params"]
-    assert float(found["kernel"].var()) * width == pytest.approx(weights, rel=0.05)
-    assert float(found["bias"].var()) * width == pytest.approx(biases, rel=0.2)
+    actual = layers.LinearClassifier(500, init).init(jax.random.key(0), jnp.ones((1, width)))["params"]
+    assert float(actual["kernel"].var()) * width == pytest.approx(weights, rel=0.05)
+    assert float(actual["bias"].var()) * width == pytest.approx(biases, rel=0.2)
     if init != "he":
-        assert float(jnp.abs(found["kernel"]).max()) <= width**-0.5
+        assert float(jnp.abs(actual["kernel"]).max()) <= width**-0.5
 
 
 def test_an_unknown_start_of_the_classifier_names_the_known_ones():
@@ -105,8 +105,8 @@ def test_initial_bias_is_uniform_within_one_over_the_root_of_the_width():
     classifier = layers.LinearClassifier(4000)
     bias = np.asarray(classifier.init(jax.random.key(0), jnp.ones((1, 16)))["params"]["bias"])
     assert np.abs(bias).max() <= 1 / 4
-    found, uniform = [bias.min(), bias.max(), bias.mean(), bias.std()], [-0.25, 0.25, 0, 0.5 / 12**0.5]
-    np.testing.assert_allclose(found, uniform, atol=0.01)
+    actual, uniform = [bias.min(), bias.max(), bias.mean(), bias.std()], [-0.25, 0.25, 0, 0.5 / 12**0.5]
+    np.testing.assert_allclose(actual, uniform, atol=0.01)
 
 
 def test_initial_batch_norms_are_the_identity(fresh):
@@ -186,12 +186,12 @@ def test_dilated_convolutions_are_laxs(name):
     kernel = random.normal(size=(3, 3, 4, 6)).astype(np.float32)
     settings = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"), padding=ONE)
     settings[name] = (2, 2)
-    found = layers._convolution_for("cpu")(x, kernel, (1, 1), **settings)
-    np.testing.assert_array_equal(found, lax.conv_general_dilated(x, kernel, (1, 1), **settings))
+    actual = layers._convolution_for("cpu")(x, kernel, (1, 1), **settings)
+    np.testing.assert_array_equal(actual, lax.conv_general_dilated(x, kernel, (1, 1), **settings))
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_accelerators_are_given_the_program_of_laxs_own_convolution(platform):
+def test_accelerators_run_laxs_convolution(platform):
     def program(convolution):
         run = lambda x, kernel: convolution(x, kernel, (2, 2), ONE, **NHWC)  # noqa: E731
         both = lambda x, kernel, dy: jax.vjp(run, x, kernel)[1](dy)  # noqa: E731
@@ -240,22 +240,22 @@ def test_one_operand_of_a_vmapped_convolution_may_be_shared(which, batched):
 
 
 def test_gradients_have_the_precision_of_their_convolution():
-    """Of the place where the network is applied, not of that where its gradient is taken."""
+    """The precision is that of the context of the call, not of the gradient."""
 
     def loss(x, kernel):
         with jax.default_matmul_precision("float32"):
             return jnp.sin(layers._convolution_for("gpu")(x, kernel, (1, 1), ONE, **NHWC)).sum()
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 8, 8, 4), (3, 3, 4, 6))]
-    found = convolutions(jax.jit(jax.grad(loss, (0, 1))).lower(*shapes))
-    assert len(found) == 3 and all("precision HIGHEST" in line and "DEFAULT" not in line for line in found)
+    actual = convolutions(jax.jit(jax.grad(loss, (0, 1))).lower(*shapes))
+    assert len(actual) == 3 and all("precision HIGHEST" in line and "DEFAULT" not in line for line in actual)
 
 
 NHWC = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def convolutions(lowered):
-    """The convolutions of a program: what is computed, without the names of operands."""
+    """Return the convolutions of a program, without the names of operands."""
     lines = [line for line in lowered.as_text().splitlines() if "stablehlo.convolution" in line]
     return [line.partition(" dim_numbers")[2] for line in lines]
 
@@ -347,7 +347,7 @@ def zeros(block, x):
 def test_the_shortcut_takes_every_second_pixel_and_adds_zero_channels(before, after, size):
     x = np.random.default_rng(0).normal(size=(2, size, size, before)).astype(np.float32)
     block = BasicBlock(after, 2, shortcut="pad")
-    variables = zeros(block, x)  # leaves the shortcut alone
+    variables = zeros(block, x)  # so that only the shortcut remains
     expected = np.zeros((2, (size + 1) // 2, (size + 1) // 2, after), np.float32)
     first = (after - before) // 2
     expected[..., first : first + before] = np.maximum(x[:, ::2, ::2], 0)
@@ -467,7 +467,7 @@ def test_a_network_takes_the_cosine_classifier_with_its_scale():
 
 @pytest.fixture(scope="module")
 def trained():
-    """{dtype: (outputs, variables after)} of one pass in training mode, and the variables before."""
+    """Return {dtype: (outputs, new variables)} of one pass in training mode, and the variables."""
     nets = {dtype: make(dtype=dtype) for dtype in ("float32", "bfloat16")}
     variables = some_variables(nets["bfloat16"])
     step = jax.jit(lambda net, variables: net.apply(variables, IMAGES, True, mutable=True), static_argnums=0)
@@ -518,14 +518,14 @@ def test_unknown_settings_are_errors_that_name_the_known(settings, message):
 
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_bfloat16_evaluation_is_finite_when_compiled(batch_size, optimised):
-    """XLA on CPU makes nan of the last mean, fused with what is before it, unless it is kept from that."""
+    """XLA on CPUs returns nan if it fuses the last mean with the layers before it."""
     net = make(dtype="bfloat16", width=16)
     images = np.random.default_rng(0).random((batch_size, 32, 32, 3), np.float32)
     evaluate = jax.jit(lambda variables, images: net.apply(variables, images), compiler_options=optimised)
     assert np.isfinite(evaluate(some_variables(net), images).logits).all()
 
 
-def test_float64_is_refused_where_jax_has_it_switched_off():
+def test_float64_is_refused_if_jax_has_it_disabled():
     with pytest.raises(UserError, match="model dtype = 'float64', which JAX has switched off: set JAX_ENABLE_X64=1"):
         make(dtype="float64")
 
@@ -564,6 +564,6 @@ def test_float64_images_are_normalised_in_float64():
     with jax.enable_x64(True):
         net, images = make(mean=(0.1, 0.2, 0.3), std=(0.3, 0.3, 0.7), dtype="float64"), IMAGES.astype(np.float64)
         variables = some_variables(net)
-        found = run(net, variables, images).logits
+        actual = run(net, variables, images).logits
         expected = run(make(dtype="float64"), variables, (images - [0.1, 0.2, 0.3]) / [0.3, 0.3, 0.7]).logits
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)

@@ -98,9 +98,9 @@ def both(weights, train, dtype):
 # In float32, training differs by 5e-5: 53 batch norms pass rounding on, the last with 16 numbers a channel.
 @pytest.mark.parametrize("train, dtype, tolerance", [(False, "float32", 1e-5), (True, "float64", 1e-10)])
 def test_logits_and_running_statistics_are_pytorchs(weights, train, dtype, tolerance):
-    (expected, found), (statistics, ours) = both(weights, train, dtype)
-    assert found.dtype == dtype
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    (expected, actual), (statistics, ours) = both(weights, train, dtype)
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
     assert statistics.keys() == ours.keys()
     for path, value in statistics.items():
         np.testing.assert_allclose(ours[path], value, rtol=tolerance, atol=tolerance, err_msg=path)

@@ -51,9 +51,9 @@ def count_by_hand(depth, width, num_classes):
     [(34, 10, 10, 46_160_474), (28, 10, 10, 36_479_194), (34, 20, 10, None), (16, 3, 200, None), (10, 1, 100, None)],
 )
 def test_parameters_are_the_published_without_the_dead_stage(depth, width, num_classes, published):
-    found = num_parameters(make(num_classes, depth=depth, width=width))
-    assert found == count_by_hand(depth, width, num_classes)
-    assert published is None or found == published
+    actual = num_parameters(make(num_classes, depth=depth, width=width))
+    assert actual == count_by_hand(depth, width, num_classes)
+    assert published is None or actual == published
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -72,8 +72,8 @@ def test_later_stages_halve_the_map(size):
 @pytest.mark.parametrize("width, stages", [(1, {2, 3}), (2, {1, 2, 3})])
 def test_only_a_block_that_changes_the_channels_has_a_convolution_in_its_shortcut(width, stages):
     paths = flatten(shapes(make(depth=16, width=width))["params"])
-    found = {path for path in paths if "shortcut" in path}
-    assert found == {f"backbone/stage{stage}_block1/shortcut/kernel" for stage in stages}
+    actual = {path for path in paths if "shortcut" in path}
+    assert actual == {f"backbone/stage{stage}_block1/shortcut/kernel" for stage in stages}
 
 
 @pytest.fixture(scope="module")

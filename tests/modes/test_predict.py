@@ -183,7 +183,11 @@ def test_no_more_files_are_asked_for_than_fit_ahead(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"view": None}, "nobody noted the size"), ({"channels": 4}, "4 channels"), ({"top_k": 0}, "top_k = 0")],
+    [
+        ({"view": None}, "size of its images is unknown"),
+        ({"channels": 4}, "4 channels"),
+        ({"top_k": 0}, "top_k = 0"),
+    ],
 )
 def test_a_model_that_cannot_look_at_files_says_so_at_once(change, message):
     model, top_k = Brightness(), change.pop("top_k", 5)
