@@ -51,7 +51,7 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
+    """Run the command line, and return the exit code: 0, or 2 after one line `error: ...` on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m ltjax.archive", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

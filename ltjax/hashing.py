@@ -4,6 +4,8 @@ The functions take NumPy scalars and arrays, or JAX arrays inside `jit`, and giv
 uint32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 ROUNDS = 32
 
 
-def hash32(*words):
+def hash32(*words: Any) -> Any:
     """Hash uint32 words (scalars or arrays that broadcast) to one uint32."""
     digest = np.uint32(0x9E3779B9)
     with np.errstate(over="ignore"):  # the hash relies on wrap-around
@@ -23,7 +25,7 @@ def hash32(*words):
     return digest
 
 
-def shuffled(index, size, seed):
+def shuffled(index: Any, size: Any, seed: Any) -> Any:
     """Return the image of `index` under a pseudo-random permutation of `range(size)` chosen by `seed`.
 
     The arguments are uint32 scalars or arrays that broadcast, so one call can use many permutations. The cost depends
@@ -52,7 +54,7 @@ def shuffled(index, size, seed):
     return index
 
 
-def fingerprint(tree) -> np.uint32:
+def fingerprint(tree: Any) -> np.uint32:
     """Hash a pytree of arrays of 32, 16 or 8 bits. Trees that differ in any bit have the same hash by chance of 2**-32.
 
     The hash is a sum over elements, so it does not depend on sharding.

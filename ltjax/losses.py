@@ -26,7 +26,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -_at_label(jax.nn.log_softmax(logits), labels)
 
 
-def mixed(loss: Callable[[jax.Array], jax.Array], labels: jax.Array, partner_labels=None, lam=None) -> jax.Array:
+def mixed(
+    loss: Callable[[jax.Array], jax.Array],
+    labels: jax.Array,
+    partner_labels: jax.Array | None = None,
+    lam: ArrayLike | None = None,
+) -> jax.Array:
     """Compute the loss of a mixup batch: `lam * loss(labels) + (1 - lam) * loss(partner_labels)`.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
@@ -45,7 +50,7 @@ def mixed(loss: Callable[[jax.Array], jax.Array], labels: jax.Array, partner_lab
     value = loss(labels)
     if partner_labels is None:
         return value
-    lam = jnp.asarray(lam).astype(value.dtype)
+    lam = jnp.asarray(lam, value.dtype)
     return lam * value + (1 - lam) * loss(partner_labels)
 
 

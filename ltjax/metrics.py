@@ -110,7 +110,7 @@ def classwise_ece(gaps: ArrayLike, num_images: int) -> float:
     return float(np.abs(gaps).sum(1).mean() / num_images)
 
 
-def count_groups(class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, np.ndarray]:
+def count_groups(class_counts: ArrayLike, *, few_below: int = 20, many_above: int = 100) -> dict[str, np.ndarray]:
     """Group classes by training images: many > `many_above`, few < `few_below`, medium between -> {name: bool [C]}.
 
     Examples:
@@ -133,7 +133,7 @@ def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarra
     return {"many": index < bounds[0], "medium": (index >= bounds[0]) & (index < bounds[1]), "few": index >= bounds[1]}
 
 
-def rank_groups(class_counts, bounds: Sequence[int]) -> dict[str, np.ndarray]:
+def rank_groups(class_counts: ArrayLike, bounds: Sequence[int]) -> dict[str, np.ndarray]:
     """Group classes by rank with `range_groups`. The most frequent class is first; ties go to the lower number.
 
     Examples:
@@ -147,7 +147,7 @@ def rank_groups(class_counts, bounds: Sequence[int]) -> dict[str, np.ndarray]:
     return {name: member[ranks] for name, member in groups.items()}
 
 
-def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+def accuracy_by_group(correct: ArrayLike, labels: ArrayLike, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Compute accuracy over the classes of each group, and over `all` images. Not for `jit`.
 
     A group's accuracy is the mean of its classes' accuracies, as the field reports it; this is also the share of right
@@ -169,14 +169,15 @@ def accuracy_by_group(correct, labels, groups: Mapping[str, np.ndarray]) -> dict
     return {**accuracies, "all": float(correct.mean())} if len(labels) else {}
 
 
-def accuracy_by_class(correct, labels) -> tuple[np.ndarray, np.ndarray]:
+def accuracy_by_class(correct: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Compute the accuracy of each class that has images. Not for `jit`.
 
     Args:
       correct: [N] bool or 0/1.
       labels: [N].
 
-    Returns: The classes, sorted, and their accuracies, both [number of classes with images].
+    Returns:
+      The classes, sorted, and their accuracies, both [number of classes with images].
 
     Examples:
       >>> metrics.accuracy_by_class([1, 0, 1], [2, 2, 0])
@@ -186,7 +187,7 @@ def accuracy_by_class(correct, labels) -> tuple[np.ndarray, np.ndarray]:
     return present, np.bincount(index, np.asarray(correct, np.float64), len(present)) / counts
 
 
-def balanced_accuracy(correct, labels) -> float:
+def balanced_accuracy(correct: ArrayLike, labels: ArrayLike) -> float:
     """Average the accuracies of all classes that have images. Not for `jit`.
 
     Args:
@@ -200,7 +201,9 @@ def balanced_accuracy(correct, labels) -> float:
     return float(accuracy_by_class(correct, labels)[1].mean())
 
 
-def group_accuracy(correct, labels, class_counts, *, few_below: int = 20, many_above: int = 100) -> dict[str, float]:
+def group_accuracy(
+    correct: ArrayLike, labels: ArrayLike, class_counts: ArrayLike, *, few_below: int = 20, many_above: int = 100
+) -> dict[str, float]:
     """Compute accuracy over many-, medium- and few-shot classes and over all. Groups without images are left out.
 
     Args:

@@ -1,4 +1,4 @@
-"""A finished run in a small folder, which is a run for every mode but training."""
+"""Archives of finished runs, which work in every mode except training."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture
-def kept(workdir, tmp_path):
+def archived(workdir, tmp_path):
     folder = tmp_path / "kept"
     archive.archive(workdir, folder)
     return folder
@@ -39,17 +39,17 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_it_is_four_files(kept):
-    assert sorted(path.name for path in kept.iterdir()) == [
+def test_an_archive_is_four_files(archived):
+    assert sorted(path.name for path in archived.iterdir()) == [
         "config.json",
         "results.json",
         "split.json",
         "weights.safetensors",
     ]
-    assert trained.is_archive(kept)
+    assert trained.is_archive(archived)
 
 
-def test_a_workdir_is_no_archive(workdir):
+def test_a_workdir_is_not_an_archive(workdir):
     assert not trained.is_archive(workdir)
 
 
@@ -60,60 +60,61 @@ def test_results_have_the_figures_of_every_evaluated_epoch(workdir):
     assert (last["accuracy"], last["ece"]) == (stages["classifier"]["accuracy"], stages["classifier"]["ece"])
 
 
-def test_its_evaluation_gives_the_figures_of_the_run_to_the_last_digit(kept, workdir):
-    found = evaluate_workdir(tiny_config(**STAGES), kept)
-    assert list(found["stages"]) == ["classifier"]
+def test_its_evaluation_gives_the_figures_of_the_run_to_the_last_digit(archived, workdir):
+    actual = evaluate_workdir(tiny_config(**STAGES), archived)
+    assert list(actual["stages"]) == ["classifier"]
     for key in ("accuracy", "ece", "loss", "per_class_accuracy"):
-        assert found[key] == results(workdir)[key], key
-    assert not (kept / "checkpoints").exists()
+        assert actual[key] == results(workdir)[key], key
+    assert not (archived / "checkpoints").exists()
 
 
-def test_the_command_line_evaluates_it_without_a_config(kept):
-    code, out, error = run("--mode=eval", f"--workdir={kept}")
+def test_the_command_line_evaluates_it_without_a_config(archived):
+    code, out, error = run("--mode=eval", f"--workdir={archived}")
     assert code == 0, error
-    assert f"{100 * results(kept)['accuracy']['all']:.1f}" in out
+    assert f"{100 * results(archived)['accuracy']['all']:.1f}" in out
 
 
-def test_it_loads_as_the_run_does(kept, workdir):
+def test_it_loads_as_the_run_does(archived, workdir):
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
-    one, other = ltjax.load(kept), ltjax.load(workdir)
-    np.testing.assert_array_equal(one.logits(images), other.logits(images))
-    assert (one.class_names, one.image_size, one.about) == (other.class_names, other.image_size, other.about)
+    ours, theirs = ltjax.load(archived), ltjax.load(workdir)
+    np.testing.assert_array_equal(ours.logits(images), theirs.logits(images))
+    assert (ours.class_names, ours.image_size, ours.about) == (theirs.class_names, theirs.image_size, theirs.about)
 
 
-def test_a_report_and_an_attack_of_it_are_as_of_the_run(kept):
+def test_a_report_and_an_attack_of_it_are_as_of_the_run(archived):
     config_of = tiny_config(**STAGES, **ATTACK)
-    report.report_workdir(config_of, kept)
-    assert "<svg" in (kept / "report" / "index.html").read_text()
-    found = attack.attack_workdir(config_of, kept)
-    assert found["tests"]["clean"]["num_images"] == 16
-    assert results(kept)["robustness"]["stage"] == "classifier"
+    report.report_workdir(config_of, archived)
+    assert "<svg" in (archived / "report" / "index.html").read_text()
+    actual = attack.attack_workdir(config_of, archived)
+    assert actual["tests"]["clean"]["num_images"] == 16
+    assert results(archived)["robustness"]["stage"] == "classifier"
 
 
-def test_it_predicts(kept, tmp_path):
+def test_an_archive_predicts(archived, tmp_path):
     Image.new("L", (28, 28), 90).save(tmp_path / "a.png")
-    (found,) = ltjax.load(kept).predict(tmp_path)
-    assert found.classes[0] in results(kept)["class_names"]
+    (actual,) = ltjax.load(archived).predict(tmp_path)
+    assert actual.classes[0] in results(archived)["class_names"]
 
 
-def test_a_table_of_it_is_that_of_the_run(kept, workdir):
-    one, other = (compare.rows([folder])[0] for folder in (kept, workdir))
-    assert one._replace(runs=()) == other._replace(runs=())
+def test_its_table_is_that_of_the_run(archived, workdir):
+    ours, theirs = (compare.rows([folder])[0] for folder in (archived, workdir))
+    assert ours._replace(runs=()) == theirs._replace(runs=())
 
 
-def test_training_in_it_says_that_the_run_is_finished(kept, capsys):
-    train.train(tiny_config(**STAGES), kept)
+def test_training_in_it_says_that_the_run_is_finished(archived, capsys):
+    train.train(tiny_config(**STAGES), archived)
     assert "holds a finished run of this config" in " ".join(capsys.readouterr().out.split())
-    assert trained.is_archive(kept)
+    assert trained.is_archive(archived)
 
 
-def test_a_stage_may_begin_with_its_weights(kept, tmp_path):
-    """A chain's later stage alone, on the weights that an earlier run left."""
+def test_a_stage_can_start_from_its_weights(archived, tmp_path):
+    """The later stage of a chain starts from the weights of an earlier run."""
     values = tiny_config(stages=("classifier",), **{"classifier.epochs": 1, "classifier.start_from": "scratch"})
-    values |= {"weights": str(kept), "weights_parts": ("backbone", "classifier")}
+    values |= {"weights": str(archived), "weights_parts": ("backbone", "classifier")}
     config.parse(values)
     train.train(values, tmp_path / "next")
-    before, after = (load_weights(folder).variables.params["net"] for folder in (kept, _archived(tmp_path / "next")))
+    folders = archived, _archived(tmp_path / "next")
+    before, after = (load_weights(folder).variables.params["net"] for folder in folders)
     np.testing.assert_array_equal(before["backbone"]["conv"]["kernel"], after["backbone"]["conv"]["kernel"])
     assert (before["classifier"]["kernel"] != after["classifier"]["kernel"]).any()
 
@@ -123,7 +124,7 @@ def _archived(workdir):
     return workdir / "kept"
 
 
-def test_a_run_that_is_not_finished_is_refused(workdir, tmp_path, capsys):
+def test_an_unfinished_run_is_refused(workdir, tmp_path, capsys):
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("results.json"))
     assert archive.main([str(tmp_path / "run"), str(tmp_path / "kept")]) == 2
     assert "holds no finished run (results.json is missing): train it to the end first" in capsys.readouterr().err
@@ -144,9 +145,9 @@ def test_results_of_an_older_version_are_refused(workdir, tmp_path):
         archive.archive(tmp_path / "run", tmp_path / "kept")
 
 
-def test_damaged_results_are_named(kept):
-    broken = results(kept)
+def test_damaged_results_are_named(archived):
+    broken = results(archived)
     broken["stages"]["classifier"]["evaluations"] = []
-    (kept / "results.json").write_text(json.dumps(broken))
+    (archived / "results.json").write_text(json.dumps(broken))
     with pytest.raises(UserError, match=r"results\.json is not what ltjax writes there"):
-        trained.read_archive(kept)
+        trained.read_archive(archived)

@@ -34,23 +34,23 @@ def softmax(z):
 
 def the_papers(name, logits, labels, class_counts):
     """The equation as printed, example by example, float64."""
-    found, n = [], class_counts.astype(np.float64)
+    values, n = [], class_counts.astype(np.float64)
     for z, y in zip(logits.astype(np.float64), labels, strict=True):
         match name:
             case "balanced softmax":  # equation 4
                 p = n[y] * np.exp(z[y]) / (n * np.exp(z)).sum()
-                found.append(-np.log(p))
+                values.append(-np.log(p))
             case "logit adjusted":  # equation 11: log(1 + sum of other classes' (pi'/pi)^tau exp(z' - z))
                 others = np.arange(len(z)) != y
-                found.append(np.log1p(((n[others] / n[y]) ** 1.5 * np.exp(z[others] - z[y])).sum()))
+                values.append(np.log1p(((n[others] / n[y]) ** 1.5 * np.exp(z[others] - z[y])).sum()))
             case "ldam":  # equations 12 and 13; C is such that the largest margin is max_margin
                 margin = 0.4 * n.min() ** 0.25 / n[y] ** 0.25
                 others = np.exp(3 * np.delete(z, y)).sum()
-                found.append(-np.log(np.exp(3 * (z[y] - margin)) / (np.exp(3 * (z[y] - margin)) + others)))
+                values.append(-np.log(np.exp(3 * (z[y] - margin)) / (np.exp(3 * (z[y] - margin)) + others)))
             case "focal":  # equation 4
                 p = softmax(z)[y]
-                found.append(-((1 - p) ** 1.7) * np.log(p))
-    return np.array(found)
+                values.append(-((1 - p) ** 1.7) * np.log(p))
+    return np.array(values)
 
 
 def value_and_gradient(loss, logits):
@@ -172,13 +172,13 @@ def test_extreme_logits_have_a_finite_loss_and_gradient(name, classes, low, high
 @pytest.mark.parametrize("masked", [[2], [1, 2]], ids=["one of two others", "all others"])
 def test_classes_at_minus_infinity_leave_the_loss_of_the_others(name, masked):
     logits, labels, class_counts = np.array([[1.0, 2.0, 0.5]], np.float32), np.array([0]), np.array([9, 9, 9])
-    kept = np.delete(np.arange(3), masked)
+    present = np.delete(np.arange(3), masked)
     logits[:, masked] = -np.inf
     both = jax.value_and_grad(lambda z, n: OURS[name](z, labels, n).sum())  # eager: XLA may turn 0 * inf into 0
     value, gradient = both(logits, class_counts)
-    rest, rest_gradient = both(logits[:, kept], class_counts[kept])
+    rest, rest_gradient = both(logits[:, present], class_counts[present])
     np.testing.assert_allclose(value, rest, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(gradient[:, kept], rest_gradient, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient[:, present], rest_gradient, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(gradient[:, np.array(masked)], 0)
 
 
@@ -215,8 +215,8 @@ def test_a_sharded_batch_has_the_same_losses_and_gradient(name, axis_type, jitte
     expected = jax.jit(both)(logits, labels)
     with jax.set_mesh(mesh):
         split = NamedSharding(mesh, PartitionSpec("data"))
-        found = (jax.jit(both) if jitted else both)(jax.device_put(logits, split), jax.device_put(labels, split))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
+        actual = (jax.jit(both) if jitted else both)(jax.device_put(logits, split), jax.device_put(labels, split))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)
 
 
 def test_log_prior_is_the_logarithm_of_each_share():

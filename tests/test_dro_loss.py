@@ -1,4 +1,4 @@
-"""DRO-LT's bound against the authors' numbers (source: tests/golden/README.md), float64 loops, and where it is hard."""
+"""DRO-LT's bound against the authors' numbers (source: tests/golden/README.md), float64 loops, and hard cases."""
 
 import contextlib
 
@@ -89,41 +89,39 @@ CASES = (
 @pytest.fixture
 def numbers(golden):
     """The golden file, and `numbers.loss(variant)`: (features, epsilons) -> scalar, by our kernel."""
-    found = golden("dro_loss")
+    z = golden("dro_loss")
 
     def loss(variant):
         return lambda features, epsilons: losses.dro_loss(
             features,
-            found["labels"],
-            found["centroids"],
+            z["labels"],
+            z["centroids"],
             margins=0.0 if variant == "plain" else epsilons,
-            temperature=float(found["temperature_eps_t"]) if variant == "eps_t" else 1.0,
-            class_weights=found["class_weights"] if variant == "eps_weighted" else None,
+            temperature=float(z["temperature_eps_t"]) if variant == "eps_t" else 1.0,
+            class_weights=z["class_weights"] if variant == "eps_weighted" else None,
         )
 
-    return found, loss
+    return z, loss
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_equals_the_authors(numbers, variant):
-    found, loss = numbers
-    np.testing.assert_allclose(
-        jax.jit(loss(variant))(found["features"], found["epsilons"]), found[f"loss_{variant}"], rtol=1e-5
-    )
+    z, loss = numbers
+    np.testing.assert_allclose(jax.jit(loss(variant))(z["features"], z["epsilons"]), z[f"loss_{variant}"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_to_features_equals_the_authors(numbers, variant):
-    found, loss = numbers
-    ours, theirs = jax.jit(jax.grad(loss(variant)))(found["features"], found["epsilons"]), found[f"dfeatures_{variant}"]
+    z, loss = numbers
+    ours, theirs = jax.jit(jax.grad(loss(variant)))(z["features"], z["epsilons"]), z[f"dfeatures_{variant}"]
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("variant", VARIANTS[1:])
 def test_gradient_to_margins_equals_the_authors(numbers, variant):
-    found, loss = numbers
-    ours = jax.jit(jax.grad(loss(variant), argnums=1))(found["features"], found["epsilons"])
-    theirs = found[f"depsilons_{variant}"]
+    z, loss = numbers
+    ours = jax.jit(jax.grad(loss(variant), argnums=1))(z["features"], z["epsilons"])
+    theirs = z[f"depsilons_{variant}"]
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
@@ -197,7 +195,7 @@ def test_a_feature_on_its_centroid_is_not_pulled_by_it():
 
 
 @pytest.mark.parametrize("outside", [-1, 10, 1000])
-def test_examples_of_no_class_take_no_part(outside):
+def test_examples_of_no_class_are_left_out(outside):
     features, labels, centroids, margins = random_batch(7)
     labels[::3] = outside
     inside = labels != outside
@@ -281,8 +279,8 @@ def test_a_sharded_batch_has_the_same_loss_and_gradients(axis_type):
     arrays = random_batch(13)
     expected = loss_and_gradients(*arrays)
     with mesh_of_8(axis_type) as mesh:
-        found = loss_and_gradients(*split(arrays, mesh))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
+        actual = loss_and_gradients(*split(arrays, mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)
 
 
 @pytest.mark.parametrize("axis_type", [None, AxisType.Auto], ids=["explicit", "auto"])
@@ -291,8 +289,8 @@ def test_a_sharded_batch_has_the_same_bound_without_jit(axis_type):
     expected = bound(features, labels, centroids, margins)
     with mesh_of_8(axis_type) as mesh:
         features, labels, centroids, margins = split((features, labels, centroids, margins), mesh)
-        found, _ = losses.dro_bound(features, labels, centroids, margins=margins)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+        actual, _ = losses.dro_bound(features, labels, centroids, margins=margins)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @contextlib.contextmanager
@@ -314,8 +312,8 @@ def split(arrays, mesh):
 def test_no_array_has_a_vector_for_each_example_and_class():
     batch, classes, size = 8, 50, 30
     features, labels, centroids, margins = random_batch(14, batch, classes, size)
-    made = jax.make_jaxpr(jax.value_and_grad(losses.dro_loss, argnums=(0, 2)))(
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(losses.dro_loss, argnums=(0, 2)))(
         features, labels, centroids, margins=margins, temperature=0.5
     )
-    largest = max(variable.aval.size for equation in equations(made.jaxpr) for variable in equation.outvars)
+    largest = max(variable.aval.size for equation in equations(jaxpr.jaxpr) for variable in equation.outvars)
     assert classes * size <= largest < batch * classes * size  # the least is the centroids' gradient

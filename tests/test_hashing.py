@@ -14,7 +14,7 @@ def permutation(size, seed):
 
 
 def chi_square_is_plausible(counts):
-    """Whether counts of equally likely cells are this uneven more often than once in 10,000 times."""
+    """Return whether counts of equally likely cells are this uneven with probability above 1e-4."""
     counts = np.asarray(counts)
     statistic = np.square(counts - counts.mean()).sum() / counts.mean()
     return jax.scipy.special.gammaincc((counts.size - 1) / 2, statistic / 2) > 1e-4
@@ -29,8 +29,8 @@ def test_shuffled_is_a_permutation(sizes):
 def test_shuffled_stays_inside_the_largest_sizes():
     size = np.uint32(2**31 - 1)
     index = np.concatenate([np.arange(500), int(size) - 1 - np.arange(500)]).astype(np.uint32)
-    found = shuffled(index, size, np.uint32(3))
-    assert found.max() < size and len(set(found.tolist())) == 1000
+    actual = shuffled(index, size, np.uint32(3))
+    assert actual.max() < size and len(set(actual.tolist())) == 1000
 
 
 def test_host_and_device_agree_on_every_size_and_seed_at_once():
@@ -96,13 +96,13 @@ def test_the_order_and_number_of_words_matter():
     assert len({int(hash32(*(np.uint32(word) for word in w))) for w in words}) == 5
 
 
-# Everybody's splits, samples and checkpoints rest on the next three: these numbers may never change.
+# Splits, samples and checkpoints of all users depend on the next three tests: these numbers must never change.
 
 
 def test_the_hash_is_frozen():
     words = [(0,), (1,), (2**32 - 1,), (1, 2, 3), (86309, 0)]
-    found = [int(hash32(*(np.uint32(word) for word in w))) for w in words]
-    assert found == [2191892400, 600959502, 1170906395, 3002965121, 2294698300]
+    actual = [int(hash32(*(np.uint32(word) for word in w))) for w in words]
+    assert actual == [2191892400, 600959502, 1170906395, 3002965121, 2294698300]
 
 
 def test_the_permutation_is_frozen():

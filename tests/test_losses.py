@@ -18,7 +18,7 @@ def random_batch(seed, batch=32, classes=10, spread=3.0):
 
 
 def soft_target_loss(logits, labels, smoothing):
-    """The same loss as one cross-entropy against an explicit soft target, float64."""
+    """Compute the loss as cross-entropy against an explicit soft target, in float64."""
     logits = logits.astype(np.float64)
     shifted = logits - logits.max(-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -115,7 +115,7 @@ def test_without_smoothing_it_is_cross_entropy():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), ours, plain)
 
 
-def test_without_smoothing_a_masked_class_costs_what_it_does_in_cross_entropy():
+def test_without_smoothing_a_masked_class_costs_as_in_cross_entropy():
     logits, labels = np.array([[0.5, 0.0, -np.inf]], np.float32), np.array([1])
     ours = value_and_gradient(lambda z: losses.label_aware_smoothing(z, labels, smoothing=np.zeros(3)), logits)
     plain = value_and_gradient(lambda z: losses.cross_entropy(z, labels), logits)
@@ -190,8 +190,8 @@ def test_mixed_weighs_both_labels(lam):
     logits, labels, _ = random_batch(6)
     partners = np.roll(labels, 1)
     ours = losses.mixed(lambda labels: losses.cross_entropy(logits, labels), labels, partners, lam)
-    own, partner = (soft_target_loss(logits, y, np.zeros(10)) for y in (labels, partners))
-    np.testing.assert_allclose(ours, lam * own + (1 - lam) * partner, rtol=1e-5, atol=1e-6)
+    with_labels, with_partners = (soft_target_loss(logits, y, np.zeros(10)) for y in (labels, partners))
+    np.testing.assert_allclose(ours, lam * with_labels + (1 - lam) * with_partners, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("axis_type", [None, AxisType.Auto], ids=["explicit", "auto"])
@@ -217,5 +217,5 @@ def test_a_sharded_batch_has_the_same_losses_and_gradient(axis_type, jitted):
     with jax.set_mesh(mesh):
         split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
         arguments = [jax.device_put(x, split) for x in (logits, labels, partners)] + [jax.device_put(smoothing, whole)]
-        found = (jax.jit(both) if jitted else both)(*arguments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
+        actual = (jax.jit(both) if jitted else both)(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)

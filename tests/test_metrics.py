@@ -24,8 +24,8 @@ def test_calibration_equals_the_authors(golden, jitted):
         return metrics.calibration(confidences, correct, num_bins=bins)
 
     correct = numbers["predictions"] == numbers["labels"]
-    found = (jax.jit(ours) if jitted else ours)(numbers["confidences"], correct)
-    np.testing.assert_array_equal(found.counts, numbers["bin_counts"])
+    result = (jax.jit(ours) if jitted else ours)(numbers["confidences"], correct)
+    np.testing.assert_array_equal(result.counts, numbers["bin_counts"])
     for name, theirs in (
         ("ece", "expected_calibration_error"),
         ("mce", "max_calibration_error"),
@@ -33,10 +33,10 @@ def test_calibration_equals_the_authors(golden, jitted):
         ("confidences", "confidences"),
         ("edges", "bins"),
     ):
-        np.testing.assert_allclose(getattr(found, name), numbers[f"bin_{theirs}"], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(result, name), numbers[f"bin_{theirs}"], rtol=1e-5, err_msg=name)
 
 
-def test_classwise_ece_is_the_mean_over_classes_of_the_gaps_in_bins_of_their_own_probability():
+def test_classwise_ece_is_the_mean_over_classes_of_the_gaps_in_bins():
     """Three images, three classes, two bins, by hand; the fourth image does not count."""
     probabilities = np.array([[0.8, 0.2, 0.0], [0.6, 0.3, 0.1], [0.1, 0.7, 0.2], [1.0, 0.0, 0.0]])
     labels = np.array([0, 1, 1, -1])
@@ -79,27 +79,27 @@ def test_confidence_of_0_and_1_fall_in_the_end_bins():
 
 def test_ece_is_the_gap_weighted_by_the_share_of_each_bin():
     confidences = np.array([0.95, 0.95, 0.95, 0.95, 0.35], np.float32)
-    found = metrics.calibration(confidences, np.array([1, 1, 0, 0, 1]), num_bins=10)
-    np.testing.assert_allclose(found.ece, (4 * 0.45 + 0.65) / 5, rtol=1e-6)
-    np.testing.assert_allclose(found.mce, 0.65, rtol=1e-6)
+    result = metrics.calibration(confidences, np.array([1, 1, 0, 0, 1]), num_bins=10)
+    np.testing.assert_allclose(result.ece, (4 * 0.45 + 0.65) / 5, rtol=1e-6)
+    np.testing.assert_allclose(result.mce, 0.65, rtol=1e-6)
 
 
 def test_no_images_have_no_calibration_error():
-    found = metrics.calibration(np.zeros(0, np.float32), np.zeros(0, bool))
-    assert all(np.isfinite(values).all() for values in found)
-    assert (float(found.ece), float(found.mce), int(found.counts.sum())) == (0, 0, 0)
+    result = metrics.calibration(np.zeros(0, np.float32), np.zeros(0, bool))
+    assert all(np.isfinite(values).all() for values in result)
+    assert (float(result.ece), float(result.mce), int(result.counts.sum())) == (0, 0, 0)
 
 
 def test_integer_confidences_are_numbers_too():
-    found = metrics.calibration(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))
-    np.testing.assert_allclose(found.ece, 0.25)
+    result = metrics.calibration(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))
+    np.testing.assert_allclose(result.ece, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision_confidences_are_counted_exactly(dtype):
-    found = metrics.calibration(jnp.full(70_001, 0.75, dtype), np.ones(70_001, bool))
-    assert int(found.counts.sum()) == 70_001
-    np.testing.assert_allclose(found.ece.astype(jnp.float32), 0.25, atol=1e-3)
+    result = metrics.calibration(jnp.full(70_001, 0.75, dtype), np.ones(70_001, bool))
+    assert int(result.counts.sum()) == 70_001
+    np.testing.assert_allclose(result.ece.astype(jnp.float32), 0.25, atol=1e-3)
 
 
 def test_20_to_100_training_images_are_medium():
@@ -128,8 +128,8 @@ def test_balanced_accuracy_is_the_mean_over_classes_with_images():
 
 
 def test_thresholds_of_groups_are_settings():
-    found = metrics.group_accuracy([1, 0], [0, 1], [30, 3], few_below=3, many_above=29)
-    assert found == {"many": 1.0, "medium": 0.0, "all": 0.5}
+    result = metrics.group_accuracy([1, 0], [0, 1], [30, 3], few_below=3, many_above=29)
+    assert result == {"many": 1.0, "medium": 0.0, "all": 0.5}
 
 
 def test_a_group_without_classes_is_absent():
@@ -144,9 +144,9 @@ def test_no_images_have_no_accuracy():
     assert metrics.group_accuracy(np.zeros(0, bool), np.zeros(0, int), [500, 5]) == {}
 
 
-def test_device_arrays_are_welcome():
-    found = metrics.group_accuracy(jnp.array([1, 0]), jnp.array([0, 1]), jnp.array([500, 5]))
-    assert found == {"many": 1.0, "few": 0.0, "all": 0.5}
+def test_device_arrays_are_accepted():
+    result = metrics.group_accuracy(jnp.array([1, 0]), jnp.array([0, 1]), jnp.array([500, 5]))
+    assert result == {"many": 1.0, "few": 0.0, "all": 0.5}
 
 
 def test_range_groups_end_before_their_bounds():

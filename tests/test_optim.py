@@ -49,9 +49,9 @@ def test_constant_schedule_never_changes():
 
 def test_a_cosine_begins_in_the_last_epoch_of_the_warmup():
     """ResLT on ImageNet-LT: 5 epochs, then cos(pi (e - 4) / 176) of 180."""
-    found = optim.schedule_table(180, kind="cosine", warmup=5 / 180)
+    actual = optim.schedule_table(180, kind="cosine", warmup=5 / 180)
     after = (1 + np.cos(np.pi * np.arange(176) / 176)) / 2
-    np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, *after])
+    np.testing.assert_allclose(actual, [0.2, 0.4, 0.6, 0.8, *after])
 
 
 @pytest.mark.parametrize("kind", optim.SCHEDULES)
@@ -66,7 +66,7 @@ def test_unknown_schedule_names_the_known_ones():
 
 @pytest.mark.parametrize("kind", optim.SCHEDULES)
 def test_no_epochs_have_no_factors(kind):
-    """A stage of surgery alone."""
+    """For a stage with only surgery."""
     assert optim.schedule_table(0, kind=kind, warmup=0.025, warmup_start=0.5, decay_at=(0.8, 0.9)).shape == (0,)
 
 

@@ -39,20 +39,20 @@ def fusion_by_loops(logits, labels, masks, beta):
 
 def authors_terms(logits, labels, masks):
     """The authors' two terms; the branches' has their `log(softmax + 1e-7)`."""
-    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     pairs = masks[:, labels].astype(logits.dtype)  # [R, B]
-    branch = (pairs * -(own * jnp.log(jax.nn.softmax(logits) + 1e-7)).sum(-1)).sum() / pairs.sum()
-    return branch, -(own * jax.nn.log_softmax(logits.sum(0))).sum(-1).mean()
+    branch = (pairs * -(is_label * jnp.log(jax.nn.softmax(logits) + 1e-7)).sum(-1)).sum() / pairs.sum()
+    return branch, -(is_label * jax.nn.log_softmax(logits.sum(0))).sum(-1).mean()
 
 
 @pytest.fixture
 def numbers(golden):
     """The golden file, with the masks of its 100 classes, numbered from the most frequent one."""
-    found = golden("reslt_loss")
-    starts = {name: int(found[name]) for name in ("medium_start", "tail_start")}
+    actual = golden("reslt_loss")
+    starts = {name: int(actual[name]) for name in ("medium_start", "tail_start")}
     return {
-        **found,
-        "beta": float(found["beta"]),
+        **actual,
+        "beta": float(actual["beta"]),
         "masks": np.asarray(losses.branch_masks(np.arange(100, 0, -1), **starts)),
     }
 
@@ -96,7 +96,7 @@ def test_the_authors_form_has_the_authors_gradient(numbers, authors):
     np.testing.assert_allclose(authors[2], theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
-def test_gradient_is_the_authors_where_p_is_not_tiny(numbers, authors):
+def test_gradient_is_the_authors_unless_p_is_tiny(numbers, authors):
     ours = jax.jit(jax.grad(fusion(numbers)))(numbers["branch_logits"])
     p = jax.nn.softmax(numbers["branch_logits"])[:, np.arange(128), numbers["labels"]]  # [R, B]
     compared = np.asarray(p > 0.01)  # theirs is short of p / (p + 1e-7)
@@ -105,7 +105,7 @@ def test_gradient_is_the_authors_where_p_is_not_tiny(numbers, authors):
     np.testing.assert_allclose(ours[compared], theirs[compared], rtol=2e-5, atol=1e-5 * np.abs(theirs).max())
 
 
-def test_gradient_stays_where_the_authors_vanishes():
+def test_gradient_stays_if_the_authors_vanishes():
     logits, labels, masks = np.zeros((3, 1, 9), np.float32), np.array([0]), np.eye(3, 9, dtype=bool)
     logits[0, 0, 1] = 40.0
 
@@ -176,8 +176,8 @@ def test_a_sharded_batch_has_the_same_loss(axis_type, jitted):
     with jax.set_mesh(mesh):
         logits = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(None, "data")))
         labels = jax.device_put(labels, NamedSharding(mesh, PartitionSpec("data")))
-        found = (jax.jit(loss) if jitted else loss)(logits, labels)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+        actual = (jax.jit(loss) if jitted else loss)(logits, labels)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("axis_type", [None, AxisType.Auto], ids=["explicit", "auto"])
@@ -189,8 +189,8 @@ def test_a_sharded_batch_has_the_same_gradient(axis_type):
     with jax.set_mesh(mesh):
         logits = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(None, "data")))
         labels = jax.device_put(labels, NamedSharding(mesh, PartitionSpec("data")))
-        found = gradient(logits, labels)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+        actual = gradient(logits, labels)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_branches_are_all_classes_then_the_rarer_ones_by_rank():

@@ -1,4 +1,4 @@
-"""Classifiers made without training, against NumPy and against the predictions that they should give."""
+"""Classifiers made without training, against NumPy and against their expected predictions."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def logits_of(params, features):
 
 
 def assert_same_but(params, changed, *names):
-    """Nothing outside the named parts is another array than it was, and each of them is."""
+    """Assert that exactly the named parts are other arrays than before."""
     before, after = flatten(params), flatten(changed)
     assert before.keys() == after.keys()
     for path in before:
@@ -179,7 +179,7 @@ def no(*_):
 
 
 def operate(settings, params, *, class_means=no, fresh=no, holdout_accuracy=None):
-    """The surgery as a stage does it -> the network's parameters, the note."""
+    """Apply a surgery as a stage does -> the network's parameters, the note."""
     context = surgery.Context(COUNTS, 0, fresh, class_means, holdout_accuracy)
     function = surgery.create(settings, params, branches=0, holdout=holdout_accuracy is not None)
     before = variables_of(params)
@@ -230,7 +230,7 @@ def test_one_tau_is_taken_without_a_hold_out():
 
 
 def best_at(wanted, params):
-    """A hold-out accuracy that is highest at one tau, of every replica where `wanted` has several."""
+    """Make a hold-out accuracy that is highest at one tau, or at one for each replica."""
     length = np.linalg.norm(params["classifier"]["kernel"], axis=-2)[..., 0]
 
     def accuracy(tried):
@@ -266,9 +266,9 @@ def test_every_replica_takes_its_own_best_tau():
 def test_the_note_has_the_hold_out_accuracy_of_every_tau():
     params = linear(2)
     _, note = operate({"name": "tau_norm", "taus": TAUS}, params, holdout_accuracy=best_at(np.array([1.0, 0]), params))
-    found = note["holdout_accuracy"]
-    assert list(found) == ["0", "0.3", "1"]
-    np.testing.assert_allclose(list(found.values()), [[0, 1], [0.3, 0.7], [1, 0]], atol=1e-5)
+    accuracies = note["holdout_accuracy"]
+    assert list(accuracies) == ["0", "0.3", "1"]
+    np.testing.assert_allclose(list(accuracies.values()), [[0, 1], [0.3, 0.7], [1, 0]], atol=1e-5)
 
 
 LINEAR, COSINE = linear(), linear(bias=False)
