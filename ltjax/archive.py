@@ -18,6 +18,7 @@ from pathlib import Path
 from ltjax.interop.weights import ARRAYS, DESCRIPTION, save_arrays
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, variables_of
+from ltjax.system.command_line import Parser
 from ltjax.system.paths import local
 from ltjax.types import UserError
 
@@ -52,13 +53,13 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return the exit code: 0, or 2 after one line `error: ...` on stderr."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m ltjax.archive", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workdir", help="of a finished run")
     parser.add_argument("folder", help="to write, or to write again")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         archive(args.workdir, args.folder)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -28,9 +28,10 @@ import jax.numpy as jnp
 from safetensors.numpy import save_file
 
 from ltjax import models
-from ltjax.interop.torch import Parser, export_state_dict
+from ltjax.interop.torch import export_state_dict
 from ltjax.interop.weights import DESCRIPTION, Weights, described, in_our_order, load_weights, save_weights
 from ltjax.runs.trained import newest, weights_of
+from ltjax.system.command_line import Parser
 from ltjax.system.paths import local
 from ltjax.types import UserError
 

@@ -5,7 +5,6 @@
 If CHECKPOINT is a .safetensors or .npz file, PyTorch is not needed: a state_dict is {name: array}.
 """
 
-import argparse
 import ast
 import hashlib
 import json
@@ -24,6 +23,7 @@ from ltjax import models
 from ltjax.interop import checkpoints, names
 from ltjax.interop.weights import described, save_weights
 from ltjax.optim import flatten, unflatten
+from ltjax.system.command_line import Parser
 from ltjax.system.paths import local
 from ltjax.types import UserError, Variables
 
@@ -276,11 +276,6 @@ def _folded(keys: tuple[str, ...]) -> list[str]:
     counted = [key for key in keys if key.endswith("num_batches_tracked")]
     rest = [key for key in keys if key not in set(counted)]
     return rest if len(counted) < 3 else [*rest, f"{counted[0]} and {len(counted) - 1} more num_batches_tracked"]
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
 def main(argv: list[str] | None = None) -> int:
