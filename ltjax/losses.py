@@ -391,12 +391,9 @@ def dro_loss(
 ) -> jax.Array:
     """Compute DRO-LT's robustness loss of a batch, scalar: the mean of `dro_bound` over the classes in it.
 
+    Other arguments: see `dro_bound`.
+
     Args:
-      features: [B, D], see `dro_bound`.
-      labels: [B].
-      centroids: [C, D].
-      margins: Scalar or [C].
-      temperature: T.
       class_weights: w [C]. If given, the loss is `sum_c w_c L_c / sum_c w_c`. The sum of weights covers all C classes,
         not only those in the batch, as in the authors' code.
 

@@ -209,9 +209,7 @@ def group_accuracy(
     Args:
       correct: [N] bool or 0/1.
       labels: [N].
-      class_counts: [C] *training* images, which define the groups.
-      few_below: See `count_groups`.
-      many_above: See `count_groups`.
+      class_counts: [C] *training* images, which define the groups by `count_groups`.
 
     Examples:
       >>> metrics.group_accuracy([True, False, True, True], [0, 0, 1, 2], [500, 50, 5])

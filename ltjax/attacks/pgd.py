@@ -161,17 +161,13 @@ def pgd_attack(
 ) -> jax.Array:
     """Attack a model with PGD, as tables report it (PGD-20, CW-20): the adversarial images [B, H, W, channels].
 
-    The parameters after `labels` and `rng` are those of an attack in a config; most have the usual defaults.
+    The many parameters are the settings of an attack in a config. Those not listed here: see `pgd`.
 
     Args:
       predict: Function of images that returns logits [B, C].
       images: [B, H, W, channels] in [0, 1].
       labels: [B].
       rng: Random key.
-      epsilon: See `pgd`.
-      step_size: See `pgd`.
-      num_steps: See `pgd`.
-      norm: See `pgd`.
       objective: "ce" (by `objectives.log_odds`, which has the same path as cross-entropy), "cw" (the margin) or "kl"
         (from the clean prediction, where its gradient is 0, so it needs a random start).
       start: Kind of `random_start`.

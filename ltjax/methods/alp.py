@@ -17,12 +17,11 @@ def create(
 ) -> Method:
     """Minimise `loss(f(x), y) + loss(f(x_adv), y) + pairing_weight |f(x) - f(x_adv)|^2`; attack cross-entropy.
 
+    Other arguments: see `ltjax.methods.adversarial.create`.
+
     Args:
-      class_counts: [C].
       pairing_weight: Weight of the square, which is summed over classes and averaged over the batch.
       loss: Classification loss, see `ltjax.methods.criteria.create`.
-      attack: See `ltjax.methods.adversarial.create`.
-      awp: See `ltjax.methods.adversarial.create`.
     """
     if not pairing_weight >= 0:
         raise ValueError(f"pairing_weight = {pairing_weight}: from 0 up")

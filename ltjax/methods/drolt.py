@@ -34,7 +34,6 @@ def create(
     margins are the parameters `method/margins` [layers, C].
 
     Args:
-      class_counts: [C].
       loss: Classification loss, see `ltjax.methods.criteria.create`. The authors weight cross-entropy by n_c / n_max.
       robust_weight: The authors' code adds both losses, 1:1. The paper's `lambda * loss + (1 - lambda) * robust` is
         `(1 - lambda) / lambda` here, with lr times lambda.

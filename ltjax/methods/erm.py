@@ -15,7 +15,6 @@ def create(
     """Minimise cross-entropy, focal, LDAM, balanced softmax, ..., with or without class weights and mixup.
 
     Args:
-      class_counts: [C].
       loss: See `ltjax.methods.criteria.create`.
       net: Network to train, such as the `guide` of BGAT.
     """

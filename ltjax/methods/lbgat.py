@@ -20,16 +20,14 @@ def create(
 
     f, the network `net`, uses no labels. g, the network `guide`, sees only clean images. Both train together, and the
     square has a gradient to both. As in the authors' code, f runs on clean images even if beta = 0, so its batch-norm
-    statistics are updated with the attacked images first, then the clean ones.
+    statistics are updated with the attacked images first, then the clean ones. Other arguments: see
+    `ltjax.methods.adversarial.create`.
 
     Args:
-      class_counts: [C].
       beta: 0 or 6 in the paper.
       guide_loss: Loss of g's logits, see `ltjax.methods.criteria.create`. Balanced softmax or logit adjustment gives a
         guide for long-tailed data.
       guide_trains: False is BGAT: g was trained before, and its parameters and statistics stay fixed.
-      attack: See `ltjax.methods.adversarial.create`.
-      awp: See `ltjax.methods.adversarial.create`.
     """
     if not beta >= 0:
         raise ValueError(f"beta = {beta}: from 0 up")

@@ -15,12 +15,11 @@ def create(
 ) -> Method:
     """Minimise `loss(f(x_adv), y)`; attack cross-entropy.
 
+    Other arguments: see `ltjax.methods.adversarial.create`.
+
     Args:
-      class_counts: [C].
       loss: Classification loss, see `ltjax.methods.criteria.create`. Balanced softmax gives the usual robust baseline
         for long-tailed data.
-      attack: See `ltjax.methods.adversarial.create`.
-      awp: See `ltjax.methods.adversarial.create`.
     """
     criterion = criteria.create(class_counts, loss)
 

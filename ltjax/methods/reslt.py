@@ -13,7 +13,6 @@ def create(class_counts: np.ndarray, *, medium_start: float, tail_start: float |
     """Minimise the residual fusion of branches, see `ltjax.losses.residual_fusion`.
 
     Args:
-      class_counts: [C].
       medium_start: First class of the second branch, as a rank by count, or as a share of the classes if below 1.
       tail_start: First class of the third branch, if the network has one.
       beta: Weight of the branches' losses against the loss of their sum, in [0, 1].

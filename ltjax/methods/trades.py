@@ -18,14 +18,12 @@ def create(
     """Minimise `loss(f(x), y) + beta KL(f(x) || f(x_adv))`; attack the KL.
 
     As in the authors' code, f runs on clean images, on attacked ones, and on the clean ones again. So batch-norm
-    statistics are updated with clean images twice and with attacked ones once.
+    statistics are updated with clean images twice and with attacked ones once. Other arguments: see
+    `ltjax.methods.adversarial.create`.
 
     Args:
-      class_counts: [C].
       beta: Weight of the KL divergence.
       loss: Classification loss, see `ltjax.methods.criteria.create`.
-      attack: See `ltjax.methods.adversarial.create`.
-      awp: See `ltjax.methods.adversarial.create`.
     """
     if not beta >= 0:
         raise ValueError(f"beta = {beta}: from 0 up")

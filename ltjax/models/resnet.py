@@ -118,12 +118,11 @@ def backbone(
     group_width: int = 64,
     init: str = "he",
 ) -> ResNetBackbone:
-    """Create a ResNet's or ResNeXt's backbone. The many parameters are its settings in a config.
+    """Create a ResNet's or ResNeXt's backbone. Other arguments: see `ltjax.models.create`.
+
+    The many parameters are its settings in a config.
 
     Args:
-      dtype: See `ltjax.models.create`.
-      platform: See `ltjax.models.create`.
-      remat: See `ltjax.models.create`.
       depth: 10, 18, 34, 50, 101 or 152.
       stem: "small" or "large".
       width: Channels of the first stage's blocks, 64 in the papers.

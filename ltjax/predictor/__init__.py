@@ -80,8 +80,6 @@ class Model:
           weights: From `ltjax.interop.export.read`.
           class_names: C names. Default: "class 0", "class 1", ...
           view: Resizing and cropping of image files. None if unknown.
-          temperature: See the attributes.
-          about: See the attributes.
           batch_size: Images per batch, over all devices.
         """
         weights = in_our_order(weights)
