@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from ltjax import config as configs
-from ltjax.config import StageConfig
+from ltjax.config import StageConfig, parse
 from ltjax.data import splits
 from ltjax.engine import experiment as experiments
 from ltjax.engine import stage as stages
@@ -45,7 +44,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
     """
     first, workdir = processes.first(), local(workdir)
     console = logs.make_console(quiet=not first)
-    run = configs.parse(config)
+    run = parse(config)
     processes.on_first(lambda: open_workdir(workdir, config))
     with locked(workdir) if first else nullcontext(), named_disk_errors(workdir):
         if processes.on_first((workdir / "results.json").exists):
