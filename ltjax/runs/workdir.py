@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ltjax.config import differences
-from ltjax.runs.checkpoint import MEND_DISK, read_json
+from ltjax.runs.checkpoint import FIX_DISK, read_json
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError
 
@@ -106,7 +106,7 @@ def named_disk_errors(workdir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise UserError(f"cannot write to {workdir}: {error}; {MEND_DISK}") from error
+        raise UserError(f"cannot write to {workdir}: {error}; {FIX_DISK}") from error
 
 
 @contextlib.contextmanager
