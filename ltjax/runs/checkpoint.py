@@ -20,7 +20,6 @@ from ltjax.types import UserError, one_line
 log = logging.getLogger(__name__)
 FIX_DISK = "free some space or fix the permissions, then run the same command again to resume"
 
-
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
