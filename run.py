@@ -1,12 +1,12 @@
-"""Train, judge and use classifiers of long-tailed and of attacked images.
+"""Train, evaluate and use image classifiers for long-tailed data and adversarial inputs.
 
-  python run.py --config=configs/quickstart.py             trains; the same command resumes a run that was stopped
-  python run.py --config=configs/cifar100_lt.py:help       lists the arguments of a config, and settings worth knowing
+  python run.py --config=configs/quickstart.py             trains; the same command resumes a stopped run
+  python run.py --config=configs/cifar100_lt.py:help       lists a config's arguments and common settings
   python run.py --config=configs/cifar100_lt.py:method=mislas,imbalance=50 --config.epochs=100 --dry_run
   python run.py --config=configs/cifar100_lt.py:method=mislas,imbalance=50 --mode=attack
   python run.py --workdir=runs/quickstart-seed0 --mode=predict --images=FOLDER --out=FILE.csv
 
-Exit code 2: something to mend, named in one line.
+Exit code 2: a mistake, described in one line.
 """
 
 import json
@@ -26,8 +26,8 @@ from typing import Any
 
 
 def stop_at_once(number: int, _frame) -> None:
-    """Ctrl-C or SIGTERM before training begins, when an exception could be swallowed by whatever is being imported."""
-    os.write(2, b"\nStopped before anything began that could be saved.\n")
+    """Handle Ctrl-C and SIGTERM before training begins: during an import, an exception could be swallowed."""
+    os.write(2, b"\nStopped; there was nothing to save.\n")
     os._exit(128 + number)
 
 
@@ -45,13 +45,13 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments after a colon; :help lists them."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run is kept; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
+    "workdir", None, "Folder of the run; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack", "report", "predict"], "What to do.")
-OF_A_RUN = ("predict", "report", "eval", "attack")  # modes that need no --config where the workdir holds a run
-_IMAGES = flags.DEFINE_string("images", "", "Of --mode=predict: a folder, or a quoted pattern such as 'photos/*.jpg'.")
-_OUT = flags.DEFINE_string("out", "-", "Of --mode=predict: FILE.csv, FILE.jsonl; on standard output, - or -.jsonl.")
-_TOP_K = flags.DEFINE_integer("top_k", 5, "Of --mode=predict: classes of each image.")
+MODES_OF_A_RUN = ("predict", "report", "eval", "attack")  # they can read the config from the workdir
+_IMAGES = flags.DEFINE_string("images", "", "With --mode=predict: folder, or quoted pattern such as 'photos/*.jpg'.")
+_OUT = flags.DEFINE_string("out", "-", "With --mode=predict: FILE.csv or FILE.jsonl; - or -.jsonl: standard output.")
+_TOP_K = flags.DEFINE_integer("top_k", 5, "With --mode=predict: number of classes listed for each image.")
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
 _DRY_RUN = flags.DEFINE_boolean(
     "dry_run", False, "Print stages, parameter groups, schedules, class counts and memory; train and write nothing."
@@ -60,22 +60,22 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared data; default: $TFDS
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     "",
-    "Of several processes: HOST:PORT of the first, or auto (SLURM, Open MPI, TPU: found anyway); none: run alone.",
+    "With several processes: HOST:PORT of the first; auto (the default on SLURM, Open MPI, TPUs); none: run alone.",
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of several processes: how many there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which one this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With several processes: number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With several processes: number of this process, from 0.")
 _PATIENCE = flags.DEFINE_integer(
-    "patience", 60, "Of several processes: seconds of silence after which another one counts as lost."
+    "patience", 60, "With several processes: another one counts as lost after so many seconds without a heartbeat."
 )
 
 
 def help_page() -> str:
-    own = flags.FLAGS.find_module_defining_flag(_MODE.name)
-    return usage.flags_page(__doc__ or "", flags.FLAGS.flags_by_module_dict()[own or ""])
+    module = flags.FLAGS.find_module_defining_flag(_MODE.name)
+    return usage.flags_page(__doc__ or "", flags.FLAGS.flags_by_module_dict()[module or ""])
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
-    """Read the flags; every mistake in them, or in the config, becomes one line."""
+    """Read the flags. Print a mistake in them or in the config as one line, and exit with code 2."""
     if not arguments[1:] or {"-h", "-help", "--help"} & set(arguments[1:]):
         print(help_page())
         raise SystemExit(0)
@@ -86,80 +86,89 @@ def parse_flags(arguments: list[str]) -> list[str]:
             raise ValueError("--calibrate goes with --mode=train, eval or predict")
         if _DRY_RUN.value and _MODE.value != "train":
             raise ValueError(f"--dry_run is for --mode=train, not {_MODE.value}")
-        if _CONFIG.value is None and not told_by_workdir():
-            if _MODE.value in OF_A_RUN and _WORKDIR.value is not None:
+        if _CONFIG.value is None and not config_is_in_workdir():
+            if _MODE.value in MODES_OF_A_RUN and _WORKDIR.value is not None:
                 raise ValueError(
                     f"{_WORKDIR.value} holds no run (no config.json): give the --workdir of one, or a --config"
                 )
-            if _MODE.value in OF_A_RUN:
+            if _MODE.value in MODES_OF_A_RUN:
                 raise ValueError(f"--mode={_MODE.value} needs the --workdir of a run, or a --config")
             raise ValueError("--config is needed, such as --config=configs/quickstart.py")
         if rest[1:]:
             raise ValueError(f"unexpected argument {rest[1]!r}: flags begin with --")
         return rest
-    except Exception as error:  # flags, ml_collections and the config file each raise their own kinds
+    except Exception as error:  # absl, ml_collections and the config file raise many exception types
         lines = str(error).strip().splitlines() or [type(error).__name__]
         fail(re.sub(r"^Unknown command line flag '(\w+)'\.(.*?)(\w+) \?$", r"unknown flag --\1.\2--\3?", lines[-1]))
         raise SystemExit(2) from None
 
 
-def told_by_workdir() -> bool:
-    """Whether the config is that of the run in the workdir: who uses a model need not know it."""
-    return _CONFIG.value is None and _MODE.value in OF_A_RUN and (home(_WORKDIR.value or "") / "config.json").is_file()
+def config_is_in_workdir() -> bool:
+    """Whether the config comes from the run in the workdir, so that --config is not needed."""
+    if _CONFIG.value is not None or _MODE.value not in MODES_OF_A_RUN:
+        return False
+    return (home(_WORKDIR.value or "") / "config.json").is_file()
 
 
 def home(path: str) -> Path:
-    """A path with ~ as a shell has it; what else is wrong with it is said when it is used."""
+    """Expand ~ at the start of a path. Other mistakes in the path are reported when it is used."""
     return Path(os.path.expanduser(path))
 
 
 def check_overrides(arguments: list[str]) -> None:
-    """Load the config once by itself: ml_collections wraps its errors in tracebacks, and names no allowed keys.
-    Of `help` among its arguments, print what that lists, and exit."""
-    given = of_the_config(arguments)
-    path, *argument = given.pop("config", "").split(":", 1)
-    if not path and given:
+    """Check --config and the --config.KEY flags, or print the config's help page and exit.
+
+    This loads the config once more than absl does, because ml_collections hides its errors in tracebacks and does not
+    list the allowed keys.
+    """
+    overrides = config_flags_of(arguments)
+    path, *argument = overrides.pop("config", "").split(":", 1)
+    if not path and overrides:
         raise ValueError(
-            f"--{next(iter(given))} changes a config: give that, too, such as --config=configs/quickstart.py"
+            f"--{next(iter(overrides))} changes a config: give that, too, such as --config=configs/quickstart.py"
         )
     if not path:
         return
-    file = runpy.run_path(path) if Path(path).is_file() else {}
-    meant = Path("configs") / f"{Path(path).stem}.py"
-    if not file and meant.is_file():
-        raise ValueError(f"no config file {path}; did you mean --config={meant}?")
-    if "get_config" not in file:
-        python = sorted(Path(path).parent.glob("*.py"))
-        have = ", ".join(
-            str(p) for p in python if re.search(r"^def get_config\b", p.read_text("utf-8", "replace"), re.MULTILINE)
-        )
-        what = (
-            f"{path} is no config file (no get_config in it)" if file else f"no config file {path} from {os.getcwd()}"
-        )
-        raise ValueError(f"{what}; in its folder: {have or 'none'}")
+    file = load_config_file(path)
     try:
         config = file["get_config"](*argument).to_dict()
-    except Help as asked:
+    except Help as requested:
         others = ",".join(part for part in argument[0].split(",") if part != "help")
         heading = (file["__doc__"] or path).partition("\n")[0]
-        print(usage.config_page(path, heading, asked.arguments, file["get_config"](others or None).to_dict()))
+        print(usage.config_page(path, heading, requested.arguments, file["get_config"](others or None).to_dict()))
         raise SystemExit(0) from None
-    for key in given:
+    for key in overrides:
         check_key(config, key.removeprefix("config."))
 
 
-def of_the_config(arguments: list[str]) -> dict[str, str]:
-    """{"config": FILE, "config.KEY": VALUE} of the flags, each either --name=value or --name value."""
-    given = {}
+def load_config_file(path: str) -> dict[str, Any]:
+    """Return the globals of a config file. ValueError, which lists config files, if it is none."""
+    file = runpy.run_path(path) if Path(path).is_file() else {}
+    likely = Path("configs") / f"{Path(path).stem}.py"
+    if not file and likely.is_file():
+        raise ValueError(f"no config file {path}; did you mean --config={likely}?")
+    if "get_config" not in file:
+        defines = re.compile(r"^def get_config\b", re.MULTILINE)
+        others = sorted(Path(path).parent.glob("*.py"))
+        others = ", ".join(str(other) for other in others if defines.search(other.read_text("utf-8", "replace")))
+        if file:
+            raise ValueError(f"{path} is no config file (no get_config in it); in its folder: {others or 'none'}")
+        raise ValueError(f"no config file {path} from {os.getcwd()}; in its folder: {others or 'none'}")
+    return file
+
+
+def config_flags_of(arguments: list[str]) -> dict[str, str]:
+    """Return {"config": FILE, "config.KEY": VALUE} from flags of the form --name=value or --name value."""
+    values = {}
     for flag, after in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = flag.partition("=")
         if re.match(r"--?config($|\.)", name):
-            given[name.lstrip("-")] = value if equals else after
-    return given
+            values[name.lstrip("-")] = value if equals else after
+    return values
 
 
 def check_key(config: dict, key: str) -> None:
-    """Raises ValueError, with what is allowed, unless the dotted key is in the nested dicts."""
+    """Raise ValueError, listing the allowed keys, if the dotted key is not in the nested dicts."""
     *folders, name = key.split(".")
     for depth, part in enumerate((*folders, name)):
         if not isinstance(config, dict) or part not in config:
@@ -174,8 +183,8 @@ def fail(message: object) -> None:
 
 
 def main(_: list[str]) -> None:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before XLA is loaded, whose remarks would tear the bars
-    # Imported after the flags are read, so that --help and a mistyped flag answer at once.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before XLA loads: its messages would break progress bars
+    # Imported after the flags are read, so that --help and a mistyped flag answer immediately.
     from ltjax.runs import results
     from ltjax.system import processes
     from ltjax.system.signals import Interrupted
@@ -205,24 +214,26 @@ def main(_: list[str]) -> None:
 
 
 def quieten() -> None:
-    """Silence loggers that would tear the progress bars, and background saves, whose errors the main thread raises."""
-    for chatty in ("absl", "jax", "orbax", "asyncio"):
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    """Silence loggers that would break progress bars, and Orbax's threads, whose errors the main thread raises too."""
+    for name in ("absl", "jax", "orbax", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     report_thread, report_unraisable = threading.excepthook, sys.unraisablehook
 
-    def of_a_save(trace: TracebackType | None) -> bool:
+    def in_orbax(trace: TracebackType | None) -> bool:
         return any("/orbax/" in frame.filename for frame in traceback.extract_tb(trace))
 
-    threading.excepthook = lambda error: None if of_a_save(error.exc_traceback) else report_thread(error)
-    sys.unraisablehook = lambda error: None if of_a_save(error.exc_traceback) else report_unraisable(error)
+    threading.excepthook = lambda error: None if in_orbax(error.exc_traceback) else report_thread(error)
+    sys.unraisablehook = lambda error: None if in_orbax(error.exc_traceback) else report_unraisable(error)
 
 
 def run_config() -> dict[str, Any]:
-    """The config of the flags or, for modes that need a run, the one in the workdir."""
+    """Return the config that the flags give, or the one in the workdir."""
     from ltjax.runs.checkpoint import read_json
 
-    return read_json(home(_WORKDIR.value or "") / "config.json") if told_by_workdir() else _CONFIG.value.to_dict()
+    if config_is_in_workdir():
+        return read_json(home(_WORKDIR.value or "") / "config.json")
+    return _CONFIG.value.to_dict()
 
 
 def workdir_of(config: Mapping[str, Any]) -> str:
@@ -232,7 +243,7 @@ def workdir_of(config: Mapping[str, Any]) -> str:
 
 
 def start(config: Mapping[str, Any]) -> None:
-    """Start JAX's devices and, if there are several processes, check that they do the same."""
+    """Start JAX's devices. Check that all processes, if there are several, were started with the same command."""
     from ltjax.modes import calibrate
     from ltjax.system import devices, processes
 
@@ -247,7 +258,7 @@ def start(config: Mapping[str, Any]) -> None:
 
 
 def chosen_mode(config: Mapping[str, Any]) -> Callable[[], Any]:
-    """What --mode and --dry_run ask for."""
+    """Return the function that does what --mode and --dry_run ask for."""
     from ltjax import train
     from ltjax.modes import attack, calibrate, dry_run, evaluate, report
 
@@ -256,13 +267,13 @@ def chosen_mode(config: Mapping[str, Any]) -> Callable[[], Any]:
     def predict() -> None:
         from rich.console import Console
 
-        from ltjax.modes import predict as prediction  # it needs OpenCV, and training does not
+        from ltjax.modes import predict as predict_mode  # loads OpenCV, which training does not need
 
-        if _CALIBRATE.value:  # the table may go to standard output
-            prediction.check(_IMAGES.value, _OUT.value)
-            on_stderr = Console(stderr=True, markup=False, emoji=False)
-            calibrate.calibrate_workdir(config, workdir, data_dir, on_stderr)
-        prediction.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
+        if _CALIBRATE.value:
+            predict_mode.check(_IMAGES.value, _OUT.value)
+            stderr = Console(stderr=True, markup=False, emoji=False)  # predictions may go to standard output
+            calibrate.calibrate_workdir(config, workdir, data_dir, stderr)
+        predict_mode.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
 
     if _MODE.value == "predict":
         return predict
@@ -275,12 +286,12 @@ def chosen_mode(config: Mapping[str, Any]) -> Callable[[], Any]:
         "report": report.report_workdir,
     }
 
-    def work() -> None:
+    def run_mode() -> None:
         modes[_MODE.value](config, workdir, data_dir)
         if _CALIBRATE.value:
             calibrate.calibrate_workdir(config, workdir, data_dir)
 
-    return work
+    return run_mode
 
 
 if __name__ == "__main__":

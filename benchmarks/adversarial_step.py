@@ -36,7 +36,7 @@ from rich.table import Table
 from benchmarks import flops, provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100, common
-from ltjax import config as config_module
+from ltjax.config import StageConfig, parse
 from ltjax.engine import experiment, stage
 from ltjax.methods import adversarial
 from ltjax.system import devices, parallel
@@ -93,7 +93,7 @@ def recomputing(given: adversarial.LossOf, *, objective: adversarial.Objective, 
     return method._replace(loss=loss)
 
 
-def attack_alone(settings: config_module.StageConfig, nets: Any) -> Callable[..., jax.Array]:
+def attack_alone(settings: StageConfig, nets: Any) -> Callable[..., jax.Array]:
     """(variables, images, rng) -> adversarial images, by the attack that the stage's method has."""
 
     def given(apply, variables, batch, images):
@@ -115,7 +115,7 @@ def steps_of(program: Program):
 
 def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
     """(the run's config, its stage's, the experiment). shape: keywords of `config`."""
-    run = config_module.parse(config(program, **shape))
+    run = parse(config(program, **shape))
     (settings,) = run.stages.values()
     return run, settings, experiment.set_up(run, data_dir)
 

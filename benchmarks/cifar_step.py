@@ -49,8 +49,8 @@ from rich.table import Table
 
 from benchmarks import flops, provenance
 from configs import cifar100_lt
-from ltjax import config as config_module
 from ltjax import train
+from ltjax.config import RunConfig, parse
 from ltjax.data.source import Images
 from ltjax.engine import experiment, stage
 from ltjax.system import devices, xla
@@ -211,7 +211,7 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.CompiledStage
 
 def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[str, Any]:
     """The numbers of both stages, {stage: {...}}, of evaluation, and what they were measured on."""
-    run = config_module.parse(config)
+    run = parse(config)
     stages = run.stages
     ready, built = experiment.prepare(run, data_dir)
     check_the_guard(ready.image_shape, run.batch_size)
@@ -263,11 +263,9 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
     }
 
 
-def ltjax_turns(
-    config, data_dir: Path
-) -> tuple[dict[str, Callable[[], float]], dict[str, int], config_module.RunConfig]:
+def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int], RunConfig]:
     """{stage, or "evaluation": turn() -> seconds an image}, steps of a turn of each stage, and the run."""
-    run = config_module.parse(config)
+    run = parse(config)
     stages = run.stages
     ready, built = experiment.prepare(run, data_dir)
     states, steps = {}, {}

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import hlo, provenance
-from ltjax import config as config_module
+from ltjax.config import RunConfig, parse
 from ltjax.data.source import Images, Stored
 from ltjax.engine import evaluate, experiment
 from ltjax.system import parallel, xla
@@ -276,7 +276,7 @@ def lower(program: Program, platform: str, *, tiny: bool = False) -> jax.stages.
     """A program for its devices. Raises: Missing."""
     found = devices(platform, program.chips[platform])
     with traced_for(platform):
-        run = config_module.parse(settings_of(program, platform, tiny))
+        run = parse(settings_of(program, platform, tiny))
         ready = experiment.set_up(run, None)
         mesh = parallel.make_mesh(found, replicas=run.replicas)
         ready = ready._replace(mesh=mesh)
@@ -288,7 +288,7 @@ def lower(program: Program, platform: str, *, tiny: bool = False) -> jax.stages.
         return built.run.lower(state, _placed_on(mesh, experiment.source_shapes(ready, STEPS)), STEPS)
 
 
-def _evaluation(run: config_module.RunConfig, ready: experiment.Experiment) -> jax.stages.Lowered:
+def _evaluation(run: RunConfig, ready: experiment.Experiment) -> jax.stages.Lowered:
     """The dispatch that evaluates the test images on the device."""
     made: list[Any] = []
 

@@ -36,8 +36,8 @@ from rich.table import Table
 
 from benchmarks import cifar_step, decode, provenance
 from configs import inat18
-from ltjax import config as config_module
 from ltjax import data
+from ltjax.config import StageConfig, parse
 from ltjax.engine import experiment, stage
 from ltjax.modes import dry_run
 from ltjax.system import devices, xla
@@ -52,7 +52,7 @@ class Prepared(NamedTuple):
     """The first stage of a run, ready to be compiled."""
 
     experiment: experiment.Experiment
-    stage: config_module.StageConfig
+    stage: StageConfig
     built: stage.CompiledStage
 
     def state(self) -> stage.TrainState:
@@ -69,7 +69,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(values: Mapping[str, Any], data_dir: Path | None) -> Prepared:
-    run = config_module.parse(values)
+    run = parse(values)
     first, ready = next(iter(run.stages.values())), experiment.set_up(run, data_dir)
     return Prepared(ready, first, experiment.build_stage(ready, first))
 

@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 
 from ltjax import attacks, models
-from ltjax import config as config_module
+from ltjax.config import RunConfig, StageConfig
 from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, seeds
 from ltjax.models import resnet
 from ltjax.system import parallel
@@ -116,7 +116,7 @@ def of_step(method: str, net: Network, guide: Network | None, *, num_steps: int,
     return net.forward + attack + net.training + clean + guide.training
 
 
-def by_xla(experiment: Experiment, settings: config_module.StageConfig) -> float:
+def by_xla(experiment: Experiment, settings: StageConfig) -> float:
     """Operations for one image of a stage's step as XLA counts them."""
     return operations(compiled(experiment, settings)) / experiment.config.batch_size
 
@@ -151,7 +151,7 @@ def written_out():
         yield
 
 
-def plain_nets(run: config_module.RunConfig, num_classes: int) -> dict[str, Any]:
+def plain_nets(run: RunConfig, num_classes: int) -> dict[str, Any]:
     """A run's networks with the convolution of accelerators: ours for CPU writes zeros out and multiplies with them."""
     nets = {}
     for name, settings in (("net", run.model), ("guide", run.guide)):
@@ -161,7 +161,7 @@ def plain_nets(run: config_module.RunConfig, num_classes: int) -> dict[str, Any]
     return nets
 
 
-def compiled(experiment: Experiment, settings: config_module.StageConfig, num_steps: int = 1) -> jax.stages.Compiled:
+def compiled(experiment: Experiment, settings: StageConfig, num_steps: int = 1) -> jax.stages.Compiled:
     """A stage's step with the plain convolution of accelerators, compiled for one CPU device and not run.
 
     One step, because XLA counts a loop's body once; of a scan of one step it makes the step alone.

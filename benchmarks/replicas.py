@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks import provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100_lt
-from ltjax import config as config_module
+from ltjax.config import parse
 from ltjax.engine import experiment
 from ltjax.system import devices, parallel
 
@@ -36,7 +36,7 @@ def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate:
     config = cifar100_lt.get_config(f"method=ce,imbalance={min(100, args.max_count)}")
     config.model.update(depth=args.depth, width=args.width, dtype=args.dtype)
     config.update(batch_size=args.batch_size, epochs=1, replicas=replicas, replicate=replicate)
-    run = config_module.parse(config.to_dict())
+    run = parse(config.to_dict())
     stages = run.stages
     ready = experiment.set_up(run, data_dir)
     built = experiment.build_stage(ready, stages["ce"])

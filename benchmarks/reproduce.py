@@ -70,13 +70,13 @@ def read_list(path: Path) -> list[Run]:
 
 def describe(config: str, seed: int) -> Described:
     """Of a config of this checkout."""
-    from ltjax import config as config_module
+    from ltjax.config import parse
     from ltjax.data import splits
     from ltjax.engine.experiment import steps_per_epoch
 
     file, _, arguments = config.partition(":")
     values = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"](arguments or None)
-    run = config_module.parse(values.to_dict())
+    run = parse(values.to_dict())
     stages = run.stages
     classes, most = CIFAR[run.data.name]
     counts = splits.class_counts(classes, most, imbalance=run.data.imbalance, profile=run.data.profile)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from ltjax import config as config_module
+from ltjax import config as configs
 from ltjax.report.tables import Cell, latex, markdown, plain
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
 from ltjax.system.paths import local
@@ -245,12 +245,12 @@ def _figures(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that change what is trained, with today's defaults for keys that an older config.json lacks."""
-    run, data = config_module.RunConfig._field_defaults, config_module.DataConfig._field_defaults
+    run, data = configs.RunConfig._field_defaults, configs.DataConfig._field_defaults
     filled = {**run, **config}
     filled["data"] = {**data, **config["data"]}
-    filled["optimizer"] = {**config_module.OptimizerConfig._field_defaults, **config.get("optimizer", {})}
+    filled["optimizer"] = {**configs.OptimizerConfig._field_defaults, **config.get("optimizer", {})}
     for name in config["stages"]:
-        filled[name] = {**config_module.StageConfig._field_defaults, **config[name]}
+        filled[name] = {**configs.StageConfig._field_defaults, **config[name]}
     # through JSON, so that a default () equals the [] of a file
     return json.loads(json.dumps({key: value for key, value in filled.items() if key not in WITHIN_A_ROW}))
 
@@ -270,7 +270,7 @@ def group(runs: Iterable[Run]) -> list[list[Run]]:
 def _same(a: Run, b: Run) -> bool:
     if a.settings is None or b.settings is None:
         return False
-    return list(a.stages) == list(b.stages) and not config_module.differences(a.settings, b.settings)
+    return list(a.stages) == list(b.stages) and not configs.differences(a.settings, b.settings)
 
 
 def row_names(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -295,7 +295,7 @@ def _telling(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     What one side alone has in a stage, such as settings of another method, follows from the rest and is left out.
     """
     stages = {*old.get("stages", ()), *new.get("stages", ())}
-    found = config_module.differences(old, new)
+    found = configs.differences(old, new)
     both = [line for line in found if "(absent)" not in line or re.split(r"[.:]", line)[0] not in stages]
     first = ("stages", "data", "model")
     place = {key: number for number, key in enumerate(first)}

@@ -1,4 +1,4 @@
-"""What a config may say, with defaults. This is the one place that names its keys; `parse` checks them before a run."""
+"""All keys of a config, with their types and defaults. `parse` checks a config against them before a run."""
 
 import re
 from collections.abc import Mapping
@@ -13,23 +13,23 @@ REPLICATE = ("loop", "vmap")
 
 
 class DataConfig(NamedTuple):
-    name: str  # of `ltjax.data.SOURCES`
-    imbalance: float = 1.0  # largest class over smallest
-    profile: str = "exp"  # "exp", "step", or "natural": all images
+    name: str  # one of `ltjax.data.SOURCES`
+    imbalance: float = 1.0  # count of the largest class divided by that of the smallest
+    profile: str = "exp"  # how counts fall: "exp", "step"; "natural": all images
     max_count: int = 0  # training images of the largest class; 0: all
     classes: int = 0  # keep only the first classes; 0: all
     holdout: int = 0  # images of each class held out of training, for selection and tuning
-    seed: int = 0  # chooses the images that are kept; runs with different training seeds share a training set
-    groups: str = "counts"  # by "counts" of training images, by "ranges" of class numbers, or of "ranks"
-    many_above: int = 100  # counts: many > many_above
-    few_below: int = 20  # counts: few < few_below
+    seed: int = 0  # chooses the training images; runs with different training seeds share a training set
+    groups: str = "counts"  # many, medium and few: by "counts" of images, "ranges" of class numbers, or "ranks"
+    many_above: int = 100  # counts: a class is many if it has more images
+    few_below: int = 20  # counts: a class is few if it has fewer images
     ranges: tuple[int, ...] = ()  # ranges and ranks: (a, b): many are the classes below a, few those from b on
     root: str = ""  # folder of an image_folder
-    # Images that stay on disk, of any size:
-    size: int = 224  # side of the square that the network sees, in pixels
-    resize: int = 256  # evaluation: shorter side before the central square is cut out
-    min_area: float = 0.08  # training: smallest share of an image in a random window
-    threads: int = 0  # that decode; 0: one for each core
+    # For images that stay on disk, of any size:
+    size: int = 224  # side of the network's square input, in pixels
+    resize: int = 256  # evaluation: length of the shorter side before the central square is cropped
+    min_area: float = 0.08  # training: smallest share of an image's area in a random crop
+    threads: int = 0  # decoding threads; 0: one for each core
 
 
 class OptimizerConfig(NamedTuple):
@@ -39,93 +39,93 @@ class OptimizerConfig(NamedTuple):
 
 
 class AttackConfig(NamedTuple):
-    """How `--mode=attack` attacks a checkpoint."""
+    """The settings of `--mode=attack`."""
 
-    epsilon: float | str = "8/255"  # in pixel units of [0, 1]
+    epsilon: float | str = "8/255"  # radius, in pixel units of [0, 1]
     norm: str = "linf"  # or "l2"
-    num_images: int = 0  # the first of the test set; 0: all
+    num_images: int = 0  # attack only the first test images; 0: all
     tests: tuple[str, ...] = ("pgd-20", "cw-20", "autoattack")
     step_size: float | str = "2/255"  # of pgd-N and cw-N
-    batch_size: int = 500  # images, over all devices
+    batch_size: int = 500  # over all devices
     seed: int = 0
-    radii: tuple[float, ...] = ()  # further radii of the curve of PGD-20's accuracy, as multiples of epsilon
+    radii: tuple[float, ...] = ()  # extra radii for the robustness curve of PGD-20, as multiples of epsilon
 
 
 class GroupConfig(NamedTuple):
-    """A group of parameters that train at one rate."""
+    """A group of parameters with the same learning rate."""
 
-    match: str  # regular expression that matches whole paths
+    match: str  # regular expression for whole paths of parameters
     rate: float  # factor on the stage's lr; 0 freezes
-    weight_decay: float | None = None  # replaces the optimizer's
-    optional: bool = False  # may match no parameter
+    weight_decay: float | None = None  # None: the optimizer's
+    optional: bool = False  # whether the group may match no parameter
 
 
 class StageConfig(NamedTuple):
-    method: Mapping[str, Any]  # name, and the method's hyper-parameters
+    method: Mapping[str, Any]  # name and hyper-parameters of the method
     epochs: int  # 0: only `surgery`, no training
     lr: float
-    groups: Mapping[str, Mapping[str, Any]]  # {name: a GroupConfig's values}, see `ltjax.optim`
-    title: str = ""  # in tables
+    groups: Mapping[str, Mapping[str, Any]]  # {name: values of a GroupConfig}, see `ltjax.optim`
+    title: str = ""  # shown in tables
     start_from: str = "scratch"  # or the name of an earlier stage
     schedule: Mapping[str, Any] = {}  # kind, warmup, decay_at, decay: see `ltjax.optim.schedule_table`
-    sampler: Mapping[str, Any] = {}  # name, and its settings: see `ltjax.data.samplers`
+    sampler: Mapping[str, Any] = {}  # name and settings, see `ltjax.data.samplers`
     augment: Mapping[str, Any] = {}  # see `ltjax.data.augment.augment`
     batch_norm: str = "train"  # or "eval"
-    optimizer: Mapping[str, Any] = {}  # values that differ from the run's optimizer
+    optimizer: Mapping[str, Any] = {}  # replaces values of the run's optimizer
     keep_optimizer: bool = False  # continue with the momentum of `start_from`, which trained the same parameters
-    # Images in an epoch: "images": as many as the training set has; "balanced": the largest class's count times the
-    # number of classes (DRO-LT's class-aware sampler).
+    # Number of images in an epoch: "images": the size of the training set; "balanced": the largest class's count times
+    # the number of classes (DRO-LT's class-aware sampler).
     epoch_size: str = "images"
     drop_last: bool = False  # an epoch is images // batch_size steps, not rounded up
-    surgery: Mapping[str, Any] = {}  # name, and its settings: changes the weights first, see `ltjax.surgery`
-    eval_classifier: Mapping[str, Any] = {}  # tau, bias: `ltjax.surgery.tau_normalised` weights at evaluation only
-    nearest_mean: bool = False  # evaluate the nearest class mean as well
-    evaluate_net: str = "net"  # or "guide", if the stage trains that
+    surgery: Mapping[str, Any] = {}  # name and settings of a change of the weights before training: `ltjax.surgery`
+    eval_classifier: Mapping[str, Any] = {}  # tau, bias: evaluate with `ltjax.surgery.tau_normalised` weights
+    nearest_mean: bool = False  # also evaluate the classifier of the nearest class mean
+    evaluate_net: str = "net"  # or "guide", if the stage trains only the guide
     # Set by `parse`:
-    name: str = ""  # its key in the config
-    number: int = 0  # its place in the run; makes its random numbers its own
+    name: str = ""  # key of the stage in the config
+    number: int = 0  # position of the stage in the run; its random numbers depend on it
 
 
 class RunConfig(NamedTuple):
     name: str
     data: DataConfig
-    model: Mapping[str, Any]  # name, and the model's settings
-    stages: Mapping[str, StageConfig]  # by name, in order; a config has a tuple of names, each a key of its own
-    epochs: int = 0  # of the first stage; the stages refer to it
+    model: Mapping[str, Any]  # name and settings of the network, see `ltjax.models.create`
+    stages: Mapping[str, StageConfig]  # by name, in order. In a config: a tuple of names, each a key with a stage
+    epochs: int = 0  # of the first stage; a config's stages refer to it
     batch_size: int = 128
-    seed: int = 0  # initialisation, sampling order, augmentation
+    seed: int = 0  # of initialisation, sampling order and augmentation
     optimizer: OptimizerConfig = OptimizerConfig()
     guide: Mapping[str, Any] = {}  # a second network, like `model`, for methods that need one; {}: none
-    attack: AttackConfig = AttackConfig()  # of --mode=attack; no part of training
-    eval_every: int = 1  # epochs; 0: every fifth, and each of the last 20
+    attack: AttackConfig = AttackConfig()  # of --mode=attack; training does not use it
+    eval_every: int = 1  # epochs between evaluations; 0: every fifth epoch and each of the last 20
     eval_batch_size: int = 500
-    replicas: int = 1  # runs with seeds seed, seed + 1, ... in one program
-    replicate: str = "loop"  # replicas run one after the other on a device, or "vmap": in one batched step
-    # Steps in a dispatch; 0: at most 100 on accelerators and 16 on a CPU, a fifth of that if each step attacks its
-    # images, 4 of images that stay on disk.
+    replicas: int = 1  # number of runs, with seeds seed, seed + 1, ..., that train in one program
+    replicate: str = "loop"  # replicas on a device: one after the other, or "vmap": in one batched step
+    # Steps in a dispatch. 0: at most 100 on accelerators and 16 on a CPU, a fifth of that if each step attacks its
+    # images; at most 4 if images are decoded from disk.
     dispatch_steps: int = 0
-    # A folder written by `python -m ltjax.interop.torch`: stages from scratch start with it. --mode=eval and attack
-    # evaluate it if the workdir holds no run. "": random weights.
+    # A folder written by `python -m ltjax.interop.torch`. Stages from scratch start with its weights. --mode=eval and
+    # attack evaluate it if the workdir holds no run. "": random weights.
     weights: str = ""
-    weights_parts: tuple[str, ...] = ()  # parts of the network to take from `weights`, such as ("backbone",); (): all
+    weights_parts: tuple[str, ...] = ()  # parts of the network to load from `weights`, such as ("backbone",); (): all
     gpu_graphs: str = "default"  # which kernels become CUDA graphs, see `ltjax.system.xla.GPU_GRAPHS`
-    accumulate: int = 1  # parts of a batch that go through the network one after the other, to save memory
+    accumulate: int = 1  # parts of a batch that are computed one after the other, to save memory
     checkpoint_seconds: float = 300.0  # between checkpoints within a stage; the end of a stage is always saved
 
 
-SET_BY_PARSE = ("name", "number")  # of a StageConfig
+SET_BY_PARSE = ("name", "number")  # fields of a StageConfig
 
 
 def parse(config: Mapping[str, Any]) -> RunConfig:
-    """Check a config, nested dicts, against the types above.
+    """Check a config, nested dicts, against the types above, and fill in the defaults.
 
     Raises:
-      UserError: Names the key and what is allowed.
+      UserError: A key or value is wrong; the message names the key and what is allowed.
     """
     names = config.get("stages", ())
     if isinstance(names, str):
         raise UserError(f"config.stages = {names!r}: a tuple of names, such as ({names!r},)")
-    # A config may keep the settings of stages that this run leaves out.
+    # A config may hold stages that `stages` does not list.
     unused = [key for key, value in config.items() if isinstance(value, Mapping) and {"method", "lr"} <= set(value)]
     values = {key: {} if key == "stages" else value for key, value in config.items()}
     run: RunConfig = _fill(RunConfig, values, "config", also=(*names, *unused))
@@ -222,11 +222,12 @@ def _check_group(settings: Any, where: str) -> None:
 
 
 def _fill(section: Any, values: Any, where: str, *, also: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Any:
-    """Make a section, a NamedTuple, of a dict.
+    """Make a NamedTuple of type `section` from a dict.
 
     Args:
-      also: Further keys that may be there.
-      without: Fields that may not.
+      where: The section's path in the config, for messages.
+      also: Other keys that the dict may have.
+      without: Fields that the dict may not have.
     """
     fields = [field for field in section._fields if field not in without]
     if not isinstance(values, Mapping):
@@ -248,7 +249,7 @@ def _fill(section: Any, values: Any, where: str, *, also: tuple[str, ...] = (), 
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a config has an annotated type. A list counts as a tuple, and an int as a float."""
+    """Whether a value has an annotated type. A list counts as a tuple, and an int as a float."""
     if isinstance(kind, UnionType):
         return any(_fits(value, option) for option in get_args(kind))
     if get_origin(kind) is tuple:
@@ -267,7 +268,7 @@ def _expected(kind: Any) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """List the keys at which two configs differ, as "data.imbalance: 100 -> 50"."""
+    """List the keys at which two configs differ, such as "data.imbalance: 100 -> 50"."""
     changes = []
     for key in sorted(set(old) | set(new)):
         a, b, path = old.get(key), new.get(key), f"{where}{key}"

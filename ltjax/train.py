@@ -1,4 +1,4 @@
-"""The training loop, one for every method. Read it from `train` down."""
+"""The training loop, one for every method. Read it from `train` downwards."""
 
 import signal
 import time
@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from ltjax import config as configs
-from ltjax.config import StageConfig
+from ltjax.config import StageConfig, parse
 from ltjax.data import splits
 from ltjax.engine import experiment as experiments
 from ltjax.engine import stage as stages
@@ -30,38 +29,39 @@ from ltjax.types import UserError, one_line
 
 
 def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> dict[str, Any]:
-    """Train all stages of a config, or continue a run that was stopped, and leave the results in `workdir`.
+    """Train all stages of a config, or resume a stopped run, and write the results to `workdir`.
 
     Args:
       config: Nested dicts, see `ltjax.config`.
-      workdir: Is made if it does not exist.
-      data_dir: Prepared data sets. The default is TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      workdir: Folder of the run. It is made if it does not exist.
+      data_dir: Folder of prepared data sets. The default is TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
-    Returns: What `results.json` holds.
+    Returns:
+      The content of `results.json`.
 
     Raises:
-      UserError: For anything that the caller can correct.
+      UserError: For any mistake that the caller can correct.
       Interrupted: After Ctrl-C or SIGTERM, when everything is saved.
     """
     first, workdir = processes.first(), local(workdir)
     console = logs.make_console(quiet=not first)
-    run = configs.parse(config)
+    run = parse(config)
     processes.on_first(lambda: open_workdir(workdir, config))
     with locked(workdir) if first else nullcontext(), named_disk_errors(workdir):
         if processes.on_first((workdir / "results.json").exists):
             finished = read_json(workdir / "results.json")
             console.print(
-                f"{workdir} holds a finished run of this config; remove it to train anew, or on other images."
+                f"{workdir} holds a finished run of this config; remove it to train again, or on other images."
             )
             results.print_table(finished, console)
             return finished
 
-        # Everything that can go wrong before the first step goes wrong here.
+        # Find all mistakes that can be found before the first step.
         commit = results.git_commit()
         experiment, compiled = prepare(run, data_dir)
         _describe(experiment, compiled, config, workdir, console)
 
-        # Stages one after the other; each continues from its newest checkpoint.
+        # Train the stages one after the other, each from its newest checkpoint.
         states: dict[str, TrainState] = {}
         records: dict[str, dict[str, Any]] = {}
         with StopSignals() as stop, _open_log(workdir, compiled) if first else logs.NoLog() as log:
@@ -71,13 +71,13 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
                     try:
                         trainer.start(states.get(stage.start_from))
                         trainer.run()
-                    except OSError as error:  # a full disk can stop the log before it stops a checkpoint
+                    except OSError as error:  # a full disk may stop the log before a checkpoint
                         if processes.lost(error):
                             raise
                         raise cannot_save(error, checkpoints.directory) from error
                 states[name], records[name] = trainer.state, trainer.record
 
-            # The table, the report, and the pictures.
+            # Write the report and the results.
             summary = results.summarise(experiment, run.stages, records, commit)
             write_report(experiment, states, summary, workdir, console, stop)
             if first:
@@ -94,7 +94,7 @@ def _describe(
     workdir: Path,
     console: Console,
 ) -> None:
-    """Write and print what the run is about to do. Raise if it began with other images."""
+    """Write and print the run's config, split and parameters. UserError if the run began with other images."""
     names = dict(groups=experiment.groups, class_names=experiment.class_names)
     split = splits.describe(experiment.split, seed=experiment.config.data.seed, **names)
     processes.on_first(lambda: check_same_images(workdir, split))
@@ -119,7 +119,7 @@ def write_report(
     console: Console,
     stop: StopSignals,
 ) -> None:
-    """Write `report/`. If that fails, say so, and keep the results."""
+    """Write `report/`. If this fails, print the error and keep the results."""
 
     def go_on() -> None:
         if processes.any_of(stop.requested is not None)[0]:
@@ -138,14 +138,14 @@ def write_report(
 
 
 class Dispatch(NamedTuple):
-    """Steps that the devices were given. They may still be at work."""
+    """Steps that were sent to the devices together, and may still be running."""
 
-    step: int  # after the last of them
+    step: int  # steps of the stage after the dispatch
     num_steps: int
-    metrics: dict[str, Any]  # of each step, arrays [num_steps] or [replicas, num_steps]
-    began: float | None  # None: compiling is a part of their time
-    waited: float  # seconds that the devices had to wait for their batches
-    flags: Callable[[], tuple[bool, ...]]  # waits -> whether any process wants to stop, and to save
+    metrics: dict[str, Any]  # arrays [num_steps] or [replicas, num_steps]
+    began: float | None  # start time; None if compiling is part of it
+    waited: float  # seconds that the devices waited for their batches
+    flags: Callable[[], tuple[bool, ...]]  # waits for the result: whether any process has to stop, and to save
 
     def running(self) -> bool:
         return not self.metrics["loss"].is_ready()
@@ -155,9 +155,9 @@ class StageTrainer:
     """Trains one stage: dispatches steps, reads their metrics, evaluates and saves.
 
     Attributes:
-      state: The stage's state.
-      step: Steps that the devices were given.
-      record: What a checkpoint says beside the state: times, and all evaluations.
+      state: The state of the stage.
+      step: Number of steps dispatched so far.
+      record: Times and evaluations, which a checkpoint stores with the state.
     """
 
     def __init__(
@@ -181,14 +181,14 @@ class StageTrainer:
             attacks=compiled.attacks,
         )
         self.record: dict[str, Any] = {"seconds": 0.0, "train_seconds": 0.0, "train_steps": 0, "evaluations": []}
-        self.lengths: set[int] = set()  # of the dispatches that this process has compiled
-        self.class_means: dict[tuple[str, ...], Any] = {}  # {layers: class means} of the present state
-        self.loss: float | None = None  # of the steps that were read last
-        self.read_at = 0.0
+        self.lengths: set[int] = set()  # lengths of dispatches that this process has compiled
+        self.class_means: dict[tuple[str, ...], Any] = {}  # {layers: class means} of the current state
+        self.loss: float | None = None  # mean of the last dispatch that was read
+        self.read_at = 0.0  # time when it was read
         self.stopping = self.save_is_due = False
 
     def start(self, before: TrainState | None) -> None:
-        """Restore the newest checkpoint, or start from scratch or from the stage `before`, with surgery if asked."""
+        """Restore the newest checkpoint, or start from scratch or from the stage `before`, and apply the surgery."""
         self.began = time.monotonic()
         experiment, stage, seeds = self.experiment, self.stage, experiments.seeds(self.run_config)
         variables = initial_variables(experiment, stage) if before is None else before.variables
@@ -211,7 +211,7 @@ class StageTrainer:
             self.log.rewind(stage.name, -1 if restored is None else self.step, last_evaluated(self.record))
 
     def run(self) -> None:
-        """Train to the end of the stage. On a signal, save and raise Interrupted."""
+        """Train to the end of the stage. After a signal, save and raise Interrupted."""
         end, together = self.compiled.num_steps, self.run_config.batch_size * self.run_config.replicas
         with (
             logs.StageProgress(self.console, self.stage.title, end, self.step, together, self.stage.epochs) as self.bar,
@@ -245,7 +245,7 @@ class StageTrainer:
         self.go_on()
 
     def length(self, step: int) -> int:
-        """Steps in the dispatch that begins at a step: it ends with the epoch."""
+        """Return the number of steps of the dispatch that begins at a step. It ends with the epoch at the latest."""
         per_epoch = self.compiled.steps_per_epoch
         return min(self.chunk, per_epoch - step % per_epoch, self.compiled.num_steps - step)
 
@@ -253,14 +253,14 @@ class StageTrainer:
         return self.compiled.refresh is not None and self.step % self.compiled.steps_per_epoch == 0
 
     def may_run_ahead(self) -> bool:
-        """Whether the devices may get their next steps before the metrics of the last ones are read.
+        """Whether the next steps may be dispatched before the metrics of the last ones are read.
 
-        A new length is compiled first, and compiling must not count as the time of the steps before.
+        Not if they have to be compiled: that time must not count as time of the last steps.
         """
         return runs_ahead() and not self.refreshes() and self.length(self.step) in self.lengths
 
     def dispatch(self, before: Dispatch | None) -> Dispatch:
-        """Give the devices their next steps. They may still be at those of `before`."""
+        """Dispatch the next steps. The devices may still run those of `before`."""
         num_steps, began, waited = self.length(self.step), time.monotonic(), self.feed.waited
         if self.refreshes():
             self.state = self.compiled.refresh(self.state, self.means_of(self.compiled.layers))
@@ -275,38 +275,38 @@ class StageTrainer:
         return Dispatch(self.step, num_steps, metrics, began, waited, processes.ask(self.flags))
 
     def flags(self) -> tuple[bool, bool]:
-        """Whether this process wants to stop, and to save."""
+        """Whether this process has to stop, and to save."""
         due = time.monotonic() - self.saved_at > self.run_config.checkpoint_seconds
         return self.stop.requested is not None, due
 
-    def read(self, done: Dispatch) -> None:
-        """Wait for the devices, check and log their metrics, and learn whether to stop or to save."""
-        metrics = {key: np.atleast_2d(value) for key, value in done.metrics.items()}  # [replicas, steps]; waits
-        epoch = -(-done.step // self.compiled.steps_per_epoch)
-        self.check_finite(metrics["loss"], epoch, done)
+    def read(self, dispatch: Dispatch) -> None:
+        """Wait for a dispatch, check and log its metrics, and learn whether to stop or to save."""
+        metrics = {key: np.atleast_2d(value) for key, value in dispatch.metrics.items()}  # [replicas, steps]; waits
+        epoch = -(-dispatch.step // self.compiled.steps_per_epoch)
+        self.check_finite(metrics["loss"], epoch, dispatch)
         now = time.monotonic()
-        if done.began is not None:
-            self.record["train_seconds"] += now - max(done.began, self.read_at)
-            self.record["train_steps"] += done.num_steps
-            self.record["wait_seconds"] = self.record.get("wait_seconds", 0.0) + done.waited
+        if dispatch.began is not None:
+            self.record["train_seconds"] += now - max(dispatch.began, self.read_at)
+            self.record["train_steps"] += dispatch.num_steps
+            self.record["wait_seconds"] = self.record.get("wait_seconds", 0.0) + dispatch.waited
         self.read_at = now
-        self.bar.show(done.step, epoch, float(metrics["loss"][:, -1].mean()), *self.pace(done.step))
+        self.bar.show(dispatch.step, epoch, float(metrics["loss"][:, -1].mean()), *self.pace(dispatch.step))
         values = {key: float(value.mean()) for key, value in metrics.items()}
         self.loss = values["loss"]
         if self.run_config.replicas > 1:
             values["loss_of_replicas"] = metrics["loss"].mean(1).tolist()
         values["lr"] = self.stage.lr * float(self.compiled.factors[epoch - 1])
-        self.log.write(self.stage.name, epoch, done.step, "train", values)
-        self.stopping, self.save_is_due = done.flags()
+        self.log.write(self.stage.name, epoch, dispatch.step, "train", values)
+        self.stopping, self.save_is_due = dispatch.flags()
 
-    def check_finite(self, loss: np.ndarray, epoch: int, done: Dispatch) -> None:
+    def check_finite(self, loss: np.ndarray, epoch: int, dispatch: Dispatch) -> None:
         """Raise UserError if a loss [replicas, steps] is inf or nan."""
         if np.isfinite(loss).all():
             return
-        place, replica = (int(i[0]) for i in np.nonzero(~np.isfinite(loss.T)))  # of the first step
+        first, replica = (int(i[0]) for i in np.nonzero(~np.isfinite(loss.T)))
         seed = f" of seed {self.run_config.seed + replica}" if self.run_config.replicas > 1 else ""
-        step = done.step - done.num_steps + place + 1
-        raise self.non_finite(epoch, step, f"loss{seed} became {loss[replica, place]}")
+        step = dispatch.step - dispatch.num_steps + first + 1
+        raise self.non_finite(epoch, step, f"loss{seed} became {loss[replica, first]}")
 
     def non_finite(self, epoch: int, step: int, what: str) -> UserError:
         self.checkpoints.wait()
@@ -319,14 +319,14 @@ class StageTrainer:
         )
 
     def pace(self, step: int) -> tuple[float | None, float | None]:
-        """Seconds a step so far, and seconds left after `step`; None before anything was timed."""
+        """Return the mean seconds a step, and the seconds left after `step`; None if no step was timed yet."""
         if not self.record["train_steps"]:
             return None, None
         step_seconds = self.record["train_seconds"] / self.record["train_steps"]
         return step_seconds, step_seconds * (self.compiled.num_steps - step)
 
     def means_of(self, layers: tuple[str, ...] = ()) -> Any:
-        """Class means of the training images' features. A state's means are computed once."""
+        """Compute the class means of the training images' features, once for each state."""
         if layers not in self.class_means:
             self.class_means[layers] = self.experiment.class_means(self.state.variables, layers, self.go_on)
         return self.class_means[layers]
@@ -337,21 +337,21 @@ class StageTrainer:
             raise Interrupted(self.stop.requested or signal.SIGTERM)
 
     def owes_evaluation(self) -> bool:
-        """Whether the present state has to be evaluated, and was not."""
+        """Whether the current state has to be evaluated, and was not."""
         epoch, steps_into_epoch = divmod(self.step, self.compiled.steps_per_epoch)
         ended = steps_into_epoch == 0 and (epoch > 0 or self.stage.epochs == 0)
-        wanted = ended and evaluates(epoch, self.stage.epochs, self.run_config.eval_every)
-        return wanted and self.step != last_evaluated(self.record)
+        due = ended and evaluates(epoch, self.stage.epochs, self.run_config.eval_every)
+        return due and self.step != last_evaluated(self.record)
 
     def evaluate(self) -> None:
-        """Add the figures of the present state to the record and the log, and print them."""
+        """Evaluate the current state. Add the figures to the record and the log, and print them."""
         experiment, stage, epoch = self.experiment, self.stage, self.step // self.compiled.steps_per_epoch
         means = self.means_of() if stage.nearest_mean else None
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):
             if images is not None:
                 evaluation[split] = evaluate_split(experiment, stage, self.state.variables, images, means, self.go_on)
-        for split in ("holdout", "test"):  # logged after both, so that a signal leaves both or none
+        for split in ("holdout", "test"):  # only now, so that a signal cannot separate the two
             if split in evaluation:
                 self.log.write(stage.name, epoch, self.step, split, _brief(evaluation[split]))
         earlier = [{key: _brief(part) for key, part in each.items()} for each in self.record["evaluations"]]
@@ -378,7 +378,7 @@ class StageTrainer:
         return "  ".join((self.stage.title, *parts))
 
     def save(self) -> None:
-        """Save the present state, unless it is saved. Raise UserError if a parameter is inf or nan."""
+        """Save the current state, unless it is saved already. Raise UserError if a parameter is inf or nan."""
         if self.unsaved:
             if self.stage.epochs and not stages.all_finite(self.state):
                 epoch = -(-self.step // self.compiled.steps_per_epoch)
@@ -393,11 +393,12 @@ def chunk_length(
 ) -> int:
     """Choose the number of steps in a dispatch.
 
-    At most 100 on accelerators and 16 on a CPU, shared by replicas; a fifth of that if each step attacks its images; 4
-    of streamed batches, which take memory. After a signal two dispatches may have to finish (see `runs_ahead`).
+    It is at most 100 on accelerators and 16 on a CPU, divided by the number of replicas; a fifth of that if each step
+    attacks its images; at most 4 if batches are streamed, because they take memory. After a signal, up to two
+    dispatches have to finish (see `runs_ahead`).
 
-    Prefer a divisor of the epoch, so that one compiled function serves all dispatches. If there is no good one, divide
-    the epoch into nearly equal parts, the last of which is shorter.
+    Prefer a divisor of the epoch, so that one compiled function serves all dispatches. If all divisors are much
+    smaller, divide the epoch into nearly equal parts, of which the last is shorter.
 
     Args:
       asked: `config.dispatch_steps`; 0: choose.
@@ -418,23 +419,23 @@ def evaluates(epoch: int, epochs: int, every: int) -> bool:
 
 
 def runs_ahead() -> bool:
-    """Whether devices get their next steps before the metrics of the last ones are read, and so never wait for that.
+    """Whether the next steps are dispatched before the metrics of the last ones are read, so that devices never wait.
 
-    A CPU would gain nothing, and on CPUs the collectives of two programs at once may wait for each other.
+    Not on CPUs: they would gain nothing, and the collectives of two programs at once may wait for each other.
     """
     return jax.default_backend() != "cpu"
 
 
 def last_evaluated(record: Mapping[str, Any]) -> int:
-    """The step of a stage's last evaluation; -1 if there is none."""
+    """Return the step of a stage's last evaluation; -1 if there is none."""
     return record["evaluations"][-1]["step"] if record["evaluations"] else -1
 
 
 def _brief(part: Any) -> Any:
-    """Drop the per-class figures of an evaluation, which only the last one needs."""
+    """Drop the per-class figures of an evaluation; only those of the last one are used."""
     if isinstance(part, list):
-        return [_brief(each) for each in part]
+        return [_brief(item) for item in part]
     if not isinstance(part, dict):
         return part
-    kept = ("seed", "accuracy", "ece", "loss", "nearest_mean", "std", "replicas")
-    return {key: _brief(value) if key == "replicas" else value for key, value in part.items() if key in kept}
+    keys = ("seed", "accuracy", "ece", "loss", "nearest_mean", "std", "replicas")
+    return {key: _brief(value) if key == "replicas" else value for key, value in part.items() if key in keys}

@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import cifar10_lt, cifar100_lt, recipes
-from ltjax import config as config_module
 from ltjax import data, optim, train
 from ltjax.archive import archive
+from ltjax.config import differences, parse
 from ltjax.data.source import Images
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.system import parallel
@@ -157,7 +157,7 @@ def saved(workdir, stage):
 
 
 def stages_of(name):
-    return config_module.parse(tiny_config(name)).stages
+    return parse(tiny_config(name)).stages
 
 
 ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:method=tau_norm", LBGAT)
@@ -374,5 +374,5 @@ def test_the_files_differ_only_in_numbers():
         expected |= {"reslt.method.beta"} if name == "reslt" else set()
         classifier = ("method.head", "method.tail", "groups.classifier.rate", "batch_norm")
         expected |= {f"classifier.{key}" for key in classifier} if name == "mislas" else set()
-        found = {line.partition(":")[0] for line in config_module.differences(first, second)}
+        found = {line.partition(":")[0] for line in differences(first, second)}
         assert found <= expected, name

@@ -6,8 +6,8 @@ import pytest
 from jax import export
 
 from configs import cifar10
-from ltjax import config as config_module
 from ltjax import data
+from ltjax.config import parse
 from ltjax.engine import experiment, stage
 from ltjax.engine.experiment import fresh_shapes
 from tests.modes import test_attack
@@ -18,7 +18,7 @@ PLATFORM_MODEL = {"tpu": "tpu", "cuda": "gpu"}
 
 def build(monkeypatch, name, *, devices, platform=None, **changes):
     monkeypatch.setattr(stage.jax, "devices", lambda: jax.local_devices(backend="cpu")[:devices])
-    run = config_module.parse(tiny_config(batch_size=16, **changes))
+    run = parse(tiny_config(batch_size=16, **changes))
     stages = run.stages
     run = run._replace(model={**run.model, "platform": platform})
     problem = experiment.set_up(run, None)
@@ -73,7 +73,7 @@ def test_the_lbgat_step_lowers_for_accelerators(monkeypatch, platform):
     values.update(batch_size=16)
     for net in (values.model, values.guide):
         net.update(platform=PLATFORM_MODEL[platform])
-    run = config_module.parse(values.to_dict())
+    run = parse(values.to_dict())
     stages = run.stages
     problem = experiment.set_up(run, None)
     built = experiment.build_stage(problem, stages["lbgat"])

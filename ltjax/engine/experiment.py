@@ -1,4 +1,4 @@
-"""An experiment: a run's config with its data on the devices, its networks, and its stages as compiled functions."""
+"""Set up an experiment: load a run's data, make its networks, compile its stages, restore and evaluate checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ from ltjax.types import Method, UserError, Variables
 
 
 class Experiment(NamedTuple):
-    """What all stages of a run share."""
+    """A run's config, data, networks and devices, which all its stages share."""
 
     config: RunConfig
     data: Images | Stored
@@ -44,13 +44,13 @@ class Experiment(NamedTuple):
     nets: dict[str, nn.Module]
     mesh: Mesh
     image_shape: tuple[int, ...]  # [H, W, channels]
-    shapes: Variables  # shapes of the networks' variables, of one replica
+    shapes: Variables  # shapes of the networks' variables, without an axis of replicas
     initialise: Callable[..., Variables]  # (seed, number of a stage) -> random variables on the devices
     train_data: Any  # stage.Resident, or evaluate.StoredSet if the images stay on disk
     test_set: evaluate.EvaluationSet | evaluate.StoredSet
     holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
-    evaluate: dict[str, Callable[..., dict[str, np.ndarray]]]  # of each network, see `evaluate.evaluator`
-    class_means: Callable[..., Any]  # of the training images, see `feed.class_means`
+    evaluate: dict[str, Callable[..., dict[str, np.ndarray]]]  # {network: evaluator}, see `evaluate.evaluator`
+    class_means: Callable[..., Any]  # see `feed.class_means`
 
     @property
     def streamed(self) -> bool:
@@ -63,14 +63,18 @@ class Experiment(NamedTuple):
 
     @property
     def num_branches(self) -> int:
-        """Branches of the network whose logits are summed; 0 if it has none."""
+        """Number of branches whose logits the network sums; 0 if it has none."""
         image, apply = jnp.zeros((1, *self.image_shape)), make_apply(self.nets, "eval")
         branches = jax.eval_shape(lambda variables: apply(variables, image)[0], self.shapes).branches
         return 0 if branches is None else len(branches)
 
 
 def prepare(run: RunConfig, data_dir: str | Path | None) -> tuple[Experiment, dict[str, CompiledStage]]:
-    """Set an experiment up and build all of its stages: what can go wrong before the first step goes wrong here."""
+    """Set up an experiment and compile all of its stages.
+
+    Raises:
+      UserError: For any mistake that can be found before the first step.
+    """
     experiment = set_up(run, data_dir)
     compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
     for name, stage in run.stages.items():
@@ -85,7 +89,7 @@ def prepare(run: RunConfig, data_dir: str | Path | None) -> tuple[Experiment, di
 
 
 def set_up(run: RunConfig, data_dir: str | Path | None) -> Experiment:
-    """Load the data, choose the long-tailed part, make the networks, and put on the devices what fits there."""
+    """Load the data, choose the long-tailed training set, make the networks, and put resident images on the devices."""
     images = data.load(run.data.name, run.data.root or data_dir)
     if run.data.classes:
         images = first_classes(images, run.data.classes)
@@ -105,9 +109,9 @@ def set_up(run: RunConfig, data_dir: str | Path | None) -> Experiment:
     networks = {"net": run.model, **({"guide": run.guide} if run.guide else {})}
     nets = {name: _network(settings, num_classes) for name, settings in networks.items()}
     if isinstance(images, Stored):
-        ready = feed.stored(run, images, split, mesh)
+        image_sets = feed.stored(run, images, split, mesh)
     else:
-        ready = feed.resident(run, images, split, mesh)
+        image_sets = feed.resident(run, images, split, mesh)
     return Experiment(
         config=run,
         data=images,
@@ -115,15 +119,15 @@ def set_up(run: RunConfig, data_dir: str | Path | None) -> Experiment:
         groups=_groups(run.data, split.class_counts),
         nets=nets,
         mesh=mesh,
-        image_shape=ready.shape,
-        shapes=jax.eval_shape(lambda: init_variables(nets, ready.shape, jax.random.key(0))),
-        initialise=_initialiser(nets, ready.shape, mesh, run.replicas),
-        train_data=ready.train,
-        test_set=ready.test,
-        holdout_set=ready.holdout,
+        image_shape=image_sets.shape,
+        shapes=jax.eval_shape(lambda: init_variables(nets, image_sets.shape, jax.random.key(0))),
+        initialise=_initialiser(nets, image_sets.shape, mesh, run.replicas),
+        train_data=image_sets.train,
+        test_set=image_sets.test,
+        holdout_set=image_sets.holdout,
         evaluate={name: evaluate.evaluator(nets, mesh, replicas=run.replicas, net=name) for name in nets},
         class_means=feed.class_means(
-            make_apply(nets, "eval"), ready.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
+            make_apply(nets, "eval"), image_sets.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
         ),
     )
 
@@ -155,7 +159,7 @@ def _initialiser(nets: dict[str, nn.Module], image_shape: tuple[int, ...], mesh:
     def initialise(seed: jax.Array, number: jax.Array) -> Variables:
         return init_variables(nets, image_shape, jax.random.fold_in(stage_rng(seed, number), 1))
 
-    # XLA's CPU backend takes 20 s to optimise this program's random numbers, and 2 s at level 1. It runs once.
+    # This program runs once. XLA's CPU backend compiles its random numbers in 20 s, or in 2 s at level 1.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     fast_to_compile = on_cpu and not jax.config.values["jax_disable_most_optimizations"]
     return xla.jit(
@@ -174,17 +178,17 @@ def make_method(experiment: Experiment, stage: StageConfig) -> Method:
 
 
 def steps_per_epoch(stage: StageConfig, class_counts: np.ndarray, batch_size: int) -> int:
-    """Count the steps in an epoch, at least 1. class_counts: training images of each class [C]."""
+    """Compute the number of steps in an epoch, at least 1. class_counts: training images of each class [C]."""
     balanced = stage.epoch_size == "balanced"
     images = int(class_counts.max() * len(class_counts) if balanced else class_counts.sum())
     return max(1, images // batch_size) if stage.drop_last else -(-images // batch_size)
 
 
 def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
-    """Make the compiled functions of a stage.
+    """Compile a stage, and check its config.
 
     Raises:
-      UserError: For everything that a config can get wrong in a stage.
+      UserError: The stage's config is wrong.
     """
     run, class_counts, where = experiment.config, experiment.split.class_counts, f"config.{stage.name}"
     method = make_method(experiment, stage)
@@ -217,14 +221,14 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
 
 
 def _trace(experiment: Experiment, stage: StageConfig, compiled: CompiledStage, method: Method, draw: Callable) -> None:
-    """Raise the errors inside what will be compiled now, and not hours later."""
+    """Trace the stage's functions, so that their errors appear before any training."""
     run, rng = experiment.config, jax.random.key(0)
     batch = jax.eval_shape(draw, source_shapes(experiment), np.uint32(0), jnp.zeros((), jnp.int32), rng)
     variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
-    cut = slice(1, None) if run.replicas > 1 else slice(None)
-    of_one_replica = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[cut], x.dtype), variables)
+    if run.replicas > 1:
+        variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), variables)
     apply = make_apply(experiment.nets, stage.batch_norm)
-    jax.eval_shape(lambda variables, batch: method.loss(apply, variables, batch, rng), of_one_replica, batch)
+    jax.eval_shape(lambda variables, batch: method.loss(apply, variables, batch, rng), variables, batch)
     if stage.surgery:
         make_surgery(experiment, stage)
     if stage.eval_classifier:
@@ -232,7 +236,7 @@ def _trace(experiment: Experiment, stage: StageConfig, compiled: CompiledStage, 
 
 
 def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
-    """What a dispatch of `num_steps` steps draws from, as arrays or their shapes."""
+    """Return the source of a dispatch of `num_steps` steps, as arrays or their shapes."""
     if not experiment.streamed:
         return experiment.train_data
     shape = (num_steps, experiment.config.batch_size)
@@ -246,7 +250,7 @@ def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
 
 
 def batches(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.Feed:
-    """Open what the dispatches of a stage draw from; the caller closes it."""
+    """Open the source of a stage's batches. The caller closes it."""
     if isinstance(experiment.data, Images):
         return feed.Feed(experiment.train_data)
     return feed.streamed(
@@ -264,13 +268,13 @@ def batches(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.
 
 
 def seeds(run: RunConfig) -> np.ndarray:
-    """The seed of the run, uint32 [], or of every replica, [replicas]."""
-    each = np.asarray(run.seed + np.arange(run.replicas), np.uint32)
-    return each if run.replicas > 1 else each[0, ...]
+    """Return the seed of the run, uint32 []; with several replicas, their seeds [replicas]."""
+    of_replicas = np.asarray(run.seed + np.arange(run.replicas), np.uint32)
+    return of_replicas if run.replicas > 1 else of_replicas[0, ...]
 
 
 def fresh_shapes(experiment: Experiment) -> Variables:
-    """Shapes of randomly initialised networks, of every replica."""
+    """Return the shapes of `fresh_variables`."""
     replicas = experiment.config.replicas
     leading = (replicas,) if replicas > 1 else ()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), experiment.shapes)
@@ -282,7 +286,7 @@ def fresh_variables(experiment: Experiment, stage: StageConfig) -> Variables:
 
 
 def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
-    """What a stage from scratch starts from: random networks, with `config.weights` put in if the run has some."""
+    """Make the variables of a stage from scratch: random, with `config.weights` loaded into them if given."""
     variables, run = fresh_variables(experiment, stage), experiment.config
     return into(variables, load_weights(run.weights), run.weights_parts) if run.weights else variables
 
@@ -295,7 +299,8 @@ def make_surgery(experiment: Experiment, stage: StageConfig) -> Callable:
 def operate(experiment: Experiment, stage: StageConfig, variables: Variables) -> tuple[Variables, dict[str, Any]]:
     """Apply the stage's surgery to variables.
 
-    Returns: The new variables, and what the run's record says about the surgery.
+    Returns:
+      The new variables, and the surgery's entry in the stage's record.
     """
 
     def holdout_accuracy(variables: Variables) -> np.ndarray:
@@ -315,7 +320,7 @@ def operate(experiment: Experiment, stage: StageConfig, variables: Variables) ->
     return jax.device_put(changed, parallel.state_sharding(experiment.mesh, experiment.config.replicas)), note
 
 
-# What a run has come to.
+# Checkpoints and imported weights.
 
 
 class Restored(NamedTuple):
@@ -323,11 +328,11 @@ class Restored(NamedTuple):
 
     compiled: CompiledStage
     state: TrainState
-    record: dict[str, Any]  # what the checkpoint says about the stage
+    record: dict[str, Any]  # times and evaluations of the stage, from the checkpoint
 
 
 def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restored | None:
-    """Read the newest checkpoint of a stage; None if it has none. An archive has its last stage alone."""
+    """Read the newest checkpoint of a stage; None if it has none. An archive holds the last stage only."""
     compiled, run = build_stage(experiment, stage), experiment.config
     if is_archive(workdir):
         archive = read_archive(workdir)
@@ -360,8 +365,8 @@ def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -
     if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
         return None
     weights = load_weights(run.weights)
-    kept = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
-    experiment = set_up(run._replace(model={**weights.settings, **kept}), data_dir)
+    computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
+    experiment = set_up(run._replace(model={**weights.settings, **computation}), data_dir)
     last = list(run.stages.values())[-1]
     stage = last._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")
     return Imported(experiment, stage, into(fresh_variables(experiment, last), weights))
@@ -371,7 +376,7 @@ def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -
 
 
 def class_means_for(experiment: Experiment, stage: StageConfig, variables: Variables) -> jax.Array | None:
-    """Mean training features of each class, if the stage's evaluation needs them."""
+    """Compute the class means of the training images' features; None if the stage's evaluation does not need them."""
     return experiment.class_means(variables) if stage.nearest_mean else None
 
 
@@ -383,11 +388,14 @@ def evaluate_split(
     means: jax.Array | None,
     go_on: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Compute the figures of a table, see `evaluate.summarise` and, for several replicas, `evaluate.over_seeds`.
+    """Evaluate a stage's variables on a set of images.
 
     Args:
       means: From `class_means_for`.
-      go_on: Called now and then; may raise to stop.
+      go_on: Called before each dispatch; may raise to stop.
+
+    Returns:
+      The figures of `evaluate.summarise`; with several replicas, of `evaluate.over_seeds`.
     """
     run, labels, num_classes = experiment.config, images.host_labels, len(experiment.class_names)
     variables = surgery.as_evaluated(variables, stage.eval_classifier)
@@ -400,7 +408,7 @@ def evaluate_split(
 
 
 def evaluate_restored(experiment: Experiment, stage: StageConfig, restored: Restored) -> dict[str, Any]:
-    """Evaluate a checkpoint on the test images: {"epoch": counted as soon as it begins, "step", "test": figures}."""
+    """Evaluate a checkpoint on the test images: {"epoch": counted from 1, "step", "test": figures}."""
     step, variables = steps_done(restored.state), restored.state.variables
     means = class_means_for(experiment, stage, variables)
     test = evaluate_split(experiment, stage, variables, experiment.test_set, means)

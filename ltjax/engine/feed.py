@@ -1,4 +1,4 @@
-"""Images on their way to a run: those that fit, put on the devices once; the others, streamed from disk."""
+"""Bring images to the devices: data sets in memory once, at the start; data sets on disk as a stream of batches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,23 +19,23 @@ from ltjax.types import Apply, UserError, Variables
 DISPATCH_STEPS = 4  # batches that go to the devices together
 
 
-class Ready(NamedTuple):
-    """Training, test and held-out images, ready for use."""
+class ImageSets(NamedTuple):
+    """Training, test and held-out images, on the devices or ready to be streamed."""
 
     shape: tuple[int, ...]  # [H, W, channels]
-    train: stage.Resident | evaluate.StoredSet  # the latter in order, and cut as for evaluation
+    train: stage.Resident | evaluate.StoredSet  # a StoredSet: in order, cropped as for evaluation
     test: evaluate.EvaluationSet | evaluate.StoredSet
     holdout: evaluate.EvaluationSet | evaluate.StoredSet | None
 
 
-def resident(run: RunConfig, images: Images, split: splits.Split, mesh: Mesh) -> Ready:
-    """Everything on the devices."""
-    shown = np.concatenate([split.train, split.holdout])
-    black = int((~images.train_images[shown].any(axis=(1, 2, 3))).sum())
-    if black > 0.01 * len(shown):
+def resident(run: RunConfig, images: Images, split: splits.Split, mesh: Mesh) -> ImageSets:
+    """Put all images of a run on the devices. UserError if many are black."""
+    chosen = np.concatenate([split.train, split.holdout])
+    black = int((~images.train_images[chosen].any(axis=(1, 2, 3))).sum())
+    if black > 0.01 * len(chosen):
         raise UserError(
-            f"{black} of the {len(shown)} chosen images of {run.data.name!r} are black: this may be a part of the data "
-            "that was packed for another config.data; prepare all of it"
+            f"{black} of the {len(chosen)} chosen images of {run.data.name!r} are black: this may be a part of the "
+            "data that was packed for another config.data; prepare all of it"
         )
     everywhere, holdout = parallel.replicated(mesh), None
     train = stage.Resident(
@@ -43,33 +43,33 @@ def resident(run: RunConfig, images: Images, split: splits.Split, mesh: Mesh) ->
         parallel.put(images.train_labels[split.train].astype(np.int32), everywhere),
     )
     if run.data.holdout:
-        kept = images.train_images[split.holdout], images.train_labels[split.holdout]
-        holdout = evaluate.place(*kept, run.eval_batch_size, mesh)
+        held_out = images.train_images[split.holdout], images.train_labels[split.holdout]
+        holdout = evaluate.place(*held_out, run.eval_batch_size, mesh)
     test = evaluate.place(images.test_images, images.test_labels, run.eval_batch_size, mesh)
-    return Ready(images.train_images.shape[1:], train, test, holdout)
+    return ImageSets(images.train_images.shape[1:], train, test, holdout)
 
 
-def stored(run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh) -> Ready:
-    """Nothing on the devices yet: all images are decoded when they are needed."""
+def stored(run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh) -> ImageSets:
+    """Prepare the streams of a run whose images are decoded when they are needed. UserError with several replicas."""
     if run.replicas > 1:
         raise UserError(
             f"config.replicas = {run.replicas}: replicas share images on the device, but those of {run.data.name!r} "
             "stay on disk; run the seeds one after the other with --config.seed"
         )
-    held, train = partial(_in_order, run, mesh), (data.train_files, data.train_labels)
-    return Ready(
+    in_order, train = partial(_in_order, run, mesh), (data.train_files, data.train_labels)
+    return ImageSets(
         shape=(run.data.size, run.data.size, 3),
-        train=held(*train, split.train),
-        test=held(data.test_files, data.test_labels, np.arange(len(data.test_labels))),
-        holdout=held(*train, split.holdout) if run.data.holdout else None,
+        train=in_order(*train, split.train),
+        test=in_order(data.test_files, data.test_labels, np.arange(len(data.test_labels))),
+        holdout=in_order(*train, split.holdout) if run.data.holdout else None,
     )
 
 
 def _in_order(
     run: RunConfig, mesh: Mesh, files: ImageFiles, labels: np.ndarray, order: np.ndarray
 ) -> evaluate.StoredSet:
-    """The images `order`, to be decoded one after the other and cut as for evaluation."""
-    from ltjax.data import pipeline  # its decoders are not for everybody
+    """Prepare a stream of the images with the indices `order`, cropped as for evaluation."""
+    from ltjax.data import pipeline  # loads decoders, which images in memory do not need
     from ltjax.data.decode import View
 
     view = View(run.data.size, run.data.resize, run.data.min_area)
@@ -80,14 +80,14 @@ def _in_order(
 
 
 def some_of_each_class(run: RunConfig, data: Any, split: splits.Split, mesh: Mesh, most: int) -> evaluate.StoredSet:
-    """Training images on disk, `most` of each class or all it has."""
+    """Choose the first `most` training images of each class, or all of a smaller class, from images on disk."""
     starts = np.cumsum(split.class_counts) - split.class_counts
     some = [split.train[start : start + min(n, most)] for start, n in zip(starts, split.class_counts, strict=True)]
     return _in_order(run, mesh, data.train_files, data.train_labels, np.concatenate(some))
 
 
 def picture(run: RunConfig, data: Images | Stored, index: int) -> np.ndarray:
-    """One test image, uint8 [H, W, channels], as the network sees it."""
+    """Return a test image, uint8 [H, W, channels], cropped as the network sees it."""
     if isinstance(data, Images):
         return data.test_images[index]
     from ltjax.data.decode import View, center_crop, decode
@@ -98,17 +98,24 @@ def picture(run: RunConfig, data: Images | Stored, index: int) -> np.ndarray:
 def class_means(
     apply: Apply, images: stage.Resident | evaluate.StoredSet, mesh: Mesh, *, replicas: int = 1, batch_size: int = 500
 ) -> Callable[..., Any]:
-    """`(variables, layers=(), go_on=...) -> mean feature of each class` of training images, see `stage.means_of`.
+    """Make the function that computes class means of training images' features.
 
-    batch_size: about how many images at a time, over all devices, of those that are there; see `evaluate.shared_batch`.
-    go_on: called before each dispatch; may raise to stop.
+    Args:
+      batch_size: About so many images at a time, over all devices, if they are on the devices. See
+        `evaluate.shared_batch`.
+
+    Returns:
+      `(variables, layers=(), go_on=...) -> means`, see `stage.means_of`. `go_on` is called before each dispatch, and
+      may raise to stop.
     """
     if isinstance(images, stage.Resident):
         size = evaluate.shared_batch(batch_size, images.labels.shape[0], mesh)
 
         def resident_means(layers: tuple[str, ...], variables: Variables, source: stage.Resident) -> Any:
-            one = lambda variables, source: stage.feature_means(apply, variables, source, mesh, layers, size)  # noqa: E731
-            return parallel.over_replicas(one, replicas=replicas, mesh=mesh)(variables, source)
+            def of_replica(variables: Variables, source: stage.Resident) -> Any:
+                return stage.feature_means(apply, variables, source, mesh, layers, size)
+
+            return parallel.over_replicas(of_replica, replicas=replicas, mesh=mesh)(variables, source)
 
         compiled = xla.jit(resident_means, static_argnums=0)
 
@@ -126,10 +133,10 @@ def class_means(
         variables: Variables, layers: tuple[str, ...] = (), go_on: Callable[[], None] = lambda: None
     ) -> Any:
         variables, total = variables._replace(arrays={}), None
-        for part in images.parts():
+        for batch in images.parts():
             go_on()
-            found = sums(layers, variables, *part)
-            total = found if total is None else jax.tree.map(jax.numpy.add, total, found)
+            of_batch = sums(layers, variables, *batch)
+            total = of_batch if total is None else jax.tree.map(jax.numpy.add, total, of_batch)
             jax.block_until_ready(total)
         return stage.means_of(total or {}, layers)
 
@@ -137,7 +144,7 @@ def class_means(
 
 
 class Feed:
-    """What the dispatches of a stage draw from: always the same images, or a stream's next batches."""
+    """The source of a stage's batches: images on the devices, or a stream from disk."""
 
     def __init__(self, resident: Any, stream: Any = None, mesh: Mesh | None = None):
         self._resident, self._stream, self._mesh = resident, stream, mesh
@@ -150,9 +157,13 @@ class Feed:
     def take(
         self, step: int, num_steps: int, then: int, busy: Callable[[], bool] = lambda: False
     ) -> stage.Resident | stage.Chunk:
-        """For the `num_steps` steps from `step` on. then: how many steps come next; 0: none.
+        """Return what the next dispatch draws its batches from.
 
-        busy: whether the devices have something to do, so that waiting does not count yet.
+        Args:
+          step: The first step of the dispatch.
+          num_steps: Its number of steps.
+          then: The number of steps in the dispatch after it; 0 if there is none.
+          busy: Whether the devices are still at work. Waiting counts from the moment when they are not.
         """
         if self._stream is None or self._mesh is None:
             return self._resident
@@ -170,7 +181,7 @@ class Feed:
 def streamed(
     run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh, *, sampler: Callable, number: int, num_steps: int
 ) -> Feed:
-    """Random windows of the training images, as stage `number` draws them."""
+    """Open the stream of a stage: random windows of training images, `num_steps` batches. number: the stage's."""
     from ltjax.data import pipeline
     from ltjax.data.decode import View
 

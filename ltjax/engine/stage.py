@@ -1,14 +1,14 @@
-"""The engine: one stage of training as compiled functions.
+"""Compile one stage of training.
 
 A stage is data: a method, a sampler, augmentation, parameter groups with their rates, a batch-norm mode, a schedule.
-`build` turns that into functions that share one training step:
+`build` makes compiled functions of it:
 
-    state = stage.init(seeds, variables)
-    state, metrics = stage.run(state, source, num_steps)     # one dispatch: `num_steps` steps inside `lax.scan`
+    state = compiled.init(seeds, variables)
+    state, metrics = compiled.run(state, source, num_steps)     # one dispatch: `num_steps` steps inside `lax.scan`
 
 With several replicas, every array of seeds, variables, state and metrics has a leading axis of replicas, and one
-dispatch trains them all. A batch comes from `draw(source, seed, step, rng)`, inside the compiled step. `source` holds
-whatever it draws from: for data that fits, the images themselves, on the device; else the batches of this dispatch.
+dispatch trains them all. The compiled step draws its batch with `draw(source, seed, step, rng)`. `source` holds all
+training images if they are on the devices, otherwise the batches of this dispatch.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,25 +32,25 @@ BATCH_NORM_MODES = ("train", "eval")
 
 
 class TrainState(NamedTuple):
-    """All that a step changes; saved and restored whole."""
+    """Everything that a step changes and a checkpoint stores."""
 
     step: jax.Array  # int32, steps done in this stage
-    seed: jax.Array  # uint32, of the run: all random numbers of a stage follow from it and the stage's number
+    seed: jax.Array  # uint32, the run's; it and the stage's number determine all random numbers of the stage
     variables: Variables
     opt_state: optax.OptState
 
 
 class CompiledStage(NamedTuple):
-    """All functions are jitted; `run` and `refresh` take over the memory of the state they are given."""
+    """The jitted functions of a stage. `run` and `refresh` take over the memory of their state."""
 
     init: Any  # (seed, variables) -> state
     run: Any  # (state, source, num_steps) -> state, metrics {name: [num_steps]}
-    refresh: Any  # (state, class means) -> state, before each epoch; None where the method has none
-    layers: tuple[str, ...]  # whose class means `refresh` wants; none: the features'
+    refresh: Any  # (state, class means) -> state, before each epoch; None if the method has none
+    layers: tuple[str, ...]  # layers whose class means `refresh` needs; (): those of the features
     attacks: bool  # whether each step attacks its images
     steps_per_epoch: int
-    num_steps: int  # in all
-    factors: np.ndarray  # [epochs] on the learning rate
+    num_steps: int  # of the whole stage
+    factors: np.ndarray  # [epochs], factors on the learning rate
     assigned: dict[str, str]  # {path of a trained parameter: its group}
 
     @property
@@ -69,13 +69,13 @@ class Resident(NamedTuple):
 class Chunk(NamedTuple):
     """The batches of K steps, split over the devices."""
 
-    first: jax.Array  # int32, the step of the first
+    first: jax.Array  # int32, the step of the first batch
     images: jax.Array  # uint8 [K, B, H, W, channels]
     labels: jax.Array  # int32 [K, B]
 
 
 def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
-    """The `apply` that methods are handed: run a network, in the stage's batch-norm mode unless told otherwise."""
+    """Make the `apply` that methods call: run a network, by default in the stage's batch-norm mode `bn`."""
     stage_mode = bn
 
     def apply(variables: Variables, images: jax.Array, net: str = "net", bn: str | None = None):
@@ -98,7 +98,7 @@ def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
 def init_variables(
     nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], rng: jax.Array, method: Method | None = None
 ) -> Variables:
-    """Fresh variables of every network, and of the method where given. image_shape: [H, W, channels]."""
+    """Initialise the variables of every network, and of the method if given. image_shape: [H, W, channels]."""
     params, stats, arrays = {}, {}, {}
     for number, (name, net) in enumerate(sorted(nets.items())):
         created = net.init(jax.random.fold_in(rng, number), jnp.zeros((1, *image_shape), jnp.float32))
@@ -112,36 +112,38 @@ def init_variables(
 
 def all_finite(tree: Any) -> bool:
     """Whether no array of a pytree holds an inf or nan."""
-    # One after the other: of arrays that are split, two programs at a time could wait for each other on a CPU.
+    # One array at a time: on a CPU, two programs on split arrays could wait for each other.
     return all(bool(_finite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
 
 
-_finite = xla.jit(lambda array: jnp.isfinite(array).all())  # for each shape, of which every tree has few
+_finite = xla.jit(lambda array: jnp.isfinite(array).all())
 
 
 def stage_rng(seed: Any, number: Any) -> jax.Array:
-    """The key that all randomness of stage `number` of a run comes from. seed: uint32, the run's."""
+    """Return the key from which stage `number` derives all its random numbers. seed: uint32, the run's."""
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def resident_draw(
     sampler: Callable, augment: Callable, *, batch_size: int, class_counts: np.ndarray, mesh: Mesh
 ) -> Callable[[Resident, Any, jax.Array, jax.Array], Batch]:
-    """Batches from images that live on the device: `draw(source, seed, step, rng)`.
+    """Make `draw(source, seed, step, rng) -> Batch` for images on the devices.
 
-    sampler: see `ltjax.data.samplers`. augment: `(rng, uint8 images, labels) -> Batch`.
+    Args:
+      sampler: See `ltjax.data.samplers`.
+      augment: `(rng, uint8 images, labels) -> Batch`.
     """
 
     def draw(source, seed, step, rng):
         index = sampler(seed, step, batch_size=batch_size, class_counts=class_counts)
-        index = parallel.split(index, mesh)  # each device gathers its own share
+        index = parallel.split(index, mesh)  # each device gathers its share of the batch
         return augment(rng, source.images[index], source.labels[index])
 
     return draw
 
 
 def streamed_draw(augment: Callable, mesh: Mesh) -> Callable[[Chunk, Any, jax.Array, jax.Array], Batch]:
-    """Batches that come with each dispatch: `draw(source, seed, step, rng)`. augment: as of `resident_draw`."""
+    """Make `draw(source, seed, step, rng) -> Batch` for batches streamed from disk. augment: see `resident_draw`."""
 
     def draw(source, seed, step, rng):
         images, labels = (
@@ -153,23 +155,28 @@ def streamed_draw(augment: Callable, mesh: Mesh) -> Callable[[Chunk, Any, jax.Ar
     return draw
 
 
-# {layer: (sum of its features by class [C, D_l], number of images [C])}
+# {layer: (sum of its features over each class [C, D_l], number of images [C])}
 FeatureSums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def feature_sums(
     apply: Apply, variables: Variables, images: jax.Array, labels: jax.Array, layers: tuple[str, ...] = ()
 ) -> FeatureSums:
-    """Sums over uint8 images [B, H, W, channels] as they are, in evaluation mode; labels [B], -1: not counted."""
+    """Sum features over each class, in evaluation mode.
+
+    Args:
+      images: uint8 [B, H, W, channels].
+      labels: [B]; images with -1 do not count.
+    """
     outputs, _ = apply(variables, images.astype(jnp.float32) / 255, bn="eval")
     num_classes = outputs.logits.shape[-1]
-    wanted = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
-    found = {name: losses.class_means(features, labels, num_classes) for name, features in wanted.items()}
-    return {name: (means * counts[:, None], counts) for name, (means, counts) in found.items()}
+    features_of = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
+    class_means = {name: losses.class_means(features, labels, num_classes) for name, features in features_of.items()}
+    return {name: (means * counts[:, None], counts) for name, (means, counts) in class_means.items()}
 
 
 def means_of(sums: FeatureSums, layers: tuple[str, ...] = ()) -> jax.Array | dict[str, jax.Array]:
-    """Mean feature of each class: [C, D] of `Outputs.features`, or {layer: [C, D_l]} of the named layers."""
+    """Divide sums by counts: class means [C, D] of `Outputs.features`, or {layer: [C, D_l]} of the named layers."""
     means = {name: total / jnp.maximum(counts, 1)[:, None] for name, (total, counts) in sums.items()}
     return means if layers else means["features"]
 
@@ -177,16 +184,16 @@ def means_of(sums: FeatureSums, layers: tuple[str, ...] = ()) -> jax.Array | dic
 def feature_means(
     apply: Apply, variables: Variables, source: Resident, mesh: Mesh, layers: tuple[str, ...], batch_size: int
 ) -> jax.Array | dict[str, jax.Array]:
-    """`means_of` the training images, where they are on the device. batch_size: images at a time, over all devices."""
+    """Compute `means_of` training images on the devices. batch_size: images at a time, over all devices."""
     size = source.labels.shape[0]
 
-    def batch(start):
+    def of_batch(start):
         index = parallel.split(start + jnp.arange(batch_size), mesh)
-        there = jnp.minimum(index, size - 1)
-        labels = jnp.where(index < size, source.labels[there], -1)
-        return feature_sums(apply, variables, source.images[there], labels, layers)
+        clipped = jnp.minimum(index, size - 1)
+        labels = jnp.where(index < size, source.labels[clipped], -1)
+        return feature_sums(apply, variables, source.images[clipped], labels, layers)
 
-    sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(batch, jnp.arange(0, size, batch_size)))
+    sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_batch, jnp.arange(0, size, batch_size)))
     return means_of(sums, layers)
 
 
@@ -205,18 +212,20 @@ def build(
 ) -> CompiledStage:
     """Make the compiled functions of one stage.
 
-    Tests and other trainers call this without data sets, so it takes what a stage consists of one by one.
+    Tests and other trainers call this without data sets; therefore it has more than 8 parameters.
 
     Args:
       nets: {name: network}.
-      method: What to minimise.
-      draw: Where batches come from.
-      params: The parameters to come, arrays or their shapes, for their paths.
-      stage: Of this, groups, batch_norm, lr, optimizer and number. A frozen group (rate 0) has no backward pass.
-        batch_norm "train" with a frozen backbone is shifted batch norm.
-      run: Of this, replicas, replicate, accumulate and gpu_graphs. With `accumulate`, loss and gradient are the means
-        of the parts', each normalised by its own batch statistics.
-      factors: Of the learning rate in each epoch, [epochs]. Nothing trains if there are no epochs.
+      method: The loss to minimise.
+      draw: Makes the batches, see `resident_draw` and `streamed_draw`.
+      params: All parameters, arrays or their shapes; only their paths matter.
+      stage: The stage's groups, batch_norm, lr, optimizer and number are used. A frozen group (rate 0) has no backward
+        pass. batch_norm "train" with a frozen backbone is shifted batch norm.
+      run: The run's replicas, replicate, accumulate and gpu_graphs are used. With `accumulate`, loss and gradient are
+        means over the parts of a batch, and batch norm normalises each part by its own statistics.
+      factors: Factors on the learning rate in each epoch, [epochs]. Nothing trains if there are no epochs.
+      steps_per_epoch: Number of steps in an epoch.
+      mesh: The devices, see `parallel.make_mesh`.
       image_shape: [H, W, channels].
 
     Raises:
@@ -254,7 +263,7 @@ def build(
             dispatch,
             donate_argnums=0,
             static_argnums=2,
-            # Every device has the metrics, so that every process can read those of all replicas.
+            # The metrics are replicated, so that every process can read those of all replicas.
             out_shardings=(sharding, parallel.replicated(mesh)),
             compiler_options=xla.graph_options(run.gpu_graphs),
         ),
@@ -269,7 +278,7 @@ def build(
 
 
 class _Step(NamedTuple):
-    """One training step of one replica, `(state, source) -> (state, metrics)`, and the state that it starts from."""
+    """The training step of one replica, `(state, source) -> (state, metrics)`, and its initial state."""
 
     apply: Apply
     method: Method
@@ -284,9 +293,9 @@ class _Step(NamedTuple):
         extra, arrays = self.method.init(jax.random.fold_in(stage_rng(seed, self.number), 2))
         params = {name: value for name, value in variables.params.items() if name != "method"}
         variables = variables._replace(params={**params, "method": extra} if extra else params)
-        if self.method.refresh:  # gives the arrays their shapes; `refresh` fills them before the first epoch
+        if self.method.refresh:  # only for the shapes: `refresh` fills the arrays before the first epoch
             arrays = self.method.refresh(arrays, self._zero_means(variables, image_shape))
-        # Copies: `run` takes over the memory of its state, and the caller may keep the variables it started from.
+        # Copies, because `run` takes over the memory of its state, and the caller may need the variables again.
         variables = jax.tree.map(jnp.copy, variables._replace(arrays=arrays))
         flat = optim.flatten(variables.params)
         opt_state = self.optimizer.init({path: flat[path] for path in self.trained})
@@ -315,7 +324,7 @@ class _Step(NamedTuple):
         flat = optim.flatten(state.variables.params)
         trained = {path: flat[path] for path in self.trained}
 
-        # Only what trains is an argument of the loss, so the backward pass ends at the last trained parameter.
+        # Only trained parameters are an argument of the loss, so that the backward pass ends at the last of them.
         def loss_of(trained: dict[str, jax.Array], variables: Variables, batch: Batch, rng: jax.Array):
             variables = variables._replace(params=optim.unflatten({**flat, **trained}))
             loss, (variables, metrics) = self.method.loss(self.apply, variables, batch, rng)
@@ -332,7 +341,7 @@ class _Step(NamedTuple):
         return state, {"loss": loss, **metrics}
 
     def _accumulated(self, gradient_of: Callable) -> Callable:
-        """The same function of a batch that goes through it in parts, one after the other."""
+        """Split the batch into parts, one after the other, and average their losses, metrics and gradients."""
 
         def gradient_of_parts(trained: dict[str, jax.Array], variables: Variables, batch: Batch, rng: jax.Array):
             def part(carry, numbered):
@@ -352,7 +361,7 @@ class _Step(NamedTuple):
 
 
 def _parts(batch: Batch, count: int, mesh: Mesh) -> Batch:
-    """Arrays [B, ...] -> [count, B / count, ...]: every count-th image, so that no image changes its device."""
+    """Reshape arrays [B, ...] to [count, B / count, ...]. A part has every count-th image, so no image moves."""
 
     def parts(x: jax.Array) -> jax.Array:
         if not x.ndim:
@@ -364,14 +373,14 @@ def _parts(batch: Batch, count: int, mesh: Mesh) -> Batch:
 
 
 def steps_done(state: TrainState) -> int:
-    """Steps that a state has behind it, the same in every replica."""
+    """Return the number of steps that a state has trained. It is the same in every replica."""
     return int(np.asarray(state.step.addressable_data(0)).reshape(-1)[0])
 
 
 def kept_optimizer(state: TrainState, before: TrainState) -> TrainState:
-    """`state` with the momentum of `before`, a stage with the same groups of parameters; its schedule starts anew."""
+    """Copy the momentum of `before`, the end of a stage with the same parameter groups. The schedule starts at 0."""
 
-    def keep(new, old):  # whole numbers count steps
+    def keep(new, old):  # integers are the step counts of the schedule
         return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.copy(old)
 
     return state._replace(opt_state=jax.tree.map(keep, state.opt_state, before.opt_state))

@@ -14,8 +14,7 @@ from jax.tree_util import Partial
 from rich.console import Console
 
 from ltjax import attacks, surgery
-from ltjax import config as configs
-from ltjax.config import AttackConfig, RunConfig, StageConfig
+from ltjax.config import AttackConfig, RunConfig, StageConfig, parse
 from ltjax.engine import evaluate
 from ltjax.engine.experiment import Experiment, import_weights, restore, seeds, set_up
 from ltjax.engine.stage import make_apply, steps_done
@@ -74,7 +73,7 @@ def attack_workdir(
       Interrupted: After Ctrl-C or SIGTERM, when everything is saved.
     """
     workdir, console = local(workdir), logs.make_console()
-    run = configs.parse(config)
+    run = parse(config)
     check(run.attack)
     if processes.several():
         raise UserError("--mode=attack works in one process, with all of its devices: start it on one machine")

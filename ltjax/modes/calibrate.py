@@ -9,10 +9,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ltjax import config as configs
 from ltjax import metrics
 from ltjax.calibration import fit_temperature, has_minimum
-from ltjax.config import RunConfig
+from ltjax.config import RunConfig, parse
 from ltjax.engine import evaluate
 from ltjax.engine.experiment import set_up
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
@@ -30,7 +29,7 @@ SPLITS = {"holdout": "hold-out", "test": "test images"}
 def check(config: Mapping[str, Any]) -> RunConfig:
     """What can be said before anything is trained or read. Raises: UserError without a hold-out, and of several
     processes."""
-    run = configs.parse(config)
+    run = parse(config)
     if processes.several():
         raise UserError("--calibrate works in one process, with all of its devices: start it on one machine")
     if not run.data.holdout:

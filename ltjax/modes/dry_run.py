@@ -11,9 +11,8 @@ from jax.extend import core
 from rich.console import Console
 from rich.table import Table
 
-from ltjax import config as configs
 from ltjax import optim
-from ltjax.config import StageConfig
+from ltjax.config import StageConfig, parse
 from ltjax.engine import feed
 from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, prepare, seeds, source_shapes
 from ltjax.engine.stage import CompiledStage
@@ -33,7 +32,7 @@ def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path
       UserError: As `train` before its first step.
     """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
-    run = configs.parse(config)
+    run = parse(config)
     processes.on_first(lambda: check_workdir(workdir, config))
     console.print(f"Dry run of {run.name}: making data, networks and stages ready.")
     experiment, compiled = prepare(run, data_dir)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ltjax import config as configs
+from ltjax.config import parse
 from ltjax.engine.experiment import (
     Imported,
     class_means_for,
@@ -35,7 +35,7 @@ def evaluate_workdir(
       UserError: For anything that the caller can correct.
     """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
-    run = configs.parse(config)
+    run = parse(config)
     imported = import_weights(run, workdir, data_dir)
     processes.on_first(lambda: open_run(workdir, config, may_be_empty=imported is not None))
     if imported is not None:

@@ -1,4 +1,4 @@
-"""What `run.py --help` and `--config=FILE:help` print, read off the flags and the config."""
+"""Make the pages of `run.py --help` and `--config=FILE:help` from the flags and the config."""
 
 import re
 import shutil
@@ -6,38 +6,42 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Settings that are worth knowing, in the order shown; those that a config has are listed with its values.
+# Settings that a config's help page lists, in this order, if the config has them.
 OVERRIDES = {
-    "data.root": "the folder of the images",
-    "epochs": "of the stages that train the whole network",
-    "batch_size": "images to a step, over all devices",
-    "accumulate": "parts of a batch that go through the network one after the other, to save memory",
-    "model.remat": "true: activations are computed again instead of kept, to save memory",
-    "model.dtype": "of the network's arithmetic: float32 or bfloat16",
-    "optimizer.weight_decay": "where a stage has none of its own",
-    "seed": "initialisation, order of the images, augmentation",
-    "replicas": "runs with seeds from `seed` on, in one program",
-    "eval_every": "epochs between evaluations; 0: every fifth, and each of the last 20",
+    "data.root": "folder of the images",
+    "epochs": "epochs of the stages that train the whole network",
+    "batch_size": "images in a step, over all devices",
+    "accumulate": "parts of a batch that are computed one after the other, to save memory",
+    "model.remat": "true: activations are recomputed instead of stored, to save memory",
+    "model.dtype": "precision of the network: float32 or bfloat16",
+    "optimizer.weight_decay": "weight decay of stages that do not set it",
+    "seed": "seed of initialisation, order of the images and augmentation",
+    "replicas": "number of runs, with seeds from `seed` on, in one program",
+    "eval_every": "epochs between evaluations; 0: every fifth epoch and each of the last 20",
     "data.groups": "which classes are many, medium and few: by counts, ranges or ranks",
-    "weights": "a folder of imported weights to begin with",
+    "weights": "folder of imported weights to start from",
     "attack.epsilon": "radius of --mode=attack",
-    "attack.num_images": "images that --mode=attack takes, the first; 0: all",
+    "attack.num_images": "--mode=attack uses only the first images; 0: all",
 }
 
 INDENT = 28  # columns before the texts
-WITHOUT_VALUE = "no value"  # what is allowed of an argument that is there or not
+WITHOUT_VALUE = "no value"  # the allowed values of an argument without a value
 
 
 def flags_page(heading: str, flags: Iterable[Any]) -> str:
-    """The page of `--help`: what comes first, and the flags of absl to list.
+    """Make the page of `--help`.
 
-    Flags whose text begins as in "Of several processes: how many" are listed together, below those of every run.
+    Flags whose text begins like "With several processes: ..." have a section of their own, "Several processes".
+
+    Args:
+      heading: The text above the list.
+      flags: absl's flags.
     """
     sections: dict[str, list[str]] = {"": []}
     for flag in flags:
         text = flag.help.rpartition(">: ")[2]  # absl puts the values of a choice first
-        found = re.fullmatch("Of ([^:]+): (.*)", text)
-        title, text = found.groups() if found else ("", text)
+        match = re.fullmatch("With ([^:]+): (.*)", text)
+        title, text = match.groups() if match else ("", text)
         sections.setdefault(title, []).extend(_entry(_flag(flag), text[:1].upper() + text[1:] + _default(flag)))
     lines = [heading.strip()]
     for title, entries in sections.items():
@@ -60,11 +64,13 @@ def _default(flag: Any) -> str:
 def config_page(
     path: str, heading: str, arguments: Mapping[str, tuple[str, str, str]], config: Mapping[str, Any]
 ) -> str:
-    """The page of `--config=FILE:help`.
+    """Make the page of `--config=FILE:help`.
 
     Args:
-      path: of the file. heading: what it is. arguments: {name: (default, what is allowed, meaning)}.
-      config: what it says, as nested dicts.
+      path: The config file.
+      heading: The first line of the page.
+      arguments: {name: (default, allowed values, meaning)}.
+      config: The config, as nested dicts.
     """
     lines = [heading, ""]
     if arguments:
@@ -83,25 +89,26 @@ def config_page(
     names = config.get("stages", ())
     for name in names[:1]:
         for key in ("lr", "epochs"):
-            lines += _entry(f"{name}.{key}={_value(config, f'{name}.{key}')}", f"so for each stage: {', '.join(names)}")
-    others = "All others are in the run's config.json; a wrong name lists what may stand there."
+            text = f"the same for each stage: {', '.join(names)}"
+            lines += _entry(f"{name}.{key}={_value(config, f'{name}.{key}')}", text)
+    others = "All other settings are in the run's config.json. The error message for an unknown key lists the keys."
     return "\n".join([*lines, "", *textwrap.wrap(others, _width())])
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
-    """Raises: KeyError."""
+    """Look up a dotted key. KeyError if the config lacks it."""
     for part in key.split("."):
         config = config[part]
     return str(config).lower() if isinstance(config, bool) else config
 
 
 def _width() -> int:
-    """Columns of the terminal, up to 120; of a file, 120."""
+    """Return the columns of the terminal, at most 120; 120 for a file."""
     return min(shutil.get_terminal_size((120, 0)).columns, 120)
 
 
 def _entry(name: str, text: str) -> list[str]:
-    """ "  name    text", the text wrapped; it begins on a line of its own where the name is long."""
+    """Format "  name    text" with the text wrapped. After a long name, the text starts on the next line."""
     wrapped = textwrap.wrap(text, max(_width() - INDENT, 40), break_on_hyphens=False) or [""]
     if len(name) + 3 > INDENT:
         wrapped.insert(0, "")

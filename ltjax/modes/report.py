@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ltjax import config as configs
+from ltjax.config import parse
 from ltjax.engine import feed
 from ltjax.engine.experiment import Experiment, evaluate_restored, make_method, restore, set_up
 from ltjax.engine.measure import Observer, learned
@@ -34,7 +34,7 @@ def report_workdir(
       UserError: For anything that the caller can correct.
     """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
-    run = configs.parse(config)
+    run = parse(config)
     processes.on_first(lambda: open_run(workdir, config))
     console.print(f"Looking at the test images of {run.name} again.")
     experiment = set_up(run, data_dir)

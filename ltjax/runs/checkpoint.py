@@ -1,8 +1,9 @@
-"""Checkpoints of one stage: saved in the background, the two latest kept, damage found and passed over."""
+"""Checkpoints of one stage: saved in the background, the two latest kept, damaged ones skipped."""
 
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError, one_line
 
 log = logging.getLogger(__name__)
-MEND_DISK = "free some space or mend the permissions, then run the same command again to resume"
-
+FIX_DISK = "free some space or fix the permissions, then run the same command again to resume"
 
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 class Checkpoints:
-    """The checkpoints below one directory, each a pytree of arrays (`state`) with a JSON record beside it.
+    """The checkpoints in one directory: each is a pytree of arrays, the state, with a JSON record.
 
-    A state carries a fingerprint: Orbax finds files that are cut short, not ones with a flipped bit.
+    The record holds a fingerprint of the state, because Orbax detects truncated files but not flipped bits.
     """
 
     def __init__(self, directory: Path):
@@ -42,36 +42,44 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Save in the background what the next steps may go on changing, in the place of what is there of this step.
+        """Save a state in the background. Replace the checkpoint of this step if there is one.
 
-        Raises: UserError where this save cannot start or the one before it failed; what was saved earlier survives.
-          JAX's own error where another process went away (`processes.lost`), here and below.
+        Raises:
+          UserError: This save cannot start, or the one before it failed. Earlier checkpoints are intact. If another
+            process went away, this and the other methods raise JAX's error instead, see `processes.lost`.
         """
         if step in self._manager.all_steps():
             self._guard(lambda: self._manager.delete(step))
-        state = _copied(state)  # the next step is given the original's memory
+        state = _copied(state)  # the next step takes over the original's memory
         record = {**record, "fingerprint": int(fingerprint(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._guard(lambda: self._manager.save(step, args=items))
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises: UserError where it could not be written."""
+        """Wait until all saves are on disk. UserError if one failed."""
         self._guard(self._manager.wait_until_finished)
 
-    def _guard(self, write) -> None:
+    def _guard(self, write: Callable[[], Any]) -> None:
         try:
             write()
-        except Exception as error:  # Orbax and TensorStore pass a full disk on as many types
+        except Exception as error:  # Orbax and TensorStore report a full disk by many exception types
             if processes.lost(error):
                 raise
             raise cannot_save(error, self.directory) from error
 
     def restore(self, target: Any, *, move_damaged: bool = True) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged (state, record), or None where there is no checkpoint at all.
+        """Read the newest undamaged checkpoint.
 
-        target: arrays, or `jax.ShapeDtypeStruct`s with a sharding, in the shape of the state.
-        A damaged checkpoint is stepped over with a warning and, once an older one is found whole, moved to `damaged/`.
-        Raises: UserError where there are checkpoints and none can be read.
+        Skip damaged ones with a warning. If an older one can be read, move them to `damaged/`.
+
+        Args:
+          target: Arrays, or `jax.ShapeDtypeStruct`s with a sharding, in the structure of the state.
+
+        Returns:
+          (state, record); None if there are no checkpoints.
+
+        Raises:
+          UserError: There are checkpoints, and none of them can be read.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -79,16 +87,16 @@ class Checkpoints:
                 restored = self.restore_step(step, target)
             except (MemoryError, PermissionError):
                 raise
-            except Exception as error:  # any kind of damage: the next older one may be whole
+            except Exception as error:  # damage has many exception types
                 if processes.lost(error):
                     raise
                 damaged[step] = one_line(error)
                 continue
-            for number, reason in damaged.items():
+            for damaged_step, reason in damaged.items():
                 log.warning(
                     "checkpoint of step %d in %s is damaged (%s): falling back to step %d%s",
-                    *(number, self.directory, reason, step),
-                    f", the damaged one is now {self._set_aside(number)}" if move_damaged else "",
+                    *(damaged_step, self.directory, reason, step),
+                    f", the damaged one is now {self._set_aside(damaged_step)}" if move_damaged else "",
                 )
             return restored
         if damaged:
@@ -99,12 +107,14 @@ class Checkpoints:
         return None
 
     def restore_step(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        """Read one checkpoint: (state, record). ValueError if the state's fingerprint has changed."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
-        expected, found = restored["record"].pop("fingerprint"), int(fingerprint(restored["state"]))
-        if found != expected:
-            raise ValueError(f"fingerprint {found:08x}, saved as {expected:08x}")
-        return restored["state"], restored["record"]
+        state, record = restored["state"], restored["record"]
+        saved, actual = record.pop("fingerprint"), int(fingerprint(state))
+        if actual != saved:
+            raise ValueError(f"fingerprint {actual:08x}, saved as {saved:08x}")
+        return state, record
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory.parent / "damaged" / f"{self.directory.name}-{step}"
@@ -122,28 +132,28 @@ class Checkpoints:
             self._manager.close()
         except Exception:
             if kind is None:
-                raise  # else the error that ended the block says more
+                raise  # otherwise the exception that ended the block matters more
 
 
 def like(state: Any) -> Any:
-    """Shapes and shardings of a state, for restoring one."""
+    """Return the shapes and shardings of a state, as the target of `Checkpoints.restore`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """Steps whose checkpoint is whole on disk; a manager's own list counts one that failed half-way."""
+    """List the steps with a complete checkpoint on disk. Orbax's own list includes failed saves."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
 def cannot_save(error: Exception, directory: Path) -> UserError:
-    """What to say where the disk takes no more. directory: of the stage's checkpoints."""
+    """Make the UserError for a failed save. directory: the stage's checkpoints."""
     steps = complete_steps(directory)
     last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
-    return UserError(f"cannot write to {directory}: {one_line(error)} ({last}); {MEND_DISK}")
+    return UserError(f"cannot write to {directory}: {one_line(error)} ({last}); {FIX_DISK}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises: UserError naming the file where it is something else."""
+    """Read what `write_json` wrote. UserError if the file cannot be read or holds no JSON object."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -154,7 +164,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader finds the old one or the new one, never half of it."""
+    """Write a JSON file atomically."""
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file atomically: a reader sees the old content or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)

@@ -1,8 +1,9 @@
-"""What can be watched while a run goes on: a progress bar or lines, `metrics.jsonl`, TensorBoard."""
+"""Show and log a run's progress: a bar or lines, `metrics.jsonl`, TensorBoard."""
 
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
-LINE_SECONDS = 30.0  # between lines about progress, where nobody sees a bar
+from ltjax.runs.checkpoint import write_atomic
+
+LINE_SECONDS = 30.0  # between lines about progress if there is no terminal for a bar
 
 
 class RunLog:
-    """Metrics of a run: one JSON object a line (stage, epoch, step, split, values), and the same for TensorBoard.
-
-    steps_before: {stage: steps of all stages before it}, which TensorBoard's single axis needs.
-    """
+    """Logs metrics to `metrics.jsonl`, one JSON object (stage, epoch, step, split, values) a line, and TensorBoard."""
 
     def __init__(self, workdir: Path, steps_before: dict[str, int]):
+        """Open the logs. steps_before: {stage: steps of all stages before it}, for TensorBoard's single axis."""
         self._path = workdir / "metrics.jsonl"
         self._steps_before = steps_before
         self._file = open(self._path, "a")
@@ -41,21 +42,24 @@ class RunLog:
             self._board.add_scalar(f"{split}/{name}", value, self._steps_before[stage] + step)
 
     def rewind(self, stage: str, step: int, evaluated: int) -> None:
-        """Drop what was logged of `stage` past `step`, and past `evaluated` of evaluations: a killed run repeats it."""
+        """Drop the lines of a stage that a resumed run will write again.
+
+        Args:
+          step: Drop training metrics after this step.
+          evaluated: Drop evaluations after this step.
+        """
         self._file.close()
-        kept = []
+        lines = []
         for line in self._path.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                done = step if entry["split"] == "train" else evaluated
-                repeated = entry["stage"] == stage and entry["step"] > done
+                last = step if entry["split"] == "train" else evaluated
+                repeated = entry["stage"] == stage and entry["step"] > last
             except (ValueError, KeyError):
-                continue  # cut short by the kill
+                continue  # cut short by a kill
             if not repeated:
-                kept.append(line + "\n")
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._path)
+                lines.append(line + "\n")
+        write_atomic(self._path, "".join(lines))
         self._file = open(self._path, "a")
 
     def __enter__(self) -> "RunLog":
@@ -67,10 +71,10 @@ class RunLog:
                 part.close()
             except OSError:
                 if kind is None:
-                    raise  # else the error that ended the block says more
+                    raise  # otherwise the exception that ended the block matters more
 
 
-def _scalars(values: dict[str, Any]):
+def _scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{inner}", scalar) for inner, scalar in _scalars(value))
@@ -79,7 +83,7 @@ def _scalars(values: dict[str, Any]):
 
 
 class NoLog:
-    """In the place of a `RunLog` in all processes but the first."""
+    """Replaces `RunLog` in all processes except the first."""
 
     def write(self, stage: str, epoch: int, step: int, split: str, values: dict[str, Any]) -> None:
         pass
@@ -95,10 +99,10 @@ class NoLog:
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """Where people read. A file gets plain lines, however long, and tables of up to 120 columns, even where
-    FORCE_COLOR claims a terminal; a terminal and a notebook get lines that are broken where they end.
+    """Make the console of standard output.
 
-    Text is shown as it is: a class may be called "[red]stop" or ":car:".
+    A terminal or a notebook gets wrapped lines. A file gets plain unwrapped lines and tables of up to 120 columns, even
+    if FORCE_COLOR is set. Markup and emoji codes are printed as they are: a class may be called "[red]stop" or ":car:".
     """
     plain = dict[str, Any](markup=False, emoji=False, quiet=quiet)
     console = Console(**plain)
@@ -108,25 +112,25 @@ def make_console(*, quiet: bool = False) -> Console:
 
 
 class LiveOrLines(Progress):
-    """A live bar in a terminal; in a file, a line when `LINE_SECONDS` have passed without one."""
+    """A live bar in a terminal. In a file, a line if the last one is `LINE_SECONDS` old."""
 
     def __init__(self, console: Console, *columns: ProgressColumn):
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._last = time.monotonic()
 
     def say(self, line: str) -> None:
-        """A line that stays, in a terminal and in a file."""
+        """Print a permanent line."""
         self.console.print(line)
         self._last = time.monotonic()
 
     def pulse(self, line: str) -> None:
-        """What the bar shows, in words."""
+        """Print the line if there is no bar and the last line is old enough."""
         if self.disable and time.monotonic() - self._last >= LINE_SECONDS:
             self.say(line)
 
 
 class StageProgress(LiveOrLines):
-    """Of a stage: epoch, rate, loss, time left."""
+    """The progress of a stage: epoch, rate, loss, time left."""
 
     def __init__(self, console: Console, title: str, num_steps: int, done: int, batch_size: int, epochs: int):
         super().__init__(
@@ -161,7 +165,7 @@ class StageProgress(LiveOrLines):
 
 
 class AttackProgress(LiveOrLines):
-    """Of each attack: images settled, robust accuracy so far, time left."""
+    """The progress of each attack: images settled, robust accuracy so far, time left."""
 
     def __init__(self, console: Console):
         super().__init__(
@@ -175,10 +179,10 @@ class AttackProgress(LiveOrLines):
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         self._bars: dict[str, Any] = {}
-        self._began: dict[str, tuple[float, int]] = {}  # of each attack: when, and the images settled by then
+        self._began: dict[str, tuple[float, int]] = {}  # {attack: (start time, images settled at that time)}
 
     def show(self, attack: str, settled: int, total: int, robust: float | None = None) -> None:
-        """robust: share of all images that still stand, where it is known."""
+        """Update the progress of an attack. robust: share of all images that are still robust; None if unknown."""
         if attack not in self._bars:
             self._bars[attack] = self.add_task(attack, total=total, robust="")
             self._began[attack] = time.monotonic(), settled
@@ -191,7 +195,7 @@ class AttackProgress(LiveOrLines):
 
 
 def clock(seconds: float | None) -> str:
-    """ "1:02:03", "4:05", or "-"."""
+    """Format a time as "1:02:03" or "4:05"; "-" for None."""
     if seconds is None:
         return "-"
     minutes, seconds = divmod(round(seconds), 60)

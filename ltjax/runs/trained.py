@@ -1,4 +1,4 @@
-"""What a run has come to: its newest checkpoint, or its archive, and the weights in it. Needs no data set."""
+"""Find a run's newest checkpoint, or its archive, and read the weights. This needs no data set."""
 
 import logging
 from pathlib import Path
@@ -25,10 +25,10 @@ class Trained(NamedTuple):
 
 
 def newest(workdir: Path) -> Trained:
-    """Find what the run in a workdir, or in an archive, has come to.
+    """Find the newest checkpoint of the run in a workdir or an archive.
 
     Raises:
-      UserError: There is no run, or none that has trained.
+      UserError: There is no run, or it has no checkpoint yet.
     """
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is neither a run's workdir (no config.json) nor a folder of weights")
@@ -44,61 +44,71 @@ def newest(workdir: Path) -> Trained:
 
 
 def variables_of(workdir: Path, trained: Trained) -> Variables:
-    """The variables of what `newest` has found in a workdir or an archive, as they were trained, on one device."""
+    """Read the trained variables that `newest` found, onto one device."""
     if is_archive(workdir):
         return read_archive(workdir).weights.variables
     return _restore(workdir / "checkpoints" / trained.stage.name / str(trained.step))
 
 
 def _restore(checkpoint: Path) -> Variables:
-    """The networks' variables in a checkpoint, on one device."""
+    """Read the networks' variables from a checkpoint, onto one device."""
     path = checkpoint.absolute() / "state"
-    on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    chatty = logging.getLogger("absl")  # Orbax misses a file that is of no use here
-    level = chatty.level
-    chatty.setLevel(logging.ERROR)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    logger = logging.getLogger("absl")  # Orbax warns of a missing file that is not needed here
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            there: Any = checkpointer.metadata(path).item_metadata
-            there = getattr(there, "tree", there)
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on), there)
-            variables = checkpointer.restore(path, like)["variables"]
-    except Exception as error:  # Orbax and TensorStore pass damage on as many types
+            metadata: Any = checkpointer.metadata(path).item_metadata
+            metadata = getattr(metadata, "tree", metadata)
+            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata)
+            variables = checkpointer.restore(path, target)["variables"]
+    except Exception as error:  # damage has many exception types
         raise UserError(f"cannot read the checkpoint {path} ({one_line(error)})") from error
     finally:
-        chatty.setLevel(level)
+        logger.setLevel(level)
     return Variables(variables["params"], variables.get("stats") or {}, {})
 
 
 def weights_of(workdir: Path, trained: Trained, *, net: str = "net", replica: int = 0) -> Weights:
-    """The weights of what `newest` has found in a workdir, as the stage's evaluation has them."""
+    """Read the weights that `newest` found, changed as the stage's evaluation changes them (`eval_classifier`).
+
+    Args:
+      net: "net" or "guide".
+      replica: Which of the run's replicas, from 0.
+
+    Raises:
+      UserError: The run has no such network or replica, or the checkpoint is damaged.
+    """
     run = trained.run
     settings = dict(run.guide if net == "guide" else run.model)
     if net not in ("net", "guide") or not settings:
         raise UserError(f"--net={net}: the run has {'net and guide' if run.guide else 'net alone'}")
     if not 0 <= replica < run.replicas:
         raise UserError(f"--replica={replica}: the run has {run.replicas}, counted from 0")
-    own = variables_of(workdir, trained)
-    own = jax.tree.map(lambda x: x[replica], own) if run.replicas > 1 else own
-    if net not in own.params:
+    variables = variables_of(workdir, trained)
+    if run.replicas > 1:
+        variables = jax.tree.map(lambda x: x[replica], variables)
+    if net not in variables.params:
         raise UserError(f"--net={net}: {workdir} is the archive of a run, which has net alone")
-    own = surgery.as_evaluated(own, trained.stage.eval_classifier) if net == "net" else own
-    variables = Variables({"net": own.params[net]}, {"net": own.stats.get(net, {})}, {})
-    num_classes = own.params[net]["classifier"]["kernel"].shape[-1]
-    return Weights(jax.tree.map(np.asarray, variables), settings, num_classes)
+    if net == "net":
+        variables = surgery.as_evaluated(variables, trained.stage.eval_classifier)
+    params, stats = variables.params[net], variables.stats.get(net, {})
+    variables = jax.tree.map(np.asarray, Variables({"net": params}, {"net": stats}, {}))
+    return Weights(variables, settings, params["classifier"]["kernel"].shape[-1])
 
 
 class Archived(NamedTuple):
-    """What an archive has of a run."""
+    """The contents of an archive."""
 
     stage: str  # the last one
     step: int
     weights: Weights
-    record: dict[str, Any]  # as beside a checkpoint
+    record: dict[str, Any]  # like the record of a checkpoint
 
 
 def is_archive(folder: Path) -> bool:
-    """Whether a folder was written by `archive`, and is no workdir."""
+    """Whether `ltjax.archive` wrote a folder. A workdir is no archive."""
     return (
         all((folder / name).is_file() for name in ("config.json", "results.json", ARRAYS))
         and not (folder / "checkpoints").exists()
@@ -106,15 +116,17 @@ def is_archive(folder: Path) -> bool:
 
 
 def read_archive(folder: Path) -> Archived:
-    """Raises: UserError where results.json is not that of an archive."""
+    """Read an archive. UserError if its results.json is not that of an archive."""
     results = read_json(folder / "results.json")
     try:
         stage = results["final_stage"]
         summary = results["stages"][stage]
-        evaluations = [{**each, "test": dict(each)} for each in summary["evaluations"]]
+        evaluations = [{**evaluation, "test": dict(evaluation)} for evaluation in summary["evaluations"]]
         evaluations[-1]["test"] = summary
         step: int = summary["evaluations"][-1]["step"]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/results.json is not what ltjax writes there (no {error}): make it anew") from error
+        raise UserError(
+            f"{folder}/results.json is not what ltjax writes there (no {error}): write the archive again"
+        ) from error
     record = {"seconds": summary["seconds"], "train_seconds": 0.0, "train_steps": 0, "evaluations": evaluations}
     return Archived(stage, step, load_weights(folder), record)

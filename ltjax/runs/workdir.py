@@ -1,16 +1,16 @@
-"""The folder that holds a run: opened by one process at a time, and what to say when its disk is full."""
+"""The folder that holds a run: check it, lock it, and report errors of its disk."""
 
 import contextlib
 import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ltjax.config import differences
-from ltjax.runs.checkpoint import MEND_DISK, read_json
+from ltjax.runs.checkpoint import FIX_DISK, read_json
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError
 
@@ -27,7 +27,11 @@ DISK_ERRORS = (
 
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder, or check that it holds a run of the same config. Raises: UserError naming what differs."""
+    """Make the folder, or check that it holds a run of the same config.
+
+    Raises:
+      UserError: The folder cannot be written, or holds a run of another config; the message lists the differences.
+    """
     check_workdir(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def open_run(workdir: Path, config: Mapping[str, Any], *, may_be_empty: bool = False) -> None:
-    """Like `open_workdir`, for modes that need a run. Raises UserError if there is none, unless it `may_be_empty`."""
+    """Do the same as `open_workdir`. Unless the folder `may_be_empty`, raise UserError if it holds no run."""
     if not may_be_empty and not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
     open_workdir(workdir, config)
@@ -50,13 +54,13 @@ def no_checkpoint(workdir: Path) -> UserError:
 
 
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """The part of `open_workdir` that writes nothing."""
+    """Check what `open_workdir` checks, without writing anything."""
     check_checkpoints(workdir)
     try:
-        there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            error = errno.EACCES if there.is_dir() else errno.ENOTDIR
-            raise OSError(error, os.strerror(error), str(there))
+        existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            error = errno.EACCES if existing.is_dir() else errno.ENOTDIR
+            raise OSError(error, os.strerror(error), str(existing))
         if (workdir / "config.json").exists():
             check_same_config(workdir, config)
         elif (workdir / "results.json").exists():
@@ -70,13 +74,12 @@ def _unusable(workdir: Path, error: OSError) -> UserError:
 
 
 def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Raises: UserError naming what differs, where the folder holds a run of another config."""
+    """Raise UserError if the folder holds a run of another config. Settings of `attack` may differ."""
     path = workdir / "config.json"
     if not path.exists():
         return
     config = json.loads(json.dumps(config))
-    trained, asked = ({**each, "attack": None} for each in (read_json(path), config))  # no part of training
-    changed = differences(trained, asked)
+    changed = differences({**read_json(path), "attack": None}, {**config, "attack": None})
     if changed:
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
@@ -86,12 +89,15 @@ def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
-    """Raises: UserError where a run began with other training images. described: of `ltjax.data.splits.describe`."""
+    """Raise UserError if the run in the folder began with other training images.
+
+    Args:
+      described: From `ltjax.data.splits.describe`.
+    """
     path = workdir / "split.json"
-    before = read_json(path) if path.exists() else described
-    changed = [key for key in ("class_names", "class_counts", "sha256", "holdout_sha256") if key in before]
-    changed = [key for key in changed if before[key] != described[key]]
-    if changed:
+    saved = read_json(path) if path.exists() else described
+    keys = ("class_names", "class_counts", "sha256", "holdout_sha256")
+    if changed := [key for key in keys if key in saved and saved[key] != described[key]]:
         raise UserError(
             f"{workdir} holds a run that began with other training images (different {', '.join(changed)} in "
             "split.json): use another --workdir, or the old images to resume"
@@ -99,19 +105,19 @@ def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def named_disk_errors(workdir: Path) -> Iterator[None]:
-    """A full disk, or a file that cannot be written, as one line instead of a traceback."""
+def named_disk_errors(workdir: Path) -> Generator[None]:
+    """Raise UserError for a full disk or a file that cannot be written."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise UserError(f"cannot write to {workdir}: {error}; {MEND_DISK}") from error
+        raise UserError(f"cannot write to {workdir}: {error}; {FIX_DISK}") from error
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keep a second process from training in the same folder; the lock goes with the process, however it ends."""
+def locked(workdir: Path) -> Generator[None]:
+    """Lock the folder until the process ends, even by a kill. UserError if another process holds the lock."""
     with named_disk_errors(workdir), open(workdir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +129,7 @@ def locked(workdir: Path) -> Iterator[None]:
             yield
         except UserError:
             with contextlib.suppress(OSError):
-                if [path.name for path in workdir.iterdir()] == [".lock"]:  # nothing has begun: leave no trace
+                if [path.name for path in workdir.iterdir()] == [".lock"]:  # leave no empty folder behind
                     (workdir / ".lock").unlink()
                     workdir.rmdir()
             raise

@@ -1,4 +1,4 @@
-"""JAX's devices, started with the cores of this machine, and accelerators that JAX cannot use."""
+"""Start JAX's devices, and report accelerators that JAX cannot use."""
 
 import logging
 import os
@@ -12,10 +12,10 @@ INSTALL = {"NVIDIA GPU": 'pip install -e ".[cuda]"', "TPU": 'pip install -e ".[t
 
 
 def use_cpu_cores(batch_size: int) -> None:
-    """Make each core a JAX device if there is no accelerator. Call it before JAX starts; a user's choice stays.
+    """Make each core a JAX device if there is no accelerator. Call this before JAX starts. A user's choice stays.
 
     Two devices that share a batch run a step 1.4 times as fast as one device with both cores. Each device gets at least
-    16 images of a batch, and their number divides it.
+    16 images of a batch, and the number of devices divides the batch.
     """
     if os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -23,14 +23,17 @@ def use_cpu_cores(batch_size: int) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
     except RuntimeError:
-        pass  # JAX runs already, with the devices that its caller chose
+        pass  # JAX has started already, with the devices that its caller chose
 
 
 def start_devices() -> list[str]:
-    """Let JAX look for its devices, and return its warnings about accelerators that it cannot use, with a remedy.
+    """Start JAX's devices.
+
+    Returns:
+      JAX's warnings about accelerators that it cannot use, each with a remedy.
 
     Raises:
-      UserError: JAX_PLATFORMS asks for a platform that is not there.
+      UserError: JAX_PLATFORMS names a platform that this machine does not have.
     """
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Paths as people give them."""
+"""Check the paths that users give."""
 
 import os
 import re
@@ -6,13 +6,14 @@ from pathlib import Path
 
 from ltjax.types import UserError
 
-PATTERNS = "*?[\\"  # signs for which Orbax takes a path for a pattern: it may then find nothing, or another folder
+PATTERNS = "*?[\\"  # Orbax takes a path with one of these for a pattern, and may then find nothing or another folder
 
 
 def local(path: str | os.PathLike) -> Path:
-    """A path on this machine; "~" and "~name" at its start are home folders, as in a shell.
+    """Return a path on this machine, with "~" or "~name" at its start expanded as in a shell.
 
-    Raises: UserError for an address such as gs://bucket/run, and where "~" has no folder.
+    Raises:
+      UserError: The path is an address such as gs://bucket/run, or the home folder is unknown.
     """
     text = os.fspath(path)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
@@ -24,13 +25,13 @@ def local(path: str | os.PathLike) -> Path:
 
 
 def check_checkpoints(folder: Path) -> None:
-    """Raises: UserError where checkpoints in a folder could never be read."""
-    if found := next((sign for sign in PATTERNS if sign in str(folder.absolute())), None):
-        raise UserError(f"cannot keep checkpoints in {folder.absolute()}, for the {found} in it: name another folder")
+    """Raise UserError if Orbax could not read checkpoints in a folder."""
+    if sign := next((sign for sign in PATTERNS if sign in str(folder.absolute())), None):
+        raise UserError(f"cannot keep checkpoints in {folder.absolute()}, for the {sign} in it: name another folder")
 
 
 def cache_folder() -> Path | None:
-    """Where ltjax remembers what it has looked at; None where this user has no home folder."""
+    """Return the folder of ltjax's caches; None if this user has no home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax"
     except RuntimeError:

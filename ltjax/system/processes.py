@@ -1,7 +1,8 @@
-"""Several processes that train together: how they find each other, what they agree on, and how they end.
+"""Connect several processes that train together, check that they agree, and end them together.
 
-With one process, everything here does nothing. JAX watches the others: a process ends at most `--patience` seconds
-after another one was lost, by an exception that `lost` recognises, or, if it waits for nothing, by JAX's own abort.
+With one process, everything here does nothing. JAX sends heartbeats between processes: a process ends at most
+`--patience` seconds after another one was lost. It ends by an exception that `lost` recognises or, if it waits for no
+other process, by JAX's own abort.
 """
 
 import os
@@ -17,8 +18,8 @@ import numpy as np
 
 from ltjax.types import UserError, one_line
 
-GONE = 75  # exit code of a process that stops because another one did: try again
-OTHERS_SECONDS = 2.0  # that process 0 gives the others to end on their own; JAX aborts them when it is gone
+GONE = 75  # exit code (EX_TEMPFAIL, "try again") of a process that stops because another one did
+OTHERS_SECONDS = 2.0  # process 0 waits so long for the others to end by themselves; JAX aborts them when it is gone
 _VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _SIGNS_OF_LOSS = (
     "gloo",
@@ -33,7 +34,7 @@ _SIGNS_OF_LOSS = (
 
 
 def launcher(environment: Mapping[str, str]) -> str:
-    """Name the launcher that started several processes: "SLURM", "Open MPI" or "TPU"; "" if there is none."""
+    """Return the launcher that started several processes: "SLURM", "Open MPI" or "TPU"; "" if there is none."""
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return "SLURM"
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
@@ -44,10 +45,10 @@ def launcher(environment: Mapping[str, str]) -> str:
 
 
 def own_devices(environment: Mapping[str, str]) -> str:
-    """Choose the GPUs of a process that SLURM or Open MPI started: "0,1" or "all"; "": leave the choice to JAX.
+    """Choose the GPUs of a process that SLURM or Open MPI started: "0,1" or "all"; "" leaves the choice to JAX.
 
-    The processes of a machine share its GPUs evenly. If the launcher shows fewer GPUs than there are processes, it has
-    given each process its own, and each uses what it sees.
+    The processes of a machine share its GPUs evenly. If a process sees fewer GPUs than there are processes, the
+    launcher has shared them out already, and the process uses all that it sees.
     """
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return ""
@@ -74,12 +75,12 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
     """Connect to the other processes, before JAX starts.
 
     Args:
-      coordinator: HOST:PORT of process 0; "auto": as JAX finds it; "": alone, unless a launcher started several;
-        "none": alone.
+      coordinator: HOST:PORT of process 0. "auto": JAX finds it. "": run alone, unless a launcher started several
+        processes. "none": run alone.
       patience: Seconds without a heartbeat after which another process counts as lost.
 
     Raises:
-      UserError: The flags do not go together, or the other processes cannot be reached.
+      UserError: A flag is missing or wrong, or the other processes cannot be reached.
     """
     explicit = coordinator not in ("", "auto", "none")
     if explicit != (num_processes is not None) or explicit != (process_id is not None):
@@ -95,7 +96,7 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
     settings: dict[str, Any] = {}
     if explicit:
         settings = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
-        settings["cluster_detection_method"] = "deactivate"  # it would take one GPU if SLURM started the process
+        settings["cluster_detection_method"] = "deactivate"  # under SLURM, detection would choose a single GPU
     try:
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=patience)
     except (OSError, RuntimeError, ValueError) as error:
@@ -108,10 +109,13 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
 
 
 def agree(values: Mapping[str, str]) -> None:
-    """Check that all processes were started alike. values: {flag: value}, with the same flags everywhere.
+    """Check that all processes have the same values.
+
+    Args:
+      values: {flag: value}. All processes pass the same flags.
 
     Raises:
-      UserError: In every process, naming the flag that differs.
+      UserError: A value differs. Every process raises this, naming the flag.
     """
     if not several():
         return
@@ -137,7 +141,7 @@ def first() -> bool:
 
 
 def any_of(*flags: bool) -> tuple[bool, ...]:
-    """Whether any process has each flag. All processes have to call this."""
+    """Return, for each flag, whether it is set in any process. All processes have to call this."""
     if not several():
         return flags
     from jax.experimental import multihost_utils
@@ -146,10 +150,10 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 
 def ask(flags: Callable[[], tuple[bool, ...]]) -> Callable[[], tuple[bool, ...]]:
-    """Start `any_of` while the devices are busy, and return a function that waits for its answer.
+    """Start `any_of` while the devices are busy, and return a function that waits for the result.
 
-    All processes have to call this, and then what it returns. With one process the returned function asks when it is
-    called. It does so on CPUs, too, where two programs that run at once may wait for each other.
+    All processes have to call this, and then the returned function. With one process, `any_of` runs when the returned
+    function is called. On CPUs, too, because two programs at once may wait for each other.
     """
     if not several() or jax.default_backend() == "cpu":
         return lambda: any_of(*flags())
@@ -158,24 +162,23 @@ def ask(flags: Callable[[], tuple[bool, ...]]) -> Callable[[], tuple[bool, ...]]
 
 
 def _soon(*flags: bool) -> jax.Array:
-    """`any_of`, int32 [flags] on every device."""
+    """Compute `any_of` on the devices: int32 [flags], on every device."""
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    mine, mesh = np.asarray(flags, np.int32), Mesh(np.asarray(jax.devices()), "all")
-    each, everywhere = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("all", None))
-    # a row for each device
-    rows = jax.make_array_from_callback((mesh.size, len(mine)), each, lambda index: mine[None])
-    return jax.jit(_most, out_shardings=everywhere)(rows)
+    row, mesh = np.asarray(flags, np.int32), Mesh(np.asarray(jax.devices()), "all")
+    one_a_device, everywhere = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("all", None))
+    rows = jax.make_array_from_callback((mesh.size, len(row)), one_a_device, lambda index: row[None])
+    return jax.jit(_maximum, out_shardings=everywhere)(rows)
 
 
-def _most(rows: jax.Array) -> jax.Array:
+def _maximum(rows: jax.Array) -> jax.Array:  # a function of the module, so that `jax.jit` compiles it once
     return rows.max(0)
 
 
 def on_first(function: Callable[[], Any]) -> Any:
-    """Run a function in process 0 alone. All processes return its answer as a float, or raise its UserError.
+    """Run a function in process 0 alone. All processes return its result as a float, or raise its UserError.
 
-    The answer is None, a bool or a number.
+    The result is None, a bool or a number.
     """
     if not several():
         return function()
@@ -198,7 +201,7 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def leave(code: int) -> None:
-    """End this process without waiting for the others, who notice; process 0 lets them end first."""
+    """End this process. The others notice; process 0 gives them `OTHERS_SECONDS` to end first."""
     sys.stdout.flush()
     sys.stderr.flush()
     if several() and first():
@@ -206,11 +209,11 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def leave_lost(what: str) -> None:
-    """Print that another process is gone, and what to do, and end this one."""
+def leave_lost(reason: str) -> None:
+    """Print that another process is gone and what to do, and end this process."""
     print(
-        f"error: {what}; this process stops too. Run the same command again, on all machines: it goes on from the last "
-        "checkpoint.",
+        f"error: {reason}; this process stops too. Run the same command again, on all machines: it goes on from the "
+        "last checkpoint.",
         file=sys.stderr,
         flush=True,
     )
@@ -218,7 +221,7 @@ def leave_lost(what: str) -> None:
 
 
 def lost(error: BaseException | None) -> bool:
-    """Whether an exception, or its cause, is what JAX raises when another process went away. JAX has no type for it."""
+    """Whether an exception or its cause means that another process went away. JAX has no exception type for this."""
     while several() and error is not None:
         text = str(error).lower()
         if any(sign in text for sign in _SIGNS_OF_LOSS):

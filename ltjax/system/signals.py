@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish what the device is doing and save, instead of losing it."""
+"""On Ctrl-C or SIGTERM, finish the steps under way and save."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and everything is saved."""
+    """A signal stopped the run, and everything is saved."""
 
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -14,7 +14,7 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Within the block, the first Ctrl-C or SIGTERM only sets `requested`; a second one stops the process at once."""
+    """Context in which the first Ctrl-C or SIGTERM only sets `requested`; a second one stops the process at once."""
 
     def __init__(self):
         self.requested: int | None = None
@@ -25,7 +25,7 @@ class StopSignals:
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:
-                pass  # not the main thread: whoever runs there handles signals
+                pass  # only the main thread can handle signals
         return self
 
     def __exit__(self, *_) -> None:
@@ -36,5 +36,5 @@ class StopSignals:
         if self.requested is not None:
             os._exit(128 + number)
         self.requested = number
-        said = "Stopping: finishing the steps under way (or compiling), then saving. A second signal stops at once."
-        os.write(2, f"\n{said}\n".encode())
+        message = "Stopping: finishing the steps under way (or compiling), then saving. A second signal stops at once."
+        os.write(2, f"\n{message}\n".encode())

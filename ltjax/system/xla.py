@@ -1,4 +1,4 @@
-"""How functions are compiled: on a CPU with oneDNN, if this jaxlib has it; on a GPU as JAX has it, unless asked."""
+"""Compile functions: on a CPU with oneDNN if this jaxlib has it, on a GPU with JAX's defaults or CUDA graphs."""
 
 import functools
 import os
@@ -13,30 +13,30 @@ from jax import lax
 
 from ltjax import registry
 
-# Debug options of XLA. oneDNN computes convolutions and products. YNNPACK computes sums alone: a float32 training step
-# takes half as long again with its convolutions as with oneDNN's.
+# Debug options of XLA. oneDNN computes convolutions and products, YNNPACK only sums: a float32 training step takes 1.5
+# times as long with YNNPACK's convolutions as with oneDNN's.
 FASTEST = {
     "xla_cpu_experimental_onednn_custom_call": True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
-CALL = "__onednn$convolution"  # in a program that uses it
-# What of a training step goes into CUDA graphs, by the name of `config.gpu_graphs`. By default XLA leaves convolutions
-# out: of ResNet-32's step for an H100 it makes 64 graphs of 5 to 7 kernels, and convolutions between them. "step": one
-# graph of 464 kernels. "dispatch": one graph of all steps. Not yet timed: `benchmarks.cifar_step --gpu_graphs=step`.
+CALL = "__onednn$convolution"  # the call in a compiled program
+# Compiler options by `config.gpu_graphs`, which says what becomes a CUDA graph. By default XLA leaves convolutions out:
+# ResNet-32's step on an H100 is 64 graphs of 5 to 7 kernels, with convolutions between them. "step" makes one graph of
+# 464 kernels, "dispatch" one graph of all steps. Not yet timed: `benchmarks.cifar_step --gpu_graphs=step`.
 _COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
 GPU_GRAPHS: dict[str, dict[str, Any]] = {
     "default": {},
     "step": {"xla_gpu_enable_command_buffer": _COMMANDS},
     "dispatch": {"xla_gpu_enable_command_buffer": f"{_COMMANDS},WHILE"},
 }
-ONE_THREAD = "xla_cpu_multi_thread_eigen"  # False if each core is a device: they would wait for each other's threads
+ONE_THREAD = "xla_cpu_multi_thread_eigen"  # False if each core is a device: devices would wait for each other's threads
 
 
 @functools.cache
 def cpu_options() -> dict[str, Any]:
-    """Compiler options for the CPUs of this process; {} on an accelerator, and if this jaxlib has no oneDNN.
+    """Return compiler options for the CPUs of this process; {} on an accelerator, or if this jaxlib has no oneDNN.
 
-    Options that the user has put into XLA_FLAGS stay as they are there.
+    Options that the user has set in XLA_FLAGS are left out.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     options = {name: value for name, value in FASTEST.items() if name not in flags}
@@ -49,26 +49,28 @@ def cpu_options() -> dict[str, Any]:
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether convolutions of bfloat16 go to oneDNN, which sums in float32. XLA's own sum in bfloat16 on a CPU."""
+    """Whether oneDNN computes bfloat16 convolutions, summing in float32. Without it, XLA sums in bfloat16 on a CPU."""
     return CALL in _compiled_convolution(cpu_options())
 
 
 def graph_options(kind: str) -> dict[str, Any]:
-    """Compiler options for `config.gpu_graphs`; {} where JAX runs on something else. Raises: UserError."""
+    """Return the compiler options of `config.gpu_graphs`; {} if JAX does not run on a GPU. UserError if unknown."""
     options = registry.choose("config.gpu_graphs", GPU_GRAPHS, kind)
     return options if jax.default_backend() == "gpu" else {}
 
 
 def float32_products(platform: str) -> AbstractContextManager[Any]:
-    """Inside, products and convolutions of float32 that are traced for a platform are float32's. By default a GPU takes
-    TF32, and a TPU bfloat16. `jax_default_matmul_precision` stays what a user has set."""
+    """Return a context in which float32 products and convolutions are traced with full float32 precision.
+
+    By default a GPU uses TF32, and a TPU bfloat16. A `jax_default_matmul_precision` that the user has set stays.
+    """
     if platform == "cpu" or jax.config.values["jax_default_matmul_precision"]:
         return nullcontext()
     return jax.default_matmul_precision("float32")
 
 
 def arithmetic(dtype: Any) -> str:
-    """How this process computes a network of `dtype`, in words for a plan."""
+    """Describe how this process computes a network of `dtype`."""
     kind = jnp.dtype(dtype).name
     if jax.default_backend() != "cpu":
         return kind
@@ -80,14 +82,14 @@ def arithmetic(dtype: Any) -> str:
 
 
 def _compiled_convolution(options: dict[str, Any]) -> str:
-    """What XLA makes of a small convolution of bfloat16; "" if it does not know an option."""
+    """Return the compiled text of a small bfloat16 convolution; "" if XLA does not know an option."""
 
     def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 8, 8, 16), (3, 3, 16, 16)))
     try:
-        with warnings.catch_warnings():  # JAX's compilation cache cannot hold what calls oneDNN, and says so
+        with warnings.catch_warnings():  # JAX's compilation cache cannot store programs that call oneDNN, and warns
             warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
             return jax.jit(convolution).lower(x, kernel).compile(compiler_options=options).as_text() or ""
     except jax.errors.JaxRuntimeError:
@@ -95,17 +97,17 @@ def _compiled_convolution(options: dict[str, Any]) -> str:
 
 
 def jit(function: Callable | None = None, **settings: Any) -> Any:
-    """`jax.jit` with `cpu_options`. Inside another compiled function, `function` is traced as a part of that.
+    """Compile a function as `jax.jit` does, with `cpu_options`. Inside another compiled function, trace it as usual.
 
-    The options are looked up at the first call, so a module may decorate with this without starting JAX.
+    The options are looked up at the first call, so decorating a function does not start JAX.
     """
     if function is None:
         return functools.partial(jit, **settings)
-    own = settings.pop("compiler_options", None) or {}
+    options = settings.pop("compiler_options", None) or {}
 
     @functools.cache
     def compiled() -> Any:
-        return jax.jit(function, compiler_options={**cpu_options(), **own} or None, **settings)
+        return jax.jit(function, compiler_options={**cpu_options(), **options} or None, **settings)
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import compiled, flops, hlo
-from ltjax import config as config_module
 from ltjax import models
+from ltjax.config import parse
 from tests.configs.reading import ROOT
 
 STEPS = ("mislas1-bf16", "mislas2-bf16")  # of the two stages of one small network
@@ -27,7 +27,7 @@ def figures(**changed):
 @pytest.mark.parametrize("program", compiled.PROGRAMS, ids=lambda program: program.name)
 @pytest.mark.parametrize("tiny", [False, True], ids=["full", "tiny"])
 def test_every_program_is_a_stage_of_a_config(program, tiny):
-    run = config_module.parse(compiled.settings_of(program, "gpu", tiny))
+    run = parse(compiled.settings_of(program, "gpu", tiny))
     stages = run.stages
     assert not program.stage or program.stage in stages
     assert set(program.chips) <= set(compiled.PLATFORMS)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import config as config_module
 from ltjax import data, train
+from ltjax.config import parse
 from ltjax.data.source import Images, Stored
 from ltjax.engine import experiment, feed, measure, stage
 from ltjax.system import parallel
@@ -93,14 +93,14 @@ def problems(monkeypatch):
     made = []
     for found in both():
         monkeypatch.setattr(data, "load", lambda name, where, found=found: found)
-        made.append(experiment.set_up(config_module.parse(settings()), None))
+        made.append(experiment.set_up(parse(settings()), None))
     return made
 
 
 def test_evaluation_is_that_of_images_on_the_device(problems):
     resident, streamed = problems
     assert streamed.streamed and not resident.streamed
-    run = config_module.parse(settings())
+    run = parse(settings())
     variables = experiment.fresh_variables(resident, run.stages["dro"])
     first, second = (each.evaluate["net"](variables, each.test_set) for each in problems)
     assert (resident.test_set.host_labels == streamed.test_set.host_labels).all()
@@ -109,7 +109,7 @@ def test_evaluation_is_that_of_images_on_the_device(problems):
 
 
 def test_the_report_sees_what_it_sees_of_images_on_the_device(problems):
-    run = config_module.parse(settings())
+    run = parse(settings())
     stages = run.stages
     variables = experiment.fresh_variables(problems[0], run.stages["dro"])
     (first,), (second,) = (measure.Observer(each).observe(stages["dro"], variables) for each in problems)
@@ -121,14 +121,14 @@ def test_the_report_sees_what_it_sees_of_images_on_the_device(problems):
 
 
 def test_class_means_of_the_report_take_a_few_images_of_each_class(problems):
-    run, streamed = config_module.parse(settings()), problems[1]
+    run, streamed = parse(settings()), problems[1]
     some = feed.some_of_each_class(run, streamed.data, streamed.split, streamed.mesh, 6)
     assert np.bincount(some.host_labels).tolist() == [6, 6, 5]
 
 
 @pytest.mark.parametrize("layers", [(), ("stage2", "stage3")])
 def test_class_means_are_those_of_images_on_the_device(problems, layers):
-    run = config_module.parse(settings())
+    run = parse(settings())
     variables = experiment.fresh_variables(problems[0], run.stages["dro"])
     first, second = (each.class_means(variables, layers) for each in problems)
     assert jax.tree.structure(first) == jax.tree.structure(second)
@@ -137,7 +137,7 @@ def test_class_means_are_those_of_images_on_the_device(problems, layers):
 
 def test_a_step_is_that_of_images_on_the_device(problems):
     """Where both are given the same batch: here the whole of each image, since no window is cut."""
-    run = config_module.parse(settings())
+    run = parse(settings())
     stages = run.stages
     outcomes = []
     for each in problems:
@@ -212,7 +212,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(tmp_path, m
 def test_what_images_on_disk_cannot_have_is_named(monkeypatch, changes, message):
     monkeypatch.setattr(data, "load", lambda name, where: both()[1])
     with pytest.raises(UserError, match=message):
-        experiment.set_up(config_module.parse(settings(**changes)), None)
+        experiment.set_up(parse(settings(**changes)), None)
 
 
 def test_only_the_first_classes_are_kept_where_that_is_asked(monkeypatch):
@@ -220,6 +220,6 @@ def test_only_the_first_classes_are_kept_where_that_is_asked(monkeypatch):
         monkeypatch.setattr(data, "load", lambda name, where, found=found: found)
         few = settings()
         few["data"]["classes"] = 2
-        made = experiment.set_up(config_module.parse(few), None)
+        made = experiment.set_up(parse(few), None)
         assert made.class_names == ("a", "b") and made.split.class_counts.tolist() == [22, 11]
         assert np.bincount(made.test_set.host_labels).tolist() == [4, 3]
