@@ -64,11 +64,11 @@ def test_a_docstring_parses_and_names_parameters_that_exist(path, caplog):
     assert problems(SHOWN[path], caplog) == []
 
 
-@pytest.mark.parametrize("path", [path for path, member in SHOWN.items() if member.is_class])
+@pytest.mark.parametrize(
+    "path", [path for path, member in SHOWN.items() if member.is_class and "NamedTuple" in map(str, member.bases)]
+)
 def test_a_named_tuple_describes_each_field(path):
     member = SHOWN[path]
-    if "NamedTuple" not in map(str, member.bases):
-        return
     fields = [field.name for field in public(member) if field.is_attribute]
     sections = member.docstring.parse("google", warnings=False)
     described = [each.name for section in sections if section.kind.value == "attributes" for each in section.value]
