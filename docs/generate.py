@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from configs import common, recipes
 from ltjax import compare, optim
-from ltjax import config as config_module
+from ltjax.config import RunConfig, StageConfig, parse
 from ltjax.report.tables import markdown
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.results import percent
@@ -44,10 +44,10 @@ TITLES = {
 }
 
 
-def load(text: str) -> config_module.RunConfig:
+def load(text: str) -> RunConfig:
     """Parse "cifar100_lt:method=mislas"."""
     name, _, arguments = text.partition(":")
-    return config_module.parse(module(name)["get_config"](arguments or None).to_dict())
+    return parse(module(name)["get_config"](arguments or None).to_dict())
 
 
 def module(name: str) -> dict[str, Any]:
@@ -115,13 +115,13 @@ def recipe(text: str) -> str:
     return "\n".join(lines)
 
 
-def _epochs(stage: config_module.StageConfig) -> str:
+def _epochs(stage: StageConfig) -> str:
     """Epochs, and how many draws an epoch has if it is not one pass over the images."""
     balanced = ", each of (largest class count) x (classes) draws"
     return str(stage.epochs) + (balanced if stage.epoch_size == "balanced" else "")
 
 
-def _schedule(stage: config_module.StageConfig) -> str:
+def _schedule(stage: StageConfig) -> str:
     """Describe the learning rate: "0.1; warm-up over 5 epochs; times 0.1 at epoch 160 and again at 180"."""
     if not stage.epochs:
         return ""
@@ -137,7 +137,7 @@ def _schedule(stage: config_module.StageConfig) -> str:
     return "; ".join(parts)
 
 
-def _trained(stage: config_module.StageConfig) -> str:
+def _trained(stage: StageConfig) -> str:
     rates = {name: group["rate"] for name, group in stage.groups.items() if group["rate"]}
     return ", ".join(name if rate == 1 else f"{name} at {rate:g} of the rate" for name, rate in rates.items())
 
