@@ -1,4 +1,4 @@
-"""Docstrings that the pages of the API show are Google style, as griffe parses it, and name what exists."""
+"""The docstrings on the pages of the API are Google style and name parameters that exist."""
 
 import logging
 import re
@@ -11,11 +11,11 @@ griffe = pytest.importorskip("griffe")
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^::: (?P<module>[\w.]+)(?:\n    options:\n      members: \[(?P<members>.*?)\])?", re.MULTILINE)
 SECTION = re.compile(r"^ *(Args|Arguments|Attributes|Examples|Raises|Returns|Warns|Yields):", re.MULTILINE)
-OPTIONS = {"returns_multiple_items": False}  # as in mkdocs.yml
+OPTIONS = {"returns_multiple_items": False, "warn_missing_types": False}  # as in mkdocs.yml
 
 
 def public(owner):
-    """Members of a module or class that are defined there: no imports, no private names but __call__."""
+    """Return the public members of a module or class, and __call__, without imports."""
     return [
         member
         for name, member in owner.members.items()
@@ -24,8 +24,8 @@ def public(owner):
 
 
 def shown():
-    """{path: object} of what docs/api shows: modules, classes, functions and methods that have a docstring."""
-    package = griffe.load("ltjax", search_paths=[ROOT], submodules=True)
+    """Return {path: object} of the modules, classes, functions and methods with a docstring that docs/api shows."""
+    package = griffe.load("ltjax", search_paths=[ROOT], try_relative_path=False)
     found = {}
 
     def add(member):
@@ -48,7 +48,7 @@ SHOWN = shown()
 
 
 def problems(member, caplog):
-    """What griffe warns about in a docstring, sections that it takes for text, and attributes that do not exist."""
+    """Return griffe's warnings about a docstring, and the sections that it takes for text."""
     with caplog.at_level(logging.WARNING):
         sections = member.docstring.parse("google", **OPTIONS)
     found = [record.getMessage() for record in caplog.records]
@@ -56,8 +56,6 @@ def problems(member, caplog):
     for section in sections:
         if section.kind.value == "text":
             found += [f"{name}: is not a section" for name in SECTION.findall(section.value)]
-        elif section.kind.value == "attributes":
-            found += [f"no attribute {each.name}" for each in section.value if each.name not in member.all_members]
     return found
 
 
@@ -66,11 +64,11 @@ def test_a_docstring_parses_and_names_parameters_that_exist(path, caplog):
     assert problems(SHOWN[path], caplog) == []
 
 
-@pytest.mark.parametrize("path", [path for path, member in SHOWN.items() if member.is_class])
+@pytest.mark.parametrize(
+    "path", [path for path, member in SHOWN.items() if member.is_class and "NamedTuple" in map(str, member.bases)]
+)
 def test_a_named_tuple_describes_each_field(path):
     member = SHOWN[path]
-    if "NamedTuple" not in map(str, member.bases):
-        return
     fields = [field.name for field in public(member) if field.is_attribute]
     sections = member.docstring.parse("google", warnings=False)
     described = [each.name for section in sections if section.kind.value == "attributes" for each in section.value]

@@ -1,5 +1,6 @@
 """The worked examples of docs/extend.md, applied to a copy of the repository, work."""
 
+import json
 import os
 import re
 import shutil
@@ -48,7 +49,7 @@ def copy(tmp_path_factory):
         train_images=rng.integers(0, 256, (28, 8, 8), np.uint8),
         train_labels=labels,
         test_images=rng.integers(0, 256, (6, 8, 8), np.uint8),
-        test_labels=np.arange(6) % 3,
+        test_labels=np.repeat(np.arange(3), (3, 2, 1)),
         class_names=np.array(["diatom", "krill", "jelly"]),
     )
     return root
@@ -74,10 +75,28 @@ def train(copy, workdir, arguments, *flags):
     return printed, copy / workdir
 
 
-def test_the_added_method_trains_on_the_added_data_set(copy):
+@pytest.fixture(scope="module")
+def centre(copy):
+    """Train the added method; return what the run prints and its results."""
     printed, folder = train(copy, "run", "method=centre")
+    return printed, json.loads((folder / "results.json").read_text())
+
+
+def test_the_added_method_trains_on_the_added_data_set(centre):
+    printed, _ = centre
     assert "Centre loss" in printed
-    assert (folder / "results.json").is_file()
+
+
+def test_the_added_metric_is_in_the_table(centre):
+    printed, results = centre
+    assert "worst" in printed
+    assert results["worst_class"] == min(results["per_class_accuracy"])
+
+
+def test_balanced_accuracy_is_the_mean_of_the_classes_accuracies(centre):
+    printed, results = centre
+    assert "balanced" in printed
+    assert results["balanced_accuracy"] == pytest.approx(np.mean(results["per_class_accuracy"]))
 
 
 def test_the_added_loss_trains_the_added_network(copy):

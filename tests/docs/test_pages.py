@@ -75,9 +75,10 @@ def understood(module, arguments):
         parse(parser, *given)
         raise Parsed
 
-    main = importlib.import_module(module).main
     if module.startswith("docs."):
         return not arguments
+    is_package = (ROOT / module.replace(".", "/")).is_dir()
+    main = importlib.import_module(f"{module}.__main__" if is_package else module).main
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         patch.setattr(sys, "argv", [module, *arguments])
