@@ -23,8 +23,12 @@ seed 0, two CPU cores, trained at commit 5f6fcdc, attacked at ccae3c4 with --mod
   pgd_at   8.2 / 2.0    trades   14.5 / 4.0    lbgat, beta 0   9.1 / 0.8    lbgat, beta 6   6.8 / 1.0
 """
 
-from configs import common
+from configs import recipes, small
 
 
 def get_config(arg=None):
-    return common.small_images("cifar100", arg)
+    args, recipe = small.read(arg, long_tailed=False)
+    config = small.base("cifar100", args, recipe)
+    config.data.name = "cifar100"
+    recipes.add_stages(config, args, recipe, recipes.Papers())
+    return config

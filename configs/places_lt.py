@@ -16,27 +16,27 @@ Top-1 / ECE in %, last epoch, ResNet-152, full length:
   any method, ours  not yet run
 """
 
-from configs import large
-
-RECIPE = large.Recipe(
-    epochs=90,
-    model="resnet152",
-    smoothing=(0.4, 0.1, 0.05, True),
-    mixup=0.2,
-    weight_decay=5e-4,
-    reslt_model="resnet152",
-    reslt=dict(beta=0.99, medium_start=131, tail_start=288),  # beta is our choice, ImageNet-LT's
-    reslt_branches=3,
-    gammas=dict(resnet152=0.3),  # our choice, that of ImageNet-LT's ResNet-10
-    ranks=(131, 288),
-    extra_block=True,
-)
+from configs import large, recipes
+from configs.recipes import ResLT, Smoothing
 
 
 def get_config(arg=None):
-    config = large.images("places_lt", arg, RECIPE)
-    if config.model.extra_block:
-        config.weights, config.weights_parts = config.model.name + str(config.model.depth), ("backbone",)
+    args, recipe = large.read(arg)
+    config = large.base("places_lt", args, recipe, network="resnet152", epochs=90, weight_decay=5e-4)
+    config.data.ranges = (131, 288)
+    # Adversarial training trains the whole network: a frozen backbone keeps the features of clean images.
+    if not (recipe.adversarial or args.runlocal):
+        config.model.extra_block = True
+        config.weights, config.weights_parts = f"resnet{config.model.depth}", ("backbone",)
         if config.model.depth == 152:
             config.model.blocks = (3, 8, 36, 2)
+    papers = large.papers(
+        args,
+        warmup=5 / 90,
+        mixup=0.2,
+        smoothing=Smoothing(head=0.4, tail=0.1, classifier_rate=0.05, shifted_batch_norm=True),
+        # beta and tau are our choice, those of ImageNet-LT
+        reslt=ResLT(beta=0.99, medium_start=131, tail_start=288, tau=0.3),
+    )
+    recipes.add_stages(config, args, recipe, papers)
     return config

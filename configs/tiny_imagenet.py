@@ -8,10 +8,14 @@ The images (1.2 GB) live on the device; the 10,000 official validation images ar
 Arguments: see configs/cifar100.py. Any method, ours: not yet run.
 """
 
-from configs import common
+from configs import recipes, small
 
-MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # unless trained adversarially
+PIXELS = dict(mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821))
 
 
 def get_config(arg=None):
-    return common.small_images("tiny_imagenet", arg, mean=MEAN, std=STD)
+    args, recipe = small.read(arg, long_tailed=False)
+    config = small.base("tiny_imagenet", args, recipe, pixels=PIXELS)
+    config.data.name = "tiny_imagenet"
+    recipes.add_stages(config, args, recipe, recipes.Papers())
+    return config
