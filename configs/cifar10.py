@@ -1,4 +1,4 @@
-"""CIFAR-10, all of it, adversarially trained: LBGAT and its family, with the papers' recipes.
+"""CIFAR-10, adversarially trained: LBGAT and its family, with the papers' recipes.
 
     python -m ltjax.data.prepare cifar10
     python run.py --config=configs/cifar10.py:method=lbgat,beta=0

@@ -7,10 +7,10 @@
 
 Arguments: method, or recipe; imbalance (10, 50 and 100 are the papers'), profile=exp|step, budget=full|short (200
 epochs and what follows, or 12 and a few), augment=paper|plain|auto (auto: AutoAugment and Cutout), mixup (Beta(a, a) in
-stages that train the whole network), holdout (images of each class, taken from the training set; tau_norm needs some to
-choose tau, and takes 10: compare it with runs that have holdout=10, too).
+stages that train the whole network), holdout (images of each class, taken from the training set; tau_norm
+chooses tau on them and takes 10 by default: compare it with runs that have holdout=10).
 method=balms is balanced softmax as BALMS trains it: 13,000 steps of 512 images at imbalance 100, AutoAugment, Cutout.
-The MiSLAS authors recommend --config.optimizer.weight_decay=5e-4 for better figures than their paper's.
+The MiSLAS authors recommend --config.optimizer.weight_decay=5e-4: it gives better figures than their paper's.
 
 Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   MiSLAS, paper           47.0 / 4.83   52.3 / 2.25   63.2 / 1.73   (after stage 1 alone: 39.5, 45.4, 59.1)

@@ -1,10 +1,10 @@
-"""Your own images, however unequal their classes: DIR/train/<class>/*.jpg, and perhaps DIR/validation/<class>/*.jpg.
+"""Your own images: DIR/train/<class>/*.jpg, and optionally DIR/validation/<class>/*.jpg.
 
     python run.py --config=configs/image_folder.py --config.data.root=DIR
     python run.py --config=configs/image_folder.py:method=ce,size=112 --config.data.root=DIR --config.epochs=30
 
-Classes, counts, imbalance factor and groups are found and shown before training. Without a folder for validation, a
-class-balanced part of the training images is held out. Arguments: size=128 (pixels) and those of
+Classes, counts, imbalance factor and groups are shown before training. Without a folder for validation, the same number
+of training images of each class is held out. Arguments: size=128 (pixels) and those of
 configs/imagenet_lt.py, such as method=mislas, model=resnet10. Weights of a network trained elsewhere, to begin with:
 --config.weights=FOLDER --config.weights_parts="('backbone',)" (see `python -m ltjax.interop.torch --help`).
 

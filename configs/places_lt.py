@@ -4,11 +4,11 @@
     python -m ltjax.interop.torch resnet152.pth --model=resnet,depth=152,stem=large,normalise=imagenet --out=resnet152
     python run.py --config=configs/places_lt.py:method=mislas
 
-As in MiSLAS, a ResNet-152 trained on ImageNet is frozen, one new block takes the place of its last one, and the new
-block and the classifier learn. Its weights, of the whole network as torchvision has it, are looked for in the folder
-config.weights, resnet152; the last block's are passed over, which the run says. Any other network that was trained on
-ImageNet will do, its last block kept under the new one: model=resnet50, with its weights. Adversarial training freezes
-nothing, and begins from scratch. Arguments: as in configs/imagenet_lt.py.
+As in MiSLAS, a ResNet-152 trained on ImageNet is frozen, a new block replaces its last one, and the new block and the
+classifier learn. config.weights names the folder of its weights, resnet152 by default: torchvision's whole network; the
+run ignores the last block's and says so. Any other network trained on ImageNet works: model=resnet50, with its weights;
+the new block then follows its last one. Adversarial training freezes nothing and starts from scratch. Arguments: as in
+configs/imagenet_lt.py.
 
 Top-1 / ECE in %, last epoch, ResNet-152, full length:
   MiSLAS, paper     40.4 / 3.41

@@ -1,4 +1,4 @@
-"""Tiny ImageNet (200 classes, 64x64 pixels), all of it, adversarially trained: LBGAT and its family.
+"""Tiny ImageNet (200 classes, 64x64 pixels), adversarially trained: LBGAT and its family.
 
     python -m ltjax.data.prepare tiny_imagenet
     python run.py --config=configs/tiny_imagenet.py:method=lbgat,beta=6
