@@ -1,4 +1,4 @@
-"""CIFAR-10, all of it, adversarially trained: LBGAT and its family, with the papers' recipes.
+"""CIFAR-10, adversarially trained: LBGAT and its family, with the papers' recipes.
 
     python -m ltjax.data.prepare cifar10
     python run.py --config=configs/cifar10.py:method=lbgat,beta=0
@@ -12,8 +12,13 @@ Clean / AutoAttack in %, l-inf 0.031:
   any method, ours                  not yet run
 """
 
-from configs import common, robust
+from configs import recipes, robust, small
 
 
 def get_config(arg=None):
-    return common.small_images("cifar10", arg, schedules={"trades": robust.TRADES})
+    args, recipe = small.read(arg, long_tailed=False)
+    config = small.base("cifar10", args, recipe)
+    config.data.name = "cifar10"
+    papers = recipes.Papers(schedule=robust.TRADES if "trades" in recipe.blocks else robust.LBGAT)
+    recipes.add_stages(config, args, recipe, papers)
+    return config

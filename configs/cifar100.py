@@ -1,11 +1,11 @@
-"""CIFAR-100, all of it, adversarially trained: LBGAT and its family, with the papers' recipes.
+"""CIFAR-100, adversarially trained: LBGAT and its family, with the papers' recipes.
 
     python -m ltjax.data.prepare cifar100
     python run.py --config=configs/cifar100.py:method=lbgat,beta=6
     python run.py --config=configs/cifar100.py:method=lbgat,beta=6 --mode=attack    # clean, PGD-20, CW-20, AutoAttack
     python run.py --config=configs/cifar100.py:method=lbgat,beta=6,awp=true,epsilon=8/255
 
-Arguments: method=lbgat|pgd_at|trades|alp|bgat|ce|mixup, or recipe (blocks of configs/recipes.py and configs/robust.py);
+Arguments: method=lbgat|pgd_at|trades|alp|bgat|ce|mixup, or recipe (blocks of configs/recipes.py);
 budget=full|short (100 epochs, WRN-34-10, 10 attack steps; or 2 epochs, WRN-10-1, 3 steps for a machine without an
 accelerator), model=wrn34_10|wrn34_20|wrn28_10|preact18|resnet18|resnet18_4x4|..., guide=resnet18|... (LBGAT's natural
 model), beta (weight of the KL; LBGAT 0 or 6, TRADES 6), awp=true (adversarial weight perturbation of 0.005, with pgd_at
@@ -23,8 +23,12 @@ seed 0, two CPU cores, trained at commit 5f6fcdc, attacked at ccae3c4 with --mod
   pgd_at   8.2 / 2.0    trades   14.5 / 4.0    lbgat, beta 0   9.1 / 0.8    lbgat, beta 6   6.8 / 1.0
 """
 
-from configs import common
+from configs import recipes, small
 
 
 def get_config(arg=None):
-    return common.small_images("cifar100", arg)
+    args, recipe = small.read(arg, long_tailed=False)
+    config = small.base("cifar100", args, recipe)
+    config.data.name = "cifar100"
+    recipes.add_stages(config, args, recipe, recipes.Papers())
+    return config

@@ -14,12 +14,31 @@ Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   any method, ours        not yet run
 """
 
-from configs import common
+from configs import recipes, small
+from configs.common import nearest
+from configs.recipes import ResLT, Smoothing
+
+# by imbalance factor
+SMOOTHING = {
+    10: Smoothing(head=0.1, tail=0.0, classifier_rate=0.2, shifted_batch_norm=False),
+    50: Smoothing(head=0.2, tail=0.0, classifier_rate=0.2, shifted_batch_norm=False),
+    100: Smoothing(head=0.3, tail=0.0, classifier_rate=0.5, shifted_batch_norm=False),
+}
+BETA = {10: 0.96, 50: 0.998, 100: 0.998}
 
 
 def get_config(arg=None):
-    smoothing = {10: (0.1, 0.0, 0.2, False), 50: (0.2, 0.0, 0.2, False), 100: (0.3, 0.0, 0.5, False)}
-    reslt = dict(beta={10: 0.96, 50: 0.998, 100: 0.998}, medium_start=2, tail_start=4)
-    return common.small_images(
-        "cifar10", arg, mislas=smoothing, reslt=reslt, ranges=(3, 7)
-    )  # MiSLAS's; ResLT has (3, 6)
+    args, recipe = small.read(arg, long_tailed=True)
+    config = small.base("cifar10_lt", args, recipe)
+    config.data.update(
+        name="cifar10",
+        imbalance=args.imbalance,
+        profile=args.profile,
+        ranges=(3, 7),  # MiSLAS's groups; ResLT has (3, 6), with --config.data.groups=ranges
+    )
+    papers = recipes.Papers(
+        smoothing=nearest(SMOOTHING, args.imbalance),
+        reslt=ResLT(beta=nearest(BETA, args.imbalance), medium_start=2, tail_start=4),
+    )
+    recipes.add_stages(config, args, recipe, papers)
+    return config

@@ -1,10 +1,10 @@
-"""Your own images, however unequal their classes: DIR/train/<class>/*.jpg, and perhaps DIR/validation/<class>/*.jpg.
+"""Your own images: DIR/train/<class>/*.jpg, and optionally DIR/validation/<class>/*.jpg.
 
     python run.py --config=configs/image_folder.py --config.data.root=DIR
     python run.py --config=configs/image_folder.py:method=ce,size=112 --config.data.root=DIR --config.epochs=30
 
-Classes, counts, imbalance factor and groups are found and shown before training. Without a folder for validation, a
-class-balanced part of the training images is held out. Arguments: size=128 (pixels) and those of
+Classes, counts, imbalance factor and groups are shown before training. Without a folder for validation, the same number
+of training images of each class is held out. Arguments: size=128 (pixels) and those of
 configs/imagenet_lt.py, such as method=mislas, model=resnet10. Weights of a network trained elsewhere, to begin with:
 --config.weights=FOLDER --config.weights_parts="('backbone',)" (see `python -m ltjax.interop.torch --help`).
 
@@ -16,23 +16,20 @@ last epoch, top-1 (the 17 classes with up to 100 images) / ECE in %, seed 0, two
 So few epochs are too few for mixup. Training waited for its images for less than 0.2 % of the time.
 """
 
-from configs import large
-
-RECIPE = large.Recipe(
-    epochs=60,
-    model="resnet10",
-    smoothing=(0.3, 0.0, 0.2, True),
-    mixup=0.2,
-    weight_decay=5e-4,
-    reslt_model="resnet10",
-    reslt=dict(beta=0.99, medium_start=0.35, tail_start=0.7),
-    reslt_branches=3,
-    gammas={},
-    ranks=(0, 0),
-    size=128,
-    batch_size=64,
-)
+from configs import large, recipes
+from configs.recipes import ResLT, Smoothing
 
 
 def get_config(arg=None):
-    return large.images("image_folder", arg, RECIPE)
+    args, recipe = large.read(arg, size=128)
+    config = large.base("image_folder", args, recipe, network="resnet10", epochs=60, batch_size=64, weight_decay=5e-4)
+    config.data.ranges = (0, 0)
+    papers = large.papers(
+        args,
+        warmup=5 / 60,
+        mixup=0.2,
+        smoothing=Smoothing(head=0.3, tail=0.0, classifier_rate=0.2, shifted_batch_norm=True),
+        reslt=ResLT(beta=0.99, medium_start=0.35, tail_start=0.7, tau=0.3),  # shares of the classes
+    )
+    recipes.add_stages(config, args, recipe, papers)
+    return config

@@ -21,22 +21,24 @@ Top-1 / ECE in %, last epoch, full length:
   any method, ours              not yet run
 """
 
-from configs import large
-
-RECIPE = large.Recipe(
-    epochs=180,
-    model="resnet50",
-    smoothing=(0.3, 0.0, 0.05, True),
-    mixup=0.2,
-    weight_decay=5e-4,
-    reslt_model="resnext50",
-    reslt=dict(beta=0.99, medium_start=175, tail_start=780),
-    reslt_branches=3,
-    gammas=dict(resnet10=0.3, resnext50=0.7, resnext101=0.7),
-    ranks=(390, 835),
-    pooled_branches=("resnet10",),
-)
+from configs import large, recipes
+from configs.recipes import ResLT, Smoothing
 
 
 def get_config(arg=None):
-    return large.images("imagenet_lt", arg, RECIPE)
+    args, recipe = large.read(arg)
+    reslt = "reslt" in recipe.blocks
+    network = "resnext50" if reslt else "resnet50"
+    config = large.base("imagenet_lt", args, recipe, network=network, epochs=180, weight_decay=5e-4)
+    config.data.ranges = (390, 835)  # some papers' groups, by rank of count, with --config.data.groups=ranks
+    if reslt and config.model.depth == 10:
+        config.model.branch_kind = "pooled_conv"  # these branches see features, not maps
+    papers = large.papers(
+        args,
+        warmup=5 / 180,
+        mixup=0.2,
+        smoothing=Smoothing(head=0.3, tail=0.0, classifier_rate=0.05, shifted_batch_norm=True),
+        reslt=ResLT(beta=0.99, medium_start=175, tail_start=780, tau=0.7 if "groups" in config.model else 0.3),
+    )
+    recipes.add_stages(config, args, recipe, papers)
+    return config

@@ -13,25 +13,25 @@ Top-1 / ECE in %, last epoch, ResNet-50, full length:
   any method, ours  not yet run
 """
 
-from configs import large
-
-RECIPE = large.Recipe(
-    epochs=200,
-    model="resnet50",
-    smoothing=(0.3, 0.0, 0.05, True),
-    mixup=0.2,
-    weight_decay=1e-4,
-    reslt_model="resnet50",
-    reslt=dict(beta=0.85, medium_start=1542),  # the second branch is for the 6,600 rarest species
-    reslt_branches=2,
-    gammas=dict(resnet50=0.3),
-    ranks=(842, 4543),
-    mean=(0.466, 0.471, 0.380),
-    std=(0.195, 0.194, 0.192),
-    only_mislas_jitters=True,
-    reslt_warmup=0,
-)
+from configs import large, recipes
+from configs.recipes import ResLT, Smoothing
 
 
 def get_config(arg=None):
-    return large.images("inat18", arg, RECIPE, source="i_naturalist2018")
+    args, recipe = large.read(arg)
+    pixels = dict(mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
+    config = large.base("inat18", args, recipe, network="resnet50", epochs=200, weight_decay=1e-4, pixels=pixels)
+    config.data.update(name="i_naturalist2018", ranges=(842, 4543))
+    if "reslt" in recipe.blocks:
+        config.model.branches = 2
+    papers = large.papers(
+        args,
+        warmup=0.0,
+        mixup=0.2,
+        color_jitter=0.4 if {"mixup", "smoothing"} & set(recipe.blocks) else 0.0,  # MiSLAS's alone
+        smoothing=Smoothing(head=0.3, tail=0.0, classifier_rate=0.05, shifted_batch_norm=True),
+        # the second branch is for the 6,600 rarest species
+        reslt=ResLT(beta=0.85, medium_start=1542, tail_start=None, tau=0.3),
+    )
+    recipes.add_stages(config, args, recipe, papers)
+    return config

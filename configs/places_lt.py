@@ -4,11 +4,11 @@
     python -m ltjax.interop.torch resnet152.pth --model=resnet,depth=152,stem=large,normalise=imagenet --out=resnet152
     python run.py --config=configs/places_lt.py:method=mislas
 
-As in MiSLAS, a ResNet-152 trained on ImageNet is frozen, one new block takes the place of its last one, and the new
-block and the classifier learn. Its weights, of the whole network as torchvision has it, are looked for in the folder
-config.weights, resnet152; the last block's are passed over, which the run says. Any other network that was trained on
-ImageNet will do, its last block kept under the new one: model=resnet50, with its weights. Adversarial training freezes
-nothing, and begins from scratch. Arguments: as in configs/imagenet_lt.py.
+As in MiSLAS, a ResNet-152 trained on ImageNet is frozen, a new block replaces its last one, and the new block and the
+classifier learn. config.weights names the folder of its weights, resnet152 by default: torchvision's whole network; the
+run ignores the last block's and says so. Any other network trained on ImageNet works: model=resnet50, with its weights;
+the new block then follows its last one. Adversarial training freezes nothing and starts from scratch. Arguments: as in
+configs/imagenet_lt.py.
 
 Top-1 / ECE in %, last epoch, ResNet-152, full length:
   MiSLAS, paper     40.4 / 3.41
@@ -16,27 +16,27 @@ Top-1 / ECE in %, last epoch, ResNet-152, full length:
   any method, ours  not yet run
 """
 
-from configs import large
-
-RECIPE = large.Recipe(
-    epochs=90,
-    model="resnet152",
-    smoothing=(0.4, 0.1, 0.05, True),
-    mixup=0.2,
-    weight_decay=5e-4,
-    reslt_model="resnet152",
-    reslt=dict(beta=0.99, medium_start=131, tail_start=288),  # beta is our choice, ImageNet-LT's
-    reslt_branches=3,
-    gammas=dict(resnet152=0.3),  # our choice, that of ImageNet-LT's ResNet-10
-    ranks=(131, 288),
-    extra_block=True,
-)
+from configs import large, recipes
+from configs.recipes import ResLT, Smoothing
 
 
 def get_config(arg=None):
-    config = large.images("places_lt", arg, RECIPE)
-    if config.model.extra_block:
-        config.weights, config.weights_parts = config.model.name + str(config.model.depth), ("backbone",)
+    args, recipe = large.read(arg)
+    config = large.base("places_lt", args, recipe, network="resnet152", epochs=90, weight_decay=5e-4)
+    config.data.ranges = (131, 288)
+    # Adversarial training trains the whole network: a frozen backbone keeps the features of clean images.
+    if not (recipe.adversarial or args.runlocal):
+        config.model.extra_block = True
+        config.weights, config.weights_parts = f"resnet{config.model.depth}", ("backbone",)
         if config.model.depth == 152:
             config.model.blocks = (3, 8, 36, 2)
+    papers = large.papers(
+        args,
+        warmup=5 / 90,
+        mixup=0.2,
+        smoothing=Smoothing(head=0.4, tail=0.1, classifier_rate=0.05, shifted_batch_norm=True),
+        # beta and tau are our choice, those of ImageNet-LT
+        reslt=ResLT(beta=0.99, medium_start=131, tail_start=288, tau=0.3),
+    )
+    recipes.add_stages(config, args, recipe, papers)
     return config

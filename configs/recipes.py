@@ -7,7 +7,7 @@ in `configs/robust.py`, has 100 or 2.
 
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -18,20 +18,16 @@ from configs import robust
 class Recipe(NamedTuple):
     title: str  # "": the blocks' names
     blocks: tuple[str, ...]
-    stages: tuple[str, ...] = ()  # names in the config; none: the blocks'
-    weight_decay: float = 2e-4
-    auto_augment: bool = False  # AutoAugment and Cutout in every stage
-    length: int = 200  # epochs of the first part, on small images; adversarial training's: see `configs/robust.py`
-    batch_size: int = 128  # on small images
+    stages: tuple[str, ...] = ()  # names in the config; (): the blocks'
+    weight_decay: float = 2e-4  # on small images, as are the next two
+    epochs: int = 200  # of the first part; adversarial training: see `configs/robust.py`
+    batch_size: int = 128
     decay: float = 0.1  # of the rate, twice
-
-    def epochs(self, short: bool) -> int:
-        """Of the first part, without adversarial training."""
-        return 12 if short else self.length
+    auto_augment: bool = False  # AutoAugment and Cutout in every stage
 
     @property
-    def robust(self) -> bool:
-        """Whether its first part trains on attacked images."""
+    def adversarial(self) -> bool:
+        """Whether the first part trains on attacked images."""
         return bool(set(self.blocks) & set(robust.BLOCKS))
 
 
@@ -45,7 +41,7 @@ METHODS = {
     "ldam_drw": Recipe("LDAM-DRW", ("ldam", "drw")),
     "balanced_softmax": Recipe("Balanced softmax", ("balanced_softmax",)),
     # BALMS's 13,000 steps of 512 images, on CIFAR-100-LT at imbalance 100
-    "balms": Recipe("BALMS", ("balms",), weight_decay=5e-4, auto_augment=True, length=591, batch_size=512),
+    "balms": Recipe("BALMS", ("balms",), weight_decay=5e-4, auto_augment=True, epochs=591, batch_size=512),
     "logit_adjustment": Recipe("Logit adjustment", ("logit_adjustment",)),
     "logit_adjustment_posthoc": Recipe("Post-hoc logit adjustment", ("ce", "logit_shift")),
     "crt": Recipe("cRT", ("ce", "crt")),
@@ -55,70 +51,136 @@ METHODS = {
     # the only decay in DRO-LT's code is LDAM's, 0.01; nothing there calls it
     "drolt": Recipe("DRO-LT", ("ce", "dro", "ce_classifier"), weight_decay=1e-4, auto_augment=True, decay=0.01),
     "reslt": Recipe("ResLT", ("reslt",), weight_decay=5e-4),
-    **{name: Recipe(title, blocks) for name, (title, blocks) in robust.METHODS.items()},
+    "pgd_at": Recipe("PGD-AT", ("pgd_at",)),
+    "trades": Recipe("TRADES", ("trades",)),
+    "alp": Recipe("ALP", ("alp",)),
+    "bgat": Recipe("BGAT", ("natural", "bgat")),
+    "lbgat": Recipe("LBGAT", ("lbgat",)),
 }
 
 
-class Scale(NamedTuple):
-    """In what training on large images differs from training on small ones."""
+class Smoothing(NamedTuple):
+    """MiSLAS's second stage."""
 
+    head: float  # label smoothing of the most frequent class
+    tail: float  # of the rarest one
+    classifier_rate: float  # factor on the classifier's learning rate
+    shifted_batch_norm: bool
+
+
+class ResLT(NamedTuple):
+    beta: float
+    medium_start: float  # first class of the second branch: its rank by count, or a share of the classes below 1
+    tail_start: float | None  # of the third branch; None: there are two
+    warmup_start: float = 7 / 15  # the rate of the first epoch; 0: the first step of an even rise
+    nesterov: bool = True
+    tau: float = 0.0  # at evaluation, the paper's gamma: power of the lengths that the classifier's rows are divided by
+    bias: bool = True  # at evaluation
+
+
+class Papers(NamedTuple):
+    """What depends on the data set in the papers' training; by default that of small images."""
+
+    smoothing: Smoothing = Smoothing(head=0.1, tail=0.1, classifier_rate=1.0, shifted_batch_norm=False)
+    reslt: ResLT | None = None  # None: not for this data
     lr: float = 0.1
-    warmup: float = 5 / 200  # share of the epochs; with the cosine, ResLT's alone
+    warmup: float = 5 / 200  # share of the epochs; with the cosine, of ResLT and before deferred re-weighting alone
     cosine: bool = False  # instead of two decays
     crop_padding: int = 4  # 0: random windows of another size are cut on the host
     color_jitter: float = 0.0
-    mixup: float = 1.0  # MiSLAS's Beta(a, a)
-    reslt_warmup_start: float = 7 / 15  # the rate of ResLT's first epoch; 0: the first step of an even rise
-    reslt_nesterov: bool = True
-    reslt_classifier: Mapping[str, Any] = MappingProxyType({"tau": 0.0, "bias": True})  # at evaluation
-    frozen_backbone: bool = False  # trained elsewhere; an extra block learns in its place
-    balanced_epochs: bool = True  # DRO-LT's stages count draws, not images: see `config.Stage.epoch_size`
-
-
-SMALL = Scale()
+    mixup: float = 1.0  # MiSLAS's a of Beta(a, a)
+    balanced_epochs: bool = True  # DRO-LT's stages count draws, not images: see `ltjax.config.Stage.epoch_size`
+    schedule: robust.Schedule = robust.LBGAT  # of adversarial training
 
 
 class Setting(NamedTuple):
-    """What a block may want to know."""
+    """What the blocks read."""
 
-    epochs: Any  # reference to config.epochs, of the whole first part
-    short: bool
-    auto_augment: bool | None  # None: where the recipe has it
-    mixup: float  # Beta(a, a) in stages that train the whole network; 0: none but the recipe's own
     parts: tuple[str, ...]  # of the network that have parameters
-    smoothing: tuple[float, float, float, bool]  # MiSLAS: head, tail, classifier's rate, shifted batch norm
-    reslt: dict[str, Any]  # ResLT: beta, medium_start, tail_start
-    deferred: bool  # the last fifth of the first part is a stage of its own, with class weights
+    papers: Papers = Papers()
+    epochs: Any = 0  # a reference to config.epochs, the length of the whole first part
+    short: bool = False
+    auto_augment: bool | None = None  # None: where the recipe has it
+    mixup: float = 0.0  # a of Beta(a, a) in stages that train the whole network; 0: the recipe's own
+    deferred: bool = False  # the last fifth of the first part is a stage of its own, with class weights
     decay: float = 0.1  # of the rate, twice, in the first part
     adversarial: robust.Setting = robust.Setting()
-    scale: Scale = SMALL
+    first: Mapping[str, Any] = MappingProxyType({})  # the first stage, for the later ones
+
+
+# Every key of a stage that `ltjax.config` knows, except those that `chain` writes.
+STAGE = dict(schedule=dict(kind="constant"), sampler=dict(name="instance_balanced"), augment={}, batch_norm="train")
+STAGE |= dict(keep_optimizer=False, epoch_size="images", drop_last=False, surgery={}, evaluate_net="net")
+
+
+def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers: Papers) -> None:
+    """Write the stages of a recipe, and the epochs of adversarial training, into a config that has its networks."""
+    schedule = robust.SHORT if args.short else papers.schedule
+    if recipe.adversarial:
+        config.epochs = schedule.epochs
+    head, tail, *_ = papers.smoothing
+    smoothing = dict(head=head, tail=tail) if args.loss == "label_aware_smoothing" else {}
+    optional = {
+        "branches": config.model.branches,
+        "logit_scale": config.model.logit_scale,
+        "guide": config.guide,
+        "block": config.model.get("extra_block"),
+    }
+    setting = Setting(
+        parts=("backbone", "classifier", *(part for part, used in optional.items() if used)),
+        papers=papers,
+        short=args.short,
+        auto_augment={"paper": recipe.auto_augment or None, "plain": False, "auto": True}[args.augment],
+        mixup=args.mixup,
+        deferred="drw" in recipe.blocks,
+        decay=recipe.decay,
+        adversarial=robust.Setting(
+            attack=robust.attack(args.epsilon, args.short),
+            beta=args.beta,
+            loss=dict(name=args.loss, **smoothing),
+            awp=robust.AWP.get(recipe.blocks[0], robust.AWP_OTHERS) if args.awp == "true" else 0.0,
+            sampler=args.sampler,
+            schedule=schedule,
+        ),
+    )
+    chain(config, recipe, setting)
 
 
 def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
-    """Write the stages of a recipe into a config."""
-    names = recipe.stages or recipe.blocks
-    config.stages = names
-    before, first = "scratch", {}
-    for number, (block, name) in enumerate(zip(recipe.blocks, names, strict=True)):
-        stage = SCRATCH[block](setting) if number == 0 else NEXT[block](setting, first)
-        first = first or stage
-        many = len(names) > 1
-        stage["title"] = (f"{recipe.title}, stage {number + 1}" if many else recipe.title) if recipe.title else block
-        if "eval_classifier" in first:
-            stage["eval_classifier"] = first["eval_classifier"]
-        stage["nearest_mean"] = "dro" in recipe.blocks and block != "natural"  # DRO-LT is judged by its features, too
-        config[name] = dict(stage, start_from=before)
+    """Write the stages of a recipe into a config; epochs and optimizer follow those of the run."""
+    config.stages = recipe.stages or recipe.blocks
+    before = "scratch"
+    for number, (block, name) in enumerate(zip(recipe.blocks, config.stages, strict=True)):
+        setting = setting._replace(epochs=config.get_oneway_ref("epochs"))
+        stage = (NEXT if number else SCRATCH)[block](setting)
+        if not number:
+            setting = setting._replace(first=stage)
+        step = f", stage {number + 1}" if len(recipe.blocks) > 1 else ""
+        optimizer = {key: config.optimizer.get_oneway_ref(key) for key in config.optimizer}
+        config[name] = {
+            **STAGE,
+            **stage,
+            "title": f"{recipe.title}{step}" if recipe.title else block,
+            "start_from": before,
+            "optimizer": {**optimizer, **stage.get("optimizer", {})},
+            "eval_classifier": setting.first.get("eval_classifier", {}),
+            "nearest_mean": "dro" in recipe.blocks and block != "natural",  # DRO-LT evaluates its features as well
+        }
         before = name
 
 
 def parse_recipe(text: str) -> Recipe:
-    """ "ce+dro+smoothing" -> its recipe. Raises: ValueError naming the blocks that may stand there."""
+    """Read "ce+dro+smoothing".
+
+    Raises:
+        ValueError: naming the blocks that are allowed there.
+    """
     blocks = tuple(text.split("+"))
     for number, block in enumerate(blocks):
         known = NEXT if number else SCRATCH
         if block not in known:
-            place = "after the first" if number else "first"
-            raise ValueError(f"config argument 'recipe={text}': {place} may stand: {', '.join(known)}; not {block!r}")
+            place = "after the first block" if number else "first"
+            raise ValueError(f"config argument 'recipe={text}': allowed {place}: {', '.join(known)}; not {block!r}")
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"config argument 'recipe={text}': each block once")
     if "drw" in blocks[2:] or ("drw" in blocks and blocks[0] in ("reslt", *robust.BLOCKS)):
@@ -130,10 +192,10 @@ def parse_recipe(text: str) -> Recipe:
     return known[0] if known else Recipe("", blocks, weight_decay=first.weight_decay)
 
 
-def network(blocks: tuple[str, ...]) -> dict[str, Any]:
-    """What a chain of blocks asks of the model's head."""
+def head(blocks: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of the network's head that a chain of blocks needs."""
     return dict(
-        # LDAM: logits are 30 times a cosine, so that confidence means something
+        # LDAM: logits are 30 times a cosine, so that the softmax can become confident
         classifier="cosine" if "ldam" in blocks else "linear",
         cosine_scale=30.0,
         logit_scale=bool({"lws", "smoothing"} & set(blocks)),
@@ -142,40 +204,40 @@ def network(blocks: tuple[str, ...]) -> dict[str, Any]:
 
 
 def groups(parts: tuple[str, ...], **rates: float) -> dict[str, dict[str, Any]]:
-    """Parameter groups: a factor on the learning rate for each part of the network; 0, frozen, where none is given."""
+    """Return parameter groups: for each part of the network a factor on the learning rate, 0 (frozen) by default."""
     paths = {"logit_scale": "net/logit_scale", "guide": "guide/.*"}
     return {part: dict(match=paths.get(part, f"net/{part}/.*"), rate=rates.get(part, 0.0)) for part in parts}
 
 
 def augment(setting: Setting, *, auto: bool = False, mixup: float = 0.0) -> dict[str, Any]:
     auto = auto if setting.auto_augment is None else setting.auto_augment
-    scale = setting.scale
-    mixing = dict(mixup_alpha=mixup)
-    if scale.crop_padding:
-        cut = 16 if auto else 0
-        return dict(crop_padding=scale.crop_padding, flip=True, auto_augment=auto, cutout_size=cut, **mixing)
+    padding, mixing = setting.papers.crop_padding, dict(mixup_alpha=mixup)
+    if padding:
+        return dict(crop_padding=padding, flip=True, auto_augment=auto, cutout_size=16 if auto else 0, **mixing)
+    jitter = 0.0 if auto else setting.papers.color_jitter
     rand = (2, 9.0) if auto else ()  # AutoAugment's policy is for small images
-    return dict(
-        crop_padding=0, flip=True, rand_augment=rand, color_jitter=0.0 if auto else scale.color_jitter, **mixing
-    )
+    return dict(crop_padding=0, flip=True, rand_augment=rand, color_jitter=jitter, **mixing)
 
 
 def _scratch(
     setting: Setting, method: dict, *, mixup: float = 0.0, decay: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    """The whole network: 5 epochs of warm-up, then two decays after 160 and 180 of 200; 2, 10 and 11 of 12 if short.
-    Large images have a cosine instead, without warm-up."""
-    epochs, warmup = setting.epochs, 2 / 12 if setting.short else setting.scale.warmup
+    """Train the whole network: 5 epochs of warm-up, two decays after 160 and 180 of 200; 2, 10 and 11 of 12 if short.
+
+    Large images have a cosine instead, without warm-up.
+    """
+    papers, epochs = setting.papers, setting.epochs
+    schedule: dict[str, Any] = dict(kind="step", warmup=2 / 12 if setting.short else papers.warmup)
+    schedule.update(decay_at=(0.8, 0.9), decay=setting.decay if decay is None else decay)
     if setting.deferred:
-        epochs, warmup = epochs - (epochs + 4) // 5, warmup / 0.8
-    schedule = dict(kind="step", warmup=warmup, decay_at=() if setting.deferred else (0.8, 0.9))
-    schedule["decay"] = setting.decay if decay is None else decay
-    if setting.scale.cosine and not setting.deferred:
+        epochs = epochs - (epochs + 4) // 5
+        schedule.update(warmup=schedule["warmup"] / 0.8, decay_at=())
+    elif papers.cosine:
         schedule.update(kind="cosine", warmup=0.0, decay_at=())
     return dict(
         method=method,
         epochs=epochs,
-        lr=setting.scale.lr,
+        lr=papers.lr,
         schedule=schedule,
         sampler=dict(name="instance_balanced"),
         augment=augment(setting, mixup=setting.mixup or mixup),
@@ -186,9 +248,8 @@ def _scratch(
 
 
 def whole(setting: Setting) -> dict[str, float]:
-    """Rates of a stage that trains the whole network, or all of it that is not frozen for good."""
-    backbone = 0.0 if setting.scale.frozen_backbone else 1.0
-    return dict(backbone=backbone, block=1.0, branches=1.0, classifier=1.0)
+    """Return the rates of a stage that trains the whole network; an extra block is trained on a frozen backbone."""
+    return dict(backbone=0.0 if "block" in setting.parts else 1.0, block=1.0, branches=1.0, classifier=1.0)
 
 
 def _loss(name: str, **settings: Any) -> dict[str, Any]:
@@ -200,33 +261,37 @@ def _balanced(**settings: Any) -> dict[str, Any]:
 
 
 def reslt(setting: Setting) -> dict[str, Any]:
-    scale = setting.scale
-    stage = _scratch(setting, dict(name="reslt", **setting.reslt), drop_last=True)
-    stage["optimizer"] = dict(nesterov=scale.reslt_nesterov)
-    stage["eval_classifier"] = dict(scale.reslt_classifier)  # tau is the paper's gamma
-    warmup = 2 / 12 if setting.short and scale.warmup else scale.warmup
-    stage["schedule"].update(warmup=warmup, warmup_start=scale.reslt_warmup_start)
+    paper = setting.papers.reslt
+    assert paper is not None, "ResLT is for long-tailed data"
+    method = dict(name="reslt", beta=paper.beta, medium_start=paper.medium_start)
+    if paper.tail_start is not None:
+        method["tail_start"] = paper.tail_start
+    stage = _scratch(setting, method, drop_last=True)
+    stage["optimizer"] = dict(nesterov=paper.nesterov)
+    stage["eval_classifier"] = dict(tau=paper.tau, bias=paper.bias)
+    warmup = setting.papers.warmup
+    stage["schedule"].update(warmup=2 / 12 if setting.short and warmup else warmup, warmup_start=paper.warmup_start)
     return stage
 
 
 def balms(setting: Setting) -> dict[str, Any]:
-    """Balanced softmax as BALMS trains it: a cosine from 0.1 after 800 steps of warm-up from 0.05."""
+    """Train with balanced softmax as BALMS does: a cosine from 0.1 after 800 steps of warm-up from 0.05."""
     stage = _scratch(setting, _loss("balanced_softmax"), drop_last=True)
     stage["schedule"] = dict(kind="cosine", warmup=2 / 12 if setting.short else 37 / 591, warmup_start=0.5)
     return stage
 
 
 def adversarial(name: str, setting: Setting) -> dict[str, Any]:
-    """A block of `configs/robust.py`: its recipe has its own schedule, and trains both networks where there are two."""
-    own = setting.adversarial
+    """Train a block of `configs/robust.py`, with its own schedule; it trains both networks if there are two."""
+    robust_setting = setting.adversarial
     trained = {"natural": ("guide",), "bgat": ("backbone", "classifier")}.get(name, ("backbone", "classifier", "guide"))
-    sampler = dict(name=own.sampler, **(dict(in_a_row=4) if own.sampler == "class_aware" else {}))
+    in_a_row = dict(in_a_row=4) if robust_setting.sampler == "class_aware" else {}
     return dict(
-        method=robust.BLOCKS[name](own),
+        method=robust.BLOCKS[name](robust_setting),
         epochs=setting.epochs,
-        lr=setting.scale.lr,
-        schedule=own.schedule.settings(),
-        sampler=sampler,
+        lr=setting.papers.lr,
+        schedule=robust_setting.schedule.settings(),
+        sampler=dict(name=robust_setting.sampler, **in_a_row),
         augment=augment(setting, mixup=setting.mixup),
         batch_norm="train",
         groups=groups(setting.parts, **dict.fromkeys(trained, 1.0)),
@@ -234,21 +299,9 @@ def adversarial(name: str, setting: Setting) -> dict[str, Any]:
     )
 
 
-def robust_classifier(setting: Setting, first: dict) -> dict[str, Any]:
-    """The classifier alone, on the features of attacked images and class-balanced batches."""
-    return _later(
-        setting,
-        robust.BLOCKS["pgd_at"](setting.adversarial._replace(awp=0.0)),
-        epochs=10,
-        short=1,
-        lr=0.01,
-        groups=groups(setting.parts, classifier=1.0),
-    )
-
-
 SCRATCH = {
     "ce": lambda s: _scratch(s, _loss("cross_entropy")),
-    "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=s.scale.mixup),
+    "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=s.papers.mixup),
     "focal": lambda s: _scratch(s, _loss("focal", gamma=1.0)),  # LDAM's comparison; Lin et al. have 2
     "cb_ce": lambda s: _scratch(s, _loss("cross_entropy", class_weights=_balanced())),
     # margins of 0.5 in cosine, on logits that are 30 cosines; its authors decay by 0.01
@@ -262,7 +315,7 @@ SCRATCH = {
 
 
 def _later(setting: Setting, method: dict, *, epochs: int, short: int, lr: float, **more: Any) -> dict[str, Any]:
-    """A stage on a trained network, 1/20 of the first one's length or so."""
+    """Train on from a trained network, for about 1/20 of the first stage's length. short: epochs of a short run."""
     stage = dict(
         method=method,
         epochs=short if setting.short else epochs,
@@ -275,23 +328,24 @@ def _later(setting: Setting, method: dict, *, epochs: int, short: int, lr: float
     return {**stage, **more}
 
 
-def smoothing(setting: Setting, first: dict) -> dict[str, Any]:
+def smoothing(setting: Setting) -> dict[str, Any]:
     """MiSLAS's second stage: label-aware smoothing, learnable weight scaling, shifted batch norm."""
-    head, tail, rate, shifted = setting.smoothing
+    paper = setting.papers.smoothing
     return _later(
         setting,
-        dict(name="mislas", head=head, tail=tail, shape="concave"),
+        dict(name="mislas", head=paper.head, tail=paper.tail, shape="concave"),
         epochs=10,
         short=2,
         lr=0.1,
         sampler=dict(name="class_aware", in_a_row=4),
-        batch_norm="train" if shifted else "eval",
-        groups=groups(setting.parts, classifier=rate, logit_scale=1.0),
+        batch_norm="train" if paper.shifted_batch_norm else "eval",
+        groups=groups(setting.parts, classifier=paper.classifier_rate, logit_scale=1.0),
     )
 
 
-def drw(setting: Setting, first: dict) -> dict[str, Any]:
-    """Deferred re-weighting: the first stage goes on at a lower rate, its loss now with class weights."""
+def drw(setting: Setting) -> dict[str, Any]:
+    """Deferred re-weighting: the first stage continues at a lower rate, its loss now with class weights."""
+    first = setting.first
     decay = first["schedule"]["decay"]
     loss = dict(first["method"]["loss"], class_weights=_balanced())
     return dict(
@@ -304,82 +358,62 @@ def drw(setting: Setting, first: dict) -> dict[str, Any]:
     )
 
 
-def dro(setting: Setting, first: dict) -> dict[str, Any]:
-    """DRO-LT's second stage: features, with the classifier frozen."""
-    parts = groups(setting.parts, **{**whole(setting), "classifier": 0.0})
+def _drolt(setting: Setting, method: dict, **more: Any) -> dict[str, Any]:
+    """Train a later stage of DRO-LT: a constant rate, class-aware batches, AutoAugment."""
     return _later(
         setting,
-        dict(
-            name="drolt",
-            loss=dict(name="cross_entropy", class_weights=dict(kind="count")),
-            robust_weight=1.0,
-            radius="learned",
-            radius_size=0.5,
-            temperature=1.0,
-            layers=(),
-        ),
-        epochs=80,
-        short=3,
-        lr=0.005,
+        method,
         schedule=dict(kind="constant"),
         sampler=dict(name="class_aware", in_a_row=4),
         augment=augment(setting, auto=True),
-        batch_norm="train",
-        epoch_size="balanced" if setting.scale.balanced_epochs else "images",
-        groups={**parts, "margins": dict(match="method/margins", rate=1.0, optional=True)},  # learned radii only
+        epoch_size="balanced" if setting.papers.balanced_epochs else "images",
+        **more,
     )
 
 
-def ce_classifier(setting: Setting, first: dict) -> dict[str, Any]:
-    """DRO-LT's third stage: the classifier alone, on the second one's draws, batch norm in evaluation mode."""
-    return _later(
-        setting,
-        _loss("cross_entropy"),
-        epochs=20,
-        short=1,
-        lr=0.01,
-        schedule=dict(kind="constant"),
-        sampler=dict(name="class_aware", in_a_row=4),
-        augment=augment(setting, auto=True),
-        epoch_size="balanced" if setting.scale.balanced_epochs else "images",
-        groups=groups(setting.parts, classifier=1.0),
-    )
+def dro(setting: Setting) -> dict[str, Any]:
+    """DRO-LT's second stage: the features learn, the classifier is frozen."""
+    method: dict[str, Any] = dict(name="drolt", loss=dict(name="cross_entropy", class_weights=dict(kind="count")))
+    method.update(robust_weight=1.0, radius="learned", radius_size=0.5, temperature=1.0, layers=())
+    trained = groups(setting.parts, **{**whole(setting), "classifier": 0.0})
+    trained["margins"] = dict(match="method/margins", rate=1.0, optional=True)  # learned radii only
+    return _drolt(setting, method, epochs=80, short=3, lr=0.005, batch_norm="train", groups=trained)
+
+
+def ce_classifier(setting: Setting) -> dict[str, Any]:
+    """DRO-LT's third stage: the classifier alone, batch norm in evaluation mode."""
+    trained = groups(setting.parts, classifier=1.0)
+    return _drolt(setting, _loss("cross_entropy"), epochs=20, short=1, lr=0.01, groups=trained)
+
+
+def robust_classifier(setting: Setting) -> dict[str, Any]:
+    """Train the classifier alone, on the features of attacked images and class-balanced batches."""
+    method = robust.BLOCKS["pgd_at"](setting.adversarial._replace(awp=0.0))
+    return _later(setting, method, epochs=10, short=1, lr=0.01, groups=groups(setting.parts, classifier=1.0))
 
 
 def _post_hoc(surgery: dict[str, Any]) -> dict[str, Any]:
-    """No training: only the classifier's weights are made anew."""
+    """Change the classifier's weights without training."""
     return dict(method=_loss("cross_entropy"), epochs=0, lr=0.1, surgery=surgery, batch_norm="eval", groups={})
+
+
+def _classifier(setting: Setting, loss: str, part: str = "classifier", **more: Any) -> dict[str, Any]:
+    """Train one part of the network for 10 epochs."""
+    trained = groups(setting.parts, **{part: 1.0})
+    return _later(setting, _loss(loss), epochs=10, short=2, lr=0.1, groups=trained, **more)
 
 
 NEXT = {
     "drw": drw,
     "dro": dro,
     "ce_classifier": ce_classifier,
-    "balanced_softmax_classifier": lambda s, first: _later(
-        s,
-        _loss("balanced_softmax"),
-        epochs=10,
-        short=2,
-        lr=0.1,
-        sampler=dict(name="instance_balanced"),
-        groups=groups(s.parts, classifier=1.0),
-    ),
+    "balanced_softmax_classifier": lambda s: _classifier(s, "balanced_softmax", sampler=dict(name="instance_balanced")),
     "smoothing": smoothing,
-    "bgat": lambda s, first: adversarial("bgat", s),
+    "bgat": partial(adversarial, "bgat"),
     "robust_classifier": robust_classifier,
-    "crt": lambda s, first: _later(
-        s,
-        _loss("cross_entropy"),
-        epochs=10,
-        short=2,
-        lr=0.1,
-        surgery=dict(name="new_head"),
-        groups=groups(s.parts, classifier=1.0),
-    ),
-    "lws": lambda s, first: _later(
-        s, _loss("cross_entropy"), epochs=10, short=2, lr=0.1, groups=groups(s.parts, logit_scale=1.0)
-    ),
-    "tau_norm": lambda s, first: _post_hoc(dict(name="tau_norm", taus=tuple(k / 10 for k in range(21)))),
-    "ncm": lambda s, first: _post_hoc(dict(name="nearest_mean", metric="cosine")),
-    "logit_shift": lambda s, first: _post_hoc(dict(name="logit_shift", tau=1.0)),
+    "crt": lambda s: _classifier(s, "cross_entropy", surgery=dict(name="new_head")),
+    "lws": lambda s: _classifier(s, "cross_entropy", "logit_scale"),
+    "tau_norm": lambda s: _post_hoc(dict(name="tau_norm", taus=tuple(k / 10 for k in range(21)))),
+    "ncm": lambda s: _post_hoc(dict(name="nearest_mean", metric="cosine")),
+    "logit_shift": lambda s: _post_hoc(dict(name="logit_shift", tau=1.0)),
 }

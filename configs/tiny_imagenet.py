@@ -1,4 +1,4 @@
-"""Tiny ImageNet (200 classes, 64x64 pixels), all of it, adversarially trained: LBGAT and its family.
+"""Tiny ImageNet (200 classes, 64x64 pixels), adversarially trained: LBGAT and its family.
 
     python -m ltjax.data.prepare tiny_imagenet
     python run.py --config=configs/tiny_imagenet.py:method=lbgat,beta=6
@@ -8,10 +8,14 @@ The images (1.2 GB) live on the device; the 10,000 official validation images ar
 Arguments: see configs/cifar100.py. Any method, ours: not yet run.
 """
 
-from configs import common
+from configs import recipes, small
 
-MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # unless trained adversarially
+PIXELS = dict(mean=(0.4802, 0.4481, 0.3975), std=(0.2770, 0.2691, 0.2821))
 
 
 def get_config(arg=None):
-    return common.small_images("tiny_imagenet", arg, mean=MEAN, std=STD)
+    args, recipe = small.read(arg, long_tailed=False)
+    config = small.base("tiny_imagenet", args, recipe, pixels=PIXELS)
+    config.data.name = "tiny_imagenet"
+    recipes.add_stages(config, args, recipe, recipes.Papers())
+    return config

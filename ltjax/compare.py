@@ -1,10 +1,10 @@
-"""One table over finished runs, with seeds of the same config gathered in a row.
+"""One table of finished runs; seeds of the same config share a row.
 
     python -m ltjax.compare runs/*                                # in the terminal
     python -m ltjax.compare runs/ce-seed* runs/mislas-seed* --stages --format=latex > table.tex
     python -m ltjax.compare runs/* --html=comparison.html         # and a page with figures
 
-Figures are those of the last epoch, as each run's results.json has them: mean ± sample standard deviation over seeds.
+Figures are those of the last epoch, from each run's results.json: mean ± sample standard deviation over seeds.
 """
 
 import argparse
@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ltjax import config as configs
+from ltjax.report.seeds import Figure, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 
-# Settings in which runs of one row may differ: which seeds were trained, and what changes no trained number.
+# Settings in which runs of one row may differ: the seeds, and what changes no trained number.
 WITHIN_A_ROW = (
     "seed",
     "replicas",
@@ -38,7 +39,7 @@ WITHIN_A_ROW = (
     "gpu_graphs",
     "attack",
 )
-# {key in `Row.figures`: column} of what `--mode=attack` measured, shown where some run has it
+# {key in `Row.figures`: column} of what `--mode=attack` measured, shown if some run has it
 ATTACKED = {"pgd-20": "PGD-20", "cw-20": "CW-20", "autoattack": "AutoAttack", "autoattack few": "AutoAttack few"}
 # {key in `Row.figures`: column}, after the groups; `ncm` and `best` are shown on demand.
 FIGURES = {**{group: group for group in GROUPS}, "ece": "ECE", "ncm": "NCM", **ATTACKED, "best": "legacy best"}
@@ -48,35 +49,31 @@ COLUMN_NOTES = {
     "NCM": "NCM: accuracy over all classes of the nearest class mean, instead of the classifier.",
     "legacy best": LEGACY_BEST,
 }
-MOST_DIFFERENCES = 3
+STAGE_DEFAULTS = {"schedule": {"kind": "constant"}, "sampler": {"name": "instance_balanced"}}  # `ltjax.config.parse`'s
+MOST_DIFFERENCES = 3  # in a row's name
 NOT_COMPARABLE = "warning: not comparable"
 
 
-class Stage(NamedTuple):
+class FinishedStage(NamedTuple):
     title: str
     seconds: float
     seeds: dict[int, dict[str, float]]  # {seed: {key of `FIGURES`: fraction}}, without what was not measured
 
 
-class Run(NamedTuple):
-    path: Path  # as the user knows it: the workdir, or the file where it is not called results.json
+class FinishedRun(NamedTuple):
+    path: Path  # the workdir, or the file if it is not called results.json
     name: str
     settings: dict[str, Any] | None  # those that change what is trained; None without a config.json
-    stages: dict[str, Stage]
+    stages: dict[str, FinishedStage]
     final_stage: str
     seconds: float
     facts: dict[str, str | None]  # what two runs must share to be compared; None: unknown
 
 
-class Figure(NamedTuple):
-    mean: float
-    std: float | None = None  # with ddof=1; None for one seed
-
-
 class Row(NamedTuple):
     name: str
     figures: dict[str, Figure]  # {key of `FIGURES`: fraction}, without what some seed lacks
-    seconds: float  # a seed, mean over runs
+    seconds: float  # of a seed, mean over runs
     seeds: tuple[int, ...]
     runs: tuple[Path, ...]  # those whose seeds were counted
     stage: str | None = None  # None: the final one
@@ -84,54 +81,56 @@ class Row(NamedTuple):
 
 class Comparison(NamedTuple):
     rows: list[Row]
-    notes: list[str]  # what the reader of the table has to know, a line each
+    notes: list[str]  # a line each: what was left out or counted once, and warnings
 
 
 def rows(paths: Iterable[str | Path], *, stages: bool = False) -> list[Row]:
-    """The rows of the table over some runs, in the order given.
+    """Return the table's rows, in the order of the paths.
 
     Args:
-      paths: workdirs, folders of workdirs, or results.json files with config.json and split.json beside them.
-      stages: a row for every stage instead of the final one alone.
-    Raises: UserError naming a path that is no finished run.
+        paths: workdirs, folders of workdirs, or results.json files with config.json and split.json beside them.
+        stages: make a row for every stage instead of the final one alone.
+
+    Raises:
+        UserError: naming a path that is no finished run.
     """
     return compare(paths, stages=stages).rows
 
 
 def compare(paths: Iterable[str | Path], *, stages: bool = False) -> Comparison:
-    """`rows`, and notes on what was left out, counted once, or is not comparable."""
+    """Return `rows`, and notes on what was left out, counted once, or is not comparable."""
     files, notes, refused = [], [], []
     for path in map(local, paths):
         try:
-            found, unfinished = results_files(path)
+            finished, unfinished = results_files(path)
         except UserError as error:
             if not path.is_dir():
                 raise
-            refused.append(error)  # `runs/*` has what is still training, too
+            refused.append(error)  # `runs/*` may contain runs that are still training
             continue
-        files += found
+        files += finished
         notes += [f"note: {folder} is left out: no results.json, not trained to the end" for folder in unfinished]
     if refused and not files:
         raise refused[0]
     notes += [f"note: left out: {error}" for error in refused]
     distinct = list({file.resolve(): file for file in reversed(files)}.values())[::-1]
     groups = group([read_run(file) for file in distinct])
-    made, seen = [], {}
-    for name, runs in zip(row_names(groups), groups, strict=True):
-        owners, twice = owners_of_seeds(runs)
-        notes += twice
-        seen[name] = runs
+    named = dict(zip(row_names(groups), groups, strict=True))
+    table = []
+    for name, runs in named.items():
+        run_of_seed, repeated = runs_by_seed(runs)
+        notes += repeated
         if runs[0].settings is None:
             notes.append(f"note: {runs[0].path} has no config.json beside it: a row of its own")
-        for stage in runs[0].stages if stages else [None]:
-            made.append(make_row(name, owners, stage))
-    return Comparison(made, notes + not_comparable(seen))
+        table += [make_row(name, run_of_seed, stage) for stage in (runs[0].stages if stages else [None])]
+    return Comparison(table, notes + not_comparable(named))
 
 
 def results_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The results.json files that a path stands for, and the unfinished runs in it where it is a folder of runs.
+    """Return the results.json files of a path, and the unfinished runs in it if it is a folder of runs.
 
-    Raises: UserError where there is no results.json.
+    Raises:
+        UserError: if there is no results.json.
     """
     if path.is_file():
         return [path], []
@@ -141,27 +140,28 @@ def results_files(path: Path) -> tuple[list[Path], list[Path]]:
         return [path / "results.json"], []
     if (path / "config.json").exists():
         raise UserError(f"{path} has no results.json: train it to the end first (the same command resumes)")
-    found = sorted(path.glob("*/results.json"))
-    if not found:
+    files = sorted(path.glob("*/results.json"))
+    if not files:
         raise UserError(f"{path} holds no finished run: name a workdir with a results.json, or a folder of them")
-    finished = {file.parent for file in found}
-    return found, [file.parent for file in sorted(path.glob("*/config.json")) if file.parent not in finished]
+    finished = {file.parent for file in files}
+    return files, [file.parent for file in sorted(path.glob("*/config.json")) if file.parent not in finished]
 
 
-def read_run(path: Path) -> Run:
-    """A run from its results.json, with config.json and split.json where they lie beside it.
+def read_run(path: Path) -> FinishedRun:
+    """Read a run from its results.json, with config.json and split.json if they lie beside it.
 
-    Raises: UserError naming the file that is not what ltjax writes.
+    Raises:
+        UserError: naming the file that is not what ltjax writes.
     """
-    again = "move it away and run the training command again, which writes it anew"
+    again = "move it away and run the training command again, which rewrites it"
     results = _read_json(path, again) or {}
-    alone = "mend it, or copy results.json to an empty folder and name the copy"
+    alone = "repair it, or copy results.json to an empty folder and name the copy"
     config = _read_json(path.with_name("config.json"), alone, optional=True)
     split = _read_json(path.with_name("split.json"), alone, optional=True) or {}
     try:
         stages = {name: _stage(name, stage, results) for name, stage in results["stages"].items()}
         final = results["final_stage"]
-        run = Run(
+        run = FinishedRun(
             path=path.parent if path.name == "results.json" else path,
             name=str(results["name"]),
             settings=None,
@@ -211,71 +211,75 @@ def _text(value: Any) -> str | None:
 
 
 def _measured(stage: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """What a stage of results.json measured, an entry a seed: with replicas, the stage itself holds means."""
+    """Return what a stage of results.json measured for each seed; with replicas, the stage itself holds means."""
     return stage.get("replicas") or [stage]
 
 
 def _attack(results: Mapping[str, Any]) -> str | None:
-    """What a robust accuracy holds for."""
+    """Return the attack's settings, for which the robust accuracy holds."""
     about = results.get("robustness")
     return about and _text([about["norm"], about["epsilon"], about["num_images"]])
 
 
-def _stage(name: str, stage: Mapping[str, Any], results: Mapping[str, Any]) -> Stage:
-    several = bool(stage.get("replicas"))
-    seeds = {int((one if several else results)["seed"]): _figures(one) for one in _measured(stage)}
-    about = results.get("robustness") or {}
-    for test, attacked in about.get("tests", {}).items() if about.get("stage") == name else ():
-        for one in _measured(attacked):
-            figures = seeds[int((one if several else results)["seed"])]
-            found = {test: one["accuracy"]["all"], f"{test} few": one["accuracy"].get("few")}
-            figures.update({key: float(found[key]) for key in ATTACKED if found.get(key) is not None})
-    return Stage(title=str(stage["title"]), seconds=float(stage["seconds"]), seeds=seeds)
+def _stage(name: str, stage: Mapping[str, Any], results: Mapping[str, Any]) -> FinishedStage:
+    def seed(measured: Mapping[str, Any]) -> int:
+        return int((measured if stage.get("replicas") else results)["seed"])
+
+    seeds = {seed(measured): _figures(measured) for measured in _measured(stage)}
+    attack = results.get("robustness") or {}
+    for test, attacked in attack.get("tests", {}).items() if attack.get("stage") == name else ():
+        for measured in _measured(attacked):
+            accuracy = {test: measured["accuracy"]["all"], f"{test} few": measured["accuracy"].get("few")}
+            shown = {key: float(accuracy[key]) for key in ATTACKED if accuracy.get(key) is not None}
+            seeds[seed(measured)].update(shown)
+    return FinishedStage(title=str(stage["title"]), seconds=float(stage["seconds"]), seeds=seeds)
 
 
 def _figures(measured: Mapping[str, Any]) -> dict[str, float]:
-    found = {
+    figures = {
         **{group: measured["accuracy"].get(group) for group in GROUPS},
         "ece": measured["ece"],
         "ncm": measured.get("nearest_mean", {}).get("accuracy", {}).get("all"),
         "best": measured.get("best_on_test", {}).get("accuracy"),
     }
-    return {key: float(value) for key, value in found.items() if value is not None}
+    return {key: float(value) for key, value in figures.items() if value is not None}
 
 
 def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that change what is trained, with today's defaults for keys that an older config.json lacks."""
+    """Return the settings that change what is trained, with today's defaults for keys that an older config lacks."""
     run, data = configs.RunConfig._field_defaults, configs.DataConfig._field_defaults
     filled = {**run, **config}
     filled["data"] = {**data, **config["data"]}
     filled["optimizer"] = {**configs.OptimizerConfig._field_defaults, **config.get("optimizer", {})}
     for name in config["stages"]:
-        filled[name] = {**configs.StageConfig._field_defaults, **config[name]}
+        stage = {**configs.StageConfig._field_defaults, **config[name]}
+        defaults = {"optimizer": filled["optimizer"], **STAGE_DEFAULTS}
+        filled[name] = {**stage, **{key: {**default, **stage[key]} for key, default in defaults.items()}}
     # through JSON, so that a default () equals the [] of a file
     return json.loads(json.dumps({key: value for key, value in filled.items() if key not in WITHIN_A_ROW}))
 
 
-def group(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs of the same settings, whatever their seeds, in the order of their first."""
-    groups: list[list[Run]] = []
+def group(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:
+    """Group runs of the same settings, whatever their seeds, in the order of their first."""
+    groups: list[list[FinishedRun]] = []
     for run in runs:
-        mates = next((members for members in groups if _same(members[0], run)), None)
-        if mates is None:
+        same = next((members for members in groups if _same(members[0], run)), None)
+        if same is None:
             groups.append([run])
         else:
-            mates.append(run)
+            same.append(run)
     return groups
 
 
-def _same(a: Run, b: Run) -> bool:
+def _same(a: FinishedRun, b: FinishedRun) -> bool:
     if a.settings is None or b.settings is None:
         return False
     return list(a.stages) == list(b.stages) and not configs.differences(a.settings, b.settings)
 
 
-def row_names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """A name for each group of runs: the runs' own, with what differs from the first group of that name."""
-    firsts: dict[str, Run] = {}
+def row_names(groups: Sequence[Sequence[FinishedRun]]) -> list[str]:
+    """Return a name for each group of runs: the runs' name, and what differs from the first group of that name."""
+    firsts: dict[str, FinishedRun] = {}
     names: list[str] = []
     for run, *_ in groups:
         name, first = run.name, firsts.setdefault(run.name, run)
@@ -290,63 +294,58 @@ def row_names(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _telling(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs, as `ltjax.config.differences` has it: what is trained, on which data, which network, the rest.
+    """Return the lines of `ltjax.config.differences`: stages first, then data, network and the rest.
 
-    What one side alone has in a stage, such as settings of another method, follows from the rest and is left out.
+    A key that a stage has on one side alone, such as a setting of another method, follows from the rest: left out.
     """
     stages = {*old.get("stages", ()), *new.get("stages", ())}
-    found = configs.differences(old, new)
-    both = [line for line in found if "(absent)" not in line or re.split(r"[.:]", line)[0] not in stages]
+    lines = configs.differences(old, new)
+    both = [line for line in lines if "(absent)" not in line or re.split(r"[.:]", line)[0] not in stages]
     first = ("stages", "data", "model")
     place = {key: number for number, key in enumerate(first)}
-    return sorted(both or found, key=lambda line: place.get(re.split(r"[.:]", line)[0], len(first)))
+    return sorted(both or lines, key=lambda line: place.get(re.split(r"[.:]", line)[0], len(first)))
 
 
-def owners_of_seeds(runs: Iterable[Run]) -> tuple[dict[int, Run], list[str]]:
-    """{seed: the first run that has it}, and a note for each run that repeats seeds."""
-    owners: dict[int, Run] = {}
+def runs_by_seed(runs: Iterable[FinishedRun]) -> tuple[dict[int, FinishedRun], list[str]]:
+    """Return {seed: the first run that has it}, and a note for each run that repeats seeds."""
+    run_of_seed: dict[int, FinishedRun] = {}
     notes = []
     for run in runs:
         repeated: dict[Path, list[str]] = {}
         for seed in run.stages[run.final_stage].seeds:
-            if owners.setdefault(seed, run) is not run:
-                repeated.setdefault(owners[seed].path, []).append(str(seed))
+            if run_of_seed.setdefault(seed, run) is not run:
+                repeated.setdefault(run_of_seed[seed].path, []).append(str(seed))
         for path, seeds in repeated.items():
             which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
             notes.append(f"note: {which} of {run.name} in {run.path} as in {path}: counted once, from {path}")
-    return owners, notes
+    return run_of_seed, notes
 
 
-def make_row(name: str, owners: Mapping[int, Run], stage: str | None) -> Row:
-    """The row of one stage, or of the final stage with the whole run's seconds for None."""
-    runs = list({id(run): run for run in owners.values()}.values())
+def make_row(name: str, run_of_seed: Mapping[int, FinishedRun], stage: str | None) -> Row:
+    """Return the row of one stage; None: of the final stage, with the seconds of the whole run."""
+    runs = list({id(run): run for run in run_of_seed.values()}.values())
     chosen = {id(run): run.stages[stage or run.final_stage] for run in runs}
-    measured = [chosen[id(run)].seeds[seed] for seed, run in owners.items()]
+    measured = [chosen[id(run)].seeds[seed] for seed, run in run_of_seed.items()]
     common = [key for key in FIGURES if all(key in values for values in measured)]
-    if len({run.facts["attack"] for run in runs}) > 1:  # of which a mean would say nothing, see `not_comparable`
+    if len({run.facts["attack"] for run in runs}) > 1:  # a mean over different attacks means nothing
         common = [key for key in common if key not in ATTACKED]
     seconds = [(run.seconds if stage is None else chosen[id(run)].seconds) / len(chosen[id(run)].seeds) for run in runs]
     return Row(
         name=name if stage is None else f"{name} / {chosen[id(runs[0])].title}",
         figures={key: mean_and_std([values[key] for values in measured]) for key in common},
         seconds=math.fsum(seconds) / len(seconds),
-        seeds=tuple(owners),
+        seeds=tuple(run_of_seed),
         runs=tuple(run.path for run in runs),
         stage=stage,
     )
 
 
-def mean_and_std(values: Sequence[float]) -> Figure:
-    """Mean, and standard deviation with ddof=1 where there are two values or more."""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return Figure(mean)
-    return Figure(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)))
+def not_comparable(groups: Mapping[str, Sequence[FinishedRun]]) -> list[str]:
+    """Return a warning for each split of the rows by a fact about their runs.
 
-
-def not_comparable(groups: Mapping[str, Sequence[Run]]) -> list[str]:
-    """A warning for each way in which the facts about runs part the rows; a row that is parted itself by its paths."""
-    parted: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    A warning names the rows on each side; if runs of one row are on different sides, it names their paths.
+    """
+    splits: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     facts = dict.fromkeys(fact for runs in groups.values() for run in runs for fact in run.facts)
     for fact in facts:
         sides: dict[str, list[str]] = {}
@@ -358,17 +357,20 @@ def not_comparable(groups: Mapping[str, Sequence[Run]]) -> list[str]:
                     sides.setdefault(value, []).append(name if len(within) == 1 else str(run.path))
         if len(sides) > 1:
             parts = tuple(tuple(dict.fromkeys(labels)) for labels in sides.values())
-            parted.setdefault(parts, []).append(fact)
+            splits.setdefault(parts, []).append(fact)
     return [
         f"{NOT_COMPARABLE}, different {', '.join(different)}: {' | '.join(', '.join(part) for part in parts)}"
-        for parts, different in parted.items()
+        for parts, different in splits.items()
     ]
 
 
 def cells(rows: Sequence[Row], *, legacy_best: bool = False, comparable: bool = True) -> list[list[Cell]]:
-    """The table as text, its header first: figures in %, "-" where one is missing, the best of each column marked.
+    """Return the table as text, header first: figures in %, "-" if one is missing, the best of each column marked.
 
-    legacy_best: a column of the best epoch as picked on the test set. comparable: without that, nothing is marked.
+    Args:
+        rows: of `rows`.
+        legacy_best: add a column of the best epoch as picked on the test set.
+        comparable: mark the best.
     """
     keys = [*GROUPS, "ece"]
     keys += [key for key in ("ncm", *ATTACKED) if any(key in row.figures for row in rows)] + ["best"] * legacy_best
@@ -385,7 +387,7 @@ def cells(rows: Sequence[Row], *, legacy_best: bool = False, comparable: bool = 
 
 
 def _best(key: str, means: Iterable[float]) -> float | None:
-    """The best mean as it is shown, or None where there are not two to choose from. NaN is never best."""
+    """Return the best mean as it is shown; None if there are fewer than two. NaN is never best."""
     shown = [_rounded(mean) for mean in means if not math.isnan(mean)]
     return None if len(shown) < 2 else min(shown) if key == "ece" else max(shown)
 
@@ -405,32 +407,33 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
+    """Run the command line. Returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
     parser = _Parser(
         prog="python -m ltjax.compare",
-        description="One table over finished runs, their last epoch: mean and deviation over the seeds of a config.",
+        description="One table of finished runs at their last epoch: mean and deviation over the seeds of a config.",
         epilog="example: python -m ltjax.compare runs/ce-seed* runs/mislas-seed* --format=markdown",
         allow_abbrev=False,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a workdir, a folder of workdirs, or a results.json")
     parser.add_argument("--format", choices=("plain", "markdown", "latex"), default="plain", help="default: plain")
-    parser.add_argument("--stages", action="store_true", help="a row for each stage, not the final one alone")
+    parser.add_argument("--stages", action="store_true", help="a row for each stage, not for the final one alone")
     parser.add_argument(
-        "--best", action="store_true", help="also the legacy figure: the best epoch as picked on the test set"
+        "--best", action="store_true", help="add the legacy figure: the best epoch as picked on the test set"
     )
-    parser.add_argument("--html", metavar="FILE", help="also a page with figures, one file that needs nothing else")
+    parser.add_argument("--html", metavar="FILE", help="write a page with figures as well, one file without references")
     try:
         args = parser.parse_args(argv)
-        made, notes = compare(args.runs, stages=args.stages)
+        table_rows, notes = compare(args.runs, stages=args.stages)
         comparable = not any(note.startswith(NOT_COMPARABLE) for note in notes)
-        table = cells(made, legacy_best=args.best, comparable=comparable)
+        table = cells(table_rows, legacy_best=args.best, comparable=comparable)
         if args.html:
-            from ltjax.report import compared  # what draws is for those who want it
+            from ltjax.report import compared  # slow to import
 
             command = shlex.join(["python", "-m", "ltjax.compare", *(sys.argv[1:] if argv is None else argv)])
-            header, *body = cells(made, legacy_best=True, comparable=comparable)
+            header, *body = cells(table_rows, legacy_best=True, comparable=comparable)
             about = [COLUMN_NOTES[cell.text] for cell in header if cell.text in COLUMN_NOTES]
-            compared.write(local(args.html), [cell.text for cell in header], body, made, [*about, *notes], command)
+            titles = [cell.text for cell in header]
+            compared.write(local(args.html), titles, body, table_rows, [*about, *notes], command)
             print(f"The page is in {args.html}", file=sys.stderr)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -443,7 +446,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print({"markdown": markdown, "latex": latex}[args.format](table), end="")
         sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # `| head` has seen enough; rich would exit with 1
+    except (BrokenPipeError, SystemExit):  # `| head` closed the pipe; rich would exit with 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing fails at exit
     return 0
 
@@ -452,7 +455,7 @@ def _print_plain(table: Sequence[Sequence[Cell]]) -> None:
     plain_text = dict(markup=False, emoji=False)  # names as they are
     console = Console(**plain_text)
     if not console.is_terminal:
-        console = Console(width=10_000, **plain_text)  # a file has no edge to wrap at
+        console = Console(width=10_000, **plain_text)  # do not wrap in a file
     console.print(plain(table))
     marked = console.is_terminal and any(cell.best for row in table for cell in row)
     bold = ["Bold: best of the column."] * marked

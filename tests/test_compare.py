@@ -397,7 +397,7 @@ def test_a_broken_file_is_named_with_what_to_do(tmp_path, capsys, name, text):
     (run / name).write_text(text)
     code, out, err = run_main(capsys, run)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert str(run / name) in err and ("move it away" in err or "mend it" in err)
+    assert str(run / name) in err and ("move it away" in err or "repair it" in err)
 
 
 def test_stages_with_different_seeds_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""`report/index.html`: one file that needs nothing else, made of what lies in a run's folder."""
+"""`report/index.html`: one file without references to others, made from a run's folder."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ltjax.report import panels, plots, sections
-from ltjax.report.sections import Table
+from ltjax.report.sections import Attacked, Content, Table
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
 
@@ -20,11 +20,11 @@ PICTURE_WIDTH = 640  # of the attack's picture, in pixels
 
 
 def write(workdir: Path, results: Mapping[str, Any] | None = None) -> Path:
-    """The page of the run in `workdir`. results: what results.json holds or is about to; None: read it."""
+    """Write the page of the run in `workdir`. results: the content of results.json; None: read it."""
     folder = workdir / "report"
     results = read_json(workdir / "results.json") if results is None else results
     numbers = read_json(folder / "numbers.json") if (folder / "numbers.json").exists() else {}
-    made = of_run(
+    html = of_run(
         results,
         groups_of(read_json(workdir / "split.json"), len(results["class_names"])),
         numbers,
@@ -34,30 +34,30 @@ def write(workdir: Path, results: Mapping[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"
     temporary = path.with_name("index.html.tmp")
-    temporary.write_text(made, encoding="utf-8", errors="replace")  # a class may be called what UTF-8 cannot hold
+    temporary.write_text(html, encoding="utf-8", errors="replace")  # class names may not be valid UTF-8
     temporary.replace(path)
     return path
 
 
 def groups_of(split: Mapping[str, Any], num_classes: int) -> dict[str, np.ndarray]:
-    """{name: bool [C]} from split.json, without groups that have no class."""
-    found = {name: np.isin(np.arange(num_classes), members) for name, members in split["groups"].items()}
-    return {name: member for name, member in found.items() if member.any()}
+    """Return {name: bool [C]} from split.json, without groups that have no class."""
+    groups = {name: np.isin(np.arange(num_classes), members) for name, members in split["groups"].items()}
+    return {name: member for name, member in groups.items() if member.any()}
 
 
 def attack_image(path: Path) -> str:
-    """The picture of `--mode=attack` as a data URI, smaller than it is; empty where there is none."""
+    """Return the picture of `--mode=attack`, made smaller, as a data URI; "" if there is none."""
     try:
         with Image.open(path) as picture:
             picture = picture.convert("RGB")
-    except OSError:  # what is no image among them
+    except OSError:  # also if the file is no image
         return ""
     picture.thumbnail((PICTURE_WIDTH, picture.height))
     return data_uri(picture, "jpeg")
 
 
 def data_uri(picture: Image.Image, kind: str) -> str:
-    """kind: "png" or "jpeg"."""
+    """Encode a picture. kind: "png" or "jpeg"."""
     file = io.BytesIO()
     picture.save(file, kind, **(dict(quality=85) if kind == "jpeg" else {}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -70,18 +70,22 @@ def of_run(
     curves: Mapping[str, Any],
     image: str = "",
 ) -> str:
-    """The page of one run as HTML.
+    """Return the page of one run as HTML.
 
-    results, numbers: what results.json and report/numbers.json hold; numbers may be {}. groups: {name: bool [C]}.
-    curves: of `ltjax.report.panels.read_curves`. image: of the attack, a data URI.
+    Args:
+        results: what results.json holds.
+        groups: {name: bool [C]}.
+        numbers: what report/numbers.json holds; may be {}.
+        curves: of `ltjax.report.panels.read_curves`.
+        image: of the attack, a data URI.
     """
     stages = [panels.of_stage(results, name, groups, numbers, curves) for name in results["stages"]]
-    made = sections.of_panels(stages, ends=stages[-1:])
-    made = [one._replace(pairs=confused(results, numbers)) if one.id == "errors" else one for one in made]
+    attacked = []
     if "robustness" in results:
         title = results["stages"].get(results["robustness"]["stage"], {}).get("title", "")
-        attacked = sections.robustness(results["robustness"], image=image, title=title)
-        made.append(attacked._replace(about=f"{title}: {attacked.about}" if title else attacked.about))
+        attacked.append(Attacked("robust", title, results["robustness"]))
+    content = Content(stages, stages[-1:], confused(results, numbers), attacked, image=image)
+    by_group = sections.group_counts(stages[0])
     counts = np.asarray(results["class_counts"])
     seeds = f", mean ± standard deviation of {len(results['seeds'])} seeds" if "seeds" in results else ""
     imbalance = counts.max() / counts.min()
@@ -94,10 +98,10 @@ def of_run(
         main=stage_table(results, stages),
         notes=[
             *unfinished(results),
-            *(f"Training images a class: {counts}." for counts in [sections.group_counts(stages[0])] if counts),
+            *([f"Training images a class: {by_group}."] if by_group else []),
             f"{when(results).capitalize()}. {LEGACY_BEST}",
         ],
-        sections=made,
+        sections=sections.of(content),
         how_first=True,
         how_title="How to get this again" if results["command"] else "What evaluated it",
         commands=[results["command"]] if results["command"] else [],
@@ -106,7 +110,7 @@ def of_run(
 
 
 def unfinished(results: Mapping[str, Any]) -> list[str]:
-    """How far a run is that has not been trained to its end, see `ltjax.modes.report.report_workdir`."""
+    """Return a warning if the run is not trained to its end, see `ltjax.modes.report.report_workdir`."""
     reached = results.get("unfinished")
     if not reached:
         return []
@@ -154,49 +158,40 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def confused(results: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The most confused pairs of classes, with names instead of class numbers; see `ltjax.report.sections.Section`."""
-    names, counts, titles = results["class_names"], results["class_counts"], results["stages"]
-    lists = []
-    for found in numbers.get("pairs", []):
-        shown = []
-        for pair in found["pairs"]:
-            share = f"{100 * pair['shares'][numbers['final_stage']]:.0f} % of its {pair['total']:,} test images"
-            others = [
-                f"{titles[s]['title']}: {100 * v:.0f} %"
-                for s, v in pair["shares"].items()
-                if s != numbers["final_stage"]
-            ]
-            shown.append(
-                {
-                    "true": names[pair["true"]],
-                    "true_count": f"{counts[pair['true']]:,} training images",
-                    "predicted": names[pair["predicted"]],
-                    "predicted_count": f"{counts[pair['predicted']]:,}",
-                    "share": share + (f" ({'; '.join(others)})" if others else ""),
-                    "images": [
-                        {
-                            "uri": image["uri"],
-                            "small": image["small"],
-                            "caption": f"{image['confidence']:.0%} sure"
-                            if image["confidence"] is not None
-                            else names[pair["predicted"]],
-                            "alt": f"test image of {names[pair['true']]}"
-                            if image["confidence"] is not None
-                            else f"test image of {names[pair['predicted']]}, for comparison",
-                        }
-                        for image in pair["images"]
-                    ],
-                }
-            )
-        if shown:
-            lists.append({"title": found["title"], "pairs": shown})
-    return lists
+    """Return the most confused pairs of classes, as the page shows them."""
+    lists = [
+        {"title": group["title"], "pairs": [_pair(pair, results, numbers["final_stage"]) for pair in group["pairs"]]}
+        for group in numbers.get("pairs", [])
+    ]
+    return [group for group in lists if group["pairs"]]
+
+
+def _pair(pair: Mapping[str, Any], results: Mapping[str, Any], final: str) -> dict[str, Any]:
+    """Replace class numbers by names and counts. pair: of report/numbers.json."""
+    counts, stages = results["class_counts"], results["stages"]
+    true, predicted = (results["class_names"][pair[key]] for key in ("true", "predicted"))
+    share = f"{100 * pair['shares'][final]:.0f} % of its {pair['total']:,} test images"
+    others = [f"{stages[s]['title']}: {100 * value:.0f} %" for s, value in pair["shares"].items() if s != final]
+    images = []
+    for image in pair["images"]:
+        if image["confidence"] is None:
+            text = {"caption": predicted, "alt": f"test image of {predicted}, for comparison"}
+        else:
+            text = {"caption": f"{image['confidence']:.0%} sure", "alt": f"test image of {true}"}
+        images.append({"uri": image["uri"], "small": image["small"], **text})
+    return {
+        "true": true,
+        "true_count": f"{counts[pair['true']]:,} training images",
+        "predicted": predicted,
+        "predicted_count": f"{counts[pair['predicted']]:,}",
+        "share": share + (f" ({'; '.join(others)})" if others else ""),
+        "images": images,
+    }
 
 
 def render(**context: Any) -> str:
-    """The page: title, subtitle, main (a Table), notes, sections, how_title, commands, facts.
-
-    how_first: whether the commands and facts stand with the table, not last.
+    """Return the page's HTML. context: title, subtitle, main (a Table), notes, sections, how_title, commands, facts,
+    and how_first: whether commands and facts come right after the table, not last.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -7,20 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-GROUPS = ("many", "medium", "few")
+from ltjax.report.seeds import Figure, mean_and_std, pool
+from ltjax.runs.results import GROUPS
+
 MOST_POINTS = 160  # of a learning curve
 
 
-class Figure(NamedTuple):
-    mean: float
-    std: float | None = None  # over seeds
-
-
 class Panel(NamedTuple):
-    """Arrays [C] have nan for classes without test images. What was not measured is empty."""
+    """Arrays [C] have nan for classes without test images; what was not measured is empty or None."""
 
     title: str
-    accuracy: dict[str, Figure]  # of all and of each group
+    accuracy: dict[str, Figure]  # of all classes and of each group
     ece: Figure | None
     classwise_ece: Figure | None
     best: Figure | None  # legacy: best epoch as picked on the test set
@@ -31,8 +28,8 @@ class Panel(NamedTuple):
     class_names: tuple[str, ...]
     groups: dict[str, np.ndarray]  # {name: bool [C]}
     errors: dict[str, dict[str, float]]  # see `ltjax.report.analysis.errors_by_group`
-    own: np.ndarray  # distances to class means; empty where not measured
-    wrong: np.ndarray
+    own: np.ndarray  # [C], distance of a class's test features to its own class mean
+    wrong: np.ndarray  # [C], to the nearest mean of another class
     nearest_is_own: dict[str, float]
     learned: dict[str, np.ndarray]
     curves: list[dict[str, Any]]  # of each seed, see `read_curves`
@@ -45,35 +42,37 @@ def of_stage(
     numbers: Mapping[str, Any],
     curves: Mapping[str, Any],
 ) -> Panel:
-    """A panel of one stage of one run.
+    """Return the panel of one stage of one run.
 
-    results: what results.json holds. groups: {name: bool [C]}. numbers: what report/numbers.json holds, or {}.
-    curves: of `read_curves`, or {}.
+    Args:
+        results: what results.json holds.
+        stage: its name.
+        groups: {name: bool [C]}.
+        numbers: what report/numbers.json holds, or {}.
+        curves: of `read_curves`, or {}.
     """
-    own, measured = results["stages"][stage], numbers.get("stages", {}).get(stage, {})
-    spread = own.get("std", {"accuracy": {}})
-    accuracy = {name: Figure(own["accuracy"][name], spread["accuracy"].get(name)) for name in own["accuracy"]}
-    best, distances = own.get("best_on_test"), measured.get("distances", {})
-    classwise = measured.get("classwise_ece")
+    measured, observed = results["stages"][stage], numbers.get("stages", {}).get(stage, {})
+    calibrated = measured["ece"] is not None
+    spread = measured.get("std", {"accuracy": {}})
+    best, distances = measured.get("best_on_test"), observed.get("distances", {})
+    classwise = observed.get("classwise_ece")
     return Panel(
-        title=own["title"],
-        accuracy=accuracy,
-        ece=None if own["ece"] is None else Figure(own["ece"], spread.get("ece")),
-        classwise_ece=None if classwise is None or own["ece"] is None else Figure(classwise),
-        best=None if best is None or not own.get("epochs") else Figure(best["accuracy"]),
-        seconds=own["seconds"],
-        per_class=array(own["per_class_accuracy"]),
-        bins={}
-        if own["ece"] is None
-        else {key: array(own["calibration_bins"][key]) for key in own["calibration_bins"]},
+        title=measured["title"],
+        accuracy={name: Figure(mean, spread["accuracy"].get(name)) for name, mean in measured["accuracy"].items()},
+        ece=Figure(measured["ece"], spread.get("ece")) if calibrated else None,
+        classwise_ece=Figure(classwise) if calibrated and classwise is not None else None,
+        best=Figure(best["accuracy"]) if best is not None and measured.get("epochs") else None,
+        seconds=measured["seconds"],
+        per_class=array(measured["per_class_accuracy"]),
+        bins={key: array(values) for key, values in measured["calibration_bins"].items()} if calibrated else {},
         class_counts=np.asarray(results["class_counts"]),
         class_names=tuple(results["class_names"]),
         groups={name: groups[name] for name in GROUPS if name in groups},
-        errors=measured.get("errors", {}),
+        errors=observed.get("errors", {}),
         own=array(distances.get("own", ())),
         wrong=array(distances.get("wrong", ())),
         nearest_is_own=distances.get("nearest_is_own", {}),
-        learned={title: array(values) for title, values in measured.get("learned", {}).items()},
+        learned={title: array(values) for title, values in observed.get("learned", {}).items()},
         curves=[curves[stage]] if stage in curves else [],
     )
 
@@ -83,87 +82,78 @@ def array(values: Sequence[float | None]) -> np.ndarray:
 
 
 def pooled(title: str, panels: Sequence[Panel], seeds: Sequence[int], known: Mapping[str, Figure]) -> Panel:
-    """One panel of several runs of a config. seeds: how many each of them has. known: figures over all seeds."""
-    weights = np.asarray(seeds, np.float64)
-    first = panels[0]
+    """Return one panel of several runs of a config.
 
-    def mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        same = [a for a in arrays if a.shape == arrays[0].shape]
-        return np.average(same, axis=0, weights=weights) if len(same) == len(arrays) else np.empty(0)
+    Args:
+        title: of the panel.
+        panels: one of each run.
+        seeds: how many each of them has.
+        known: figures over all seeds.
+    """
 
-    def by_key(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        return {
-            key: float(np.average([part[key] for part in parts], weights=weights))
-            for key in parts[0]
-            if all(key in part for part in parts)
-        }
+    def mean(parts: Sequence[Any]) -> Any:
+        shapes = {np.shape(part) for part in parts}
+        return np.average(parts, axis=0, weights=seeds) if len(shapes) == 1 else np.empty(0)
 
-    bins: dict[str, np.ndarray] = {}
-    if all(panel.bins for panel in panels):
-        counts = np.sum([panel.bins["counts"] for panel in panels], axis=0)
-        total = np.maximum(counts, 1)
-        bins = {
-            key: np.sum([panel.bins[key] * panel.bins["counts"] for panel in panels], axis=0) / total
-            for key in ("accuracies", "confidences")
-        } | {"counts": counts}
     classwise = [panel.classwise_ece.mean for panel in panels if panel.classwise_ece is not None]
-    spread = float(np.std(classwise, ddof=1)) if len(classwise) > 1 else None
-    errors = [panel.errors for panel in panels]
-    return first._replace(
+    return panels[0]._replace(
         title=title,
-        accuracy={name: known[name] for name in ("all", *GROUPS) if name in known},
+        accuracy={name: known[name] for name in GROUPS if name in known},
         ece=known.get("ece"),
-        classwise_ece=Figure(float(np.mean(classwise)), spread) if len(classwise) == len(panels) else None,
+        classwise_ece=mean_and_std(classwise) if len(classwise) == len(panels) else None,
         best=known.get("best"),
-        per_class=mean([panel.per_class for panel in panels]),
-        bins=bins,
-        errors={
-            group: by_key([one[group] for one in errors]) for group in errors[0] if all(group in one for one in errors)
-        },
-        own=mean([panel.own for panel in panels]),
-        wrong=mean([panel.wrong for panel in panels]),
-        nearest_is_own=by_key([panel.nearest_is_own for panel in panels]),
-        learned={
-            key: mean([panel.learned[key] for panel in panels])
-            for key in first.learned
-            if all(key in panel.learned for panel in panels)
-        },
+        bins=_pooled_bins([panel.bins for panel in panels]),
         curves=[curve for panel in panels for curve in panel.curves],
+        **{
+            name: pool([getattr(panel, name) for panel in panels], mean)
+            for name in ("per_class", "errors", "own", "wrong", "nearest_is_own", "learned")
+        },
     )
 
 
-def read_curves(path: Path) -> dict[str, dict[str, list]]:
-    """Learning curves from metrics.jsonl -> {stage: {"train": [(epoch, loss, lr)], "test": [(epoch, {group: acc})]}}.
+def _pooled_bins(bins: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the bins over the images of all runs; {} if a run has none."""
+    if not all(bins):
+        return {}
+    counts = np.sum([each["counts"] for each in bins], axis=0)
+    sums = {key: np.sum([each[key] * each["counts"] for each in bins], axis=0) for key in ("accuracies", "confidences")}
+    return {key: total / np.maximum(counts, 1) for key, total in sums.items()} | {"counts": counts}
 
-    Epochs are fractions where steps were logged; of long runs neighbours are averaged. No file: no curves.
+
+def read_curves(path: Path) -> dict[str, dict[str, list]]:
+    """Read learning curves from metrics.jsonl; without that file there are none.
+
+    Returns:
+        {stage: {"train": [(epoch, loss, lr)], "test": [(epoch, {group: accuracy})]}}. Epochs of training are
+        fractions; neighbours are averaged if there are many.
     """
-    found: dict[str, dict[str, list]] = {}
+    curves: dict[str, dict[str, list]] = {}
     try:
         lines = path.read_text().splitlines()
     except OSError:
         return {}
-    for one in lines:
+    for line in lines:
         try:
-            entry = json.loads(one)
-            stage, values = found.setdefault(entry["stage"], {"train": [], "test": []}), entry["values"]
+            entry = json.loads(line)
+            stage, values = curves.setdefault(entry["stage"], {"train": [], "test": []}), entry["values"]
             if entry["split"] == "train":
                 stage["train"].append((entry["epoch"], entry["step"], values["loss"], values["lr"]))
             elif entry["split"] == "test":
                 stage["test"].append((entry["epoch"], dict(values["accuracy"])))
         except (ValueError, KeyError, TypeError):
-            continue  # cut short by a kill
-    for stage in found.values():
+            continue  # a killed process can leave half a line
+    for stage in curves.values():
         stage["train"] = thinned(stage["train"])
-    return found
+    return curves
 
 
 def thinned(entries: Sequence[tuple[int, int, float, float]]) -> list[tuple[float, float, float]]:
-    """(epoch, last step, loss, rate) of each dispatch -> (place in epochs, loss, rate), at most `MOST_POINTS`."""
+    """Average (epoch, last step, loss, rate) of each dispatch; at most `MOST_POINTS` (place in epochs, loss, rate)."""
     if not entries:
         return []
     epochs, steps, losses, rates = (np.asarray(values, np.float64) for values in zip(*entries, strict=True))
-    whole = np.flatnonzero(np.diff(epochs, append=np.inf))  # where an epoch ends
-    per_epoch = steps[whole[0]] / epochs[whole[0]] if len(whole) else 1.0
+    last = np.flatnonzero(np.diff(epochs, append=np.inf))  # last dispatch of each epoch
+    per_epoch = steps[last[0]] / epochs[last[0]] if len(last) else 1.0
     before = np.r_[0.0, steps[:-1]]
     middle = (steps + before) / 2 / max(per_epoch, 1e-9)
     parts = np.array_split(np.arange(len(entries)), min(len(entries), MOST_POINTS))

@@ -1,4 +1,4 @@
-"""Reading configs, and what the tests of all kinds ask of them."""
+"""Read configs, and look up what several tests compare."""
 
 import runpy
 from pathlib import Path
@@ -9,14 +9,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def read(name, argument=None):
-    """read("cifar10_lt", "imbalance=50"): the ConfigDict of a file with its arguments."""
+    """Return the ConfigDict of a file: `read("cifar10_lt", "imbalance=50")`."""
     arguments = () if argument is None else (argument,)
     return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](*arguments)
 
 
 def parsed(name, argument=None):
-    """The same, checked: the run and its stages."""
-    return config.parse(read(name, argument).to_dict())
+    """Return the run and its stages, checked."""
+    run = config.parse(read(name, argument).to_dict())
+    return run, run.stages
 
 
 def rates_of(stage):

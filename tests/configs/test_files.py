@@ -1,4 +1,4 @@
-"""Every file in configs/, as `run.py` reads it: its arguments, its names, settings that their parts take."""
+"""Every file in configs/, as `run.py` reads it: arguments, run names, and settings that the library accepts."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from ltjax import config, methods, models, optim, registry, surgery
 from ltjax.data import SOURCES, augment, load, samplers, splits
 from tests.configs.reading import ROOT, parsed, rates_of, read
 
-# Every method with one of these, in turn, and in each file with another.
+# Each method gets one of these, in turn, and another one in each file.
 CHOICES = (
     "imbalance=100",
     "imbalance=10,profile=step,budget=short,augment=plain",
@@ -58,7 +58,7 @@ DATA = {
     "cifar100": (100, 500, 32),
     "fashion_mnist_lt": (10, 1000, 28),
     "tiny_imagenet": (200, 500, 64),
-    # the sizes are of what the augmentation is tried on
+    # sizes at which the augmentation is tried
     "imagenet_lt": (1000, 1280, 16),
     "i_naturalist2018": (8142, 1000, 16),
     "places_lt": (365, 4980, 16),
@@ -66,15 +66,13 @@ DATA = {
 }
 
 
-# The files in configs/.
-
-
-def test_every_file_but_what_they_share_is_a_config():
+def test_every_file_is_a_config_or_shared_code():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {
         "common",
         "large",
         "recipes",
         "robust",
+        "small",
     }
 
 
@@ -103,7 +101,7 @@ def augmented(settings, size, channels):
 
 
 @every_config
-def test_every_setting_of_every_config_is_one_that_its_part_takes(name, argument):
+def test_the_library_accepts_every_setting(name, argument):
     run, stages = parsed(name, argument)
     assert run.data.name in SOURCES
     num_classes, most, size = DATA[run.data.name]
@@ -135,27 +133,23 @@ def test_every_setting_of_every_config_is_one_that_its_part_takes(name, argument
 
 
 @every_config
-def test_every_config_means_the_same_after_json(name, argument):
-    """A run's folder holds its config as JSON."""
+def test_a_config_is_the_same_after_json(name, argument):
+    """A workdir stores its config as JSON."""
     values = read(name, argument).to_dict()
-    run = config.parse(values)
-    stages = run.stages
-    same_run, same_stages = config.parse(json.loads(json.dumps(values)))
-    assert same_run.stages == run.stages
-    assert json.dumps(same_stages) == json.dumps(stages)
+    run, same = config.parse(values), config.parse(json.loads(json.dumps(values)))
+    assert json.dumps(same) == json.dumps(run)
 
 
 @every_config
 def test_overriding_the_epochs_reaches_the_stages_that_share_them(name, argument):
-    """Those from scratch, and BGAT's robust part; deferred re-weighting takes a fifth of it, rounded up."""
+    """Stages from scratch and BGAT's adversarial one share them; deferred re-weighting takes a fifth, rounded up."""
     values = read(name, argument)
     before = config.parse(values.to_dict()).stages
     values.epochs = 11
     run = config.parse(values.to_dict())
-    stages = run.stages
     assert run.epochs == 11
-    deferred = "drw" in stages
-    for stage, settings in stages.items():
+    deferred = "drw" in run.stages
+    for stage, settings in run.stages.items():
         expected = before[stage].epochs
         if settings.start_from == "scratch" or stage == "bgat":
             expected = 8 if deferred else 11
@@ -169,7 +163,7 @@ def test_no_new_part_of_a_network_is_frozen_in_the_first_stage_that_uses_it(name
     methods = (None, *(f"method={method}" for method in read_methods(name)))
     for argument in methods:
         run, stages = parsed(name, argument)
-        trained = {"logit_scale", *run.weights_parts}  # it begins as 1, which changes nothing
+        trained = {"logit_scale", *run.weights_parts}  # the scale begins as 1, which changes nothing
         for stage, settings in stages.items():
             rates = rates_of(settings)
             used = {part for part in rates if part != "guide"}
@@ -183,28 +177,74 @@ def test_no_new_part_of_a_network_is_frozen_in_the_first_stage_that_uses_it(name
 
 
 def read_methods(name):
-    """The methods that a config takes."""
+    """The methods that a config allows."""
     with pytest.raises(common.Help) as asked:
         read(name, "help")
     return asked.value.arguments["method"][1].split(", ")
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
-def test_flags_override_the_epochs_and_a_stages_own_settings(monkeypatch):
-    path = ROOT / "configs" / "cifar100_lt.py"
-    line = ["run.py", f"--config={path}:imbalance=50", "--config.epochs=3", "--config.classifier.method.head=0.2"]
+@every_config
+def test_a_config_has_every_key_that_the_parser_knows(name, argument):
+    values = read(name, argument).to_dict()
+    sections = {"data": config.DataConfig, "optimizer": config.OptimizerConfig, "attack": config.AttackConfig}
+    for stage in values["stages"]:
+        sections |= {stage: config.StageConfig, f"{stage}.optimizer": config.OptimizerConfig}
+    assert set(values) == {*config.RunConfig._fields, *values["stages"]}
+    for section, kind in sections.items():
+        keys = functools.reduce(dict.__getitem__, section.split("."), values)
+        parsed_later = config.SET_BY_PARSE if kind is config.StageConfig else ()
+        assert set(keys) == set(kind._fields) - set(parsed_later), section
+
+
+def test_defaults_are_the_parsers():
+    assert common.defaults().data.to_dict() == {"name": "", **config.DataConfig._field_defaults}
+    stage = {key: value for key, value in config.StageConfig._field_defaults.items() if key in recipes.STAGE}
+    assert recipes.STAGE == stage | dict(schedule={"kind": "constant"}, sampler={"name": "instance_balanced"})
+
+
+def overridden(monkeypatch, name, argument, *overrides):
+    """The config of a file, as `run.py` reads it from the command line."""
+    path = ROOT / "configs" / f"{name}.py"
+    line = ["run.py", f"--config={path}:{argument}", *(f"--config.{override}" for override in overrides)]
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr(sys, "argv", line)  # where ml_collections looks for what is overridden
+    monkeypatch.setattr(sys, "argv", line)  # ml_collections reads the overrides there
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     values(line)
     run = config.parse(values["config"].value.to_dict())
-    stages = run.stages
+    return run, run.stages
+
+
+from_command_line = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections, 3.11
+
+
+@from_command_line
+def test_flags_override_the_epochs_and_a_stages_own_settings(monkeypatch):
+    changes = ("epochs=3", "classifier.method.head=0.2")
+    run, stages = overridden(monkeypatch, "cifar100_lt", "imbalance=50", *changes)
     assert (run.data.imbalance, run.epochs, stages["features"].epochs, stages["classifier"].epochs) == (50, 3, 3, 10)
     assert stages["classifier"].method["head"] == 0.2
 
 
-def test_names_of_runs_tell_the_choices_apart():
+@from_command_line
+@pytest.mark.parametrize("name", FILES)
+def test_flags_override_accumulation_and_the_optimizer_of_all_stages_or_of_one(monkeypatch, name):
+    first, *_ = parsed(name)[0].stages
+    changes = ("accumulate=2", "optimizer.weight_decay=0.125", f"{first}.optimizer.momentum=0.5")
+    run, stages = overridden(monkeypatch, name, "", *changes)
+    assert (run.accumulate, run.optimizer.momentum) == (2, 0.9)
+    assert {stage.optimizer["weight_decay"] for stage in stages.values()} == {0.125}
+    momentum = {stage: settings.optimizer["momentum"] for stage, settings in stages.items()}
+    assert momentum == {stage: 0.5 if stage == first else 0.9 for stage in stages}
+
+
+@from_command_line
+def test_flags_override_the_epochs_of_one_stage_alone(monkeypatch):
+    run, stages = overridden(monkeypatch, "cifar100", "method=bgat", "natural.epochs=3")
+    assert (run.epochs, stages["natural"].epochs, stages["bgat"].epochs) == (100, 3, 100)
+
+
+def test_different_arguments_give_different_run_names():
     names = [read(name, argument).name for name, argument in EVERY if argument]
     one_choice = (
         "imbalance=50",
@@ -223,7 +263,7 @@ def test_names_of_runs_tell_the_choices_apart():
     assert len(set(names)) == len(names)
 
 
-NUMBERS_AND_CHOICES = {
+INVALID_VALUES = {
     "methd=ce": "unknown config argument 'methd'; allowed: "
     "method, recipe, imbalance, profile, budget, model, classifier, augment, mixup, precision, holdout, "
     "guide, beta, loss, awp, sampler, epsilon",
@@ -256,17 +296,17 @@ NUMBERS_AND_CHOICES = {
     },
 }
 FIRST, AFTER = ", ".join(recipes.SCRATCH), ", ".join(recipes.NEXT)
-CHAINS_THAT_CANNOT_BE = {
-    "recipe=smoothing": f"config argument 'recipe=smoothing': first may stand: {FIRST}; not 'smoothing'",
-    "recipe=ce+ldam": f"config argument 'recipe=ce+ldam': after the first may stand: {AFTER}; not 'ldam'",
-    "recipe=ce+": f"config argument 'recipe=ce+': after the first may stand: {AFTER}; not ''",
+INVALID_CHAINS = {
+    "recipe=smoothing": f"config argument 'recipe=smoothing': allowed first: {FIRST}; not 'smoothing'",
+    "recipe=ce+ldam": f"config argument 'recipe=ce+ldam': allowed after the first block: {AFTER}; not 'ldam'",
+    "recipe=ce+": f"config argument 'recipe=ce+': allowed after the first block: {AFTER}; not ''",
     "recipe=ce+crt+crt": "config argument 'recipe=ce+crt+crt': each block once",
     **{
         f"recipe={blocks}": f"config argument 'recipe={blocks}': drw comes second, "
         "after a block with one loss such as ce"
         for blocks in ("ce+crt+drw", "reslt+drw", "lbgat+drw", "pgd_at+drw")
     },
-    "recipe=bgat": f"config argument 'recipe=bgat': first may stand: {FIRST}; not 'bgat'",
+    "recipe=bgat": f"config argument 'recipe=bgat': allowed first: {FIRST}; not 'bgat'",
     **{
         f"recipe={blocks}": f"config argument 'recipe={blocks}': natural and bgat go together, "
         "as natural+bgat at the start"
@@ -276,15 +316,15 @@ CHAINS_THAT_CANNOT_BE = {
 
 
 @pytest.mark.parametrize("name", ["cifar10_lt", "cifar100_lt"])
-def test_every_mistaken_argument_is_one_clear_line(name):
-    for argument, message in {**NUMBERS_AND_CHOICES, **CHAINS_THAT_CANNOT_BE}.items():
+def test_an_invalid_argument_is_named_with_what_is_allowed(name):
+    for argument, message in {**INVALID_VALUES, **INVALID_CHAINS}.items():
         with pytest.raises(ValueError) as raised:
             read(name, argument)
         assert str(raised.value) == message
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
-def test_what_is_for_long_tailed_data_is_refused_on_balanced_data(name):
+def test_balanced_data_refuses_what_needs_long_tailed_data(name):
     methods = ", ".join(("lbgat", *common.BALANCED))
     mistakes = {
         "method=reslt": f"config argument 'method=reslt': allowed values of method: {methods}",
@@ -299,15 +339,15 @@ def test_what_is_for_long_tailed_data_is_refused_on_balanced_data(name):
         assert str(raised.value) == message
 
 
-def test_a_chains_blocks_are_its_stages_each_from_the_one_before():
+def test_each_block_of_a_chain_is_a_stage_that_starts_from_the_one_before():
     run, stages = parsed("cifar100_lt", "recipe=reslt+dro+smoothing")
-    assert run.stages == ("reslt", "dro", "smoothing")
+    assert tuple(stages) == ("reslt", "dro", "smoothing")
     assert [stage.start_from for stage in stages.values()] == ["scratch", "reslt", "dro"]
     assert [stage.title for stage in stages.values()] == ["reslt", "dro", "smoothing"]
     assert (run.model["branches"], run.model["logit_scale"]) == (3, True)
 
 
-AUGMENTED = {  # (AutoAugment, Cutout) of each stage
+AUGMENTED = {  # argument: (AutoAugment, Cutout) of each stage
     "method=ce": [(False, 0)],
     "method=ce,augment=auto": [(True, 16)],
     "method=drolt": [(True, 16)] * 3,
@@ -319,10 +359,10 @@ AUGMENTED = {  # (AutoAugment, Cutout) of each stage
 
 
 @pytest.mark.parametrize("argument", AUGMENTED)
-def test_augment_is_that_of_the_paper_or_one_kind_for_all_stages(argument):
-    found = [stage.augment for stage in parsed("cifar10_lt", argument)[1].values()]
-    assert [(a["auto_augment"], a["cutout_size"]) for a in found] == AUGMENTED[argument]
-    assert all((a["crop_padding"], a["flip"]) == (4, True) for a in found)
+def test_augment_is_the_papers_or_the_same_in_all_stages(argument):
+    augments = [stage.augment for stage in parsed("cifar10_lt", argument)[1].values()]
+    assert [(a["auto_augment"], a["cutout_size"]) for a in augments] == AUGMENTED[argument]
+    assert all((a["crop_padding"], a["flip"]) == (4, True) for a in augments)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +375,7 @@ def test_augment_is_that_of_the_paper_or_one_kind_for_all_stages(argument):
         ("method=ldam_drw,mixup=0.2", [0.2, 0.2]),
     ],
 )
-def test_mixup_is_for_stages_that_train_the_whole_network(argument, alphas):
+def test_mixup_applies_to_stages_that_train_the_whole_network(argument, alphas):
     _, stages = parsed("cifar10_lt", argument)
     assert [stage.augment["mixup_alpha"] for stage in stages.values()] == alphas
 
@@ -343,7 +383,7 @@ def test_mixup_is_for_stages_that_train_the_whole_network(argument, alphas):
 @pytest.mark.parametrize(
     "argument, holdout", [("method=ce", 0), ("method=tau_norm", 10), ("method=tau_norm,holdout=3", 3)]
 )
-def test_tau_is_chosen_on_a_holdout(argument, holdout):
+def test_tau_norm_has_a_holdout(argument, holdout):
     assert parsed("cifar100_lt", argument)[0].data.holdout == holdout
 
 
@@ -366,5 +406,5 @@ def test_quickstart_can_hold_images_out_of_every_class():
     assert (kept.class_counts == np.bincount(labels) - 5).all() and len(kept.holdout) == 50
 
 
-def test_quickstart_is_attacked_as_the_others_are():
+def test_quickstart_has_the_attack_of_the_other_configs():
     assert read("quickstart")["attack"] == read("cifar100_lt")["attack"]

@@ -1,4 +1,4 @@
-"""The configs of large images, against the papers' recipes."""
+"""The configs of large images follow the papers' recipes."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_mislas_is_the_papers(name):
+def test_mislas_follows_the_paper(name):
     epochs, depth, decay, (head, tail), ranks = PAPERS[name]
     run, stages = parsed(name, "method=mislas")
     features, classifier = stages["features"], stages["classifier"]
@@ -40,12 +40,12 @@ def test_places_trains_one_new_block_on_a_frozen_backbone():
 
 
 @pytest.mark.parametrize("argument", ["method=mislas,model=resnet50", "method=trades", "method=mislas,runlocal"])
-def test_only_a_frozen_resnet_152_lacks_its_last_block(argument):
+def test_only_a_frozen_resnet_152_leaves_out_its_last_block(argument):
     assert "blocks" not in parsed("places_lt", argument)[0].model
 
 
 @pytest.mark.parametrize("name", ["pgd_at", "trades", "alp", "bgat", "lbgat"])
-def test_adversarial_training_on_places_trains_all_of_its_networks_from_scratch(name):
+def test_adversarial_training_on_places_trains_whole_networks_from_scratch(name):
     run, stages = parsed("places_lt", f"method={name}")
     assert (run.model["extra_block"], run.weights) == (False, "")
     trained = {part for stage in stages.values() for part, rate in rates_of(stage).items() if rate}
@@ -62,7 +62,7 @@ RESLT = {
 
 
 @pytest.mark.parametrize("name, model", RESLT)
-def test_reslt_is_the_papers(name, model):
+def test_reslt_follows_the_paper(name, model):
     epochs, depth, groups, decay, beta, (medium, tail), branches, gamma = RESLT[name, model]
     run, stages = parsed(name, f"method=reslt,{model}")
     stage = stages["reslt"]
@@ -86,7 +86,7 @@ INAT = dict(mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
 @pytest.mark.parametrize(
     "method, stage, jitter", [("mislas", "features", 0.4), ("reslt", "reslt", 0), ("crt", "ce", 0)]
 )
-def test_inaturalist_has_its_own_normalisation_and_colours_for_mislas_alone(method, stage, jitter):
+def test_inaturalist_has_its_own_normalisation_and_jitters_colours_for_mislas_alone(method, stage, jitter):
     run, stages = parsed("inat18", f"method={method}")
     assert {key: run.model[key] for key in INAT} == INAT
     assert stages[stage].augment["color_jitter"] == jitter
@@ -108,7 +108,7 @@ def test_augmentation_of_large_images_is_jitter_or_rand_augment():
 
 
 @pytest.mark.parametrize("size, resize", [(112, 128), (64, 73), (224, 256)])
-def test_the_evaluation_shows_the_same_part_of_an_image_at_every_size(size, resize):
+def test_evaluation_crops_the_same_part_of_an_image_at_every_size(size, resize):
     run, _ = parsed("image_folder", f"size={size}")
     assert (run.data.size, run.data.resize) == (size, resize)
 
@@ -123,6 +123,6 @@ def test_the_evaluation_shows_the_same_part_of_an_image_at_every_size(size, resi
         ("imbalance=10", "unknown config argument 'imbalance'; allowed: method, recipe, model"),
     ],
 )
-def test_every_mistaken_argument_is_one_clear_line(argument, message):
+def test_an_invalid_argument_is_named_with_what_is_allowed(argument, message):
     with pytest.raises(ValueError, match=message):
         read("imagenet_lt", argument)

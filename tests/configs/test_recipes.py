@@ -1,4 +1,4 @@
-"""The long-tail recipes of the configs, against the papers' and their authors' scripts."""
+"""The long-tail recipes of the configs follow the papers and their authors' scripts."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ each_recipe = pytest.mark.parametrize("classes, imbalance", RECIPES)
 
 
 @each_recipe
-def test_the_second_stage_of_mislas_is_the_papers(classes, imbalance):
+def test_the_second_stage_of_mislas_follows_the_paper(classes, imbalance):
     _, stages = parsed(f"cifar{classes}_lt", f"method=mislas,imbalance={imbalance}")
     stage, (head, tail, factor, batch_norm) = stages["classifier"], RECIPES[classes, imbalance]
     assert stage.method == {"name": "mislas", "head": head, "tail": tail, "shape": "concave"}
@@ -40,7 +40,7 @@ def test_the_second_stage_of_mislas_is_the_papers(classes, imbalance):
 
 
 @each_recipe
-def test_the_first_stage_of_mislas_is_the_papers(classes, imbalance):
+def test_the_first_stage_of_mislas_follows_the_paper(classes, imbalance):
     run, stages = parsed(f"cifar{classes}_lt", f"method=mislas,imbalance={imbalance}")
     stage = stages["features"]
     assert (run.data.name, run.data.imbalance, run.data.profile) == (f"cifar{classes}", imbalance, "exp")
@@ -55,13 +55,13 @@ def test_the_first_stage_of_mislas_is_the_papers(classes, imbalance):
 
 
 @pytest.mark.parametrize("classes, ranges", [(100, (36, 71)), (10, (3, 7))])
-def test_mislass_groups_by_class_number_are_one_switch_away(classes, ranges):
+def test_mislas_groups_by_class_number_need_one_flag(classes, ranges):
     run, _ = parsed(f"cifar{classes}_lt")
     assert (run.data.groups, run.data.ranges) == ("counts", ranges)
     assert (run.data.many_above, run.data.few_below) == (100, 20)
 
 
-def test_cross_entropy_differs_from_mislas_stage_1_in_mixup_and_the_scale_alone():
+def test_cross_entropy_differs_from_mislas_stage_1_only_in_mixup_and_the_logit_scale():
     baseline = parsed("cifar100_lt", "method=ce")[1]["ce"]
     features = parsed("cifar100_lt", "method=mislas")[1]["features"]
     changed = {field for field in config.StageConfig._fields if getattr(baseline, field) != getattr(features, field)}
@@ -70,12 +70,12 @@ def test_cross_entropy_differs_from_mislas_stage_1_in_mixup_and_the_scale_alone(
 
 
 @pytest.mark.parametrize("imbalance, nearest", [(1, 10), (20, 10), (25, 50), (75, 100), (200, 100)])
-def test_an_imbalance_that_no_paper_has_takes_the_nearest_ones_recipe(imbalance, nearest):
-    found, expected = (parsed("cifar100_lt", f"imbalance={i}")[1]["classifier"] for i in (imbalance, nearest))
-    assert (found.method, found.groups) == (expected.method, expected.groups)
+def test_another_imbalance_uses_the_recipe_of_the_nearest_one(imbalance, nearest):
+    stage, expected = (parsed("cifar100_lt", f"imbalance={i}")[1]["classifier"] for i in (imbalance, nearest))
+    assert (stage.method, stage.groups) == (expected.method, expected.groups)
 
 
-def test_the_short_budget_is_12_and_2_epochs():
+def test_the_short_budget_has_12_and_2_epochs():
     stages = parsed("cifar100_lt", "budget=short")[1]
     assert [stage.epochs for stage in stages.values()] == [12, 2]
     np.testing.assert_allclose(factors_of(stages["features"]), [0.5, *[1] * 9, 0.1, 0.01])
@@ -86,14 +86,14 @@ BETAS = {(100, 100): 0.995, (100, 50): 0.99, (100, 10): 0.72, (10, 100): 0.998, 
 
 
 @pytest.mark.parametrize("classes, imbalance", BETAS)
-def test_the_branches_of_reslt_are_the_papers(classes, imbalance):
+def test_the_branches_of_reslt_follow_the_paper(classes, imbalance):
     run, stages = parsed(f"cifar{classes}_lt", f"method=reslt,imbalance={imbalance}")
     ranks = {100: dict(medium_start=35, tail_start=70), 10: dict(medium_start=2, tail_start=4)}[classes]
     assert stages["reslt"].method == {"name": "reslt", "beta": BETAS[classes, imbalance], **ranks}
     assert (run.model["branches"], run.model["classifier"], run.model["logit_scale"]) == (3, "linear", False)
 
 
-def test_the_training_of_reslt_is_the_papers():
+def test_the_training_of_reslt_follows_the_paper():
     run, stages = parsed("cifar100_lt", "method=reslt")
     stage = stages["reslt"]
     assert stage.optimizer == {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
@@ -106,7 +106,7 @@ def test_the_training_of_reslt_is_the_papers():
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_the_stages_of_drolt_are_the_papers(classes):
+def test_the_stages_of_drolt_follow_the_paper(classes):
     _, stages = parsed(f"cifar{classes}_lt", "method=drolt")
     assert [(name, stage.epochs, stage.lr) for name, stage in stages.items()] == [
         ("ce", 200, 0.1),
@@ -133,8 +133,8 @@ def test_later_stages_of_drolt_draw_as_if_every_class_had_the_largest_ones_image
     assert steps == dict(ce=200 * -(-images // 128), dro=31_280, ce_classifier=7_820)
 
 
-def test_balms_is_its_authors():
-    """13,000 steps of 512 images, 800 of them warm-up, of which each epoch's last, smaller batch is dropped."""
+def test_balms_follows_its_authors():
+    """13,000 steps of 512 images, 800 of them warm-up; an epoch's last, smaller batch is dropped."""
     run, stages = parsed("cifar100_lt", "method=balms")
     stage, per_epoch = stages["balms"], -(-10_847 // 512)
     assert (run.batch_size, stage.epochs, stage.lr, stage.drop_last) == (512, -(-13_000 // per_epoch), 0.1, True)
@@ -148,8 +148,8 @@ def test_balms_is_its_authors():
     assert run.model["classifier_init"] == "torch"
 
 
-def test_the_loss_of_drolt_is_the_papers():
-    """Margins 2 e begin at 1, T = 1, and cross-entropy there is weighted by n_c / n_max."""
+def test_the_loss_of_drolt_follows_the_paper():
+    """Margins 2 e begin at 1, T = 1, and its cross-entropy is weighted by n_c / n_max."""
     method = dict(parsed("cifar10_lt", "method=drolt")[1]["dro"].method)
     extra, _ = methods.create(method.pop("name"), np.array([30, 20, 10]), **method).init(jax.random.key(0))
     np.testing.assert_array_equal(extra["margins"], np.ones((1, 3)))
@@ -157,7 +157,7 @@ def test_the_loss_of_drolt_is_the_papers():
     assert method["loss"] == {"name": "cross_entropy", "class_weights": {"kind": "count"}}
 
 
-def test_drw_goes_on_with_ldam_and_effective_numbers():
+def test_drw_continues_ldam_with_effective_numbers():
     run, stages = parsed("cifar100_lt", "method=ldam_drw")
     first, second = stages["ldam"], stages["drw"]
     weights = second.method["loss"]["class_weights"]
@@ -171,20 +171,20 @@ def test_drw_goes_on_with_ldam_and_effective_numbers():
     assert all(getattr(first, field) == getattr(second, field) for field in same)
 
 
-def test_ldam_decays_by_a_hundredth():
+def test_ldam_decays_to_a_hundredth():
     factors = factors_of(parsed("cifar10_lt", "method=ldam")[1]["ldam"])
     np.testing.assert_allclose(factors[[159, 160, 179, 180]], [1, 0.01, 0.01, 1e-4])
 
 
-def test_margins_on_scaled_logits_are_the_papers_on_cosines():
+def test_margins_on_scaled_logits_equal_the_papers_on_cosines():
     run, stages = parsed("cifar10_lt", "method=ldam")
     counts, labels = np.array([500, 50, 5]), np.array([0, 1, 2, 2])
     cosines = np.random.default_rng(0).uniform(-1, 1, (4, 3)).astype(np.float32)
     criterion = methods.criteria.create(counts, stages["ldam"].method["loss"])
     scaled = run.model["cosine_scale"] * jnp.asarray(cosines)
     expected = losses.ldam(jnp.asarray(cosines), jnp.asarray(labels), class_counts=counts, max_margin=0.5, scale=30.0)
-    found = criterion(scaled, Batch(jnp.zeros((4, 1, 1, 3)), jnp.asarray(labels)))
-    np.testing.assert_allclose(found, expected.mean(), rtol=1e-5)
+    loss = criterion(scaled, Batch(jnp.zeros((4, 1, 1, 3)), jnp.asarray(labels)))
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name, trained", [("crt", "classifier"), ("lws", "logit_scale")])
@@ -223,13 +223,13 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("method", LOSSES)
-def test_baselines_are_cross_entropys_recipe_with_another_loss(method):
+def test_baselines_differ_from_cross_entropy_only_in_the_loss(method):
     (baseline,), (stage,) = (parsed("cifar10_lt", f"method={name}")[1].values() for name in ("ce", method))
     assert stage.method == {"name": "erm", "loss": LOSSES[method]}
     assert stage._replace(method=baseline.method, title=baseline.title) == baseline
 
 
-def test_the_nearest_is_so_by_ratio():
+def test_nearest_compares_ratios():
     table = {10: "a", 50: "b", 100: "c"}
-    found = [common.nearest(table, imbalance) for imbalance in (1, 22, 23, 70, 71, 1000)]
-    assert found == ["a", "a", "b", "b", "c", "c"]
+    entries = [common.nearest(table, imbalance) for imbalance in (1, 22, 23, 70, 71, 1000)]
+    assert entries == ["a", "a", "b", "b", "c", "c"]

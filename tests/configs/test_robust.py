@@ -1,4 +1,4 @@
-"""Adversarial training in the configs, against LBGAT's recipe."""
+"""Adversarial training in the configs follows LBGAT's recipe."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ RESNET18 = dict(name="resnet", depth=18, width=64, init="torch", classifier_init
 
 @pytest.mark.parametrize("file", ["cifar10", "cifar100", "tiny_imagenet", "cifar10_lt", "cifar100_lt"])
 @pytest.mark.parametrize("name", ROBUST_METHODS)
-def test_adversarial_methods_are_the_papers(file, name):
+def test_adversarial_methods_follow_the_papers(file, name):
     assert [stage.method for stage in parsed(file, f"method={name}")[1].values()] == ROBUST_METHODS[name]
 
 
@@ -38,21 +38,21 @@ def test_adversarial_training_has_the_schedule_of_lbgat(name):
         np.testing.assert_allclose(rates, [0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
-def test_trades_on_cifar10_has_a_schedule_of_its_own():
+def test_trades_on_cifar10_has_its_authors_schedule():
     run, stages = parsed("cifar10", "method=trades")
     rates = 0.1 * factors_of(stages["trades"])
     assert run.epochs == 76
     np.testing.assert_allclose(rates, [0.1] * 74 + [0.01] * 2)
 
 
-def test_the_usual_resnet18_has_strides_of_its_own():
+def test_the_usual_resnet18_has_its_own_strides():
     run, _ = parsed("cifar10_lt", "method=pgd_at,model=resnet18_4x4")
     expected = dict(name="resnet", depth=18, width=64, strides=(1, 2, 2, 2), init="torch")
     assert {key: run.model[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("name", ROBUST_METHODS)
-def test_adversarial_networks_are_those_of_lbgat_and_see_pixels_as_they_are(name):
+def test_adversarial_networks_are_those_of_lbgat_and_normalise_nothing(name):
     run, _ = parsed("cifar100", f"method={name}")
     assert {key: run.model[key] for key in ("name", "depth", "width")} == dict(name="wide_resnet", depth=34, width=10)
     assert {key: run.model[key] for key in PIXELS} == PIXELS
@@ -67,14 +67,14 @@ def test_cross_entropy_on_balanced_data_normalises():
     ]
 
 
-def test_all_of_the_balanced_data_is_used():
+def test_balanced_data_is_used_whole():
     for name in ("cifar10", "cifar100", "tiny_imagenet"):
         run, _ = parsed(name)
         assert (run.data.name, run.data.imbalance, run.data.max_count, run.data.holdout) == (name, 1.0, 0, 0)
-        assert (run.data.groups, run.stages) == ("counts", ("lbgat",))
+        assert (run.data.groups, tuple(run.stages)) == ("counts", ("lbgat",))
 
 
-def test_which_networks_train():
+def test_each_method_trains_its_networks():
     rates = {name: [rates_of(s) for s in parsed("cifar10", f"method={name}")[1].values()] for name in ROBUST_METHODS}
     one = dict(backbone=1.0, classifier=1.0)
     assert rates["pgd_at"] == rates["trades"] == rates["alp"] == [one]
@@ -82,15 +82,15 @@ def test_which_networks_train():
     assert rates["bgat"] == [dict(backbone=0.0, classifier=0.0, guide=1.0), dict(one, guide=0.0)]
 
 
-def test_the_natural_stage_of_bgat_is_judged_by_its_guide():
+def test_the_natural_stage_of_bgat_evaluates_its_guide():
     run, stages = parsed("cifar10", "method=bgat")
-    assert run.stages == ("natural", "bgat")
+    assert tuple(run.stages) == ("natural", "bgat")
     found = [(s.start_from, s.evaluate_net, s.title) for s in stages.values()]
     assert found == [("scratch", "guide", "BGAT, stage 1"), ("natural", "net", "BGAT, stage 2")]
 
 
 @pytest.mark.parametrize("classes, head, tail", [(10, 0.3, 0.0), (100, 0.4, 0.1)])
-def test_the_loss_of_the_labels_is_mislass_by_its_name(classes, head, tail):
+def test_label_aware_smoothing_has_the_settings_of_mislas(classes, head, tail):
     _, stages = parsed(f"cifar{classes}_lt", "method=trades,loss=label_aware_smoothing")
     assert stages["trades"].method["loss"] == dict(name="label_aware_smoothing", head=head, tail=tail)
 
@@ -111,14 +111,14 @@ def test_beta_and_awp_reach_the_method():
 
 
 @pytest.mark.parametrize("epsilon, number", [("8/255", 8 / 255), ("0.05", 0.05), ("1", 1.0)])
-def test_another_epsilon_has_steps_of_a_quarter_and_is_attacked_with(epsilon, number):
+def test_another_epsilon_sets_the_steps_and_the_final_attack(epsilon, number):
     run, stages = parsed("cifar100", f"method=lbgat,epsilon={epsilon}")
     attack = stages["lbgat"].method["attack"]
     assert attack == {**PAPERS_ATTACK, "epsilon": number, "step_size": number / 4}
     assert run.attack.epsilon == epsilon
 
 
-def test_the_attack_in_the_end_is_the_papers():
+def test_the_final_attack_follows_the_papers():
     tests, radii = ("pgd-20", "cw-20", "autoattack"), (0.25, 0.5, 2.0, 4.0)
     assert parsed("cifar100")[0].attack == config.AttackConfig("0.031", "linf", 0, tests, "2/255", radii=radii)
 
@@ -131,7 +131,7 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_sampler_is_that_of_the_first_part(sampler):
+def test_the_sampler_argument_sets_the_first_part(sampler):
     _, stages = parsed("cifar10_lt", f"recipe=natural+bgat+crt,sampler={sampler}")
     found = [stage.sampler for stage in stages.values()]
     assert found == [SAMPLERS[sampler], SAMPLERS[sampler], dict(name="class_balanced")]
@@ -163,7 +163,7 @@ def test_networks_have_short_names(text):
         assert {key: net[key] for key in MODELS[text]} == MODELS[text]
 
 
-def test_a_robust_classifier_is_trained_on_attacked_images_and_nothing_else_is():
+def test_robust_classifier_trains_the_classifier_alone_on_attacked_images():
     _, stages = parsed("cifar10_lt", "recipe=lbgat+robust_classifier,awp=true,loss=balanced_softmax")
     stage = stages["robust_classifier"]
     assert stage.method == dict(name="pgd_at", loss={"name": "balanced_softmax"}, **OWN)
@@ -172,6 +172,6 @@ def test_a_robust_classifier_is_trained_on_attacked_images_and_nothing_else_is()
     assert stage.sampler == dict(name="class_balanced")
 
 
-def test_features_of_the_guide_are_not_judged_by_the_nets_means():
+def test_a_stage_that_trains_the_guide_has_no_nearest_mean():
     _, stages = parsed("cifar10_lt", "recipe=natural+bgat+dro")
     assert [stage.nearest_mean for stage in stages.values()] == [False, True, True]

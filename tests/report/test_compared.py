@@ -50,7 +50,7 @@ def test_stages_are_panels_where_that_is_asked(tmp_path, capsys):
 
 def test_figures_by_class_are_means_over_seeds(tmp_path):
     row = compare.rows([write(tmp_path / "a", 0), write(tmp_path / "b", 1)])[0]
-    each = [compared.of_row(run, None, "") for run in row.runs]
+    each = [compared.load(run, None, "") for run in row.runs]
     found = compared.panels.pooled("both", [one.panel for one in each], [1, 1], row.figures)
     expected = np.mean([one.panel.own for one in each], axis=0)
     np.testing.assert_allclose(found.own, expected)
@@ -59,7 +59,7 @@ def test_figures_by_class_are_means_over_seeds(tmp_path):
 
 
 def test_seeds_with_replicas_weigh_as_many(tmp_path):
-    panels = [compared.of_row(write(tmp_path / str(seed), seed), None, "").panel for seed in (0, 1)]
+    panels = [compared.load(write(tmp_path / str(seed), seed), None, "").panel for seed in (0, 1)]
     found = compared.panels.pooled("both", panels, [3, 1], {})
     np.testing.assert_allclose(found.own, (3 * panels[0].own + panels[1].own) / 4)
 

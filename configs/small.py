@@ -1,0 +1,50 @@
+"""What the configs of CIFAR and Tiny ImageNet share: arguments, networks, lengths and the optimizer."""
+
+from types import SimpleNamespace
+
+from ml_collections import ConfigDict
+
+from configs import common, recipes
+from configs.common import NETWORKS, Text
+
+CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))  # the papers', for CIFAR-100 as well
+
+
+def read(arg: str | None, *, long_tailed: bool) -> tuple[SimpleNamespace, recipes.Recipe]:
+    """Read the arguments. long_tailed: take the imbalance and all methods."""
+    allowed: dict = {
+        "method": tuple(recipes.METHODS) if long_tailed else ("lbgat", *common.BALANCED),
+        "recipe": common.chains(long_tailed=long_tailed),
+        **({"imbalance": 100.0, "profile": ("exp", "step")} if long_tailed else {}),
+        "budget": ("full", "short"),
+        "model": Text("auto", NETWORKS),
+        "classifier": ("auto", "linear", "cosine"),
+        "augment": ("paper", "plain", "auto"),
+        "mixup": 0.0,
+        "precision": tuple(common.PRECISIONS),
+        "holdout": 0.0,
+        **common.ROBUST_ARGUMENTS,
+    }
+    args, recipe = common.read(arg, allowed, long_tailed=long_tailed)
+    args.short = args.budget == "short"
+    return args, recipe
+
+
+def base(file: str, args: SimpleNamespace, recipe: recipes.Recipe, *, pixels: dict = CIFAR) -> ConfigDict:
+    """Return a run without its stages. pixels: mean and std of the images; adversarial training normalises none."""
+    config, short = common.base(file, args), args.short
+    config.batch_size = recipe.batch_size
+    config.optimizer.weight_decay = recipe.weight_decay
+    network, guide = "resnet32", "wrn10_1" if short else "resnet18"
+    if recipe.adversarial:
+        network, pixels = "wrn10_1" if short else "wrn34_10", dict(mean=(0.0,), std=(1.0,))
+        config.eval_every = 1 if short else 0  # 0: every fifth epoch, and each of the last 20
+    else:
+        config.epochs = 12 if short else recipe.epochs
+        config.eval_every = 3 if short else 0
+    networks = dict(
+        model=common.model(network if args.model == "auto" else args.model),
+        guide=common.model(guide if args.guide == "auto" else args.guide, "guide"),
+    )
+    config.update(common.networks(args, recipe, **networks, **pixels))
+    return config

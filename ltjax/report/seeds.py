@@ -1,0 +1,25 @@
+"""Means over seeds."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Figure(NamedTuple):
+    mean: float
+    std: float | None = None  # over seeds, with ddof=1; None for one seed
+
+
+def mean_and_std(values: Sequence[float]) -> Figure:
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Figure(mean)
+    return Figure(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)))
+
+
+def pool(parts: Sequence[Any], average: Callable[[Sequence[Any]], Any]) -> Any:
+    """Average nested dicts leaf by leaf; keys that some part lacks are left out."""
+    if not isinstance(parts[0], Mapping):
+        return average(parts)
+    keys = [key for key in parts[0] if all(key in part for part in parts)]
+    return {key: pool([part[key] for part in parts], average) for key in keys}
