@@ -68,7 +68,7 @@ def config(
     made = cifar100.get_config(f"method={method},model={model}{own}")
     made.update(batch_size=batch_size, epochs=1)
     made.model.dtype = dtype
-    if "guide" in made:
+    if made.guide:
         made.guide.dtype = dtype
     made[method].method.attack.num_steps = attack_steps
     return made.to_dict()

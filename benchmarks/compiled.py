@@ -138,17 +138,17 @@ MOST: dict[tuple[str, str], tuple[float | None, ...]] = {
     ("mislas1-other", "tpu"): (None, None, 2200, None, 310),
     ("mislas1-seeds", "tpu"): (0, 0, 2200, None, 310),
     ("mislas2", "tpu"): (36, 0.04, 360, None, 160),
-    ("mislas2-bf16", "tpu"): (36, 0.04, 360, None, 160),  # as mislas2: its own program is not compiled yet
+    ("mislas2-bf16", "tpu"): (36, 0.04, 360, None, 160),
     ("reslt", "tpu"): (69, 2.1, 630, None, 250),
     ("drolt2", "tpu"): (73, 2.1, 860, None, 260),
     ("trades", "tpu"): (60, 50, 3400, None, 1400),  # a guess after lbgat: not compiled within ten minutes
     ("lbgat", "tpu"): (67, 130, 3400, None, 1400),
     ("resnet50", "tpu"): (103, 130, 2500, None, 5100),
-    ("evaluation", "tpu"): (0, 0, 73, None, 10),
+    ("evaluation", "tpu"): (0, 0, 83, None, 10),
     ("mislas1", "gpu"): (None, None, 520, 181, 350),
     ("mislas1-bf16", "gpu"): (None, None, 570, 181, 210),
     ("mislas1-other", "gpu"): (67, 2.1, 750, 631, 51),
-    ("mislas1-vmap", "gpu"): (None, None, 590, 191, 1800),
+    ("mislas1-vmap", "gpu"): (None, None, 550, 250, 1400),
     ("mislas1-graph", "gpu"): (None, None, 520, 3, 350),
     ("mislas1-dispatch", "gpu"): (None, None, 520, 0, 350),
     ("mislas2", "gpu"): (None, None, 240, 131, 30),
@@ -204,7 +204,7 @@ def settings_of(program: Program, platform: str, tiny: bool) -> dict[str, Any]:
     with config.unlocked():
         config.update(dict(program.settings))
         for net in ("model", "guide"):
-            if net in config:
+            if config.get(net):
                 config[net].platform = platform
     made = config.to_dict()
     return _shrunk(made) if tiny else made
@@ -218,7 +218,7 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
         resnet=dict(depth=10, width=8),
     )
     for net in ("model", "guide"):
-        if net in config:
+        if config.get(net):
             config[net].update(small[config[net]["name"]])
     config.update(batch_size=64, eval_batch_size=64)
     for name in config["stages"]:

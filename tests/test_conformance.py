@@ -81,7 +81,7 @@ def tiny_config(name):
     values.update_from_flattened_dict(TINY)
     values.data.holdout = 5 if values.data.holdout else 0
     for net in ("model", "guide"):
-        if net in values and values[net].name != "resnet_cifar":  # adversarial training's
+        if values.get(net) and values[net].name != "resnet_cifar":  # adversarial training's
             own = {key: value for key, value in values[net].items() if key != "init"}  # of another network
             values[net] = {**own, "name": "wide_resnet", "depth": 10, "width": 1}
     for stage in values.stages:

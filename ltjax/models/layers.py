@@ -419,17 +419,22 @@ def unit(x: jax.Array, *, axis: int) -> jax.Array:
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
 
 
-# The gradient of max-pooling by `reduce_window` is a scatter, which accelerators run sequentially, in bfloat16. Nine
-# strided slices have the same maxima, and their gradient needs only selections and sums.
-
-
-@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
     """Take the maxima of 3x3 windows with stride 2 and padding 1: [B, h, w, D] -> [B, h / 2, w / 2, D], rounded up.
 
-    The gradient goes to a window's first maximum, by rows, as in PyTorch and `lax.reduce_window`. It is summed in at
-    least float32.
+    The gradient goes to a window's first maximum, by rows, as in PyTorch and `lax.reduce_window`.
     """
+    windows = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    return lax.platform_dependent(x, tpu=windows, default=_max_pool_by_slices)
+
+
+# On a GPU the gradient of `reduce_window` is a scatter in bfloat16, in any order. Nine strided slices have the same
+# maxima, and their gradient needs only selections and sums, in float32. For a TPU the slices are worse: XLA plans 36 %
+# more temporaries for ResNet-50's step, and estimates 7 % more time.
+
+
+@jax.custom_vjp
+def _max_pool_by_slices(x: jax.Array) -> jax.Array:
     return reduce(jnp.maximum, (pixels for pixels, _ in _nine_slices(x)))
 
 
@@ -461,7 +466,7 @@ def _max_pool_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) ->
     return (total.astype(x.dtype),)
 
 
-max_pool.defvjp(lambda x: (y := max_pool(x), (x, y)), _max_pool_backward)
+_max_pool_by_slices.defvjp(lambda x: (y := _max_pool_by_slices(x), (x, y)), _max_pool_backward)
 
 
 def pool(x: jax.Array) -> jax.Array:
