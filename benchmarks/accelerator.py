@@ -278,14 +278,19 @@ class Child:
             )
 
     def wait(self) -> str:
-        """Until its end, or its limit -> "done", "failed" or "stopped", which its record says."""
-        stopped = False
+        """Wait for its end or its limit, and write its record -> its status. After Ctrl-C or SIGTERM it is stopped, too."""
         try:
             self.process.wait(max(0.0, self.until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            stopped = True
-        finally:
-            self.stop()
+            return self.end(stopped=True)
+        except KeyboardInterrupt:
+            self.end(stopped=True)
+            raise
+        return self.end(stopped=False)
+
+    def end(self, *, stopped: bool) -> str:
+        """End it if it runs, and write its record -> "done", "failed" or "stopped"."""
+        self.stop()
         code = self.process.returncode
         status = "done" if code == 0 else "stopped" if stopped else "failed"
         self.write(status, code)
@@ -349,9 +354,10 @@ def work(pieces: Sequence[Piece], place: Place, deadline: float) -> dict[str, st
                 found[piece.name] = child.wait()
         if behind:
             found[behind.piece.name] = behind.wait()
-    finally:
-        if behind:
-            behind.stop()
+    except BaseException:
+        if behind and behind.process.returncode is None:
+            behind.end(stopped=True)
+        raise
     return found
 
 
@@ -450,7 +456,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write(folder / "environment.json", {**looked, **common})
     pieces = all_pieces(machine["platform"], data_dir and data_dir.absolute(), packed, args.tiny)
     chosen = [one._replace(limit=slower * one.limit) for one in pieces if one.name.startswith(tuple(args.only))]
-    found = work(chosen, place, deadline)
+    try:
+        found = work(chosen, place, deadline)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on. Records in {folder}")
+        return 130
     for status in ("failed", "stopped", "left"):
         print(f"{status}: {', '.join(name for name, of in found.items() if of == status) or 'none'}")
     print(f"records in {folder}")

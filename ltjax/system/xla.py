@@ -22,7 +22,7 @@ FASTEST = {
 CALL = "__onednn$convolution"  # the call in a compiled program
 # Compiler options by `config.gpu_graphs`, which says what becomes a CUDA graph. By default XLA leaves convolutions out:
 # ResNet-32's step on an H100 is 64 graphs of 5 to 7 kernels, with convolutions between them. "step" makes one graph of
-# 464 kernels, "dispatch" one graph of all steps. Not yet timed: `benchmarks.cifar_step --gpu_graphs=step`.
+# 464 kernels, "dispatch" one graph of all steps. Not yet timed: `benchmarks.device_step --flags`.
 _COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
 GPU_GRAPHS: dict[str, dict[str, Any]] = {
     "default": {},

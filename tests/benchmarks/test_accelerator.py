@@ -128,6 +128,7 @@ def test_the_background_is_stopped_and_saves_where_the_call_is_interrupted(place
     with pytest.raises(KeyboardInterrupt):
         work(place, behind, piece("front", "", beside=True))
     assert (place.workdir / "saved").exists()
+    assert place.record("behind")["status"] == "stopped"
 
 
 def test_a_piece_waits_for_the_one_before_it_and_for_time(place, monkeypatch):
