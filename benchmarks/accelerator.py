@@ -278,7 +278,7 @@ class Child:
             )
 
     def wait(self) -> str:
-        """Wait for its end or its limit, and write its record -> its status. After Ctrl-C or SIGTERM it is stopped, too."""
+        """Wait for its end or its limit, and write its record -> its status. Ctrl-C or SIGTERM stops it, too."""
         try:
             self.process.wait(max(0.0, self.until - time.monotonic()))
         except subprocess.TimeoutExpired:
