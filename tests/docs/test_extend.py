@@ -77,26 +77,33 @@ def train(copy, workdir, arguments, *flags):
 
 @pytest.fixture(scope="module")
 def centre(copy):
-    """Train the added method; return what the run prints and its results."""
+    """Train the added method; return what the run prints, its results and its report."""
     printed, folder = train(copy, "run", "method=centre")
-    return printed, json.loads((folder / "results.json").read_text())
+    return printed, json.loads((folder / "results.json").read_text()), (folder / "report" / "index.html").read_text()
 
 
 def test_the_added_method_trains_on_the_added_data_set(centre):
-    printed, _ = centre
+    printed, *_ = centre
     assert "Centre loss" in printed
 
 
 def test_the_added_metric_is_in_the_table(centre):
-    printed, results = centre
+    printed, results, _ = centre
     assert "worst" in printed
     assert results["worst_class"] == min(results["per_class_accuracy"])
 
 
 def test_balanced_accuracy_is_the_mean_of_the_classes_accuracies(centre):
-    printed, results = centre
+    printed, results, _ = centre
     assert "balanced" in printed
     assert results["balanced_accuracy"] == pytest.approx(np.mean(results["per_class_accuracy"]))
+
+
+def test_the_added_section_is_in_the_report(centre):
+    _, results, page = centre
+    largest = max(results["per_class_accuracy"]) - min(results["per_class_accuracy"])
+    section = page[page.index('<h2 id="gaps">Gap to the best class</h2>') :]
+    assert "<svg" in section and f"<td>{100 * largest:.1f}</td>" in section
 
 
 def test_the_added_loss_trains_the_added_network(copy):
