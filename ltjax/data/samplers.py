@@ -9,6 +9,7 @@ compiled step and on numpy arrays.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -79,12 +80,12 @@ SAMPLERS: dict[str, Callable] = {
 }
 
 
-def create(name: str, **settings) -> Callable:
+def create(name: str, **settings: Any) -> Callable:
     """Return the sampler that a config names.
 
     Args:
       name: one of `SAMPLERS`.
-      settings: further arguments of the sampler, such as `in_a_row`.
+      **settings: further arguments of the sampler, such as `in_a_row`.
 
     Raises:
       UserError: the name or a setting is unknown.

@@ -123,8 +123,8 @@ def test_augmentation_compiles_without_while_loops(alpha, policy):
     every = partial(augment.augment, color_jitter=0.4, cutout_size=4, mixup_alpha=alpha, **policy)
     images, labels = jnp.asarray(photos()), jnp.arange(40)
     program = jax.make_jaxpr(every)(jax.random.key(0), images, labels)
-    found = {equation.primitive.name for equation in equations(program.jaxpr)}
-    assert {"random_bits", "scan"} <= found and "while" not in found
+    primitives = {equation.primitive.name for equation in equations(program.jaxpr)}
+    assert {"random_bits", "scan"} <= primitives and "while" not in primitives
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.2])
@@ -143,9 +143,9 @@ def test_random_mixup_draws_one_share_for_a_batch(alpha):
 
 @pytest.mark.parametrize("count", [*range(1, 26), 32, 100, 127, 128, 500])
 def test_each_image_is_the_partner_of_one_other(count):
-    found = np.asarray(augment.partners(jnp.arange(count)))
-    np.testing.assert_array_equal(np.sort(found), np.arange(count))
-    assert count == 1 or (found != np.arange(count)).all()
+    partners = np.asarray(augment.partners(jnp.arange(count)))
+    np.testing.assert_array_equal(np.sort(partners), np.arange(count))
+    assert count == 1 or (partners != np.arange(count)).all()
 
 
 @pytest.mark.parametrize("count", [8, 64, 128, 1000])
@@ -358,7 +358,7 @@ def test_augment_in_a_scan_on_two_devices_equals_one_device():
 def test_colour_jitter_chains_three_blends_in_random_order():
     """Each image is one of the six orders of brightness, contrast and saturation, with its own factors."""
     images = jnp.asarray(np.random.default_rng(0).uniform(0.3, 0.6, (12, 6, 5, 3)), jnp.float32)
-    found = np.asarray(augment.color_jitter(jax.random.key(1), images, strength=0.3))
+    jittered = np.asarray(augment.color_jitter(jax.random.key(1), images, strength=0.3))
     order_rng, factor_rng = jax.random.split(jax.random.key(1))
     order = np.argsort(np.asarray(jax.random.uniform(order_rng, (3, 12))), axis=0)
     factors = np.asarray(jax.random.uniform(factor_rng, (3, 12), jnp.float32, 0.7, 1.3))
@@ -369,7 +369,7 @@ def test_colour_jitter_chains_three_blends_in_random_order():
             grey = (expected @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
             origin = [np.zeros_like(grey), np.full_like(grey, grey.mean()), grey][kind]
             expected = np.clip(origin + factor * (expected - origin), 0, 1)
-        np.testing.assert_allclose(found[i], expected, atol=2e-6)
+        np.testing.assert_allclose(jittered[i], expected, atol=2e-6)
 
 
 def test_colour_jitter_of_strength_0_changes_nothing():

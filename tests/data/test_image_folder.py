@@ -28,12 +28,12 @@ def make(root, counts, part="train", names="abcdefgh"):
 
 def test_classes_and_counts_are_found(tmp_path):
     make(make(tmp_path, (7, 3)), (1, 2), "validation")
-    found = data.load("image_folder", tmp_path)
-    assert found.class_names == ("a", "b")
-    assert np.bincount(found.train_labels).tolist() == [7, 3]
-    assert np.bincount(found.test_labels).tolist() == [1, 2]
-    assert found.train_files.name(7) == str(tmp_path / "train" / "b" / "000.jpg")
-    assert found.train_files[7] == photo(1, 0, 16)
+    loaded = data.load("image_folder", tmp_path)
+    assert loaded.class_names == ("a", "b")
+    assert np.bincount(loaded.train_labels).tolist() == [7, 3]
+    assert np.bincount(loaded.test_labels).tolist() == [1, 2]
+    assert loaded.train_files.name(7) == str(tmp_path / "train" / "b" / "000.jpg")
+    assert loaded.train_files[7] == photo(1, 0, 16)
 
 
 def test_images_in_subfolders_are_found_and_other_files_ignored(tmp_path):
@@ -46,13 +46,13 @@ def test_images_in_subfolders_are_found_and_other_files_ignored(tmp_path):
 
 
 def test_without_validation_the_same_number_of_each_class_is_held_out(tmp_path):
-    found = data.load("image_folder", make(tmp_path, (30, 11, 10)))
-    assert np.bincount(found.test_labels).tolist() == [2, 2, 2]
-    assert np.bincount(found.train_labels).tolist() == [28, 9, 8]
-    names = [{files.name(i) for i in range(len(files))} for files in (found.train_files, found.test_files)]
+    loaded = data.load("image_folder", make(tmp_path, (30, 11, 10)))
+    assert np.bincount(loaded.test_labels).tolist() == [2, 2, 2]
+    assert np.bincount(loaded.train_labels).tolist() == [28, 9, 8]
+    names = [{files.name(i) for i in range(len(files))} for files in (loaded.train_files, loaded.test_files)]
     assert len(names[0] | names[1]) == 51
     again = data.load("image_folder", tmp_path)
-    assert [again.test_files.name(i) for i in range(6)] == [found.test_files.name(i) for i in range(6)]
+    assert [again.test_files.name(i) for i in range(6)] == [loaded.test_files.name(i) for i in range(6)]
 
 
 def test_damaged_images_are_counted_and_named(tmp_path):
@@ -123,10 +123,10 @@ def test_names_that_are_not_utf8_are_printable(tmp_path):
         os.rename(tmp_path / part / "b", os.fsencode(tmp_path / part) + b"/caf\xe9")
     folder = os.fsencode(tmp_path) + b"/train/caf\xe9"
     os.rename(folder + b"/000.jpg", folder + b"/\xe9.jpg")
-    found = data.load("image_folder", tmp_path)
-    assert found.class_names == ("a", "caf\ufffd")
-    assert found.train_files.name(5) == f"{tmp_path}/train/caf\ufffd/\ufffd.jpg"
-    assert found.train_files[5] == photo(1, 0, 16)
+    loaded = data.load("image_folder", tmp_path)
+    assert loaded.class_names == ("a", "caf\ufffd")
+    assert loaded.train_files.name(5) == f"{tmp_path}/train/caf\ufffd/\ufffd.jpg"
+    assert loaded.train_files[5] == photo(1, 0, 16)
     with open(folder + b"/\xe9.jpg", "wb") as file:
         file.write(b"no image")
     with pytest.raises(UserError, match=r"1 of 8 images cannot be read: .*caf\ufffd/\ufffd"):

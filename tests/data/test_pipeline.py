@@ -60,7 +60,7 @@ def threads_of_streams():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "send"))]
 
 
-def made(files=None):
+def stored(files=None):
     labels = np.repeat(np.arange(3), COUNTS).astype(np.int32)
     return Stored(files or Encoded(), labels, Encoded(), labels, ("a", "b", "c"))
 
@@ -83,7 +83,7 @@ def drawn(plan, sharding, *takes, threads=2):
 
 
 def test_a_stream_draws_what_its_sampler_says(sharding):
-    plan = training(made())
+    plan = training(stored())
     [(images, labels)] = drawn(plan, sharding, (0, 3, 0))
     assert images.shape == (3, 8, 12, 12, 3) and images.dtype == np.uint8
     for step in range(3):
@@ -93,7 +93,7 @@ def test_a_stream_draws_what_its_sampler_says(sharding):
 
 
 def test_batches_do_not_depend_on_the_first_step_or_the_threads(sharding):
-    plan = training(made())
+    plan = training(stored())
     whole = drawn(plan, sharding, (0, 2, 3), (2, 3, 3), (5, 3, 0))
     [later] = drawn(plan, sharding, (5, 3, 0), threads=1)
     assert (whole[2][0] == later[0]).all() and (whole[2][1] == later[1]).all()
@@ -103,7 +103,7 @@ def test_batches_do_not_depend_on_the_first_step_or_the_threads(sharding):
 def test_seed_step_and_row_determine_every_row(sharding, monkeypatch, threads):
     """Also if the rows are not a multiple of a task's."""
     monkeypatch.setattr(pipeline, "TASK_ROWS", 3)
-    files, plan = Encoded(), training(made(), seed=4)
+    files, plan = Encoded(), training(stored(), seed=4)
     [(images, labels)] = drawn(plan, sharding, (2, 2, 0), threads=threads)
     for step in (2, 3):
         for row, index in enumerate(plan.positions(step)):
@@ -114,7 +114,7 @@ def test_seed_step_and_row_determine_every_row(sharding, monkeypatch, threads):
 
 
 def test_filling_some_rows_equals_filling_the_whole_batch():
-    plan, whole = training(made()), (np.empty((8, 12, 12, 3), np.uint8), np.empty(8, np.int32))
+    plan, whole = training(stored()), (np.empty((8, 12, 12, 3), np.uint8), np.empty(8, np.int32))
     rows = np.array([1, 4, 5, 6])
     some = np.empty((4, 12, 12, 3), np.uint8), np.empty(4, np.int32)
     for which, into in ((np.arange(8), whole), (rows, some)):
@@ -125,7 +125,7 @@ def test_filling_some_rows_equals_filling_the_whole_batch():
 
 def test_no_more_than_the_next_chunk_is_decoded_ahead(sharding):
     files = Counted()
-    with pipeline.Stream(training(made(files)), sharding, 2) as stream:
+    with pipeline.Stream(training(stored(files)), sharding, 2) as stream:
         stream.take(0, 2, 3)
         stream.take(2, 3, 0)
         assert files.read == 8 * 5
@@ -134,25 +134,25 @@ def test_no_more_than_the_next_chunk_is_decoded_ahead(sharding):
 
 
 def test_what_was_not_announced_is_read_all_the_same(sharding):
-    plan = training(made())
+    plan = training(stored())
     announced = drawn(plan, sharding, (0, 2, 2), (2, 2, 0))
     other = drawn(plan, sharding, (0, 2, 5), (2, 2, 0))
     assert (announced[1][0] == other[1][0]).all()
 
 
 def test_seeds_draw_different_windows(sharding):
-    first, second = (drawn(training(made(), seed=seed), sharding, (0, 4, 0))[0][0] for seed in (0, 1))
+    first, second = (drawn(training(stored(), seed=seed), sharding, (0, 4, 0))[0][0] for seed in (0, 1))
     assert (first != second).any()
 
 
 def test_batches_are_sharded_over_the_devices(sharding):
-    with pipeline.Stream(training(made()), sharding, 1) as stream:
+    with pipeline.Stream(training(stored()), sharding, 1) as stream:
         images, labels = stream.take(0, 2, 0)
     assert images.sharding == sharding and {shard.data.shape for shard in labels.addressable_shards} == {(2, 2)}
 
 
 def test_one_pass_yields_every_image_and_fills_the_last_batch(sharding):
-    data, order = made(), np.array([40, 3, 17, 8, 9, 10])
+    data, order = stored(), np.array([40, 3, 17, 8, 9, 10])
     plan = pipeline.once(data.train_files, data.train_labels, order, 4, VIEW)
     with pipeline.Stream(plan, sharding, 2) as stream:
         parts = [(np.asarray(images), np.asarray(labels)) for images, labels in stream.each()]
@@ -163,7 +163,7 @@ def test_one_pass_yields_every_image_and_fills_the_last_batch(sharding):
 
 
 def test_an_image_that_cannot_be_read_is_named(sharding):
-    data = made(Encoded(damaged=(7,)))
+    data = stored(Encoded(damaged=(7,)))
     plan = pipeline.once(data.train_files, data.train_labels, np.arange(8), 8, VIEW)
     with (
         pytest.raises(UserError, match=r"image 7 cannot be read .*replace or remove it"),
@@ -176,14 +176,14 @@ def test_any_other_error_gets_a_note_with_the_image(sharding):
     def fail():
         raise KeyError("no such thing")
 
-    data = made(Counted(0, fail))
+    data = stored(Counted(0, fail))
     with pytest.raises(KeyError) as error, pipeline.Stream(training(data), sharding, 1) as stream:
         stream.take(0, 1, 0)
     assert error.value.__notes__ == [f"while image {training(data).positions(0)[0]} was decoded"]
 
 
 def test_an_error_in_the_next_chunk_is_raised_when_it_is_taken(sharding):
-    plan = training(made())
+    plan = training(stored())
     index = plan.positions(2)[0]
     damaged = plan._replace(files=Encoded(damaged=(index,)), positions=lambda step: np.full(8, index * (step == 2)))
     with pipeline.Stream(damaged, sharding, 2) as stream:
@@ -217,7 +217,7 @@ def test_threads_stop_after_an_unreadable_image(sharding, gate):
         raise OSError("gone")
 
     files = Gone(3, fail)
-    with pytest.raises(UserError, match="gone"), pipeline.Stream(training(made(files)), sharding, 1) as stream:
+    with pytest.raises(UserError, match="gone"), pipeline.Stream(training(stored(files)), sharding, 1) as stream:
         stream.take(0, 4, 4)
     assert not threads_of_streams()
     assert files.read <= 4 + 8  # of 64; a task has the 8 of a step
@@ -232,7 +232,7 @@ def test_ctrl_c_stops_the_threads(sharding, gate):
         gate.wait(20)
 
     files = Counted(3, press)
-    with pytest.raises(KeyboardInterrupt), pipeline.Stream(training(made(files)), sharding, 1) as stream:
+    with pytest.raises(KeyboardInterrupt), pipeline.Stream(training(stored(files)), sharding, 1) as stream:
         stream.take(0, 4, 4, busy=waiting.set)
     assert not threads_of_streams()
     assert files.read == 8  # of 64
@@ -244,6 +244,6 @@ def test_a_subset_has_the_names_of_its_images():
 
 
 def test_waiting_is_counted(sharding):
-    with pipeline.Stream(training(made()), sharding, 1) as stream:
+    with pipeline.Stream(training(stored()), sharding, 1) as stream:
         stream.take(0, 1, 0)
         assert stream.waited > 0

@@ -43,24 +43,24 @@ def same(first, second):
 
 
 def test_sets_prepared_by_ltjax_are_read(prepared):
-    found = data.load("i_naturalist2018", prepared)
-    assert np.bincount(found.train_labels).tolist() == list(COUNTS)
-    assert np.bincount(found.test_labels).tolist() == [VALIDATION] * 3
-    assert len(found.class_names) == 3
+    loaded = data.load("i_naturalist2018", prepared)
+    assert np.bincount(loaded.train_labels).tolist() == list(COUNTS)
+    assert np.bincount(loaded.test_labels).tolist() == [VALIDATION] * 3
+    assert len(loaded.class_names) == 3
     of_each = {label: {miniatures.photo(label, n, 16) for n in range(20)} for label in range(3)}
-    contents = [found.train_files[i] for i in range(len(found.train_files))]
+    contents = [loaded.train_files[i] for i in range(len(loaded.train_files))]
     assert len(set(contents)) == sum(COUNTS)
-    assert all(content in of_each[label] for content, label in zip(contents, found.train_labels, strict=True))
+    assert all(content in of_each[label] for content, label in zip(contents, loaded.train_labels, strict=True))
 
 
 def test_a_missing_index_is_made_once(copy, prepared, monkeypatch):
     data_dir, directory = copy
     for path in directory.glob("*.index.npz"):
         path.unlink()
-    found = data.load("i_naturalist2018", data_dir)
-    assert same(found, data.load("i_naturalist2018", prepared))
+    loaded = data.load("i_naturalist2018", data_dir)
+    assert same(loaded, data.load("i_naturalist2018", prepared))
     monkeypatch.setattr(shards, "write_index", lambda *_: pytest.fail("made again"))
-    assert same(data.load("i_naturalist2018", data_dir), found)
+    assert same(data.load("i_naturalist2018", data_dir), loaded)
 
 
 def test_an_index_of_other_shards_is_replaced(copy, prepared):
@@ -117,9 +117,9 @@ def test_sets_written_by_tfds_are_sorted_by_file_name(tmp_path):
     builder = ImagenetLt(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     assert not list(newest_version(tmp_path, "imagenet_lt").glob("*.index.npz"))
-    found = data.load("imagenet_lt", tmp_path)
-    assert found.class_names == ("x", "y")
-    for files, labels in ((found.train_files, found.train_labels), (found.test_files, found.test_labels)):
+    loaded = data.load("imagenet_lt", tmp_path)
+    assert loaded.class_names == ("x", "y")
+    for files, labels in ((loaded.train_files, loaded.train_labels), (loaded.test_files, loaded.test_labels)):
         assert labels.tolist() == [number % 2 for number in range(9)]
         assert [files[n] for n in range(9)] == [miniatures.photo(n % 2, n, 16) for n in range(9)]
 

@@ -53,21 +53,21 @@ def test_impossible_counts_are_explained(arguments, message):
 
 @pytest.mark.parametrize("profile", splits.PROFILES)
 def test_a_split_holds_its_counts_sorted_by_class(profile):
-    made = split(20, profile=profile)
-    np.testing.assert_array_equal(made.class_counts, splits.class_counts(10, 200, imbalance=20, profile=profile))
-    np.testing.assert_array_equal(LABELS[made.train], np.repeat(np.arange(10), made.class_counts))
+    result = split(20, profile=profile)
+    np.testing.assert_array_equal(result.class_counts, splits.class_counts(10, 200, imbalance=20, profile=profile))
+    np.testing.assert_array_equal(LABELS[result.train], np.repeat(np.arange(10), result.class_counts))
 
 
 def test_no_image_is_kept_twice():
-    made = split(3, holdout=30)
-    assert len(set(made.train.tolist()) | set(made.holdout.tolist())) == len(made.train) + len(made.holdout)
+    result = split(3, holdout=30)
+    assert len(set(result.train.tolist()) | set(result.holdout.tolist())) == len(result.train) + len(result.holdout)
 
 
 @pytest.mark.parametrize("profile", splits.PROFILES)
 @pytest.mark.parametrize("holdout", [0, 20])
 def test_a_higher_imbalance_keeps_a_subset(profile, holdout):
-    kept = [set(split(i, profile=profile, holdout=holdout).train.tolist()) for i in (1, 10, 50, 100)]
-    assert all(higher < lower for lower, higher in pairwise(kept))
+    trained = [set(split(i, profile=profile, holdout=holdout).train.tolist()) for i in (1, 10, 50, 100)]
+    assert all(higher < lower for lower, higher in pairwise(trained))
 
 
 def test_the_holdout_has_the_same_number_of_each_class_sorted():
@@ -106,16 +106,16 @@ def test_classes_do_not_share_a_permutation():
 
 def test_every_image_of_a_class_is_kept_about_equally_often():
     labels = np.zeros(20, int)
-    kept = [split(1, labels=labels, num_classes=1, max_count=5, seed=seed).train for seed in range(800)]
-    counts = np.bincount(np.concatenate(kept), minlength=20)
+    trained = [split(1, labels=labels, num_classes=1, max_count=5, seed=seed).train for seed in range(800)]
+    counts = np.bincount(np.concatenate(trained), minlength=20)
     assert np.square(counts - 200).sum() / (200 * 0.75) < 49  # 19 degrees of freedom: p = 0.0002
 
 
 def test_an_already_long_tailed_source_is_kept_whole():
     counts = splits.class_counts(10, 100, imbalance=20)
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(10), counts))
-    made = split(20, labels=labels)
-    np.testing.assert_array_equal(np.sort(made.train), np.arange(counts.sum()))
+    result = split(20, labels=labels)
+    np.testing.assert_array_equal(np.sort(result.train), np.arange(counts.sum()))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_impossible_splits_are_explained(settings, message):
 def test_the_split_of_a_set_of_cifar_100s_size_is_frozen():
     """A change would alter every training set."""
     labels = np.arange(50_000) * 7919 % 100
-    made = splits.long_tailed_split(labels, 100, imbalance=100, holdout=5, max_count=400, seed=3)
-    description = splits.describe(made, seed=3, groups={})
+    result = splits.long_tailed_split(labels, 100, imbalance=100, holdout=5, max_count=400, seed=3)
+    description = splits.describe(result, seed=3, groups={})
     assert (description["num_train"], description["num_holdout"]) == (8668, 500)
     assert description["sha256"] == "9608568ecbec8d6ac9f2c35f8738217f232bdeafa1b3bfe94be46ebb09b44ec7"
     assert description["holdout_sha256"] == "6d51728f3ced8f992ff55117ac0a7b2250d0fda07c6922c782dcf785880a57c9"

@@ -81,8 +81,16 @@ def prepare(data_dir: Path, source: Path | None = None, archive: Archive = OFFIC
                 f"no archive at {path}: expected {basename(archive.url)}, which is published at {archive.url}, or the "
                 "folder that it unpacks to"
             )
-        with _open(path, archive) as files:
-            class_names, splits = _parse(path, files, archive)
+        try:
+            with _open(path, archive) as files:
+                class_names, splits = _parse(path.name, files, archive)
+        except UserError:
+            raise
+        except ValueError as problem:
+            raise UserError(
+                f"{path} does not hold what {basename(archive.url)} should: {problem}; replace it by the archive that "
+                f"is published at {archive.url}"
+            ) from problem
         _write(archive, data_dir, class_names, splits)
 
     return in_memory.prepare("tiny_imagenet", data_dir, make)
@@ -91,13 +99,6 @@ def prepare(data_dir: Path, source: Path | None = None, archive: Archive = OFFIC
 def _difference(path: Path) -> str:
     """Say how a file differs from a zip archive, whose table of contents is at its end; "" if it does not."""
     return "" if zipfile.is_zipfile(path) else "it is not a whole zip archive"
-
-
-def _wrong(path: Path, problem: str, archive: Archive) -> UserError:
-    return UserError(
-        f"{path} does not hold what {basename(archive.url)} should: {problem}; replace it by the archive that is "
-        f"published at {archive.url}"
-    )
 
 
 @contextlib.contextmanager
@@ -118,24 +119,24 @@ def _open(path: Path, archive: Archive) -> Generator[Files]:
             ) from error
         for name in unpacked.namelist():
             if leads_outside(name):
-                raise _wrong(path, f"the name {name!r} leads out of the archive", archive)
+                raise ValueError(f"the name {name!r} leads out of the archive")
         prefix = f"{archive.folder}/"
         names = {name.removeprefix(prefix) for name in unpacked.namelist() if name.startswith(prefix)}
         yield Files(names, lambda name: unpacked.read(prefix + name))
 
 
-def _parse(path: Path, files: Files, archive: Archive) -> tuple[list[str], dict[str, Split]]:
-    """Read class names and splits; UserError if a file or image is missing, damaged or superfluous."""
-    wnids = _lines(path, files, archive, "wnids.txt")
+def _parse(title: str, files: Files, archive: Archive) -> tuple[list[str], dict[str, Split]]:
+    """Read class names and splits; ValueError if a file or image is missing, damaged or superfluous."""
+    wnids = _lines(files, archive, "wnids.txt")
     if not len(set(wnids)) == len(wnids) == archive.num_classes:
-        raise _wrong(path, f"wnids.txt does not hold {archive.num_classes} different classes", archive)
+        raise ValueError(f"wnids.txt does not hold {archive.num_classes} different classes")
     if invalid := [wnid for wnid in wnids if not re.fullmatch(r"n\d{8}", wnid)]:
-        raise _wrong(path, f"wnids.txt holds {invalid[0]!r}, which is no WordNet id", archive)
-    class_names = _class_names(wnids, _lines(path, files, archive, "words.txt"))
+        raise ValueError(f"wnids.txt holds {invalid[0]!r}, which is no WordNet id")
+    class_names = _class_names(wnids, _lines(files, archive, "words.txt"))
     if "" in class_names:
-        raise _wrong(path, f"words.txt does not name {wnids[class_names.index('')]}", archive)
+        raise ValueError(f"words.txt does not name {wnids[class_names.index('')]}")
 
-    test_labels = _test_labels(path, files, archive, wnids)
+    test_labels = _test_labels(files, archive, wnids)
     train_indices = range(archive.train_per_class)
     test_files = [f"val_{i}.JPEG" for i in range(archive.num_classes * archive.test_per_class)]
     labels = {  # by split and image file
@@ -145,34 +146,34 @@ def _parse(path: Path, files: Files, archive: Archive) -> tuple[list[str], dict[
     expected = labels["train"].keys() | labels["test"].keys()
     present = {name for name in files.names if name.startswith(("train/", "val/")) and name.endswith(".JPEG")}
     if extra := sorted(present - expected):
-        raise _wrong(path, f"{some(extra)} should not be there", archive)
+        raise ValueError(f"{some(extra)} should not be there")
     counts = collections.Counter(labels["test"].values())
     if any(counts[label] != archive.test_per_class for label in range(archive.num_classes)):
-        raise _wrong(path, f"val_annotations.txt does not give every class {archive.test_per_class} images", archive)
-    images = _read_images(path, files, expected, archive)
+        raise ValueError(f"val_annotations.txt does not give every class {archive.test_per_class} images")
+    images = _read_images(title, files, expected, archive.size)
     splits = {split: Split([images[name] for name in of], list(of.values())) for split, of in labels.items()}
     return class_names, splits
 
 
-def _lines(path: Path, files: Files, archive: Archive, name: str) -> list[str]:
+def _lines(files: Files, archive: Archive, name: str) -> list[str]:
     if name not in files.names:
-        raise _wrong(path, f"it lacks {archive.folder}/{name}", archive)
+        raise ValueError(f"it lacks {archive.folder}/{name}")
     try:
         return [line.strip() for line in files.read(name).decode().splitlines() if line.strip()]
     except (*UNREADABLE, UnicodeDecodeError) as error:
-        raise _wrong(path, f"{name} cannot be read ({one_line(error)})", archive) from error
+        raise ValueError(f"{name} cannot be read ({one_line(error)})") from error
 
 
-def _test_labels(path: Path, files: Files, archive: Archive, wnids: list[str]) -> dict[str, int]:
+def _test_labels(files: Files, archive: Archive, wnids: list[str]) -> dict[str, int]:
     """Return {file name: label} of the test images."""
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     labels: dict[str, int] = {}
-    for line in _lines(path, files, archive, "val/val_annotations.txt"):
+    for line in _lines(files, archive, "val/val_annotations.txt"):
         file, wnid, *_ = [*line.split("\t"), ""]
         if wnid not in label_of:
-            raise _wrong(path, f"val_annotations.txt gives {file!r} the class {wnid!r}, not in wnids.txt", archive)
+            raise ValueError(f"val_annotations.txt gives {file!r} the class {wnid!r}, not in wnids.txt")
         if labels.setdefault(file, label_of[wnid]) != label_of[wnid]:
-            raise _wrong(path, f"val_annotations.txt gives {file!r} two classes", archive)
+            raise ValueError(f"val_annotations.txt gives {file!r} two classes")
     return labels
 
 
@@ -184,20 +185,20 @@ def _class_names(wnids: list[str], lines: list[str]) -> list[str]:
     return [f"{name} ({wnid})" if name in repeated else name for name, wnid in zip(names, wnids, strict=True)]
 
 
-def _read_images(path: Path, files: Files, names: set[str], archive: Archive) -> dict[str, bytes]:
+def _read_images(title: str, files: Files, names: set[str], size: int) -> dict[str, bytes]:
     """Read the image files; decode each once as a check."""
     images, problems = {}, []
     with progress.bar() as bar:
-        for name in bar.track(sorted(names), description=f"checking {path.name}"):
+        for name in bar.track(sorted(names), description=f"checking {title}"):
             try:
                 images[name] = files.read(name) if name in files.names else None
-                problem = _problem(images[name], archive.size)
+                problem = _problem(images[name], size)
             except UNREADABLE as error:
                 problem = one_line(error)
             if problem:
                 problems.append(f"{name} ({problem})")
     if problems:
-        raise _wrong(path, f"{len(problems)} of {len(names)} images are missing or damaged: {some(problems)}", archive)
+        raise ValueError(f"{len(problems)} of {len(names)} images are missing or damaged: {some(problems)}")
     return images
 
 

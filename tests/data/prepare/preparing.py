@@ -36,9 +36,13 @@ def raw(folder):
     """Return the serialised records, the arrays of the indices, and the shard lengths, each by split."""
     builder = tfds.builder_from_directory(folder)
     method = tfds.decode.DeserializeMethod.RAW_BYTES
-    found = {split: list(builder.as_data_source(split, deserialize_method=method)) for split in builder.info.splits}
-    indices = {split: {k: v.tolist() for k, v in np.load(folder / f"{split}.index.npz").items()} for split in found}
-    return found, indices, {split: info.shard_lengths for split, info in builder.info.splits.items()}
+    serialised = {
+        split: list(builder.as_data_source(split, deserialize_method=method)) for split in builder.info.splits
+    }
+    indices = {
+        split: {k: v.tolist() for k, v in np.load(folder / f"{split}.index.npz").items()} for split in serialised
+    }
+    return serialised, indices, {split: info.shard_lengths for split, info in builder.info.splits.items()}
 
 
 def error_line(capsys):

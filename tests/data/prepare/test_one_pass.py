@@ -49,8 +49,8 @@ def prepared(source, tmp_path_factory):
 
 
 def test_image_files_are_kept_byte_for_byte(source, prepared):
-    found = {r["id"].decode(): r["image"] for split in ("train", "validation") for r in records(prepared, split)}
-    assert found == originals(source)
+    images = {r["id"].decode(): r["image"] for split in ("train", "validation") for r in records(prepared, split)}
+    assert images == originals(source)
 
 
 def test_tfds_reads_pixels(prepared):
@@ -69,9 +69,9 @@ def test_shards_have_the_names_and_lengths_that_tfds_expects(prepared):
 
 
 def test_num_bytes_is_the_size_of_the_records(prepared):
-    found, _, _ = raw(prepared)
+    serialised, _, _ = raw(prepared)
     splits = tfds.builder_from_directory(prepared).info.splits
-    assert all(splits[split].num_bytes == sum(map(len, found[split])) for split in ("train", "validation"))
+    assert all(splits[split].num_bytes == sum(map(len, serialised[split])) for split in ("train", "validation"))
 
 
 def test_records_equal_the_serialisation_of_tfds(prepared):
@@ -89,9 +89,9 @@ def test_records_equal_the_serialisation_of_tfds(prepared):
 
 def test_the_index_is_sorted_by_id(prepared):
     for split in ("train", "validation"):
-        found, sidecar = records(prepared, split), np.load(prepared / f"{split}.index.npz")
-        ordered = [found[number] for number in sidecar["records"]]
-        assert [record["id"] for record in ordered] == sorted(record["id"] for record in found)
+        stored, sidecar = records(prepared, split), np.load(prepared / f"{split}.index.npz")
+        ordered = [stored[number] for number in sidecar["records"]]
+        assert [record["id"] for record in ordered] == sorted(record["id"] for record in stored)
         assert sidecar["labels"].tolist() == [record["label"] for record in ordered]
 
 
@@ -289,8 +289,8 @@ def test_replaced_images_complete_what_is_finished(damaged, tmp_path, small_shar
     monkeypatch.setattr(one_pass, "_record", lambda *a: written.append(a[1]) or serialise(*a))
     assert run(source, data_dir) == 0
     assert sorted(written) == sorted(ids)
-    found = {r["id"].decode(): r["image"] for s in ("train", "validation") for r in records(directory(data_dir), s)}
-    assert found == originals(source)
+    images = {r["id"].decode(): r["image"] for s in ("train", "validation") for r in records(directory(data_dir), s)}
+    assert images == originals(source)
     assert not (directory(data_dir) / "problems.txt").exists() and not (directory(data_dir) / "skipped.txt").exists()
 
 

@@ -71,9 +71,9 @@ def test_images_equal_the_archives(source, prepared):
         for member in outer:
             with tarfile.open(fileobj=outer.extractfile(member)) as inner:
                 files = {name: inner.extractfile(name).read() for name in inner.getnames()}
-            own = {**prepared["train"], **prepared["validation"]}
-            own = {name: image for name, (_, image) in own.items() if name.startswith(member.name[:9])}
-            assert own and own.items() < files.items()  # the archive also has an image that is in no list
+            images = {**prepared["train"], **prepared["validation"]}
+            images = {name: image for name, (_, image) in images.items() if name.startswith(member.name[:9])}
+            assert images and images.items() < files.items()  # the archive also has an image that is in no list
     with tarfile.open(source / "ILSVRC2012_img_val.tar") as tar:
         assert {name: image for name, (_, image) in prepared["test"].items()} == {
             name: tar.extractfile(name).read() for name in tar.getnames()
@@ -136,8 +136,8 @@ def test_version_and_official_numbers_equal_those_of_tfds(source, tmp_path):
 def test_the_index_is_sorted_by_file_name(tmp_path, source):
     assert run(source, tmp_path) == 0
     labels = np.load(tmp_path / "imagenet_lt" / "1.0.0" / "test.index.npz")["labels"]
-    own = listed(source, "test")
-    assert labels.tolist() == [own[name] for name in sorted(own)]
+    expected = listed(source, "test")
+    assert labels.tolist() == [expected[name] for name in sorted(expected)]
 
 
 @pytest.mark.parametrize(

@@ -56,16 +56,17 @@ def refused(tmp_path, capsys):
 
 
 def test_labels_are_category_ids(prepared):
-    found = contents(prepared)
-    images = {image: label for own in found.values() for label, _, image in own.values()}
+    splits = contents(prepared).values()
+    images = {image: label for split in splits for label, _, image in split.values()}
     expected = {miniatures.photo(label, i): label for label, count in enumerate((4, 3, 2)) for i in range(count)}
     assert images == expected | {miniatures.photo(label, 1000): label for label in range(3)}
 
 
 def test_supercategories_have_the_numbers_of_tfds(prepared):
     names = builder(prepared).info.features["supercategory"].names
-    found = {label: names[group] for own in contents(prepared).values() for label, group, _ in own.values()}
-    assert found == {0: "Aves", 1: "Plantae", 2: "Insecta"}
+    splits = contents(prepared).values()
+    supercategories = {label: names[group] for split in splits for label, group, _ in split.values()}
+    assert supercategories == {0: "Aves", 1: "Plantae", 2: "Insecta"}
 
 
 @pytest.mark.parametrize("name", ["inat18", NAME])

@@ -51,12 +51,12 @@ def refused(tmp_path, capsys):
 
 
 def test_each_split_holds_its_images_with_their_labels(prepared):
-    found = contents(prepared)
-    assert {split: len(own) for split, own in found.items()} == {"train": 21, "validation": 9, "test": 9}
-    assert found["train"]["airfield/00000001.jpg"] == (0, miniatures.photo(0, 0))
-    assert found["train"]["apartment_building-outdoor/00000022.jpg"] == (8, miniatures.photo(8, 3))
-    assert found["validation"]["airfield/00000022.jpg"] == (0, miniatures.photo(0, 3))
-    assert found["test"]["Places365_val_00000097.jpg"] == (8, miniatures.photo(8, 1000))
+    splits = contents(prepared)
+    assert {split: len(images) for split, images in splits.items()} == {"train": 21, "validation": 9, "test": 9}
+    assert splits["train"]["airfield/00000001.jpg"] == (0, miniatures.photo(0, 0))
+    assert splits["train"]["apartment_building-outdoor/00000022.jpg"] == (8, miniatures.photo(8, 3))
+    assert splits["validation"]["airfield/00000022.jpg"] == (0, miniatures.photo(0, 3))
+    assert splits["test"]["Places365_val_00000097.jpg"] == (8, miniatures.photo(8, 1000))
 
 
 def test_categories_are_in_the_official_order(prepared):

@@ -68,8 +68,8 @@ def expect(monkeypatch):
     """`expect(**fields)`: make the miniature, with these fields, the official archive; by default without fields."""
 
     def replace(**fields):
-        made = functools.partial(preparation.prepare, archive=MINIATURE._replace(**fields))
-        monkeypatch.setitem(SMALL, "tiny_imagenet", made)
+        prepare = functools.partial(preparation.prepare, archive=MINIATURE._replace(**fields))
+        monkeypatch.setitem(SMALL, "tiny_imagenet", prepare)
 
     replace()
     return replace

@@ -54,11 +54,11 @@ def test_nested_archives_are_walked_in_order(mode, tmp_path):
         name: miniatures.write_tar(tmp_path / name, members).read_bytes() for name, members in reversed(inner.items())
     }
     outer = miniatures.write_tar(tmp_path / "outer", {"./first.jpg": b"1"} | packed | {"last.jpg": b"2"}, mode)
-    found = {member.name: member.read() for member in sources.walk(outer)}
+    members = {member.name: member.read() for member in sources.walk(outer)}
     expected = {"first.jpg": b"1"}
     for name in reversed(inner):
         expected |= {f"{name}/{file}": content for file, content in inner[name].items()}
-    assert list(found.items()) == [*expected.items(), ("last.jpg", b"2")]
+    assert list(members.items()) == [*expected.items(), ("last.jpg", b"2")]
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -124,8 +124,8 @@ def test_walking_does_not_keep_headers_in_memory(tmp_path):
 def test_files_are_found_in_subfolders_but_not_among_images(tmp_path):
     names = ["ILSVRC/Data/CLS-LOC/train/list.txt", "ILSVRC/Annotations/CLS-LOC/train/x", "ILSVRC/lists/list.txt"]
     miniatures.write_folder(tmp_path, dict.fromkeys(names, b""))
-    found = sources.find(tmp_path, ["train", "list.txt", "val"])
-    assert found == {"train": tmp_path / "ILSVRC/Data/CLS-LOC/train", "list.txt": tmp_path / "ILSVRC/lists/list.txt"}
+    paths = sources.find(tmp_path, ["train", "list.txt", "val"])
+    assert paths == {"train": tmp_path / "ILSVRC/Data/CLS-LOC/train", "list.txt": tmp_path / "ILSVRC/lists/list.txt"}
 
 
 def test_the_file_nearest_to_the_source_is_taken(tmp_path):
