@@ -48,7 +48,7 @@ def test_the_count_by_hand_of_resnet_32():
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_one_step_is_compiled_without_the_loop(stages, num_steps):
-    text = flops.compiled(*stages(8)["classifier"], num_steps=num_steps).as_text()
+    text = flops.step_program(*stages(8)["classifier"], num_steps=num_steps).as_text()
     loops_with_weights = [line for line in text.splitlines() if re.search(r"f32\[3,3,3,16\].* while\(", line)]
     assert len(loops_with_weights) == num_steps - 1
 
