@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ltjax import config, data, methods, train
-from ltjax.engine import evaluate, experiment, feed, stage
+from ltjax.engine import evaluate, feed, stage
+from ltjax.engine import experiment as experiments
 from ltjax.runs import checkpoint
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
@@ -212,14 +213,14 @@ def test_what_was_evaluated_after_the_last_checkpoint_is_evaluated_again(tmp_pat
 
 def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
     """Once before the first epoch, then once after each."""
-    made, built = train.prepare(config.parse(small()), None)
+    experiment, compiled = train.prepare(config.parse(small()), None)
     calls = []
 
     def class_means(variables, layers, go_on):
         calls.append(layers)
-        return made.class_means(variables, layers, go_on)
+        return experiment.class_means(variables, layers, go_on)
 
-    monkeypatch.setattr(train, "prepare", lambda *_: (made._replace(class_means=class_means), built))
+    monkeypatch.setattr(train, "prepare", lambda *_: (experiment._replace(class_means=class_means), compiled))
     train.train(small(), tmp_path)
     assert calls == [()] * (1 + EPOCHS)
 
@@ -230,6 +231,6 @@ def test_class_means_take_batches_as_large_as_evaluation(monkeypatch):
     monkeypatch.setattr(evaluate, "shared_batch", lambda size, *_: asked.append(size) or 20)
     feature_means = stage.feature_means
     monkeypatch.setattr(stage, "feature_means", lambda *own: taken.append(own[-1]) or feature_means(*own))
-    made = experiment.set_up(run, None)
-    made.class_means(experiment.fresh_variables(made, run.stages["dro"]))
+    experiment = experiments.set_up(run, None)
+    experiment.class_means(experiments.fresh_variables(experiment, run.stages["dro"]))
     assert set(asked) == {24} and taken == [20]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import adversarial_step, cifar_step, flops
 from ltjax import config, models
-from ltjax.engine import experiment
+from ltjax.engine import experiment as experiments
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def stages(tmp_path_factory):
 
     def make(depth):
         run = config.parse(cifar_step.one_epoch_config(depth=depth, max_count=2))
-        ready = experiment.set_up(run, data_dir)
-        return {name: (ready, stage) for name, stage in run.stages.items()}
+        experiment = experiments.set_up(run, data_dir)
+        return {name: (experiment, stage) for name, stage in run.stages.items()}
 
     return make
 

@@ -53,7 +53,7 @@ def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=No
     mesh, num_steps = parallel.make_mesh(jax.devices()[:devices]), len(numbers["losses"])
     variables = variables_of(numbers, "init/", net)
     extra, _ = method.init(jax.random.key(0))
-    built = stages.build(
+    compiled = stages.build(
         {"net": net},
         method,
         draw,
@@ -73,12 +73,12 @@ def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=No
         source, parallel.split_batch(mesh, axis=1) if devices > 1 and "lams" not in source else None
     )
     everywhere = parallel.replicated(mesh)
-    state = built.init(np.uint32(0), jax.device_put(variables, everywhere))
+    state = compiled.init(np.uint32(0), jax.device_put(variables, everywhere))
     if arrays is not None:
         state = state._replace(variables=state.variables._replace(arrays=jax.device_put(arrays, everywhere)))
     start = jax.tree.map(np.array, state.variables)
-    state, metrics = built.run(state, source, num_steps)
-    return SimpleNamespace(stage=built, start=start, state=state, metrics=metrics)
+    state, metrics = compiled.run(state, source, num_steps)
+    return SimpleNamespace(stage=compiled, start=start, state=state, metrics=metrics)
 
 
 def distance(start, ours, theirs, paths):

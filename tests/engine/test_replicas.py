@@ -17,7 +17,8 @@ from flax import linen as nn
 
 from ltjax import compare, config, data, methods, train
 from ltjax.data import augment, samplers
-from ltjax.engine import evaluate, experiment, feed, stage
+from ltjax.engine import evaluate, feed, stage
+from ltjax.engine import experiment as experiments
 from ltjax.models.layers import BatchNorm, Conv, pool
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.system import parallel
@@ -87,7 +88,7 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
         mesh=mesh,
     )
     shapes = jax.eval_shape(lambda: stage.init_variables(NETS, SHAPE, jax.random.key(0), method))
-    built = stages.build(
+    compiled = stages.build(
         NETS,
         method,
         draw,
@@ -111,17 +112,17 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
 
         sharding = parallel.state_sharding(mesh, replicas)
         variables = jax.jit(jax.vmap(initial) if replicas > 1 else initial, out_shardings=sharding)(seed)
-        return built.init(seed, variables)
+        return compiled.init(seed, variables)
 
-    return built, start, made_up_source(mesh)
+    return compiled, start, made_up_source(mesh)
 
 
-def trained(built, state, source):
-    if built.refresh is not None:
+def trained(compiled, state, source):
+    if compiled.refresh is not None:
         apply, mesh = stage.make_apply(NETS, "eval"), source.images.sharding.mesh
         means = feed.class_means(apply, source, mesh, replicas=state.step.size)
-        state = built.refresh(state, means(state.variables, built.layers))
-    return jax.tree.map(np.asarray, built.run(state, source, STEPS))
+        state = compiled.refresh(state, means(state.variables, compiled.layers))
+    return jax.tree.map(np.asarray, compiled.run(state, source, STEPS))
 
 
 def one(tree, replica):
@@ -144,8 +145,8 @@ def singles():
 
     @functools.cache
     def singles(**settings):
-        built, start, source = build(**settings)
-        return [trained(built, start(seed), source) for seed in SEEDS]
+        compiled, start, source = build(**settings)
+        return [trained(compiled, start(seed), source) for seed in SEEDS]
 
     return singles
 
@@ -160,8 +161,8 @@ def test_seeds_differ(singles):
 
 @every_layout
 def test_each_replica_is_the_single_run_of_its_seed(singles, devices, replicas, replicate):
-    built, start, source = build(devices, replicas, replicate)
-    state, metrics = trained(built, start(SEEDS[:replicas]), source)
+    compiled, start, source = build(devices, replicas, replicate)
+    state, metrics = trained(compiled, start(SEEDS[:replicas]), source)
     for replica in range(replicas):
         expected, drawn = singles()[replica]
         found = one(metrics, replica)
@@ -173,8 +174,8 @@ def test_each_replica_is_the_single_run_of_its_seed(singles, devices, replicas, 
 
 def test_each_replica_mixes_as_the_single_run(singles):
     """With a share of its own."""
-    built, start, source = build(2, 4, "vmap", mixup=0.2)
-    state, _ = trained(built, start(SEEDS[:4]), source)
+    compiled, start, source = build(2, 4, "vmap", mixup=0.2)
+    state, _ = trained(compiled, start(SEEDS[:4]), source)
     for replica in range(4):
         assert_close(one(state, replica), singles(mixup=0.2)[replica][0])
 
@@ -182,8 +183,8 @@ def test_each_replica_mixes_as_the_single_run(singles):
 @pytest.mark.parametrize(("devices", "replicate"), [(8, "loop"), (2, "vmap")])
 def test_each_replica_has_centroids_of_its_own(singles, devices, replicate):
     drolt = dict(method="drolt", sampler="class_aware")
-    built, start, source = build(devices, 4, replicate, **drolt)
-    state, _ = trained(built, start(SEEDS[:4]), source)
+    compiled, start, source = build(devices, 4, replicate, **drolt)
+    state, _ = trained(compiled, start(SEEDS[:4]), source)
     for replica in range(4):
         assert_close(one(state, replica), singles(**drolt)[replica][0], atol=1e-5)
 
@@ -371,14 +372,14 @@ def test_a_comparison_counts_each_seed_once(replicated, alone, capsys):
 def test_the_images_are_on_each_device_once():
     run = config.parse(settings(replicas=4))
     with devices(8):
-        made = experiment.set_up(run, None)
-    assert dict(made.mesh.shape) == {parallel.REPLICA_AXIS: 4, parallel.BATCH_AXIS: 2}
-    shape = (len(made.split.train), *SHAPE)
-    assert made.train_data.images.shape == shape
-    assert [shard.data.shape for shard in made.train_data.images.addressable_shards] == [shape] * 8
-    batches, together = made.test_set.images.shape[:2]
+        experiment = experiments.set_up(run, None)
+    assert dict(experiment.mesh.shape) == {parallel.REPLICA_AXIS: 4, parallel.BATCH_AXIS: 2}
+    shape = (len(experiment.split.train), *SHAPE)
+    assert experiment.train_data.images.shape == shape
+    assert [shard.data.shape for shard in experiment.train_data.images.addressable_shards] == [shape] * 8
+    batches, together = experiment.test_set.images.shape[:2]
     assert batches * together == 60
-    each = {shard.data.shape[:2] for shard in made.test_set.images.addressable_shards}
+    each = {shard.data.shape[:2] for shard in experiment.test_set.images.addressable_shards}
     assert each == {(batches, together // 2)}
 
 

@@ -11,7 +11,8 @@ import pytest
 from ltjax import data, train
 from ltjax.config import parse
 from ltjax.data.source import Images, Stored
-from ltjax.engine import experiment, feed, measure, stage
+from ltjax.engine import experiment as experiments
+from ltjax.engine import feed, measure, stage
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 from ltjax.types import UserError
@@ -88,70 +89,68 @@ def two_devices(monkeypatch):
 
 
 @pytest.fixture
-def problems(monkeypatch):
+def pair(monkeypatch):
     """The same problem with images on the devices and on disk."""
     made = []
     for found in both():
         monkeypatch.setattr(data, "load", lambda name, where, found=found: found)
-        made.append(experiment.set_up(parse(settings()), None))
+        made.append(experiments.set_up(parse(settings()), None))
     return made
 
 
-def test_evaluation_is_that_of_images_on_the_device(problems):
-    resident, streamed = problems
+def test_evaluation_is_that_of_images_on_the_device(pair):
+    resident, streamed = pair
     assert streamed.streamed and not resident.streamed
     run = parse(settings())
-    variables = experiment.fresh_variables(resident, run.stages["dro"])
-    first, second = (each.evaluate["net"](variables, each.test_set) for each in problems)
+    variables = experiments.fresh_variables(resident, run.stages["dro"])
+    first, second = (each.evaluate["net"](variables, each.test_set) for each in pair)
     assert (resident.test_set.host_labels == streamed.test_set.host_labels).all()
     for name in first:
         np.testing.assert_allclose(second[name], first[name], rtol=1e-6, err_msg=name)
 
 
-def test_the_report_sees_what_it_sees_of_images_on_the_device(problems):
+def test_the_report_sees_what_it_sees_of_images_on_the_device(pair):
     run = parse(settings())
-    stages = run.stages
-    variables = experiment.fresh_variables(problems[0], run.stages["dro"])
-    (first,), (second,) = (measure.Observer(each).observe(stages["dro"], variables) for each in problems)
+    variables = experiments.fresh_variables(pair[0], run.stages["dro"])
+    (first,), (second,) = (measure.Observer(each).observe(run.stages["dro"], variables) for each in pair)
     for name in first:
         np.testing.assert_allclose(second[name], first[name], rtol=1e-4, atol=1e-5, err_msg=name)
     for index in (0, 5):
-        pictures = [feed.picture(run, each.data, index) for each in problems]
+        pictures = [feed.picture(run, each.data, index) for each in pair]
         np.testing.assert_array_equal(*pictures)
 
 
-def test_class_means_of_the_report_take_a_few_images_of_each_class(problems):
-    run, streamed = parse(settings()), problems[1]
+def test_class_means_of_the_report_take_a_few_images_of_each_class(pair):
+    run, streamed = parse(settings()), pair[1]
     some = feed.some_of_each_class(run, streamed.data, streamed.split, streamed.mesh, 6)
     assert np.bincount(some.host_labels).tolist() == [6, 6, 5]
 
 
 @pytest.mark.parametrize("layers", [(), ("stage2", "stage3")])
-def test_class_means_are_those_of_images_on_the_device(problems, layers):
+def test_class_means_are_those_of_images_on_the_device(pair, layers):
     run = parse(settings())
-    variables = experiment.fresh_variables(problems[0], run.stages["dro"])
-    first, second = (each.class_means(variables, layers) for each in problems)
+    variables = experiments.fresh_variables(pair[0], run.stages["dro"])
+    first, second = (each.class_means(variables, layers) for each in pair)
     assert jax.tree.structure(first) == jax.tree.structure(second)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6), first, second)
 
 
-def test_a_step_is_that_of_images_on_the_device(problems):
+def test_a_step_is_that_of_images_on_the_device(pair):
     """Where both are given the same batch: here the whole of each image, since no window is cut."""
     run = parse(settings())
-    stages = run.stages
     outcomes = []
-    for each in problems:
-        built = experiment.build_stage(each, stages["dro"])
-        state = built.init(experiment.seeds(run), experiment.fresh_variables(each, run.stages["dro"]))
-        state = built.refresh(state, each.class_means(state.variables, built.layers))
+    for each in pair:
+        compiled = experiments.build_stage(each, run.stages["dro"])
+        state = compiled.init(experiments.seeds(run), experiments.fresh_variables(each, run.stages["dro"]))
+        state = compiled.refresh(state, each.class_means(state.variables, compiled.layers))
         if each.streamed:
-            index = [problems[0].split.train[i] for i in drawn(run, problems[0])]
+            index = [pair[0].split.train[i] for i in drawn(run, pair[0])]
             images = np.stack([both()[0].train_images[i] for i in index])[None]
             labels = both()[0].train_labels[index][None]
             source = stage.Chunk(jnp.int32(0), *parallel.put((images, labels), parallel.split_batch(each.mesh, axis=1)))
         else:
             source = each.train_data
-        state, metrics = built.run(state, source, 1)
+        state, metrics = compiled.run(state, source, 1)
         outcomes.append((jax.tree.map(np.asarray, state.variables.params), float(metrics["loss"][0])))
     np.testing.assert_allclose(outcomes[1][1], outcomes[0][1], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6), outcomes[0][0], outcomes[1][0])
@@ -212,7 +211,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(tmp_path, m
 def test_what_images_on_disk_cannot_have_is_named(monkeypatch, changes, message):
     monkeypatch.setattr(data, "load", lambda name, where: both()[1])
     with pytest.raises(UserError, match=message):
-        experiment.set_up(parse(settings(**changes)), None)
+        experiments.set_up(parse(settings(**changes)), None)
 
 
 def test_only_the_first_classes_are_kept_where_that_is_asked(monkeypatch):
@@ -220,6 +219,6 @@ def test_only_the_first_classes_are_kept_where_that_is_asked(monkeypatch):
         monkeypatch.setattr(data, "load", lambda name, where, found=found: found)
         few = settings()
         few["data"]["classes"] = 2
-        made = experiment.set_up(parse(few), None)
+        made = experiments.set_up(parse(few), None)
         assert made.class_names == ("a", "b") and made.split.class_counts.tolist() == [22, 11]
         assert np.bincount(made.test_set.host_labels).tolist() == [4, 3]
