@@ -1,4 +1,4 @@
-"""The training step of every stage, seen from one CPU: lowered for TPU and GPU, and split over eight devices."""
+"""Training steps lowered for TPU and GPU on a CPU, and split over eight devices."""
 
 import jax
 import numpy as np
@@ -43,31 +43,31 @@ def test_both_stages_lower_for_accelerators(monkeypatch, platform, name):
 
 
 @pytest.mark.parametrize("name", ["features", "classifier"])
-def test_eight_devices_give_the_numbers_of_one(monkeypatch, name):
+def test_eight_devices_agree_with_one(monkeypatch, name):
     outcomes = []
     for devices in (1, 8):
         compiled, experiment, state = build(monkeypatch, name, devices=devices)
         state, values = compiled.run(state, experiment.train_data, 3)
         outcomes.append((values["loss"], state.variables))
     np.testing.assert_allclose(outcomes[0][0], outcomes[1][0], rtol=1e-4)
-    for one, eight in zip(*(jax.tree.leaves(variables) for _, variables in outcomes), strict=True):
-        np.testing.assert_allclose(one, eight, rtol=1e-3, atol=1e-3)
+    for on_one, on_eight in zip(*(jax.tree.leaves(variables) for _, variables in outcomes), strict=True):
+        np.testing.assert_allclose(on_one, on_eight, rtol=1e-3, atol=1e-3)
 
 
 def test_frozen_parameters_have_no_backward_pass(monkeypatch):
-    """Stage 2 differentiates the classifier alone: its program holds the forward convolutions and no more."""
+    """Stage 2 differentiates only the classifier: its program has no convolutions except the forward ones."""
     convolutions = {}
     for name in ("features", "classifier"):
         compiled, experiment, state = build(monkeypatch, name, devices=1, platform="gpu")
         text = compiled.run.lower(state, experiment.train_data, 1).as_text()
         convolutions[name] = text.count("stablehlo.convolution")
-    assert convolutions["classifier"] == 7  # depth 8: one first convolution and two in each of three blocks
+    assert convolutions["classifier"] == 7  # depth 8: the first convolution, and two in each of three blocks
     assert convolutions["features"] == 3 * 7  # XLA drops the gradient to the image
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_lbgat_step_lowers_for_accelerators(monkeypatch, platform):
-    """Its attack included: two networks, a loop of ten steps inside the scanned step."""
+    """Two networks, and an attack of ten steps inside the scanned step."""
     monkeypatch.setattr(data, "load", test_attack.made_up_images)
     values = cifar10.get_config("method=lbgat,beta=6,model=wrn10_1,guide=resnet8")
     values.update(batch_size=16)

@@ -84,7 +84,7 @@ def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
             raise UserError(f"unknown batch-norm mode {mode!r}; known: {', '.join(BATCH_NORM_MODES)}")
         if net not in nets:
             raise UserError(
-                f"the method wants a network {net!r}: give its settings in config.{net}, as in config.model"
+                f"the method needs a network {net!r}: give its settings in config.{net}, as in config.model"
             )
         collections = {"params": variables.params[net], "batch_stats": variables.stats[net]}
         if mode == "eval":
