@@ -257,7 +257,7 @@ def random_method():
 
 
 def random_numbers(source, **settings):
-    """Collect the random numbers of a stage: the method's initial parameters, its noise, batches, the sampler's seed."""
+    """Collect a stage's random numbers: the method's initial parameters and noise, batches, the sampler's seed."""
 
     def draw(source, seed, step, rng):
         return random_draw(source, seed, step, rng)._replace(lam=(seed % 4096).astype(jnp.float32))
