@@ -10,13 +10,9 @@ from ltjax.types import UserError
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Generator[None]:
-    """Lock an existing file or folder. The operating system removes the lock when the process ends, even by a kill.
+    """Lock an existing file or folder until the process ends, even by a kill. Raise UserError(busy) if it is locked.
 
-    Do nothing if the system is not Unix, or the file system has no locks.
-
-    Args:
-      path: The file or folder.
-      busy: The message of the UserError if another process holds the lock.
+    There is no lock if the system is not Unix, or if the file system has none.
     """
     try:
         import fcntl
