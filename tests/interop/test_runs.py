@@ -94,12 +94,11 @@ def test_training_starts_from_imported_weights(trained, weights):
 
 def test_a_new_head_of_surgery_is_not_the_imported_one(weights):
     run = config.parse(quick(weights=str(weights)))
-    stages = run.stages
     experiment = experiments.set_up(run, None)
-    settings = stages["ce"]._replace(surgery={"name": next(iter(surgery.SURGERIES))})
-    assert settings.surgery["name"] == "new_head"
+    stage = run.stages["ce"]._replace(surgery={"name": next(iter(surgery.SURGERIES))})
+    assert stage.surgery["name"] == "new_head"
     start = experiments.initial_variables(experiment, run.stages["ce"])
-    changed, _ = experiments.operate(experiment, settings, start)
+    changed, _ = experiments.operate(experiment, stage, start)
     ours, theirs = (np.asarray(v.params["net"]["classifier"]["kernel"]) for v in (changed, start))
     assert not np.allclose(ours, theirs)
 
