@@ -37,7 +37,8 @@ from benchmarks import flops, provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100, common
 from ltjax.config import StageConfig, parse
-from ltjax.engine import experiment, stage
+from ltjax.engine import experiment as experiments
+from ltjax.engine.stage import make_apply
 from ltjax.methods import adversarial
 from ltjax.system import devices, parallel
 from ltjax.types import Batch, Method
@@ -93,14 +94,14 @@ def recomputing(given: adversarial.LossOf, *, objective: adversarial.Objective, 
     return method._replace(loss=loss)
 
 
-def attack_alone(settings: StageConfig, nets: Any) -> Callable[..., jax.Array]:
+def attack_alone(stage: StageConfig, nets: Any) -> Callable[..., jax.Array]:
     """(variables, images, rng) -> adversarial images, by the attack that the stage's method has."""
 
     def given(apply, variables, batch, images):
         return images.sum(), (variables, {"images": images})
 
-    own = dict(objective=adversarial.divergence, attack=settings.method["attack"], awp=0.0)
-    method, apply = adversarial.create(given, **own), stage.make_apply(nets, "train")
+    own = dict(objective=adversarial.divergence, attack=stage.method["attack"], awp=0.0)
+    method, apply = adversarial.create(given, **own), make_apply(nets, "train")
 
     def attack(variables, images, rng):
         batch = Batch(images, jnp.zeros(len(images), jnp.int32))
@@ -116,29 +117,29 @@ def steps_of(program: Program):
 def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
     """(the run's config, its stage's, the experiment). shape: keywords of `config`."""
     run = parse(config(program, **shape))
-    (settings,) = run.stages.values()
-    return run, settings, experiment.set_up(run, data_dir)
+    (stage,) = run.stages.values()
+    return run, stage, experiments.set_up(run, data_dir)
 
 
 def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> Callable[[], Any]:
     """call(), which runs `steps` training steps or attacks and waits for the device."""
-    run, settings, ready = prepare(program, data_dir, shape)
-    variables = experiment.initial_variables(ready, settings)
+    run, stage, experiment = prepare(program, data_dir, shape)
+    variables = experiments.initial_variables(experiment, stage)
     if program.method == "pgd":
-        images = jax.random.uniform(jax.random.key(0), (run.batch_size, *ready.image_shape))
-        images = jax.device_put(images, parallel.split_batch(ready.mesh))
-        attack = jax.jit(attack_alone(settings, ready.nets))
+        images = jax.random.uniform(jax.random.key(0), (run.batch_size, *experiment.image_shape))
+        images = jax.device_put(images, parallel.split_batch(experiment.mesh))
+        attack = jax.jit(attack_alone(stage, experiment.nets))
 
         def call():
             jax.block_until_ready([attack(variables, images, jax.random.key(number)) for number in range(steps)])
     else:
         with steps_of(program):
-            built = experiment.build_stage(ready, settings)
-            state = [built.init(experiment.seeds(run), variables)]
+            compiled = experiments.build_stage(experiment, stage)
+            state = [compiled.init(experiments.seeds(run), variables)]
 
         def call():
             with steps_of(program):  # the first call traces
-                state[0], _ = jax.block_until_ready(built.run(state[0], ready.train_data, steps))
+                state[0], _ = jax.block_until_ready(compiled.run(state[0], experiment.train_data, steps))
 
     return call
 
@@ -147,15 +148,15 @@ def operations(program: Program, data_dir: Path, shape: dict[str, Any]) -> float
     """For one image by XLA; compiles, and runs nothing."""
 
     def count(num_steps: int) -> float:
-        run, settings, ready = prepare(program, data_dir, {**shape, "attack_steps": num_steps})
+        run, stage, experiment = prepare(program, data_dir, {**shape, "attack_steps": num_steps})
         with steps_of(program):
             if program.method != "pgd":
-                return flops.by_xla(ready, settings)
-        attack = attack_alone(settings, flops.plain_nets(run, len(ready.class_names)))
-        images = jax.ShapeDtypeStruct((run.batch_size, *ready.image_shape), jnp.float32)
+                return flops.by_xla(experiment, stage)
+        attack = attack_alone(stage, flops.plain_nets(run, len(experiment.class_names)))
+        images = jax.ShapeDtypeStruct((run.batch_size, *experiment.image_shape), jnp.float32)
         key = jax.eval_shape(lambda: jax.random.key(0))
         with jax.default_device(jax.devices("cpu")[0]):
-            lowered = jax.jit(attack).lower(experiment.fresh_shapes(ready), images, key)
+            lowered = jax.jit(attack).lower(experiments.fresh_shapes(experiment), images, key)
         return flops.operations(flops.compile_to_count(lowered)) / run.batch_size
 
     return flops.with_attack(count, shape["attack_steps"])

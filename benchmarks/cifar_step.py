@@ -52,7 +52,8 @@ from configs import cifar100_lt
 from ltjax import train
 from ltjax.config import RunConfig, parse
 from ltjax.data.source import Images
-from ltjax.engine import experiment, stage
+from ltjax.engine import experiment as experiments
+from ltjax.engine.stage import CompiledStage, Resident, TrainState
 from ltjax.system import devices, xla
 
 ROOT = Path(__file__).parents[1]
@@ -143,16 +144,16 @@ def check_the_guard(image_shape: tuple[int, ...], batch_size: int) -> None:
         )
 
 
-def time_steps(built: stage.CompiledStage, state: stage.TrainState, source: stage.Resident, steps: int, repeats: int):
+def time_steps(compiled: CompiledStage, state: TrainState, source: Resident, steps: int, repeats: int):
     """Seconds a step, [repeats] each: of a dispatch of `steps`, and of `steps` dispatches of one."""
 
     def scanned(state):
-        return built.run(state, source, steps)
+        return compiled.run(state, source, steps)
 
     def single(state):
         metrics = {}
         for _ in range(steps):
-            state, metrics = built.run(state, source, 1)
+            state, metrics = compiled.run(state, source, 1)
         return state, metrics
 
     seconds: dict[str, list[float]] = {"scanned": [], "single": []}
@@ -167,17 +168,17 @@ def time_steps(built: stage.CompiledStage, state: stage.TrainState, source: stag
     return seconds
 
 
-def time_evaluation(ready: experiment.Experiment, variables: Any, repeats: int) -> list[float]:
+def time_evaluation(experiment: experiments.Experiment, variables: Any, repeats: int) -> list[float]:
     """Seconds to evaluate all test images, [repeats]."""
     seconds = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
-        ready.evaluate["net"](variables, ready.test_set)
+        experiment.evaluate["net"](variables, experiment.test_set)
         seconds.append(time.perf_counter() - started)
     return seconds[1:]  # the first one compiles
 
 
-def train_one_epoch(config, data_dir: Path, built: dict[str, stage.CompiledStage]):
+def train_one_epoch(config, data_dir: Path, compiled: dict[str, CompiledStage]):
     """Train one epoch of each stage, by `ltjax.train.train` -> {stage: (dispatches, transfers to the device)}.
 
     Transfers are those from the start of a stage's first dispatch to the end of its last.
@@ -185,24 +186,24 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.CompiledStage
     found: dict[str, tuple[list[int], list[Transfer]]] = {}
     with contextlib.ExitStack() as capture:
 
-        def counted_stage(_, settings):
-            name = settings.name
+        def counted_stage(_, stage):
+            name = stage.name
 
             def counted(state, source, num_steps):
                 if name not in found:
                     found[name] = ([], capture.enter_context(host_to_device()))
                 found[name][0].append(num_steps)
-                state, metrics = built[name].run(state, source, num_steps)
-                if sum(found[name][0]) == built[name].num_steps:
+                state, metrics = compiled[name].run(state, source, num_steps)
+                if sum(found[name][0]) == compiled[name].num_steps:
                     jax.block_until_ready(metrics)
                     capture.close()
                 return state, metrics
 
-            return built[name]._replace(run=counted)
+            return compiled[name]._replace(run=counted)
 
         with (
             tempfile.TemporaryDirectory() as workdir,
-            mock.patch.object(experiment, "build_stage", counted_stage),
+            mock.patch.object(experiments, "build_stage", counted_stage),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             train.train(config, workdir, data_dir)
@@ -212,26 +213,26 @@ def train_one_epoch(config, data_dir: Path, built: dict[str, stage.CompiledStage
 def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[str, Any]:
     """The numbers of both stages, {stage: {...}}, of evaluation, and what they were measured on."""
     run = parse(config)
-    stages = run.stages
-    ready, built = experiment.prepare(run, data_dir)
-    check_the_guard(ready.image_shape, run.batch_size)
+    experiment, compiled = experiments.prepare(run, data_dir)
+    check_the_guard(experiment.image_shape, run.batch_size)
     seconds, operations = {}, {}
-    for name, settings in stages.items():
+    for name, stage in run.stages.items():
         if with_flops:
-            operations[name] = flops.by_xla(ready, settings)
-        steps = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)
-        state = built[name].init(experiment.seeds(run), experiment.initial_variables(ready, run.stages[name]))
-        seconds[name] = time_steps(built[name], state, ready.train_data, steps, repeats)
-    evaluation = time_evaluation(ready, experiment.initial_variables(ready, next(iter(run.stages.values()))), repeats)
-    epochs = train_one_epoch(config, data_dir, built)
+            operations[name] = flops.by_xla(experiment, stage)
+        steps = train.chunk_length(compiled[name].steps_per_epoch, run.dispatch_steps)
+        state = compiled[name].init(experiments.seeds(run), experiments.initial_variables(experiment, stage))
+        seconds[name] = time_steps(compiled[name], state, experiment.train_data, steps, repeats)
+    variables = experiments.initial_variables(experiment, next(iter(run.stages.values())))
+    evaluation = time_evaluation(experiment, variables, repeats)
+    epochs = train_one_epoch(config, data_dir, compiled)
 
     numbers = {}
-    for name, settings in stages.items():
+    for name, stage in run.stages.items():
         dispatches, transfers = epochs[name]
-        images = [t.size for t in transfers if t.size is None or t.shape[-3:] == ready.image_shape]
+        images = [t.size for t in transfers if t.size is None or t.shape[-3:] == experiment.image_shape]
         median = {key: statistics.median(values) for key, values in seconds[name].items()}
         numbers[name] = {
-            "title": settings.title,
+            "title": stage.title,
             "images_per_second": run.batch_size / median["scanned"],
             "scanned_seconds_per_step": seconds[name]["scanned"],
             "single_seconds_per_step": seconds[name]["single"],
@@ -244,9 +245,9 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
             "other_transfers_to_device_per_epoch": len(transfers) - len(images),
         }
         if with_flops:
-            trains = any("backbone" in path for path in built[name].trained)
+            trains = any("backbone" in path for path in compiled[name].trained)
             size = {key: run.model[key] for key in ("depth", "width")}
-            by_hand = flops.by_hand(**size, num_classes=len(ready.class_names), backbone_trains=trains)
+            by_hand = flops.by_hand(**size, num_classes=len(experiment.class_names), backbone_trains=trains)
             numbers[name]["flops_per_image"] = {
                 "by_xla": operations[name],
                 "by_hand": by_hand,
@@ -255,36 +256,35 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
     return {
         "stages": numbers,
         EVALUATION: {
-            "num_images": ready.test_set.size,
-            "images_per_second": ready.test_set.size / statistics.median(evaluation),
+            "num_images": experiment.test_set.size,
+            "images_per_second": experiment.test_set.size / statistics.median(evaluation),
             "seconds": evaluation,
         },
-        "num_images": int(ready.split.class_counts.sum()),
+        "num_images": int(experiment.split.class_counts.sum()),
     }
 
 
 def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int], RunConfig]:
     """{stage, or "evaluation": turn() -> seconds an image}, steps of a turn of each stage, and the run."""
     run = parse(config)
-    stages = run.stages
-    ready, built = experiment.prepare(run, data_dir)
+    experiment, compiled = experiments.prepare(run, data_dir)
     states, steps = {}, {}
-    for name in stages:
-        steps[name] = train.chunk_length(built[name].steps_per_epoch, run.dispatch_steps)
-        states[name] = built[name].init(experiment.seeds(run), experiment.initial_variables(ready, run.stages[name]))
-    variables = experiment.initial_variables(ready, next(iter(run.stages.values())))
+    for name, stage in run.stages.items():
+        steps[name] = train.chunk_length(compiled[name].steps_per_epoch, run.dispatch_steps)
+        states[name] = compiled[name].init(experiments.seeds(run), experiments.initial_variables(experiment, stage))
+    variables = experiments.initial_variables(experiment, next(iter(run.stages.values())))
 
     def train_for_a_dispatch(name):
         started = time.perf_counter()
-        states[name], _ = jax.block_until_ready(built[name].run(states[name], ready.train_data, steps[name]))
+        states[name], _ = jax.block_until_ready(compiled[name].run(states[name], experiment.train_data, steps[name]))
         return (time.perf_counter() - started) / (steps[name] * run.batch_size)
 
     def evaluate():
         started = time.perf_counter()
-        ready.evaluate["net"](variables, ready.test_set)
-        return (time.perf_counter() - started) / ready.test_set.size
+        experiment.evaluate["net"](variables, experiment.test_set)
+        return (time.perf_counter() - started) / experiment.test_set.size
 
-    turns: dict[str, Callable[[], float]] = {name: partial(train_for_a_dispatch, name) for name in stages}
+    turns: dict[str, Callable[[], float]] = {name: partial(train_for_a_dispatch, name) for name in run.stages}
     return {**turns, EVALUATION: evaluate}, steps, run
 
 

@@ -40,7 +40,8 @@ from rich.table import Table
 from benchmarks import hlo, provenance
 from ltjax.config import RunConfig, parse
 from ltjax.data.source import Images, Stored
-from ltjax.engine import evaluate, experiment
+from ltjax.engine import evaluate
+from ltjax.engine import experiment as experiments
 from ltjax.system import parallel, xla
 
 STEPS = 3  # to a dispatch: XLA writes a loop of one step out
@@ -270,7 +271,7 @@ def traced_for(platform: str) -> Iterator[None]:
     with (
         mock.patch.object(jax, "default_backend", lambda: platform),
         mock.patch.object(xla, "cpu_options", dict),
-        mock.patch.object(experiment.data, "load", _made_up),
+        mock.patch.object(experiments.data, "load", _made_up),
     ):
         yield
 
@@ -280,18 +281,18 @@ def lower(program: Program, platform: str, *, tiny: bool = False) -> jax.stages.
     found = devices(platform, program.chips[platform])
     with traced_for(platform):
         run = parse(settings_of(program, platform, tiny))
-        ready = experiment.set_up(run, None)
+        experiment = experiments.set_up(run, None)
         mesh = parallel.make_mesh(found, replicas=run.replicas)
-        ready = ready._replace(mesh=mesh)
+        experiment = experiment._replace(mesh=mesh)
         if not program.stage:
-            return _evaluation(run, ready)
-        built = experiment.build_stage(ready, run.stages[program.stage])
-        state = jax.eval_shape(built.init, experiment.seeds(run), experiment.fresh_shapes(ready))
+            return _evaluation(run, experiment)
+        compiled = experiments.build_stage(experiment, run.stages[program.stage])
+        state = jax.eval_shape(compiled.init, experiments.seeds(run), experiments.fresh_shapes(experiment))
         state = _placed(state, parallel.state_sharding(mesh, run.replicas))
-        return built.run.lower(state, _placed_on(mesh, experiment.source_shapes(ready, STEPS)), STEPS)
+        return compiled.run.lower(state, _placed_on(mesh, experiments.source_shapes(experiment, STEPS)), STEPS)
 
 
-def _evaluation(run: RunConfig, ready: experiment.Experiment) -> jax.stages.Lowered:
+def _evaluation(run: RunConfig, experiment: experiments.Experiment) -> jax.stages.Lowered:
     """The dispatch that evaluates the test images on the device."""
     made: list[Any] = []
 
@@ -300,12 +301,12 @@ def _evaluation(run: RunConfig, ready: experiment.Experiment) -> jax.stages.Lowe
         return made[-1]
 
     with mock.patch.object(xla, "jit", keep):
-        evaluate.evaluator(ready.nets, ready.mesh)
-    variables = _placed(experiment.fresh_shapes(ready), parallel.replicated(ready.mesh))
-    size = ready.test_set.size
-    batch = evaluate.shared_batch(run.eval_batch_size, size, ready.mesh)
-    shape, split = (-(-size // batch), batch), parallel.split_batch(ready.mesh, axis=1)
-    images = jax.ShapeDtypeStruct((*shape, *ready.image_shape), jnp.uint8, sharding=split)
+        evaluate.evaluator(experiment.nets, experiment.mesh)
+    variables = _placed(experiments.fresh_shapes(experiment), parallel.replicated(experiment.mesh))
+    size = experiment.test_set.size
+    batch = evaluate.shared_batch(run.eval_batch_size, size, experiment.mesh)
+    shape, split = (-(-size // batch), batch), parallel.split_batch(experiment.mesh, axis=1)
+    images = jax.ShapeDtypeStruct((*shape, *experiment.image_shape), jnp.uint8, sharding=split)
     labels = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     return made[0].lower((variables, None), (images, labels))
 

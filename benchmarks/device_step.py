@@ -38,7 +38,8 @@ from benchmarks import cifar_step, decode, provenance
 from configs import inat18
 from ltjax import data
 from ltjax.config import StageConfig, parse
-from ltjax.engine import experiment, stage
+from ltjax.engine import experiment as experiments
+from ltjax.engine.stage import Chunk, CompiledStage, TrainState
 from ltjax.modes import dry_run
 from ltjax.system import devices, xla
 
@@ -51,16 +52,16 @@ KERNELS = 25  # of a trace that are kept
 class Prepared(NamedTuple):
     """The first stage of a run, ready to be compiled."""
 
-    experiment: experiment.Experiment
+    experiment: experiments.Experiment
     stage: StageConfig
-    built: stage.CompiledStage
+    compiled: CompiledStage
 
-    def state(self) -> stage.TrainState:
-        variables = experiment.initial_variables(self.experiment, self.stage)
-        return self.built.init(experiment.seeds(self.experiment.config), variables)
+    def state(self) -> TrainState:
+        variables = experiments.initial_variables(self.experiment, self.stage)
+        return self.compiled.init(experiments.seeds(self.experiment.config), variables)
 
     def batches(self, num_steps: int) -> Any:
-        return experiment.batches(self.experiment, self.stage, num_steps)
+        return experiments.batches(self.experiment, self.stage, num_steps)
 
     def expected_bytes(self) -> int:
         """What `--dry_run` says."""
@@ -70,8 +71,8 @@ class Prepared(NamedTuple):
 
 def prepare(values: Mapping[str, Any], data_dir: Path | None) -> Prepared:
     run = parse(values)
-    first, ready = next(iter(run.stages.values())), experiment.set_up(run, data_dir)
-    return Prepared(ready, first, experiment.build_stage(ready, first))
+    stage, experiment = next(iter(run.stages.values())), experiments.set_up(run, data_dir)
+    return Prepared(experiment, stage, experiments.build_stage(experiment, stage))
 
 
 def large(*, depth: int, size: int, dtype: str, batch_size: int) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class Program(NamedTuple):
 
     def held(self, source: Any) -> Any:
         """A source whose batches are those of the next dispatch."""
-        if not isinstance(source, stage.Chunk):
+        if not isinstance(source, Chunk):
             return source
         return source._replace(first=jnp.asarray(self.carried[1], jnp.int32))
 
@@ -119,7 +120,7 @@ def compile_all(prepared: Sequence[Prepared], flags: str, steps: int) -> list[Pr
 
     states = [each.state() for each in prepared]
     lowered = [
-        each.built.run.lower(state, experiment.source_shapes(each.experiment, steps), steps)
+        each.compiled.run.lower(state, experiments.source_shapes(each.experiment, steps), steps)
         for each, state in zip(prepared, states, strict=True)
     ]
     programs = []

@@ -116,9 +116,9 @@ def of_step(method: str, net: Network, guide: Network | None, *, num_steps: int,
     return net.forward + attack + net.training + clean + guide.training
 
 
-def by_xla(experiment: Experiment, settings: StageConfig) -> float:
+def by_xla(experiment: Experiment, stage: StageConfig) -> float:
     """Operations for one image of a stage's step as XLA counts them."""
-    return operations(compiled(experiment, settings)) / experiment.config.batch_size
+    return operations(step_program(experiment, stage)) / experiment.config.batch_size
 
 
 def operations(program: jax.stages.Compiled) -> float:
@@ -161,7 +161,7 @@ def plain_nets(run: RunConfig, num_classes: int) -> dict[str, Any]:
     return nets
 
 
-def compiled(experiment: Experiment, settings: StageConfig, num_steps: int = 1) -> jax.stages.Compiled:
+def step_program(experiment: Experiment, stage: StageConfig, num_steps: int = 1) -> jax.stages.Compiled:
     """A stage's step with the plain convolution of accelerators, compiled for one CPU device and not run.
 
     One step, because XLA counts a loop's body once; of a scan of one step it makes the step alone.
@@ -170,10 +170,10 @@ def compiled(experiment: Experiment, settings: StageConfig, num_steps: int = 1) 
     nets = plain_nets(experiment.config, len(experiment.class_names))
     experiment = experiment._replace(nets=nets, mesh=parallel.make_mesh([cpu]))
     with jax.default_device(cpu):
-        built = build_stage(experiment, settings)
-        state = jax.eval_shape(built.init, seeds(experiment.config), fresh_shapes(experiment))
+        compiled = build_stage(experiment, stage)
+        state = jax.eval_shape(compiled.init, seeds(experiment.config), fresh_shapes(experiment))
         source = jax.eval_shape(lambda: experiment.train_data)
-        return compile_to_count(built.run.lower(state, source, num_steps))
+        return compile_to_count(compiled.run.lower(state, source, num_steps))
 
 
 def compile_to_count(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

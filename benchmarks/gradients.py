@@ -39,7 +39,7 @@ def kernel_gradients(values: Mapping[str, Any], data_dir: Path | None = None) ->
     state = prepared.state()
     before = {path: np.asarray(value) for path, value in optim.flatten(state.variables.params).items()}
     with prepared.batches(1) as feed:
-        state, metrics = prepared.built.run(state, feed.take(0, 1, 0), 1)
+        state, metrics = prepared.compiled.run(state, feed.take(0, 1, 0), 1)
     kept = jax.tree.leaves((state.variables, state.opt_state, metrics))
     if others := {x.dtype.name for x in kept} - {"float32", "int32", "uint32"}:
         raise RuntimeError(f"a step keeps {min(others)}: only what is inside a network may be narrow")

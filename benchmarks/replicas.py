@@ -27,7 +27,7 @@ from benchmarks import provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100_lt
 from ltjax.config import parse
-from ltjax.engine import experiment
+from ltjax.engine import experiment as experiments
 from ltjax.system import devices, parallel
 
 
@@ -37,11 +37,10 @@ def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate:
     config.model.update(depth=args.depth, width=args.width, dtype=args.dtype)
     config.update(batch_size=args.batch_size, epochs=1, replicas=replicas, replicate=replicate)
     run = parse(config.to_dict())
-    stages = run.stages
-    ready = experiment.set_up(run, data_dir)
-    built = experiment.build_stage(ready, stages["ce"])
-    state = built.init(experiment.seeds(run), experiment.fresh_variables(ready, run.stages["ce"]))
-    return built, state, ready.train_data, ready.mesh
+    experiment = experiments.set_up(run, data_dir)
+    compiled = experiments.build_stage(experiment, run.stages["ce"])
+    state = compiled.init(experiments.seeds(run), experiments.fresh_variables(experiment, run.stages["ce"]))
+    return compiled, state, experiment.train_data, experiment.mesh
 
 
 def measure(args: argparse.Namespace, data_dir: Path, write: Callable[[list[dict[str, Any]]], None]):
@@ -50,17 +49,17 @@ def measure(args: argparse.Namespace, data_dir: Path, write: Callable[[list[dict
     rows, programs = [], []
 
     def turn(row: dict[str, Any], program: list[Any]) -> None:
-        built, state, source = program
+        compiled, state, source = program
         started = time.perf_counter()
-        program[1], _ = jax.block_until_ready(built.run(state, source, args.steps))
+        program[1], _ = jax.block_until_ready(compiled.run(state, source, args.steps))
         row["seconds_per_step"].append((time.perf_counter() - started) / args.steps)
         row["images_per_second"] = args.batch_size * row["replicas"] / statistics.median(row["seconds_per_step"])
 
     for replicas in args.replicas:
         for replicate in parallel.REPLICATE if replicas > 1 else ("loop",):
-            built, state, source, mesh = prepared(args, data_dir, replicas, replicate)
+            compiled, state, source, mesh = prepared(args, data_dir, replicas, replicate)
             started = time.perf_counter()
-            state, _ = jax.block_until_ready(built.run(state, source, args.steps))
+            state, _ = jax.block_until_ready(compiled.run(state, source, args.steps))
             groups = mesh.shape[parallel.REPLICA_AXIS]
             rows.append(
                 {
@@ -71,7 +70,7 @@ def measure(args: argparse.Namespace, data_dir: Path, write: Callable[[list[dict
                     "seconds_per_step": [],
                 }
             )
-            programs.append([built, state, source])
+            programs.append([compiled, state, source])
             turn(rows[-1], programs[-1])
             write(rows)
     for _ in range(args.repeats - 1):

@@ -43,12 +43,12 @@ def part(which: str, folder: Path, args: argparse.Namespace) -> None:
     state, source = prepared.state(), prepared.experiment.train_data
     with Checkpoints(folder / "checkpoints") as checkpoints:
         if which == "saves":
-            state, _ = prepared.built.run(state, source, args.steps)
+            state, _ = prepared.compiled.run(state, source, args.steps)
             checkpoints.save(args.steps, state, {})
             checkpoints.wait()
         else:
             state, _ = checkpoints.restore(like(state)) or (None, None)
-        state, metrics = prepared.built.run(state, source, args.steps)
+        state, metrics = prepared.compiled.run(state, source, args.steps)
     arrays = [np.asarray(each) for each in jax.tree.leaves((state, metrics))]
     if which == "saves":
         np.savez(folder / "expected.npz", *arrays)

@@ -22,7 +22,7 @@ from ltjax.system.command_line import Parser
 from ltjax.system.paths import local
 from ltjax.types import UserError
 
-FILES = ("config.json", "split.json", "results.json")  # beside the weights
+FILES = ("config.json", "split.json", "results.json")  # copied with the weights
 OPTIONAL = ("attack.json", "temperature.json")
 
 
@@ -52,12 +52,12 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return the exit code: 0, or 2 after one line `error: ...` on stderr."""
+    """Run the command line. Return the exit code: 0, or 2 after one line `error: ...` on stderr."""
     parser = Parser(
         prog="python -m ltjax.archive", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workdir", help="of a finished run")
-    parser.add_argument("folder", help="to write, or to write again")
+    parser.add_argument("workdir", help="folder of a finished run")
+    parser.add_argument("folder", help="folder to write; an archive there is replaced")
     try:
         args = parser.parse_args(argv)
         archive(args.workdir, args.folder)

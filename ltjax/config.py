@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 from ltjax.types import UserError
 
+BATCH_NORM_MODES = ("train", "eval")
 EPOCH_SIZES = ("images", "balanced")
 GROUPINGS = ("counts", "ranges", "ranks")
 REPLICATE = ("loop", "vmap")
@@ -185,6 +186,7 @@ def _stage(run: RunConfig, name: str, values: Any, earlier: Mapping[str, StageCo
         raise UserError(
             f"{where} has lr = {stage.lr}, epochs = {stage.epochs}: lr above 0 and epochs of at least {least}"
         )
+    _check_choice(f"{where}.batch_norm", stage.batch_norm, BATCH_NORM_MODES)
     _check_choice(f"{where}.epoch_size", stage.epoch_size, EPOCH_SIZES)
     _check_choice(f"{where}.evaluate_net", stage.evaluate_net, ("net", "guide") if run.guide else ("net",))
     if stage.keep_optimizer and stage.start_from == "scratch":

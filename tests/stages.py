@@ -1,7 +1,7 @@
-"""Stages of toy networks and methods, without a config file."""
+"""Compile stages of toy networks and methods, without a config file."""
 
 from ltjax.config import DataConfig, OptimizerConfig, RunConfig, StageConfig
-from ltjax.engine import stage
+from ltjax.engine.stage import build as build_stage
 
 
 def build(
@@ -23,8 +23,8 @@ def build(
     image_shape=(32, 32, 3),
     **optimizer,
 ):
-    """`ltjax.engine.stage.build` with the values of a stage's and a run's config as keywords."""
-    config = StageConfig(
+    """Call `ltjax.engine.stage.build` with values of StageConfig and RunConfig as keywords."""
+    stage = StageConfig(
         method={},
         epochs=len(factors),
         lr=lr,
@@ -34,5 +34,5 @@ def build(
         number=number,
     )
     run = RunConfig("toy", DataConfig("toy"), {}, {}, replicas=replicas, replicate=replicate, accumulate=accumulate)
-    more = dict(factors=factors, steps_per_epoch=steps_per_epoch, mesh=mesh, image_shape=image_shape)
-    return stage.build(nets, method, draw, params, config, run, **more)
+    rest = dict(factors=factors, steps_per_epoch=steps_per_epoch, mesh=mesh, image_shape=image_shape)
+    return build_stage(nets, method, draw, params, stage, run, **rest)

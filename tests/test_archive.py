@@ -22,7 +22,7 @@ ATTACK = {"attack.num_images": 16, "attack.batch_size": 16, "attack.tests": ("pg
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run that was trained to its end."""
+    """The workdir of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     train.train(tiny_config(**STAGES), folder)
     return folder
@@ -30,7 +30,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def archived(workdir, tmp_path):
-    folder = tmp_path / "kept"
+    folder = tmp_path / "archive"
     archive.archive(workdir, folder)
     return folder
 
@@ -55,12 +55,12 @@ def test_a_workdir_is_not_an_archive(workdir):
 
 def test_results_have_the_figures_of_every_evaluated_epoch(workdir):
     stages = results(workdir)["stages"]
-    assert [each["epoch"] for each in stages["features"]["evaluations"]] == [1, 2]
+    assert [evaluation["epoch"] for evaluation in stages["features"]["evaluations"]] == [1, 2]
     last = stages["classifier"]["evaluations"][-1]
     assert (last["accuracy"], last["ece"]) == (stages["classifier"]["accuracy"], stages["classifier"]["ece"])
 
 
-def test_its_evaluation_gives_the_figures_of_the_run_to_the_last_digit(archived, workdir):
+def test_eval_mode_reproduces_the_figures_exactly(archived, workdir):
     actual = evaluate_workdir(tiny_config(**STAGES), archived)
     assert list(actual["stages"]) == ["classifier"]
     for key in ("accuracy", "ece", "loss", "per_class_accuracy"):
@@ -68,24 +68,24 @@ def test_its_evaluation_gives_the_figures_of_the_run_to_the_last_digit(archived,
     assert not (archived / "checkpoints").exists()
 
 
-def test_the_command_line_evaluates_it_without_a_config(archived):
+def test_the_command_line_evaluates_an_archive_without_a_config(archived):
     code, out, error = run("--mode=eval", f"--workdir={archived}")
     assert code == 0, error
     assert f"{100 * results(archived)['accuracy']['all']:.1f}" in out
 
 
-def test_it_loads_as_the_run_does(archived, workdir):
+def test_a_loaded_archive_equals_the_loaded_run(archived, workdir):
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
     ours, theirs = ltjax.load(archived), ltjax.load(workdir)
     np.testing.assert_array_equal(ours.logits(images), theirs.logits(images))
     assert (ours.class_names, ours.image_size, ours.about) == (theirs.class_names, theirs.image_size, theirs.about)
 
 
-def test_a_report_and_an_attack_of_it_are_as_of_the_run(archived):
-    config_of = tiny_config(**STAGES, **ATTACK)
-    report.report_workdir(config_of, archived)
+def test_report_and_attack_mode_accept_an_archive(archived):
+    values = tiny_config(**STAGES, **ATTACK)
+    report.report_workdir(values, archived)
     assert "<svg" in (archived / "report" / "index.html").read_text()
-    actual = attack.attack_workdir(config_of, archived)
+    actual = attack.attack_workdir(values, archived)
     assert actual["tests"]["clean"]["num_images"] == 16
     assert results(archived)["robustness"]["stage"] == "classifier"
 
@@ -96,18 +96,18 @@ def test_an_archive_predicts(archived, tmp_path):
     assert actual.classes[0] in results(archived)["class_names"]
 
 
-def test_its_table_is_that_of_the_run(archived, workdir):
+def test_compare_shows_the_same_row_for_archive_and_run(archived, workdir):
     ours, theirs = (compare.rows([folder])[0] for folder in (archived, workdir))
     assert ours._replace(runs=()) == theirs._replace(runs=())
 
 
-def test_training_in_it_says_that_the_run_is_finished(archived, capsys):
+def test_training_in_an_archive_prints_that_the_run_is_finished(archived, capsys):
     train.train(tiny_config(**STAGES), archived)
     assert "holds a finished run of this config" in " ".join(capsys.readouterr().out.split())
     assert trained.is_archive(archived)
 
 
-def test_a_stage_can_start_from_its_weights(archived, tmp_path):
+def test_a_stage_can_start_from_the_weights_of_an_archive(archived, tmp_path):
     """The later stage of a chain starts from the weights of an earlier run."""
     values = tiny_config(stages=("classifier",), **{"classifier.epochs": 1, "classifier.start_from": "scratch"})
     values |= {"weights": str(archived), "weights_parts": ("backbone", "classifier")}
@@ -120,15 +120,15 @@ def test_a_stage_can_start_from_its_weights(archived, tmp_path):
 
 
 def _archived(workdir):
-    archive.archive(workdir, workdir / "kept")
-    return workdir / "kept"
+    archive.archive(workdir, workdir / "archive")
+    return workdir / "archive"
 
 
 def test_an_unfinished_run_is_refused(workdir, tmp_path, capsys):
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("results.json"))
-    assert archive.main([str(tmp_path / "run"), str(tmp_path / "kept")]) == 2
+    assert archive.main([str(tmp_path / "run"), str(tmp_path / "archive")]) == 2
     assert "holds no finished run (results.json is missing): train it to the end first" in capsys.readouterr().err
-    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / "archive").exists()
 
 
 def test_another_run_is_not_overwritten(workdir):
@@ -142,7 +142,7 @@ def test_results_of_an_older_version_are_refused(workdir, tmp_path):
     del old["stages"]["classifier"]["evaluations"]
     (tmp_path / "run" / "results.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="lacks the figures of each epoch"):
-        archive.archive(tmp_path / "run", tmp_path / "kept")
+        archive.archive(tmp_path / "run", tmp_path / "archive")
 
 
 def test_damaged_results_are_named(archived):

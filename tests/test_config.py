@@ -1,4 +1,4 @@
-"""What a config may say."""
+"""`ltjax.config`: parsing, its error messages, and differences between configs."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from ltjax.types import UserError
 
 
 def small(**changes):
-    """A config of two stages, the least that says something."""
+    """A minimal config of two stages; None removes a key."""
     stage = {"method": {"name": "erm"}, "epochs": 2, "lr": 0.1, "groups": {"all": {"match": ".*", "rate": 1.0}}}
     whole = {
         "name": "small",
@@ -52,13 +52,13 @@ def test_parse_fills_in_the_defaults():
     assert stages["first"].sampler == {"name": "instance_balanced"}
 
 
-def test_an_attack_is_that_of_the_tables_unless_told_otherwise():
+def test_the_default_attack_is_that_of_the_tables():
     run = config.parse(small(attack={"num_images": 100, "epsilon": 0.031}))
     assert run.attack == config.AttackConfig(0.031, "linf", 100, ("pgd-20", "cw-20", "autoattack"), "2/255", 500, 0)
     assert config.parse(small()).attack.epsilon == "8/255"
 
 
-def test_a_stage_may_be_judged_by_the_guide_where_there_is_one():
+def test_a_stage_may_evaluate_the_guide_if_there_is_one():
     values = {**changed_stage(evaluate_net="guide"), "guide": {"name": "resnet"}}
     assert config.parse(values).stages["second"].evaluate_net == "guide"
 
@@ -101,7 +101,7 @@ def test_a_missing_key_is_named(values, where):
 
 
 @pytest.mark.parametrize("stages", [(), ("first", "first")])
-def test_stages_are_named_once_each(stages):
+def test_each_stage_is_named_once(stages):
     values = small(stages=stages, second=None, **({} if stages else {"first": None}))
     assert message_of(values) == f"config.stages = {stages}: name one stage or more, each once"
 
@@ -120,21 +120,21 @@ def test_a_stage_may_not_take_the_name_of_a_setting(name):
 
 
 @pytest.mark.parametrize("start", ["second", "third", "", "Scratch"])
-def test_a_stage_starts_from_scratch_or_an_earlier_one(start):
-    found = message_of(changed_stage(start_from=start))
-    assert found == f"config.second.start_from = {start!r}; allowed: scratch, first"
+def test_a_stage_starts_from_scratch_or_an_earlier_stage(start):
+    message = message_of(changed_stage(start_from=start))
+    assert message == f"config.second.start_from = {start!r}; allowed: scratch, first"
 
 
-def test_a_stage_may_not_start_from_a_later_one():
+def test_a_stage_may_not_start_from_a_later_stage():
     assert "; allowed: scratch" in message_of(small(stages=("second", "first")))
 
 
 @pytest.mark.parametrize("changes", [{"lr": 0.0}, {"lr": -0.1}, {"lr": float("nan")}, {"epochs": 0}, {"epochs": -1}])
-def test_rate_and_epochs_are_above_0(changes):
+def test_lr_and_epochs_are_above_0(changes):
     assert message_of(changed_stage(**changes)).startswith("config.second has lr = ")
 
 
-def test_a_stage_of_surgery_alone_needs_no_epochs():
+def test_a_stage_with_surgery_may_have_no_epochs():
     stages = config.parse(changed_stage(epochs=0, surgery={"name": "new_head"}, groups={})).stages
     assert (stages["second"].epochs, stages["second"].groups) == (0, {})
 
@@ -144,7 +144,7 @@ def test_sizes_are_at_least_1(key):
     assert message_of(small(**{key: 0})) == f"config.{key} = 0: must be at least 1"
 
 
-def test_epochs_between_evaluations_are_chosen_by_0():
+def test_eval_every_may_be_0():
     assert config.parse(small(eval_every=0)).eval_every == 0
     assert message_of(small(eval_every=-1)) == "config.eval_every = -1: must be at least 1, or 0 to choose"
 
@@ -208,7 +208,7 @@ def test_a_seed_below_0_is_refused_before_anything_starts(values, where):
         (changed_stage(groups={"all": {"match": ".*", "rate": -1.0}}), "config.second.groups.all.rate = -1.0"),
     ],
 )
-def test_what_a_setting_cannot_be_is_named(values, message):
+def test_a_wrong_value_is_named(values, message):
     assert message_of(values).startswith(message)
 
 
@@ -216,7 +216,7 @@ def test_the_last_seed_of_the_replicas_may_be_the_largest():
     assert config.parse(small(seed=2**32 - 2, replicas=2)).replicas == 2
 
 
-def test_a_stages_optimizer_changes_the_runs():
+def test_a_stages_optimizer_replaces_values_of_the_runs():
     values = small(optimizer={"weight_decay": 0.1, "nesterov": True})
     values["second"] = {**values["second"], "optimizer": {"momentum": 0.5, "nesterov": False}}
     stages = config.parse(values).stages
@@ -250,11 +250,11 @@ SETTINGS_OF_A_STAGE = ("method", "groups", "schedule", "sampler", "augment", "op
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_value_in_place_of_settings_is_refused(values, where):
-    found = message_of(values)
-    assert found.startswith(f"{where} = ") and "needs settings" in found
+    message = message_of(values)
+    assert message.startswith(f"{where} = ") and "needs settings" in message
 
 
-# differences() tells why a folder holds another run.
+# differences().
 
 
 def test_equal_configs_have_no_differences():
@@ -269,7 +269,7 @@ def test_differences_give_the_path_and_both_values():
     assert config.differences(old, new) == ["data.imbalance: 100 -> 50", "seed: (absent) -> 1"]
 
 
-def test_a_key_that_went_is_a_difference():
+def test_a_missing_key_is_a_difference():
     assert config.differences({"a": 1, "b": {"c": 2}}, {"b": {}}) == ["a: 1 -> (absent)", "b.c: 2 -> (absent)"]
 
 
@@ -277,26 +277,26 @@ def test_a_section_that_became_a_value_is_a_difference():
     assert config.differences({"a": {"b": 1}}, {"a": 2}) == ["a: (settings) -> 2"]
 
 
-def test_stages_as_a_bare_string_are_told_apart_from_a_tuple():
+def test_stages_as_a_string_are_refused():
     with pytest.raises(UserError, match=r"a tuple of names, such as \('ce',\)"):
         config.parse(small(stages="ce"))
 
 
-# A folder holds one run; how it is attacked is no part of that.
+# A folder holds one run; its attack settings may change.
 
 
 @pytest.mark.parametrize("attack", [{"epsilon": "4/255"}, {"num_images": 10, "tests": ("pgd-20",)}, None])
-def test_a_trained_run_may_be_attacked_in_another_way(tmp_path, attack):
+def test_attack_settings_of_a_trained_run_may_change(tmp_path, attack):
     write_json(tmp_path / "config.json", small(attack={"epsilon": "8/255"}))
     open_workdir(tmp_path, small(attack=attack))
 
 
-def test_a_run_from_before_attacks_may_be_attacked(tmp_path):
+def test_a_run_without_attack_settings_may_be_attacked(tmp_path):
     write_json(tmp_path / "config.json", small())
     open_workdir(tmp_path, small(attack={"epsilon": "4/255"}))
 
 
-def test_another_run_is_refused_whatever_the_attack(tmp_path):
+def test_another_run_is_refused(tmp_path):
     write_json(tmp_path / "config.json", small(attack={"epsilon": "8/255"}))
     with pytest.raises(UserError) as raised:
         open_workdir(tmp_path, small(attack={"epsilon": "4/255"}, seed=1))

@@ -1,4 +1,4 @@
-"""Every method of the CIFAR-LT configs, trained for a few small steps over two devices on made-up images."""
+"""Every method of the CIFAR-LT configs trains a few small steps on two devices and made-up images."""
 
 import itertools
 import json
@@ -20,8 +20,8 @@ from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 
 FILES = {"cifar10_lt": cifar10_lt, "cifar100_lt": cifar100_lt}
-# What `test_the_files_differ_only_in_numbers` leaves of cifar100_lt, and recipes that no method has.
-# instead of method=lbgat, which is its first stage
+# All methods of cifar10_lt (LBGAT with a second stage), those of cifar100_lt that differ in more than the numbers of
+# `test_the_files_differ_only_in_numbers`, and recipes that no method uses.
 LBGAT = "cifar10_lt:recipe=lbgat+robust_classifier,beta=6,awp=true,sampler=class_aware"
 RUNS = (
     *(f"cifar10_lt:method={name}" for name in recipes.METHODS if name != "lbgat"),
@@ -35,7 +35,7 @@ RUNS = (
 )
 IDS = [name.replace(":", "-").replace("=", "-") for name in RUNS]
 every_run = pytest.mark.parametrize("name", RUNS, ids=IDS)
-# (a run, the stage it is stopped in): every kind of thing that a stage may take over from the one before
+# (a run, the stage in which it is stopped): all ways in which a stage continues from an earlier one
 STOPPED = (
     ("cifar10_lt:method=mislas", "classifier"),
     ("cifar10_lt:method=ldam_drw", "ldam"),
@@ -66,24 +66,24 @@ def made_up_images(num_classes=10, size=8):
     rng = np.random.default_rng(0)
     colours = rng.integers(40, 216, (num_classes, 1, 1, 3))
 
-    def some(count):
+    def labelled(count):
         labels = np.tile(np.arange(num_classes, dtype=np.int32), count)
         noise = rng.normal(0, 20, (len(labels), size, size, 3))
         return np.clip(colours[labels] + noise, 0, 255).astype(np.uint8), labels
 
-    return Images(*some(125), *some(6), tuple(f"class {c}" for c in range(num_classes)))
+    return Images(*labelled(125), *labelled(6), tuple(f"class {c}" for c in range(num_classes)))
 
 
 def tiny_config(name):
-    """The config of "FILE:ARGUMENTS" made tiny, as nested dicts."""
+    """Shrink the config of "FILE:ARGUMENTS", and return it as nested dicts."""
     file, _, argument = name.partition(":")
     values = FILES[file].get_config(argument)
     values.update_from_flattened_dict(TINY)
     values.data.holdout = 5 if values.data.holdout else 0
     for net in ("model", "guide"):
-        if values.get(net) and values[net].name != "resnet_cifar":  # adversarial training's
-            own = {key: value for key, value in values[net].items() if key != "init"}  # of another network
-            values[net] = {**own, "name": "wide_resnet", "depth": 10, "width": 1}
+        if values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training
+            common = {key: value for key, value in values[net].items() if key != "init"}
+            values[net] = {**common, "name": "wide_resnet", "depth": 10, "width": 1}
     for stage in values.stages:
         settings = values[stage]
         if settings.start_from != "scratch" and settings.epochs:
@@ -94,9 +94,9 @@ def tiny_config(name):
             settings.augment.crop_padding = 1
             settings.augment.cutout_size = settings.augment.cutout_size and 3
         if settings.method.name == "drolt" or stage == "drw":
-            settings.lr = 0.05  # the papers' are for more steps
+            settings.lr = 0.05  # the papers' rates are for more steps
         if settings.method.name == "bgat":
-            settings.lr = 0.02  # its guide has learned little, and with large logits
+            settings.lr = 0.02  # its guide has learned little, and has large logits
         if settings.method.name == "reslt":  # there are fewer classes than in CIFAR-100
             settings.method.update(medium_start=2, tail_start=4)
     return values.to_dict()
@@ -113,9 +113,9 @@ def two_devices_and_made_up_images():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(name): the workdir of a run, trained once.
+    """trained(name): train a run once, and return its workdir.
 
-    trained.starts[name][stage]: new networks' parameters. trained.prepared[name]: what it trained with, compiled.
+    trained.starts[name][stage]: initial parameters. trained.prepared[name]: (experiment, compiled stages).
     """
     folder = tmp_path_factory.mktemp("runs")
     initial_variables, prepare = train.initial_variables, train.prepare
@@ -164,19 +164,19 @@ ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:me
 
 
 @pytest.mark.parametrize("name", ARCHIVED, ids=[IDS[RUNS.index(name)] for name in ARCHIVED])
-def test_an_archive_has_the_figures_of_its_run_to_the_last_digit(trained, tmp_path, name):
-    """With margins of the method, a classifier changed for evaluation, surgery, and a guide that is not kept."""
+def test_an_archive_reproduces_the_figures_of_its_run_exactly(trained, tmp_path, name):
+    """Also with the method's margins, an eval_classifier, surgery, and a guide that is left out."""
     workdir = trained(name)
-    archive(workdir, tmp_path / "kept")
-    trained_to, found = (
+    archive(workdir, tmp_path / "archive")
+    expected, actual = (
         results["stages"][results["final_stage"]]
         for results in (
             json.loads((workdir / "results.json").read_text()),
-            evaluate_workdir(tiny_config(name), tmp_path / "kept"),
+            evaluate_workdir(tiny_config(name), tmp_path / "archive"),
         )
     )
     for key in ("accuracy", "ece", "loss", "per_class_accuracy", "nearest_mean"):
-        assert found.get(key) == trained_to.get(key), key
+        assert actual.get(key) == expected.get(key), key
 
 
 def logged(workdir, stage, split="train"):
@@ -191,60 +191,60 @@ def paths(tree):
 @every_run
 def test_the_loss_falls_in_every_stage(trained, name):
     workdir = trained(name)
-    for stage, settings in stages_of(name).items():
-        if settings.epochs:
-            losses = [line["values"]["loss"] for line in logged(workdir, stage)]
+    for stage in stages_of(name).values():
+        if stage.epochs:
+            losses = [line["values"]["loss"] for line in logged(workdir, stage.name)]
             half = len(losses) // 2
-            assert np.mean(losses[half:]) < np.mean(losses[:half]), (stage, losses)
+            assert np.mean(losses[half:]) < np.mean(losses[:half]), (stage.name, losses)
 
 
 @every_run
-def test_an_epoch_is_every_image_once_or_whole_batches_or_as_many_as_of_equal_classes(trained, name):
+def test_the_number_of_steps_in_an_epoch(trained, name):
     workdir = trained(name)
-    for stage, settings in stages_of(name).items():
-        steps = 72 if settings.epoch_size == "balanced" else 39 if settings.drop_last else 40  # 1,150 of 16
-        assert steps_of(workdir, stage)[-1] == settings.epochs * steps, stage
+    for stage in stages_of(name).values():
+        steps = 72 if stage.epoch_size == "balanced" else 39 if stage.drop_last else 40  # 1,150 of 16
+        assert steps_of(workdir, stage.name)[-1] == stage.epochs * steps, stage.name
 
 
 @every_run
-def test_only_the_parameters_of_a_stages_groups_move(trained, name):
+def test_only_parameters_with_a_rate_change(trained, name):
     workdir = trained(name)
-    for stage, settings in stages_of(name).items():
-        if not settings.epochs:
+    for stage in stages_of(name).values():
+        if not stage.epochs:
             continue
-        last = paths(saved(workdir, stage)["variables"]["params"])
-        if settings.start_from == "scratch":
-            start = paths(trained.starts[name][stage])
+        last = paths(saved(workdir, stage.name)["variables"]["params"])
+        if stage.start_from == "scratch":
+            start = paths(trained.starts[name][stage.name])
         else:
-            start = paths(saved(workdir, settings.start_from)["variables"]["params"])
-        for path, group in optim.assign_groups(list(last), settings.groups).items():
-            # the method's own parameters begin with the stage: DRO-LT's margins, whose test is below
+            start = paths(saved(workdir, stage.start_from)["variables"]["params"])
+        for path, group in optim.assign_groups(list(last), stage.groups).items():
+            # a method's parameters start with the stage; those of DRO-LT have a test below
             stays = not path.startswith("method/") and np.array_equal(last[path], start[path])
-            assert stays == (settings.groups[group]["rate"] == 0), (stage, path)
+            assert stays == (stage.groups[group]["rate"] == 0), (stage.name, path)
 
 
 @every_run
-def test_surgery_alone_changes_the_classifier_alone(trained, name):
+def test_surgery_without_training_changes_only_the_classifier(trained, name):
     workdir = trained(name)
-    for stage, settings in stages_of(name).items():
-        if settings.epochs:
+    for stage in stages_of(name).values():
+        if stage.epochs:
             continue
-        before, after = (paths(saved(workdir, s)["variables"]["params"]) for s in (settings.start_from, stage))
+        before, after = (paths(saved(workdir, s)["variables"]["params"]) for s in (stage.start_from, stage.name))
         changed = {path for path in after if not np.array_equal(after[path], before[path])}
-        assert changed and changed <= {"net/classifier/kernel", "net/classifier/bias"}, stage
+        assert changed and changed <= {"net/classifier/kernel", "net/classifier/bias"}, stage.name
 
 
 @every_run
-def test_batch_norm_statistics_move_as_the_stage_says(trained, name):
+def test_batch_norm_statistics_change_only_in_train_mode(trained, name):
     workdir = trained(name)
-    for stage, settings in stages_of(name).items():
-        if settings.start_from == "scratch":
+    for stage in stages_of(name).values():
+        if stage.start_from == "scratch":
             continue
-        before, after = (paths(saved(workdir, s)["variables"]["stats"]) for s in (settings.start_from, stage))
-        frozen = "guide/" if settings.method["name"] == "bgat" else "none"
+        before, after = (paths(saved(workdir, s)["variables"]["stats"]) for s in (stage.start_from, stage.name))
+        frozen = "guide/" if stage.method["name"] == "bgat" else "none"
         for path, value in after.items():
             moved = not np.array_equal(value, before[path])
-            assert moved == (settings.batch_norm == "train" and not path.startswith(frozen)), (stage, path)
+            assert moved == (stage.batch_norm == "train" and not path.startswith(frozen)), (stage.name, path)
 
 
 @every_run
@@ -253,20 +253,20 @@ def test_the_results_are_complete(trained, name):
     results = json.loads((workdir / "results.json").read_text())
     stages = stages_of(name)
     assert list(results["stages"]) == list(stages)
-    for stage, settings in stages.items():
-        found = results["stages"][stage]
-        assert set(found["accuracy"]) == {"all", "many", "medium", "few"}
-        assert found["seconds"] > 0
-        if settings.surgery.get("name") == "nearest_mean":
-            assert found["ece"] is None  # the size of its logits means nothing
+    for stage in stages.values():
+        summary = results["stages"][stage.name]
+        assert set(summary["accuracy"]) == {"all", "many", "medium", "few"}
+        assert summary["seconds"] > 0
+        if stage.surgery.get("name") == "nearest_mean":
+            assert summary["ece"] is None  # its logits have no scale
         else:
-            assert 0 <= found["ece"] <= 1
-        assert len(found["per_class_accuracy"]) == 10
-        assert np.mean(found["per_class_accuracy"]) == pytest.approx(found["accuracy"]["all"])
-        assert found["best_on_test"]["accuracy"] >= found["accuracy"]["all"]
-        assert ("nearest_mean" in found) == settings.nearest_mean
-        assert found.get("surgery", {}).get("name") == settings.surgery.get("name")
-        assert ("best_on_holdout" in found) == ("tau_norm" in stages)
+            assert 0 <= summary["ece"] <= 1
+        assert len(summary["per_class_accuracy"]) == 10
+        assert np.mean(summary["per_class_accuracy"]) == pytest.approx(summary["accuracy"]["all"])
+        assert summary["best_on_test"]["accuracy"] >= summary["accuracy"]["all"]
+        assert ("nearest_mean" in summary) == stage.nearest_mean
+        assert summary.get("surgery", {}).get("name") == stage.surgery.get("name")
+        assert ("best_on_holdout" in summary) == ("tau_norm" in stages)
     assert (workdir / "report" / "summary.png").exists()
 
 
@@ -276,10 +276,10 @@ def test_tau_is_the_best_on_the_holdout(trained):
     accuracy = note["holdout_accuracy"]
     assert list(accuracy) == [f"{k / 10:g}" for k in range(21)]
     assert accuracy[f"{note['tau']:g}"] == max(accuracy.values())
-    assert min(accuracy.values()) < max(accuracy.values())  # so that there was something to choose
+    assert min(accuracy.values()) < max(accuracy.values())  # tau matters
 
 
-def test_the_margins_of_drolt_are_trained_and_stay_in_its_stage(trained):
+def test_the_margins_of_drolt_are_trained_and_end_with_its_stage(trained):
     workdir = trained("cifar10_lt:method=drolt")
     (margins,) = saved(workdir, "dro")["variables"]["params"]["method"]["margins"]
     assert margins.shape == (10,) and (margins != 1).all()
@@ -291,7 +291,7 @@ class Reached(Exception):
 
 
 def before_dispatch(patch, stage, number, act):
-    """Have `act(state, stop)` called before a stage's dispatch of this number, counted from 0."""
+    """Call `act(state, stop)` before dispatch `number` of a stage, counted from 0."""
     start = train.StageTrainer.start
 
     def watched(trainer, before):
@@ -310,7 +310,7 @@ def before_dispatch(patch, stage, number, act):
 
 
 def rewound(workdir, folder, stage, stages):
-    """A copy of a finished run, as it was before `stage` began."""
+    """Copy a finished run in the state before `stage` began."""
     copy = shutil.copytree(workdir, folder / "run")
     (copy / "results.json").unlink()
     for later in stages[stages.index(stage) :]:
@@ -318,7 +318,7 @@ def rewound(workdir, folder, stage, stages):
     return copy
 
 
-def test_deferred_reweighting_goes_on_with_the_momentum(trained, tmp_path, monkeypatch):
+def test_deferred_reweighting_continues_with_the_momentum(trained, tmp_path, monkeypatch):
     name, seen = "cifar10_lt:method=ldam_drw", {}
     undisturbed = trained(name)
     workdir = rewound(undisturbed, tmp_path, "drw", list(stages_of(name)))
@@ -332,12 +332,12 @@ def test_deferred_reweighting_goes_on_with_the_momentum(trained, tmp_path, monke
     with pytest.raises(Reached):
         train.train(tiny_config(name), workdir)
     momentum = [x for x in jax.tree.leaves(saved(undisturbed, "ldam")["opt_state"]) if x.ndim]
-    kept = [x for x in seen["leaves"] if x.ndim]
-    assert len(kept) == len(momentum) > 10
-    for found, expected in zip(sorted(kept, key=order), sorted(momentum, key=order), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    continued = [x for x in seen["leaves"] if x.ndim]
+    assert len(continued) == len(momentum) > 10
+    for actual, expected in zip(sorted(continued, key=order), sorted(momentum, key=order), strict=True):
+        np.testing.assert_array_equal(actual, expected)
         assert expected.any()
-    assert {x.item() for x in seen["leaves"] if not x.ndim} == {0}  # its schedule starts anew
+    assert {x.item() for x in seen["leaves"] if not x.ndim} == {0}  # the schedule starts at 0
 
 
 def order(array):
@@ -352,27 +352,27 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path
     def stop_here(state, stop):
         stop.requested = signal.SIGTERM
 
-    monkeypatch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
+    monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # what is resumed makes its own
+        patch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # the resumed run compiles its own
         before_dispatch(patch, stage, 1, stop_here)
         with pytest.raises(Interrupted):
             train.train(tiny_config(name), workdir)
     assert steps_of(workdir, stage) == [{"reslt": 26, "dro": 24}.get(stage, 20)]
     train.train(tiny_config(name), workdir)
-    for each in stages[stages.index(stage) :]:
-        assert steps_of(workdir, each)[-1] == steps_of(undisturbed, each)[-1]
-        jax.tree.map(np.testing.assert_array_equal, saved(workdir, each), saved(undisturbed, each))
+    for later in stages[stages.index(stage) :]:
+        assert steps_of(workdir, later)[-1] == steps_of(undisturbed, later)[-1]
+        jax.tree.map(np.testing.assert_array_equal, saved(workdir, later), saved(undisturbed, later))
     assert (workdir / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
 
 
 def test_the_files_differ_only_in_numbers():
-    """So that training the methods of one file, and the two whose numbers differ, trains those of the other."""
+    """So this module trains the methods of one file, and of the other only the two whose numbers differ."""
     for name in recipes.METHODS:
         first, second = (tiny_config(f"{file}:method={name}") for file in FILES)
         expected = {"name", "data.name", "data.ranges"}
         expected |= {"reslt.method.beta"} if name == "reslt" else set()
         classifier = ("method.head", "method.tail", "groups.classifier.rate", "batch_norm")
         expected |= {f"classifier.{key}" for key in classifier} if name == "mislas" else set()
-        found = {line.partition(":")[0] for line in differences(first, second)}
-        assert found <= expected, name
+        differing = {line.partition(":")[0] for line in differences(first, second)}
+        assert differing <= expected, name

@@ -1,4 +1,4 @@
-"""The repository's own figures: a row of the table can be checked, and says where it comes from."""
+"""The archives in results/: their figures can be reproduced, and their origin is recorded."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ every_archive = pytest.mark.parametrize("folder", ARCHIVES, ids=[folder.name for
 
 
 @every_archive
-def test_it_is_an_archive_that_says_where_it_comes_from(folder):
+def test_an_archive_records_its_origin(folder):
     assert trained.is_archive(folder)
     results = read_json(folder / "results.json")
     assert results["name"] + f"-seed{results['seed']}" == folder.name
-    assert len(results["git_commit"]) == 40  # nothing was changed beside it
+    assert len(results["git_commit"]) == 40  # without "-dirty"
     assert results["versions"]["jax"] and results["device"] and results["seconds"] > 0
     assert (folder / "weights.safetensors").stat().st_size < 2.1e6
     assert "/" not in results["command"].replace("checkout/", "").replace("configs/", "").replace("runs/", "").replace(
@@ -29,15 +29,15 @@ def test_it_is_an_archive_that_says_where_it_comes_from(folder):
 
 
 @every_archive
-def test_its_figures_are_those_of_its_last_evaluated_epoch(folder):
+def test_figures_are_those_of_the_last_evaluated_epoch(folder):
     results = read_json(folder / "results.json")
     for stage in results["stages"].values():
         assert stage["evaluations"][-1]["accuracy"] == stage["accuracy"]
 
 
 @pytest.mark.skipif(not ARCHIVES, reason="no archives in results/ yet")
-def test_a_row_can_be_checked(tmp_path):
-    """On another machine or jaxlib than it was made with: to 0.05 points of accuracy, and as much of ECE."""
+def test_an_archive_can_be_evaluated_again(tmp_path):
+    """On any machine and jaxlib, accuracy and ECE agree to 0.05 points."""
     folder = next((f for f in ARCHIVES if f.name.startswith("cifar100_lt-")), ARCHIVES[0])
     config = read_json(folder / "config.json")
     try:
@@ -46,6 +46,6 @@ def test_a_row_can_be_checked(tmp_path):
         pytest.skip(str(error))
     for name in ("config.json", "split.json", "results.json", "weights.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    found, expected = evaluate_workdir(config, tmp_path), json.loads((folder / "results.json").read_text())
-    assert abs(found["accuracy"]["all"] - expected["accuracy"]["all"]) <= 5e-4
-    assert abs(found["ece"] - expected["ece"]) <= 5e-4
+    actual, expected = evaluate_workdir(config, tmp_path), json.loads((folder / "results.json").read_text())
+    assert abs(actual["accuracy"]["all"] - expected["accuracy"]["all"]) <= 5e-4
+    assert abs(actual["ece"] - expected["ece"]) <= 5e-4

@@ -1,4 +1,4 @@
-"""The program as its user meets it: one line and exit code 2 for mistakes, and nothing lost when it is stopped."""
+"""run.py: one line and exit code 2 for mistakes, and nothing is lost when it is stopped."""
 
 import json
 import os
@@ -36,12 +36,12 @@ TINY = (
     "--config.eval_every=1",
     "--config.dispatch_steps=1",
 )
-OFTEN = "--config.checkpoint_seconds=0.0"  # saved after every dispatch, not at a stage's end alone
-LONG = ("--config.epochs=2000", "--config.stages=('ce',)", OFTEN)  # for runs that are stopped in their first stage
+OFTEN = "--config.checkpoint_seconds=0.0"  # save after every dispatch, not only at the end of a stage
+LONG = ("--config.epochs=2000", "--config.stages=('ce',)", OFTEN)  # for runs that are stopped in the first stage
 
 
 def tiny_config(**changes):
-    """The same run as `TINY`, as nested dicts; changes: {"data.max_count": 10, ...}."""
+    """The config of `TINY` as nested dicts. changes: {"data.max_count": 10, ...}."""
     sys.path.insert(0, str(ROOT))
     from configs import quickstart
 
@@ -97,14 +97,14 @@ def wait_until(condition, process, seconds=240):
 
 
 def checkpoint_saved(workdir, stage, at_least=1):
-    """Whether a checkpoint of some step from `at_least` on is complete."""
+    """Whether there is a complete checkpoint of step `at_least` or later."""
     folder = workdir / "checkpoints" / stage
-    done = [p.parent.name for p in folder.glob("*/_CHECKPOINT_METADATA")] if folder.is_dir() else []
-    return any(name.isdigit() and int(name) >= at_least for name in done)
+    steps = [p.parent.name for p in folder.glob("*/_CHECKPOINT_METADATA")] if folder.is_dir() else []
+    return any(name.isdigit() and int(name) >= at_least for name in steps)
 
 
 def final_arrays(workdir, stage="classifier"):
-    """The newest checkpoint's step and its arrays, as nested dicts of NumPy arrays."""
+    """Return the newest checkpoint's step, and its arrays as nested dicts of NumPy arrays."""
     folder = workdir / "checkpoints" / stage
     step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
     with ocp.StandardCheckpointer() as checkpointer:
@@ -113,14 +113,14 @@ def final_arrays(workdir, stage="classifier"):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that nothing disturbed."""
+    """The workdir and the output of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     code, out, error = run(*TINY, f"--workdir={workdir}")
     assert code == 0, error
     return workdir, out
 
 
-def test_a_run_leaves_its_results(finished):
+def test_a_run_writes_its_results(finished):
     workdir, out = finished
     results = json.loads((workdir / "results.json").read_text())
     assert list(results["stages"]) == ["ce", "features", "classifier"]
@@ -144,7 +144,7 @@ def test_a_run_leaves_its_results(finished):
     assert "MiSLAS, stage 2" in out and "ECE" in out
 
 
-def test_metrics_are_one_object_a_line(finished):
+def test_metrics_are_json_lines(finished):
     workdir, _ = finished
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert all(set(line) == {"stage", "epoch", "step", "split", "values"} for line in lines)
@@ -164,7 +164,7 @@ def test_a_finished_run_prints_its_table_again(finished):
 
 def test_eval_mode_repeats_the_figures(finished):
     workdir, _ = finished
-    code, _, error = run(f"--workdir={workdir}", "--mode=eval", devices=1)  # which knows its config
+    code, _, error = run(f"--workdir={workdir}", "--mode=eval", devices=1)
     assert code == 0, error
     trained, evaluated = (json.loads((workdir / f"{name}.json").read_text()) for name in ("results", "eval"))
     for name, stage in trained["stages"].items():
@@ -172,8 +172,8 @@ def test_eval_mode_repeats_the_figures(finished):
         assert evaluated["stages"][name]["ece"] == pytest.approx(stage["ece"], abs=2e-3)
 
 
-def test_killed_and_resumed_equals_undisturbed(finished, tmp_path):
-    """kill -9 after an epoch of the second stage; then the same command goes on, to the same bits."""
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(finished, tmp_path):
+    """After kill -9 in the second stage, the same command resumes to the same bits."""
     undisturbed, _ = finished
     workdir = tmp_path / "run"
     process = start(*TINY, OFTEN, f"--workdir={workdir}")
@@ -192,7 +192,7 @@ def test_killed_and_resumed_equals_undisturbed(finished, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_resume(tmp_path, number):
+def test_after_a_signal_the_state_is_saved_and_the_output_says_how_to_resume(tmp_path, number):
     workdir = tmp_path / "run"
     process = start(*TINY, *LONG, f"--workdir={workdir}")
     wait_until(lambda: checkpoint_saved(workdir, "ce"), process)
@@ -202,14 +202,14 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, number):
     assert "resume" in out and f"--workdir={workdir}" in out
     step, _ = final_arrays(workdir, "ce")
     logged = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert step == max(logged)  # nothing lost, not even within an epoch
+    assert step == max(logged)  # no step is lost
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
     workdir = tmp_path / "run"
     process = start(*TINY, *LONG, "--config.dispatch_steps=0", f"--workdir={workdir}")
     wait_until(lambda: checkpoint_saved(workdir, "ce"), process)
-    process.send_signal(signal.SIGSTOP)  # so that both signals arrive before the loop can act on the first
+    process.send_signal(signal.SIGSTOP)  # both signals arrive before the loop can act on the first
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
@@ -219,14 +219,14 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 def damage(step_folder):
-    """Flip one byte in the middle of the largest file: its length and the folder's listing stay as they were."""
+    """Flip one byte in the middle of the largest file, without changing its length."""
     largest = max((p for p in (step_folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 0xFF
     largest.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_falls_back_loudly(finished, tmp_path):
+def test_a_damaged_checkpoint_falls_back_with_a_warning(finished, tmp_path):
     workdir, flags = tmp_path / "run", (*TINY, OFTEN, "--config.stages=('ce',)", f"--workdir={tmp_path / 'run'}")
     code, _, error = run(*flags)
     assert code == 0, error
@@ -239,12 +239,12 @@ def test_a_damaged_checkpoint_falls_back_loudly(finished, tmp_path):
     assert code == 0, error
     assert "damaged" in error and f"step {steps[-1]}" in error
     assert (workdir / "checkpoints" / "damaged" / f"ce-{steps[-1]}").is_dir()
-    found, expected = (final_arrays(folder, "ce")[1] for folder in (workdir, finished[0]))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    actual, expected = (final_arrays(folder, "ce")[1] for folder in (workdir, finished[0]))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_a_full_disk_names_the_last_good_checkpoint(tmp_path):
-    """A file-size limit stands in for the full disk: the first checkpoints fit, the next writes fail."""
+    """A limit on file sizes simulates the full disk: the first checkpoints fit, later writes fail."""
     workdir = tmp_path / "run"
     process = start(*TINY, *LONG, f"--workdir={workdir}")
     wait_until(lambda: checkpoint_saved(workdir, "ce"), process)
@@ -258,7 +258,7 @@ def test_a_full_disk_names_the_last_good_checkpoint(tmp_path):
 
 
 def test_a_run_on_other_devices_agrees(finished, tmp_path):
-    """One device or two: the same batches, and so the same figures to rounding."""
+    """One and two devices train on the same batches, so the losses agree to rounding."""
     workdir = tmp_path / "run"
     code, _, error = run(*TINY, "--config.stages=('ce',)", f"--workdir={workdir}", devices=1)
     assert code == 0, error
@@ -298,12 +298,12 @@ def test_mistakes_get_one_line_and_exit_code_2(flags, words, tmp_path):
         assert word in error
 
 
-def test_a_mode_for_runs_without_one_asks_for_it():
+def test_a_mode_that_needs_a_run_asks_for_its_workdir():
     code, _, error = run("--mode=predict", "--images=photos")
     assert code == 2 and error == "error: --mode=predict needs the --workdir of a run, or a --config\n"
 
 
-def test_a_run_does_not_go_on_with_other_images(finished, tmp_path):
+def test_a_run_does_not_resume_with_other_images(finished, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     (workdir / "results.json").unlink()
     split = json.loads((workdir / "split.json").read_text())
@@ -352,13 +352,13 @@ def test_mistakes_in_a_config_are_named_before_training(changes, words, tmp_path
     assert [path.name for path in tmp_path.glob("run/*")] in (
         [],
         [".lock"],
-    )  # the corrected config is not refused as another run's
+    )  # so the corrected config is accepted
 
 
-def test_a_method_that_wants_a_second_network_says_where_to_give_it(tmp_path):
+def test_a_missing_second_network_is_named(tmp_path):
     config = tiny_config()
     config["ce"]["method"]["net"] = "guide"
-    with pytest.raises(UserError, match=r"wants a network 'guide': give its settings in config\.guide"):
+    with pytest.raises(UserError, match=r"needs a network 'guide': give its settings in config\.guide"):
         train.train(config, tmp_path / "run")
 
 
@@ -390,14 +390,14 @@ def test_a_broken_file_in_the_workdir_is_named(tmp_path, name, content):
         train.train(tiny_config(), tmp_path)
 
 
-def test_what_cannot_be_written_before_training_is_named(tmp_path):
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot write to .*metrics\.jsonl"):
         train.train(tiny_config(), tmp_path)
 
 
-def test_checkpoints_that_cannot_be_read_are_not_trained_over(finished, tmp_path):
-    """All of a stage's checkpoints damaged: no silent start from scratch, and nothing moved."""
+def test_unreadable_checkpoints_stop_the_run(finished, tmp_path):
+    """If all checkpoints of a stage are damaged, it does not start from scratch, and nothing is moved."""
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "results.json").unlink()
@@ -413,7 +413,7 @@ def test_checkpoints_that_cannot_be_read_are_not_trained_over(finished, tmp_path
     ("steps_per_epoch", "asked", "expected"),
     [(85, 16, 15), (97, 16, 14), (98, 16, 14), (39, 16, 13), (7, 50, 7), (5, 1, 1)],
 )
-def test_chunks_are_near_what_was_asked(steps_per_epoch, asked, expected):
+def test_chunk_lengths_are_close_to_dispatch_steps(steps_per_epoch, asked, expected):
     assert train.chunk_length(steps_per_epoch, asked) == expected
 
 
@@ -427,7 +427,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=r"stage 'ce', epoch \d+, step \d+; last good checkpoint .*ce\.lr"):
         train.train(tiny_config(**{"ce.lr": 1e30}), tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) <= 6  # within a dispatch or two, long before the epoch's end
+    assert len(lines) <= 6  # stopped after a dispatch or two
 
 
 def test_a_holdout_selects_without_the_test_set(tmp_path):

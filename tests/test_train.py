@@ -1,4 +1,4 @@
-"""The training loop: when it evaluates, saves, reads and stops, on a stage of DRO-LT of a few small steps."""
+"""When the training loop evaluates, saves, reads metrics and stops, on a small stage of DRO-LT."""
 
 import functools
 import inspect
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ltjax import config, data, methods, train
-from ltjax.engine import evaluate, experiment, feed, stage
+from ltjax.engine import evaluate, feed, stage
+from ltjax.engine import experiment as experiments
 from ltjax.runs import checkpoint
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
@@ -22,40 +23,40 @@ STEPS, EPOCHS = 5, 3  # 38 images in batches of 8: 5 steps an epoch, in dispatch
 
 
 def small(**changes):
-    made = settings(dispatch_steps=3)
-    made["dro"]["epochs"] = EPOCHS
-    return {**made, **changes}
+    config = settings(dispatch_steps=3)
+    config["dro"]["epochs"] = EPOCHS
+    return {**config, **changes}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_devices_and_made_up_images():
-    """And what all runs here have in common made ready, and compiled, once."""
+    """All runs share one experiment, which is compiled once."""
     make_mesh, prepare = parallel.make_mesh, functools.cache(lambda: before(config.parse(small()), None))
     before = train.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, where: both()[0])
         patch.setattr(train, "prepare", lambda run, _: (prepare()[0]._replace(config=run), prepare()[1]))
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
-        patch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
+        patch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
         yield
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The workdir of a run that nothing disturbed, and what it returned."""
+    """The workdir and the results of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     return workdir, train.train(small(), workdir)
 
 
 @pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
 def ahead(request, monkeypatch):
-    """Whether the devices get steps ahead of what is read, as on accelerators."""
+    """Whether steps are dispatched before the metrics of the last ones are read, as on accelerators."""
     monkeypatch.setattr(train, "runs_ahead", lambda: request.param)
     return request.param
 
 
 def assert_same(workdir, summary, undisturbed):
-    """Weights to the bit, every line of the log, and every figure; not the time it took."""
+    """Compare weights bit by bit, every line of the log, and every figure except times."""
     expected_workdir, expected = undisturbed
     jax.tree.map(np.testing.assert_array_equal, saved(workdir, "dro"), saved(expected_workdir, "dro"))
     assert (workdir / "metrics.jsonl").read_text() == (expected_workdir / "metrics.jsonl").read_text()
@@ -64,29 +65,29 @@ def assert_same(workdir, summary, undisturbed):
     assert summary["stages"]["dro"]["evaluations"] == expected["stages"]["dro"]["evaluations"]
 
 
-def epochs_with_one(epochs, every):
+def evaluated_epochs(epochs, every):
     return [epoch for epoch in range(1, epochs + 1) if train.evaluates(epoch, epochs, every)]
 
 
 @pytest.mark.parametrize("every, expected", [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (9, [7])])
-def test_every_so_many_epochs_and_the_last(every, expected):
-    assert epochs_with_one(7, every) == expected
+def test_eval_every_counts_epochs_and_includes_the_last(every, expected):
+    assert evaluated_epochs(7, every) == expected
 
 
-def test_left_to_choose_it_skips_most_until_the_last_20():
-    assert epochs_with_one(200, 0) == [*range(5, 181, 5), *range(181, 201)]
-    assert epochs_with_one(12, 0) == list(range(1, 13))
+def test_eval_every_0_means_every_fifth_epoch_and_the_last_20():
+    assert evaluated_epochs(200, 0) == [*range(5, 181, 5), *range(181, 201)]
+    assert evaluated_epochs(12, 0) == list(range(1, 13))
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_a_method_that_takes_an_attack_says_that_it_attacks(name):
+def test_methods_with_an_attack_set_attacks(name):
     create = import_module(f"ltjax.methods.{name}").create
     needed = {
         "mislas": dict(head=0.3, tail=0.0, shape="concave"),
         "reslt": dict(medium_start=1, tail_start=2, beta=0.9),
     }
-    made = methods.create(name, np.array([9, 5, 2]), **needed.get(name, {}))
-    assert made.attacks == ("attack" in inspect.signature(create).parameters)
+    method = methods.create(name, np.array([9, 5, 2]), **needed.get(name, {}))
+    assert method.attacks == ("attack" in inspect.signature(create).parameters)
 
 
 @pytest.mark.parametrize("backend, most, most_attacked", [("gpu", 100, 20), ("tpu", 100, 20), ("cpu", 16, 3)])
@@ -103,11 +104,11 @@ def test_a_dispatch_is_short_enough_to_be_stopped(monkeypatch, backend, most, mo
             assert 1 <= streamed <= min(4, limit)
 
 
-def test_a_stage_is_saved_at_its_end_alone_where_nothing_else_is_due(undisturbed):
+def test_a_short_stage_is_saved_only_at_its_end(undisturbed):
     assert steps_of(undisturbed[0], "dro") == [EPOCHS * STEPS]
 
 
-def test_a_stage_is_saved_when_the_time_for_it_has_come(tmp_path, monkeypatch, ahead):
+def test_a_stage_is_saved_every_checkpoint_seconds(tmp_path, monkeypatch, ahead):
     steps, save = [], checkpoint.Checkpoints.save
 
     def watched(self, step, *arguments):
@@ -120,13 +121,13 @@ def test_a_stage_is_saved_when_the_time_for_it_has_come(tmp_path, monkeypatch, a
     assert steps_of(tmp_path, "dro") == steps[-2:]
 
 
-def test_steps_ahead_of_what_is_read_change_nothing(tmp_path, monkeypatch, undisturbed):
+def test_running_ahead_changes_no_result(tmp_path, monkeypatch, undisturbed):
     monkeypatch.setattr(train, "runs_ahead", lambda: True)
     assert_same(tmp_path, train.train(small(), tmp_path), undisturbed)
 
 
-def test_devices_get_their_next_steps_before_the_last_are_read(tmp_path, monkeypatch, ahead):
-    """But at the ends of epochs, where the state is wanted, and at the first of each length, which compiles."""
+def test_steps_are_dispatched_before_the_last_metrics_are_read(tmp_path, monkeypatch, ahead):
+    """Except at the end of an epoch, which needs the state, and for a new length, which is compiled first."""
     events, take, write = [], feed.Feed.take, train.logs.RunLog.write
 
     def given(self, step, num_steps, *arguments):
@@ -149,8 +150,8 @@ def test_devices_get_their_next_steps_before_the_last_are_read(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("number, in_turn, one_ahead", [(0, 3, 3), (1, 5, 5), (2, 8, 10), (3, 10, 10)])
-def test_two_dispatches_at_most_are_finished_after_a_signal(tmp_path, undisturbed, ahead, number, in_turn, one_ahead):
-    """It comes as a dispatch is given, of this number from 0 on; `in_turn` and `one_ahead`: the step that is saved."""
+def test_at_most_two_dispatches_finish_after_a_signal(tmp_path, undisturbed, ahead, number, in_turn, one_ahead):
+    """The signal comes before dispatch `number`; `in_turn` and `one_ahead` are the saved steps."""
     with pytest.MonkeyPatch.context() as patch:
         before_dispatch(patch, "dro", number, lambda state, stop: setattr(stop, "requested", signal.SIGTERM))
         with pytest.raises(Interrupted):
@@ -160,12 +161,12 @@ def test_two_dispatches_at_most_are_finished_after_a_signal(tmp_path, undisturbe
 
 
 @pytest.mark.parametrize("epoch", [1, EPOCHS])
-def test_a_signal_during_an_evaluation_is_not_kept_waiting_for_it(tmp_path, undisturbed, monkeypatch, epoch):
-    """The state is saved without its figures, which the next start makes."""
-    signals, made, evaluate_split, count = [], train.StopSignals, train.evaluate_split, [0]
+def test_a_signal_interrupts_an_evaluation(tmp_path, undisturbed, monkeypatch, epoch):
+    """The state is saved without its figures; the resumed run evaluates it."""
+    signals, stop_signals, evaluate_split, count = [], train.StopSignals, train.evaluate_split, [0]
 
     def watched():
-        signals.append(made())
+        signals.append(stop_signals())
         return signals[-1]
 
     def signalled(*arguments):
@@ -184,11 +185,11 @@ def test_a_signal_during_an_evaluation_is_not_kept_waiting_for_it(tmp_path, undi
     assert [line["step"] for line in lines if line["split"] == "test"] == [STEPS * n for n in range(1, epoch)]
     assert_same(tmp_path, train.train(small(), tmp_path), undisturbed)
     record = json.loads((tmp_path / f"checkpoints/dro/{EPOCHS * STEPS}/record/metadata").read_text())
-    assert [each["epoch"] for each in record["evaluations"]] == list(range(1, EPOCHS + 1))
+    assert [evaluation["epoch"] for evaluation in record["evaluations"]] == list(range(1, EPOCHS + 1))
 
 
-def test_what_was_evaluated_after_the_last_checkpoint_is_evaluated_again(tmp_path, undisturbed, ahead):
-    """Killed in the third epoch, with a checkpoint from the first alone."""
+def test_evaluations_after_the_last_checkpoint_are_repeated(tmp_path, undisturbed, ahead):
+    """The run is killed in the third epoch; its only checkpoint is from the first."""
     save, write = checkpoint.Checkpoints.save, train.logs.RunLog.write
 
     def once(self, step, *arguments):
@@ -211,25 +212,25 @@ def test_what_was_evaluated_after_the_last_checkpoint_is_evaluated_again(tmp_pat
 
 
 def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
-    """Once before the first epoch, then once after each."""
-    made, built = train.prepare(config.parse(small()), None)
+    """They are computed before the first epoch and after each epoch."""
+    experiment, compiled = train.prepare(config.parse(small()), None)
     calls = []
 
     def class_means(variables, layers, go_on):
         calls.append(layers)
-        return made.class_means(variables, layers, go_on)
+        return experiment.class_means(variables, layers, go_on)
 
-    monkeypatch.setattr(train, "prepare", lambda *_: (made._replace(class_means=class_means), built))
+    monkeypatch.setattr(train, "prepare", lambda *_: (experiment._replace(class_means=class_means), compiled))
     train.train(small(), tmp_path)
     assert calls == [()] * (1 + EPOCHS)
 
 
-def test_class_means_take_batches_as_large_as_evaluation(monkeypatch):
-    """On an accelerator `config.eval_batch_size` images, on a CPU what suits it."""
+def test_class_means_use_the_batch_size_of_evaluation(monkeypatch):
+    """`config.eval_batch_size`, adjusted by `shared_batch`."""
     run, asked, taken = config.parse(small(eval_batch_size=24)), [], []
     monkeypatch.setattr(evaluate, "shared_batch", lambda size, *_: asked.append(size) or 20)
     feature_means = stage.feature_means
-    monkeypatch.setattr(stage, "feature_means", lambda *own: taken.append(own[-1]) or feature_means(*own))
-    made = experiment.set_up(run, None)
-    made.class_means(experiment.fresh_variables(made, run.stages["dro"]))
+    monkeypatch.setattr(stage, "feature_means", lambda *args: taken.append(args[-1]) or feature_means(*args))
+    experiment = experiments.set_up(run, None)
+    experiment.class_means(experiments.fresh_variables(experiment, run.stages["dro"]))
     assert set(asked) == {24} and taken == [20]

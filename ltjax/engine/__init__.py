@@ -1,1 +1,1 @@
-"""What trains and evaluates: a run set up, its stages compiled, batches, figures."""
+"""Set up a run, compile its stages, bring its images to the devices, evaluate."""

@@ -23,12 +23,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ltjax import losses, optim
-from ltjax.config import RunConfig, StageConfig
+from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
 from ltjax.hashing import hash32
 from ltjax.system import parallel, xla
 from ltjax.types import Apply, Batch, Method, UserError, Variables
-
-BATCH_NORM_MODES = ("train", "eval")
 
 
 class TrainState(NamedTuple):
@@ -84,7 +82,7 @@ def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
             raise UserError(f"unknown batch-norm mode {mode!r}; known: {', '.join(BATCH_NORM_MODES)}")
         if net not in nets:
             raise UserError(
-                f"the method wants a network {net!r}: give its settings in config.{net}, as in config.model"
+                f"the method needs a network {net!r}: give its settings in config.{net}, as in config.model"
             )
         collections = {"params": variables.params[net], "batch_stats": variables.stats[net]}
         if mode == "eval":
@@ -229,14 +227,9 @@ def build(
       image_shape: [H, W, channels].
 
     Raises:
-      UserError: The groups do not cover the parameters exactly, or the batch-norm mode is unknown.
+      UserError: The groups do not cover the parameters exactly, or all have rate 0.
     """
-    if stage.batch_norm not in BATCH_NORM_MODES:
-        raise UserError(f"unknown batch-norm mode {stage.batch_norm!r}; known: {', '.join(BATCH_NORM_MODES)}")
-    assigned = optim.assign_groups(list(optim.flatten(params)), stage.groups) if len(factors) else {}
-    trained = {path: group for path, group in assigned.items() if stage.groups[group]["rate"] > 0}
-    if not trained and len(factors):
-        raise UserError(f"every parameter group of {sorted(stage.groups)} has rate 0: nothing would train")
+    trained = _trained(stage, params) if len(factors) else {}
     optimizer = optim.optimizer(
         trained, stage.groups, lr=stage.lr, factors=factors, steps_per_epoch=steps_per_epoch, **stage.optimizer
     )
@@ -275,6 +268,15 @@ def build(
         factors=factors,
         assigned=trained,
     )
+
+
+def _trained(stage: StageConfig, params: Mapping[str, Any]) -> dict[str, str]:
+    """Return {path: group} of the parameters that a stage trains."""
+    assigned = optim.assign_groups(list(optim.flatten(params)), stage.groups)
+    trained = {path: group for path, group in assigned.items() if stage.groups[group]["rate"] > 0}
+    if not trained:
+        raise UserError(f"every parameter group of {sorted(stage.groups)} has rate 0: nothing would train")
+    return trained
 
 
 class _Step(NamedTuple):

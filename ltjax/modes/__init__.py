@@ -1,1 +1,1 @@
-"""What `run.py --mode=...` does, a file each."""
+"""The modes of `run.py`, one file each."""

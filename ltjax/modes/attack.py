@@ -1,4 +1,4 @@
-"""`--mode=attack`: a trained checkpoint on clean and on attacked test images."""
+"""`--mode=attack`: evaluate a checkpoint on clean and on attacked test images."""
 
 import re
 import time
@@ -27,13 +27,13 @@ from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
 from ltjax.types import UserError, Variables
 
-NUMBERED = r"(pgd|cw)-[1-9]\d*"  # tests with their number of steps
+NUMBERED = r"(pgd|cw)-[1-9]\d*"  # names of tests that end with a number of steps
 OF_CURVE = "pgd-20"  # the test that is repeated at `config.attack.radii`
-PICTURES = 6  # images shown
+PICTURES = 6  # number of images in report/attack.png
 
 
 class Target(NamedTuple):
-    """A network under attack, and the images."""
+    """A network, and the images to attack."""
 
     predict: Partial  # images -> logits
     images: np.ndarray  # float32 [N, H, W, channels]
@@ -50,7 +50,7 @@ class Target(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The weights to attack."""
+    """The checkpoint to attack; with several replicas, `variables` has their axis."""
 
     experiment: Experiment
     stage: StageConfig
@@ -63,13 +63,14 @@ def attack_workdir(
 ) -> dict[str, Any]:
     """Attack the newest checkpoint of the last stage that has one, or `config.weights` if the workdir holds no run.
 
-    Print a table. Write the figures to `attack.json` and, if the run is finished, to `results.json` under "robustness";
-    a few images to `report/attack.png`. After Ctrl-C, SIGTERM or kill -9 the same command continues AutoAttack.
+    Print a table. Write the figures to `attack.json` and, if the run is finished, to `results.json` under "robustness".
+    Write a few images to `report/attack.png`. After Ctrl-C, SIGTERM or kill -9 the same command continues AutoAttack.
 
-    Returns: What `attack.json` holds.
+    Returns:
+      The content of `attack.json`.
 
     Raises:
-      UserError: For anything that the caller can correct.
+      UserError: For any mistake that the caller can correct.
       Interrupted: After Ctrl-C or SIGTERM, when everything is saved.
     """
     workdir, console = local(workdir), logs.make_console()
@@ -134,7 +135,7 @@ def newest(experiment: Experiment, workdir: Path) -> Checkpoint:
 def _targets(
     checkpoint: Checkpoint, images: np.ndarray, labels: np.ndarray, console: Console, stop: StopSignals
 ) -> Iterator[Target]:
-    """Each replica's network, on all devices."""
+    """Yield the target of each replica, on all devices."""
     experiment, stage, _, variables = checkpoint
     run, mesh = experiment.config, parallel.make_mesh()
     variables = surgery.as_evaluated(variables, stage.eval_classifier)
@@ -180,7 +181,7 @@ def _summary(checkpoint: Checkpoint, num_images: int, tests: Mapping[str, Any], 
 
 
 def test_images(experiment: Experiment, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first test images, float32 in [0, 1], and their labels. most: how many; 0: all."""
+    """Return the first `most` test images (0: all), float32 in [0, 1], and their labels."""
     test_set, parts = experiment.test_set, []
     size = min(most or test_set.size, test_set.size)
     for images, _ in test_set.parts():
@@ -191,7 +192,7 @@ def test_images(experiment: Experiment, most: int) -> tuple[np.ndarray, np.ndarr
 
 
 def check(settings: AttackConfig) -> None:
-    """Raises: UserError for what in `config.attack` no attack could use."""
+    """Check `config.attack`. UserError if a value is wrong."""
     try:
         attacks.radius(settings.epsilon, norm=settings.norm)
         attacks.radius(settings.step_size, norm="l2")
@@ -211,36 +212,36 @@ def check(settings: AttackConfig) -> None:
         raise UserError(f"config.attack.batch_size = {settings.batch_size}: at least 1")
 
 
-def _over_replicas(figures_of: list[dict], run: RunConfig) -> dict:
-    """Average each test of several replicas; keep the first one's title."""
+def _over_replicas(of_replicas: list[dict], run: RunConfig) -> dict:
+    """Average the figures {test or radius: figures} over replicas."""
     if run.replicas == 1:
-        return figures_of[0]
+        return of_replicas[0]
     averages = {}
-    for key, first in figures_of[0].items():
-        each = [figures[key] for figures in figures_of]
-        averages[key] = {"title": first["title"], "seconds": sum(figures["seconds"] for figures in each)}
+    for key, first in of_replicas[0].items():
+        same_test = [tests[key] for tests in of_replicas]
+        averages[key] = {"title": first["title"], "seconds": sum(test["seconds"] for test in same_test)}
         if "robust_after" in first:
             averages[key]["robust_after"] = {
-                name: float(np.mean([figures["robust_after"][name] for figures in each]))
+                name: float(np.mean([test["robust_after"][name] for test in same_test]))
                 for name in first["robust_after"]
             }
-        averages[key] |= evaluate.over_seeds(each, seeds(run).tolist())
+        averages[key] |= evaluate.over_seeds(same_test, seeds(run).tolist())
     return averages
 
 
-def _shown(target: Target, made: np.ndarray) -> list[figures.Attacked]:
-    """Some images before and after, those first that were right and are not any more."""
-    before, after = outcome(target, target.images), outcome(target, made)
-    was, stays = before["predictions"] == target.labels, after["predictions"] == target.labels
-    order = np.argsort(np.where(was & ~stays, 0, np.where(was, 1, 2)), kind="stable")[:PICTURES]
+def _shown(target: Target, adversarial: np.ndarray) -> list[figures.Attacked]:
+    """Choose images to show: first those that the attack turned from right to wrong."""
+    before, after = outcome(target, target.images), outcome(target, adversarial)
+    right_before, right_after = (part["predictions"] == target.labels for part in (before, after))
+    order = np.argsort(np.where(right_before & ~right_after, 0, np.where(right_before, 1, 2)), kind="stable")
     return [
         figures.Attacked(
             target.images[i],
-            made[i],
+            adversarial[i],
             int(target.labels[i]),
-            *((int(found["predictions"][i]), float(found["confidences"][i])) for found in (before, after)),
+            *((int(part["predictions"][i]), float(part["confidences"][i])) for part in (before, after)),
         )
-        for i in order
+        for i in order[:PICTURES]
     ]
 
 
@@ -250,13 +251,14 @@ _outcome = xla.jit(lambda predict, images, labels: evaluate.outcome(predict(imag
 
 
 def attack(target: Target, file: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Attack one network by all tests of a config.
+    """Attack one network with all tests of a config.
 
     Args:
-      file: Where AutoAttack keeps its progress.
+      file: Path of AutoAttack's progress files, without their ending.
 
-    Returns: {"clean" and each test: the figures of `evaluate.summarise`, with title and seconds}, and the images that
-    the last test made, [N, H, W, channels].
+    Returns:
+      {"clean" and each test: the figures of `evaluate.summarise`, title and seconds}, and the adversarial images of the
+      last test, [N, H, W, channels].
     """
     figures_of_tests, images = {}, target.images
     for test in ("clean", *target.settings.tests):
@@ -270,7 +272,7 @@ def attack(target: Target, file: Path) -> tuple[dict[str, Any], np.ndarray]:
             names = attacks.STANDARD if test == "autoattack" else (test,)
             result = suite(target, names, file.with_name(f"{file.stem}-{test}.npz"))
             images, robust = result.adversarial, result.robust
-            more = {"robust_after": {name: float(stands.mean()) for name, stands in result.robust_after.items()}}
+            more = {"robust_after": {name: float(after.mean()) for name, after in result.robust_after.items()}}
         scores = target.figures(outcome(target, images, robust))
         seconds = time.monotonic() - began
         figures_of_tests[test] = {"title": title, **scores, **more, "seconds": seconds}
@@ -280,11 +282,13 @@ def attack(target: Target, file: Path) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def curve(target: Target, figures_of_tests: Mapping[str, Any]) -> dict[float, Any]:
-    """Attack with `OF_CURVE` at further radii, from 0 to 1 (l-inf) at most.
+    """Attack with the test `OF_CURVE` at the radii of `config.attack.radii`; l-inf radii above 1 are left out.
 
-    figures_of_tests: From `attack`.
+    Args:
+      figures_of_tests: From `attack`.
 
-    Returns: {radius: figures}; {} if `OF_CURVE` is no test of the config, or `config.attack.radii` is empty.
+    Returns:
+      {radius: figures}; {} if `OF_CURVE` is no test of the config, or `config.attack.radii` is empty.
     """
     settings = target.settings
     if not settings.radii or OF_CURVE not in figures_of_tests:
@@ -303,22 +307,24 @@ def curve(target: Target, figures_of_tests: Mapping[str, Any]) -> dict[float, An
 
 
 def outcome(target: Target, images: np.ndarray, robust: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Predictions, confidences and losses on images [N, ...].
+    """Compute predictions, confidences and losses on images [N, ...].
 
-    robust: bool [N] where an attack knows it: an image on the very boundary counts as the attack saw it.
+    Args:
+      robust: bool [N], the attack's result if it returns one. It replaces what the predictions say, which may differ
+        for an image on the decision boundary.
     """
     parts: list[dict[str, np.ndarray]] = []
     for size, batch in batches(target, images):
         parts.append({name: np.asarray(value)[:size] for name, value in _outcome(target.predict, *batch).items()})
-    found: dict[str, np.ndarray] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    joined: dict[str, np.ndarray] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if robust is not None:
-        wrong = np.where(found["predictions"] == target.labels, -1, found["predictions"])
-        found["predictions"] = np.where(robust, target.labels, wrong)
-    return found
+        wrong = np.where(joined["predictions"] == target.labels, -1, joined["predictions"])
+        joined["predictions"] = np.where(robust, target.labels, wrong)
+    return joined
 
 
 def batches(target: Target, images: np.ndarray) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
-    """How many images of a batch count, and images and labels on the devices; the last batch repeats some."""
+    """Yield the size of each batch, and its images and labels on the devices. The last batch is padded with repeats."""
     devices = target.mesh.size
     size = -(-min(target.settings.batch_size, len(images)) // devices) * devices
     for start in range(0, len(images), size):
@@ -329,27 +335,27 @@ def batches(target: Target, images: np.ndarray) -> Iterator[tuple[int, tuple[jax
 
 
 def pgd_images(target: Target, test: str) -> np.ndarray:
-    """What "pgd-N" (cross-entropy) or "cw-N" (margin) makes of the images: N steps from a uniform start."""
+    """Attack the images with "pgd-N" (cross-entropy) or "cw-N" (margin loss): N steps from a uniform start."""
     settings, (kind, steps) = target.settings, test.split("-")
     radius = attacks.radius(settings.epsilon, norm=settings.norm)
     moves: dict[str, Any] = dict(epsilon=radius, step_size=attacks.radius(settings.step_size, norm="l2"))
     moves |= dict(num_steps=int(steps), norm=settings.norm, objective={"pgd": "ce", "cw": "cw"}[kind])
-    made: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     with logs.AttackProgress(target.console) as bar:
         for number, (size, (images, labels)) in enumerate(batches(target, target.images)):
             rng = jax.random.fold_in(jax.random.key(settings.seed), number)
-            made.append(np.asarray(_pgd(target.predict, images, labels, rng, **moves, start_scale=radius))[:size])
+            parts.append(np.asarray(_pgd(target.predict, images, labels, rng, **moves, start_scale=radius))[:size])
             bar.show(test, number * target.settings.batch_size + size, len(target.images))
-    return np.concatenate(made)
+    return np.concatenate(parts)
 
 
 def suite(target: Target, names: tuple[str, ...], file: Path) -> attacks.AutoAttackResult:
-    """AutoAttack, or one of its attacks, kept in `file`: asked again, it answers from there."""
+    """Run AutoAttack, or some of its attacks. Progress and result are stored in `file`, from which it continues."""
     settings = target.settings
     with logs.AttackProgress(target.console) as bar:
 
-        def show(now: attacks.Progress) -> None:
-            bar.show(now.attack, now.settled, now.total, now.robust / now.num_images)
+        def show(progress: attacks.Progress) -> None:
+            bar.show(progress.attack, progress.settled, progress.total, progress.robust / progress.num_images)
             target.go_on()
 
         rng = jax.random.key(settings.seed)

@@ -1,4 +1,4 @@
-"""`--calibrate`: a temperature fitted on the hold-out, and what it does to the calibration."""
+"""`--calibrate`: fit a temperature on the hold-out, and show how calibration changes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from ltjax import metrics
 from ltjax.calibration import fit_temperature, has_minimum
 from ltjax.config import RunConfig, parse
 from ltjax.engine import evaluate
-from ltjax.engine.experiment import set_up
+from ltjax.engine.experiment import Experiment, set_up
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import write_json
@@ -27,8 +27,7 @@ SPLITS = {"holdout": "hold-out", "test": "test images"}
 
 
 def check(config: Mapping[str, Any]) -> RunConfig:
-    """What can be said before anything is trained or read. Raises: UserError without a hold-out, and of several
-    processes."""
+    """Parse a config, and check what can be checked before training. UserError without a hold-out."""
     run = parse(config)
     if processes.several():
         raise UserError("--calibrate works in one process, with all of its devices: start it on one machine")
@@ -47,35 +46,34 @@ def calibrate_workdir(
     data_dir: str | Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Fit the temperature of the newest checkpoint of the last stage that has one, or of `config.weights` where the
-    workdir holds no run, on the images that were held out; print what it does there and to the test images, and keep
-    it in `temperature.json`, for `--mode=predict` and `ltjax.load`. Each replica has its own.
+    """Fit a temperature on the hold-out, print its effect, and write `temperature.json`.
 
-    Returns: what `temperature.json` holds.
-    Raises: UserError without a hold-out, and where no temperature is the best.
+    The network is the newest checkpoint of the last stage that has one, or `config.weights` if the workdir holds no
+    run. Each replica has a temperature of its own. `--mode=predict` and `ltjax.load` read the file.
+
+    Returns:
+      The content of `temperature.json`.
+
+    Raises:
+      UserError: There is no hold-out, or its loss has no minimum over temperatures.
     """
     workdir, console, run = local(workdir), console or logs.make_console(), check(config)
     check_same_config(workdir, config)
-    alone = not (workdir / "config.json").exists() and bool(run.weights)
-    about = imported_key(run.weights) if alone else _key(workdir)
+    imported = not (workdir / "config.json").exists() and bool(run.weights)
+    if imported:
+        checkpoint = imported_key(run.weights)
+    else:
+        trained = newest(workdir)
+        checkpoint = {"stage": trained.stage.name, "step": trained.step}
+
     experiment = set_up(run, data_dir)
-    sets = {"holdout": experiment.holdout_set, "test": experiment.test_set}
-    replicas: list[dict[str, Any]] = []
-    for replica in range(1 if alone else run.replicas):
+    replicas = []
+    for replica in range(1 if imported else run.replicas):
         model = load_as_configured(config, workdir, temperature=1.0, replica=replica)
-        found = {name: (_logits(model, held), held.host_labels) for name, held in sets.items() if held is not None}
-        logits, labels = found["holdout"]
-        if not has_minimum(logits, labels):
-            right = (logits.argmax(-1) == labels).mean()
-            raise UserError(
-                f"no temperature is the best for {len(labels)} held-out images of which {right:.0%} are right: "
-                + ("hold out more (config.data.holdout)" if right > 0.5 else "train longer")
-            )
-        temperature = float(fit_temperature(logits, labels))
-        each = {name: _before_and_after(*pair, temperature) for name, pair in found.items()}
-        replicas.append({"seed": run.seed + replica, "temperature": temperature, **each})
+        replicas.append({"seed": run.seed + replica, **_calibrate(model, experiment)})
+
     summary = {
-        **about,
+        **checkpoint,
         "num_holdout": len(experiment.split.holdout),
         "num_test": experiment.test_set.size,
         "replicas": replicas,
@@ -86,58 +84,77 @@ def calibrate_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / TEMPERATURE, summary)
     show(summary, console)
-    if alone:
-        console.print("Whether these weights were trained on the images held out here, nobody can tell: if so, they")
-        console.print("are surer there than on new images, and the temperature is too low.")
-        in_python = f"ltjax.load({run.weights!r}, temperature={replicas[0]['temperature']:.6g})"
-        users = f"--mode=predict with this --workdir divides logits by it from now on; in Python, {in_python}."
-    else:
-        users = "--mode=predict and ltjax.load divide logits by it from now on."
-    before, after = (np.mean([one["test"][when]["nll"] for one in replicas]) for when in ("before", "after"))
-    if after >= before:
-        few = f"{len(experiment.split.holdout)} held-out images are few"
-        console.print(f"On the test images it is no better: {few}, or the network was calibrated already.")
-    console.print(f"Kept in {workdir / TEMPERATURE}; {users} Delete the file to undo it.", markup=False)
+    _show_use(summary, workdir, run.weights if imported else "", console)
     return summary
 
 
-def _key(workdir: Path) -> dict[str, Any]:
-    trained = newest(workdir)
-    return {"stage": trained.stage.name, "step": trained.step}
+def _calibrate(model: Model, experiment: Experiment) -> dict[str, Any]:
+    """Fit the temperature of one network: {"temperature", "holdout" and "test": see `_before_and_after`}."""
+    assert experiment.holdout_set is not None
+    sets = {"holdout": experiment.holdout_set, "test": experiment.test_set}
+    outputs = {name: (_logits(model, images), images.host_labels) for name, images in sets.items()}
+    logits, labels = outputs["holdout"]
+    if not has_minimum(logits, labels):
+        right = (logits.argmax(-1) == labels).mean()
+        raise UserError(
+            f"no temperature is the best for {len(labels)} held-out images of which {right:.0%} are right: "
+            + ("hold out more (config.data.holdout)" if right > 0.5 else "train longer")
+        )
+    temperature = float(fit_temperature(logits, labels))
+    return {
+        "temperature": temperature,
+        **{name: _before_and_after(*output, temperature) for name, output in outputs.items()},
+    }
 
 
-def _logits(model: Model, held: evaluate.EvaluationSet | evaluate.StoredSet) -> np.ndarray:
-    parts = [model.logits(batch) for images, _ in held.parts() for batch in np.asarray(images)]
-    return np.concatenate(parts)[: held.size]
+def _logits(model: Model, images: evaluate.EvaluationSet | evaluate.StoredSet) -> np.ndarray:
+    """Compute the logits [N, C] of a set of images."""
+    parts = [model.logits(batch) for batches, _ in images.parts() for batch in np.asarray(batches)]
+    return np.concatenate(parts)[: images.size]
 
 
 def _before_and_after(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
-    """{"accuracy", "before": {"ece", "nll"}, "after": ...}; logits: [N, C]."""
-    found: dict[str, Any] = {"accuracy": float((logits.argmax(-1) == labels).mean())}
-    for name, scale in (("before", 1.0), ("after", temperature)):
+    """Compute {"accuracy", "before" and "after": {"ece", "nll"}} from logits [N, C]."""
+    figures: dict[str, Any] = {"accuracy": float((logits.argmax(-1) == labels).mean())}
+    for when, scale in (("before", 1.0), ("after", temperature)):
         outcome = evaluate.outcome(jnp.asarray(logits) / np.float32(scale), jnp.asarray(labels))
         ece = metrics.calibration(outcome["confidences"], outcome["predictions"] == labels).ece
-        found[name] = {"ece": float(ece), "nll": float(outcome["losses"].mean())}
-    return found
+        figures[when] = {"ece": float(ece), "nll": float(outcome["losses"].mean())}
+    return figures
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
-    """The table of what `temperature.json` holds."""
+    """Print the content of `temperature.json` as a table."""
     replicas = summary["replicas"]
 
-    def over(values: list[float], digits: int) -> str:
+    def mean(values: list[float], digits: int) -> str:
         spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
         return f"{np.mean(values):.{digits}f}{spread}"
 
-    temperature = over([one["temperature"] for one in replicas], 3)
+    temperature = mean([replica["temperature"] for replica in replicas], 3)
     table = Table(title=f"Stage {summary['stage']}, step {summary['step']}: temperature {temperature}")
     for column in ("", "images", "ECE before (%)", "after", "NLL before", "after"):
         table.add_column(column, justify="right" if column else "left")
     for name, title in SPLITS.items():
         cells = [
-            over([scale * one[name][when][figure] for one in replicas], digits)
+            mean([scale * replica[name][when][figure] for replica in replicas], digits)
             for figure, scale, digits in (("ece", 100, 1), ("nll", 1, 3))
             for when in ("before", "after")
         ]
         table.add_row(title, f"{summary[f'num_{name}']:,}", *cells)
     console.print(table)
+
+
+def _show_use(summary: Mapping[str, Any], workdir: Path, weights: str, console: Console) -> None:
+    """Print whether the temperature helps, and what uses it. weights: the imported weights, "" if a run was trained."""
+    replicas = summary["replicas"]
+    use = "--mode=predict and ltjax.load divide logits by it from now on."
+    if weights:
+        console.print("If these weights were trained on the held-out images, the temperature is too low.")
+        in_python = f"ltjax.load({weights!r}, temperature={replicas[0]['temperature']:.6g})"
+        use = f"--mode=predict with this --workdir divides logits by it from now on; in Python, {in_python}."
+    before, after = (np.mean([replica["test"][when]["nll"] for replica in replicas]) for when in ("before", "after"))
+    if after >= before:
+        few = f"{summary['num_holdout']} held-out images are few"
+        console.print(f"On the test images it is no better: {few}, or the network was calibrated already.")
+    console.print(f"Written to {workdir / TEMPERATURE}; {use} Delete the file to undo it.", markup=False)

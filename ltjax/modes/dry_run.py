@@ -1,4 +1,4 @@
-"""What a run is about to do, in words: in short before training, and at length for `--dry_run`."""
+"""Describe a run: briefly before training, in detail for `--dry_run`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +26,10 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> None:
-    """Print what `train` will do, and in how much memory. Train and write nothing.
+    """Print what `train` will do, and how much memory it needs. Train and write nothing.
 
     Raises:
-      UserError: As `train` before its first step.
+      UserError: The same errors that `train` raises before its first step.
     """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run = parse(config)
@@ -86,7 +86,7 @@ def _show_devices(experiment: Experiment, workdir: Path, console: Console) -> No
 
 
 def _classes(members: np.ndarray, counts: np.ndarray, names: tuple[str, ...], shown: int = 8) -> str:
-    """How many classes a group has, the images in it, and the names and counts of the largest ones."""
+    """Describe a group: its numbers of classes and images, names and counts of its largest classes."""
     largest = members[np.argsort(-counts[members], kind="stable")][:shown]
     listed = ", ".join(f"{names[c]} {counts[c]}" for c in largest) + (", ..." if len(members) > shown else "")
     return f"{len(members):,} classes, {counts[members].sum():,} images: {listed}"
@@ -98,7 +98,7 @@ def write_parameters(experiment: Experiment, path: Path) -> None:
 
 
 def show_details(experiment: Experiment, compiled: Mapping[str, CompiledStage], console: Console) -> None:
-    """Print what each stage trains, and how; then the memory that the run will take."""
+    """Print how each stage trains its parameters, and the memory that the run will need."""
     stages = experiment.config.stages
     for name, stage in stages.items():
         console.print(f"\nstage {name}: {_recipe(stage)}", highlight=False)
@@ -124,25 +124,25 @@ def show_details(experiment: Experiment, compiled: Mapping[str, CompiledStage], 
 def _recipe(stage: StageConfig) -> str:
     method = dict(stage.method)
     name = method.pop("name", "")
-    given = ", ".join(f"{key}={value}" for key, value in method.items() if not isinstance(value, Mapping))
+    settings = ", ".join(f"{key}={value}" for key, value in method.items() if not isinstance(value, Mapping))
     sampler = ", ".join(str(v) if key == "name" else f"{key} {v}" for key, v in stage.sampler.items())
     surgery = f"{stage.surgery['name']}, then " if stage.surgery else ""
     augment = ", ".join(key if value is True else f"{key} {value}" for key, value in stage.augment.items() if value)
     if not stage.epochs:
         return f"{stage.surgery['name']}, no training"
-    how = f"sampler {sampler}; batch norm {stage.batch_norm}; augmentation: {augment or 'none'}"
-    return f"{surgery}{name}{f' ({given})' if given else ''}; {how}"
+    rest = f"sampler {sampler}; batch norm {stage.batch_norm}; augmentation: {augment or 'none'}"
+    return f"{surgery}{name}{f' ({settings})' if settings else ''}; {rest}"
 
 
 def stage_params(experiment: Experiment, compiled: CompiledStage) -> dict[str, int]:
-    """{path: number of values} of all parameters of a stage, also its method's; of one replica."""
+    """Return {path: number of values} of all parameters of a stage and its method, of one replica."""
     run = experiment.config
     variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
     return {path: leaf.size // run.replicas for path, leaf in optim.flatten(variables.params).items()}
 
 
 def groups_table(stage: StageConfig, sizes: Mapping[str, int]) -> Table:
-    """A row for each parameter group that has parameters."""
+    """Make a table with a row for each parameter group that has parameters."""
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("  group")
     for title in ("parameters", "", "learning rate", "weight decay"):
@@ -161,7 +161,7 @@ def groups_table(stage: StageConfig, sizes: Mapping[str, int]) -> Table:
 
 
 def schedule(rates: np.ndarray) -> str:
-    """Learning rates by epoch [epochs], where they begin, peak and end, and their course as a line of bars."""
+    """Describe learning rates [epochs]: the first, the largest and the last one, and all as a line of bars."""
     marks = {0: "epoch 1", int(rates.argmax()): f"epoch {rates.argmax() + 1}", len(rates) - 1: f"epoch {len(rates)}"}
     named = ", ".join(f"{rates[epoch]:.4g} in {name}" for epoch, name in sorted(marks.items()))
     shown = rates[np.linspace(0, len(rates) - 1, min(len(rates), 40)).round().astype(int)]
@@ -172,42 +172,41 @@ def schedule(rates: np.ndarray) -> str:
 class Memory(NamedTuple):
     """Bytes on each device."""
 
-    images: int  # that stay there, or are on their way
-    variables: dict[str, int]  # {stage: parameters, statistics and arrays of its method}, kept to the run's end
-    optimizer: dict[str, int]  # {stage: its optimizer's state}, kept as well
-    step: dict[str, int]  # {stage: what a training step takes beside them}, an estimate
+    images: int  # resident images, or the streamed batches on their way
+    variables: dict[str, int]  # {stage: parameters, statistics and arrays of its method}, kept to the end of the run
+    optimizer: dict[str, int]  # {stage: state of its optimizer}, kept to the end of the run
+    step: dict[str, int]  # {stage: estimate of what a training step needs in addition}
 
     def peak(self) -> tuple[int, str]:
-        """The most at a time, and the stage."""
-        most, kept = (0, ""), self.images
+        """Return the largest total, and its stage."""
+        peak, kept = (0, ""), self.images
         for name in self.variables:
             kept += self.variables[name] + self.optimizer[name]
-            most = max(most, (kept + self.step[name], name))
-        return most
+            peak = max(peak, (kept + self.step[name], name))
+        return peak
 
 
 def expected_memory(experiment: Experiment) -> Memory:
-    """Bytes that a run takes of each device: images and states are counted, training steps estimated (`peak_bytes`)."""
+    """Compute the memory of each device: count images and states, estimate training steps (`peak_bytes`)."""
     mesh, run = experiment.mesh, experiment.config
     groups, sharing = (mesh.shape[axis] for axis in (parallel.REPLICA_AXIS, parallel.BATCH_AXIS))
     # One device with its share of the replicas, and of each batch.
     share = run._replace(replicas=run.replicas // groups, batch_size=run.batch_size // sharing)
-    alone = experiment._replace(config=share, mesh=parallel.make_mesh([mesh.devices.flat[0]]))
+    on_one_device = experiment._replace(config=share, mesh=parallel.make_mesh([mesh.devices.flat[0]]))
     variables, optimizer, step = {}, {}, {}
     for name, stage in run.stages.items():
-        compiled = build_stage(alone, stage)
-        state = jax.eval_shape(compiled.init, seeds(share), fresh_shapes(alone))
+        compiled = build_stage(on_one_device, stage)
+        state = jax.eval_shape(compiled.init, seeds(share), fresh_shapes(on_one_device))
         variables[name], optimizer[name] = num_bytes(state.variables), num_bytes(state.opt_state)
         step[name] = 0
         if stage.epochs:
-            step[name] = peak_bytes(
-                jax.make_jaxpr(compiled.run, static_argnums=2)(state, source_shapes(alone), 1).jaxpr
-            )
+            jaxpr = jax.make_jaxpr(compiled.run, static_argnums=2)(state, source_shapes(on_one_device), 1)
+            step[name] = peak_bytes(jaxpr.jaxpr)
     return Memory(_image_bytes(experiment), variables, optimizer, step)
 
 
 def _image_bytes(experiment: Experiment) -> int:
-    if experiment.streamed:  # the batches of two dispatches that run, and those of the next
+    if experiment.streamed:  # batches of two running dispatches and of the next one
         batches = num_bytes(source_shapes(experiment, feed.DISPATCH_STEPS))
         return 3 * batches // experiment.mesh.shape[parallel.BATCH_AXIS]
     sets = jax.tree.leaves((experiment.train_data, experiment.test_set, experiment.holdout_set))
@@ -231,7 +230,7 @@ def megabytes(size: float) -> str:
 
 
 def num_bytes(tree: Any) -> int:
-    """Of arrays, or of their shapes."""
+    """Count the bytes of a pytree of arrays or of their shapes."""
     return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
@@ -240,11 +239,11 @@ def _bytes(array: Any) -> int:
 
 
 def peak_bytes(jaxpr: core.Jaxpr) -> int:
-    """The most that arrays made by a computation take at a time, if each lives from where it is made to its last use.
+    """Estimate the peak memory of a computation in bytes: every array lives from its creation to its last use.
 
-    Its arguments do not count. XLA takes less where it fuses operations, and more where a convolution wants room to
-    work in: for nine steps compiled on CPU (ResNets of 8 to 32 layers and ResNet-18; cross-entropy, MiSLAS, DRO-LT,
-    LBGAT; accumulated, frozen) this was 0.8 to 1.6 times `memory_analysis().temp_size_in_bytes`.
+    Arguments do not count. XLA needs less if it fuses operations, and more if a convolution needs scratch memory. For
+    nine steps compiled on a CPU (ResNets of 8 to 32 layers and ResNet-18; cross-entropy, MiSLAS, DRO-LT, LBGAT;
+    accumulated, frozen) the estimate was 0.8 to 1.6 times `memory_analysis().temp_size_in_bytes`.
     """
     last_use = {}
     for number, equation in enumerate(jaxpr.eqns):
@@ -253,10 +252,10 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
     alive: dict[Any, int] = {}
     most = now = 0
     for number, equation in enumerate(jaxpr.eqns):
-        inner = max((peak_bytes(each) for each in _inner(equation)), default=0)
-        made = {var: _bytes(var.aval) for var in equation.outvars if var in last_use}
-        most = max(most, now + max(inner, sum(made.values())))
-        alive |= made
+        inner = max((peak_bytes(inner) for inner in _inner(equation)), default=0)
+        outputs = {var: _bytes(var.aval) for var in equation.outvars if var in last_use}
+        most = max(most, now + max(inner, sum(outputs.values())))
+        alive |= outputs
         for var in {var for var in equation.invars if not isinstance(var, core.Literal)} & alive.keys():
             if last_use[var] == number:
                 del alive[var]
@@ -265,9 +264,9 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
 
 
 def _inner(equation: Any) -> list[core.Jaxpr]:
-    """The computations within one, such as a loop's."""
+    """List the computations inside an equation, such as the body of a loop."""
     values = [
-        each for value in equation.params.values() for each in (value if isinstance(value, (tuple, list)) else (value,))
+        item for value in equation.params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))
     ]
-    opened = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
-    return [value for value in opened if isinstance(value, core.Jaxpr)]
+    values = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
+    return [value for value in values if isinstance(value, core.Jaxpr)]

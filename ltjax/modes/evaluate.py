@@ -1,4 +1,4 @@
-"""`--mode=eval`: the newest checkpoint of each stage on the test images."""
+"""`--mode=eval`: evaluate the newest checkpoint of each stage on the test images."""
 
 import time
 from collections.abc import Mapping
@@ -29,10 +29,11 @@ def evaluate_workdir(
 
     Print the table and write `eval.json`.
 
-    Returns: What `eval.json` holds.
+    Returns:
+      The content of `eval.json`.
 
     Raises:
-      UserError: For anything that the caller can correct.
+      UserError: For any mistake that the caller can correct.
     """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run = parse(config)
@@ -61,7 +62,7 @@ def evaluate_workdir(
 
 
 def _evaluate_weights(imported: Imported) -> dict[str, Any]:
-    """A record like that of a stage that did not train."""
+    """Evaluate imported weights, and make the record of a stage without training."""
     began, (experiment, stage, variables) = time.monotonic(), imported
     means = class_means_for(experiment, stage, variables)
     test = evaluate_split(experiment, stage, variables, experiment.test_set, means)

@@ -1,4 +1,4 @@
-"""`--mode=predict`: image files in, a table of their most probable classes out, as long as there are files."""
+"""`--mode=predict`: write the most probable classes of image files to a table or to JSON lines."""
 
 import contextlib
 import csv
@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,45 +27,46 @@ from ltjax.system.signals import StopSignals
 from ltjax.types import UserError
 
 TABLE, LINES = ".csv", ".jsonl"
-STDOUT = ("-", f"-{LINES}")  # names that stand for standard output
+STDOUT = ("-", f"-{LINES}")  # names of standard output
 
 
 def header(top_k: int) -> list[str]:
-    """The columns of a table."""
+    """Return the column names of a table."""
     pairs = [(f"class_{k}", f"confidence_{k}") for k in range(1, top_k + 1)]
     return ["file", *itertools.chain(*pairs), "error"]
 
 
 def as_table(batch: Iterable[Prediction], top_k: int) -> str:
-    """Rows of a CSV table, without its header. Names of files are written byte for byte, which may be no UTF-8."""
+    """Format rows of a CSV table. File names are written byte for byte, even if they are not UTF-8."""
 
-    def row(one: Prediction) -> str:
-        pairs = [(name, f"{p:.6f}") for name, p in zip(one.classes, one.confidences, strict=True)]
+    def row(prediction: Prediction) -> str:
+        pairs = [(name, f"{p:.6f}") for name, p in zip(prediction.classes, prediction.confidences, strict=True)]
         empty = [""] * (2 * (top_k - len(pairs)))
-        text, end = io.StringIO(), "\r\n"  # a csv.writer of Python 3.11 quotes what its line ends are made of
-        csv.writer(text, lineterminator=end).writerow([one.file, *itertools.chain(*pairs), *empty, one.error])
+        text, end = io.StringIO(), "\r\n"  # csv in Python 3.11 quotes only the characters of its line terminator
+        cells = [prediction.file, *itertools.chain(*pairs), *empty, prediction.error]
+        csv.writer(text, lineterminator=end).writerow(cells)
         return text.getvalue().removesuffix(end) + "\n"
 
     return "".join(map(row, batch))
 
 
 def as_lines(batch: Iterable[Prediction]) -> str:
-    """JSON objects, one a line: {"file", "classes": [{"class", "confidence"}, ...]} or {"file", "error"}.
+    """Format JSON lines: {"file", "classes": [{"class", "confidence"}, ...]} or {"file", "error"}.
 
-    JSON is Unicode and names of files are bytes: those of them that are no UTF-8 become U+FFFD.
+    Bytes of a file name that are not UTF-8 become U+FFFD, because JSON is Unicode.
     """
 
     def text(name: str) -> str:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
-    def one(found: Prediction) -> dict[str, Any]:
-        if found.error:
-            return {"file": text(found.file), "error": text(found.error)}
-        pairs = zip(found.classes, found.confidences, strict=True)
+    def line(prediction: Prediction) -> dict[str, Any]:
+        if prediction.error:
+            return {"file": text(prediction.file), "error": text(prediction.error)}
+        pairs = zip(prediction.classes, prediction.confidences, strict=True)
         classes = [{"class": text(name), "confidence": round(p, 6)} for name, p in pairs]
-        return {"file": text(found.file), "classes": classes}
+        return {"file": text(prediction.file), "classes": classes}
 
-    return "".join(json.dumps(one(found)) + "\n" for found in batch)
+    return "".join(json.dumps(line(prediction)) + "\n" for prediction in batch)
 
 
 class _Raw(Protocol):
@@ -73,14 +74,14 @@ class _Raw(Protocol):
 
 
 def _write(file: _Raw, text: str) -> None:
-    """All of it at once, past any buffer: who is killed leaves whole lines."""
-    left = memoryview(text.encode("utf-8", "surrogateescape"))  # names of files are bytes
-    while left:
-        left = left[file.write(left) or 0 :]
+    """Write unbuffered, so that a killed process leaves complete lines."""
+    rest = memoryview(text.encode("utf-8", "surrogateescape"))  # file names are bytes
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
 
 
 def kind_of(out: str) -> str:
-    """`TABLE` or `LINES`. Raises: UserError for a name that says neither."""
+    """Return the format of an output file, `TABLE` or `LINES`. UserError if its name has another ending."""
     suffix = TABLE if out == "-" else Path(out).suffix.lower()
     if suffix not in (TABLE, LINES):
         raise UserError(
@@ -90,8 +91,8 @@ def kind_of(out: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(out: str) -> Iterator[Any]:
-    """To write to, without a buffer. A reader of standard output may leave when it has seen enough."""
+def _opened(out: str) -> Generator[Any]:
+    """Open the output, unbuffered. If the reader of standard output closes it, exit with code 0."""
     if out not in STDOUT:
         path = local(out)
         with named_disk_errors(path.parent):
@@ -104,12 +105,12 @@ def _opened(out: str) -> Iterator[Any]:
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as file:
             yield file
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing fails at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit must not fail
         raise SystemExit(0) from None
 
 
 def check(images: str, out: str) -> tuple[str, Iterator[str]]:
-    """`kind_of(out)` and `find(images)`, before anything is loaded. Raises: UserError, as they do."""
+    """Check --images and --out before anything is loaded. Return `kind_of(out)` and `find(images)`."""
     if processes.several():
         raise UserError("--mode=predict works in one process, with all of its devices: start it on one machine")
     if not images:
@@ -120,13 +121,20 @@ def check(images: str, out: str) -> tuple[str, Iterator[str]]:
 def predict_workdir(
     config: Mapping[str, Any] | None, workdir: str | Path, *, images: str, out: str = "-", top_k: int = 5
 ) -> dict[str, int]:
-    """Write what the newest checkpoint, or `config.weights`, says of image files to a table or to JSON lines.
+    """Predict image files with the newest checkpoint, or with `config.weights` if the workdir holds no run.
 
     Args:
-      config: that of the run, for checking; None: whatever the workdir holds. images: see `find`.
-      out: FILE.csv, FILE.jsonl, or to standard output "-" for CSV, "-.jsonl". top_k: classes of each image.
-    Returns: {"images", "unreadable"}: how many.
-    Raises: UserError for anything the caller can mend, and where no file could be read.
+      config: The config of the run, to be checked; None: the one in the workdir.
+      workdir: Folder of the run.
+      images: A folder or a pattern, see `ltjax.predictor.files.find`.
+      out: FILE.csv or FILE.jsonl; "-" or "-.jsonl" for standard output.
+      top_k: Number of classes listed for each image.
+
+    Returns:
+      The numbers of files, {"images", "unreadable"}.
+
+    Raises:
+      UserError: For any mistake that the caller can correct, or if no file can be read.
     """
     workdir, began = local(workdir), time.monotonic()
     kind, files = check(images, out)
@@ -149,14 +157,14 @@ def predict_workdir(
             _write(file, ",".join(header(top_k)) + "\n")
         for batch in batches:
             _write(file, as_table(batch, top_k) if kind == TABLE else as_lines(batch))
-            for one in batch:
-                if one.error:
-                    _say(f"unreadable: {one.file}: {one.error}", bar.console)
+            for prediction in batch:
+                if prediction.error:
+                    _say(f"unreadable: {prediction.file}: {prediction.error}", bar.console)
                     unreadable += 1
             total += len(batch)
             bar.update(task, advance=len(batch), rate=total / (time.monotonic() - began))
             if stop.requested is not None:
-                _say(f"Stopped after {total:,} images; the same command begins anew.", bar.console)
+                _say(f"Stopped after {total:,} images; the same command starts again from the first.", bar.console)
                 raise SystemExit(128 + stop.requested)
     where = "" if out in STDOUT else f"; written to {out}"
     _say(f"{total:,} images, {unreadable:,} of them unreadable, {time.monotonic() - began:.1f} s{where}")
@@ -166,5 +174,5 @@ def predict_workdir(
 
 
 def _say(text: str, console: Console | None = None) -> None:
-    """On stderr: standard output may be the table's."""
+    """Print to stderr, because the table may go to standard output."""
     (console or Console(stderr=True)).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The report that every run ends with, and `--mode=report`, which makes it again."""
+"""Write a run's report, at the end of training or with `--mode=report`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,18 +20,19 @@ from ltjax.system import parallel, processes, xla
 from ltjax.system.paths import local
 from ltjax.types import Variables
 
-SIDE = 64  # pixels of a sample image, at most
+SIDE = 64  # largest side of a sample image in pixels
 
 
 def report_workdir(
     config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Make `report/` again from the newest checkpoint of each stage. The run may be unfinished.
+    """Write `report/` again from the newest checkpoint of each stage. The run may be unfinished.
 
-    Returns: What the page's table shows, as in results.json; also "unfinished" if the run is.
+    Returns:
+      The figures of the page's table, as in results.json; with "unfinished" if the run is not finished.
 
     Raises:
-      UserError: For anything that the caller can correct.
+      UserError: For any mistake that the caller can correct.
     """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run = parse(config)
@@ -72,11 +73,11 @@ def write_report(
     workdir: Path,
     go_on: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write `report/`: index.html, its numbers, and summary.png. All processes have to call this.
+    """Write `report/`: index.html, numbers.json and summary.png. All processes have to call this.
 
     Args:
-      variables: What each stage ended with.
-      summary: What results.json holds, or will hold.
+      variables: The variables at the end of each stage.
+      summary: The content of results.json.
       go_on: Called before each stage; may raise to stop.
     """
     stages = {name: experiment.config.stages[name] for name in variables}
@@ -84,7 +85,7 @@ def write_report(
     for name, stage in stages.items():
         go_on()
         observations[name] = observer.observe(stage, variables[name])
-    if processes.several() and experiment.config.replicas > 1:  # each process has some of the replicas
+    if processes.several() and experiment.config.replicas > 1:  # each process holds some of the replicas
         gather: Any = xla.jit(lambda tree: tree, out_shardings=parallel.replicated(experiment.mesh))
         variables = gather(dict(variables))
     if not processes.first():
@@ -94,7 +95,7 @@ def write_report(
     for name, stage in stages.items():
         of_classes = learned(stage, make_method(experiment, stage), variables[name], num_classes)
         numbers_of_stages[name] = analysis.stage_numbers(observations[name], labels, experiment.groups, of_classes)
-    of_first_replica = {name: each[0] for name, each in observations.items()}
+    of_first_replica = {name: of_replicas[0] for name, of_replicas in observations.items()}
     numbers = {
         "final_stage": summary["final_stage"],
         "stages": numbers_of_stages,
@@ -108,7 +109,7 @@ def write_report(
 
 
 def pairs(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray]], final: str) -> list[dict[str, Any]]:
-    """List the pairs of classes that the final stage confuses most, in the tail and elsewhere, with test images."""
+    """List the pairs of classes that the final stage confuses most, in the tail and outside it, with test images."""
     tail = analysis.rarest(experiment.groups)
     members = experiment.groups[tail]
     if members.all():
@@ -132,7 +133,7 @@ def pairs(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray
 
 
 def _pair(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray]], final: str, pair: Any) -> dict:
-    """A pair of classes: how often each stage confuses them, and images: confused ones, then one of the other class."""
+    """Describe a pair of classes: how often each stage confuses them, confused images, one image of the other class."""
     labels = experiment.test_set.host_labels
     predictions, confidences = observed[final]["predictions"], observed[final]["confidences"]
     images = [
@@ -145,14 +146,14 @@ def _pair(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray
     images += [{**sample(experiment, int(i)), "confidence": None} for i in right[:1]]
     total = int((labels == pair.true).sum())
     shares = {
-        name: float(((each["predictions"] == pair.predicted) & (labels == pair.true)).sum() / total)
-        for name, each in observed.items()
+        name: float(((of_stage["predictions"] == pair.predicted) & (labels == pair.true)).sum() / total)
+        for name, of_stage in observed.items()
     }
     return {"true": pair.true, "predicted": pair.predicted, "total": total, "shares": shares, "images": images}
 
 
 def sample(experiment: Experiment, index: int) -> dict[str, Any]:
-    """A test image small enough for the page: {"uri", "small": whether to draw its pixels as squares}."""
+    """Shrink a test image for the page: {"uri", "small": whether the page enlarges its pixels as squares}."""
     pixels = feed.picture(experiment.config, experiment.data, index)  # [H, W, channels]
     picture = Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0]))
     small = max(picture.size) <= SIDE

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Generator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from ltjax.config import differences
 from ltjax.runs.checkpoint import FIX_DISK, read_json
+from ltjax.system import locks
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError
 
@@ -118,18 +118,15 @@ def named_disk_errors(workdir: Path) -> Generator[None]:
 @contextlib.contextmanager
 def locked(workdir: Path) -> Generator[None]:
     """Lock the folder until the process ends, even by a kill. UserError if another process holds the lock."""
-    with named_disk_errors(workdir), open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another process is training in {workdir}: wait for it, or use another --workdir"
-            ) from error
-        try:
-            yield
-        except UserError:
-            with contextlib.suppress(OSError):
-                if [path.name for path in workdir.iterdir()] == [".lock"]:  # leave no empty folder behind
-                    (workdir / ".lock").unlink()
-                    workdir.rmdir()
-            raise
+    busy = f"another process is training in {workdir}: wait for it, or use another --workdir"
+    with named_disk_errors(workdir):
+        (workdir / ".lock").touch()
+        with locks.locked(workdir / ".lock", busy):
+            try:
+                yield
+            except UserError:
+                with contextlib.suppress(OSError):
+                    if [path.name for path in workdir.iterdir()] == [".lock"]:  # leave no empty folder behind
+                        (workdir / ".lock").unlink()
+                        workdir.rmdir()
+                raise

@@ -212,7 +212,7 @@ def leave(code: int) -> None:
 def leave_lost(reason: str) -> None:
     """Print that another process is gone and what to do, and end this process."""
     print(
-        f"error: {reason}; this process stops too. Run the same command again, on all machines: it goes on from the "
+        f"error: {reason}; this process stops too. Run the same command again, on all machines: it resumes from the "
         "last checkpoint.",
         file=sys.stderr,
         flush=True,

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import adversarial_step, cifar_step, flops
 from ltjax import config, models
-from ltjax.engine import experiment
+from ltjax.engine import experiment as experiments
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def stages(tmp_path_factory):
 
     def make(depth):
         run = config.parse(cifar_step.one_epoch_config(depth=depth, max_count=2))
-        ready = experiment.set_up(run, data_dir)
-        return {name: (ready, stage) for name, stage in run.stages.items()}
+        experiment = experiments.set_up(run, data_dir)
+        return {name: (experiment, stage) for name, stage in run.stages.items()}
 
     return make
 
@@ -48,7 +48,7 @@ def test_the_count_by_hand_of_resnet_32():
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_one_step_is_compiled_without_the_loop(stages, num_steps):
-    text = flops.compiled(*stages(8)["classifier"], num_steps=num_steps).as_text()
+    text = flops.step_program(*stages(8)["classifier"], num_steps=num_steps).as_text()
     loops_with_weights = [line for line in text.splitlines() if re.search(r"f32\[3,3,3,16\].* while\(", line)]
     assert len(loops_with_weights) == num_steps - 1
 

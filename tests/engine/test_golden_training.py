@@ -1,4 +1,4 @@
-"""The stage engine repeats the authors' PyTorch training step by step. The numbers' source: tests/golden/README.md."""
+"""Stages repeat the authors' PyTorch training step by step. tests/golden/README.md says where the numbers come from."""
 
 from types import SimpleNamespace
 
@@ -17,18 +17,18 @@ from tests.conftest import optimised_programs
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SOURCE = ("images", "labels", "permutations", "lams")
-# On one device in float64: in float32 the rounding of a machine decides about ReLU gates that are all but 0, and one of
-# them can move the weights by more than 1e-3 of their way.
+# One device uses float64: in float32, rounding decides about ReLU inputs near 0, and a single one can change the
+# weights by more than 1e-3 of their distance.
 each_layout = pytest.mark.parametrize("devices, dtype", [(1, "float64"), (8, "float32")])
 
 
 @pytest.fixture(autouse=True)
-def double_precision_where_asked(request):
+def double_precision_for_float64(request):
     callspec = getattr(request.node, "callspec", None)
     if callspec is None or "float64" not in callspec.id:
         yield
         return
-    with jax.enable_x64(True), optimised_programs():  # whose convolutions are slow
+    with jax.enable_x64(True), optimised_programs():  # float64 convolutions are slow
         yield
 
 
@@ -46,14 +46,14 @@ def stored_batch(source, seed, step, rng):
 
 
 def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=None, lr=None):
-    """The authors' steps through the engine -> the stage, variables before, state after, metrics of each step.
+    """Train the authors' steps -> the compiled stage, variables before, state after, metrics of each step.
 
-    arrays: of the method, instead of what a refresh would find.
+    arrays: The method's arrays, instead of those of a refresh.
     """
     mesh, num_steps = parallel.make_mesh(jax.devices()[:devices]), len(numbers["losses"])
     variables = variables_of(numbers, "init/", net)
     extra, _ = method.init(jax.random.key(0))
-    built = stages.build(
+    compiled = stages.build(
         {"net": net},
         method,
         draw,
@@ -73,16 +73,16 @@ def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=No
         source, parallel.split_batch(mesh, axis=1) if devices > 1 and "lams" not in source else None
     )
     everywhere = parallel.replicated(mesh)
-    state = built.init(np.uint32(0), jax.device_put(variables, everywhere))
+    state = compiled.init(np.uint32(0), jax.device_put(variables, everywhere))
     if arrays is not None:
         state = state._replace(variables=state.variables._replace(arrays=jax.device_put(arrays, everywhere)))
     start = jax.tree.map(np.array, state.variables)
-    state, metrics = built.run(state, source, num_steps)
-    return SimpleNamespace(stage=built, start=start, state=state, metrics=metrics)
+    state, metrics = compiled.run(state, source, num_steps)
+    return SimpleNamespace(compiled=compiled, start=start, state=state, metrics=metrics)
 
 
 def distance(start, ours, theirs, paths):
-    """|| ours - theirs || / || theirs - start || over all the named arrays together."""
+    """Compute || ours - theirs || / || theirs - start || over all named arrays together."""
     apart = sum(float(jnp.sum(jnp.square(ours[p] - theirs[p]))) for p in paths) ** 0.5
     moved = sum(float(jnp.sum(jnp.square(theirs[p] - start[p]))) for p in paths) ** 0.5
     assert moved > 0
@@ -90,11 +90,11 @@ def distance(start, ours, theirs, paths):
 
 
 def assert_repeats(numbers, net, done):
-    """The same losses, the same updates of the network's trained parameters and statistics; the rest stays."""
+    """Check losses, and updates of trained parameters and statistics. Other parameters stay as they are."""
     np.testing.assert_allclose(done.metrics["loss"], numbers["losses"], rtol=1e-4)
     trees = (done.start, done.state.variables, variables_of(numbers, "final/", net))
     start, ours, theirs = (optim.flatten({"net": tree.params["net"]}) for tree in trees)
-    trained = [path for path in start if path in done.stage.trained]
+    trained = [path for path in start if path in done.compiled.trained]
     assert distance(start, ours, theirs, trained) < 1e-3
     for path in set(start) - set(trained):
         np.testing.assert_array_equal(start[path], ours[path])
@@ -117,7 +117,7 @@ def test_mislas_stage1_repeats_the_authors_steps(golden, devices, dtype):
 
 @each_layout
 def test_mislas_stage2_repeats_the_authors_steps(golden, devices, dtype):
-    """With shifted batch norm: the statistics of the frozen backbone move on."""
+    """With shifted batch norm: the statistics of the frozen backbone change."""
     numbers, net = golden("mislas_stage2"), network(logit_scale=True, dtype=dtype)
     head, tail = float(numbers["smooth_head"]), float(numbers["smooth_tail"])
     lr, classifier_lr = float(numbers["lr_scale"]), float(numbers["lr_classifier"])
@@ -139,7 +139,7 @@ def test_mislas_stage2_repeats_the_authors_steps(golden, devices, dtype):
 
 @pytest.fixture
 def dro_train(golden):
-    """`dro_train(radius, devices=..)`: the numbers, the network, and its steps as the engine does them."""
+    """`dro_train(radius, devices=..)` -> the numbers, the network, and the result of `train`."""
     numbers = golden("dro_train")
     class_counts = golden("class_counts")["cifar100_exp_if100"]
     groups = {
@@ -170,7 +170,7 @@ def test_drolt_repeats_the_authors_steps(dro_train, devices, dtype):
     assert distance(start, ours, {"margins": numbers["final_epsilons"][None]}, ["margins"]) < 1e-3
 
 
-def test_drolts_floor_of_the_radius_changes_nothing_while_it_is_above_0(dro_train):
+def test_the_lower_bound_of_drolts_radius_changes_nothing_above_0(dro_train):
     floored, free = (dro_train(radius, devices=1)[2].state for radius in ("learned", "learned_unconstrained"))
     assert free.variables.params["method"]["margins"].min() > 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), floored, free)

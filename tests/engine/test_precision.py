@@ -1,4 +1,4 @@
-"""bfloat16 through the stage engine: the gradients point where those of float32 do, and only the body is bfloat16."""
+"""Gradients of bfloat16 training point in the direction of those of float32."""
 
 import functools
 import os
@@ -27,17 +27,17 @@ def cosines(read, **arguments):
         gradients.kernel_gradients(read(f"{arguments['of']},precision={kind}").to_dict())
         for kind in ("float32", "bf16")
     )
-    return {path: each["cosine"] for path, each in gradients.compare(exact, rounded).items()}
+    return {path: kernel["cosine"] for path, kernel in gradients.compare(exact, rounded).items()}
 
 
-def test_gradients_on_the_quickstarts_images(optimised):
-    found = cosines(quickstart.get_config, of="holdout=0")
-    assert len(found) == 7
-    assert min(found.values()) > 0.95, found
+def test_gradients_on_the_images_of_quickstart(optimised):
+    cosine_of = cosines(quickstart.get_config, of="holdout=0")
+    assert len(cosine_of) == 7
+    assert min(cosine_of.values()) > 0.95, cosine_of
 
 
 @pytest.mark.skipif(not CIFAR.is_dir(), reason="CIFAR-100 is not prepared")
 def test_gradients_of_resnet32_on_cifar100(optimised):
-    found = cosines(cifar100_lt.get_config, of="method=ce")
-    assert len(found) == 31
-    assert min(found.values()) > 0.95, sorted(found.items(), key=lambda item: item[1])[:5]
+    cosine_of = cosines(cifar100_lt.get_config, of="method=ce")
+    assert len(cosine_of) == 31
+    assert min(cosine_of.values()) > 0.95, sorted(cosine_of.items(), key=lambda item: item[1])[:5]

@@ -1,4 +1,4 @@
-"""Replicas are the single runs of their seeds: in a stage, on any devices, and in a whole run."""
+"""Each replica equals the single run of its seed: in a stage, on any number of devices, and in a whole run."""
 
 import contextlib
 import functools
@@ -17,7 +17,8 @@ from flax import linen as nn
 
 from ltjax import compare, config, data, methods, train
 from ltjax.data import augment, samplers
-from ltjax.engine import evaluate, experiment, feed, stage
+from ltjax.engine import evaluate, feed, stage
+from ltjax.engine import experiment as experiments
 from ltjax.models.layers import BatchNorm, Conv, pool
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.system import parallel
@@ -32,7 +33,7 @@ COUNTS = np.array([30, 20, 9])
 SHAPE = (8, 8, 3)
 SEEDS = np.arange(3, 8, dtype=np.uint32)
 STEPS = 3
-# (devices, replicas, what a group of devices does with its own)
+# (devices, replicas, replicate)
 LAYOUTS = (
     (1, 4, "loop"),
     (2, 4, "loop"),
@@ -59,7 +60,7 @@ NETS = {"net": Small()}
 
 
 def watched(method: Method) -> Method:
-    """The same, with what each step draws among its metrics."""
+    """Add the random draws of each step to its metrics."""
 
     def loss(apply, variables, batch, rng):
         value, (variables, metrics) = method.loss(apply, variables, batch, rng)
@@ -77,7 +78,7 @@ def made_up_source(mesh):
 
 
 def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instance_balanced", mixup=0.0):
-    """The stage, how its state begins for some seeds, and the images."""
+    """Build (compiled stage, function of seeds that makes the initial state, images)."""
     mesh, method = parallel.make_mesh(jax.devices()[:devices], replicas), watched(methods.create(method, COUNTS))
     draw = stage.resident_draw(
         samplers.create(sampler),
@@ -87,7 +88,7 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
         mesh=mesh,
     )
     shapes = jax.eval_shape(lambda: stage.init_variables(NETS, SHAPE, jax.random.key(0), method))
-    built = stages.build(
+    compiled = stages.build(
         NETS,
         method,
         draw,
@@ -111,31 +112,31 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
 
         sharding = parallel.state_sharding(mesh, replicas)
         variables = jax.jit(jax.vmap(initial) if replicas > 1 else initial, out_shardings=sharding)(seed)
-        return built.init(seed, variables)
+        return compiled.init(seed, variables)
 
-    return built, start, made_up_source(mesh)
+    return compiled, start, made_up_source(mesh)
 
 
-def trained(built, state, source):
-    if built.refresh is not None:
+def trained(compiled, state, source):
+    if compiled.refresh is not None:
         apply, mesh = stage.make_apply(NETS, "eval"), source.images.sharding.mesh
         means = feed.class_means(apply, source, mesh, replicas=state.step.size)
-        state = built.refresh(state, means(state.variables, built.layers))
-    return jax.tree.map(np.asarray, built.run(state, source, STEPS))
+        state = compiled.refresh(state, means(state.variables, compiled.layers))
+    return jax.tree.map(np.asarray, compiled.run(state, source, STEPS))
 
 
-def one(tree, replica):
+def of_replica(tree, replica):
     return jax.tree.map(lambda x: x[replica], tree)
 
 
-def assert_close(found, expected, rtol=2e-5, atol=1e-6):
+def assert_close(actual, expected, rtol=2e-5, atol=1e-6):
     def check(a, b):
         if np.issubdtype(b.dtype, np.floating):
             np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
         else:
             np.testing.assert_array_equal(a, b)
 
-    jax.tree.map(check, found, expected)
+    jax.tree.map(check, actual, expected)
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +145,14 @@ def singles():
 
     @functools.cache
     def singles(**settings):
-        built, start, source = build(**settings)
-        return [trained(built, start(seed), source) for seed in SEEDS]
+        compiled, start, source = build(**settings)
+        return [trained(compiled, start(seed), source) for seed in SEEDS]
 
     return singles
 
 
 def test_seeds_differ(singles):
-    """Else nothing here says anything."""
+    """Otherwise the other tests would prove nothing."""
     (a, drawn_a), (b, drawn_b), *_ = singles()
     kernel_a, kernel_b = (state.variables.params["net"]["conv"]["kernel"] for state in (a, b))
     assert np.abs(kernel_a - kernel_b).max() > 0.01
@@ -159,63 +160,64 @@ def test_seeds_differ(singles):
 
 
 @every_layout
-def test_each_replica_is_the_single_run_of_its_seed(singles, devices, replicas, replicate):
-    built, start, source = build(devices, replicas, replicate)
-    state, metrics = trained(built, start(SEEDS[:replicas]), source)
+def test_each_replica_equals_the_single_run_of_its_seed(singles, devices, replicas, replicate):
+    compiled, start, source = build(devices, replicas, replicate)
+    state, metrics = trained(compiled, start(SEEDS[:replicas]), source)
     for replica in range(replicas):
         expected, drawn = singles()[replica]
-        found = one(metrics, replica)
+        metrics_of_replica = of_replica(metrics, replica)
         for name in ("labels", "images", "noise"):
-            np.testing.assert_array_equal(found[name], drawn[name], err_msg=name)
-        np.testing.assert_allclose(found["loss"], drawn["loss"], rtol=1e-5)
-        assert_close(one(state, replica), expected)
+            np.testing.assert_array_equal(metrics_of_replica[name], drawn[name], err_msg=name)
+        np.testing.assert_allclose(metrics_of_replica["loss"], drawn["loss"], rtol=1e-5)
+        assert_close(of_replica(state, replica), expected)
 
 
-def test_each_replica_mixes_as_the_single_run(singles):
-    """With a share of its own."""
-    built, start, source = build(2, 4, "vmap", mixup=0.2)
-    state, _ = trained(built, start(SEEDS[:4]), source)
+def test_each_replica_draws_its_own_mixup(singles):
+    compiled, start, source = build(2, 4, "vmap", mixup=0.2)
+    state, _ = trained(compiled, start(SEEDS[:4]), source)
     for replica in range(4):
-        assert_close(one(state, replica), singles(mixup=0.2)[replica][0])
+        assert_close(of_replica(state, replica), singles(mixup=0.2)[replica][0])
 
 
 @pytest.mark.parametrize(("devices", "replicate"), [(8, "loop"), (2, "vmap")])
-def test_each_replica_has_centroids_of_its_own(singles, devices, replicate):
+def test_each_replica_has_its_own_centroids(singles, devices, replicate):
     drolt = dict(method="drolt", sampler="class_aware")
-    built, start, source = build(devices, 4, replicate, **drolt)
-    state, _ = trained(built, start(SEEDS[:4]), source)
+    compiled, start, source = build(devices, 4, replicate, **drolt)
+    state, _ = trained(compiled, start(SEEDS[:4]), source)
     for replica in range(4):
-        assert_close(one(state, replica), singles(**drolt)[replica][0], atol=1e-5)
+        assert_close(of_replica(state, replica), singles(**drolt)[replica][0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("devices", "replicas"), [(1, 4), (2, 4), (8, 4), (2, 5)])
-def test_each_replica_is_evaluated_as_by_itself(singles, devices, replicas):
+def test_each_replica_is_evaluated_like_a_single_run(singles, devices, replicas):
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (21, *SHAPE), dtype=np.uint8), rng.integers(0, len(COUNTS), 21)
-    each = [state.variables._replace(arrays={}) for state, _ in singles()[:replicas]]
+    variables = [state.variables._replace(arrays={}) for state, _ in singles()[:replicas]]
     means = rng.normal(0.5, 0.5, (replicas, len(COUNTS), 4)).astype(np.float32)
     mesh = parallel.make_mesh(jax.devices()[:devices], replicas)
-    stacked = jax.tree.map(lambda *x: np.stack(x), *each)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *variables)
     placed = jax.device_put((stacked, means), parallel.state_sharding(mesh, replicas))
-    found = evaluate.evaluator(NETS, mesh, replicas=replicas)(
+    outcome = evaluate.evaluator(NETS, mesh, replicas=replicas)(
         placed[0], evaluate.place(images, labels, 8, mesh), placed[1]
     )
 
     alone = parallel.make_mesh(jax.devices()[:1])
-    by_itself, held = evaluate.evaluator(NETS, alone), evaluate.place(images, labels, 8, alone)
+    single, images_of_single = evaluate.evaluator(NETS, alone), evaluate.place(images, labels, 8, alone)
     for replica in range(replicas):
-        expected = by_itself(*jax.device_put((each[replica],), jax.devices()[0]), held, jnp.asarray(means[replica]))
-        assert set(found) == {"predictions", "confidences", "losses", "nearest"}
+        expected = single(
+            *jax.device_put((variables[replica],), jax.devices()[0]), images_of_single, jnp.asarray(means[replica])
+        )
+        assert set(outcome) == {"predictions", "confidences", "losses", "nearest"}
         for name, values in expected.items():
-            np.testing.assert_allclose(found[name][replica], values, rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(outcome[name][replica], values, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_an_unknown_way_to_replicate_is_refused_before_training():
+def test_an_unknown_replicate_is_refused_before_training():
     with pytest.raises(UserError, match="replicate = 'pmap'"):
         config.parse({**tiny_config(RUN), "replicate": "pmap"})
 
 
-# A whole run: a stage that keeps the optimizer of the one before, then surgery on a hold-out.
+# A whole run: a stage that keeps the optimizer of the stage before, then surgery on a hold-out.
 
 RUN = "cifar10_lt:recipe=ce+drw+tau_norm"
 FIRST = 5  # seed
@@ -235,14 +237,14 @@ def settings(seed=FIRST, **changes):
 
 
 @contextlib.contextmanager
-def prepared_once(kept):
-    """Every run trains with the same compiled functions, made at the first: no seed is in them. kept: [] or those."""
+def prepared_once(cache):
+    """Make all runs share the compiled functions of the first, kept in the list `cache`. They hold no seed."""
     prepare = train.prepare
 
     def once(run, data_dir):
-        if not kept:
-            kept.append(prepare(run, data_dir))
-        experiment, compiled = kept[0]
+        if not cache:
+            cache.append(prepare(run, data_dir))
+        experiment, compiled = cache[0]
         return experiment._replace(config=run), compiled
 
     with pytest.MonkeyPatch.context() as patch:
@@ -252,7 +254,7 @@ def prepared_once(kept):
 
 @pytest.fixture(scope="module")
 def prepared():
-    """[what `replicated` trained with], once it has."""
+    """The cache of `replicated`."""
     return []
 
 
@@ -270,7 +272,7 @@ def alone(tmp_path_factory):
     """The workdirs of the two single runs, on one device."""
     workdirs = [tmp_path_factory.mktemp("alone") / str(FIRST + number) for number in range(2)]
     with devices(1), optimised_programs(), prepared_once([]), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
+        patch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
         for number, workdir in enumerate(workdirs):
             train.train(settings(FIRST + number), workdir)
     return workdirs
@@ -280,14 +282,14 @@ def results_of(workdir, name="results"):
     return json.loads((workdir / f"{name}.json").read_text())
 
 
-def test_a_run_of_replicas_has_the_figures_of_the_single_runs(replicated, alone):
-    found, singles = results_of(replicated), [results_of(workdir) for workdir in alone]
-    for name, each in found["stages"].items():
-        assert [replica["seed"] for replica in each["replicas"]] == [FIRST, FIRST + 1]
+def test_the_figures_of_replicas_equal_those_of_single_runs(replicated, alone):
+    results, singles = results_of(replicated), [results_of(workdir) for workdir in alone]
+    for name, summary in results["stages"].items():
+        assert [replica["seed"] for replica in summary["replicas"]] == [FIRST, FIRST + 1]
         losses = [single["stages"][name]["loss"] for single in singles]
-        assert abs(losses[0] - losses[1]) > 0.01 * losses[0]  # so that a seed cannot pass for the other
-        np.testing.assert_allclose([replica["loss"] for replica in each["replicas"]], losses, rtol=1e-3)
-        for replica, single in zip(each["replicas"], singles, strict=True):
+        assert abs(losses[0] - losses[1]) > 0.01 * losses[0]  # so that the seeds differ clearly
+        np.testing.assert_allclose([replica["loss"] for replica in summary["replicas"]], losses, rtol=1e-3)
+        for replica, single in zip(summary["replicas"], singles, strict=True):
             expected = single["stages"][name]
             assert replica["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / 18)  # two images of a group
             assert replica["ece"] == pytest.approx(expected["ece"], abs=0.02)
@@ -296,40 +298,42 @@ def test_a_run_of_replicas_has_the_figures_of_the_single_runs(replicated, alone)
 
 
 def test_each_replica_chooses_its_own_tau(replicated, alone):
-    found = results_of(replicated)["stages"]["tau_norm"]["surgery"]
+    surgery = results_of(replicated)["stages"]["tau_norm"]["surgery"]
     expected = [results_of(workdir)["stages"]["tau_norm"]["surgery"] for workdir in alone]
-    assert found["tau"] == [note["tau"] for note in expected]
-    for tau, accuracy in found["holdout_accuracy"].items():
+    assert surgery["tau"] == [note["tau"] for note in expected]
+    for tau, accuracy in surgery["holdout_accuracy"].items():
         np.testing.assert_allclose(accuracy, [note["holdout_accuracy"][tau] for note in expected], atol=0.051)
 
 
-def test_replicas_end_with_the_weights_of_the_single_runs(replicated, alone):
+def test_the_weights_of_replicas_equal_those_of_single_runs(replicated, alone):
     for name in ("ce", "drw"):
         state = saved(replicated, name)["variables"]["params"]
         for number, workdir in enumerate(alone):
-            assert_close(one(state, number), saved(workdir, name)["variables"]["params"], rtol=1e-3, atol=1e-4)
+            assert_close(of_replica(state, number), saved(workdir, name)["variables"]["params"], rtol=1e-3, atol=1e-4)
 
 
-def test_the_summary_is_mean_and_sample_deviation(replicated):
+def test_the_summary_has_mean_and_sample_deviation(replicated):
     results = results_of(replicated)
     assert (results["seed"], results["seeds"]) == (FIRST, [FIRST, FIRST + 1])
-    for each in results["stages"].values():
+    for summary in results["stages"].values():
         for key in ("accuracy", "ece", "loss"):
-            values = [replica[key] for replica in each["replicas"]]
+            values = [replica[key] for replica in summary["replicas"]]
             if key != "accuracy":
-                np.testing.assert_allclose((each[key], each["std"][key]), (np.mean(values), np.std(values, ddof=1)))
+                np.testing.assert_allclose(
+                    (summary[key], summary["std"][key]), (np.mean(values), np.std(values, ddof=1))
+                )
                 continue
             for group in ("all", "many", "medium", "few"):
-                own = [value[group] for value in values]
-                np.testing.assert_allclose(each[key][group], np.mean(own))
-                np.testing.assert_allclose(each["std"][key][group], np.std(own, ddof=1))
+                accuracies = [value[group] for value in values]
+                np.testing.assert_allclose(summary[key][group], np.mean(accuracies))
+                np.testing.assert_allclose(summary["std"][key][group], np.std(accuracies, ddof=1))
     assert (replicated / "report" / "summary.png").exists()
 
 
 def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(
     replicated, prepared, tmp_path, monkeypatch, optimised
 ):
-    monkeypatch.setattr(train, "write_report", lambda *_: None)  # which is looked at elsewhere
+    monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
     stages = ["ce", "drw", "tau_norm"]
     workdir = rewound(replicated, tmp_path, "ce", stages)
 
@@ -337,7 +341,7 @@ def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(
         stop.requested = signal.SIGTERM
 
     with devices(2):
-        with pytest.MonkeyPatch.context() as patch, prepared_once(prepared):  # what is resumed makes its own
+        with pytest.MonkeyPatch.context() as patch, prepared_once(prepared):  # the resumed run compiles its own
             before_dispatch(patch, "ce", 1, stop_here)
             with pytest.raises(Interrupted):
                 train.train(settings(replicas=2), workdir)
@@ -352,10 +356,10 @@ def test_eval_mode_repeats_the_figures_of_the_replicas(replicated, optimised):
     with devices(2):
         evaluated = evaluate_workdir(settings(replicas=2), replicated)
     for name, expected in results_of(replicated)["stages"].items():
-        for found, replica in zip(evaluated["stages"][name]["replicas"], expected["replicas"], strict=True):
-            assert found["seed"] == replica["seed"]
-            assert found["accuracy"] == pytest.approx(replica["accuracy"])
-            assert found["loss"] == pytest.approx(replica["loss"])
+        for again, replica in zip(evaluated["stages"][name]["replicas"], expected["replicas"], strict=True):
+            assert again["seed"] == replica["seed"]
+            assert again["accuracy"] == pytest.approx(replica["accuracy"])
+            assert again["loss"] == pytest.approx(replica["loss"])
 
 
 def test_a_comparison_counts_each_seed_once(replicated, alone, capsys):
@@ -368,24 +372,24 @@ def test_a_comparison_counts_each_seed_once(replicated, alone, capsys):
     assert "±" in out
 
 
-def test_the_images_are_on_each_device_once():
+def test_each_device_holds_the_images_once():
     run = config.parse(settings(replicas=4))
     with devices(8):
-        made = experiment.set_up(run, None)
-    assert dict(made.mesh.shape) == {parallel.REPLICA_AXIS: 4, parallel.BATCH_AXIS: 2}
-    shape = (len(made.split.train), *SHAPE)
-    assert made.train_data.images.shape == shape
-    assert [shard.data.shape for shard in made.train_data.images.addressable_shards] == [shape] * 8
-    batches, together = made.test_set.images.shape[:2]
+        experiment = experiments.set_up(run, None)
+    assert dict(experiment.mesh.shape) == {parallel.REPLICA_AXIS: 4, parallel.BATCH_AXIS: 2}
+    shape = (len(experiment.split.train), *SHAPE)
+    assert experiment.train_data.images.shape == shape
+    assert [shard.data.shape for shard in experiment.train_data.images.addressable_shards] == [shape] * 8
+    batches, together = experiment.test_set.images.shape[:2]
     assert batches * together == 60
-    each = {shard.data.shape[:2] for shard in made.test_set.images.addressable_shards}
-    assert each == {(batches, together // 2)}
+    shares = {shard.data.shape[:2] for shard in experiment.test_set.images.addressable_shards}
+    assert shares == {(batches, together // 2)}
 
 
-def test_the_folder_of_a_run_is_named_by_all_its_seeds(tmp_path):
+def test_the_default_workdir_names_all_seeds(tmp_path):
     taken = tmp_path / "runs" / "quickstart-seeds5-7"
     taken.mkdir(parents=True)
-    (taken / "results.json").write_text("{}")  # of nobody knows what: named, and the end of it
+    (taken / "results.json").write_text("{}")  # without a config.json: an error that names the folder
     command = [sys.executable, str(ROOT / "run.py"), f"--config={ROOT}/configs/quickstart.py"]
     command += ["--config.replicas=3", "--config.seed=5"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True)

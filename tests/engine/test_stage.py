@@ -1,4 +1,4 @@
-"""The engine, with a toy method and network."""
+"""Compiled stages, with a toy method and network."""
 
 import re
 from functools import partial
@@ -20,7 +20,7 @@ ALL = {"all": {"match": ".*", "rate": 1.0}}
 
 
 class Toy(nn.Module):
-    """Features are the image's channel means; one linear layer."""
+    """A linear layer on the channel means of the image."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -54,23 +54,23 @@ def random_draw(source, seed, step, rng):
 
 
 def build(method, *, devices=8, groups=None, factors=None, lr=0.1, draw=random_draw, seed=2, **settings):
-    """-> the stage, its state at the start, the variables it starts from."""
+    """Build (compiled stage, initial state, variables it starts from)."""
     mesh, net = parallel.make_mesh(jax.devices()[:devices]), {"net": Toy()}
     start = jax.device_put(stage.init_variables(net, (4, 4, 2), jax.random.key(0)), parallel.replicated(mesh))
     shapes = jax.eval_shape(lambda: stage.init_variables(net, (4, 4, 2), jax.random.key(0), method))
 
     settings = dict(bn="train", lr=lr, steps_per_epoch=4, mesh=mesh, image_shape=(4, 4, 2), **settings)
     factors, groups = np.ones(2) if factors is None else factors, ALL if groups is None else groups
-    built = stages.build(net, method, draw, shapes.params, groups=groups, factors=factors, **settings)
-    return built, built.init(np.uint32(seed), start), start
+    compiled = stages.build(net, method, draw, shapes.params, groups=groups, factors=factors, **settings)
+    return compiled, compiled.init(np.uint32(seed), start), start
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_refresh_is_given_the_mean_feature_of_each_class(source, devices):
-    built, state, _ = build(toy_method(lambda arrays, means: {"centroids": means}), devices=devices)
+def test_refresh_gets_the_mean_feature_of_each_class(source, devices):
+    compiled, state, _ = build(toy_method(lambda arrays, means: {"centroids": means}), devices=devices)
     mesh = parallel.make_mesh(jax.devices()[:devices])
     means = feed.class_means(stage.make_apply({"net": Toy()}, "eval"), source, mesh, batch_size=40)
-    state = built.refresh(state, means(state.variables))
+    state = compiled.refresh(state, means(state.variables))
     features = np.asarray(source.images, np.float64).mean((1, 2)) / 255
     expected = [features[np.asarray(source.labels) == c].mean(0) for c in range(3)]
     np.testing.assert_allclose(state.variables.arrays["centroids"], expected, rtol=1e-5)
@@ -81,53 +81,53 @@ def test_a_method_without_refresh_has_none():
 
 
 def collectives(program):
-    """Of a compiled program: {kind: largest number of elements}."""
-    found = {}
+    """List the collectives of a compiled program: {kind: largest number of elements}."""
+    largest = {}
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
     for types, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", program):
         sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in re.findall(r"\[([\d,]*)\]", types)]
-        found[kind] = max(found.get(kind, 0), *sizes)
-    return found
+        largest[kind] = max(largest.get(kind, 0), *sizes)
+    return largest
 
 
 def test_devices_exchange_no_images(source):
-    """Of a step with mixup on eight devices: sums over the batch are all that crosses from one to another."""
+    """A step with mixup on eight devices exchanges only sums over the batch."""
     mixing = partial(augment.augment, crop_padding=1, cutout_size=2, mixup_alpha=0.2)
     draw = stage.resident_draw(
         samplers.create("instance_balanced"), mixing, batch_size=64, class_counts=COUNTS, mesh=parallel.make_mesh()
     )
-    built, state, _ = build(net_method(), draw=draw)
-    found = collectives(built.run.lower(state, source, 2).compile().as_text())
-    assert set(found) == {"all-reduce"} and found["all-reduce"] <= 2 * 3, found  # the classifier's gradient
+    compiled, state, _ = build(net_method(), draw=draw)
+    largest = collectives(compiled.run.lower(state, source, 2).compile().as_text())
+    assert set(largest) == {"all-reduce"} and largest["all-reduce"] <= 2 * 3, largest  # the classifier's gradient
 
 
-def test_one_dispatch_of_many_steps_equals_many_of_one(source):
+def test_one_dispatch_of_many_steps_equals_many_dispatches_of_one(source):
     outcomes = []
     for lengths in ((8,), (3, 5), (1,) * 8):
-        built, state, _ = build(toy_method())
+        compiled, state, _ = build(toy_method())
         losses = []
         for length in lengths:
-            state, metrics = built.run(state, source, length)
+            state, metrics = compiled.run(state, source, length)
             losses += np.asarray(metrics["noise"]).tolist()
         outcomes.append((losses, jax.tree.map(np.asarray, state)))
     for noise, state in outcomes[1:]:
-        assert noise == outcomes[0][0]  # the same random numbers, whatever the dispatch
+        assert noise == outcomes[0][0]  # the same random numbers
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state, outcomes[0][1])
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_batch_in_parts_has_the_mean_of_their_losses_and_gradients(source, devices):
-    """Without batch norm and noise, that is the batch's own."""
+    """Without batch norm and noise, these equal those of the whole batch."""
     outcomes = []
     for accumulate in (1, 4):
-        built, state, _ = build(toy_method(), devices=devices, accumulate=accumulate)
-        state, metrics = built.run(state, source, 5)
+        compiled, state, _ = build(toy_method(), devices=devices, accumulate=accumulate)
+        state, metrics = compiled.run(state, source, 5)
         outcomes.append((np.asarray(metrics["loss"]), jax.tree.map(np.asarray, state.variables.params)))
     np.testing.assert_allclose(outcomes[1][0], outcomes[0][0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), outcomes[1][1], outcomes[0][1])
 
 
-def test_the_parts_of_a_batch_share_its_images_out(source):
+def test_each_image_of_a_batch_is_in_one_part(source):
     labels = []
 
     def keeping(batch):
@@ -144,8 +144,8 @@ def test_the_parts_of_a_batch_share_its_images_out(source):
         return total, (variables, {"partners": batch.partner_labels.sum() + batch.labels.sum()})
 
     method = Method(lambda rng: ({}, {}), loss)
-    built, state, _ = build(method, draw=draw, accumulate=4)
-    _, metrics = built.run(state, source, 1)
+    compiled, state, _ = build(method, draw=draw, accumulate=4)
+    _, metrics = compiled.run(state, source, 1)
     assert set(labels) == {(4,)}
     np.testing.assert_allclose(metrics["loss"], [120 * 0.3 / 4], rtol=1e-6)
     np.testing.assert_allclose(metrics["partners"], [240 / 4])
@@ -153,33 +153,33 @@ def test_the_parts_of_a_batch_share_its_images_out(source):
 
 def test_run_is_compiled_with_the_options_for_cuda_graphs(source, monkeypatch):
     monkeypatch.setattr(stage.xla, "graph_options", lambda kind: {"xla_no_such_option": kind == "default"})
-    built, state, _ = build(toy_method())
+    compiled, state, _ = build(toy_method())
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
-        built.run(state, source, 1)
+        compiled.run(state, source, 1)
 
 
-def test_the_start_survives_the_stage(source):
-    """`run` takes over its state's memory, not that of the variables the stage started from."""
-    built, state, start = build(toy_method())
-    built.run(state, source, 2)
+def test_run_leaves_the_initial_variables_usable(source):
+    """`run` takes over the memory of its state, but not of the variables from which the state was made."""
+    compiled, state, start = build(toy_method())
+    compiled.run(state, source, 2)
     assert np.isfinite(np.asarray(start.params["net"]["classifier"]["kernel"])).all()
 
 
 def test_frozen_groups_keep_their_values(source):
-    groups = {"frozen": {"match": "net/.*", "rate": 0.0}, "own": {"match": "method/.*", "rate": 1.0}}
-    built, state, start = build(toy_method(), groups=groups)
-    assert built.trained == ("method/bias",)
-    state, _ = built.run(state, source, 4)
+    groups = {"frozen": {"match": "net/.*", "rate": 0.0}, "method": {"match": "method/.*", "rate": 1.0}}
+    compiled, state, start = build(toy_method(), groups=groups)
+    assert compiled.trained == ("method/bias",)
+    state, _ = compiled.run(state, source, 4)
     jax.tree.map(np.testing.assert_array_equal, state.variables.params["net"], start.params["net"])
     assert np.abs(state.variables.params["method"]["bias"]).max() > 0
 
 
 def test_the_learning_rate_follows_its_factors(source):
-    """The second epoch's factor is 0: nothing moves there."""
-    built, state, _ = build(toy_method(), factors=np.array([1.0, 0.0]))
-    state, _ = built.run(state, source, 4)
+    """In the second epoch, with factor 0, nothing changes."""
+    compiled, state, _ = build(toy_method(), factors=np.array([1.0, 0.0]))
+    state, _ = compiled.run(state, source, 4)
     before = jax.tree.map(np.asarray, state.variables.params)
-    state, _ = built.run(state, source, 4)
+    state, _ = compiled.run(state, source, 4)
     jax.tree.map(np.testing.assert_array_equal, state.variables.params, before)
 
 
@@ -188,30 +188,30 @@ def test_a_stage_that_trains_nothing_is_refused():
         build(toy_method(), groups={"all": {"match": ".*", "rate": 0.0}})
 
 
-def test_a_stage_of_no_epochs_trains_nothing():
-    built, state, start = build(toy_method(), factors=np.ones(0), groups={})
-    assert built.trained == () and built.num_steps == 0
+def test_a_stage_without_epochs_trains_nothing():
+    compiled, state, start = build(toy_method(), factors=np.ones(0), groups={})
+    assert compiled.trained == () and compiled.num_steps == 0
     jax.tree.map(np.testing.assert_array_equal, state.variables.params["net"], start.params["net"])
 
 
 def net_method():
-    """Without parameters or randomness of its own."""
+    """A method without parameters and random numbers."""
 
     def loss(apply, variables, batch, rng):
         outputs, variables = apply(variables, batch.images)
-        own = jax.nn.one_hot(batch.labels, 3) * jax.nn.log_softmax(outputs.logits)
-        return -own.sum(-1).mean(), (variables, {})
+        log_p = jax.nn.one_hot(batch.labels, 3) * jax.nn.log_softmax(outputs.logits)
+        return -log_p.sum(-1).mean(), (variables, {})
 
     return Method(lambda rng: ({}, {}), loss)
 
 
 def every_image(source, seed, step, rng):
-    """The same batch at every step of every stage."""
+    """Draw the same batch at every step."""
     return Batch(source.images[:128].astype(jnp.float32) / 255, source.labels[:128])
 
 
 def second_stage(source, keep, *, factors=None):
-    """Parameters before and after 4 steps of a stage, on top of the 8 steps of one before it."""
+    """Train a stage of 8 steps, then one of 4 -> parameters before and after the second."""
     settings = dict(method=net_method(), draw=every_image, factors=factors)
     first, before, _ = build(**settings)
     before, _ = first.run(before, source, 8)
@@ -225,30 +225,30 @@ def second_stage(source, keep, *, factors=None):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_second_stage_goes_on_as_one_only_with_the_optimizer_kept(source, keep):
-    built, state, _ = build(net_method(), draw=every_image)
-    state, _ = built.run(state, source, 12)
+def test_two_stages_equal_one_only_if_the_optimizer_is_kept(source, keep):
+    compiled, state, _ = build(net_method(), draw=every_image)
+    state, _ = compiled.run(state, source, 12)
     _, split = second_stage(source, keep)
-    one = state.variables.params["net"]["classifier"]["kernel"]
-    assert np.allclose(split["net"]["classifier"]["kernel"], one, rtol=1e-5, atol=1e-7) == keep
+    single = state.variables.params["net"]["classifier"]["kernel"]
+    assert np.allclose(split["net"]["classifier"]["kernel"], single, rtol=1e-5, atol=1e-7) == keep
 
 
-def test_the_schedule_starts_anew_where_the_optimizer_is_kept(source):
-    """The first stage ended with a factor of 0: the second trains in its first epoch, whose factor is 1."""
+def test_the_schedule_restarts_if_the_optimizer_is_kept(source):
+    """The first stage ends with factor 0; the second trains in its first epoch, with factor 1."""
     start, end = second_stage(source, True, factors=np.array([1.0, 0.0]))
     assert np.abs(end["net"]["classifier"]["kernel"] - start["net"]["classifier"]["kernel"]).max() > 1e-3
 
 
 def test_keeping_the_optimizer_leaves_the_state_before_usable(source):
-    """`run` takes over its state's memory, not that of the optimizer it goes on from."""
-    built, before, _ = build(net_method(), draw=every_image)
-    state = stage.kept_optimizer(built.init(np.uint32(2), before.variables), before)
-    built.run(state, source, 2)
+    """`run` takes over the memory of its state, but not of the optimizer state that was copied."""
+    compiled, before, _ = build(net_method(), draw=every_image)
+    state = stage.kept_optimizer(compiled.init(np.uint32(2), before.variables), before)
+    compiled.run(state, source, 2)
     assert stage.all_finite(before.opt_state)
 
 
 def random_method():
-    """Its initial parameter, and what it logs, are random."""
+    """A method with a random initial parameter and a random metric."""
 
     def init(rng):
         return {"bias": jax.random.normal(rng, (3,))}, {}
@@ -257,7 +257,7 @@ def random_method():
 
 
 def random_numbers(source, **settings):
-    """All that is random in a stage: the method's initial parameters, its noise, the batches and the sampler's seed."""
+    """Collect a stage's random numbers: the method's initial parameters and noise, batches, the sampler's seed."""
 
     def draw(source, seed, step, rng):
         return random_draw(source, seed, step, rng)._replace(lam=(seed % 4096).astype(jnp.float32))
@@ -268,9 +268,9 @@ def random_numbers(source, **settings):
         value, (variables, metrics) = method.loss(apply, variables, batch, rng)
         return value, (variables, {**metrics, "batch": batch.images.mean(), "seed": batch.lam})
 
-    built, state, _ = build(method._replace(loss=loss), draw=draw, **settings)
+    compiled, state, _ = build(method._replace(loss=loss), draw=draw, **settings)
     initial = np.array(state.variables.params["method"]["bias"])
-    _, metrics = built.run(state, source, 3)
+    _, metrics = compiled.run(state, source, 3)
     return np.concatenate([initial, metrics["noise"], metrics["batch"], metrics["seed"]])
 
 
@@ -283,12 +283,12 @@ def test_another_stage_of_a_run_has_other_random_numbers(source):
     assert not np.any(np.isclose(random_numbers(source, number=0), random_numbers(source, number=1), rtol=1e-6))
 
 
-@pytest.mark.parametrize("second", [net_method(), random_method()], ids=["without parameters", "with its own"])
+@pytest.mark.parametrize("second", [net_method(), random_method()], ids=["without parameters", "with parameters"])
 def test_a_methods_parameters_end_with_its_stage(second):
     _, first, _ = build(toy_method())
     assert "method" in first.variables.params
-    built, fresh, _ = build(second, number=1)
-    state = built.init(np.uint32(2), first.variables)
+    compiled, fresh, _ = build(second, number=1)
+    state = compiled.init(np.uint32(2), first.variables)
     jax.tree.map(np.testing.assert_array_equal, state.variables.params, fresh.variables.params)
 
 

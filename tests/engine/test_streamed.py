@@ -1,4 +1,4 @@
-"""Runs on images that stay on disk, beside the same images on the device."""
+"""Runs on images on disk agree with runs on the same images on the devices."""
 
 import json
 
@@ -11,7 +11,8 @@ import pytest
 from ltjax import data, train
 from ltjax.config import parse
 from ltjax.data.source import Images, Stored
-from ltjax.engine import experiment, feed, measure, stage
+from ltjax.engine import experiment as experiments
+from ltjax.engine import feed, measure, stage
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 from ltjax.types import UserError
@@ -36,18 +37,18 @@ class Pngs:
 
 
 def both():
-    """The same images, in memory and as files."""
+    """The same images, in memory and as files: (Images, Stored)."""
     rng = np.random.default_rng(0)
 
-    def some(counts):
+    def labelled(counts):
         labels = np.repeat(np.arange(3), counts).astype(np.int32)
         noise = rng.normal(0, 25, (len(labels), SIZE, SIZE, 3))
         pixels = np.clip(60 + 60 * labels[:, None, None, None] + noise, 0, 255)
         order = rng.permutation(len(labels))
         return pixels.astype(np.uint8)[order], labels[order]
 
-    train_images, train_labels = some(COUNTS)
-    test_images, test_labels = some((4, 3, 4))
+    train_images, train_labels = labelled(COUNTS)
+    test_images, test_labels = labelled((4, 3, 4))
     names = ("a", "b", "c")
     return (
         Images(train_images, train_labels, test_images, test_labels, names),
@@ -58,7 +59,7 @@ def both():
 def settings(**changes):
     group = dict(all=dict(match=".*", rate=1.0))
     method = dict(name="drolt", loss=dict(name="cross_entropy"), radius="learned", layers=())
-    made = dict(
+    config = dict(
         name="streamed",
         data=dict(
             name="image_folder", profile="natural", size=SIZE, resize=SIZE, many_above=15, few_below=6, threads=2
@@ -77,8 +78,8 @@ def settings(**changes):
         batch_size=8,
         eval_batch_size=8,
     )
-    made.update(changes)
-    return made
+    config.update(changes)
+    return config
 
 
 @pytest.fixture(autouse=True)
@@ -88,70 +89,71 @@ def two_devices(monkeypatch):
 
 
 @pytest.fixture
-def problems(monkeypatch):
-    """The same problem with images on the devices and on disk."""
-    made = []
-    for found in both():
-        monkeypatch.setattr(data, "load", lambda name, where, found=found: found)
-        made.append(experiment.set_up(parse(settings()), None))
-    return made
+def pair(monkeypatch):
+    """Experiments on the same images: on the devices, and on disk."""
+
+    def set_up(images):
+        monkeypatch.setattr(data, "load", lambda *_: images)
+        return experiments.set_up(parse(settings()), None)
+
+    return [set_up(images) for images in both()]
 
 
-def test_evaluation_is_that_of_images_on_the_device(problems):
-    resident, streamed = problems
+def test_evaluation_equals_that_of_resident_images(pair):
+    resident, streamed = pair
     assert streamed.streamed and not resident.streamed
     run = parse(settings())
-    variables = experiment.fresh_variables(resident, run.stages["dro"])
-    first, second = (each.evaluate["net"](variables, each.test_set) for each in problems)
+    variables = experiments.fresh_variables(resident, run.stages["dro"])
+    first, second = (experiment.evaluate["net"](variables, experiment.test_set) for experiment in pair)
     assert (resident.test_set.host_labels == streamed.test_set.host_labels).all()
     for name in first:
         np.testing.assert_allclose(second[name], first[name], rtol=1e-6, err_msg=name)
 
 
-def test_the_report_sees_what_it_sees_of_images_on_the_device(problems):
+def test_the_report_equals_that_of_resident_images(pair):
     run = parse(settings())
-    stages = run.stages
-    variables = experiment.fresh_variables(problems[0], run.stages["dro"])
-    (first,), (second,) = (measure.Observer(each).observe(stages["dro"], variables) for each in problems)
+    variables = experiments.fresh_variables(pair[0], run.stages["dro"])
+    (first,), (second,) = (measure.Observer(experiment).observe(run.stages["dro"], variables) for experiment in pair)
     for name in first:
         np.testing.assert_allclose(second[name], first[name], rtol=1e-4, atol=1e-5, err_msg=name)
     for index in (0, 5):
-        pictures = [feed.picture(run, each.data, index) for each in problems]
+        pictures = [feed.picture(run, experiment.data, index) for experiment in pair]
         np.testing.assert_array_equal(*pictures)
 
 
-def test_class_means_of_the_report_take_a_few_images_of_each_class(problems):
-    run, streamed = parse(settings()), problems[1]
+def test_class_means_of_the_report_use_a_few_images_of_each_class(pair):
+    run, streamed = parse(settings()), pair[1]
     some = feed.some_of_each_class(run, streamed.data, streamed.split, streamed.mesh, 6)
     assert np.bincount(some.host_labels).tolist() == [6, 6, 5]
 
 
 @pytest.mark.parametrize("layers", [(), ("stage2", "stage3")])
-def test_class_means_are_those_of_images_on_the_device(problems, layers):
+def test_class_means_equal_those_of_resident_images(pair, layers):
     run = parse(settings())
-    variables = experiment.fresh_variables(problems[0], run.stages["dro"])
-    first, second = (each.class_means(variables, layers) for each in problems)
+    variables = experiments.fresh_variables(pair[0], run.stages["dro"])
+    first, second = (experiment.class_means(variables, layers) for experiment in pair)
     assert jax.tree.structure(first) == jax.tree.structure(second)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6), first, second)
 
 
-def test_a_step_is_that_of_images_on_the_device(problems):
-    """Where both are given the same batch: here the whole of each image, since no window is cut."""
+def test_a_step_equals_that_of_resident_images(pair):
+    """Both get the same batch of whole images, without random crops."""
     run = parse(settings())
-    stages = run.stages
     outcomes = []
-    for each in problems:
-        built = experiment.build_stage(each, stages["dro"])
-        state = built.init(experiment.seeds(run), experiment.fresh_variables(each, run.stages["dro"]))
-        state = built.refresh(state, each.class_means(state.variables, built.layers))
-        if each.streamed:
-            index = [problems[0].split.train[i] for i in drawn(run, problems[0])]
+    for experiment in pair:
+        compiled = experiments.build_stage(experiment, run.stages["dro"])
+        state = compiled.init(experiments.seeds(run), experiments.fresh_variables(experiment, run.stages["dro"]))
+        state = compiled.refresh(state, experiment.class_means(state.variables, compiled.layers))
+        if experiment.streamed:
+            index = [pair[0].split.train[i] for i in drawn(run, pair[0])]
             images = np.stack([both()[0].train_images[i] for i in index])[None]
             labels = both()[0].train_labels[index][None]
-            source = stage.Chunk(jnp.int32(0), *parallel.put((images, labels), parallel.split_batch(each.mesh, axis=1)))
+            source = stage.Chunk(
+                jnp.int32(0), *parallel.put((images, labels), parallel.split_batch(experiment.mesh, axis=1))
+            )
         else:
-            source = each.train_data
-        state, metrics = built.run(state, source, 1)
+            source = experiment.train_data
+        state, metrics = compiled.run(state, source, 1)
         outcomes.append((jax.tree.map(np.asarray, state.variables.params), float(metrics["loss"][0])))
     np.testing.assert_allclose(outcomes[1][1], outcomes[0][1], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6), outcomes[0][0], outcomes[1][0])
@@ -172,23 +174,23 @@ def losses(workdir):
     return [(line["step"], line["values"]["loss"]) for line in lines if line["split"] == "train"]
 
 
-def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_run_stopped_within_an_epoch_resumes_to_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda name, where: both()[1])
     whole = train.train(settings(), tmp_path / "whole")
     assert losses(tmp_path / "whole")[-1][0] == 10  # 38 images: 5 steps an epoch, in dispatches of 3 and 2
 
-    take = train.logs.RunLog.write
+    write = train.logs.RunLog.write
 
     def stop_at_3(self, stage_name, epoch, step, split, values):
-        take(self, stage_name, epoch, step, split, values)
+        write(self, stage_name, epoch, step, split, values)
         if step == 3:
             signals[0].requested = 15
 
-    signals, made = [], train.StopSignals
+    signals, stop_signals = [], train.StopSignals
     with monkeypatch.context() as patch:
 
         def watched():
-            signals.append(made())
+            signals.append(stop_signals())
             return signals[-1]
 
         patch.setattr(train, "StopSignals", watched)
@@ -209,17 +211,17 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_had_not_been(tmp_path, m
         (dict(accumulate=8), "cannot be shared by 2 devices and 8 parts"),
     ],
 )
-def test_what_images_on_disk_cannot_have_is_named(monkeypatch, changes, message):
+def test_settings_that_images_on_disk_do_not_support_are_named(monkeypatch, changes, message):
     monkeypatch.setattr(data, "load", lambda name, where: both()[1])
     with pytest.raises(UserError, match=message):
-        experiment.set_up(parse(settings(**changes)), None)
+        experiments.set_up(parse(settings(**changes)), None)
 
 
-def test_only_the_first_classes_are_kept_where_that_is_asked(monkeypatch):
-    for found in both():
-        monkeypatch.setattr(data, "load", lambda name, where, found=found: found)
+def test_data_classes_keeps_only_the_first_classes(monkeypatch):
+    for images in both():
+        monkeypatch.setattr(data, "load", lambda name, where, images=images: images)
         few = settings()
         few["data"]["classes"] = 2
-        made = experiment.set_up(parse(few), None)
-        assert made.class_names == ("a", "b") and made.split.class_counts.tolist() == [22, 11]
-        assert np.bincount(made.test_set.host_labels).tolist() == [4, 3]
+        experiment = experiments.set_up(parse(few), None)
+        assert experiment.class_names == ("a", "b") and experiment.split.class_counts.tolist() == [22, 11]
+        assert np.bincount(experiment.test_set.host_labels).tolist() == [4, 3]

@@ -39,7 +39,7 @@ def stage_and_source(net, **replicated):
         class_counts=COUNTS,
         mesh=mesh,
     )
-    built = stages.build(
+    compiled = stages.build(
         {"net": net},
         methods.create("erm", COUNTS),
         draw,
@@ -56,7 +56,7 @@ def stage_and_source(net, **replicated):
     )
     images = np.random.default_rng(0).integers(256, size=(COUNTS.sum(), 32, 32, 3), dtype=np.uint8)
     source = stage.Resident(jnp.asarray(images), jnp.asarray(np.repeat(np.arange(10), 16), jnp.int32))
-    return built, jax.device_put(source, parallel.replicated(mesh))
+    return compiled, jax.device_put(source, parallel.replicated(mesh))
 
 
 @functools.cache
@@ -66,11 +66,11 @@ def fresh() -> Variables:
 
 def updates(net, num_steps, chunks):
     """How far parameters and statistics move, flat, and the losses: `num_steps` steps in so many dispatches."""
-    built, source = stage_and_source(net)
+    compiled, source = stage_and_source(net)
     start = fresh()
-    state, values = built.init(np.uint32(2), start), []
+    state, values = compiled.init(np.uint32(2), start), []
     for _ in range(chunks):
-        state, metrics = built.run(state, source, num_steps // chunks)
+        state, metrics = compiled.run(state, source, num_steps // chunks)
         values.extend(np.asarray(metrics["loss"]).tolist())
     old, new = ({**optim.flatten(v.params), **optim.flatten(v.stats)} for v in (start, state.variables))
     return np.concatenate([np.ravel(new[path] - old[path]) for path in sorted(old)]).astype(np.float64), values
@@ -95,13 +95,13 @@ def test_a_bfloat16_step_is_close_to_a_float32_step():
 
 
 def test_a_resumed_stage_repeats_itself_bit_for_bit(tmp_path):
-    built, source = stage_and_source(network())
-    halfway, _ = built.run(built.init(np.uint32(2), fresh()), source, 3)
+    compiled, source = stage_and_source(network())
+    halfway, _ = compiled.run(compiled.init(np.uint32(2), fresh()), source, 3)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, halfway, {})
         checkpoints.wait()
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), halfway)
-        expected, _ = built.run(halfway, source, 3)
+        expected, _ = compiled.run(halfway, source, 3)
         again, source = stage_and_source(network())  # compiled anew, as a new process does
         restored, _ = checkpoints.restore(like)
         found, _ = again.run(restored, source, 3)
@@ -124,9 +124,9 @@ def test_logits_agree_with_the_cpu():
 
 @pytest.mark.parametrize("replicate", parallel.REPLICATE)
 def test_replicas_are_the_single_runs(replicate):
-    built, source = stage_and_source(network(), replicas=2, replicate=replicate)
+    compiled, source = stage_and_source(network(), replicas=2, replicate=replicate)
     seeds = np.array([0, 2], np.uint32)  # with seed 1 a ReLU's input is 0 up to rounding in step 2, and flips
-    both, _ = built.run(built.init(seeds, jax.tree.map(lambda x: jnp.stack([x, x]), fresh())), source, 2)
+    both, _ = compiled.run(compiled.init(seeds, jax.tree.map(lambda x: jnp.stack([x, x]), fresh())), source, 2)
     for number, seed in enumerate(seeds):
         single, source = stage_and_source(network())
         alone, _ = single.run(single.init(seed, fresh()), source, 2)

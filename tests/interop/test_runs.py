@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ltjax import config, models, surgery, train
-from ltjax.engine import experiment
+from ltjax.engine import experiment as experiments
 from ltjax.engine.stage import TrainState
 from ltjax.interop import export, torch
 from ltjax.interop.weights import load_weights, save_weights
@@ -86,7 +86,7 @@ def test_imported_weights_are_attacked(trained, weights, tmp_path):
 
 def test_training_starts_from_imported_weights(trained, weights):
     run = config.parse(quick(weights=str(weights)))
-    start = experiment.initial_variables(experiment.set_up(run, None), run.stages["ce"])
+    start = experiments.initial_variables(experiments.set_up(run, None), run.stages["ce"])
     for tree, name in ((start.params, "params"), (start.stats, "stats")):
         given = getattr(load_weights(weights).variables, name)["net"]
         jax.tree.map(np.testing.assert_array_equal, tree["net"], given)
@@ -94,12 +94,11 @@ def test_training_starts_from_imported_weights(trained, weights):
 
 def test_a_new_head_of_surgery_is_not_the_imported_one(weights):
     run = config.parse(quick(weights=str(weights)))
-    stages = run.stages
-    ready = experiment.set_up(run, None)
-    settings = stages["ce"]._replace(surgery={"name": next(iter(surgery.SURGERIES))})
-    assert settings.surgery["name"] == "new_head"
-    start = experiment.initial_variables(ready, run.stages["ce"])
-    changed, _ = experiment.operate(ready, settings, start)
+    experiment = experiments.set_up(run, None)
+    stage = run.stages["ce"]._replace(surgery={"name": next(iter(surgery.SURGERIES))})
+    assert stage.surgery["name"] == "new_head"
+    start = experiments.initial_variables(experiment, run.stages["ce"])
+    changed, _ = experiments.operate(experiment, stage, start)
     ours, theirs = (np.asarray(v.params["net"]["classifier"]["kernel"]) for v in (changed, start))
     assert not np.allclose(ours, theirs)
 
@@ -107,8 +106,8 @@ def test_a_new_head_of_surgery_is_not_the_imported_one(weights):
 def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
     values = quick(**{"weights": str(weights), "weights_parts": ("backbone",), "model.logit_scale": False})
     run = config.parse(values)
-    ready = experiment.set_up(run, None)
-    start = experiment.initial_variables(ready, run.stages["ce"])
+    experiment = experiments.set_up(run, None)
+    start = experiments.initial_variables(experiment, run.stages["ce"])
     theirs = load_weights(weights).variables.params["net"]
     np.testing.assert_array_equal(
         start.params["net"]["backbone"]["conv"]["kernel"], theirs["backbone"]["conv"]["kernel"]
@@ -118,7 +117,7 @@ def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
         UserError,
         match=r"logit_scale \(weights \(10,\), network none.*config\.weights_parts=\('backbone', 'classifier'\)",
     ):
-        experiment.initial_variables(ready._replace(config=run._replace(weights_parts=())), run.stages["ce"])
+        experiments.initial_variables(experiment._replace(config=run._replace(weights_parts=())), run.stages["ce"])
 
 
 def test_weights_of_another_network_are_evaluated_with_their_network(trained, weights, tmp_path):

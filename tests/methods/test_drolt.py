@@ -149,7 +149,7 @@ def trained():
     def draw(source, seed, step, rng):
         return Batch(source.images.astype(jnp.float32) / 255, source.labels)
 
-    built = stages.build(
+    compiled = stages.build(
         {"net": net},
         method,
         draw,
@@ -165,14 +165,14 @@ def trained():
         mesh=mesh,
         image_shape=(8, 8, 3),
     )
-    state = built.init(np.uint32(0), jax.device_put(variables, parallel.replicated(mesh)))
+    state = compiled.init(np.uint32(0), jax.device_put(variables, parallel.replicated(mesh)))
     means = feed.class_means(stage.make_apply({"net": net}, "eval"), source, mesh)
 
     def refreshed(state):
-        return built.refresh(state, means(state.variables, built.layers))
+        return compiled.refresh(state, means(state.variables, compiled.layers))
 
-    state, metrics = built.run(refreshed(state), source, 2)
-    return net, built, refreshed(state), source, metrics
+    state, metrics = compiled.run(refreshed(state), source, 2)
+    return net, compiled, refreshed(state), source, metrics
 
 
 def test_centroids_are_the_class_means_of_each_layer_in_evaluation_mode(trained):
@@ -187,8 +187,8 @@ def test_centroids_are_the_class_means_of_each_layer_in_evaluation_mode(trained)
 
 
 def test_margins_are_a_trained_parameter_of_the_stage(trained):
-    _, built, state, _, _ = trained
-    assert built.assigned["method/margins"] == "features"
+    _, compiled, state, _, _ = trained
+    assert compiled.assigned["method/margins"] == "features"
     assert state.variables.params["method"]["margins"].shape == (2, 3)
     assert np.all(state.variables.params["method"]["margins"] != 0.5)
 
@@ -228,8 +228,8 @@ def test_a_layer_that_the_model_does_not_have_is_named_with_those_it_has():
     variables = jax.eval_shape(lambda: stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0), method))
     settings = dict(bn="train", lr=0.1, factors=np.ones(1), steps_per_epoch=1, mesh=mesh, image_shape=(8, 8, 3))
     groups = {"all": {"match": ".*", "rate": 1.0}}
-    built = stages.build({"net": net}, method, lambda *_: BATCH, variables.params, groups=groups, **settings)
+    compiled = stages.build({"net": net}, method, lambda *_: BATCH, variables.params, groups=groups, **settings)
     with pytest.raises(UserError) as raised:
-        jax.eval_shape(built.init, jax.ShapeDtypeStruct((), jnp.uint32), variables)
+        jax.eval_shape(compiled.init, jax.ShapeDtypeStruct((), jnp.uint32), variables)
     expected = "the method needs the features of layer 'stage4'; the model's layers: stage1, stage2, stage3"
     assert str(raised.value) == expected

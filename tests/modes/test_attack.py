@@ -1,4 +1,4 @@
-"""`--mode=attack` on a small trained run: what it leaves, how it stops and goes on, what it refuses."""
+"""`--mode=attack` on a small trained run: its results, stopping and resuming, and its errors."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ import pytest
 from configs import cifar10_lt
 from ltjax import attacks, data, train
 from ltjax.data.source import Images
-from ltjax.modes import attack as robustness
+from ltjax.modes import attack as attack_mode
 from ltjax.runs import logs
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
@@ -27,12 +27,12 @@ def made_up_images(name, data_dir=None):
     rng = np.random.default_rng(0)
     colours = rng.integers(40, 216, (10, 1, 1, 3))
 
-    def some(count):
+    def labelled(count):
         labels = np.tile(np.arange(10, dtype=np.int32), count)
         noise = rng.normal(0, 20, (len(labels), 8, 8, 3))
         return np.clip(colours[labels] + noise, 0, 255).astype(np.uint8), labels
 
-    return Images(*some(20), *some(4), tuple(f"class {c}" for c in range(10)))
+    return Images(*labelled(20), *labelled(4), tuple(f"class {c}" for c in range(10)))
 
 
 def config(**changes):
@@ -66,7 +66,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", made_up_images)
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(two, replicas))
-        patch.setattr(robustness.attacks, "autoattack", functools.partial(attacks.autoattack, **budget))
+        patch.setattr(attack_mode.attacks, "autoattack", functools.partial(attacks.autoattack, **budget))
         yield
 
 
@@ -79,18 +79,18 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def attacked(trained):
-    return robustness.attack_workdir(config(), trained)
+    return attack_mode.attack_workdir(config(), trained)
 
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """The run as training left it, to be attacked anew."""
+    """A copy of the trained run, without results of attacks."""
     return shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("attack*"))
 
 
 def without_seconds(value):
     if isinstance(value, dict):
-        return {key: without_seconds(each) for key, each in value.items() if key not in ("seconds", "command")}
+        return {key: without_seconds(item) for key, item in value.items() if key not in ("seconds", "command")}
     return value
 
 
@@ -104,7 +104,7 @@ def test_every_test_has_accuracy_by_group_and_class_and_calibration(attacked):
     assert attacked["epsilon"] == pytest.approx(32 / 255)
 
 
-def test_attacks_lower_the_accuracy_and_the_suite_keeps_what_is_left_after_each(attacked):
+def test_attacks_lower_the_accuracy_and_autoattack_lists_it_after_each_attack(attacked):
     clean, pgd, _, suite = (figures["accuracy"]["all"] for figures in attacked["tests"].values())
     assert clean > 0.3  # it has learned something
     assert pgd < clean
@@ -113,21 +113,21 @@ def test_attacks_lower_the_accuracy_and_the_suite_keeps_what_is_left_after_each(
     assert after[-1] == pytest.approx(suite)
 
 
-def test_clean_figures_are_those_of_training(attacked, trained):
+def test_clean_figures_equal_those_of_training(attacked, trained):
     results = json.loads((trained / "results.json").read_text())
     assert attacked["tests"]["clean"]["accuracy"] == results["accuracy"]
     assert attacked["tests"]["clean"]["ece"] == pytest.approx(results["ece"], abs=1e-6)
 
 
-def test_figures_join_the_results_and_a_picture_is_left(attacked, trained):
+def test_figures_are_added_to_the_results_with_a_picture(attacked, trained):
     assert json.loads((trained / "results.json").read_text())["robustness"] == json.loads(json.dumps(attacked))
     assert json.loads((trained / "attack.json").read_text()) == json.loads(json.dumps(attacked))
     assert (trained / "report" / "attack.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((trained / "attack").iterdir())  # progress is for suites that are not over
+    assert not list((trained / "attack").iterdir())  # progress is deleted at the end
 
 
 @pytest.mark.parametrize("when", [2, 5])
-def test_stopped_by_a_signal_it_ends_with_the_same_figures(attacked, copy, when, monkeypatch):
+def test_an_attack_stopped_by_a_signal_resumes_to_the_same_figures(attacked, copy, when, monkeypatch):
     calls = []
 
     def show(self, attack, *rest):
@@ -138,62 +138,62 @@ def test_stopped_by_a_signal_it_ends_with_the_same_figures(attacked, copy, when,
     with monkeypatch.context() as patch:
         patch.setattr(logs.AttackProgress, "show", show)
         with pytest.raises(Interrupted):
-            robustness.attack_workdir(config(), copy)
+            attack_mode.attack_workdir(config(), copy)
     assert len(list((copy / "attack").iterdir())) == 1
     assert not (copy / "attack.json").exists()
-    again = robustness.attack_workdir(config(), copy)
+    again = attack_mode.attack_workdir(config(), copy)
     assert without_seconds(again["tests"]) == without_seconds(attacked["tests"])
 
 
-def test_stopped_after_autoattack_it_has_its_answer_kept(copy, monkeypatch):
+def test_an_attack_stopped_after_autoattack_reuses_its_result(copy, monkeypatch):
     changes = {"attack.tests": ("apgd-ce",), "attack.num_images": 20}
 
     def stopped(*_):
         raise Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(robustness, "curve", stopped)
+        patch.setattr(attack_mode, "curve", stopped)
         with pytest.raises(Interrupted):
-            robustness.attack_workdir(config(**changes), copy)
+            attack_mode.attack_workdir(config(**changes), copy)
     assert len(list((copy / "attack").iterdir())) == 1
-    worked = []
-    monkeypatch.setattr(logs.AttackProgress, "show", lambda self, *now: worked.append(now))
-    robustness.attack_workdir(config(**changes), copy)
-    assert not worked and not list((copy / "attack").iterdir())
+    shown = []
+    monkeypatch.setattr(logs.AttackProgress, "show", lambda self, *progress: shown.append(progress))
+    attack_mode.attack_workdir(config(**changes), copy)
+    assert not shown and not list((copy / "attack").iterdir())
 
 
-def test_attack_settings_are_no_part_of_the_run(attacked, trained, copy):
+def test_attack_settings_may_differ_from_those_of_training(attacked, trained, copy):
     changes = {"attack.epsilon": "0", "attack.tests": ("pgd-1", "apgd-ce"), "attack.num_images": 7}
-    found = robustness.attack_workdir(config(**changes), copy)["tests"]
-    assert found["apgd-ce"]["num_images"] == 7
-    assert found["pgd-1"]["accuracy"] == found["apgd-ce"]["accuracy"] == found["clean"]["accuracy"]
+    tests = attack_mode.attack_workdir(config(**changes), copy)["tests"]
+    assert tests["apgd-ce"]["num_images"] == 7
+    assert tests["pgd-1"]["accuracy"] == tests["apgd-ce"]["accuracy"] == tests["clean"]["accuracy"]
 
 
-def test_radii_make_a_curve_from_the_clean_accuracy_down_and_a_page(attacked, copy):
+def test_radii_give_a_falling_curve_that_the_page_shows(attacked, copy):
     changes = {"attack.tests": ("pgd-20",), "attack.radii": (0.5, 4.0, 9.0), "attack.num_images": 20}
-    found = robustness.attack_workdir(config(**changes), copy)  # 9 times epsilon is more than pixels have
-    assert [point["epsilon"] for point in found["curve"]] == pytest.approx([0, 16 / 255, 32 / 255, 128 / 255])
-    along = [point["accuracy"]["all"] for point in found["curve"]]
-    assert along[0] == found["tests"]["clean"]["accuracy"]["all"]
-    assert along == sorted(along, reverse=True) and along[-1] < along[0]
+    summary = attack_mode.attack_workdir(config(**changes), copy)  # 9 times epsilon is above 1
+    assert [point["epsilon"] for point in summary["curve"]] == pytest.approx([0, 16 / 255, 32 / 255, 128 / 255])
+    accuracies = [point["accuracy"]["all"] for point in summary["curve"]]
+    assert accuracies[0] == summary["tests"]["clean"]["accuracy"]["all"]
+    assert accuracies == sorted(accuracies, reverse=True) and accuracies[-1] < accuracies[0]
     page = (copy / "report" / "index.html").read_text()
     assert 'id="robust-curve-t"' in page and "data:image/jpeg" in page
 
 
-def test_l2(copy):
+def test_l2_attacks_lower_the_accuracy(copy):
     ball = {"attack.epsilon": "1.5", "attack.norm": "l2", "attack.step_size": "0.5"}
-    tests = robustness.attack_workdir(config(**ball, **{"attack.tests": ("pgd-2", "square")}), copy)["tests"]
+    tests = attack_mode.attack_workdir(config(**ball, **{"attack.tests": ("pgd-2", "square")}), copy)["tests"]
     assert tests["pgd-2"]["accuracy"]["all"] <= tests["clean"]["accuracy"]["all"]
     assert tests["square"]["accuracy"]["all"] <= tests["clean"]["accuracy"]["all"]
 
 
-def test_replicas_are_attacked_each(tmp_path):
+def test_each_replica_is_attacked(tmp_path):
     values = config(**{"replicas": 2, "attack.tests": ("pgd-1",), "epochs": 1})
     train.train(values, tmp_path)
-    pgd = robustness.attack_workdir(values, tmp_path)["tests"]["pgd-1"]
-    each = [replica["accuracy"]["all"] for replica in pgd["replicas"]]
+    pgd = attack_mode.attack_workdir(values, tmp_path)["tests"]["pgd-1"]
+    accuracies = [replica["accuracy"]["all"] for replica in pgd["replicas"]]
     assert [replica["seed"] for replica in pgd["replicas"]] == [0, 1]
-    assert pgd["accuracy"]["all"] == pytest.approx(np.mean(each))
+    assert pgd["accuracy"]["all"] == pytest.approx(np.mean(accuracies))
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,9 @@ def test_replicas_are_attacked_each(tmp_path):
 )
 def test_a_mistake_in_the_settings_is_named(trained, change, message):
     with pytest.raises(UserError, match=message):
-        robustness.attack_workdir(config(**change), trained)
+        attack_mode.attack_workdir(config(**change), trained)
 
 
 def test_a_workdir_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="train first"):
-        robustness.attack_workdir(config(), tmp_path)
+        attack_mode.attack_workdir(config(), tmp_path)

@@ -1,4 +1,4 @@
-"""`--calibrate` on a network that is known: nearest mean of pixels, far too sure of itself."""
+"""`--calibrate` on a simple network, the nearest mean of pixels, which is far too confident."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ HELD_OUT = {"data.holdout": 2, "data.max_count": 18, "data.imbalance": 3.0, "sta
 
 
 class NearestMean:
-    """Minus the squared distance to the mean image of each class, [N, 10]."""
+    """Logits [N, 10]: minus the squared distance to the mean image of each class."""
 
     def __init__(self, scale):
         images = data.load("fashion_mnist_lt")
@@ -34,7 +34,7 @@ class NearestMean:
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """A run's folder, and `use(*scales)`: the network of each replica."""
+    """`workdir(*scales)` -> the config and folder of a run whose replicas are `NearestMean(scale)`."""
     (tmp_path / "checkpoints" / "ce" / "7").mkdir(parents=True)
 
     def use(*scales, **changes):
@@ -47,27 +47,29 @@ def workdir(tmp_path, monkeypatch):
     return use
 
 
-def test_the_temperature_is_that_of_the_holdout_and_its_figures_those_of_both_sets(workdir):
-    kept = calibrate.calibrate_workdir(*workdir(1.0))
-    (one,) = kept["replicas"]
+def test_the_figures_of_both_sets_before_and_after(workdir):
+    summary = calibrate.calibrate_workdir(*workdir(1.0))
+    (replica,) = summary["replicas"]
     images = data.load("fashion_mnist_lt")
     logits = NearestMean(1.0).logits(images.test_images)
     right = logits.argmax(1) == images.test_labels
-    assert one["test"]["accuracy"] == pytest.approx(right.mean())
-    for when, scale in (("before", 1.0), ("after", one["temperature"])):
+    assert replica["test"]["accuracy"] == pytest.approx(right.mean())
+    for when, scale in (("before", 1.0), ("after", replica["temperature"])):
         z = logits.astype(np.float64) / scale
         losses = (
             np.log(np.exp(z - z.max(1, keepdims=True)).sum(1)) + z.max(1) - z[np.arange(len(z)), images.test_labels]
         )
         confidences = 1 / np.exp(z - z.max(1, keepdims=True)).sum(1)
-        assert one["test"][when]["ece"] == pytest.approx(float(metrics.calibration(confidences, right).ece), abs=1e-4)
-        assert one["test"][when]["nll"] == pytest.approx(losses.mean(), rel=1e-4)
-    assert one["holdout"]["after"]["nll"] < one["holdout"]["before"]["nll"]
-    assert one["test"]["after"]["ece"] < one["test"]["before"]["ece"] / 2
-    assert (kept["stage"], kept["step"], kept["num_holdout"]) == ("ce", 7, 20)
+        assert replica["test"][when]["ece"] == pytest.approx(
+            float(metrics.calibration(confidences, right).ece), abs=1e-4
+        )
+        assert replica["test"][when]["nll"] == pytest.approx(losses.mean(), rel=1e-4)
+    assert replica["holdout"]["after"]["nll"] < replica["holdout"]["before"]["nll"]
+    assert replica["test"]["after"]["ece"] < replica["test"]["before"]["ece"] / 2
+    assert (summary["stage"], summary["step"], summary["num_holdout"]) == ("ce", 7, 20)
 
 
-def test_the_holdout_alone_decides(workdir, monkeypatch):
+def test_the_temperature_is_fitted_on_the_holdout(workdir, monkeypatch):
     seen = {}
 
     def fit(logits, labels):
@@ -75,61 +77,61 @@ def test_the_holdout_alone_decides(workdir, monkeypatch):
         return fit_temperature(logits, labels)
 
     monkeypatch.setattr(calibrate, "fit_temperature", fit)
-    kept = calibrate.calibrate_workdir(*workdir(1.0))
+    summary = calibrate.calibrate_workdir(*workdir(1.0))
     assert np.bincount(seen["labels"], minlength=10).tolist() == [2] * 10 and seen["logits"].shape == (20, 10)
-    assert kept["replicas"][0]["holdout"]["accuracy"] == (seen["logits"].argmax(1) == seen["labels"]).mean()
+    assert summary["replicas"][0]["holdout"]["accuracy"] == (seen["logits"].argmax(1) == seen["labels"]).mean()
 
 
-@pytest.mark.parametrize(("found", "said"), [(1.0, True), (None, False)])
-def test_where_the_test_images_gain_nothing_it_says_so(workdir, monkeypatch, capsys, found, said):
-    if found is not None:
-        monkeypatch.setattr(calibrate, "fit_temperature", lambda logits, labels: found)
+@pytest.mark.parametrize(("temperature", "noted"), [(1.0, True), (None, False)])
+def test_a_temperature_that_does_not_help_is_noted(workdir, monkeypatch, capsys, temperature, noted):
+    if temperature is not None:
+        monkeypatch.setattr(calibrate, "fit_temperature", lambda logits, labels: temperature)
     calibrate.calibrate_workdir(*workdir(1.0))
-    assert ("20 held-out images are few" in " ".join(capsys.readouterr().out.split())) == said
+    assert ("20 held-out images are few" in " ".join(capsys.readouterr().out.split())) == noted
 
 
-def test_each_replica_has_its_own(workdir, capsys):
+def test_each_replica_has_its_own_temperature(workdir, capsys):
     config, folder = workdir(1.0, 2.0)
     calibrate.calibrate_workdir(config, folder)
     replicas = json.loads((folder / "temperature.json").read_text())["replicas"]
-    assert [one["seed"] for one in replicas] == [0, 1]
+    assert [replica["seed"] for replica in replicas] == [0, 1]
     assert replicas[1]["temperature"] == pytest.approx(2 * replicas[0]["temperature"], rel=1e-4)
     assert "±" in capsys.readouterr().out
 
 
-def test_without_a_holdout_it_says_how_to_get_one(workdir):
+def test_without_a_holdout_the_error_says_how_to_get_one(workdir):
     with pytest.raises(UserError, match=r"config\.data\.holdout = 0: .*--config=FILE:holdout=5"):
         calibrate.calibrate_workdir(*workdir(1.0, **{"data.holdout": 0}))
 
 
 def test_without_a_holdout_nothing_is_trained_first(tmp_path):
-    told = ("--config.data.holdout=0", "--config.epochs=1", "--calibrate", f"--workdir={tmp_path / 'run'}")
-    command = [sys.executable, "run.py", "--config=configs/quickstart.py", *told]
+    flags = ("--config.data.holdout=0", "--config.epochs=1", "--calibrate", f"--workdir={tmp_path / 'run'}")
+    command = [sys.executable, "run.py", "--config=configs/quickstart.py", *flags]
     ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2 and ran.stderr.startswith("error: config.data.holdout = 0"), ran.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_where_no_temperature_is_the_best_nothing_is_kept(workdir):
+def test_no_file_is_written_if_the_loss_has_no_minimum(workdir):
     config, folder = workdir(-1.0)  # the farthest mean: worse than guessing
     with pytest.raises(UserError, match=r"no temperature is the best for 20 held-out images of which \d+% are right"):
         calibrate.calibrate_workdir(config, folder)
     assert not (folder / "temperature.json").exists()
 
 
-def test_of_imported_weights_it_says_who_uses_it(workdir, capsys):
+def test_imported_weights_get_a_note_on_their_use(workdir, capsys):
     _, folder = workdir(1.0)
     (folder / "config.json").unlink()
     (folder / "w").mkdir()
     (folder / "w" / ARRAYS).write_bytes(b"arrays")
     config = tiny_config(**HELD_OUT, weights=str(folder / "w"))
-    (one,) = calibrate.calibrate_workdir(config, folder)["replicas"]
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"temperature={one['temperature']:.6g})." in said
-    assert "ltjax.load divide" not in said
+    (replica,) = calibrate.calibrate_workdir(config, folder)["replicas"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"temperature={replica['temperature']:.6g})." in printed
+    assert "ltjax.load divide" not in printed
 
 
-def test_the_run_of_another_config_is_not_calibrated(workdir):
+def test_another_config_is_refused(workdir):
     config, folder = workdir(1.0)
     with pytest.raises(UserError, match=r"another config .*seed: 0 -> 3"):
         calibrate.calibrate_workdir({**config, "seed": 3}, folder)

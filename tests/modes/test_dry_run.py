@@ -1,4 +1,4 @@
-"""What a run is about to do, in words, against what it does."""
+"""The description of a run by --dry_run, compared with the run."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ltjax import config, optim, train
-from ltjax.engine import experiment
+from ltjax.engine import experiment as experiments
 from ltjax.modes import dry_run
 from ltjax.system import parallel
 from ltjax.types import UserError
@@ -21,25 +21,25 @@ SMALL = {"model.width": 4, "batch_size": 32, "stages": ("features", "classifier"
 def prepared(settings):
     """The config, the compiled stages, and the experiment."""
     run = config.parse(settings)
-    ready, built = experiment.prepare(run, None)
-    return run, built, ready
+    experiment, compiled = experiments.prepare(run, None)
+    return run, compiled, experiment
 
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """A dry run: what it prints, the folder above its workdir, and what it has made ready."""
-    folder, made = tmp_path_factory.mktemp("dry"), {}
+    """A dry run: its output, the folder above its workdir, and {"run", "compiled", "experiment"}."""
+    folder, parts = tmp_path_factory.mktemp("dry"), {}
     prepare = dry_run.prepare
 
-    def kept(run, data_dir):
-        ready, built = prepare(run, data_dir)
-        made.update(run=run, built=built, ready=ready)
-        return ready, built
+    def recorded(run, data_dir):
+        experiment, compiled = prepare(run, data_dir)
+        parts.update(run=run, compiled=compiled, experiment=experiment)
+        return experiment, compiled
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
-        patch.setattr(dry_run, "prepare", kept)
+        patch.setattr(dry_run, "prepare", recorded)
         dry_run.dry_run(tiny_config(**SMALL), folder / "run")
-    return shown.getvalue(), folder, made
+    return shown.getvalue(), folder, parts
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def test_a_dry_run_writes_nothing(dry):
 
 def test_a_dry_run_shows_classes_stages_groups_schedules_samplers_and_memory(dry, small):
     text = dry[0]
-    _, built, ready = small
-    counts = ready.split.class_counts
+    _, compiled, experiment = small
+    counts = experiment.split.class_counts
     assert f"{counts.sum()} training images of 10 classes, {counts.max()} down to {counts.min()} a class" in text
-    for group, member in ready.groups.items():
+    for group, member in experiment.groups.items():
         assert f"  {group}: {member.sum()} classes, {counts[member].sum()} images: " in text
-    sizes = dry_run.stage_params(ready, built["classifier"])
+    sizes = dry_run.stage_params(experiment, compiled["classifier"])
     head = sum(size for path, size in sizes.items() if path.startswith("net/classifier/"))
     rows = [line.split() for line in text.splitlines()]
     assert ["classifier", str(head), "trained", "0.05", "0.0005"] in rows
@@ -71,7 +71,7 @@ def test_a_dry_run_shows_classes_stages_groups_schedules_samplers_and_memory(dry
     assert "memory of each device, MB" in text and "estimate" in text
 
 
-def test_the_workdir_of_another_config_is_refused_before_a_dry_run_as_well(tmp_path):
+def test_a_dry_run_refuses_the_workdir_of_another_config(tmp_path):
     train.write_json(tmp_path / "config.json", tiny_config(**SMALL))
     with pytest.raises(UserError, match="holds a run of another config"):
         dry_run.dry_run(tiny_config(**SMALL, **{"features.lr": 0.3}), tmp_path)
@@ -86,7 +86,7 @@ def test_the_workdir_of_another_config_is_refused_before_a_dry_run_as_well(tmp_p
         ({"classifier.keep_optimizer": True}, "does not train the same parameters"),
     ],
 )
-def test_a_dry_run_finds_what_training_would_stumble_over(changes, words, tmp_path):
+def test_a_dry_run_finds_mistakes_in_the_config(changes, words, tmp_path):
     with pytest.raises(UserError, match=words):
         dry_run.dry_run(tiny_config(**SMALL, **changes), tmp_path / "run")
 
@@ -108,7 +108,7 @@ def test_a_workdir_below_a_file_is_refused_without_writing(tmp_path):
         ([0.2, 0.1], "0.2 in epoch 1, 0.1 in epoch 2  █▅"),
     ],
 )
-def test_a_schedule_is_told_by_its_begin_peak_and_end(rates, text):
+def test_a_schedule_is_described_by_its_first_largest_and_last_rate(rates, text):
     assert dry_run.schedule(np.array(rates)) == text
 
 
@@ -118,13 +118,13 @@ def test_a_long_schedule_keeps_its_shape_in_forty_bars():
     assert list(bars) == sorted(bars, reverse=True)
 
 
-def test_the_parameters_of_a_method_are_in_its_groups():
-    """DRO-LT's radii, which no network has."""
+def test_the_parameters_of_a_method_count_in_its_groups():
+    """DRO-LT's radii."""
     settings = {**tiny_config(**SMALL), "stages": ("features",)}
     settings["features"]["method"] = dict(name="drolt", radius="learned", loss=dict(name="cross_entropy"))
     settings["features"]["groups"] = dict(everything=dict(match="net/.*|method/.*", rate=1.0))
-    run, built, ready = prepared(settings)
-    sizes = dry_run.stage_params(ready, built["features"])
+    run, compiled, experiment = prepared(settings)
+    sizes = dry_run.stage_params(experiment, compiled["features"])
     assert any(path.startswith("method/") for path in sizes)
     column = dry_run.groups_table(run.stages["features"], sizes).columns[1]
     assert list(column.cells) == [f"{sum(sizes.values()):,}"]
@@ -141,33 +141,33 @@ def peak_of(function, *arguments):
     return dry_run.peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr) / 1e6
 
 
-def test_arrays_live_from_where_they_are_made_to_their_last_use():
+def test_arrays_live_from_their_creation_to_their_last_use():
     def chain(x):  # two at a time
         return jnp.sin(jnp.cos(jnp.sin(x)))
 
-    def kept(x):  # the first of three is needed at the end
+    def reused(x):  # the first of three is needed at the end
         first = jnp.sin(x)
         return first + jnp.cos(jnp.exp(first))
 
-    assert (peak_of(chain, megabyte()), peak_of(kept, megabyte())) == (2.0, 3.0)
+    assert (peak_of(chain, megabyte()), peak_of(reused, megabyte())) == (2.0, 3.0)
 
 
-def test_arguments_do_not_count_and_bytes_do():
+def test_peak_bytes_excludes_arguments_and_depends_on_the_dtype():
     assert peak_of(lambda x, y: x + y, megabyte(), megabyte()) == 1.0
     assert peak_of(lambda x, y: x + y, megabyte(jnp.bfloat16), megabyte(jnp.bfloat16)) == 0.5
 
 
-def test_a_loop_takes_the_memory_of_one_turn():
-    def turn(carry, _):
+def test_a_loop_needs_the_memory_of_one_iteration():
+    def iteration(carry, _):
         return jnp.sin(jnp.cos(jnp.exp(carry))), None
 
     def loop(x, length):
-        return jax.lax.scan(turn, x, length=length)[0]
+        return jax.lax.scan(iteration, x, length=length)[0]
 
     assert peak_of(lambda x: loop(x, 3), megabyte()) == peak_of(lambda x: loop(x, 300), megabyte()) == 2.0
 
 
-def test_what_the_backward_pass_needs_is_kept():
+def test_activations_live_until_the_backward_pass():
     def loss(x):
         for _ in range(8):
             x = jnp.sin(x)
@@ -176,13 +176,13 @@ def test_what_the_backward_pass_needs_is_kept():
     assert peak_of(jax.grad(loss), megabyte()) >= 8.0 > 3.0 > peak_of(loss, megabyte())
 
 
-def test_the_estimate_of_a_step_is_within_half_and_twice_what_xla_plans(small, optimised):
-    run, _, ready = small
-    alone = ready._replace(mesh=parallel.make_mesh(jax.devices()[:1]))
-    single = experiment.build_stage(alone, run.stages["features"])
-    state = jax.eval_shape(single.init, experiment.seeds(run), experiment.fresh_shapes(alone))
-    source = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), ready.train_data)
-    quick = {**optimised, "xla_backend_optimization_level": 0}  # of the machine code, not of what memory is planned
+def test_the_estimate_of_a_step_is_half_to_twice_of_what_xla_plans(small, optimised):
+    run, _, experiment = small
+    alone = experiment._replace(mesh=parallel.make_mesh(jax.devices()[:1]))
+    single = experiments.build_stage(alone, run.stages["features"])
+    state = jax.eval_shape(single.init, experiments.seeds(run), experiments.fresh_shapes(alone))
+    source = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.train_data)
+    quick = {**optimised, "xla_backend_optimization_level": 0}  # affects machine code, not the memory plan
     planned = single.run.lower(state, source, 1).compile(quick).memory_analysis()
     estimate = dry_run.peak_bytes(jax.make_jaxpr(single.run, static_argnums=2)(state, source, 1).jaxpr)
     assert 0.5 < estimate / planned.temp_size_in_bytes < 2
@@ -190,12 +190,12 @@ def test_the_estimate_of_a_step_is_within_half_and_twice_what_xla_plans(small, o
     assert planned.argument_size_in_bytes == pytest.approx(counted, rel=0.01)
 
 
-def test_memory_is_that_of_one_devices_share(small):
-    """Of 8 devices, each has all parameters, an eighth of every batch, and all training images."""
-    run, _, ready = small
-    memory = dry_run.expected_memory(ready)
-    params = sum(leaf.size for leaf in optim.flatten(ready.shapes.params).values())
-    assert memory.variables["features"] == dry_run.num_bytes(ready.shapes) >= 4 * params
+def test_memory_is_the_share_of_one_device(small):
+    """Each of 8 devices has all parameters and training images, and an eighth of every batch."""
+    run, _, experiment = small
+    memory = dry_run.expected_memory(experiment)
+    params = sum(leaf.size for leaf in optim.flatten(experiment.shapes.params).values())
+    assert memory.variables["features"] == dry_run.num_bytes(experiment.shapes) >= 4 * params
     trained = params - 10  # without the logit scales
     assert 4 * trained <= memory.optimizer["features"] < 4 * trained + 100  # momentum, and steps counted
     assert memory.optimizer["classifier"] < memory.optimizer["features"] / 4
@@ -203,21 +203,21 @@ def test_memory_is_that_of_one_devices_share(small):
     train_bytes = 105 * (28 * 28 + 4)
     test_bytes = 1000 / 8 * (28 * 28 + 4)
     assert train_bytes + test_bytes <= memory.images < 1.1 * (train_bytes + test_bytes)
-    fourfold = dry_run.expected_memory(ready._replace(config=run._replace(batch_size=128)))
+    fourfold = dry_run.expected_memory(experiment._replace(config=run._replace(batch_size=128)))
     assert 3 < fourfold.step["features"] / memory.step["features"] <= 4
 
 
-def test_the_most_memory_is_in_the_stage_that_takes_it_beside_what_is_kept():
+def test_the_peak_adds_a_stages_step_to_the_states_kept_so_far():
     memory = dry_run.Memory(images=10, variables=dict(a=5, b=5), optimizer=dict(a=2, b=1), step=dict(a=100, b=95))
     assert memory.peak() == (10 + 5 + 2 + 5 + 1 + 95, "b")
 
 
-def test_a_stage_of_surgery_alone_takes_no_step():
+def test_a_stage_without_training_needs_no_memory_for_steps():
     settings = tiny_config(**SMALL)
     surgery = dict(
         epochs=0, groups={}, start_from="features", surgery=dict(name="nearest_mean"), method=dict(name="erm")
     )
     settings["ncm"] = {**settings["classifier"], **surgery}
-    _, _, ready = prepared({**settings, "stages": ("features", "ncm")})
-    memory = dry_run.expected_memory(ready)
+    _, _, experiment = prepared({**settings, "stages": ("features", "ncm")})
+    memory = dry_run.expected_memory(experiment)
     assert memory.step["ncm"] == 0 < memory.step["features"]

@@ -1,4 +1,4 @@
-"""What a newcomer reads first: `--help` and `:help`, complete, short and quick."""
+"""The pages of `--help` and `:help`: complete, short and fast."""
 
 import runpy
 import subprocess
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 
 def asked(name, argument="help"):
-    """What the file has to say of its arguments."""
+    """Return the arguments that the help of a config lists."""
     with pytest.raises(common.Help) as raised:
         read(name, argument)
     return raised.value.arguments
@@ -43,33 +43,33 @@ def started():
     return ran.stdout.splitlines(), set(modules)
 
 
-def test_help_fits_a_screen(started):
+def test_help_fits_on_a_screen(started):
     lines, _ = started
     assert 15 <= len(lines) <= 40
     assert max(map(len, lines)) <= 120
 
 
-def test_help_answers_at_once(started):
+def test_help_loads_no_heavy_package(started):
     assert not started[1] & {"jax", "numpy", "rich", "flax"}
 
 
-def test_help_lists_every_flag_of_ours_and_no_other(program):
-    own = flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag("mode")]
+def test_help_lists_exactly_the_flags_of_run_py(program):
+    ours = flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag("mode")]
     page = program["help_page"]()
-    assert {"config", "mode", "workdir", "dry_run", "coordinator"} <= {flag.name for flag in own}
-    assert page.count("\n  --") == len(own)
-    for flag in own:
+    assert {"config", "mode", "workdir", "dry_run", "coordinator"} <= {flag.name for flag in ours}
+    assert page.count("\n  --") == len(ours)
+    for flag in ours:
         assert f"\n  --{flag.name}" in page
 
 
 def test_help_shows_the_values_and_the_default_of_a_choice(program):
     values = "|".join(flags.FLAGS["mode"].parser.enum_values)
-    own = program["help_page"]().partition(f"\n  --mode={values}")[2].partition("\n  --")[0]
-    assert own.split() == ["What", "to", "do.", "Default:", "train."]
+    text = program["help_page"]().partition(f"\n  --mode={values}")[2].partition("\n  --")[0]
+    assert text.split() == ["What", "to", "do.", "Default:", "train."]
 
 
 @pytest.mark.parametrize("arguments", [["run.py"], ["run.py", "-h"], ["run.py", "--mode=eval", "--help"]])
-def test_help_is_what_no_arguments_get_as_well(program, arguments, capsys):
+def test_no_arguments_print_the_help(program, arguments, capsys):
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](arguments)
     assert end.value.code == 0
@@ -81,7 +81,7 @@ def test_every_argument_of_every_config_has_a_meaning(name):
     assert all(meaning for _, _, meaning in asked(name).values())
 
 
-def test_no_meaning_is_of_an_argument_that_no_config_has():
+def test_meanings_list_only_arguments_of_configs():
     assert set(common.MEANINGS) == {argument for name in FILES for argument in asked(name)}
 
 
@@ -111,7 +111,7 @@ def test_help_among_other_arguments_shows_what_they_set(program, capsys):
     assert "\n  method=mislas " in page  # the default all the same
 
 
-def test_help_is_found_after_a_space_as_well(program, capsys):
+def test_help_works_with_the_config_after_a_space(program, capsys):
     pages = []
     for given in (
         [f"--config={ROOT}/configs/cifar100_lt.py:help"],
@@ -124,7 +124,7 @@ def test_help_is_found_after_a_space_as_well(program, capsys):
     assert "\n  method=mislas " in pages[1] and pages[0] == pages[1]
 
 
-def test_a_mistake_after_a_space_is_named(program, capsys):
+def test_a_mistake_in_a_value_after_a_space_is_named(program, capsys):
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](["run.py", "--config", f"{ROOT}/configs/quickstart.py", "--config.epoch", "3"])
     assert end.value.code == 2
@@ -132,7 +132,7 @@ def test_a_mistake_after_a_space_is_named(program, capsys):
 
 
 @pytest.mark.parametrize(("name", "message"), [("common", "is no config file"), ("commons", "no config file")])
-def test_a_file_that_is_no_config_is_told_which_are(program, capsys, name, message):
+def test_the_error_for_a_file_that_is_no_config_lists_those_that_are(program, capsys, name, message):
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](["run.py", f"--config={ROOT}/configs/{name}.py"])
     assert end.value.code == 2
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_config_is_told_which_are(program, capsys, name, messa
     assert sorted(Path(path).stem for path in have.strip().split(", ")) == sorted(FILES)
 
 
-def test_a_config_without_folder_and_ending_is_asked_about(program, capsys, monkeypatch):
+def test_a_config_without_folder_and_ending_gets_a_suggestion(program, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](["run.py", "--config=quickstart"])
@@ -149,7 +149,7 @@ def test_a_config_without_folder_and_ending_is_asked_about(program, capsys, monk
     assert capsys.readouterr().err == "error: no config file quickstart; did you mean --config=configs/quickstart.py?\n"
 
 
-def test_a_mistake_beside_help_is_named(program, capsys):
+def test_a_mistake_next_to_help_is_named(program, capsys):
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](["run.py", f"--config={ROOT}/configs/cifar100_lt.py:help,metod=ce"])
     assert end.value.code == 2
@@ -161,19 +161,19 @@ def page_of(name, argument="help"):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_settings_that_help_names_are_the_configs_own(name):
+def test_help_shows_the_values_of_the_config(name):
     config = read(name)
     listed = page_of(name).partition("--config.KEY=VALUE")[2].partition("\n\n")[0]
     names = [line.split()[0].partition("=") for line in listed.splitlines() if line[:3].strip()]
     assert len(names) > 8
     for key, _, value in names:
-        found = config
+        setting = config
         for part in key.split("."):
-            found = found[part]
-        assert str(found).lower() == value.lower()
+            setting = setting[part]
+        assert str(setting).lower() == value.lower()
 
 
-def test_every_setting_worth_knowing_is_one_of_some_config():
+def test_each_listed_setting_exists_in_some_config():
     pages = [page_of(name) for name in FILES]
     for key in usage.OVERRIDES:
         assert any(f"\n  {key}=" in page for page in pages), key

@@ -1,4 +1,4 @@
-"""Image files in, a table out: which files, in what order, and that it says what the evaluation says."""
+"""`--mode=predict`: which files it reads, in which order, and that it agrees with the evaluation."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ import ltjax
 from ltjax import data, metrics, train
 from ltjax.data.decode import View
 from ltjax.modes import calibrate
-from ltjax.modes import predict as prediction
+from ltjax.modes import predict as predict_mode
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.predictor import Model, files
 from ltjax.predictor.files import Prediction
@@ -32,40 +32,40 @@ def touch(folder, *names):
         (folder / name).write_bytes(b"")
 
 
-def found(folder, pattern=""):
+def find(folder, pattern=""):
     return [os.path.relpath(file, folder) for file in files.find(str(folder / pattern))]
 
 
-def test_a_folder_is_searched_whole_in_natural_order(tmp_path):
+def test_a_folder_is_searched_recursively_in_natural_order(tmp_path):
     touch(tmp_path, "img10.jpg", "img9.JPG", "img9/b.png", "img9/a2.webp", "img9/a10.tif", "1.jpeg", "notes.txt")
     touch(tmp_path, ".hidden.jpg", ".cache/x.jpg")
-    assert found(tmp_path) == ["1.jpeg", "img9/a2.webp", "img9/a10.tif", "img9/b.png", "img9.JPG", "img10.jpg"]
+    assert find(tmp_path) == ["1.jpeg", "img9/a2.webp", "img9/a10.tif", "img9/b.png", "img9.JPG", "img10.jpg"]
 
 
-def test_a_pattern_takes_what_matches_in_natural_order(tmp_path):
+def test_a_pattern_matches_files_in_natural_order(tmp_path):
     touch(tmp_path, "b/img10.jpg", "b/img9.jpg", "a/1.jpg", "a/deep/2.jpg", "a/1.txt")
-    assert found(tmp_path, "*/*.jpg") == ["a/1.jpg", "b/img9.jpg", "b/img10.jpg"]
-    assert found(tmp_path, "**/*.jpg") == ["a/1.jpg", "a/deep/2.jpg", "b/img9.jpg", "b/img10.jpg"]
-    assert found(tmp_path, "a/*") == ["a/1.jpg", "a/1.txt"]
+    assert find(tmp_path, "*/*.jpg") == ["a/1.jpg", "b/img9.jpg", "b/img10.jpg"]
+    assert find(tmp_path, "**/*.jpg") == ["a/1.jpg", "a/deep/2.jpg", "b/img9.jpg", "b/img10.jpg"]
+    assert find(tmp_path, "a/*") == ["a/1.jpg", "a/1.txt"]
 
 
-def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
+def test_brackets_in_a_folder_name_are_not_a_pattern(tmp_path):
     touch(tmp_path, "photos [2020]/1.jpg")
-    assert found(tmp_path, "photos [2020]") == ["photos [2020]/1.jpg"]
+    assert find(tmp_path, "photos [2020]") == ["photos [2020]/1.jpg"]
 
 
-def test_a_link_that_leads_back_ends(tmp_path):
+def test_a_cycle_of_links_ends(tmp_path):
     touch(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "back").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "a")
-    assert set(found(tmp_path)) >= {"a/1.jpg", "linked/1.jpg"}
+    assert set(find(tmp_path)) >= {"a/1.jpg", "linked/1.jpg"}
 
 
-def test_a_link_to_itself_is_no_folder_and_named_where_it_is_called_an_image(tmp_path):
+def test_a_link_to_itself_is_an_unreadable_image(tmp_path):
     touch(tmp_path, "a.jpg")
     for name in ("loop", "loop.jpg"):
         (tmp_path / name).symlink_to(tmp_path / name)
-    assert found(tmp_path) == ["a.jpg", "loop.jpg"]
+    assert find(tmp_path) == ["a.jpg", "loop.jpg"]
     assert "symbolic links" in files.read_image(str(tmp_path / "loop.jpg"), View(8, 8), 3)
 
 
@@ -73,16 +73,16 @@ def test_a_link_to_itself_is_no_folder_and_named_where_it_is_called_an_image(tmp
     ("pattern", "message"),
     [("", "no images in .* or below it; known kinds: .jpg"), ("*.jpg", "nothing matches .*\\*.jpg")],
 )
-def test_what_was_looked_for_in_vain_is_named(tmp_path, pattern, message):
+def test_a_folder_or_pattern_without_images_is_named(tmp_path, pattern, message):
     touch(tmp_path, "notes.txt")
     with pytest.raises(UserError, match=message):
         files.find(str(tmp_path / pattern))
 
 
-def some_pixels(mode, size=(20, 16)):
+def random_image(mode, size=(20, 16)):
     channels = len(Image.new(mode, (1, 1)).getbands())
-    made = np.random.default_rng(0).integers(0, 256, (*size[::-1], channels), np.uint8)
-    return Image.fromarray(made.squeeze(), mode)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], channels), np.uint8)
+    return Image.fromarray(pixels.squeeze(), mode)
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
@@ -90,27 +90,27 @@ def some_pixels(mode, size=(20, 16)):
     ("mode", "kind"), [("L", "png"), ("L", "jpeg"), ("RGBA", "png"), ("CMYK", "jpeg"), ("RGB", "webp")]
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_colours_become_those_of_the_network(tmp_path, mode, kind, channels):
-    some_pixels(mode).save(tmp_path / f"image.{kind}")
+def test_images_get_the_channels_of_the_network(tmp_path, mode, kind, channels):
+    random_image(mode).save(tmp_path / f"image.{kind}")
     read = files.read_image(str(tmp_path / f"image.{kind}"), View(12, 16), channels)
     assert read.shape == (12, 12, channels) and read.dtype == np.uint8
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
-def test_grey_pixels_stay_as_they_are(tmp_path):
-    image = some_pixels("L", (16, 16))
+def test_grey_pixels_do_not_change(tmp_path):
+    image = random_image("L", (16, 16))
     image.save(tmp_path / "image.png")
     read = files.read_image(str(tmp_path / "image.png"), View(16, 16), 1)
     np.testing.assert_array_equal(read[..., 0], np.asarray(image))
 
 
-def test_a_pipe_is_no_file(tmp_path):
+def test_a_pipe_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "image.jpg")
     assert files.read_image(str(tmp_path / "image.jpg"), View(8, 8), 3) == "no file"
 
 
 class Brightness(Model):
-    """In the place of a network: the logit of class c is larger, the nearer c is to the image's first pixel."""
+    """A stand-in for a network: the logit of class c is minus the distance of c to the image's first pixel."""
 
     def __init__(self, classes=4, batch_size=4):
         self.class_names = tuple("abcdefgh"[:classes])
@@ -123,49 +123,50 @@ class Brightness(Model):
 
 
 def write_levels(folder, levels):
-    """Pictures 0.png, 1.png, ... of one grey level each."""
+    """Write images 0.png, 1.png, ..., each of one grey level."""
     for number, level in enumerate(levels):
         assert cv2.imwrite(str(folder / f"{number}.png"), np.full((2, 2), level, np.uint8))
 
 
-def test_predictions_stand_in_the_order_of_the_files_over_all_batches(tmp_path):
+def test_predictions_keep_the_order_of_the_files(tmp_path):
     levels = np.random.default_rng(0).integers(0, 4, 22)
     write_levels(tmp_path, levels)
     model = Brightness()
-    told = list(model.predict(str(tmp_path), top_k=2))
-    assert [int(os.path.basename(one.file)[:-4]) for one in told] == list(range(22))
-    assert [one.classes[0] for one in told] == ["abcd"[level] for level in levels]
+    predictions = list(model.predict(str(tmp_path), top_k=2))
+    assert [int(os.path.basename(each.file)[:-4]) for each in predictions] == list(range(22))
+    assert [each.classes[0] for each in predictions] == ["abcd"[level] for level in levels]
     assert model.sizes == [4] * 6  # one size to compile for
 
 
-def test_confidences_are_the_softmax_of_the_logits_over_the_temperature(tmp_path):
+def test_confidences_are_the_softmax_of_logits_divided_by_the_temperature(tmp_path):
     write_levels(tmp_path, [1])
     model = Brightness(classes=3)
     model.temperature = 2.0
-    (one,) = model.predict(str(tmp_path), top_k=8)
+    (only,) = model.predict(str(tmp_path), top_k=8)
     expected = np.exp([0.0, -0.5, -0.5]) / np.exp([0.0, -0.5, -0.5]).sum()
-    assert one.classes == ("b", "a", "c")
-    np.testing.assert_allclose(one.confidences, expected, rtol=1e-6)
+    assert only.classes == ("b", "a", "c")
+    np.testing.assert_allclose(only.confidences, expected, rtol=1e-6)
 
 
-def test_paths_are_as_good_as_their_names(tmp_path):
+def test_predict_accepts_paths_and_lists(tmp_path):
     write_levels(tmp_path, [1])
     for images in (tmp_path, tmp_path / "*.png", [tmp_path / "0.png"]):
-        (one,) = Brightness().predict(images)
-        assert (one.file, one.classes[0]) == (str(tmp_path / "0.png"), "b")
+        (only,) = Brightness().predict(images)
+        assert (only.file, only.classes[0]) == (str(tmp_path / "0.png"), "b")
 
 
-def test_unreadable_files_are_told_among_the_others(tmp_path):
+def test_unreadable_files_have_an_error_in_their_place(tmp_path):
     write_levels(tmp_path, [0, 1, 2, 3])
     content = (tmp_path / "0.png").read_bytes()
     (tmp_path / "0.png").write_bytes(b"")
     (tmp_path / "2.png").write_bytes(content[:40])
-    told = list(Brightness().predict([str(tmp_path / f"{n}.png") for n in (0, 1, 2, 3, 9)]))
-    assert [one.classes[:1] for one in told] == [(), ("b",), (), ("d",), ()]
-    assert told[0].error == "empty" and told[2].error and told[4].error == "No such file or directory"
+    predictions = list(Brightness().predict([str(tmp_path / f"{n}.png") for n in (0, 1, 2, 3, 9)]))
+    assert [each.classes[:1] for each in predictions] == [(), ("b",), (), ("d",), ()]
+    errors = [each.error for each in predictions]
+    assert errors[0] == "empty" and errors[2] and errors[4] == "No such file or directory"
 
 
-def test_no_more_files_are_asked_for_than_fit_ahead(tmp_path):
+def test_files_are_read_only_a_few_batches_ahead(tmp_path):
     write_levels(tmp_path, [0])
     asked = []
 
@@ -174,11 +175,11 @@ def test_no_more_files_are_asked_for_than_fit_ahead(tmp_path):
             asked.append(number)
             yield str(tmp_path / "0.png")
 
-    told = files.predictions(Brightness(), endless())
+    batches = files.predictions(Brightness(), endless())
     for number in range(3):
-        assert len(next(told)) == 4
+        assert len(next(batches)) == 4
         assert len(asked) <= 4 * (number + files.AHEAD + 2)
-    told.close()
+    batches.close()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_no_more_files_are_asked_for_than_fit_ahead(tmp_path):
         ({"top_k": 0}, "top_k = 0"),
     ],
 )
-def test_a_model_that_cannot_look_at_files_says_so_at_once(change, message):
+def test_a_model_that_cannot_read_files_is_refused_immediately(change, message):
     model, top_k = Brightness(), change.pop("top_k", 5)
     for name, value in change.items():
         setattr(model, name, value)
@@ -205,7 +206,7 @@ ROWS = [
 
 
 def test_a_table_has_all_columns_in_every_row():
-    text = ",".join(prediction.header(2)) + "\n" + prediction.as_table(ROWS, 2)
+    text = ",".join(predict_mode.header(2)) + "\n" + predict_mode.as_table(ROWS, 2)
     assert list(csv.DictReader(io.StringIO(text))) == [
         dict(file=ROWS[0].file, class_1="x", confidence_1="0.750000", class_2="y", confidence_2="0.250000", error=""),
         dict(file=ROWS[1].file, class_1="", confidence_1="", class_2="", confidence_2="", error="empty"),
@@ -214,8 +215,8 @@ def test_a_table_has_all_columns_in_every_row():
     assert text.count("\r") == 1
 
 
-def test_lines_are_json_objects_of_unicode():
-    lines = [json.loads(line) for line in prediction.as_lines(ROWS).splitlines()]
+def test_json_lines_are_unicode():
+    lines = [json.loads(line) for line in predict_mode.as_lines(ROWS).splitlines()]
     classes = [{"class": "x", "confidence": 0.75}, {"class": "y", "confidence": 0.25}]
     assert lines == [
         {"file": ROWS[0].file, "classes": classes},
@@ -224,7 +225,7 @@ def test_lines_are_json_objects_of_unicode():
     ]
 
 
-def test_all_of_a_batch_is_written_past_any_buffer():
+def test_a_short_write_is_continued():
     written = []
 
     class Slow:
@@ -232,14 +233,14 @@ def test_all_of_a_batch_is_written_past_any_buffer():
             written.append(bytes(content[:3]))
             return min(3, len(content))
 
-    prediction._write(Slow(), "ä,c\udcff\n")
+    predict_mode._write(Slow(), "ä,c\udcff\n")
     assert b"".join(written) == "ä,c".encode() + b"\xff\n"
 
 
 @pytest.mark.parametrize("out", ["found.txt", "found", ""])
-def test_a_file_that_says_no_format_is_refused(out):
+def test_an_output_of_unknown_format_is_refused(out):
     with pytest.raises(UserError, match=r"FILE\.csv, FILE\.jsonl \(JSON lines\), or -"):
-        prediction.kind_of(out)
+        predict_mode.kind_of(out)
 
 
 @pytest.fixture(scope="module")
@@ -255,35 +256,35 @@ def trained(tmp_path_factory):
     return config, folder / "run", folder / "files"
 
 
-def test_the_test_images_as_files_are_told_what_the_evaluation_says(trained, tmp_path, capsys):
+def test_predictions_of_the_test_images_agree_with_the_evaluation(trained, tmp_path, capsys):
     config, workdir, files = trained
-    judged = evaluate_workdir(config, workdir)
+    evaluated = evaluate_workdir(config, workdir)
     capsys.readouterr()
-    counted = prediction.predict_workdir(None, workdir, images=str(files), out=str(tmp_path / "o.csv"), top_k=3)
+    counted = predict_mode.predict_workdir(None, workdir, images=str(files), out=str(tmp_path / "o.csv"), top_k=3)
     assert counted == {"images": 1000, "unreadable": 0} and capsys.readouterr().out == ""
     rows = list(csv.DictReader((tmp_path / "o.csv").read_text().splitlines()))
     images = data.load("fashion_mnist_lt")
     right = np.array([row["class_1"] for row in rows]) == np.array(images.class_names)[images.test_labels]
     per_class = np.bincount(images.test_labels, weights=right) / np.bincount(images.test_labels)
-    np.testing.assert_allclose(per_class, judged["per_class_accuracy"], atol=1e-12)
+    np.testing.assert_allclose(per_class, evaluated["per_class_accuracy"], atol=1e-12)
     assert len({row["class_1"] for row in rows}) > 2
     ece = metrics.calibration([float(row["confidence_1"]) for row in rows], right).ece
-    assert float(ece) == pytest.approx(judged["ece"], abs=1e-5)
+    assert float(ece) == pytest.approx(evaluated["ece"], abs=1e-5)
 
 
-def test_a_temperature_is_used_by_all_that_predicts(trained, tmp_path):
+def test_predictions_use_the_fitted_temperature(trained, tmp_path):
     config, workdir, files = trained
     shutil.copytree(workdir, tmp_path / "run")
     fitted = calibrate.calibrate_workdir(config, tmp_path / "run")["replicas"][0]["temperature"]
     cold, warm = ltjax.load(workdir), ltjax.load(tmp_path / "run")
     assert (cold.temperature, warm.temperature) == (1.0, fitted) and fitted != 1
     image = cv2.imread(str(files / "3.png"), cv2.IMREAD_GRAYSCALE)[None, ..., None]
-    (told,) = warm.predict(str(files / "3.png"), top_k=1)
-    assert told.confidences[0] == pytest.approx(warm(image).max(), rel=1e-5)
+    (prediction,) = warm.predict(str(files / "3.png"), top_k=1)
+    assert prediction.confidences[0] == pytest.approx(warm(image).max(), rel=1e-5)
     assert warm(image).max() != pytest.approx(cold(image).max(), rel=1e-5)
 
 
-def test_a_loaded_model_knows_the_runs_classes_without_results(trained):
+def test_a_model_finds_the_class_names_without_results(trained):
     _, workdir, _ = trained
     (workdir / "results.json").rename(workdir / "results.away")
     try:
@@ -295,11 +296,11 @@ def test_a_loaded_model_knows_the_runs_classes_without_results(trained):
 
 def predict(workdir, *arguments, **options):
     command = [sys.executable, "run.py", "--mode=predict", f"--workdir={workdir}", *arguments]
-    kept = dict(cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    return subprocess.run(command, **{**kept, **options})
+    defaults = dict(cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, **{**defaults, **options})
 
 
-def test_the_program_writes_lines_names_what_it_could_not_read_and_goes_on(trained, tmp_path):
+def test_the_command_line_writes_json_lines_and_names_unreadable_files(trained, tmp_path):
     _, workdir, files = trained
     for number in (1, 2):
         (tmp_path / f"{number}.png").write_bytes((files / f"{number}.png").read_bytes())
@@ -311,13 +312,13 @@ def test_the_program_writes_lines_names_what_it_could_not_read_and_goes_on(train
     assert f"unreadable: {tmp_path}/3.png: empty" in ran.stderr and "3 images, 1 of them unreadable" in ran.stderr
 
 
-def test_lines_go_to_standard_output_as_well(trained, capfd):
+def test_json_lines_can_go_to_standard_output(trained, capfd):
     _, workdir, files = trained
-    prediction.predict_workdir(None, workdir, images=str(files / "1.png"), out="-.jsonl", top_k=2)
+    predict_mode.predict_workdir(None, workdir, images=str(files / "1.png"), out="-.jsonl", top_k=2)
     assert len(json.loads(capfd.readouterr().out)["classes"]) == 2
 
 
-def test_no_temperature_is_fitted_before_the_images_are_found(trained, tmp_path):
+def test_images_are_checked_before_a_temperature_is_fitted(trained, tmp_path):
     _, workdir, _ = trained
     ran = predict(workdir, "--calibrate", f"--images={tmp_path}/*.png", f"--out={tmp_path}/o.csv")
     assert ran.returncode == 2 and "nothing matches" in ran.stderr, ran.stderr
@@ -325,19 +326,19 @@ def test_no_temperature_is_fitted_before_the_images_are_found(trained, tmp_path)
 
 
 @pytest.mark.parametrize(("images", "out"), [("", "o.csv"), ("{}", "o.txt"), ("{}/none", "o.csv")])
-def test_what_predict_is_asked_for_is_checked_without_a_model(tmp_path, images, out):
+def test_images_and_out_are_checked_without_a_model(tmp_path, images, out):
     touch(tmp_path, "1.png")
     with pytest.raises(UserError, match=r"--images|no images|--out"):
-        prediction.check(images.format(tmp_path), out)
+        predict_mode.check(images.format(tmp_path), out)
 
 
-def test_nothing_readable_is_a_failure(trained, tmp_path):
+def test_no_readable_file_is_an_error(trained, tmp_path):
     touch(tmp_path, "3.png")
     with pytest.raises(UserError, match="none of the 1 files"):
-        prediction.predict_workdir(None, trained[1], images=str(tmp_path), out=str(tmp_path / "o.csv"))
+        predict_mode.predict_workdir(None, trained[1], images=str(tmp_path), out=str(tmp_path / "o.csv"))
 
 
-def test_another_config_than_the_runs_is_refused(trained, tmp_path):
+def test_another_config_is_refused(trained, tmp_path):
     touch(tmp_path, "3.png")
     with pytest.raises(UserError, match=r"another config .*seed: 0 -> 3"):
-        prediction.predict_workdir({**trained[0], "seed": 3}, trained[1], images=str(tmp_path))
+        predict_mode.predict_workdir({**trained[0], "seed": 3}, trained[1], images=str(tmp_path))

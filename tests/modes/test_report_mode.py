@@ -1,4 +1,4 @@
-"""The report of a run that has been trained: its numbers are those of the network, and it can be made again."""
+"""The report of a trained run: its numbers agree with the network, and --mode=report writes it again."""
 
 import json
 
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from ltjax import config, methods, metrics, train
-from ltjax.engine import experiment, feed, measure, stage
+from ltjax.engine import experiment as experiments
+from ltjax.engine import feed, measure
+from ltjax.engine.stage import make_apply
 from ltjax.modes import report
 from ltjax.runs.checkpoint import read_json
 from ltjax.system import parallel
@@ -41,26 +43,28 @@ def numbers(trained):
 
 
 @pytest.fixture(scope="module")
-def made():
-    return experiment.set_up(config.parse(quick()), None)
+def experiment():
+    return experiments.set_up(config.parse(quick()), None)
 
 
 @pytest.fixture(scope="module")
-def kept(made, trained):
+def checkpoints(experiment, trained):
     """{stage: its newest checkpoint}."""
-    return {name: experiment.restore(made, stage, trained[0]) for name, stage in made.config.stages.items()}
+    return {
+        name: experiments.restore(experiment, stage, trained[0]) for name, stage in experiment.config.stages.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def restored(made, kept):
+def restored(experiment, checkpoints):
     """The experiment, and the config and variables of its last stage."""
-    return made, made.config.stages["classifier"], kept["classifier"].state.variables
+    return experiment, experiment.config.stages["classifier"], checkpoints["classifier"].state.variables
 
 
 @pytest.fixture(scope="module")
-def outputs(made):
-    """What the network makes of uint8 images."""
-    apply = jax.jit(lambda variables, images: stage.make_apply(made.nets, "eval")(variables, images / 255)[0])
+def outputs(experiment):
+    """A function (variables, uint8 images) -> outputs of the network."""
+    apply = jax.jit(lambda variables, images: make_apply(experiment.nets, "eval")(variables, images / 255)[0])
     return lambda variables, images: apply(variables, images.astype(np.float32))
 
 
@@ -70,7 +74,7 @@ def test_every_run_ends_with_a_page(trained):
         assert text in page
 
 
-def test_what_is_right_is_what_the_table_says(trained, numbers):
+def test_shares_of_right_predictions_equal_the_accuracies_of_the_table(trained, numbers):
     for name, measured in numbers["stages"].items():
         accuracy = trained[1]["stages"][name]["accuracy"]
         for group, shares in measured["errors"].items():
@@ -78,9 +82,9 @@ def test_what_is_right_is_what_the_table_says(trained, numbers):
             assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_distances_are_those_of_features_and_class_means(restored, outputs, numbers):
-    made, _, variables = restored
-    data, split = made.data, made.split
+def test_distances_equal_those_from_features_to_class_means(restored, outputs, numbers):
+    experiment, _, variables = restored
+    data, split = experiment.data, experiment.split
     train_features = np.asarray(outputs(variables, data.train_images[split.train]).features)
     own = data.train_labels[split.train]
     means = np.stack([train_features[own == c].mean(0) for c in range(10)])
@@ -93,39 +97,39 @@ def test_distances_are_those_of_features_and_class_means(restored, outputs, numb
         np.testing.assert_allclose(numbers["stages"]["classifier"]["distances"][key], expected, rtol=2e-3)
 
 
-def test_classwise_ece_is_that_of_all_probabilities(restored, outputs, numbers):
-    made, _, variables = restored
-    probabilities = jax.nn.softmax(outputs(variables, made.data.test_images).logits)
-    gaps = metrics.classwise_gaps(probabilities, made.data.test_labels)
-    expected = metrics.classwise_ece(gaps, len(made.data.test_labels))
+def test_classwise_ece_equals_that_of_all_probabilities(restored, outputs, numbers):
+    experiment, _, variables = restored
+    probabilities = jax.nn.softmax(outputs(variables, experiment.data.test_images).logits)
+    gaps = metrics.classwise_gaps(probabilities, experiment.data.test_labels)
+    expected = metrics.classwise_ece(gaps, len(experiment.data.test_labels))
     assert numbers["stages"]["classifier"]["classwise_ece"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_classes_have_of_their_own_is_found(restored):
-    made, settings, variables = restored
-    found = measure.learned(settings, experiment.make_method(made, settings), variables, 10)
-    np.testing.assert_array_equal(found["Logit scale"], variables.params["net"]["logit_scale"])
-    assert found["Label smoothing"][0] == pytest.approx(0.1) and found["Label smoothing"][-1] == pytest.approx(0)
+def test_learned_collects_the_values_of_each_class(restored):
+    experiment, stage, variables = restored
+    learned = measure.learned(stage, experiments.make_method(experiment, stage), variables, 10)
+    np.testing.assert_array_equal(learned["Logit scale"], variables.params["net"]["logit_scale"])
+    assert learned["Label smoothing"][0] == pytest.approx(0.1) and learned["Label smoothing"][-1] == pytest.approx(0)
     kernel = np.asarray(variables.params["net"]["classifier"]["kernel"])
-    np.testing.assert_allclose(found["Length of the classifier's weights"], np.sqrt((kernel**2).sum(0)), rtol=1e-5)
+    np.testing.assert_allclose(learned["Length of the classifier's weights"], np.sqrt((kernel**2).sum(0)), rtol=1e-5)
 
 
-def test_of_replicas_what_a_method_learned_is_their_mean(restored):
-    made, settings, variables = restored
+def test_learned_averages_over_replicas(restored):
+    experiment, stage, variables = restored
     margins = np.stack([np.linspace(-1, 1, 10), np.ones(10)])[:, None]  # [replicas, layers, C]
-    learned = variables._replace(params={"net": {}, "method": {"margins": margins.astype(np.float32)}})
-    drolt = methods.create("drolt", made.split.class_counts)
-    found = measure.learned(settings, drolt, learned, 10)["DRO-LT's margin"]
-    np.testing.assert_allclose(found, np.maximum(margins, 0).mean((0, 1)), rtol=1e-6)
+    both = variables._replace(params={"net": {}, "method": {"margins": margins.astype(np.float32)}})
+    drolt = methods.create("drolt", experiment.split.class_counts)
+    margin = measure.learned(stage, drolt, both, 10)["DRO-LT's margin"]
+    np.testing.assert_allclose(margin, np.maximum(margins, 0).mean((0, 1)), rtol=1e-6)
 
 
-def test_what_is_equal_for_all_classes_is_left_out(restored):
-    _, settings, variables = restored
+def test_learned_leaves_out_values_that_are_equal_for_all_classes(restored):
+    _, stage, variables = restored
     balanced = methods.create("mislas", np.full(10, 7), head=0.3, tail=0.1)
-    assert "Label smoothing" not in measure.learned(settings, balanced, variables, 10)
+    assert "Label smoothing" not in measure.learned(stage, balanced, variables, 10)
 
 
-def test_pairs_show_their_images(numbers):
+def test_confused_pairs_have_images(numbers):
     tail, others = numbers["pairs"]
     assert "few" in tail["title"] and 1 <= len(tail["pairs"]) <= 6 and others["pairs"]
     for pair in tail["pairs"]:
@@ -134,7 +138,7 @@ def test_pairs_show_their_images(numbers):
         assert all(image["confidence"] > 0 for image in mistaken) and beside["confidence"] is None
 
 
-def test_it_can_be_made_again(trained):
+def test_report_mode_writes_the_same_report_again(trained):
     workdir, before = trained[0], {}
     for name in ("index.html", "numbers.json"):
         path = workdir / "report" / name
@@ -144,31 +148,32 @@ def test_it_can_be_made_again(trained):
     assert {name: (workdir / "report" / name).read_text() for name in before} == before
 
 
-def test_of_a_run_that_was_stopped_it_has_the_stages_so_far(trained, made, kept, tmp_path, monkeypatch):
+def test_the_report_of_a_stopped_run_has_its_stages_so_far(trained, experiment, checkpoints, tmp_path, monkeypatch):
     for path in ("config.json", "split.json", "metrics.jsonl"):
         (tmp_path / path).symlink_to(trained[0] / path)
-    monkeypatch.setattr(report, "set_up", lambda *_: made)
-    monkeypatch.setattr(report, "restored", lambda run, name, *_: kept[name] if name == "features" else None)
-    found = report.report_workdir(quick(), tmp_path)
-    assert found["accuracy"] == trained[1]["stages"]["features"]["accuracy"]
+    monkeypatch.setattr(report, "set_up", lambda *_: experiment)
+    monkeypatch.setattr(
+        report, "restore", lambda _, stage, *__: checkpoints["features"] if stage.name == "features" else None
+    )
+    summary = report.report_workdir(quick(), tmp_path)
+    assert summary["accuracy"] == trained[1]["stages"]["features"]["accuracy"]
     page = (tmp_path / "report" / "index.html").read_text()
     assert "not trained to its end: MiSLAS, stage 1 (stage 1 of 2) is at epoch 1 of 1." in page
     assert "MiSLAS, stage 2" not in page and 'aria-label="Command"' not in page
     assert not (tmp_path / "results.json").exists()
 
 
-def test_figures_of_a_run_that_was_stopped_are_those_of_its_newest_checkpoint(
-    trained, made, kept, tmp_path, monkeypatch
+def test_the_report_of_a_stopped_run_evaluates_its_newest_checkpoint(
+    trained, experiment, checkpoints, tmp_path, monkeypatch
 ):
     for path in ("config.json", "split.json"):
         (tmp_path / path).symlink_to(trained[0] / path)
-    built, state, record = kept["features"]
     early = {"epoch": 0, "step": 1, "test": {"accuracy": {"all": 0.0}}}
-    stopped = built, state, {**record, "evaluations": [early]}
-    monkeypatch.setattr(report, "set_up", lambda *_: made)
-    monkeypatch.setattr(report, "restored", lambda run, name, *_: stopped if name == "features" else None)
-    found = report.report_workdir(quick(), tmp_path)
-    assert found["accuracy"] == pytest.approx(trained[1]["stages"]["features"]["accuracy"])
+    stopped = checkpoints["features"]._replace(record={**checkpoints["features"].record, "evaluations": [early]})
+    monkeypatch.setattr(report, "set_up", lambda *_: experiment)
+    monkeypatch.setattr(report, "restore", lambda _, stage, *__: stopped if stage.name == "features" else None)
+    summary = report.report_workdir(quick(), tmp_path)
+    assert summary["accuracy"] == pytest.approx(trained[1]["stages"]["features"]["accuracy"])
 
 
 def test_a_workdir_without_a_run_is_refused(tmp_path):
@@ -176,21 +181,21 @@ def test_a_workdir_without_a_run_is_refused(tmp_path):
         report.report_workdir(quick(), tmp_path)
 
 
-def test_replicas_are_looked_at_each(trained, restored):
-    made, settings, variables = restored
+def test_each_replica_is_observed(trained, restored):
+    experiment, stage, variables = restored
     run = config.parse(quick(replicas=2))
-    both = experiment.set_up(run, None)
+    both = experiments.set_up(run, None)
     other = jax.tree.map(lambda x: 0.5 * x if np.issubdtype(x.dtype, np.floating) else x, variables)
     together = jax.tree.map(lambda a, b: np.stack([a, b]), variables._replace(arrays={}), other._replace(arrays={}))
-    found = measure.Observer(both).observe(settings, together)
-    single = measure.Observer(made)
-    for replica, own in enumerate((variables, other)):
-        (alone,) = single.observe(settings, own)
-        np.testing.assert_allclose(found[replica]["own"], alone["own"], rtol=1e-3)
-        np.testing.assert_allclose(found[replica]["gaps"], alone["gaps"], atol=1e-2)
+    observed = measure.Observer(both).observe(stage, together)
+    single = measure.Observer(experiment)
+    for replica, of_replica in enumerate((variables, other)):
+        (alone,) = single.observe(stage, of_replica)
+        np.testing.assert_allclose(observed[replica]["own"], alone["own"], rtol=1e-3)
+        np.testing.assert_allclose(observed[replica]["gaps"], alone["gaps"], atol=1e-2)
 
 
-def test_a_report_that_fails_takes_no_results_with_it(monkeypatch, capsys):
+def test_a_failing_report_does_not_fail_the_run(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no pictures today")
 
@@ -199,10 +204,10 @@ def test_a_report_that_fails_takes_no_results_with_it(monkeypatch, capsys):
     assert "no pictures today" in capsys.readouterr().out
 
 
-def test_a_picture_is_a_small_file_of_its_own(restored, monkeypatch):
-    made, _, _ = restored
+def test_a_sample_image_is_shrunk_to_a_few_kilobytes(restored, monkeypatch):
+    experiment, _, _ = restored
     large = np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)
     monkeypatch.setattr(feed, "picture", lambda *_: large)
-    found = report.sample(made, 0)
-    assert found["uri"].startswith("data:image/jpeg;base64,") and len(found["uri"]) < 8000 and not found["small"]
-    assert json.dumps(found)
+    sample = report.sample(experiment, 0)
+    assert sample["uri"].startswith("data:image/jpeg;base64,") and len(sample["uri"]) < 8000 and not sample["small"]
+    assert json.dumps(sample)

@@ -1,4 +1,4 @@
-"""Progress: a bar where somebody looks, now and then a line where it goes to a file."""
+"""Progress: a bar in a terminal, a line now and then in a file."""
 
 import io
 import os
@@ -21,7 +21,7 @@ def now(monkeypatch):
 
 
 def in_a_file(monkeypatch):
-    """What `make_console` gives, and the file it writes to."""
+    """Return `make_console()`, and the file to which it writes."""
     file = io.StringIO()
     monkeypatch.setattr(logs.sys, "stdout", file)
     return logs.make_console(), file
@@ -42,7 +42,7 @@ def test_a_file_gets_a_line_about_every_thirty_seconds(monkeypatch, now):
     assert file.getvalue().splitlines() == [
         "MiSLAS, stage 1  epoch 1/2  step 4/20  loss 1.500  512 images/s  ETA 2:08",
         "MiSLAS, stage 1  epoch 1/2  step 8/20  loss 1.500  512 images/s  ETA 1:36",
-        "epoch 1",  # which is a sign of life, too
+        "epoch 1",  # restarts the 30 seconds
         "MiSLAS, stage 1  epoch 2/2  step 14/20  loss 1.500  512 images/s  ETA 0:48",
         "MiSLAS, stage 1  epoch 2/2  step 18/20  loss 1.500  512 images/s  ETA 0:16",
     ]
@@ -51,7 +51,7 @@ def test_a_file_gets_a_line_about_every_thirty_seconds(monkeypatch, now):
 NAME = "[red]stop[/red] :car: [a]"  # markup and emoji to rich, a name to us
 
 
-def test_names_are_shown_as_they_are(monkeypatch, now):
+def test_markup_in_names_is_printed_as_it_is(monkeypatch, now):
     console, file = in_a_file(monkeypatch)
     with logs.StageProgress(console, NAME, 10, 0, 64, epochs=1) as bar:
         now[0] += 40
@@ -63,7 +63,7 @@ def test_names_are_shown_as_they_are(monkeypatch, now):
     assert file.getvalue().count(NAME) == 6
 
 
-def test_a_bar_shows_names_as_they_are(monkeypatch, now):
+def test_a_bar_prints_markup_in_names_as_it_is(monkeypatch, now):
     terminal = io.StringIO()
     console = Console(file=terminal, width=200, force_terminal=True, color_system=None, markup=False, emoji=False)
     with logs.StageProgress(console, NAME, 10, 0, 64, epochs=1) as bar:
@@ -73,13 +73,13 @@ def test_a_bar_shows_names_as_they_are(monkeypatch, now):
     assert terminal.getvalue().count(NAME) >= 2
 
 
-def test_a_short_stage_leaves_only_its_own_lines_in_a_file(monkeypatch, now):
+def test_a_short_stage_prints_no_progress_lines_to_a_file(monkeypatch, now):
     console, file = in_a_file(monkeypatch)
     train(console, now, seconds=0.1, steps=20)
     assert file.getvalue() == "epoch 1\n"
 
 
-def test_an_attack_says_in_a_file_how_far_it_is(monkeypatch, now):
+def test_an_attack_prints_its_progress_to_a_file(monkeypatch, now):
     console, file = in_a_file(monkeypatch)
     with logs.AttackProgress(console) as bar:
         for settled in (0, 100, 200):
@@ -89,7 +89,7 @@ def test_an_attack_says_in_a_file_how_far_it_is(monkeypatch, now):
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_nothing_in_the_environment_brings_bars_or_colours_into_a_file(monkeypatch, now, variable):
+def test_a_file_gets_no_bars_or_colours_whatever_the_environment(monkeypatch, now, variable):
     monkeypatch.setenv(variable, "1")
     console, file = in_a_file(monkeypatch)
     train(console, now, seconds=40.0, steps=2)
@@ -97,14 +97,13 @@ def test_nothing_in_the_environment_brings_bars_or_colours_into_a_file(monkeypat
     assert "\r" not in file.getvalue() and "\x1b" not in file.getvalue()
 
 
-def test_lines_in_a_file_are_as_long_as_they_are(monkeypatch):
+def test_lines_in_a_file_are_not_wrapped(monkeypatch):
     console, file = in_a_file(monkeypatch)
     console.print("word " * 60)
     assert file.getvalue() == "word " * 60 + "\n"
 
 
-def test_a_terminal_gets_a_live_bar_and_no_further_lines(now):
-    """A pseudo-terminal, as rich finds it out itself."""
+def test_a_terminal_gets_a_live_bar_and_no_progress_lines(now):
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as terminal:
         console = Console(file=terminal, width=100)
@@ -118,12 +117,12 @@ def test_a_terminal_gets_a_live_bar_and_no_further_lines(now):
 
 
 def read_all(descriptor):
-    """All that was written to a pseudo-terminal whose other end is closed."""
+    """Read everything from a pseudo-terminal whose other end is closed."""
     parts = []
     while True:
         try:
             part = os.read(descriptor, 4096)
-        except OSError:  # Linux: nothing is left
+        except OSError:  # end of the data on Linux
             part = b""
         if not part:
             os.close(descriptor)
@@ -131,7 +130,7 @@ def read_all(descriptor):
         parts.append(part)
 
 
-def test_a_notebook_breaks_lines_that_a_file_keeps_whole(monkeypatch, capsys):
+def test_a_notebook_gets_wrapped_lines_and_a_file_does_not(monkeypatch, capsys):
     assert logs.make_console().soft_wrap
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert not logs.make_console().soft_wrap

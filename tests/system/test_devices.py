@@ -1,4 +1,4 @@
-"""Devices: what JAX says of an accelerator that it cannot use reaches the user."""
+"""Users see JAX's warnings about accelerators that it cannot use."""
 
 import logging
 
@@ -9,14 +9,14 @@ from ltjax.system.devices import start_devices
 from ltjax.types import UserError
 from tests.test_run import start
 
-REMARK = (
+WARNING = (
     "An NVIDIA GPU may be present on this machine, but a CUDA-enabled jaxlib is not installed. Falling back to cpu."
 )
 
 
 @pytest.fixture
 def jax_is_silenced():
-    """As run.py has it."""
+    """Silence JAX's loggers as run.py does."""
     logger = logging.getLogger("jax")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -24,25 +24,25 @@ def jax_is_silenced():
     logger.setLevel(level)
 
 
-def test_a_gpu_that_is_not_used_is_named_with_what_to_install(jax_is_silenced, monkeypatch):
+def test_an_unused_gpu_is_named_with_what_to_install(jax_is_silenced, monkeypatch):
     logger = logging.getLogger("jax._src.xla_bridge")
 
     def devices():
-        logger.warning(REMARK)
+        logger.warning(WARNING)
         logger.warning("something else")
         logger.info("nothing")
 
     monkeypatch.setattr(jax, "devices", devices)
-    assert start_devices() == [f'{REMARK} To use it: pip install -e ".[cuda]"']
+    assert start_devices() == [f'{WARNING} To use it: pip install -e ".[cuda]"']
     assert logger.level == logging.NOTSET and not logger.handlers
 
 
-def test_devices_that_are_all_used_are_no_remark(jax_is_silenced):
+def test_no_warning_if_all_devices_are_used(jax_is_silenced):
     assert start_devices() == []
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unknown backend: 'cuda' requested")])
-def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error):
+def test_a_missing_platform_is_an_error(monkeypatch, error):
     def devices():
         raise error
 
@@ -51,7 +51,7 @@ def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error):
         start_devices()
 
 
-def test_the_command_line_says_so_and_ends_with_2():
+def test_the_command_line_reports_a_missing_platform():
     process = start("--config=configs/quickstart.py", "--dry_run", platforms="cuda")
     out, error = process.communicate(timeout=120)
     assert process.returncode == 2, out

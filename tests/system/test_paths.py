@@ -1,4 +1,4 @@
-"""Paths as people give them: ~ is a home folder, an address is none of ours, a pattern is refused before it costs."""
+"""Paths of users: ~ is a home folder; addresses and patterns are refused early."""
 
 from pathlib import Path
 
@@ -30,23 +30,22 @@ def test_a_tilde_is_the_home_folder(home):
 
 @pytest.fixture
 def no_home(monkeypatch):
-    """A user of a container who has neither HOME nor an entry of his own."""
+    """A user without HOME and without an entry in /etc/passwd."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
 
 
-def test_without_a_home_folder_a_tilde_is_one_clear_line(no_home):
+def test_without_a_home_folder_a_tilde_is_an_error(no_home):
     with pytest.raises(UserError, match="no home folder is known for that"):
         paths.local("~/runs")
 
 
-def test_without_a_home_folder_nothing_is_remembered(no_home):
+def test_without_a_home_folder_there_is_no_cache(no_home):
     assert paths.cache_folder() is None
 
 
-# what takes a path from a user, and what is said where that is an address
-TAKES = {
+TAKES = {  # functions that take a path from a user
     "train": lambda path: train.train(tiny_config(), path),
     "eval": lambda path: evaluate_workdir(tiny_config(), path),
     "dry run": lambda path: dry_run.dry_run(tiny_config(), path),
@@ -55,13 +54,13 @@ TAKES = {
     "weights": load_weights,
     "load": predictor.load,
     "export": export.read,
-    "archive": lambda path: archive.archive(path, "kept"),
+    "archive": lambda path: archive.archive(path, "folder"),
     "images": predict.find,
 }
 
 
 @pytest.mark.parametrize("what", TAKES)
-def test_an_address_is_refused_wherever_a_path_is_taken(what, tmp_path, monkeypatch):
+def test_every_function_refuses_an_address(what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="gs://bucket/run is an address"):
         TAKES[what]("gs://bucket/run")
@@ -69,7 +68,7 @@ def test_an_address_is_refused_wherever_a_path_is_taken(what, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["runs[a]", "a*", "what?", "back\\slash", "up[/run"])
-def test_a_folder_whose_checkpoints_could_not_be_read_is_refused_before_the_first_step(name, tmp_path):
+def test_a_workdir_that_looks_like_a_pattern_is_refused_before_training(name, tmp_path):
     with pytest.raises(UserError, match=r"cannot keep checkpoints in .* for the . in it: name another folder"):
         train.train(tiny_config(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []

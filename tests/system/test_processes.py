@@ -1,4 +1,4 @@
-"""The same command under several processes, on loopback: same losses, one log, and what happens when one is lost."""
+"""Several processes on one machine: equal losses, one log, and a lost process ends the others."""
 
 import json
 import os
@@ -28,7 +28,7 @@ PATIENCE = 8  # seconds
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of three classes, 18, 9 and 5 to train on, and two each for validation."""
+    """Images of three classes: 18, 9 and 5 for training, two each for validation."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for part, counts in (("train", (18, 9, 5)), ("validation", (2, 2, 2))):
         for label, count in enumerate(counts):
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 class Launched:
-    """One command as several processes, or as one."""
+    """A command started as one or several processes."""
 
     def __init__(self, folder, workdir, *, count, devices, flags=()):
         with socket.socket() as probe:
@@ -71,7 +71,7 @@ class Launched:
         ]
 
     def finish(self, timeout=240):
-        """Exit codes and outputs."""
+        """Wait for the processes, and return exit codes and outputs."""
         outputs = []
         try:
             for process in self.processes:
@@ -84,19 +84,19 @@ class Launched:
 
 def losses(workdir):
     """{stage: [loss of each step]}"""
-    found = {}
+    losses_of = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
         if entry["split"] == "train":
-            found.setdefault(entry["stage"], []).append((entry["step"], entry["values"]["loss"]))
-    for stage, steps in found.items():
+            losses_of.setdefault(entry["stage"], []).append((entry["step"], entry["values"]["loss"]))
+    for stage, steps in losses_of.items():
         assert [step for step, _ in steps] == list(range(1, len(steps) + 1)), f"{stage}: {steps}"
-    return {stage: [loss for _, loss in steps] for stage, steps in found.items()}
+    return {stage: [loss for _, loss in steps] for stage, steps in losses_of.items()}
 
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
-    """The workdir of one process with one device."""
+    """The workdir of a run in one process with one device."""
     workdir = tmp_path_factory.mktemp("alone")
     codes, outputs = Launched(folder, workdir, count=1, devices=1).finish()
     assert codes == [0], outputs
@@ -104,10 +104,10 @@ def alone(folder, tmp_path_factory):
 
 
 def assert_same(workdir, alone, stages=("features", "classifier", "residual")):
-    found, expected = losses(workdir), losses(alone)
-    assert set(found) >= set(stages)
+    actual, expected = losses(workdir), losses(alone)
+    assert set(actual) >= set(stages)
     for stage in stages:
-        np.testing.assert_allclose(found[stage], expected[stage], rtol=2e-4, err_msg=stage)
+        np.testing.assert_allclose(actual[stage], expected[stage], rtol=2e-4, err_msg=stage)
 
 
 def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alone, tmp_path):
@@ -118,7 +118,7 @@ def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alon
 
 @pytest.fixture(scope="module")
 def together(folder, tmp_path_factory):
-    """Two processes with two devices each: the workdir and what each of them printed."""
+    """Two processes with two devices each: the workdir and the output of each."""
     workdir = tmp_path_factory.mktemp("together")
     codes, outputs = Launched(folder, workdir, count=2, devices=2).finish()
     assert codes == [0, 0], outputs
@@ -142,7 +142,7 @@ REPLICAS = (*TINY, "--config.stages=('ce',)", "--config.epochs=1", "--config.rep
 
 @pytest.fixture(scope="module")
 def apart(folder, tmp_path_factory):
-    """Two replicas in two processes, one in each: the workdir and what each process printed."""
+    """Two replicas in two processes: the workdir and the output of each."""
     workdir = tmp_path_factory.mktemp("apart")
     codes, outputs = Launched(folder, workdir, count=2, devices=1, flags=REPLICAS).finish()
     assert codes == [0, 0], outputs
@@ -154,7 +154,7 @@ def losses_of_replicas(workdir):
     return [line["values"]["loss_of_replicas"] for line in lines if line["split"] == "train"]
 
 
-def test_replicas_in_two_processes_have_the_losses_of_those_in_one(folder, apart, tmp_path):
+def test_replicas_in_two_processes_have_the_losses_of_one_process(folder, apart, tmp_path):
     codes, outputs = Launched(folder, tmp_path, count=1, devices=2, flags=REPLICAS).finish()
     assert codes == [0], outputs
     expected = losses_of_replicas(tmp_path)
@@ -162,14 +162,14 @@ def test_replicas_in_two_processes_have_the_losses_of_those_in_one(folder, apart
     np.testing.assert_allclose(losses_of_replicas(apart[0]), expected, rtol=2e-4)
 
 
-def test_replicas_in_two_processes_leave_a_report_and_checkpoints_that_one_can_read(apart):
+def test_one_process_can_read_the_checkpoints_of_replicas_in_two(apart):
     workdir, (first, _) = apart
     assert (workdir / "report" / "index.html").exists() and "No report" not in first
     trained = json.loads((workdir / "results.json").read_text())
-    found = evaluate_workdir(json.loads((workdir / "config.json").read_text()), workdir)
-    for one, other in zip(found["replicas"], trained["replicas"], strict=True):
-        assert one["seed"] == other["seed"]
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    evaluated = evaluate_workdir(json.loads((workdir / "config.json").read_text()), workdir)
+    for again, replica in zip(evaluated["replicas"], trained["replicas"], strict=True):
+        assert again["seed"] == replica["seed"]
+        assert again["loss"] == pytest.approx(replica["loss"], rel=1e-4)
 
 
 ASKING = """
@@ -182,7 +182,7 @@ print(np.asarray(processes._soon(False, process == 1, True)).tolist(), flush=Tru
 """
 
 
-def test_what_is_asked_while_devices_are_busy_is_true_as_soon_as_one_process_says_so():
+def test_a_flag_of_any_process_reaches_all():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -196,7 +196,7 @@ def test_what_is_asked_while_devices_are_busy_is_true_as_soon_as_one_process_say
 
 
 def assert_the_other_ends_in_time(launched, victim, saved):
-    """Kill one of two processes once a checkpoint is in the folder `saved`."""
+    """Kill one of two processes when the folder `saved` has a checkpoint. Check that the other one ends in time."""
     until = time.monotonic() + 200
     while not any(path.name.isdigit() for path in saved.glob("*")) and time.monotonic() < until:
         assert launched.processes[victim].poll() is None
@@ -213,7 +213,7 @@ def assert_the_other_ends_in_time(launched, victim, saved):
     assert len(errors) == 1 and "Run the same command again" in errors[0], outputs[1 - victim]
 
 
-def test_a_killed_process_stops_the_first_one_and_one_process_goes_on(folder, alone, tmp_path):
+def test_a_killed_process_ends_the_first_and_a_single_process_resumes(folder, alone, tmp_path):
     launched = Launched(folder, tmp_path, count=2, devices=2)
     assert_the_other_ends_in_time(launched, 1, tmp_path / "checkpoints" / "features")
     codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
@@ -222,12 +222,12 @@ def test_a_killed_process_stops_the_first_one_and_one_process_goes_on(folder, al
     assert_same(tmp_path, alone)
 
 
-def test_two_processes_go_on_where_one_was_and_the_first_one_killed_stops_the_other(folder, alone, tmp_path):
+def test_two_processes_resume_a_run_of_one_and_the_first_killed_ends_the_other(folder, alone, tmp_path):
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
-    for gone in ("classifier", "residual"):
-        shutil.rmtree(tmp_path / "checkpoints" / gone)
+    for stage in ("classifier", "residual"):
+        shutil.rmtree(tmp_path / "checkpoints" / stage)
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints" / "features").glob("[0-9]*"))
-    shutil.rmtree(tmp_path / "checkpoints" / "features" / str(steps[-1]))  # half of the stage is left to do
+    shutil.rmtree(tmp_path / "checkpoints" / "features" / str(steps[-1]))  # back to the middle of the stage
     (tmp_path / "results.json").unlink()
     launched = Launched(folder, tmp_path, count=2, devices=2)
     assert_the_other_ends_in_time(launched, 0, tmp_path / "checkpoints" / "classifier")
@@ -267,7 +267,7 @@ def test_a_process_lost_while_restoring_damages_no_checkpoint(tmp_path, monkeypa
             checkpoints.restore({"x": np.zeros(2)})
 
 
-def test_a_lost_process_is_known_by_what_an_error_was_raised_from(one_of_several):
+def test_a_lost_process_is_recognised_by_the_cause_of_an_error(one_of_several):
     wrapped = RuntimeError("save failed")
     wrapped.__cause__ = GLOO
     assert processes.lost(wrapped) and not processes.lost(RuntimeError("save failed"))
@@ -284,7 +284,7 @@ def test_a_lost_process_is_known_by_what_an_error_was_raised_from(one_of_several
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, "TPU"),
     ],
 )
-def test_launchers_are_known_by_their_environment(environment, expected):
+def test_launchers_are_recognised_by_their_environment(environment, expected):
     assert processes.launcher(environment) == expected
 
 
@@ -303,9 +303,9 @@ EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
         ({**SLURM, **EIGHT, "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_LOCALID": "1"}, "4,5,6,7"),
         # the second node has one task, the first four
         ({**SLURM, **EIGHT, "SLURM_STEP_TASKS_PER_NODE": "4,1", "SLURM_NODEID": "1"}, "all"),
-        # SLURM has given each task its own
+        # SLURM has given each task one GPU
         ({**SLURM, "CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_LOCALID": "3"}, "all"),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8"}, ""),  # how many GPUs there are, nobody says
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8"}, ""),  # the number of GPUs is unknown
         ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2"}, ""),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "all"),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", **EIGHT}, "2,3"),
@@ -317,9 +317,9 @@ def test_processes_of_a_machine_share_its_devices(environment, expected):
 
 @pytest.fixture
 def gpus_of(monkeypatch):
-    """`gpus_of(*flags, **environment)`: which GPUs JAX is left to use after `join`, and how `initialize` was called."""
+    """`gpus_of(*flags, **environment)` -> JAX's visible GPUs after `join`, and the settings of `initialize`."""
 
-    def found(*flags, **environment):
+    def join(*flags, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         calls = []
@@ -333,10 +333,10 @@ def gpus_of(monkeypatch):
         processes.join(*flags)
         return jax.config._read("jax_cuda_visible_devices"), calls[0]
 
-    kept = {name: jax.config._read(name) for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices")}
+    before = {name: jax.config._read(name) for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices")}
     collectives = jax.config._read("jax_cpu_collectives_implementation")
-    yield found
-    for name, value in {**kept, "jax_cpu_collectives_implementation": collectives}.items():
+    yield join
+    for name, value in {**before, "jax_cpu_collectives_implementation": collectives}.items():
         jax.config.update(name, value)
 
 
@@ -344,14 +344,14 @@ def test_one_task_a_node_uses_all_its_gpus(gpus_of):
     assert gpus_of("auto", None, None, SLURM_STEP_NUM_TASKS="4", **SLURM)[0] == "all"
 
 
-def test_explicit_flags_are_heeded_under_slurm(gpus_of):
+def test_explicit_flags_have_priority_over_slurm(gpus_of):
     devices, settings = gpus_of("host:1", 4, 2, SLURM_STEP_NUM_TASKS="4", **SLURM)
     assert devices == "all"
     assert (settings["coordinator_address"], settings["num_processes"], settings["process_id"]) == ("host:1", 4, 2)
 
 
 @pytest.mark.parametrize("flags", [("host:1", None, 0), ("host:1", 2, None), ("", 2, 0), ("auto", 2, None)])
-def test_flags_go_together(flags):
+def test_all_three_flags_are_needed(flags):
     with pytest.raises(UserError, match="all three flags"):
         processes.join(*flags)
 

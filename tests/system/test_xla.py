@@ -1,4 +1,4 @@
-"""The one place that decides how functions are compiled for a CPU."""
+"""Compiler options for CPUs and GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from ltjax.types import UserError
 
 
 @pytest.fixture
-def asked():
-    """Ask the jaxlib again in this test, and let others ask again after it."""
+def uncached():
+    """Clear the cached options before and after the test."""
     functions = (xla.cpu_options, xla.has_onednn)
     for function in functions:
         function.cache_clear()
@@ -24,7 +24,7 @@ def knows_onednn(options):
     return xla.CALL if options.get("xla_cpu_experimental_onednn_custom_call") else ""
 
 
-def test_a_jaxlib_without_onednn_gets_no_options(monkeypatch, asked):
+def test_a_jaxlib_without_onednn_gets_no_options(monkeypatch, uncached):
     monkeypatch.setattr(xla, "_compiled_convolution", lambda options: "convolution")
     assert xla.cpu_options() == {}
     assert not xla.has_onednn()
@@ -34,20 +34,20 @@ def test_an_unknown_option_counts_as_no_onednn():
     assert xla._compiled_convolution({"xla_cpu_no_such_option": True}) == ""
 
 
-def test_a_jaxlib_with_onednn_gets_all_options(monkeypatch, asked):
+def test_a_jaxlib_with_onednn_gets_all_options(monkeypatch, uncached):
     monkeypatch.setattr(xla, "_compiled_convolution", knows_onednn)
     assert xla.cpu_options() == {**xla.FASTEST, xla.ONE_THREAD: False}  # tests have eight devices
     assert xla.has_onednn()
 
 
-def test_one_device_keeps_its_threads(monkeypatch, asked):
+def test_one_device_keeps_its_threads(monkeypatch, uncached):
     monkeypatch.setattr(xla, "_compiled_convolution", knows_onednn)
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     assert xla.cpu_options() == xla.FASTEST
 
 
 @pytest.mark.parametrize("flag", [*xla.FASTEST, xla.ONE_THREAD])
-def test_flags_of_the_user_win(monkeypatch, asked, flag):
+def test_flags_of_the_user_have_priority(monkeypatch, uncached, flag):
     monkeypatch.setattr(xla, "_compiled_convolution", lambda options: xla.CALL)
     monkeypatch.setenv("XLA_FLAGS", f"--{flag}=false")
     assert flag not in xla.cpu_options()
@@ -64,23 +64,23 @@ def test_xla_knows_the_options_for_graphs(monkeypatch, kind):
             jax.jit(lambda x: x + 2).lower(1.0).compile(compiler_options=dict.fromkeys(options, f"{commands},GRAPHS"))
 
 
-def test_graphs_are_for_a_gpu():
+def test_graph_options_are_only_for_gpus():
     assert xla.graph_options("step") == {}
     with pytest.raises(UserError, match=r"unknown config.gpu_graphs 'all'; known: default, step, dispatch"):
         xla.graph_options("all")
 
 
-def test_an_accelerator_gets_no_options(monkeypatch, asked):
+def test_an_accelerator_gets_no_options(monkeypatch, uncached):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert xla.cpu_options() == {}
     assert xla.arithmetic("bfloat16") == "bfloat16"
 
 
 @pytest.mark.parametrize(
-    "platform, own, expected", [("gpu", None, "float32"), ("tpu", "bfloat16", "bfloat16"), ("cpu", None, None)]
+    "platform, precision, expected", [("gpu", None, "float32"), ("tpu", "bfloat16", "bfloat16"), ("cpu", None, None)]
 )
-def test_products_of_float32_on_accelerators(platform, own, expected):
-    with jax.default_matmul_precision(own), xla.float32_products(platform):
+def test_float32_products_on_accelerators(platform, precision, expected):
+    with jax.default_matmul_precision(precision), xla.float32_products(platform):
         assert jax.config.values["jax_default_matmul_precision"] == expected
 
 
@@ -92,12 +92,12 @@ def test_products_of_float32_on_accelerators(platform, own, expected):
         (False, "bfloat16", "bfloat16, summed in float32 and so no faster"),
     ],
 )
-def test_the_arithmetic_in_words(monkeypatch, onednn, dtype, words):
+def test_arithmetic_describes_the_computation(monkeypatch, onednn, dtype, words):
     monkeypatch.setattr(xla, "has_onednn", lambda: onednn)
     assert xla.arithmetic(dtype).startswith(words)
 
 
-def test_what_is_compiled_goes_to_onednn_if_this_jaxlib_has_it():
+def test_jit_uses_onednn_if_this_jaxlib_has_it():
     x, kernel = jnp.zeros((8, 8, 8, 16), jnp.bfloat16), jnp.zeros((3, 3, 16, 16), jnp.bfloat16)
     function = xla.jit(lambda x, kernel: layers._cpu_convolution(x, kernel, (1, 1), ((1, 1), (1, 1)), None))
     assert (xla.CALL in function.lower(x, kernel).compile().as_text()) == xla.has_onednn()
@@ -119,7 +119,7 @@ def test_bfloat16_convolutions_sum_in_float32_without_onednn(monkeypatch, onednn
     assert all(("bf16" if onednn else "f32") in line for line in sums)
 
 
-def test_a_compiled_function_inside_another_is_a_part_of_it():
+def test_a_function_inside_another_is_traced():
     inner = xla.jit(lambda x, times: x * times, static_argnames="times")
     assert jax.jit(lambda x: inner(x, times=3) + 1)(jnp.float32(2)) == 7
     assert jax.eval_shape(lambda x: inner(x, times=3), jnp.zeros(2)).shape == (2,)

@@ -19,9 +19,10 @@ from rich.text import Text
 from ltjax.data import index, prepared, progress
 from ltjax.data.decode import problem
 from ltjax.data.prepare.in_memory import require_writable
-from ltjax.data.prepare.shards import JOURNAL, SHARD_BYTES, Shards, locked
+from ltjax.data.prepare.shards import JOURNAL, SHARD_BYTES, Shards
 from ltjax.data.prepare.sources import Member, walk
 from ltjax.data.source import newest_version, some
+from ltjax.system.locks import locked
 from ltjax.types import UserError
 
 IN_FLIGHT = 64  # images in memory while threads check them
@@ -109,7 +110,7 @@ def prepare(
     _compare_with_official(spec)
     folder = data_dir / name / f"{spec.version}.incomplete"
     require_writable(folder)
-    with locked(folder):
+    with locked(folder, f"another run is writing {folder}: wait for it, or stop it"):
         shards = Shards(folder, name, _hash(spec), shard_bytes)
         try:
             problems = _write_records(spec, shards)

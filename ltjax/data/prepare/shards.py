@@ -39,26 +39,6 @@ class _Open:
         self.writer: Any = array_record_module.ArrayRecordWriter(str(path), "group_size:1")  # single records by number
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Generator[None]:
-    """Lock a folder until the process ends, even by a kill; UserError if another process holds the lock."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix: no lock
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another run is writing {folder}: wait for it, or stop it") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
 class Shards:
     """The shards in a folder: those that earlier runs have finished, and those that this run writes.
 

@@ -11,6 +11,7 @@ import pytest
 
 from ltjax.data import index
 from ltjax.data.prepare import one_pass, shards
+from ltjax.system.locks import locked
 from tests.data import miniatures
 from tests.data.prepare.preparing import (
     directory,
@@ -113,6 +114,7 @@ def test_the_same_command_resumes_after_sigkill(source, prepared, small_shards, 
     code = f"""
 import os, signal
 from ltjax.data.prepare import one_pass, shards
+from ltjax.system.locks import locked
 from ltjax.data.prepare.__main__ import main
 shards.SHARD_IMAGES = 2
 serialise, calls = one_pass._record, []
@@ -210,7 +212,7 @@ def test_a_full_disk_prints_what_is_kept(stopped, source, prepared, small_shards
 
 def test_a_second_run_at_the_same_time_is_an_error(source, tmp_path, capsys):
     incomplete(tmp_path).mkdir(parents=True)
-    with shards.locked(incomplete(tmp_path)):
+    with locked(incomplete(tmp_path), "busy"):
         assert run(source, tmp_path) == 2
     assert "another run is writing" in error_line(capsys)
 
