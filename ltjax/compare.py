@@ -7,7 +7,6 @@
 Figures are those of the last epoch, from each run's results.json: mean ± sample standard deviation over seeds.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -25,6 +24,7 @@ from ltjax import config as configs
 from ltjax.report.seeds import Figure, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
+from ltjax.system.command_line import Parser
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 
@@ -402,14 +402,9 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see `{self.prog} --help`)")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 after one line `error: ...` on stderr."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m ltjax.compare",
         description="One table of finished runs at their last epoch: mean and deviation over the seeds of a config.",
         epilog="example: python -m ltjax.compare runs/ce-seed* runs/mislas-seed* --format=markdown",

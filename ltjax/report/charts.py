@@ -175,7 +175,7 @@ def places(counts: np.ndarray, order_by: np.ndarray, scale: Scale) -> np.ndarray
 def points(
     values: np.ndarray, counts: np.ndarray, groups: Mapping[str, np.ndarray], names: Sequence[str], scale: Scale
 ) -> list[Point]:
-    """Return a point for each class, or, if there are many, mean and quartiles of each range of counts; none for nan."""
+    """Return a point for each class, or, if there are many, for each range of counts; nan has none."""
     values = np.asarray(values, np.float64)
     seen, group_of = np.isfinite(values), group_names(groups, len(values))
     if len(values) <= MOST_DOTS:
