@@ -58,7 +58,7 @@ class Help(Exception):
     """The arguments of a config contain `help`.
 
     Attributes:
-        arguments: {name: (default, what is allowed, meaning)}.
+      arguments: {name: (default, what is allowed, meaning)}.
     """
 
     def __init__(self, allowed: dict):
@@ -87,15 +87,15 @@ def read_arguments(text: str | None, allowed: dict) -> SimpleNamespace:
     """Read `"method=ce,imbalance=50"`.
 
     Args:
-        text: the arguments after the colon, if any.
-        allowed: {name: (default, other choices...), or a `Text`, or a number, or False: given without a value}.
+      text: The arguments after the colon, if any.
+      allowed: {name: (default, other choices...), or a `Text`, or a number, or False: given without a value}.
 
     Returns:
-        A value for each name; `given`, the names in `text`; `changed`, the names whose value is not the default.
+      A value for each name; `given`, the names in `text`; `changed`, the names whose value is not the default.
 
     Raises:
-        ValueError: for a mistake.
-        Help: if an argument is `help`.
+      ValueError: For a mistake.
+      Help: If an argument is `help`.
     """
     default = {name: choice[0] if isinstance(choice, tuple) else choice for name, choice in allowed.items()}
     values, parts = dict(default), split(text)
@@ -133,7 +133,7 @@ def read(text: str | None, allowed: dict, *, long_tailed: bool) -> tuple[SimpleN
     """Read the arguments of a config, and look up the recipe that they name.
 
     Raises:
-        ValueError: for arguments that do not go together.
+      ValueError: For arguments that do not go together.
     """
     args = read_arguments(text, allowed)
     if args.recipe and "method" in args.given:
@@ -230,11 +230,11 @@ def networks(args: SimpleNamespace, recipe: recipes.Recipe, *, model: dict, guid
     """Return `model`, with the head that the recipe needs, and `guide` if the recipe has one.
 
     Args:
-        args: classifier and precision are read.
-        recipe: its blocks need the head.
-        model: settings of the network's name.
-        guide: likewise.
-        **pixels: mean, std and other settings of both.
+      args: `classifier` and `precision` are read.
+      recipe: Its blocks decide on the head.
+      model: Settings of the network, without its head.
+      guide: Those of the natural network.
+      **pixels: `mean`, `std` and other settings of both.
     """
     pixels["dtype"] = PRECISIONS[args.precision]
     head = recipes.head(recipe.blocks)

@@ -108,6 +108,7 @@ class Setting(NamedTuple):
     first: Mapping[str, Any] = MappingProxyType({})  # the first stage, for the later ones
 
 
+EFFECTIVE_NUMBER = dict(kind="effective_number", beta=0.9999)  # class weights
 # Every key of a stage that `ltjax.config` knows, except those that `chain` writes.
 STAGE = dict(schedule=dict(kind="constant"), sampler=dict(name="instance_balanced"), augment={}, batch_norm="train")
 STAGE |= dict(keep_optimizer=False, epoch_size="images", drop_last=False, surgery={}, evaluate_net="net")
@@ -173,7 +174,7 @@ def parse_recipe(text: str) -> Recipe:
     """Read "ce+dro+smoothing".
 
     Raises:
-        ValueError: naming the blocks that are allowed there.
+      ValueError: Naming the blocks that are allowed there.
     """
     blocks = tuple(text.split("+"))
     for number, block in enumerate(blocks):
@@ -256,10 +257,6 @@ def _loss(name: str, **settings: Any) -> dict[str, Any]:
     return dict(name="erm", loss=dict(name=name, **settings))
 
 
-def _balanced(**settings: Any) -> dict[str, Any]:
-    return dict(kind="effective_number", beta=0.9999, **settings)
-
-
 def reslt(setting: Setting) -> dict[str, Any]:
     paper = setting.papers.reslt
     assert paper is not None, "ResLT is for long-tailed data"
@@ -303,7 +300,7 @@ SCRATCH = {
     "ce": lambda s: _scratch(s, _loss("cross_entropy")),
     "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=s.papers.mixup),
     "focal": lambda s: _scratch(s, _loss("focal", gamma=1.0)),  # LDAM's comparison; Lin et al. have 2
-    "cb_ce": lambda s: _scratch(s, _loss("cross_entropy", class_weights=_balanced())),
+    "cb_ce": lambda s: _scratch(s, _loss("cross_entropy", class_weights=EFFECTIVE_NUMBER)),
     # margins of 0.5 in cosine, on logits that are 30 cosines; its authors decay by 0.01
     "ldam": lambda s: _scratch(s, _loss("ldam", max_margin=15.0, scale=1.0), decay=0.01),
     "balanced_softmax": lambda s: _scratch(s, _loss("balanced_softmax")),
@@ -347,7 +344,7 @@ def drw(setting: Setting) -> dict[str, Any]:
     """Deferred re-weighting: the first stage continues at a lower rate, its loss now with class weights."""
     first = setting.first
     decay = first["schedule"]["decay"]
-    loss = dict(first["method"]["loss"], class_weights=_balanced())
+    loss = dict(first["method"]["loss"], class_weights=EFFECTIVE_NUMBER)
     return dict(
         first,
         method=dict(first["method"], loss=loss),

@@ -47,7 +47,7 @@ def attack(epsilon: str, short: bool) -> dict[str, Any]:
     Steps are a quarter of any other epsilon. short: 3 steps, twice as long.
 
     Raises:
-        ValueError: if epsilon is not a number above 0 and up to 1.
+      ValueError: If epsilon is not a number above 0 and up to 1.
     """
     number = 0.031 if epsilon == "0.031" else _number(epsilon)
     step = 0.007 if epsilon == "0.031" else number / 4

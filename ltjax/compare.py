@@ -7,13 +7,14 @@
 Figures are those of the last epoch, from each run's results.json: mean ± sample standard deviation over seeds.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,11 +89,11 @@ def rows(paths: Iterable[str | Path], *, stages: bool = False) -> list[Row]:
     """Return the table's rows, in the order of the paths.
 
     Args:
-        paths: workdirs, folders of workdirs, or results.json files with config.json and split.json beside them.
-        stages: make a row for every stage instead of the final one alone.
+      paths: Workdirs, folders of workdirs, or results.json files with config.json and split.json beside them.
+      stages: Make a row for every stage instead of the final one alone.
 
     Raises:
-        UserError: naming a path that is no finished run.
+      UserError: Naming a path that is no finished run.
     """
     return compare(paths, stages=stages).rows
 
@@ -130,7 +131,7 @@ def results_files(path: Path) -> tuple[list[Path], list[Path]]:
     """Return the results.json files of a path, and the unfinished runs in it if it is a folder of runs.
 
     Raises:
-        UserError: if there is no results.json.
+      UserError: If there is no results.json.
     """
     if path.is_file():
         return [path], []
@@ -151,14 +152,14 @@ def read_run(path: Path) -> FinishedRun:
     """Read a run from its results.json, with config.json and split.json if they lie beside it.
 
     Raises:
-        UserError: naming the file that is not what ltjax writes.
+      UserError: Naming the file that is not what ltjax writes.
     """
     again = "move it away and run the training command again, which rewrites it"
     results = _read_json(path, again) or {}
     alone = "repair it, or copy results.json to an empty folder and name the copy"
     config = _read_json(path.with_name("config.json"), alone, optional=True)
     split = _read_json(path.with_name("split.json"), alone, optional=True) or {}
-    try:
+    with _named(path, again):
         stages = {name: _stage(name, stage, results) for name, stage in results["stages"].items()}
         final = results["final_stage"]
         run = FinishedRun(
@@ -178,16 +179,20 @@ def read_run(path: Path) -> FinishedRun:
         )
         if any(set(stage.seeds) != set(stages[final].seeds) for stage in stages.values()):
             raise ValueError("its stages have different seeds")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not hold what ltjax writes there ({_what(error)}): {again}") from error
-    if config is None:
-        return run
+    if config is not None:
+        with _named(path.with_name("config.json"), alone):
+            run.facts["data set"] = _text(config["data"]["name"])
+            run = run._replace(settings=trained_settings(config))
+    return run
+
+
+@contextlib.contextmanager
+def _named(path: Path, remedy: str) -> Iterator[None]:
     try:
-        run.facts["data set"] = _text(config["data"]["name"])
-        return run._replace(settings=trained_settings(config))
+        yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        beside = path.with_name("config.json")
-        raise UserError(f"{beside} does not hold what ltjax writes there ({_what(error)}): {alone}") from error
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{path} does not hold what ltjax writes there ({what}): {remedy}") from error
 
 
 def _read_json(path: Path, remedy: str, *, optional: bool = False) -> dict[str, Any] | None:
@@ -200,10 +205,6 @@ def _read_json(path: Path, remedy: str, *, optional: bool = False) -> dict[str, 
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold what ltjax writes there: {remedy}")
     return value
-
-
-def _what(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else one_line(error)
 
 
 def _text(value: Any) -> str | None:
@@ -368,9 +369,9 @@ def cells(rows: Sequence[Row], *, legacy_best: bool = False, comparable: bool = 
     """Return the table as text, header first: figures in %, "-" if one is missing, the best of each column marked.
 
     Args:
-        rows: of `rows`.
-        legacy_best: add a column of the best epoch as picked on the test set.
-        comparable: mark the best.
+      rows: What `rows` returns.
+      legacy_best: Add a column of the best epoch as picked on the test set.
+      comparable: Mark the best.
     """
     keys = [*GROUPS, "ece"]
     keys += [key for key in ("ncm", *ATTACKED) if any(key in row.figures for row in rows)] + ["best"] * legacy_best

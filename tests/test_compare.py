@@ -1,4 +1,4 @@
-"""`python -m ltjax.compare` on made-up runs: rows and their figures, the three formats, what is told or refused."""
+"""`python -m ltjax.compare` on made-up runs: rows and figures, the three formats, notes and errors."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def measured(value, **also):
-    """Figures of one seed, every one a function of `value`."""
+    """Return figures of one seed, each a function of `value`."""
     accuracy = {"all": value, "many": value + 0.1, "medium": value + 0.05, "few": value / 2}
     best = {"accuracy": value + 0.01, "epoch": 3}
     return {"accuracy": accuracy, "ece": value / 4, "num_images": 1000, "best_on_test": best, **also}
@@ -29,7 +29,7 @@ def stage(value, title="Cross-entropy", seconds=60.0, **also):
 
 
 def replicated(values, title="Cross-entropy", seconds=60.0):
-    """A stage of a run with replicas; the means that it begins with are wrong here, so that nobody reads them."""
+    """Return a stage with replicas; its own means are wrong, to notice if they are read."""
     replicas = [measured(value, seed=seed) for seed, value in values.items()]
     return stage(-1.0, title, seconds, replicas=replicas, std={"accuracy": {"all": -1.0}, "ece": -1.0})
 
@@ -57,7 +57,7 @@ def config(seed=0, name="ce", lr=0.1, stages=("train",), data=None, **also):
 
 
 def write(folder, results, config=None, sha256="5a"):
-    """A workdir, as training leaves it."""
+    """Write a workdir, as training leaves it."""
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
     if config is not None:
@@ -67,7 +67,7 @@ def write(folder, results, config=None, sha256="5a"):
 
 
 def single(folder, value=0.5, seed=0, name="ce", sha256="5a", seconds=60.0, **settings):
-    """The workdir of a run with one seed."""
+    """Write the workdir of a run with one seed."""
     made = results({"train": stage(value, seconds=seconds)}, seed, name)
     return write(folder, made, config(seed, name, **settings), sha256)
 
@@ -120,7 +120,7 @@ def test_the_same_run_by_two_paths_counts_once(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["eval_batch_size", "checkpoint_seconds", "dispatch_steps", "replicate", "eval_every"])
-def test_settings_that_change_no_figure_do_not_part_a_row(tmp_path, key):
+def test_settings_that_change_no_figure_do_not_split_a_row(tmp_path, key):
     paths = [single(tmp_path / "a", seed=0), single(tmp_path / "b", seed=1, **{key: 7})]
     assert len(compare.rows(paths)) == 1
 
@@ -129,6 +129,14 @@ def test_a_config_saved_before_a_setting_existed_has_its_default(tmp_path):
     now = {"nesterov": False, "momentum": 0.9, "weight_decay": 0.0}
     spelt = single(tmp_path / "b", seed=1, data={"groups": "counts", "ranges": []}, eval_every=1, optimizer=now)
     assert len(compare.rows([single(tmp_path / "a", seed=0), spelt])) == 1
+
+
+def test_a_config_without_a_stages_optimizer_has_that_of_the_run(tmp_path):
+    paths = [single(tmp_path / str(seed), seed=seed, optimizer={"momentum": 0.8}) for seed in (0, 1)]
+    spelt = json.loads((paths[1] / "config.json").read_text())
+    spelt["train"] |= {"optimizer": {"momentum": 0.8}, "schedule": {"kind": "constant"}, "drop_last": False}
+    (paths[1] / "config.json").write_text(json.dumps(spelt))
+    assert len(compare.rows(paths)) == 1
 
 
 def test_rows_of_one_name_say_what_differs_from_the_first(tmp_path):
@@ -144,7 +152,7 @@ def test_rows_of_one_name_say_what_differs_from_the_first(tmp_path):
     ]
 
 
-def test_what_a_stage_has_on_one_side_alone_is_no_difference_to_tell(tmp_path):
+def test_a_stages_key_that_one_side_lacks_is_not_named(tmp_path):
     other = config(name="ce", stages=("train", "head"))
     other["train"] = {**other["train"], "lr": 0.2, "augment": {"cutout": 4}}
     stages = {"train": stage(0.3), "head": stage(0.5)}
@@ -177,7 +185,7 @@ def test_a_figure_that_one_seed_lacks_is_absent(tmp_path):
     assert [cell.text for cell in compare.cells([row])[1]][3] == "-"
 
 
-def test_a_folder_of_runs_stands_for_the_finished_ones(tmp_path):
+def test_a_folder_of_runs_means_the_finished_ones(tmp_path):
     paths = [single(tmp_path / name, name=name) for name in ("a", "b")]
     single(tmp_path / "unfinished")
     (tmp_path / "unfinished" / "results.json").unlink()
@@ -200,7 +208,7 @@ def test_a_warning_names_rows_with_other_training_images(tmp_path):
     assert compare.compare(paths).notes == ["warning: not comparable, different training images: a, c | b"]
 
 
-def test_a_warning_gathers_all_that_parts_the_same_rows(tmp_path):
+def test_a_warning_joins_the_facts_that_split_the_rows_alike(tmp_path):
     other = results({"train": stage(0.5, num_images=99)}, name="b", group_sizes={"all": 10, "many": 10})
     paths = [single(tmp_path / "a", name="a")]
     paths.append(write(tmp_path / "b", other, config(name="b", data={"name": "cifar10"}), "6b"))
@@ -208,7 +216,7 @@ def test_a_warning_gathers_all_that_parts_the_same_rows(tmp_path):
     assert compare.compare(paths).notes == [f"warning: not comparable, different {facts}: a | b"]
 
 
-def test_a_warning_names_the_runs_where_they_are_of_one_row(tmp_path):
+def test_a_warning_names_runs_of_one_row_by_path(tmp_path):
     paths = [single(tmp_path / "a", seed=0), single(tmp_path / "b", seed=1, sha256="6b")]
     assert compare.compare(paths).notes == [
         f"warning: not comparable, different training images: {paths[0]} | {paths[1]}"
@@ -242,12 +250,12 @@ def test_cells_mark_the_best_as_shown_and_leave_gaps():
 
 
 def best_of(means):
-    """Which rows are marked in the column "all"."""
+    """Return which rows are marked in the column "all"."""
     rows = [Row(str(i), {"all": Figure(mean)}, 1.0, (0,), ()) for i, mean in enumerate(means)]
     return [row[1].best for row in compare.cells(rows)[1:]]
 
 
-def test_what_looks_equal_is_equally_best():
+def test_equal_rounded_figures_are_equally_best():
     assert best_of([0.5001, 0.5004, 0.4]) == [True, True, False]
 
 
@@ -264,7 +272,7 @@ def test_rows_that_are_not_comparable_have_no_best():
     assert not any(cell.best for row in cells for cell in row)
 
 
-def test_columns_of_ncm_and_the_legacy_best_come_on_demand(tmp_path):
+def test_ncm_and_the_legacy_best_have_columns_on_demand(tmp_path):
     with_ncm = stage(0.5, nearest_mean={"accuracy": {"all": 0.4321}})
     paths = [write(tmp_path / "a", results({"train": with_ncm}, name="a"), config(name="a")), single(tmp_path / "b")]
     header, first, second = compare.cells(compare.rows(paths), legacy_best=True)
@@ -291,7 +299,7 @@ def test_latex():
     )
 
 
-def test_latex_keeps_no_character_that_means_something_to_it():
+def test_latex_escapes_its_special_characters():
     header, row = [Cell("run"), Cell("all")], [Cell("\\&%$#_{}~^<>"), Cell("1")]
     escaped = r"\textbackslash{}\&\%\$\#\_\{\}\textasciitilde{}\textasciicircum{}\textless{}\textgreater{} & 1"
     assert escaped in compare.latex([header, row])
@@ -312,7 +320,7 @@ def test_plain():
 
 
 def run_main(capsys, *arguments):
-    """-> exit code, stdout, stderr."""
+    """Return exit code, stdout and stderr."""
     code = compare.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -335,7 +343,7 @@ def test_a_table_to_paste_is_alone_on_stdout(tmp_path, capsys, format):
 
 
 @pytest.mark.parametrize("format", ["plain", "markdown"])
-def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path, format):
+def test_a_closed_pipe_is_no_failure(tmp_path, format):
     run = single(tmp_path / "run")
     command = [sys.executable, "-m", "ltjax.compare", str(run), f"--format={format}"]
     read, written = os.pipe()
@@ -433,7 +441,7 @@ def test_the_command_runs_without_the_training_stack(tmp_path):
 
 
 def attacked(value, **also):
-    """What --mode=attack adds to results.json."""
+    """Return what --mode=attack adds to results.json."""
     tests = {"clean": measured(value + 0.1), "pgd-20": measured(value), "autoattack": measured(value - 0.1)}
     return {"stage": "train", "norm": "linf", "epsilon": 0.031, "num_images": 500, "tests": tests, **also}
 
@@ -460,7 +468,7 @@ def test_attacks_of_other_radii_are_not_comparable(tmp_path):
     assert [note for note in notes if "different attack" in note]
 
 
-def test_seeds_attacked_otherwise_have_no_robust_mean(tmp_path):
+def test_seeds_with_different_attacks_have_no_robust_mean(tmp_path):
     made = [single(tmp_path / str(seed), 0.5, seed=seed) for seed in (0, 1)]
     for path, epsilon in zip(made, (0.031, 0.062), strict=True):
         found = json.loads((path / "results.json").read_text())

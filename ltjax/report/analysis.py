@@ -32,10 +32,10 @@ def stage_numbers(
     """Return what the page shows of one stage, averaged over replicas.
 
     Args:
-        observed: for each replica, see `ltjax.engine.measure.Observer`.
-        labels: [N].
-        groups: {name: bool [C]}.
-        learned: {title: [C]}.
+      observed: For each replica, see `ltjax.engine.measure.Observer`.
+      labels: [N].
+      groups: {name: bool [C]}.
+      learned: {title: [C]}.
     """
     num_classes = len(next(iter(groups.values())))
     keys = [key for key in ("predictions", "own", "wrong") if key in observed[0]]
@@ -62,7 +62,7 @@ def errors_by_group(
     """Return where the test images of each group go, as shares with sum 1.
 
     Returns:
-        {group: {"right": share, and for each group the share of images wrongly predicted as a class of it}}.
+      {group: {"right": share, and for each group the share of images wrongly predicted as a class of it}}.
     """
     errors = {}
     for name, member in groups.items():

@@ -1,6 +1,6 @@
-"""Charts as inline SVG: functions from numbers to markup. Colours are CSS classes, so that a page can be light or dark.
+"""Parts of charts as inline SVG. Colours are CSS classes, so a page can be light or dark.
 
-Groups of classes differ by colour and by shape; all texts are escaped, whatever a class is called.
+Groups of classes differ by colour and by shape; all texts are escaped.
 """
 
 import math
@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 WIDTH = 340
 LEFT, RIGHT, TOP = 38, 12, 17
-MOST_DOTS = 150  # classes that get a dot each; beyond, ranges of counts do
+MOST_DOTS = 150  # up to so many classes have a mark each; more share marks by ranges of counts
 BINS = 24  # ranges of counts
 
 
 class Scale(NamedTuple):
-    """From a quantity to a place in the picture."""
+    """Map a quantity to a place in the picture."""
 
     low: float
     high: float
@@ -36,13 +36,13 @@ class Point(NamedTuple):
     x: float  # in the picture
     value: float
     group: str
-    about: str  # for whoever points at it
-    low: float | None = None  # quartiles of several classes
+    about: str  # shown under the pointer
+    low: float | None = None  # quartiles, if it stands for several classes
     high: float | None = None
 
 
 def tag(name: str, content: Any = "", **attributes: Any) -> Markup:
-    """One element; `class_` for class, and text_anchor for text-anchor. Floats get one decimal."""
+    """Write one element; `class_` is class, text_anchor is text-anchor. Floats get one decimal."""
 
     def shown(value: Any) -> Any:
         return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
@@ -66,7 +66,7 @@ def path(points: Sequence[tuple[float, float]], class_: str) -> Markup:
 
 
 def mark(x: float, y: float, group: str, about: str = "", *, hollow: bool = False, size: float = 4.0) -> Markup:
-    """A group's shape: many a circle, medium a square, few a triangle."""
+    """Draw a group's shape: many a circle, medium a square, few a triangle."""
     class_ = f"mark {group}" + (" hollow" if hollow else "")
     title = tag("title", about) if about else ""
     if group == "medium":
@@ -84,7 +84,7 @@ def mark(x: float, y: float, group: str, about: str = "", *, hollow: bool = Fals
 
 
 def picture(key: str, title: str, about: str, height: float, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
-    """The SVG around some parts. key: unique on the page. about: what a person who does not see it should know."""
+    """Put parts into an SVG. key: unique on the page. about: the text alternative."""
     head = [tag("title", title, id=f"{key}-t"), tag("desc", about, id=f"{key}-d")]
     return tag(
         "svg",
@@ -96,7 +96,7 @@ def picture(key: str, title: str, about: str, height: float, parts: Sequence[Mar
 
 
 def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from low to high."""
+    """Return about `count` round numbers from low to high."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -107,7 +107,7 @@ def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def count_ticks(scale: Scale, least: float = 32.0) -> list[float]:
-    """The largest and the smallest count, and 1, 2 or 5 times a power of ten where there is room."""
+    """Return the largest and the smallest count, and 1, 2 or 5 times powers of ten that are `least` apart."""
     ticks = [scale.low] if scale.low == scale.high else [scale.low, scale.high]
     steps = [m * 10**e for e in range(7) for m in (1, 2, 5)]
     for value in sorted(steps, key=lambda v: (not math.log10(v).is_integer(), v)):
@@ -118,7 +118,7 @@ def count_ticks(scale: Scale, least: float = 32.0) -> list[float]:
 
 
 def number(value: float) -> str:
-    """1,000, 0.031, 12: as short as it can be told."""
+    """Format a number briefly: 1,000, 0.031, 12."""
     return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
 
 
@@ -142,19 +142,19 @@ def x_axis(scale: Scale, bottom: float, title: str, ticks: Sequence[float]) -> l
 
 
 def count_axis(scale: Scale, bottom: float) -> list[Markup]:
-    """The axis below classes that stand at their counts, see `places`."""
+    """Draw the axis of training images, see `places`."""
     if scale.low == scale.high:
         return x_axis(scale, bottom, f"classes of {number(scale.low)} training images each, highest first", [])
     return x_axis(scale, bottom, "training images of the class", count_ticks(scale))
 
 
 def counts_scale(counts: np.ndarray) -> Scale:
-    """Training images, the most frequent classes at the left; with a margin for the outermost marks."""
+    """Return the scale of training images: most frequent classes at the left, with a margin for the outermost marks."""
     return Scale(float(counts.max()), float(counts.min()), LEFT + 10, WIDTH - RIGHT - 10, log=True)
 
 
 def places(counts: np.ndarray, order_by: np.ndarray, scale: Scale) -> np.ndarray:
-    """Where each class stands, [C]: at its count; classes of one count side by side, the highest `order_by` first."""
+    """Return the place of each class, [C]: at its count; equal counts side by side, the highest `order_by` first."""
     values = np.unique(counts)
     if len(values) == 1:
         centres = np.array([(scale.start + scale.end) / 2])
@@ -163,19 +163,19 @@ def places(counts: np.ndarray, order_by: np.ndarray, scale: Scale) -> np.ndarray
         centres = np.array([scale(float(value)) for value in values])
         gaps = np.abs(np.diff(centres))
         room = 0.8 * np.minimum(np.r_[gaps[0], gaps], np.r_[gaps, gaps[-1]])
-    found = np.empty(len(counts))
+    at = np.empty(len(counts))
     for value, centre, space in zip(values, centres, room, strict=True):
         members = np.flatnonzero(counts == value)
         members = members[np.argsort(-order_by[members], kind="stable")]
         offsets = (np.arange(len(members)) - (len(members) - 1) / 2) / max(len(members) - 1, 1)
-        found[members] = np.clip(centre + offsets * space, scale.start, scale.end)
-    return found
+        at[members] = np.clip(centre + offsets * space, scale.start, scale.end)
+    return at
 
 
 def points(
     values: np.ndarray, counts: np.ndarray, groups: Mapping[str, np.ndarray], names: Sequence[str], scale: Scale
 ) -> list[Point]:
-    """A point a class, or, of many classes, one for each range of counts: mean and quartiles. nan: not drawn."""
+    """Return a point for each class, or, if there are many, for each range of counts; nan has none."""
     values = np.asarray(values, np.float64)
     seen, group_of = np.isfinite(values), group_names(groups, len(values))
     if len(values) <= MOST_DOTS:
@@ -184,22 +184,24 @@ def points(
             Point(at[c], values[c], group_of[c], f"{names[c]}: {values[c]:.3g}, {counts[c]:,} training images")
             for c in np.flatnonzero(seen).tolist()
         ]
-    found = []
-    for members in count_ranges(counts):
-        members = members[seen[members]]
-        if len(members):
-            own, between = values[members], (int(counts[members].min()), int(counts[members].max()))
-            low, high = np.quantile(own, (0.25, 0.75))
-            kinds = [group_of[c] for c in members]
-            range_text = f"{between[0]:,} to {between[1]:,}" if between[0] < between[1] else f"{between[0]:,}"
-            about = f"{len(members):,} classes of {range_text} training images: mean {own.mean():.3g}"
-            x = float(np.mean([scale(float(counts[c])) for c in members]))
-            found.append(Point(x, float(own.mean()), max(set(kinds), key=kinds.count), about, float(low), float(high)))
-    return found
+    ranges = [members[seen[members]] for members in count_ranges(counts)]
+    return [_range_point(values, counts, group_of, scale, members) for members in ranges if len(members)]
+
+
+def _range_point(
+    values: np.ndarray, counts: np.ndarray, group_of: Sequence[str], scale: Scale, members: np.ndarray
+) -> Point:
+    mean, (low, high) = float(values[members].mean()), np.quantile(values[members], (0.25, 0.75)).tolist()
+    fewest, most = int(counts[members].min()), int(counts[members].max())
+    groups = [group_of[c] for c in members]
+    images = f"{fewest:,} to {most:,}" if fewest < most else f"{fewest:,}"
+    about = f"{len(members):,} classes of {images} training images: mean {mean:.3g}"
+    x = float(np.mean([scale(float(counts[c])) for c in members]))
+    return Point(x, mean, max(set(groups), key=groups.count), about, low, high)
 
 
 def count_ranges(counts: np.ndarray) -> list[np.ndarray]:
-    """Classes of about the same count, most frequent first; equal counts stay together."""
+    """Return sets of classes of about the same count, most frequent first; equal counts stay together."""
     low, high = math.log(counts.min()), math.log(counts.max())
     place = (np.log(counts) - low) / ((high - low) or 1) * BINS
     index = np.minimum(np.floor(place + 1e-9).astype(int), BINS - 1)
@@ -207,18 +209,19 @@ def count_ranges(counts: np.ndarray) -> list[np.ndarray]:
 
 
 def group_names(groups: Mapping[str, np.ndarray], num_classes: int) -> list[str]:
-    found = [""] * num_classes
+    """Return the group of each class; "" if it has none."""
+    names = [""] * num_classes
     for name, member in groups.items():
         for c in np.flatnonzero(member):
-            found[c] = name
-    return found
+            names[c] = name
+    return names
 
 
-def draw_points(found: Sequence[Point], scale: Scale, **how: Any) -> list[Markup]:
+def draw_points(points: Sequence[Point], scale: Scale, **settings: Any) -> list[Markup]:
     bars = [
         line(p.x, scale(p.low), p.x, scale(p.high), f"bar {p.group}")
-        for p in found
+        for p in points
         if p.low is not None and p.high is not None
     ]
-    size = 4.5 if len(found) <= 40 else 3.0
-    return bars + [mark(p.x, scale(p.value), p.group, p.about, size=size, **how) for p in found]
+    size = 4.5 if len(points) <= 40 else 3.0
+    return bars + [mark(p.x, scale(p.value), p.group, p.about, size=size, **settings) for p in points]

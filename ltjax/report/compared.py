@@ -34,12 +34,12 @@ def write(
     """Write the page.
 
     Args:
-        file: of the page.
-        header: of the table of `ltjax.compare.cells`.
-        body: its rows: (text, whether it is the best of its column).
-        rows: a `ltjax.compare.Row` for each row of `body`.
-        notes: shown with the table.
-        command: that made the page.
+      file: The page.
+      header: First row of `ltjax.compare.cells`, as text.
+      body: The other rows: (text, whether it is the best of its column).
+      rows: A `ltjax.compare.Row` for each row of `body`.
+      notes: Lines shown with the table.
+      command: The command that makes the page.
     """
     cells = [[Markup("<strong>{}</strong>").format(text) if best else text for text, best in row] for row in body]
     loaded = [{run: load(run, row.stage, row.name) for run in row.runs} for row in rows]
@@ -72,7 +72,7 @@ def load(run: Path, stage: str | None, title: str) -> Loaded:
     """Read what the page takes from a run, with the panel of one stage; None: the final one.
 
     Raises:
-        UserError: if a file does not hold what ltjax writes.
+      UserError: If a file does not hold what ltjax writes.
     """
     folder, file = (run, run / "results.json") if run.is_dir() else (run.parent, run)
     results, numbers, split = read_json(file), folder / "report" / "numbers.json", folder / "split.json"
@@ -117,7 +117,7 @@ def pooled(attacked: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     A test that some seed lacks is left out, and so is the curve if radii differ.
 
     Args:
-        attacked: "robustness" of each run's results.json, see `attacked_alike`.
+      attacked: "robustness" of each run's results.json, see `attacked_alike`.
     """
     first, tests = attacked[0], {}
     for name, test in first["tests"].items():

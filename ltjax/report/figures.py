@@ -1,4 +1,4 @@
-"""Pictures of a run. Matplotlib, which takes half a second to import, is imported by what draws."""
+"""Pictures of a run. Functions import Matplotlib themselves, because its import takes half a second."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,13 +11,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#7a7a7a", "#56b4e9", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe & Ito, told apart by everyone
+COLOURS = (
+    "#7a7a7a",
+    "#56b4e9",
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+)  # Okabe and Ito's, safe if colour-blind
 
 
 def summary(results: dict[str, Any]) -> "Figure":
-    """Left: accuracy of each class, most frequent first. Right: accuracy against confidence, by stage.
+    """Draw accuracy of each class, most frequent first, and accuracy against confidence, by stage.
 
-    results: what results.json holds.
+    Args:
+      results: What results.json holds.
     """
     from matplotlib.figure import Figure
 
@@ -42,7 +50,7 @@ def _accuracy_by_class(axes: "Axes", results: dict[str, Any]) -> None:
     behind.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
     behind.yaxis.set_minor_formatter(NullFormatter())
     behind.set_ylabel("training images")
-    axes.set_zorder(behind.get_zorder() + 1)  # lines in front of the bars
+    axes.set_zorder(behind.get_zorder() + 1)  # draw lines in front of the bars
     axes.patch.set_visible(False)
     window = max(1, len(order) // 20)
     for colour, stage in zip(COLOURS, results["stages"].values(), strict=False):
@@ -88,24 +96,24 @@ class Attacked(NamedTuple):
 
 
 def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> "Figure":
-    """A row for each image: as it is, what the attack adds (grey: nothing), and the two together, with predictions."""
+    """Draw a row for each image: the image, what the attack adds (grey: nothing), and their sum, with predictions."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.6, 2.3 * len(shown)), layout="constrained")
     rows = figure.subplots(len(shown), 3, squeeze=False)
-    for row, one in zip(rows, shown, strict=True):
-        change = one.adversarial - one.image
+    for row, each in zip(rows, shown, strict=True):
+        change = each.adversarial - each.image
         largest = float(np.abs(change).max())
         enlarged = 0.5 + 0.5 * change / largest if largest else np.full_like(change, 0.5)
-        for axes, pixels in zip(row, (one.image, enlarged, one.adversarial), strict=True):
+        for axes, pixels in zip(row, (each.image, enlarged, each.adversarial), strict=True):
             axes.imshow(pixels.squeeze().clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
-        for axes, (predicted, confidence) in ((row[0], one.before), (row[2], one.after)):
-            colour = "#009e73" if predicted == one.label else "#d55e00"
+        for axes, (predicted, confidence) in ((row[0], each.before), (row[2], each.after)):
+            colour = "#009e73" if predicted == each.label else "#d55e00"
             axes.set_title(f"{class_names[predicted]}, {confidence:.0%}", color=colour, fontsize="small")
-        row[0].set_ylabel(class_names[one.label], fontsize="small")
-        untouched = "stood: left as it is" if one.before[0] == one.label else "wrong anyway: left as it is"
+        row[0].set_ylabel(class_names[each.label], fontsize="small")
+        untouched = "stood: left as it is" if each.before[0] == each.label else "wrong anyway: left as it is"
         text = f"at most {largest:.4f}, enlarged" if largest else untouched
         row[1].set_title(text, fontsize="small")
     about = "image with its prediction; what the attack adds; both, with their prediction\nat the left the true class"
@@ -122,7 +130,7 @@ def write_summary(results: dict[str, Any], folder: Path) -> Path:
 
 
 def _write(draw: "Callable[[], Figure]", path: Path) -> Path:
-    """Whatever classes are called: a dollar sign begins no formula, and a letter that no font has is a box."""
+    """Save a picture; in class names a dollar sign starts no formula, and a missing glyph is a box."""
     from matplotlib import rc_context
 
     path.parent.mkdir(parents=True, exist_ok=True)

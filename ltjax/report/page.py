@@ -14,7 +14,7 @@ from PIL import Image
 from ltjax.report import panels, plots, sections
 from ltjax.report.sections import Attacked, Content, Table
 from ltjax.runs.checkpoint import read_json
-from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
+from ltjax.runs.results import COLUMNS, GROUPS, LEGACY_BEST, percent
 
 PICTURE_WIDTH = 640  # of the attack's picture, in pixels
 
@@ -73,11 +73,11 @@ def of_run(
     """Return the page of one run as HTML.
 
     Args:
-        results: what results.json holds.
-        groups: {name: bool [C]}.
-        numbers: what report/numbers.json holds; may be {}.
-        curves: of `ltjax.report.panels.read_curves`.
-        image: of the attack, a data URI.
+      results: What results.json holds.
+      groups: {name: bool [C]}.
+      numbers: What report/numbers.json holds; may be {}.
+      curves: What `ltjax.report.panels.read_curves` returns.
+      image: Picture of the attack, a data URI.
     """
     stages = [panels.of_stage(results, name, groups, numbers, curves) for name in results["stages"]]
     attacked = []
@@ -124,23 +124,19 @@ def when(results: Mapping[str, Any]) -> str:
 
 
 def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> Table:
-    nearest = any("nearest_mean" in stage for stage in results["stages"].values())
+    columns = [column for column in COLUMNS if column.shown(results) and not column.heading.startswith("ECE")]
     sizes = results["group_sizes"]
     groups = [group for group in GROUPS if any(group in panel.accuracy for panel in stages)]
     size = Markup("{} <small>({:,})</small>")
     header = ["", *(size.format(group, sizes[group]) if group in sizes else group for group in groups)]
-    header += ["ECE", "class-wise ECE", *["nearest mean"] * nearest, "legacy best", "seconds"]
+    header += ["ECE", "class-wise ECE", *(" ".join(column.heading.split()) for column in columns)]
+    header += ["legacy best", "seconds"]
     rows = []
     for panel, stage in zip(stages, results["stages"].values(), strict=True):
         cells = [percent(*panel.accuracy[group]) if group in panel.accuracy else "-" for group in groups]
         cells += [plots.shown_figure(panel.ece)]
         cells += ["-" if panel.classwise_ece is None else sections.small(panel.classwise_ece)]
-        if nearest:
-            both = (
-                part.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all")
-                for part in (stage, stage.get("std", {}))
-            )
-            cells += [percent(*both)]
+        cells += [percent(column.figure(stage), column.figure(stage.get("std", {}))) for column in columns]
         cells += [plots.shown_figure(panel.best), f"{panel.seconds:,.0f}"]
         rows.append([panel.title, *cells])
     return Table(f"Test accuracy (number of classes) and calibration, {when(results)}, %", header, rows)

@@ -45,11 +45,11 @@ def of_stage(
     """Return the panel of one stage of one run.
 
     Args:
-        results: what results.json holds.
-        stage: its name.
-        groups: {name: bool [C]}.
-        numbers: what report/numbers.json holds, or {}.
-        curves: of `read_curves`, or {}.
+      results: What results.json holds.
+      stage: Its name.
+      groups: {name: bool [C]}.
+      numbers: What report/numbers.json holds, or {}.
+      curves: What `read_curves` returns, or {}.
     """
     measured, observed = results["stages"][stage], numbers.get("stages", {}).get(stage, {})
     calibrated = measured["ece"] is not None
@@ -85,10 +85,10 @@ def pooled(title: str, panels: Sequence[Panel], seeds: Sequence[int], known: Map
     """Return one panel of several runs of a config.
 
     Args:
-        title: of the panel.
-        panels: one of each run.
-        seeds: how many each of them has.
-        known: figures over all seeds.
+      title: The panel's title.
+      panels: One panel of each run.
+      seeds: Number of seeds of each run.
+      known: Figures over all seeds.
     """
 
     def mean(parts: Sequence[Any]) -> Any:
@@ -124,8 +124,8 @@ def read_curves(path: Path) -> dict[str, dict[str, list]]:
     """Read learning curves from metrics.jsonl; without that file there are none.
 
     Returns:
-        {stage: {"train": [(epoch, loss, lr)], "test": [(epoch, {group: accuracy})]}}. Epochs of training are
-        fractions; neighbours are averaged if there are many.
+      {stage: {"train": [(epoch, loss, lr)], "test": [(epoch, {group: accuracy})]}}. Epochs of training are
+      fractions; neighbours are averaged if there are many.
     """
     curves: dict[str, dict[str, list]] = {}
     try:

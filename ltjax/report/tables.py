@@ -1,4 +1,4 @@
-"""A table of texts, the best of each column marked, for a terminal, in Markdown and in LaTeX."""
+"""A table of texts, with the best of each column marked: for a terminal, in Markdown and in LaTeX."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,19 +14,19 @@ class Cell(NamedTuple):
 
 
 def plain(table: Sequence[Sequence[Cell]]) -> Table:
-    """Rows of cells, the header first, for a rich console."""
+    """Return a table for a rich console. table: rows of cells, header first."""
     (first, *others), *body = table
-    made = Table()
-    made.add_column(first.text, overflow="fold")
+    rich_table = Table()
+    rich_table.add_column(first.text, overflow="fold")
     for header in others:
-        made.add_column(header.text, justify="right", no_wrap=True)
+        rich_table.add_column(header.text, justify="right", no_wrap=True)
     for row in body:
-        made.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
-    return made
+        rich_table.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
+    return rich_table
 
 
 def markdown(table: Sequence[Sequence[Cell]]) -> str:
-    """Rows of cells, the header first, as a table in GitHub's Markdown."""
+    """Return a table in GitHub's Markdown."""
 
     def line(texts: Iterable[str]) -> str:
         return f"| {' | '.join(texts)} |\n"
@@ -49,7 +49,7 @@ _LATEX = {
 
 
 def latex(table: Sequence[Sequence[Cell]]) -> str:
-    """Rows of cells, the header first, as a tabular with the rules of the package booktabs."""
+    """Return a LaTeX tabular with the rules of the package booktabs."""
 
     def text(cell: Cell) -> str:
         escaped = cell.text.replace("->", "→").translate(str.maketrans(_LATEX))

@@ -3,17 +3,19 @@
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from ltjax.config import RunConfig, StageConfig
+
+if TYPE_CHECKING:  # `ltjax.compare` starts without jax
+    from jax.sharding import Mesh
 
 GROUPS = ("all", "many", "medium", "few")
 LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
@@ -137,6 +139,7 @@ def summarise(
       commit: Of ltjax, when the process started.
     """
     run, counts = experiment.config, experiment.split.class_counts
+    test_counts = Counter(experiment.test_set.host_labels.tolist())
     summaries = {name: _stage_summary(run, stage, records[name]) for name, stage in stages.items()}
     final = list(summaries)[-1]
     groups = {name: counts[member] for name, member in experiment.groups.items() if member.any()}
@@ -150,7 +153,7 @@ def summarise(
         **({"seeds": [run.seed + r for r in range(run.replicas)]} if run.replicas > 1 else {}),
         "class_names": list(experiment.class_names),
         "class_counts": counts.tolist(),
-        "test_class_counts": np.bincount(experiment.test_set.host_labels, minlength=len(counts)).tolist(),
+        "test_class_counts": [test_counts[c] for c in range(len(counts))],
         "group_sizes": {"all": len(counts), **{name: len(counts) for name, counts in groups.items()}},
         "group_counts": {name: [int(counts.min()), int(counts.max())] for name, counts in groups.items()},
         **provenance(experiment.mesh, commit),
@@ -194,7 +197,7 @@ def _best_on_test(evaluations: Sequence[Mapping[str, Any]], part: Callable[[Any]
     return {"accuracy": part(best["test"])["accuracy"]["all"], "epoch": best["epoch"]}
 
 
-def provenance(mesh: Mesh, commit: str | None) -> dict[str, Any]:
+def provenance(mesh: "Mesh", commit: str | None) -> dict[str, Any]:
     """What made the figures. commit: of ltjax, when the process started."""
     device = mesh.devices.flat[0]
     return {

@@ -1,4 +1,4 @@
-"""A real browser for pages: Chromium without a window, spoken to through a pipe (the DevTools protocol)."""
+"""Control a headless Chromium through a pipe, with the DevTools protocol."""
 
 import base64
 import contextlib
@@ -10,17 +10,17 @@ import tempfile
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe")
-# What would make the browser talk to the network by itself.
+# Switch off the browser's own network traffic.
 QUIET = ("--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync")
 
 
 def program():
-    """The path of a browser, or None."""
+    """Return the path of a browser, or None."""
     return next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
 class Page:
-    """One tab. `complaints`: whatever the console was told as an error, and requests that left the file."""
+    """One tab. `complaints`: errors on the console; `requests`: the URLs it fetched."""
 
     def __init__(self, to_browser, from_browser):
         self._to, self._from, self._number, self._rest = to_browser, from_browser, 0, b""

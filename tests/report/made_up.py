@@ -1,4 +1,4 @@
-"""Numbers of a run that nobody has trained, for pages of any size."""
+"""Made-up numbers of a run, for pages of any size."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ STAGES = ("ce", "classifier")
 
 
 def results(num_classes=10, stages=STAGES, seed=0, *, largest=1000, smallest=2, names=None, **also):
-    """What results.json holds; classes 3 and 7 have no test image."""
+    """Return what results.json holds; classes 3 and 7 have no test image."""
     rng = np.random.default_rng(seed)
     counts = class_counts(num_classes, largest, smallest)
     accuracy = np.clip(np.linspace(0.9, 0.3, num_classes) + rng.normal(0, 0.1, num_classes), 0, 1)
@@ -53,7 +53,7 @@ def groups_of(counts):
 
 
 def numbers(num_classes=10, stages=STAGES, seed=0, picture="data:image/png;base64,iVBORw0KGgo="):
-    """What report/numbers.json holds."""
+    """Return what report/numbers.json holds."""
     rng = np.random.default_rng(seed)
     counts = class_counts(num_classes)
     labels = np.repeat(np.arange(num_classes), 3)
@@ -79,7 +79,7 @@ def curves(stages=STAGES, epochs=4):
 
 
 def robustness(seed=0, stage="classifier", accuracy=0.5):
-    """What attack.json holds."""
+    """Return what attack.json holds."""
 
     def test(title, value):
         groups = {"all": value, "many": value + 0.1, "medium": value, "few": value / 2}

@@ -1,4 +1,4 @@
-"""The numbers behind the page, by hand."""
+"""The numbers of the page, against values by hand."""
 
 import json
 
@@ -13,7 +13,7 @@ LABELS = np.array([0, 0, 1, 1, 2, 2, 2, 2])
 PREDICTIONS = np.array([0, 1, 0, 1, 2, 1, 1, 0])
 
 
-def test_errors_are_counted_by_the_group_they_are_taken_for():
+def test_errors_are_counted_by_the_group_of_the_predicted_class():
     found = analysis.errors_by_group(PREDICTIONS, LABELS, GROUPS)
     assert found["many"] == {"right": 0.5, "many": 0.0, "few": 0.5}
     # of six images: two right; 1 -> 0 and 2 -> 0 many; twice 2 -> 1 few
@@ -30,7 +30,7 @@ def test_pairs_are_ordered_by_their_share_of_the_class():
     assert [p.true for p in analysis.confused_pairs(PREDICTIONS, LABELS, GROUPS["many"])] == [0]
 
 
-def test_samples_of_a_pair_begin_with_the_surest_mistake():
+def test_samples_of_a_pair_begin_with_the_most_confident_mistake():
     pair = analysis.Pair(2, 1, 2, 0.5)
     confidences = np.array([0.9, 0.9, 0.9, 0.9, 0.9, 0.3, 0.7, 0.9])
     assert analysis.samples(pair, PREDICTIONS, confidences, LABELS) == [6, 5]
@@ -42,7 +42,7 @@ def test_a_class_without_images_has_no_mean():
     assert analysis.brief(found) == [2.0, None]
 
 
-def test_distances_tell_how_often_the_own_mean_is_nearest():
+def test_the_nearest_mean_is_compared_by_group():
     own = {"own": np.arange(8.0), "wrong": np.full(8, 3.5), "predictions": PREDICTIONS, "gaps": np.ones((3, 15))}
     numbers = analysis.stage_numbers([own], LABELS, GROUPS, {"Logit scale": np.array([1.0, 2.0, 3.0])})
     assert numbers["distances"]["own"] == [0.5, 2.5, 5.5]
@@ -50,7 +50,7 @@ def test_distances_tell_how_often_the_own_mean_is_nearest():
     assert numbers["learned"] == {"Logit scale": [1.0, 2.0, 3.0]}
 
 
-def test_replicas_are_taken_together():
+def test_replicas_are_pooled():
     one = {"predictions": PREDICTIONS, "gaps": np.zeros((3, 15))}
     other = {"predictions": LABELS, "gaps": np.ones((3, 15))}
     numbers = analysis.stage_numbers([one, other], LABELS, GROUPS, {})
@@ -59,7 +59,7 @@ def test_replicas_are_taken_together():
     assert "distances" not in numbers
 
 
-def test_classes_of_one_count_stand_side_by_side_and_never_beyond_the_frame():
+def test_classes_of_equal_count_are_placed_side_by_side_inside_the_frame():
     counts = np.array([100, 100, 100, 10, 10])
     scale = Scale(100, 10, 0, 300, log=True)
     found = charts.places(counts, np.array([0.1, 0.9, 0.5, 0.2, 0.3]), scale)
@@ -68,7 +68,7 @@ def test_classes_of_one_count_stand_side_by_side_and_never_beyond_the_frame():
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 0.031), (3, 4000), (-2, 7), (5, 5)])
-def test_ticks_are_few_and_inside(low, high):
+def test_ticks_are_few_and_inside_the_range(low, high):
     ticks = charts.round_ticks(low, high)
     assert 1 <= len(ticks) <= 9
     assert min(ticks) >= low - 1e-9 and max(ticks) <= high + 1e-9
@@ -81,7 +81,7 @@ def test_ranges_of_counts_hold_every_class_once():
     assert len(found) <= charts.BINS and counts[found[0]].min() > counts[found[-1]].max()
 
 
-def test_learning_curves_are_thinned_to_their_means(tmp_path):
+def test_long_learning_curves_are_averaged(tmp_path):
     path, steps = tmp_path / "metrics.jsonl", 5 * panels.MOST_POINTS
     entries = [
         {"stage": "ce", "epoch": 1 + s // 100, "step": s + 1, "split": "train", "values": {"loss": s, "lr": 0.1}}

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing to complain of, everything visible, at the width of a phone and of a desk."""
+"""The page in a real browser: no errors, and everything visible on a phone and on a desktop."""
 
 import os
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"none of {', '.join(browser.PROGRAMS)} on the PATH",
 )
 WIDTHS = (360, 1280)
-# Figures that take up room, and those among them that hold something drawn.
+# Figures that are tall enough and contain shapes.
 DRAWN = """[...document.querySelectorAll('svg')].filter(f => f.getBoundingClientRect().height > 100
            && f.querySelectorAll('line, path, rect, circle, polygon').length > 5).length"""
 # Text that is cut off by the frame of its figure.
@@ -21,7 +21,7 @@ CUT = """[...document.querySelectorAll('svg text')].filter(t => {
   const [a, b] = [t.getBoundingClientRect(), t.ownerSVGElement.getBoundingClientRect()];
   return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
 }).map(t => t.textContent)"""
-# How far a text's colour is from its background, as the WCAG counts it.
+# The lowest contrast between text and its background, as WCAG defines it.
 CONTRAST = """(() => {
   const light = c => { const [r, g, b] = c.match(/\\d+/g).map(v => { v /= 255;
     return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
@@ -34,7 +34,7 @@ CONTRAST = """(() => {
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """A page and a tab that can open it."""
+    """Return a page and a tab that can open it."""
     path = tmp_path_factory.mktemp("page") / "index.html"
     names = [f"a class with quite a long name indeed, number {c}" for c in range(10)]
     results = made_up.results(names=names, robustness=made_up.robustness())
@@ -74,13 +74,13 @@ def test_no_text_is_cut_off(opened):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_stands_out_by_day_and_by_night(shown, dark):
+def test_text_has_contrast_in_light_and_dark_mode(shown, dark):
     path, tab = shown
     tab.open(path, 1280, dark=dark)
     assert tab.evaluate(CONTRAST) >= 4.5
 
 
-def test_tab_leads_to_the_figures_first(shown):
+def test_the_first_tab_focuses_the_link_to_the_figures(shown):
     path, tab = shown
     tab.open(path, 1280)
     tab.key("Tab")
@@ -88,14 +88,14 @@ def test_tab_leads_to_the_figures_first(shown):
     assert tab.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
 
 
-def test_accuracy_of_all_groups_and_ece_are_in_sight_on_a_phone(shown):
+def test_accuracies_and_ece_are_visible_on_a_phone(shown):
     path, tab = shown
     tab.open(path, 360)
     ece = "[...document.querySelectorAll('th')].find(cell => cell.textContent === 'ECE')"
     assert 0 < tab.evaluate(f"{ece}.getBoundingClientRect().right") <= 360
 
 
-def test_long_names_of_rows_leave_the_figures_in_sight(shown, tmp_path):
+def test_long_row_names_leave_the_figures_visible(shown, tmp_path):
     _, tab = shown
     header = ["last epoch, %", *"abcdefgh", "ECE"]
     name = f"quickstart (data.imbalance 100.0 -> 50.0, {'model.depth 8 -> 14, ' * 4}and 5 more)"

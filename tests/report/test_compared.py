@@ -13,7 +13,7 @@ from tests.test_compare import config
 
 
 def write(folder, seed=0, *, stages=("ce",), attacked=None, numbers=True, **settings):
-    """A workdir, as training leaves it."""
+    """Write a workdir, as training leaves it."""
     (folder / "report").mkdir(parents=True)
     results = made_up.results(stages=stages, seed=seed)
     if attacked is not None:
@@ -33,7 +33,7 @@ def page(tmp_path, *arguments):
     return file.read_text()
 
 
-def test_a_config_has_one_panel_whatever_its_seeds(tmp_path, capsys):
+def test_seeds_of_a_config_share_a_panel(tmp_path, capsys):
     runs = [write(tmp_path / "a", 0), write(tmp_path / "b", 1), write(tmp_path / "c", 0, lr=0.5)]
     found = page(tmp_path, *runs)
     assert found.count('id="accuracy0-t"') == found.count('id="accuracy1-t"') == 1
@@ -42,7 +42,7 @@ def test_a_config_has_one_panel_whatever_its_seeds(tmp_path, capsys):
     assert f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}" in found
 
 
-def test_stages_are_panels_where_that_is_asked(tmp_path, capsys):
+def test_each_stage_is_a_panel_with_the_flag(tmp_path, capsys):
     found = page(tmp_path, write(tmp_path / "a", stages=("ce", "classifier")), "--stages")
     titles = re.findall(r'<title id="accuracy\d-t">([^<]*)', found)
     assert [title.split(":")[0] for title in titles] == ["made-up / Stage ce", "made-up / Stage classifier"]
@@ -58,7 +58,7 @@ def test_figures_by_class_are_means_over_seeds(tmp_path):
     assert found.bins["counts"].sum() == 2 * sum(range(15))
 
 
-def test_seeds_with_replicas_weigh_as_many(tmp_path):
+def test_a_run_is_weighted_by_its_replicas(tmp_path):
     panels = [compared.load(write(tmp_path / str(seed), seed), None, "").panel for seed in (0, 1)]
     found = compared.panels.pooled("both", panels, [3, 1], {})
     np.testing.assert_allclose(found.own, (3 * panels[0].own + panels[1].own) / 4)
@@ -81,7 +81,7 @@ def test_a_run_attacked_at_another_radius_is_named_and_left_out_of_the_means(tmp
     assert "<td>25.0</td>" in found.partition('id="robust"')[2]  # PGD-20 of the first alone
 
 
-def test_how_each_run_was_trained_is_told(tmp_path, capsys):
+def test_the_page_says_how_each_run_was_trained(tmp_path, capsys):
     runs = [write(tmp_path / "a", 0), write(tmp_path / "b", 1)]
     found = page(tmp_path, *runs)
     for seed, run in enumerate(runs):
@@ -89,7 +89,7 @@ def test_how_each_run_was_trained_is_told(tmp_path, capsys):
         assert f"<dt>{run}</dt><dd>{told}" in found
 
 
-def test_legacy_best_has_a_column_and_a_caution_on_the_page_alone(tmp_path, capsys):
+def test_only_the_page_has_a_column_and_a_caution_of_the_legacy_best(tmp_path, capsys):
     found = page(tmp_path, write(tmp_path / "a"))
     assert ">legacy best</th>" in found and "which no fair comparison may use" in found
     assert "legacy best" not in capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_runs_without_a_report_show_what_their_results_hold(tmp_path, capsys):
     assert 'id="accuracy0-t"' in found and 'id="geometry0-t"' not in found
 
 
-def test_a_first_run_without_test_lines_leaves_the_curves_to_the_others(tmp_path, capsys):
+def test_a_first_run_without_test_lines_does_not_hide_the_curves_of_the_others(tmp_path, capsys):
     runs = [write(tmp_path / "a", 0), write(tmp_path / "b", 1)]
     train = {"stage": "ce", "epoch": 1, "step": 1, "split": "train", "values": {"loss": 2.0, "lr": 0.1}}
     test = {**train, "split": "test", "values": {"accuracy": {"all": 0.4321}}}

@@ -1,4 +1,4 @@
-"""The report's page, of numbers that nobody has measured: what is in it, at any size, whatever classes are called."""
+"""The report's page, of made-up numbers: its contents, at any size and with any class names."""
 
 import json
 import re
@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from ltjax.report import figures, page
+from ltjax.report import figures, page, sections
 from tests.report import made_up
 
 VOID = {"meta", "link", "img", "br", "input", "rect", "line", "circle", "path", "polygon"}
 
 
 class Checked(HTMLParser):
-    """Every element closed in order; texts by element; identifiers."""
+    """Parse a page; every element has to be closed in order. Keeps tags and identifiers."""
 
     def __init__(self, made):
         super().__init__()
@@ -44,9 +44,28 @@ def made(num_classes=10, **also):
 SECTIONS = ("how", "accuracy", "calibration", "learning", "errors", "geometry", "learned")
 
 
-def test_it_answers_the_questions_in_their_order():
+def test_sections_have_their_order():
     found = [name for name in Checked(made(robustness=made_up.robustness())).ids if name in (*SECTIONS, "robust")]
     assert found == [*SECTIONS, "robust"]
+
+
+def test_a_section_is_a_function_in_a_tuple(monkeypatch):
+    def added(content):
+        return sections.Section("added", "Added", "", [(panel.title, "drawn") for panel in content.panels], [])
+
+    monkeypatch.setattr(sections, "SECTIONS", (*sections.SECTIONS, added))
+    html = made()
+    assert '<a href="#added">Added</a>' in html and html.count("drawn") == 2
+
+
+def test_an_unequal_test_set_has_a_column_of_balanced_accuracy():
+    results = made_up.results(test_class_counts=[10] * 9 + [9])
+    for stage in results["stages"].values():
+        stage["balanced_accuracy"] = 0.4321
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    html = page.of_run(results, groups, {}, {})
+    assert ">balanced</th>" in html and html.count("<td>43.2</td>") == 2
+    assert ">balanced</th>" not in made()
 
 
 def test_elements_are_closed_and_identifiers_unique():
@@ -57,7 +76,7 @@ def test_elements_are_closed_and_identifiers_unique():
 def test_every_figure_has_a_name_and_a_description():
     parsed = Checked(made())
     figures = [attributes for tag, attributes in parsed.tags if tag == "svg"]
-    assert len(figures) == 14  # of two stages: five figures each, and two learned numbers
+    assert len(figures) == 14  # two stages have five figures each, and two learned numbers each
     for attributes in figures:
         assert attributes["role"] == "img"
         assert set(attributes["aria-labelledby"].split()) <= set(parsed.ids)
@@ -71,21 +90,21 @@ def test_every_section_with_figures_has_its_numbers_in_tables():
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b 'c'"])
-def test_what_a_class_is_called_stays_text(name):
+def test_class_names_are_escaped(name):
     names = [f"{name}{c}" for c in range(10)]
     found = made(names=names)
     assert name not in found
     assert not [tag for tag, attributes in Checked(found).tags if tag == "script" or "onerror" in attributes]
 
 
-def test_it_needs_nothing_from_elsewhere():
+def test_the_page_refers_to_no_other_file():
     found = made(robustness=made_up.robustness())
     for reference in re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)""", found):
         assert "".join(reference).startswith(("#", "data:"))
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 365, 8142])
-def test_it_stays_below_3_megabytes(num_classes):
+def test_the_page_is_smaller_than_3_megabytes(num_classes):
     stages = ("a", "b", "c", "d")
     names = tuple(f"Plantae Tracheophyta Magnoliopsida Asterales number {c}" for c in range(num_classes))
     assert len(made(num_classes, stages=stages, names=names)) < 3e6
@@ -97,7 +116,7 @@ def test_many_classes_are_drawn_as_ranges_of_counts():
     assert "classes of" in found
 
 
-def test_of_many_classes_the_worst_at_the_final_stage_are_named():
+def test_the_worst_classes_of_the_final_stage_are_named_if_there_are_many():
     results = made_up.results(151)
     results["stages"]["classifier"]["per_class_accuracy"][5] = 0.0
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
@@ -108,22 +127,22 @@ def test_of_many_classes_the_worst_at_the_final_stage_are_named():
     assert f'<th scope="row">class 5</th><td>{results["class_counts"][5]:,}</td><td>0.0</td>' in tables[0]
 
 
-def test_of_few_classes_none_is_named_as_worst():
+def test_no_class_is_named_as_worst_if_there_are_few():
     assert "lowest test accuracy" not in made(150)
 
 
-def test_balanced_classes_do_not_lie_on_one_another():
+def test_marks_of_balanced_classes_do_not_overlap():
     found = Checked(made(largest=500, smallest=500))
     centres = [a["cx"] for tag, a in found.tags if tag == "circle" and a["class"] == "mark many"]
     assert len(set(centres)) >= 8
 
 
-def test_balanced_classes_are_not_told_of_as_a_tail():
+def test_balanced_classes_have_no_imbalance_factor():
     found = made(largest=500, smallest=500)
     assert "classes of 500 training images each" in found and "imbalance factor" not in found
 
 
-def test_a_stage_without_calibration_has_none_drawn():
+def test_a_stage_without_calibration_has_no_reliability_chart():
     results = made_up.results()
     results["stages"]["classifier"].update(ece=None, mce=None)
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
@@ -131,7 +150,7 @@ def test_a_stage_without_calibration_has_none_drawn():
     assert "calibration0-t" in found.ids and "calibration1-t" not in found.ids
 
 
-def test_a_run_that_is_not_finished_says_so_before_its_table():
+def test_an_unfinished_run_is_announced_above_its_table():
     reached = {"stage": "Stage ce", "number": 1, "stages": 2, "epoch": 2.5, "epochs": 4}
     found = made(stages=("ce",), command=None, unfinished=reached)
     note = "not trained to its end: Stage ce (stage 1 of 2) is at epoch 2.5 of 4."
@@ -146,7 +165,7 @@ def test_names_that_utf8_cannot_hold_are_written_with_question_marks(tmp_path):
     assert "caf? au lait" in page.write(tmp_path, results).read_text(encoding="utf-8")
 
 
-def test_the_groups_are_told_in_training_images():
+def test_groups_are_described_by_their_training_images():
     assert "Training images a class: many 126 to 1,000, medium 32 to 63, few 2 to 16." in made()
 
 
