@@ -65,7 +65,7 @@ def test_cross_entropy_differs_from_mislas_stage_1_only_in_mixup_and_the_logit_s
     baseline = parsed("cifar100_lt", "method=ce")[1]["ce"]
     features = parsed("cifar100_lt", "method=mislas")[1]["features"]
     changed = {field for field in config.StageConfig._fields if getattr(baseline, field) != getattr(features, field)}
-    assert changed == {"title", "augment", "groups"}
+    assert changed == {"name", "title", "augment", "groups"}
     assert {**baseline.augment, "mixup_alpha": 1.0} == features.augment
 
 
@@ -226,7 +226,7 @@ LOSSES = {
 def test_baselines_differ_from_cross_entropy_only_in_the_loss(method):
     (baseline,), (stage,) = (parsed("cifar10_lt", f"method={name}")[1].values() for name in ("ce", method))
     assert stage.method == {"name": "erm", "loss": LOSSES[method]}
-    assert stage._replace(method=baseline.method, title=baseline.title) == baseline
+    assert stage._replace(name=baseline.name, method=baseline.method, title=baseline.title) == baseline
 
 
 def test_nearest_compares_ratios():

@@ -51,11 +51,11 @@ def test_sections_have_their_order():
 
 def test_a_section_is_a_function_in_a_tuple(monkeypatch):
     def added(content):
-        return sections.Section("added", "Added", "", [(panel.title, "drawn") for panel in content.panels], [])
+        return sections.Section("added", "Added", "", [(panel.title, "a picture") for panel in content.panels], [])
 
     monkeypatch.setattr(sections, "SECTIONS", (*sections.SECTIONS, added))
     html = made()
-    assert '<a href="#added">Added</a>' in html and html.count("drawn") == 2
+    assert '<a href="#added">Added</a>' in html and html.count("a picture") == 2
 
 
 def test_an_unequal_test_set_has_a_column_of_balanced_accuracy():
