@@ -25,7 +25,7 @@ MEANINGS = {
     "method": "the recipe: a chain of stages",
     "recipe": "instead of a method: blocks joined by +, such as reslt+dro+smoothing",
     "imbalance": "images of the largest class divided by those of the smallest, 1 or more",
-    "profile": "how class sizes fall: exponentially, or in one step that half of the classes take",
+    "profile": "exp: class sizes fall exponentially; step: half of the classes are large, half small",
     "budget": "full: the papers' epochs; short: a few, for a machine without an accelerator",
     "model": "the network; auto: the recipe's",
     "classifier": "the network's last layer; auto: the method's",

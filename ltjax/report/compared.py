@@ -43,7 +43,7 @@ def write(
     """
     cells = [[Markup("<strong>{}</strong>").format(text) if best else text for text, best in row] for row in body]
     loaded = [{run: load(run, row.stage, row.name) for run in row.runs} for row in rows]
-    made = [row_panel(row, list(runs.values())) for row, runs in zip(rows, loaded, strict=True)]
+    row_panels = [row_panel(row, list(runs.values())) for row, runs in zip(rows, loaded, strict=True)]
     pairs = [group for row, runs in zip(rows, loaded, strict=True) for group in row_pairs(row, list(runs.values()))]
     attacked, left_out = [], []
     for number, (row, runs) in enumerate(zip(rows, loaded, strict=True)):
@@ -58,8 +58,8 @@ def write(
         title="Comparison",
         subtitle=f"{counted(len(rows), 'row')}, {counted(sum(map(len, loaded)), 'run')}.",
         main=Table("Last epoch; mean ± sample standard deviation over seeds, %", list(header), cells),
-        notes=[*notes, *left_out, *group_notes(made)],
-        sections=sections.of(Content(made, made, pairs, attacked, comparison=True)),
+        notes=[*notes, *left_out, *group_notes(row_panels)],
+        sections=sections.of(Content(row_panels, row_panels, pairs, attacked, comparison=True)),
         how_first=False,
         how_title="Where this comes from",
         commands=[command],
@@ -146,10 +146,10 @@ def _over_seeds(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return averaged
 
 
-def group_notes(made: Sequence[panels.Panel]) -> list[str]:
+def group_notes(row_panels: Sequence[panels.Panel]) -> list[str]:
     """Return the training images of each group's classes, a line for each set of rows that share them."""
     titles: dict[str, list[str]] = {}
-    for panel in made:
+    for panel in row_panels:
         titles.setdefault(sections.group_counts(panel), []).append(panel.title)
     whose = {counts: f" ({', '.join(rows)})" if len(titles) > 1 else "" for counts, rows in titles.items()}
     return [f"Training images a class{rows}: {counts}." for counts, rows in whose.items() if counts]

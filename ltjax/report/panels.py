@@ -28,7 +28,7 @@ class Panel(NamedTuple):
     class_names: tuple[str, ...]
     groups: dict[str, np.ndarray]  # {name: bool [C]}
     errors: dict[str, dict[str, float]]  # see `ltjax.report.analysis.errors_by_group`
-    own: np.ndarray  # [C], distance of a class's test features to its own class mean
+    own: np.ndarray  # [C], mean distance of a class's test features to its own class mean
     wrong: np.ndarray  # [C], to the nearest mean of another class
     nearest_is_own: dict[str, float]
     learned: dict[str, np.ndarray]

@@ -11,7 +11,7 @@ from ltjax.report.panels import Panel
 from ltjax.runs.results import GROUPS, in_words, percent
 
 MOST_ROWS = 200  # of a table of classes
-WORST = 50  # classes named where each has no mark of its own
+WORST = 50  # classes to name if there are too many for a mark each
 
 
 class Table(NamedTuple):
@@ -49,8 +49,8 @@ class Content(NamedTuple):
 
 def of(content: Content) -> list[Section]:
     """Return the sections in the order of a reader's questions, without those that have no figure."""
-    made = [section(content) for section in SECTIONS]
-    return [section for section in made if section.figures]
+    built = [section(content) for section in SECTIONS]
+    return [section for section in built if section.figures]
 
 
 def accuracy(content: Content) -> Section:
