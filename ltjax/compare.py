@@ -50,7 +50,6 @@ COLUMN_NOTES = {
     "NCM": "NCM: accuracy over all classes of the nearest class mean, instead of the classifier.",
     "legacy best": LEGACY_BEST,
 }
-STAGE_DEFAULTS = {"schedule": {"kind": "constant"}, "sampler": {"name": "instance_balanced"}}  # `ltjax.config.parse`'s
 MOST_DIFFERENCES = 3  # in a row's name
 NOT_COMPARABLE = "warning: not comparable"
 
@@ -248,16 +247,7 @@ def _figures(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change what is trained, with today's defaults for keys that an older config lacks."""
-    run, data = configs.RunConfig._field_defaults, configs.DataConfig._field_defaults
-    filled = {**run, **config}
-    filled["data"] = {**data, **config["data"]}
-    filled["optimizer"] = {**configs.OptimizerConfig._field_defaults, **config.get("optimizer", {})}
-    for name in config["stages"]:
-        stage = {**configs.StageConfig._field_defaults, **config[name]}
-        defaults = {"optimizer": filled["optimizer"], **STAGE_DEFAULTS}
-        filled[name] = {**stage, **{key: {**default, **stage[key]} for key, default in defaults.items()}}
-    # through JSON, so that a default () equals the [] of a file
-    return json.loads(json.dumps({key: value for key, value in filled.items() if key not in WITHIN_A_ROW}))
+    return {key: value for key, value in configs.with_defaults(config).items() if key not in WITHIN_A_ROW}
 
 
 def group(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:

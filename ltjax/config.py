@@ -1,5 +1,6 @@
 """All keys of a config, with their types and defaults. `parse` checks a config against them before a run."""
 
+import json
 import re
 from collections.abc import Mapping
 from types import UnionType
@@ -114,6 +115,7 @@ class RunConfig(NamedTuple):
     checkpoint_seconds: float = 300.0  # between checkpoints within a stage; the end of a stage is always saved
 
 
+STAGE_DEFAULTS = {"schedule": {"kind": "constant"}, "sampler": {"name": "instance_balanced"}}
 SET_BY_PARSE = ("name", "number")  # fields of a StageConfig
 
 
@@ -198,8 +200,8 @@ def _stage(run: RunConfig, name: str, values: Any, earlier: Mapping[str, StageCo
     return stage._replace(
         title=stage.title or name,
         optimizer=optimizer._asdict(),
-        schedule={"kind": "constant", **stage.schedule},
-        sampler={"name": "instance_balanced", **stage.sampler},
+        schedule={**STAGE_DEFAULTS["schedule"], **stage.schedule},
+        sampler={**STAGE_DEFAULTS["sampler"], **stage.sampler},
     )
 
 
@@ -267,6 +269,18 @@ def _expected(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"a tuple of {get_args(kind)[0].__name__} expected"
     return f"{' or '.join(option.__name__ for option in get_args(kind) or (kind,))} expected"
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in today's defaults, JSON-ready, so that configs of different versions of ltjax can be compared."""
+    filled = {**RunConfig._field_defaults, **config}
+    filled["data"] = {**DataConfig._field_defaults, **config.get("data", {})}
+    filled["optimizer"] = {**OptimizerConfig._field_defaults, **config.get("optimizer", {})}
+    defaults = {"optimizer": filled["optimizer"], **STAGE_DEFAULTS}
+    for name in config.get("stages", ()):
+        stage = {**StageConfig._field_defaults, **config.get(name, {})}
+        filled[name] = {**stage, **{key: {**default, **stage[key]} for key, default in defaults.items()}}
+    return json.loads(json.dumps(filled))  # a tuple becomes a list, as in a file
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

@@ -282,6 +282,15 @@ def test_stages_as_a_string_are_refused():
         config.parse(small(stages="ce"))
 
 
+def test_a_key_that_an_older_config_lacks_has_its_default(tmp_path):
+    """A run goes on after an update of ltjax that added keys."""
+    write_json(tmp_path / "config.json", small())
+    newer = {**changed_stage(optimizer={"momentum": 0.9}, schedule={"kind": "constant"}), "accumulate": 1}
+    open_workdir(tmp_path, newer)
+    with pytest.raises(UserError, match=r"another config \(accumulate: 1 -> 2\)"):
+        open_workdir(tmp_path, {**newer, "accumulate": 2})
+
+
 # A folder holds one run; its attack settings may change.
 
 
@@ -300,4 +309,4 @@ def test_another_run_is_refused(tmp_path):
     write_json(tmp_path / "config.json", small(attack={"epsilon": "8/255"}))
     with pytest.raises(UserError) as raised:
         open_workdir(tmp_path, small(attack={"epsilon": "4/255"}, seed=1))
-    assert "another config (seed: (absent) -> 1)" in str(raised.value)
+    assert "another config (seed: 0 -> 1)" in str(raised.value)

@@ -2,13 +2,12 @@
 
 import contextlib
 import errno
-import json
 import os
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ltjax.config import differences
+from ltjax.config import differences, with_defaults
 from ltjax.runs.checkpoint import FIX_DISK, read_json
 from ltjax.system import locks
 from ltjax.system.paths import check_checkpoints
@@ -78,8 +77,8 @@ def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    config = json.loads(json.dumps(config))
-    changed = differences({**read_json(path), "attack": None}, {**config, "attack": None})
+    before, now = ({**with_defaults(each), "attack": None} for each in (read_json(path), config))
+    changed = differences(before, now)
     if changed:
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(

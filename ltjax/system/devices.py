@@ -38,7 +38,7 @@ def start_devices() -> list[str]:
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # pyrefly: ignore[bad-assignment]
-    logger = logging.getLogger("jax._src.xla_bridge")
+    logger = logging.getLogger("jax")
     level = logger.level
     logger.setLevel(logging.WARNING)  # run.py silences the rest of JAX
     logger.addHandler(handler)
