@@ -223,8 +223,11 @@ def quieten() -> None:
     def in_orbax(trace: TracebackType | None) -> bool:
         return any("/orbax/" in frame.filename for frame in traceback.extract_tb(trace))
 
+    def of_a_save(error: Any) -> bool:  # TensorStore may call Orbax back when its event loop has ended
+        return in_orbax(error.exc_traceback) or str(error.exc_value) == "Event loop is closed"
+
     threading.excepthook = lambda error: None if in_orbax(error.exc_traceback) else report_thread(error)
-    sys.unraisablehook = lambda error: None if in_orbax(error.exc_traceback) else report_unraisable(error)
+    sys.unraisablehook = lambda error: None if of_a_save(error) else report_unraisable(error)
 
 
 def run_config() -> dict[str, Any]:

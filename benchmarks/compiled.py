@@ -170,6 +170,9 @@ BOUNDS = {
 }
 
 
+INATURALIST = "i_naturalist2018"  # the data set whose images stay on disk
+
+
 class Missing(Exception):
     """A compiler is not installed."""
 
@@ -228,7 +231,7 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     for name in config["stages"]:
         if "attack" in config[name]["method"]:
             config[name]["method"]["attack"]["num_steps"] = 2
-    if "size" in config["data"]:
+    if config["data"]["name"] == INATURALIST:
         config["data"].update(size=64, resize=72, classes=50, max_count=50)
     return config
 
@@ -251,7 +254,7 @@ class _NoFiles:
 
 def _made_up(name: str, data_dir: object = None) -> Images | Stored:
     """Images in the number and the shape of a data set's: white ones, or none."""
-    if name == "i_naturalist2018":
+    if name == INATURALIST:
         counts = np.full(8142, 53)  # 437,513 in all
         counts[0] += 1000 - 53
         counts[-1] = 2

@@ -419,13 +419,17 @@ def unit(x: jax.Array, *, axis: int) -> jax.Array:
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
 
 
-def max_pool(x: jax.Array) -> jax.Array:
+def max_pool(x: jax.Array, platform: str | None = None) -> jax.Array:
     """Take the maxima of 3x3 windows with stride 2 and padding 1: [B, h, w, D] -> [B, h / 2, w / 2, D], rounded up.
 
     The gradient goes to a window's first maximum, by rows, as in PyTorch and `lax.reduce_window`.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu"; None: the default backend's.
     """
-    windows = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    return lax.platform_dependent(x, tpu=windows, default=_max_pool_by_slices)
+    if (platform or jax.default_backend()) == "tpu":
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    return _max_pool_by_slices(x)
 
 
 # On a GPU the gradient of `reduce_window` is a scatter in bfloat16, in any order. Nine strided slices have the same
@@ -455,18 +459,18 @@ def _nine_slices(x: jax.Array) -> Iterator[tuple[jax.Array, Callable[[jax.Array]
             yield padded[:, i : i + rows : 2, j : j + columns : 2], put_back
 
 
-def _max_pool_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    x, y = residuals
+def _max_pool_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    maxima = _max_pool_by_slices(x)  # not kept from the forward pass: XLA shares what it can
     remaining = dy.astype(at_least_float32(x.dtype))
     total = jnp.zeros(x.shape, remaining.dtype)
     for pixels, put_back in _nine_slices(x):
-        is_maximum = pixels == y
+        is_maximum = pixels == maxima
         total += put_back(jnp.where(is_maximum, remaining, 0))
         remaining = jnp.where(is_maximum, 0, remaining)
     return (total.astype(x.dtype),)
 
 
-_max_pool_by_slices.defvjp(lambda x: (y := _max_pool_by_slices(x), (x, y)), _max_pool_backward)
+_max_pool_by_slices.defvjp(lambda x: (_max_pool_by_slices(x), x), _max_pool_backward)
 
 
 def pool(x: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ class ResNetBackbone(nn.Module):
         x = Conv(self.width, kernel_size=taps, strides=stride, **conv, name="conv")(x)
         x = BatchNorm(relu=True, name="norm")(x, train)
         if large:
-            x = max_pool(x)
+            x = max_pool(x, self.platform)
         maps = {}
         for stage, (num_blocks, stride) in enumerate(zip(self.blocks, self.strides, strict=True)):
             if self.inner is None:

@@ -112,7 +112,8 @@ def test_a_later_stage_begins_with_the_archive_of_the_first():
             kind = type(values[key.removeprefix("config.")]) if key.count(".") == 1 else str
             made = eval(value) if kind is tuple else kind(value)
             values.update_from_flattened_dict({key.removeprefix("config."): made})
-    parsed, stages = parse(values.to_dict())
+    parsed = parse(values.to_dict())
+    stages = parsed.stages
     assert (parsed.seed, parsed.weights, list(stages)) == (1, "results/cifar100_lt-ce-if100-seed1", ["crt"])
     assert stages["crt"].start_from == "scratch" and parsed.weights_parts == ("backbone", "classifier")
 
