@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks import provenance
 from benchmarks.cifar_step import write_random_images
 from configs import cifar100_lt
-from ltjax.config import parse
+from ltjax.config import REPLICATE, parse
 from ltjax.engine import experiment as experiments
 from ltjax.system import devices, parallel
 
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, data_dir: Path, write: Callable[[list[dict
         row["images_per_second"] = args.batch_size * row["replicas"] / statistics.median(row["seconds_per_step"])
 
     for replicas in args.replicas:
-        for replicate in parallel.REPLICATE if replicas > 1 else ("loop",):
+        for replicate in REPLICATE if replicas > 1 else ("loop",):
             compiled, state, source, mesh = prepared(args, data_dir, replicas, replicate)
             started = time.perf_counter()
             state, _ = jax.block_until_ready(compiled.run(state, source, args.steps))

@@ -74,7 +74,7 @@ class ResLT(NamedTuple):
     tail_start: float | None  # of the third branch; None: there are two
     warmup_start: float = 7 / 15  # the rate of the first epoch; 0: the first step of an even rise
     nesterov: bool = True
-    tau: float = 0.0  # at evaluation, the paper's gamma: power of the lengths that the classifier's rows are divided by
+    tau: float = 0.0  # at evaluation, the paper's gamma: exponent of the norms that divide the class weights
     bias: bool = True  # at evaluation
 
 
@@ -89,7 +89,7 @@ class Papers(NamedTuple):
     crop_padding: int = 4  # 0: random windows of another size are cut on the host
     color_jitter: float = 0.0
     mixup: float = 1.0  # MiSLAS's a of Beta(a, a)
-    balanced_epochs: bool = True  # DRO-LT's stages count draws, not images: see `ltjax.config.Stage.epoch_size`
+    balanced_epochs: bool = True  # DRO-LT's stages count draws, not images: see `ltjax.config.StageConfig.epoch_size`
     schedule: robust.Schedule = robust.LBGAT  # of adversarial training
 
 

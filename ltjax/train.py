@@ -205,7 +205,7 @@ class StageTrainer:
         self.began -= self.record["seconds"]
         self.saved_at = time.monotonic()
         self.unsaved = restored is None and bool(stage.surgery)
-        if self.step < self.compiled.num_steps or self.owes_evaluation():
+        if self.step < self.compiled.num_steps or self.evaluation_due():
             if restored is not None:
                 self.console.print(f"Resuming {stage.title} after step {self.step} of {self.compiled.num_steps}.")
             self.log.rewind(stage.name, -1 if restored is None else self.step, last_evaluated(self.record))
@@ -220,7 +220,7 @@ class StageTrainer:
             try:
                 running: Dispatch | None = None
                 while True:
-                    at_rest = self.stopping or self.save_is_due or self.step == end or self.owes_evaluation()
+                    at_rest = self.stopping or self.save_is_due or self.step == end or self.evaluation_due()
                     next_up = None
                     if not at_rest and (running is None or self.may_run_ahead()):
                         next_up = self.dispatch(running)
@@ -231,7 +231,7 @@ class StageTrainer:
                         continue
                     if self.stopping:
                         raise Interrupted(self.stop.requested or signal.SIGTERM)
-                    if self.owes_evaluation():
+                    if self.evaluation_due():
                         self.evaluate()
                     if self.save_is_due or self.step == end:
                         self.save()
@@ -336,7 +336,7 @@ class StageTrainer:
         if processes.any_of(self.stop.requested is not None)[0]:
             raise Interrupted(self.stop.requested or signal.SIGTERM)
 
-    def owes_evaluation(self) -> bool:
+    def evaluation_due(self) -> bool:
         """Whether the current state has to be evaluated, and was not."""
         epoch, steps_into_epoch = divmod(self.step, self.compiled.steps_per_epoch)
         ended = steps_into_epoch == 0 and (epoch > 0 or self.stage.epochs == 0)

@@ -66,7 +66,7 @@ def shared_batch(batch_size: int, size: int, mesh: Mesh) -> int:
 
 
 def outcome(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """What figures are made of: logits [B, C], labels [B] -> {"predictions", "confidences", "losses": [B]}."""
+    """Compute what figures are made of: logits [B, C], labels [B] -> {"predictions", "confidences", "losses": [B]}."""
     return {
         "predictions": logits.argmax(-1),
         "confidences": jax.nn.softmax(logits).max(-1),

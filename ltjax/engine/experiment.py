@@ -70,7 +70,7 @@ class Experiment(NamedTuple):
 
 
 def prepare(run: RunConfig, data_dir: str | Path | None) -> tuple[Experiment, dict[str, CompiledStage]]:
-    """Set up an experiment and compile all of its stages.
+    """Set up an experiment, and build and trace the jitted functions of all its stages.
 
     Raises:
       UserError: For any mistake that can be found before the first step.
@@ -185,7 +185,7 @@ def steps_per_epoch(stage: StageConfig, class_counts: np.ndarray, batch_size: in
 
 
 def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
-    """Compile a stage, and check its config.
+    """Build the jitted functions of a stage, and trace them once to check its config.
 
     Raises:
       UserError: The stage's config is wrong.

@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 
 
 class CompiledStage(NamedTuple):
-    """The jitted functions of a stage. `run` and `refresh` take over the memory of their state."""
+    """The jitted functions of a stage. `run` and `refresh` donate their state."""
 
     init: Any  # (seed, variables) -> state
     run: Any  # (state, source, num_steps) -> state, metrics {name: [num_steps]}

@@ -9,11 +9,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 REPLICA_AXIS, BATCH_AXIS = "replica", "data"
-REPLICATE = ("loop", "vmap")
 
 
 def make_mesh(devices: list[jax.Device] | None = None, replicas: int = 1) -> Mesh:
-    """Put the devices into gcd(replicas, devices) groups. A group holds a share of the replicas, and splits batches."""
+    """Make a mesh (replica, data) whose replica axis has gcd(replicas, devices) devices."""
     devices = jax.devices() if devices is None else devices
     groups = math.gcd(replicas, len(devices))
     shape, axes = (groups, len(devices) // groups), (REPLICA_AXIS, BATCH_AXIS)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.autoattack import golden
-from ltjax import attacks, losses, methods, models, optim
+from ltjax import attacks, config, losses, methods, models, optim
 from ltjax.data import augment, samplers
 from ltjax.engine import stage
 from ltjax.runs.checkpoint import Checkpoints
@@ -122,7 +122,7 @@ def test_logits_agree_with_the_cpu():
     np.testing.assert_allclose(logits["gpu"], logits["cpu"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("replicate", parallel.REPLICATE)
+@pytest.mark.parametrize("replicate", config.REPLICATE)
 def test_replicas_are_the_single_runs(replicate):
     compiled, source = stage_and_source(network(), replicas=2, replicate=replicate)
     seeds = np.array([0, 2], np.uint32)  # with seed 1 a ReLU's input is 0 up to rounding in step 2, and flips
