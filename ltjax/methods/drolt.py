@@ -5,6 +5,7 @@ and a last stage that retrains the classifier with any loss.
 """
 
 from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,17 @@ from ltjax.types import Method, Settings, UserError
 
 RADII = ("learned", "learned_unconstrained", "shared", "by_count")
 WEIGHTED: Settings = MappingProxyType({"name": "cross_entropy", "class_weights": MappingProxyType({"kind": "count"})})
+
+
+def _check(radius: str, radius_size: float, temperature: float, layers: Any) -> None:
+    if radius not in RADII:
+        raise UserError(f"method 'drolt': unknown radius {radius!r}; known: {', '.join(RADII)}")
+    if not temperature > 0 or not radius_size >= 0:
+        raise UserError(
+            f"method 'drolt': temperature = {temperature}, radius_size = {radius_size}: above 0, and at least 0"
+        )
+    if isinstance(layers, str):
+        raise UserError(f"method 'drolt': layers = {layers!r}: a tuple of names, such as ({layers!r},)")
 
 
 def create(
@@ -45,14 +57,7 @@ def create(
       temperature: T.
       layers: Backbone stages, such as ("stage2", "stage3"). Empty: the pooled final map.
     """
-    if radius not in RADII:
-        raise UserError(f"method 'drolt': unknown radius {radius!r}; known: {', '.join(RADII)}")
-    if not temperature > 0 or not radius_size >= 0:
-        raise UserError(
-            f"method 'drolt': temperature = {temperature}, radius_size = {radius_size}: above 0, and at least 0"
-        )
-    if isinstance(layers, str):
-        raise UserError(f"method 'drolt': layers = {layers!r}: a tuple of names, such as ({layers!r},)")
+    _check(radius, radius_size, temperature, layers)
     layers = tuple(layers)
     centroids_of = layers or ("features",)  # keys of the method's arrays
     criterion = criteria.create(class_counts, loss)
