@@ -1,5 +1,6 @@
 """Metrics of result tables: calibration and accuracy by group. This module needs only jax and numpy."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -165,7 +166,7 @@ def accuracy_by_group(correct: ArrayLike, labels: ArrayLike, groups: Mapping[str
     correct, labels = np.asarray(correct).astype(np.float64), np.asarray(labels)
     present, by_class = accuracy_by_class(correct, labels)
     members = {name: np.asarray(member)[present] for name, member in groups.items()}
-    accuracies = {name: float(by_class[member].mean()) for name, member in members.items() if member.any()}
+    accuracies = {name: _mean(by_class[member]) for name, member in members.items() if member.any()}
     return {**accuracies, "all": float(correct.mean())} if len(labels) else {}
 
 
@@ -198,7 +199,11 @@ def balanced_accuracy(correct: ArrayLike, labels: ArrayLike) -> float:
       >>> metrics.balanced_accuracy([1, 1, 1, 0], [0, 0, 0, 1])  # accuracy is 0.75
       0.5
     """
-    return float(accuracy_by_class(correct, labels)[1].mean())
+    return _mean(accuracy_by_class(correct, labels)[1])
+
+
+def _mean(values: np.ndarray) -> float:
+    return math.fsum(values) / len(values)  # exact sum: the order of classes changes no digit
 
 
 def group_accuracy(
