@@ -44,6 +44,25 @@ def test_batches_and_padding_do_not_change_the_figures(devices, num_images, batc
     np.testing.assert_allclose(outcome["losses"], -log_p[np.arange(num_images), labels], rtol=1e-4)
 
 
+def test_the_network_is_applied_with_float32_products(monkeypatch):
+    """As on an accelerator, whose default is less."""
+    precisions = []
+
+    class Watched(Brightest):
+        @nn.compact
+        def __call__(self, images, train=False):
+            precisions.append(jax.config.values["jax_default_matmul_precision"])
+            return super().__call__(images, train)
+
+    monkeypatch.setattr(evaluate.xla, "float32_products", lambda platform: jax.default_matmul_precision("float32"))
+    mesh, nets = parallel.make_mesh(jax.devices()[:1]), {"net": Watched()}
+    variables = stage.init_variables(nets, (4, 4, 3), jax.random.key(0))
+    precisions.clear()
+    images = evaluate.place(np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3, np.int32), 3, mesh)
+    evaluate.evaluator(nets, mesh)(jax.device_put(variables, parallel.replicated(mesh)), images)
+    assert precisions and set(precisions) == {"float32"}
+
+
 def test_a_summary_says_what_is_absent():
     labels = np.array([0, 0, 2])
     outcome = {"predictions": np.array([0, 1, 2]), "confidences": np.array([0.9, 0.8, 0.7]), "losses": np.ones(3)}

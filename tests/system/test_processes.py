@@ -14,6 +14,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.checkpoint import Checkpoints
@@ -286,6 +287,25 @@ def test_a_lost_process_is_recognised_by_the_cause_of_an_error(one_of_several):
 )
 def test_launchers_are_recognised_by_their_environment(environment, expected):
     assert processes.launcher(environment) == expected
+
+
+def test_processes_with_different_commands_name_the_flag_that_differs(monkeypatch, one_of_several):
+    values = {"--mode": "train", "config.seed": "0"}
+
+    def gathered(digests):  # of this process, and of one with another seed
+        return np.stack([digests, [digests[0], digests[1] + 1]])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    with pytest.raises(UserError, match=r"2 processes of this job have different values of config\.seed: .*none"):
+        processes.agree(values)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda digests: np.stack([digests, digests]))
+    processes.agree(values)
+
+
+def test_a_process_may_stay_alone_under_a_launcher(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setattr(jax.distributed, "initialize", raises(AssertionError("it joined")))
+    processes.join("none", None, None)
 
 
 SLURM = {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
