@@ -251,6 +251,9 @@ class _NoFiles:
     def name(self, index: int) -> str:
         return str(index)
 
+    def identity(self, index: int) -> bytes:
+        return b"%16d" % index
+
 
 def _made_up(name: str, data_dir: object = None) -> Images | Stored:
     """Images in the number and the shape of a data set's: white ones, or none."""

@@ -150,6 +150,9 @@ class Held:
     def name(self, index: int) -> str:
         return f"image {index}"
 
+    def identity(self, index: int) -> bytes:
+        return b"%16d" % index
+
 
 def pipeline_rates(files: list[bytes], batches: int) -> tuple[float, float]:
     """Images that arrive on the device, for each second and for each second of CPU time of all threads."""
@@ -207,7 +210,7 @@ def python_seconds(content: bytes, batch_size: int, turns: int) -> float:
     images, labels = np.empty((most, VIEW.size, VIEW.size, 3), np.uint8), np.empty(most, np.int32)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "image.jpg").write_bytes(content)
-        plan = stream_plan(image_folder.Files(Path(folder), ["image.jpg"] * 437_513), batch_size)
+        plan = stream_plan(image_folder.Files(Path(folder), ["image.jpg"] * 437_513, np.empty(0)), batch_size)
         pixels = decode.decode(content)
         with (
             mock.patch.object(simplejpeg, "decode_jpeg", lambda *_, **__: pixels),

@@ -171,6 +171,8 @@ def read_run(path: Path) -> FinishedRun:
             facts={
                 "data set": None,
                 "training images": _text(split.get("sha256")),
+                "content of the training images": _text(split.get("images", {}).get("train")),
+                "content of the test images": _text(split.get("images", {}).get("test")),
                 "number of test images": _text(_measured(results["stages"][final])[0].get("num_images")),
                 "group sizes": _text(results.get("group_sizes")),
                 "attack": _attack(results),

@@ -116,6 +116,7 @@ class RunConfig(NamedTuple):
 
 
 STAGE_DEFAULTS = {"schedule": {"kind": "constant"}, "sampler": {"name": "instance_balanced"}}
+LOCATIONS = ("root", "threads")  # keys of config.data: where the images lie, and how many threads decode them
 SET_BY_PARSE = ("name", "number")  # fields of a StageConfig
 
 
@@ -272,9 +273,13 @@ def _expected(kind: Any) -> str:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in today's defaults, JSON-ready, so that configs of different versions of ltjax can be compared."""
+    """Fill in today's defaults, JSON-ready, so that configs of different versions of ltjax can be compared.
+
+    Leave out the `LOCATIONS` of the data: `split.json` says whether the images are the same.
+    """
     filled = {**RunConfig._field_defaults, **config}
     filled["data"] = {**DataConfig._field_defaults, **config.get("data", {})}
+    filled["data"] = {key: value for key, value in filled["data"].items() if key not in LOCATIONS}
     filled["optimizer"] = {**OptimizerConfig._field_defaults, **config.get("optimizer", {})}
     defaults = {"optimizer": filled["optimizer"], **STAGE_DEFAULTS}
     for name in config.get("stages", ()):

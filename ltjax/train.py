@@ -12,7 +12,6 @@ import numpy as np
 from rich.console import Console
 
 from ltjax.config import StageConfig, parse
-from ltjax.data import splits
 from ltjax.engine import experiment as experiments
 from ltjax.engine import stage as stages
 from ltjax.engine.experiment import Experiment, evaluate_split, initial_variables, operate, prepare
@@ -21,7 +20,7 @@ from ltjax.engine.stage import CompiledStage, TrainState
 from ltjax.modes import dry_run, report
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
-from ltjax.runs.workdir import check_same_images, locked, named_disk_errors, open_workdir
+from ltjax.runs.workdir import locked, named_disk_errors, open_workdir
 from ltjax.system import processes
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
@@ -58,7 +57,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
 
         # Find all mistakes that can be found before the first step.
         commit = results.git_commit()
-        experiment, compiled = prepare(run, data_dir)
+        experiment, compiled = prepare(run, data_dir, workdir)
         _describe(experiment, compiled, config, workdir, console)
 
         # Train the stages one after the other, each from its newest checkpoint.
@@ -94,13 +93,10 @@ def _describe(
     workdir: Path,
     console: Console,
 ) -> None:
-    """Write and print the run's config, split and parameters. UserError if the run began with other images."""
-    names = dict(groups=experiment.groups, class_names=experiment.class_names)
-    split = splits.describe(experiment.split, seed=experiment.config.data.seed, **names)
-    processes.on_first(lambda: check_same_images(workdir, split))
+    """Write and print the run's config, split and parameters."""
     if processes.first():
         write_json(workdir / "config.json", config)
-        write_json(workdir / "split.json", split)
+        write_json(workdir / "split.json", experiment.description)
         dry_run.write_parameters(experiment, workdir / "parameters.txt")
         dry_run.show(experiment, compiled, workdir, console)
         console.print("Compiling the first steps; this is slower than running them.")

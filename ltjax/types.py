@@ -1,8 +1,8 @@
-"""Types that methods, models and the training loop exchange."""
+"""Types that methods, models and the training loop exchange, and the wording of error messages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -20,6 +20,12 @@ def one_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def some(items: Sequence[str], separator: str = ", ") -> str:
+    """Join up to 5 items and count the rest, for messages: "a, b, c, d, e and 3 more"."""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more
 
 
 class Outputs(NamedTuple):

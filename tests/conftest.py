@@ -25,6 +25,7 @@ LONGEST = (
     "attacks/test_autoattack.py",
     "engine/test_golden_training.py",
 )
+MOST_MAPS = 30_000
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
@@ -56,6 +57,18 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Free compiled programs before they exhaust the memory maps that Linux allows a process (65,530).
+
+    XLA maps each program several times, and crashes while compiling if it gets no more.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -309,7 +309,7 @@ def test_a_run_does_not_resume_with_other_images(finished, tmp_path):
     split = json.loads((workdir / "split.json").read_text())
     (workdir / "split.json").write_text(json.dumps({**split, "sha256": "5a"}))
     code, _, error = run(*TINY, f"--workdir={workdir}")
-    assert code == 2 and "began with other training images (different sha256 in split.json)" in error
+    assert code == 2 and "began with other images than those at hand (different sha256 in split.json)" in error
     assert json.loads((workdir / "split.json").read_text())["sha256"] == "5a"
 
 

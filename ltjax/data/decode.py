@@ -1,17 +1,25 @@
 """Decode, crop and resize image files on the host."""
 
+import io
 import math
+import os
 import re
+import stat
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import Image
 
 from ltjax.hashing import hash32
 from ltjax.types import one_line
 
 JPEG = b"\xff\xd8"  # first bytes
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes
+BITS_PER_SAMPLE = 258  # tag of a TIFF
+DARK = 1 << 14  # images of 16 bits whose brightest value is below a quarter of the range
 MAX_IMAGE_BYTES = 256 << 20  # more than any photograph; larger files are not read
 # Warnings after which libjpeg continues with invented pixels. Its other warnings (stray bytes, versions) are harmless.
 INVENTED_PIXELS = re.compile(r"premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
@@ -27,45 +35,118 @@ class View(NamedTuple):
     min_area: float = 0.08  # training: the smallest share of the image in a random window
 
 
+def read_file(path: str | os.PathLike) -> bytes:
+    """Read an image file. OSError if it cannot be read; ValueError if it is no file (a pipe, say) or too large."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("no file")
+    if status.st_size > MAX_IMAGE_BYTES:
+        raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
+    return Path(path).read_bytes()
+
+
 def decode(encoded: bytes) -> np.ndarray:
     """Decode a JPEG, PNG or other image file of any colour space to RGB uint8 [h, w, 3].
 
-    The EXIF orientation is ignored, as in the papers' code. ValueError with what `problem` returns.
+    An alpha channel is dropped, and the pixels below it stay as they are in every format. Of 16 bits a channel, the
+    upper 8 are kept; see `DeepImages`. The EXIF orientation is ignored, as in the papers' code.
+
+    Raises:
+      ValueError: The file is empty, damaged, too large or no image.
     """
+    return read(encoded)[0]
+
+
+def read(encoded: bytes) -> tuple[np.ndarray, int | None]:
+    """Do the same as `decode`, and also return the brightest value of an image of 16 bits a channel, else None."""
     if encoded.startswith(JPEG):
         try:
-            return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True)
-        except (ValueError, KeyError):
-            pass  # CMYK, which OpenCV reads; a harmless warning; or damage
-    if message := problem(encoded):
-        raise ValueError(message)
-    pixels: Any = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    return pixels
+            return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True), None
+        except (ValueError, KeyError):  # CMYK, which OpenCV reads; a harmless warning; or damage
+            if message := problem(encoded):
+                raise ValueError(message) from None
+    return _read(encoded)
 
 
 def problem(content: bytes) -> str:
-    """Say what is wrong with an image file; "" if nothing is.
+    """Say what is wrong with an image file; "" if nothing is."""
+    return inspect(content)[0]
 
-    libjpeg decodes a JPEG at an eighth of its size and warns if it invents pixels. OpenCV decodes everything else.
+
+def inspect(content: bytes) -> tuple[str, int | None]:
+    """Say what is wrong with an image file ("" if nothing is), and the brightest value if it has 16 bits a channel.
+
+    libjpeg decodes a JPEG at an eighth of its size and warns if it invents pixels. Other files are decoded in full.
     """
-    if not content:
-        return "empty"
-    if len(content) > MAX_IMAGE_BYTES:
-        return f"more than {MAX_IMAGE_BYTES} bytes"
-    if content.startswith(JPEG):
+    if content.startswith(JPEG) and len(content) <= MAX_IMAGE_BYTES:
         try:
             space = simplejpeg.decode_jpeg_header(content, strict=False)[2]
             space = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
             simplejpeg.decode_jpeg(content, space, min_height=1, min_width=1, min_factor=8, strict=True)
-            return ""
+            return "", None
         except (ValueError, KeyError) as error:  # KeyError: a colour space unknown to simplejpeg
             if INVENTED_PIXELS.search(str(error)):
-                return one_line(error)
+                return one_line(error), None
     try:
-        pixels: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        return "", _read(content)[1]
+    except ValueError as error:
+        return str(error), None
+
+
+def _read(content: bytes) -> tuple[np.ndarray, int | None]:
+    """Decode any format but a common JPEG. ValueError with the reason if that fails."""
+    if not content:
+        raise ValueError("empty")
+    if len(content) > MAX_IMAGE_BYTES:
+        raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
+    if content.startswith(TIFF) and (pixels := _tiff(content)) is not None:
+        return pixels, None
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels: Any = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error as error:  # the header declares more pixels than OpenCV accepts
-        return one_line(error)
-    return "not an image that can be decoded" if pixels is None else ""
+        raise ValueError(one_line(error)) from error
+    if pixels is None:
+        raise ValueError("not an image that can be decoded")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"pixels of type {pixels.dtype}, whose brightest value is unknown: convert it to 8 bits")
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)  # some of OpenCV's decoders ignore IMREAD_COLOR_RGB
+    if pixels.dtype == np.uint8:
+        return pixels, None
+    return (pixels >> 8).astype(np.uint8), int(pixels.max())
+
+
+def _tiff(content: bytes) -> np.ndarray | None:
+    """Decode a TIFF of up to 8 bits a channel; None if it has more. OpenCV would multiply the pixels by alpha."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("TIFF",)) as image:
+            bits: Any = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (1,))
+            return np.asarray(image.convert("RGB")) if max(bits) <= 8 else None
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+        return None  # damaged, too large, or a type that Pillow does not know: OpenCV decides
+
+
+class DeepImages:
+    """Collects images of 16 bits a channel, of which `decode` keeps the upper 8 bits, whatever range they fill."""
+
+    def __init__(self):
+        self._brightest: list[int] = []  # the brightest value of each image
+
+    def add(self, brightest: int | None) -> None:
+        """Add an image if it has 16 bits. brightest: from `read` or `inspect`."""
+        if brightest is not None:
+            self._brightest.append(brightest)
+
+    def note(self) -> str:
+        """Describe the images; "" if there are none."""
+        if not self._brightest:
+            return ""
+        dark = sum(value < DARK for value in self._brightest)
+        return (
+            f"{len(self._brightest)} image(s) have 16 bits a channel, with brightest values from "
+            f"{min(self._brightest):,} to {max(self._brightest):,} of 65,535; the upper 8 bits are used"
+            + (f", so {dark} are dark: scale them to the full range" if dark else "")
+        )
 
 
 def resized(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:

@@ -1,26 +1,31 @@
 """Load the user's own images: `ROOT/train/<class>/*.jpg` and optionally `ROOT/validation/<class>/*.jpg`.
 
 Without a folder `validation` (or `val`, `test`), a class-balanced part of the training images is held out. Notes on
-stderr say what is ignored and what is held out.
+stderr say what is left out and what is held out.
 """
 
 import contextlib
 import hashlib
 import os
 import sys
+import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 
-from ltjax.data import decode, folders, progress
-from ltjax.data.source import Stored, Subset, some
+from ltjax.data import decode, folders, identity, progress
+from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.system.paths import cache_folder, local
-from ltjax.types import UserError, one_line
+from ltjax.types import UserError, one_line, some
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# Endings of images. Files with other endings are images if OpenCV can decode them.
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".jp2")
 HELD_OUT = ("validation", "val", "test")
 SIMILAR_NAMES = (*HELD_OUT, "valid", "testing", "dev", "eval")  # other programs' names for validation, in any case
 FEW = 5  # test images of each class, too few for a reliable accuracy
@@ -29,27 +34,34 @@ FEW = 5  # test images of each class, too few for a reliable accuracy
 class Files:
     """Image files, by their paths relative to a root."""
 
-    def __init__(self, root: Path, paths: list[str]):
-        self._root, self._paths = root, paths
+    def __init__(self, root: Path, paths: list[str], identities: np.ndarray):
+        self._root, self._paths, self._identities = root, paths, identities
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> bytes:
-        return (self._root / self._paths[index]).read_bytes()
+        return decode.read_file(self._root / self._paths[index])
 
     def name(self, index: int) -> str:
         return _printable(str(self._root / self._paths[index]))
+
+    def identity(self, index: int) -> bytes:
+        return self._identities[index].tobytes()
 
 
 def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> Stored:
     """Find the images below `root`; the classes are the folders of `root/train`, in alphabetical order.
 
-    Images lie in a class's folder or deeper. Files of other kinds, hidden files and `__MACOSX` are ignored. Symbolic
-    links are followed, but each folder counts once. Every image is decoded once as a check, which is remembered until
-    the files change. Without a validation folder, each class gives a fifth of the smallest class, at most 20 images;
-    the choice is the same every time. UserError if a folder is missing, a class has no images, validation has other
-    classes than training, or images cannot be read.
+    Images lie in a class's folder or deeper, and may be of any kind that OpenCV decodes, whatever their ending. A note
+    counts the files of other kinds. Hidden files and `__MACOSX` are ignored. Symbolic links are followed, but each
+    folder counts once. Every image is decoded and hashed once, which is remembered until the files change. Without a
+    validation folder, each class gives a fifth of the smallest class, at most 20 images; the choice is the same every
+    time.
+
+    Raises:
+      UserError: A folder is missing, a class has no images, validation has other classes than training, or images
+        cannot be read.
     """
     if not root:
         raise UserError(
@@ -68,14 +80,15 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
     counts = np.bincount(train_labels, minlength=len(class_names))
     if empty := [titles[c] for c in np.flatnonzero(counts == 0)]:
         raise UserError(f"{root / 'train'}: no images in {some(empty)}; known kinds: {', '.join(SUFFIXES)}")
-    _check(root, train_paths + test_paths)
+    identities = _identities(root, train_paths + test_paths)
     _note_ignored(root, test_folder)
-    train = Files(root, train_paths)
+    train = Files(root, train_paths, identities[: len(train_paths)])
     if not test_folder:
         return _hold_out(root, train, train_labels, titles, counts)
     if lacking := [title for label, title in enumerate(titles) if label not in test_labels]:
         _note(f"{root / test_folder} has no images of {some(lacking)}: their accuracy will be unknown")
-    return Stored(train, train_labels, Files(root, test_paths), test_labels, titles)
+    test = Files(root, test_paths, identities[len(train_paths) :])
+    return Stored(train, train_labels, test, test_labels, titles)
 
 
 def _hold_out(root: Path, files: Files, labels: np.ndarray, titles: tuple[str, ...], counts: np.ndarray) -> Stored:
@@ -102,8 +115,21 @@ def _is_user_data(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def _is_image(name: str) -> bool:
-    return _is_user_data(name) and name.lower().endswith(SUFFIXES)
+def is_image(path: str) -> bool:
+    """Whether a file is an image: by its ending, or else by its content."""
+    if path.lower().endswith(SUFFIXES):
+        return True
+    try:
+        return os.path.isfile(path) and cv2.haveImageReader(path) and not decode.problem(decode.read_file(path))
+    except (OSError, ValueError):  # ValueError: too large, or a name that is not UTF-8, which OpenCV does not take
+        return False
+
+
+def describe_left_out(endings: Counter[str]) -> str:
+    """Count the files that are no images, by their endings: "12 file(s) ... are left out: .txt (10), .db (2)"."""
+    most_first = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{_printable(ending) or 'without an ending'} ({count})" for ending, count in most_first]
+    return f"{endings.total()} file(s) are no images that can be decoded and are left out: {some(kinds)}"
 
 
 def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
@@ -112,6 +138,7 @@ def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str
     if unknown := sorted(set(present) - set(class_names)):
         names = some([_printable(name) for name in unknown])
         raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {names}")
+    left_out: Counter[str] = Counter()
     # Do not follow links from one class to another or to a parent folder.
     excluded = {folders.identity(folder) for folder in (root, root / part, *(root / part / name for name in present))}
     paths, labels = [], []
@@ -119,11 +146,17 @@ def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str
         images = []
         for folder, subfolders, files in folders.walk(root / part / name, excluded) if name in present else ():
             subfolders[:] = [name for name in subfolders if _is_user_data(name)]
-            images += [os.path.relpath(os.path.join(folder, file), root) for file in files if _is_image(file)]
+            for file in filter(_is_user_data, files):
+                if is_image(os.path.join(folder, file)):
+                    images.append(os.path.relpath(os.path.join(folder, file), root))
+                else:
+                    left_out[os.path.splitext(file)[1]] += 1
         paths += sorted(images)
         labels += [label] * len(images)
     if not paths:
         raise UserError(f"no images in {root / part}: expected {root / part}/<class>/*.jpg")
+    if left_out:
+        _note(f"{root / part}: {describe_left_out(left_out)}")
     return paths, np.asarray(labels, np.int32)
 
 
@@ -136,7 +169,8 @@ def _note_ignored(root: Path, test_folder: str | None) -> None:
         if path.is_dir() and path.name.lower() in SIMILAR_NAMES and folders.identity(path) not in read:
             _note(f"{path} is not read: {reason}")
     for part in parts:
-        if strays := [_printable(path.name) for path in sorted((root / part).iterdir()) if _is_image(path.name)]:
+        files = [path for path in sorted((root / part).iterdir()) if _is_user_data(path.name) and path.is_file()]
+        if strays := [_printable(path.name) for path in files if is_image(str(path))]:
             _note(f"{len(strays)} image(s) in {root / part}, outside the classes' folders, are ignored: {some(strays)}")
 
 
@@ -150,38 +184,70 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _check(root: Path, files: list[str]) -> None:
-    """Decode every image once; UserError if some cannot be read."""
-    digest = hashlib.sha256(os.fsencode(root.resolve()))
+def _identities(root: Path, files: list[str]) -> np.ndarray:
+    """Decode every image once, and return the hash of each file, uint8 [N, 16]. UserError if some cannot be read."""
+    versions = hashlib.sha256(os.fsencode(root.resolve()))
     for path in files:
         try:
             status = (root / path).stat()
             version = f"{status.st_size}\0{status.st_mtime_ns}"
         except OSError:
             version = ""  # a broken link, which is reported below
-        digest.update(os.fsencode(path) + f"\0{version}\n".encode())
+        versions.update(os.fsencode(path) + f"\0{version}\n".encode())
     cache = cache_folder()
-    marker = cache / f"images-{digest.hexdigest()[:32]}" if cache else None
-    if marker and marker.exists():
-        return
-    if damaged := _damaged(root, files):
-        names = some([f"{_printable(str(root / path))} ({why})" for path, why in damaged], "; ")
-        raise UserError(f"{len(damaged)} of {len(files)} images cannot be read: {names}: replace or remove them")
-    if marker:
-        with contextlib.suppress(OSError):  # then they are checked again next time
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
+    file = cache / f"images-{versions.hexdigest()[:32]}.npz" if cache else None
+    inspected = _read_cache(file, len(files)) if file else None
+    if inspected is None:
+        inspected = _inspect(root, files)
+        if file:
+            _write_cache(file, *inspected)
+    identities, note = inspected
+    if note:
+        _note(f"{root}: {note}")
+    return identities
 
 
-def _damaged(root: Path, paths: list[str]) -> list[tuple[str, str]]:
-    """Return the path of each damaged image, and what is wrong with it."""
+def _read_cache(file: Path, num_files: int) -> tuple[np.ndarray, str] | None:
+    """Read what `_write_cache` wrote; None if there is no such file, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            identities, note = arrays["identities"], str(arrays["note"])
+        if identities.shape == (num_files, identity.SIZE) and identities.dtype == np.uint8:
+            return identities, note
+    return None
 
-    def problem(path: str) -> str:
+
+def _write_cache(file: Path, identities: np.ndarray, note: str) -> None:
+    """Remember the hashes and the note about deep images. If this fails, the images are inspected again next time."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as opened:
+            np.savez(opened, identities=identities, note=np.array(note))
+        os.replace(part, file)
+
+
+def _inspect(root: Path, paths: list[str]) -> tuple[np.ndarray, str]:
+    """Decode and hash images: the hashes uint8 [N, 16], and a note about images of 16 bits a channel, or ""."""
+
+    def inspect(path: str) -> tuple[bytes, str, int | None]:
         try:
-            return decode.problem((root / path).read_bytes())
+            content = decode.read_file(root / path)
         except OSError as error:
-            return error.strerror or one_line(error)
+            return b"", error.strerror or one_line(error), None
+        except ValueError as error:
+            return b"", str(error), None
+        return identity.digest(content), *decode.inspect(content)
 
+    hashes, damaged, deep = [], [], decode.DeepImages()
     with progress.bar(transient=True) as bar, ThreadPoolExecutor() as threads:
-        problems = bar.track(threads.map(problem, paths), total=len(paths), description="checking images")
-        return [(path, why) for path, why in zip(paths, problems, strict=True) if why]
+        inspected = bar.track(threads.map(inspect, paths), total=len(paths), description="checking images")
+        for path, (hashed, problem, brightest) in zip(paths, inspected, strict=True):
+            hashes.append(hashed)
+            deep.add(brightest)
+            if problem:
+                damaged.append(f"{_printable(str(root / path))} ({problem})")
+    if damaged:
+        names = some(damaged, "; ")
+        raise UserError(f"{len(damaged)} of {len(paths)} images cannot be read: {names}: replace or remove them")
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(paths), identity.SIZE), deep.note()

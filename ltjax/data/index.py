@@ -5,9 +5,11 @@ import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from ltjax.data import identity
 
 
 def shards_fingerprint(paths: Iterable[Path]) -> str:
@@ -16,27 +18,42 @@ def shards_fingerprint(paths: Iterable[Path]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def write_index(path: Path, labels: Sequence[int] | np.ndarray, keys: Sequence[Any], paths: Iterable[Path]) -> None:
-    """Write the index of a split of N records as an npz file, atomically.
+class Index(NamedTuple):
+    """The images of a split of N records, sorted by key.
 
-    Its arrays are `labels` [N] int32 and `records` [N] int64, the record numbers in the concatenated shards, both
-    sorted by key; and `fingerprint`, that of the shards. The arguments `labels` and `keys` (N different `file_name`s or
-    `id`s) are in the order of the records; `paths` are the split's shards.
+    Attributes:
+      labels: int32 [N].
+      records: int64 [N], record numbers in the concatenated shards.
+      identities: uint8 [N, 16], hashes of the keys.
     """
+
+    labels: np.ndarray
+    records: np.ndarray
+    identities: np.ndarray
+
+
+def make_index(labels: Sequence[int] | np.ndarray, keys: Sequence[Any]) -> Index:
+    """Sort a split's records by key. labels and keys (N different `file_name`s or `id`s) are in the records' order."""
     records = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    names = [key if isinstance(key, bytes) else str(key).encode() for key in (keys[record] for record in records)]
+    identities = np.frombuffer(b"".join(map(identity.digest, names)), np.uint8).reshape(-1, identity.SIZE)
+    return Index(np.asarray(labels, np.int32)[records], records, identities)
+
+
+def write_index(path: Path, index: Index, paths: Iterable[Path]) -> None:
+    """Write the index of a split as an npz file, atomically, with the fingerprint of the split's shards `paths`."""
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
-        ordered = np.asarray(labels, np.int32)[records]
-        np.savez(file, labels=ordered, records=records, fingerprint=np.array(shards_fingerprint(paths)))
+        np.savez(file, **index._asdict(), fingerprint=np.array(shards_fingerprint(paths)))
     os.replace(part, path)
 
 
-def read_index(path: Path, paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return labels int32 [N] and record numbers int64 [N]; None if there is no index of exactly these shards."""
+def read_index(path: Path, paths: Sequence[Path]) -> Index | None:
+    """Read an index; None if there is no index of exactly these shards."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["fingerprint"]) == shards_fingerprint(paths):
-                return arrays["labels"], arrays["records"]
+                return Index(*(arrays[name] for name in Index._fields))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # missing or damaged: the caller makes it again
+        pass  # missing, damaged, or of an older version: the caller makes it again
     return None

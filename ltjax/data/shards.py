@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ltjax.data import prepared, progress
-from ltjax.data.index import read_index, shards_fingerprint, write_index
+from ltjax.data.index import Index, make_index, read_index, shards_fingerprint, write_index
 from ltjax.data.source import Stored, resolve_data_dir
 from ltjax.system.paths import cache_folder
 from ltjax.types import UserError, one_line
@@ -25,22 +25,26 @@ CHUNK = 512  # records per read when all are read
 
 
 class Records:
-    """The images of a split, in the order of the record numbers `records`."""
+    """The images of a split, in the order of its index."""
 
-    def __init__(self, source: Any, records: np.ndarray, directory: Path, split: str):
-        self._source, self._records, self._directory, self._split = source, records, directory, split
+    def __init__(self, source: Any, index: Index, directory: Path, split: str):
+        self._source, self._index, self._directory, self._split = source, index, directory, split
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._index.records)
 
     def __getitem__(self, index: int) -> bytes:
         try:
-            return _fields(self._source[int(self._records[index])])["image"].bytes_list.value[0]
+            return _fields(self._source[int(self._index.records[index])])["image"].bytes_list.value[0]
         except Exception as error:  # array_record and protobuf each raise their own kinds
             raise UserError(f"{self.name(index)} cannot be read ({one_line(error)})") from error
 
     def name(self, index: int) -> str:
-        return f"record {self._records[index]} of split {self._split!r} in {self._directory}"
+        return f"record {self._index.records[index]} of split {self._split!r} in {self._directory}"
+
+    def identity(self, index: int) -> bytes:
+        """Return the hash of the image's name, which its data set gives to no other image."""
+        return self._index.identities[index].tobytes()
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Stored:
@@ -64,17 +68,18 @@ def _open(builder: Any, directory: Path, class_names: tuple[str, ...]) -> Stored
             raise ValueError(f"it lacks the split {split!r}")
         source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         paths = [Path(path) for path in builder.info.splits[split].filepaths]
-        labels, records = _index(directory, split, source, paths)
+        index = _index(directory, split, source, paths)
+        labels = index.labels
         if len(labels) != len(source):
             raise ValueError(f"its index has {len(labels)} images of split {split!r}, not {len(source)}")
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise ValueError(f"split {split!r} has labels up to {labels.max()}, of {len(class_names)} classes")
-        parts += [Records(source, records, directory, split), labels]
+        parts += [Records(source, index, directory, split), labels]
     return Stored(parts[0], parts[1], parts[2], parts[3], class_names)
 
 
-def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels and record numbers in the order of the images' names; read the index or make it."""
+def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> Index:
+    """Read the index of a split, or make it."""
     cache = cache_folder()
     candidates = [directory / f"{split}.index.npz"]
     candidates += [cache / f"index-{shards_fingerprint(paths)[:32]}.npz"] if cache else []
@@ -91,15 +96,15 @@ def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> tuple
                 labels[number] = fields["label"].int64_list.value[0]
                 keys.append(_key(fields, number))
             bar.advance(task, len(chunk))
+    index = make_index(labels, keys)
     for path in candidates:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_index(path, labels, keys, paths)
+            write_index(path, index, paths)
             break
         except OSError:
             continue  # the folder is not writable
-    order = np.asarray(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
-    return labels[order], order
+    return index
 
 
 def _fields(record: bytes) -> Any:

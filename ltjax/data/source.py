@@ -1,9 +1,8 @@
-"""The types that every data set is loaded as, the location of prepared data, and wording for messages."""
+"""The types that every data set is loaded as, and the location of prepared data."""
 
 import os
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -44,6 +43,10 @@ class ImageFiles(Protocol):
         """Return a name for image number `index`, for messages."""
         ...
 
+    def identity(self, index: int) -> bytes:
+        """Return 16 bytes that tell image number `index` from all others, wherever its file lies."""
+        ...
+
 
 class Stored(NamedTuple):
     """A classification data set on disk: images of any size, as files or records, decoded when needed.
@@ -79,6 +82,9 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self._files.name(int(self._indices[index]))
+
+    def identity(self, index: int) -> bytes:
+        return self._files.identity(int(self._indices[index]))
 
 
 def first_classes(data: Images | Stored, count: int) -> Images | Stored:
@@ -126,9 +132,3 @@ def newest_version(data_dir: Path, name: str) -> Path | None:
 def prepare_command(name: str, data_dir: str | os.PathLike) -> str:
     """Return the shell command that prepares data set `name` in `data_dir`, for error messages."""
     return f"python -m ltjax.data.prepare {name} --data_dir={shlex.quote(str(data_dir))}"
-
-
-def some(items: Sequence[str], separator: str = ", ") -> str:
-    """Join up to 5 items and count the rest, for messages: "a, b, c, d, e and 3 more"."""
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more

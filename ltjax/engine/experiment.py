@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from ltjax import data, methods, metrics, models, optim, registry, surgery
 from ltjax.config import DataConfig, RunConfig, StageConfig
-from ltjax.data import augment, samplers, splits
+from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.engine import evaluate, feed
 from ltjax.engine.stage import (
@@ -30,7 +30,8 @@ from ltjax.engine.stage import (
 from ltjax.interop.weights import into, load_weights
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.trained import is_archive, read_archive
-from ltjax.system import parallel, xla
+from ltjax.runs.workdir import check_same_images
+from ltjax.system import parallel, processes, xla
 from ltjax.types import Method, UserError, Variables
 
 
@@ -40,6 +41,7 @@ class Experiment(NamedTuple):
     config: RunConfig
     data: Images | Stored
     split: splits.Split
+    description: dict[str, Any]  # content of split.json
     groups: dict[str, np.ndarray]  # {"many": bool [C], ...}
     nets: dict[str, nn.Module]
     mesh: Mesh
@@ -69,13 +71,15 @@ class Experiment(NamedTuple):
         return 0 if branches is None else len(branches)
 
 
-def prepare(run: RunConfig, data_dir: str | Path | None) -> tuple[Experiment, dict[str, CompiledStage]]:
-    """Set up an experiment, and build and trace the jitted functions of all its stages.
+def prepare(
+    run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None
+) -> tuple[Experiment, dict[str, CompiledStage]]:
+    """Set up an experiment, see `set_up`, and build and trace the jitted functions of all its stages.
 
     Raises:
       UserError: For any mistake that can be found before the first step.
     """
-    experiment = set_up(run, data_dir)
+    experiment = set_up(run, data_dir, workdir)
     compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
     for name, stage in run.stages.items():
         if stage.keep_optimizer and compiled[name].assigned != compiled[stage.start_from].assigned:
@@ -88,8 +92,17 @@ def prepare(run: RunConfig, data_dir: str | Path | None) -> tuple[Experiment, di
     return experiment, compiled
 
 
-def set_up(run: RunConfig, data_dir: str | Path | None) -> Experiment:
-    """Load the data, choose the long-tailed training set, make the networks, and put resident images on the devices."""
+def set_up(run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None) -> Experiment:
+    """Load the data, choose the long-tailed training set, make the networks, and put resident images on the devices.
+
+    Args:
+      run: The config.
+      data_dir: Folder of prepared data sets.
+      workdir: Folder of the run, if its images have to be those that it began with.
+
+    Raises:
+      UserError: The config does not fit the data or the devices, or the run in the workdir began with other images.
+    """
     images = data.load(run.data.name, run.data.root or data_dir)
     if run.data.classes:
         images = first_classes(images, run.data.classes)
@@ -104,6 +117,10 @@ def set_up(run: RunConfig, data_dir: str | Path | None) -> Experiment:
         seed=run.data.seed,
         class_names=images.class_names,
     )
+    groups = _groups(run.data, split.class_counts)
+    description = _describe_images(run, images, split, groups)
+    if workdir is not None:
+        processes.on_first(lambda: check_same_images(workdir, description))
     mesh = parallel.make_mesh(replicas=run.replicas)
     _check_batch_size(run, mesh)
     networks = {"net": run.model, **({"guide": run.guide} if run.guide else {})}
@@ -116,7 +133,8 @@ def set_up(run: RunConfig, data_dir: str | Path | None) -> Experiment:
         config=run,
         data=images,
         split=split,
-        groups=_groups(run.data, split.class_counts),
+        description=description,
+        groups=groups,
         nets=nets,
         mesh=mesh,
         image_shape=image_sets.shape,
@@ -130,6 +148,20 @@ def set_up(run: RunConfig, data_dir: str | Path | None) -> Experiment:
             make_apply(nets, "eval"), image_sets.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
         ),
     )
+
+
+def _describe_images(
+    run: RunConfig, images: Images | Stored, split: splits.Split, groups: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Describe the images of a run: the content of `split.json`."""
+    hashes = identity.hash_images(images, split)
+    train = hashes.pop("train")
+    return {
+        **splits.describe(split, seed=run.data.seed, groups=groups, class_names=images.class_names),
+        "num_test": len(images.test_labels),
+        "images": {name: part.of_classes for name, part in {"train": train, **hashes}.items()},
+        "also_trained_on": {name: int(np.isin(part.images, train.images).sum()) for name, part in hashes.items()},
+    }
 
 
 def _check_batch_size(run: RunConfig, mesh: Mesh) -> None:

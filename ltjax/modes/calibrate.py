@@ -66,7 +66,7 @@ def calibrate_workdir(
         trained = newest(workdir)
         checkpoint = {"stage": trained.stage.name, "step": trained.step}
 
-    experiment = set_up(run, data_dir)
+    experiment = set_up(run, data_dir, workdir)
     replicas = []
     for replica in range(1 if imported else run.replicas):
         model = load_as_configured(config, workdir, temperature=1.0, replica=replica)

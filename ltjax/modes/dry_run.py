@@ -35,7 +35,7 @@ def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path
     run = parse(config)
     processes.on_first(lambda: check_workdir(workdir, config))
     console.print(f"Dry run of {run.name}: making data, networks and stages ready.")
-    experiment, compiled = prepare(run, data_dir)
+    experiment, compiled = prepare(run, data_dir, workdir)
     show(experiment, compiled, workdir, console)
     show_details(experiment, compiled, console)
 
@@ -62,10 +62,12 @@ def show(experiment: Experiment, compiled: Mapping[str, CompiledStage], workdir:
 def _show_data(experiment: Experiment, console: Console) -> None:
     config, counts = experiment.config.data, experiment.split.class_counts
     held_out = f", {len(experiment.split.holdout)} held out" if config.holdout else ""
+    copies = experiment.description["also_trained_on"]["test"]
+    trained_on = f", {copies} of them training images, too" if copies else ""
     console.print(
         f"{config.name}: {counts.sum():,} training images of {len(counts)} classes, {counts.max()} down to "
         f"{counts.min()} a class (imbalance factor {counts.max() / counts.min():.4g}){held_out}; "
-        f"{experiment.test_set.size:,} test images"
+        f"{experiment.test_set.size:,} test images{trained_on}"
     )
     for group, member in experiment.groups.items():
         if member.any():

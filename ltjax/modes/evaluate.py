@@ -44,7 +44,7 @@ def evaluate_workdir(
         summary = results.summarise(experiment, {"imported": imported.stage}, records, results.git_commit())
         summary["weights"] = run.weights
     else:
-        experiment, records = set_up(run, data_dir), {}
+        experiment, records = set_up(run, data_dir, workdir), {}
         for name, stage in run.stages.items():
             restored = restore(experiment, stage, workdir)
             if restored is not None:

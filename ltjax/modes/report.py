@@ -38,7 +38,7 @@ def report_workdir(
     run = parse(config)
     processes.on_first(lambda: open_run(workdir, config))
     console.print(f"Looking at the test images of {run.name} again.")
-    experiment = set_up(run, data_dir)
+    experiment = set_up(run, data_dir, workdir)
     finished = processes.on_first((workdir / "results.json").exists)
     records, variables, epoch = {}, {}, 0.0
     for name, stage in run.stages.items():

@@ -4,9 +4,8 @@ import glob
 import itertools
 import os
 import re
-import stat
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax.data.decode import MAX_IMAGE_BYTES, View, center_crop, decode
-from ltjax.data.image_folder import SUFFIXES
+from ltjax.data.decode import DeepImages, View, center_crop, read, read_file
+from ltjax.data.image_folder import SUFFIXES, describe_left_out, is_image
 from ltjax.system import xla
 from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
@@ -60,15 +59,15 @@ def find(images: str) -> Iterator[str]:
     """Find image files, in natural order (img9 before img10). Hidden files are ignored.
 
     Args:
-      images: A file, a folder, of which all images are found recursively, or a pattern (`*`, `?`, `[a-z]`, `**` for any
-        folders), of which all matches are.
+      images: A file; a folder, of which all images are found recursively, and a note counts the other files; or a
+        pattern (`*`, `?`, `[a-z]`, `**` for any folders), of which all matches are taken.
 
     Raises:
       UserError: There are none.
     """
     path = os.fspath(local(images))
     if os.path.isdir(path):
-        files: Iterator[str] = _walk(path, ())
+        files: Iterator[str] = _images_below(path)
         message = f"no images in {images} or below it; known kinds: {', '.join(SUFFIXES)}"
     elif os.path.exists(path):
         files, message = iter((path,)), ""
@@ -82,8 +81,22 @@ def find(images: str) -> Iterator[str]:
     return itertools.chain((first,), files)
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Yield the images in and below a folder. above: its parents, to detect links to them."""
+def _images_below(folder: str) -> Iterator[str]:
+    """Yield the images in and below a folder, then print a note about files that are left out."""
+    left_out: Counter[str] = Counter()
+    yield from _walk(folder, (), left_out)
+    if left_out:
+        print(f"note: {folder}: {describe_left_out(left_out)}", file=sys.stderr)
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]) -> Iterator[str]:
+    """Yield the images in and below a folder.
+
+    Args:
+      folder: Its path.
+      above: Its parents, to detect links to them.
+      left_out: Counts files that are no images, by their endings.
+    """
     try:
         status = os.stat(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: _natural(entry.name))
@@ -96,9 +109,11 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
             continue
         if _is_folder(entry):
             if identity not in above:
-                yield from _walk(entry.path, (*above, identity))
-        elif entry.name.lower().endswith(SUFFIXES):
+                yield from _walk(entry.path, (*above, identity), left_out)
+        elif is_image(entry.path):
             yield entry.path
+        else:
+            left_out[os.path.splitext(entry.name)[1]] += 1
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -116,20 +131,21 @@ def _natural_path(path: str) -> list[Any]:
     return [_natural(part) for part in Path(path).parts]
 
 
-def read_image(file: str, view: View, channels: int) -> np.ndarray | str:
-    """Read the network's input from a file, uint8 [size, size, channels], or return an error message."""
+def read_image(file: str, view: View, channels: int) -> tuple[np.ndarray, int | None] | str:
+    """Read the network's input from a file, or return an error message.
+
+    Returns:
+      uint8 [size, size, channels], and the brightest value of an image of 16 bits a channel, else None.
+    """
     try:
-        status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):
-            return "no file"
-        if status.st_size > MAX_IMAGE_BYTES:
-            return f"more than {MAX_IMAGE_BYTES} bytes"
-        pixels = center_crop(decode(Path(file).read_bytes()), view)
+        pixels, brightest = read(read_file(file))
+        pixels = center_crop(pixels, view)
     except OSError as error:
         return error.strerror or one_line(error)
     except (ValueError, MemoryError, cv2.error) as error:
         return one_line(error)
-    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[..., None] if channels == 1 else pixels
+    pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[..., None] if channels == 1 else pixels
+    return pixels, brightest
 
 
 class _Batch(NamedTuple):
@@ -179,12 +195,14 @@ def _stream(
     black = np.zeros((view.size, view.size, model.channels), np.uint8)
     decoding: deque[tuple[list[str], list[Future]]] = deque()
     working: _Batch | None = None
-    several = False  # batches
+    several, deep = False, DeepImages()  # several: batches
 
     def dispatch(names: list[str], futures: list[Future]) -> _Batch:
         results = [future.result() for future in futures]
         errors = [result if isinstance(result, str) else "" for result in results]
-        images = [black if isinstance(result, str) else result for result in results]
+        images = [black if isinstance(result, str) else result[0] for result in results]
+        for result in results:
+            deep.add(None if isinstance(result, str) else result[1])
         images += [black] * (model.batch_size - len(names) if several else 0)  # else another size compiles
         logits = model.start(np.stack(images))
         return _Batch(names, errors, *_rank(logits, np.float32(model.temperature), k=top_k))
@@ -203,6 +221,8 @@ def _stream(
                     yield _predictions(previous, model.class_names)
         if working is not None:
             yield _predictions(working, model.class_names)
+        if note := deep.note():
+            print(f"note: {note}", file=sys.stderr)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

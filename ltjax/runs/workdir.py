@@ -11,8 +11,9 @@ from ltjax.config import differences, with_defaults
 from ltjax.runs.checkpoint import FIX_DISK, read_json
 from ltjax.system import locks
 from ltjax.system.paths import check_checkpoints
-from ltjax.types import UserError
+from ltjax.types import UserError, some
 
+SPLIT_KEYS = ("class_names", "class_counts", "sha256", "holdout_sha256")  # of split.json, which have to be the same
 DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -88,19 +89,32 @@ def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
-    """Raise UserError if the run in the folder began with other training images.
+    """Raise UserError if the run in the folder began with other images.
 
     Args:
-      described: From `ltjax.data.splits.describe`.
+      described: What split.json would hold for the images at hand.
     """
     path = workdir / "split.json"
     saved = read_json(path) if path.exists() else described
-    keys = ("class_names", "class_counts", "sha256", "holdout_sha256")
-    if changed := [key for key in keys if key in saved and saved[key] != described[key]]:
+    changes = [f"different {key}" for key in SPLIT_KEYS if key in saved and saved[key] != described[key]]
+    if saved.get("class_names") == described["class_names"]:
+        for part, before in saved.get("images", {}).items():
+            changed = [
+                _count_change(name, saved["class_counts"][c], described["class_counts"][c], part)
+                for c, name in enumerate(described["class_names"])
+                if before[c] != described["images"][part][c]
+            ]
+            if changed:
+                changes.append(f"other {part} images of {some(changed)}")
+    if changes:
         raise UserError(
-            f"{workdir} holds a run that began with other training images (different {', '.join(changed)} in "
-            "split.json): use another --workdir, or the old images to resume"
+            f"{workdir} holds a run that began with other images than those at hand ({'; '.join(changes)} in "
+            "split.json): use another --workdir, or the images that the run began with"
         )
+
+
+def _count_change(name: str, before: int, now: int, part: str) -> str:
+    return f"{name} ({before} then, {now} now)" if part == "train" and before != now else name
 
 
 @contextlib.contextmanager

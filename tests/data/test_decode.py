@@ -38,6 +38,54 @@ def test_cmyk_decodes_to_rgb():
     assert decode.decode(encoded(image)).shape == (40, 60, 3)
 
 
+# Containers that keep every pixel, and JPEG's successors at their best. Pillow cannot write the rest.
+KINDS = {
+    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1"),
+    "TIFF": ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"),
+    "WEBP": ("RGB", "RGBA", "L", "P"),
+    "BMP": ("RGB", "RGBA", "L", "P", "1"),
+    "GIF": ("RGB", "L", "P", "1"),
+    "PPM": ("RGB", "L", "1"),
+    "JPEG2000": ("RGB", "RGBA", "L", "LA"),
+    "AVIF": ("RGB", "RGBA", "L", "LA"),
+    "JPEG": ("RGB", "L", "1", "CMYK", "YCbCr"),
+}
+SETTINGS = {"WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 100}, "JPEG": {"quality": 100}}
+
+
+@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind, modes in KINDS.items() for mode in modes])
+def test_every_container_gives_the_pixels_that_pillow_reads(kind, mode):
+    rng = np.random.default_rng(0)
+    alpha = rng.integers(0, 256, (8, 8)).astype(np.uint8)
+    image = Image.fromarray(np.dstack([picture(8, 8), alpha])).convert("RGB" if mode not in ("RGBA", "LA") else "RGBA")
+    content = encoded(image.convert(mode), kind, **SETTINGS.get(kind, {}))
+    with Image.open(io.BytesIO(content)) as opened:
+        expected = np.asarray(opened.convert("RGB")).astype(int)
+    assert np.abs(decode.decode(content) - expected).max() <= 1  # rounding of YCbCr and CMYK
+
+
+@pytest.mark.parametrize("ending", [".png", ".tiff", ".ppm"])
+def test_of_16_bits_the_upper_8_are_kept(ending):
+    pixels = np.random.default_rng(0).integers(0, 5000, (8, 8, 3)).astype(np.uint16)
+    content = cv2.imencode(ending, pixels)[1].tobytes()
+    decoded, brightest = decode.read(content)
+    np.testing.assert_array_equal(decoded, pixels[..., ::-1] >> 8)
+    assert brightest == pixels.max() and decode.inspect(content) == ("", pixels.max())
+
+
+def test_alpha_of_16_bits_is_dropped():
+    pixels = np.random.default_rng(0).integers(0, 65536, (8, 8, 4)).astype(np.uint16)
+    for ending in (".png", ".tiff"):
+        decoded = decode.decode(cv2.imencode(ending, pixels)[1].tobytes())
+        np.testing.assert_array_equal(decoded, pixels[..., 2::-1] >> 8)
+
+
+@pytest.mark.parametrize("ending", [".tiff", ".pfm", ".hdr"])
+def test_images_of_floats_are_refused_with_the_reason(ending):
+    content = cv2.imencode(ending, np.full((8, 8, 3), 0.5, np.float32))[1].tobytes()
+    assert "pixels of type float32, whose brightest value is unknown: convert it to 8 bits" in decode.problem(content)
+
+
 def test_the_exif_orientation_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn

@@ -4,11 +4,13 @@ import os
 import shutil
 import sys
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from ltjax import data
-from ltjax.data import image_folder
+from ltjax.data import identity, image_folder
 from ltjax.types import UserError
 from tests.data.miniatures import photo
 
@@ -45,6 +47,54 @@ def test_images_in_subfolders_are_found_and_other_files_ignored(tmp_path):
     assert np.bincount(data.load("image_folder", tmp_path).train_labels).tolist() == [3, 2]
 
 
+def test_images_of_every_ending_are_found_and_other_files_counted(tmp_path, capsys):
+    make(make(tmp_path, (2, 2)), (1, 1), "val")
+    for name in ("x.jfif", "y.JPG2", "without"):
+        (tmp_path / "train" / "a" / name).write_bytes(photo(0, 9, 16))
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "train" / "a" / "z.gif")
+    for name in ("notes.txt", "more.txt", "photo.HEIC", "BM.md", "readme"):
+        (tmp_path / "train" / "b" / name).write_bytes(b"BM no image")
+    loaded = data.load("image_folder", tmp_path)
+    assert np.bincount(loaded.train_labels).tolist() == [6, 2]
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == (
+        f"note: {tmp_path}/train: 5 file(s) are no images that can be decoded and are left out: "
+        ".txt (2), without an ending (1), .HEIC (1), .md (1)"
+    )
+
+
+def test_images_of_16_bits_are_counted_each_time(tmp_path, capsys):
+    make(make(tmp_path, (2, 2)), (1, 1), "val")
+    for number, brightest in enumerate((255, 4095)):
+        cv2.imwrite(str(tmp_path / "train" / "a" / f"{number}.png"), np.full((4, 4), brightest, np.uint16))
+    for _ in range(2):  # the second time from the cache
+        data.load("image_folder", tmp_path)
+        (note,) = capsys.readouterr().err.splitlines()
+        assert note == (
+            f"note: {tmp_path}: 2 image(s) have 16 bits a channel, with brightest values from 255 to 4,095 of 65,535; "
+            "the upper 8 bits are used, so 2 are dark: scale them to the full range"
+        )
+
+
+def test_an_image_is_identified_by_its_content(tmp_path):
+    make(make(tmp_path, (3, 2)), (1, 1), "val")
+    before = data.load("image_folder", tmp_path).train_files
+    assert before.identity(1) == identity.digest(photo(0, 1, 16))
+    shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("cache"))
+    after = data.load("image_folder", tmp_path / "copy").train_files
+    assert [after.identity(i) for i in range(5)] == [before.identity(i) for i in range(5)]
+
+
+def test_a_damaged_cache_is_written_again(tmp_path):
+    make(make(tmp_path, (2, 2)), (1, 1), "val")
+    before = data.load("image_folder", tmp_path).train_files.identity(0)
+    (file,) = (tmp_path / "cache" / "ltjax").glob("images-*.npz")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert data.load("image_folder", tmp_path).train_files.identity(0) == before
+    assert len(file.read_bytes()) == len(whole)
+
+
 def test_without_validation_the_same_number_of_each_class_is_held_out(tmp_path):
     loaded = data.load("image_folder", make(tmp_path, (30, 11, 10)))
     assert np.bincount(loaded.test_labels).tolist() == [2, 2, 2]
@@ -67,7 +117,7 @@ def test_damaged_images_are_counted_and_named(tmp_path):
 def test_images_are_checked_again_only_after_a_change(tmp_path, monkeypatch):
     make(make(tmp_path, (2, 2)), (1, 1), "val")
     data.load("image_folder", tmp_path)
-    monkeypatch.setattr(image_folder.decode, "problem", lambda content: pytest.fail("decoded again"))
+    monkeypatch.setattr(image_folder.decode, "inspect", lambda content: pytest.fail("decoded again"))
     data.load("image_folder", tmp_path)
     monkeypatch.undo()
     (tmp_path / "train" / "a" / "000.jpg").write_bytes(b"no image")

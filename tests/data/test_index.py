@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from ltjax.data import index
+from ltjax.data import identity, index
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def shards(tmp_path):
 
 @pytest.fixture
 def written(tmp_path, shards):
-    index.write_index(tmp_path / "train.index.npz", [5, 6, 7], ["n10_2", "n9_1", "n10_10"], shards)
+    index.write_index(tmp_path / "train.index.npz", index.make_index([5, 6, 7], ["n10_2", "n9_1", "n10_10"]), shards)
     return dict(np.load(tmp_path / "train.index.npz"))
 
 
@@ -33,6 +33,17 @@ def test_records_are_sorted_by_key(written):
 
 def test_labels_are_sorted_by_key(written):
     assert written["labels"].tolist() == [7, 5, 6]
+
+
+def test_an_image_is_identified_by_its_key(written, shards):
+    names = [b"n10_10", b"n10_2", b"n9_1"]
+    assert [row.tobytes() for row in written["identities"]] == [identity.digest(name) for name in names]
+
+
+def test_an_index_of_an_older_version_is_made_again(written, tmp_path, shards):
+    del written["identities"]
+    np.savez(tmp_path / "train.index.npz", **written)
+    assert index.read_index(tmp_path / "train.index.npz", shards) is None
 
 
 def test_types(written, shards):

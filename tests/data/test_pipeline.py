@@ -40,6 +40,9 @@ class Encoded:
     def name(self, index):
         return f"image {index}"
 
+    def identity(self, index):
+        return b"%16d" % index
+
 
 class Counted(Encoded):
     """Counts the reads; read number `at`, counted from 0, calls `act` first."""

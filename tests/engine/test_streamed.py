@@ -10,6 +10,7 @@ import pytest
 
 from ltjax import data, train
 from ltjax.config import parse
+from ltjax.data.identity import digest
 from ltjax.data.source import Images, Stored
 from ltjax.engine import experiment as experiments
 from ltjax.engine import feed, measure, stage
@@ -34,6 +35,9 @@ class Pngs:
 
     def name(self, index):
         return f"image {index}"
+
+    def identity(self, index):
+        return digest(self.contents[index])
 
 
 def both():

@@ -42,6 +42,17 @@ def test_a_folder_is_searched_recursively_in_natural_order(tmp_path):
     assert find(tmp_path) == ["1.jpeg", "img9/a2.webp", "img9/a10.tif", "img9/b.png", "img9.JPG", "img10.jpg"]
 
 
+def test_images_of_other_endings_are_found_and_other_files_counted(tmp_path, capsys):
+    touch(tmp_path, "a.jpg", "notes.txt", "b/more.txt", "c.raw", "hidden/.DS_Store")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b" / "x.JPG2", "JPEG")
+    os.mkfifo(tmp_path / "pipe")
+    assert find(tmp_path) == ["a.jpg", "b/x.JPG2"]
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: 4 file(s) are no images that can be decoded and are left out: "
+        ".txt (2), without an ending (1), .raw (1)\n"
+    )
+
+
 def test_a_pattern_matches_files_in_natural_order(tmp_path):
     touch(tmp_path, "b/img10.jpg", "b/img9.jpg", "a/1.jpg", "a/deep/2.jpg", "a/1.txt")
     assert find(tmp_path, "*/*.jpg") == ["a/1.jpg", "b/img9.jpg", "b/img10.jpg"]
@@ -92,7 +103,7 @@ def random_image(mode, size=(20, 16)):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_get_the_channels_of_the_network(tmp_path, mode, kind, channels):
     random_image(mode).save(tmp_path / f"image.{kind}")
-    read = files.read_image(str(tmp_path / f"image.{kind}"), View(12, 16), channels)
+    read, _ = files.read_image(str(tmp_path / f"image.{kind}"), View(12, 16), channels)
     assert read.shape == (12, 12, channels) and read.dtype == np.uint8
 
 
@@ -100,7 +111,7 @@ def test_images_get_the_channels_of_the_network(tmp_path, mode, kind, channels):
 def test_grey_pixels_do_not_change(tmp_path):
     image = random_image("L", (16, 16))
     image.save(tmp_path / "image.png")
-    read = files.read_image(str(tmp_path / "image.png"), View(16, 16), 1)
+    read, _ = files.read_image(str(tmp_path / "image.png"), View(16, 16), 1)
     np.testing.assert_array_equal(read[..., 0], np.asarray(image))
 
 
@@ -164,6 +175,18 @@ def test_unreadable_files_have_an_error_in_their_place(tmp_path):
     assert [each.classes[:1] for each in predictions] == [(), ("b",), (), ("d",), ()]
     errors = [each.error for each in predictions]
     assert errors[0] == "empty" and errors[2] and errors[4] == "No such file or directory"
+
+
+def test_images_of_16_bits_are_counted(tmp_path, capsys):
+    for number, brightest in enumerate((65535, 300, 200)):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((4, 4), brightest, np.uint16))
+    (tmp_path / "8 bits").mkdir()
+    write_levels(tmp_path / "8 bits", [0])
+    list(Brightness().predict(str(tmp_path)))
+    assert capsys.readouterr().err == (
+        "note: 3 image(s) have 16 bits a channel, with brightest values from 200 to 65,535 of 65,535; "
+        "the upper 8 bits are used, so 2 are dark: scale them to the full range\n"
+    )
 
 
 def test_files_are_read_only_a_few_batches_ahead(tmp_path):

@@ -21,9 +21,9 @@ from ltjax.data.decode import problem
 from ltjax.data.prepare.in_memory import require_writable
 from ltjax.data.prepare.shards import JOURNAL, SHARD_BYTES, Shards
 from ltjax.data.prepare.sources import Member, walk
-from ltjax.data.source import newest_version, some
+from ltjax.data.source import newest_version
 from ltjax.system.locks import locked
-from ltjax.types import UserError
+from ltjax.types import UserError, some
 
 IN_FLIGHT = 64  # images in memory while threads check them
 
@@ -291,7 +291,7 @@ def _finish(spec: DatasetSpec, shards: Shards) -> None:
     for split in spec.official:
         keys = [key for shard in shards.finished[split] for key in shard.keys]
         labels = [spec.images[key].label for key in keys]
-        index.write_index(folder / f"{split}.index.npz", labels, keys, paths[split])
+        index.write_index(folder / f"{split}.index.npz", index.make_index(labels, keys), paths[split])
     directory = folder.with_name(spec.version)
     os.rename(folder, directory)
     (directory / JOURNAL).unlink()

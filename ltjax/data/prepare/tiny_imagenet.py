@@ -17,8 +17,7 @@ from ltjax.data import progress
 from ltjax.data.prepare import in_memory
 from ltjax.data.prepare.download import download
 from ltjax.data.prepare.sources import leads_outside
-from ltjax.data.source import some
-from ltjax.types import UserError, one_line
+from ltjax.types import UserError, one_line, some
 
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 

@@ -1,0 +1,121 @@
+"""A run goes on, and is evaluated, only with the images that it began with, wherever they lie."""
+
+import json
+import shutil
+
+import pytest
+
+from ltjax import train
+from ltjax.modes import attack, calibrate, dry_run, evaluate, report
+from ltjax.types import UserError
+from tests.configs.reading import read
+from tests.data.miniatures import photo
+
+CLASSES = ("cat", "dog", "owl")
+MODES = {
+    "train": train.train,
+    "dry_run": dry_run.dry_run,
+    "eval": evaluate.evaluate_workdir,
+    "attack": attack.attack_workdir,
+    "report": report.report_workdir,
+    "calibrate": calibrate.calibrate_workdir,
+}
+
+
+def config_of(root):
+    config = read("image_folder", "method=ce,model=resnet10,size=32,holdout=1")
+    config.update(batch_size=8, eval_batch_size=8, epochs=1, eval_every=1)
+    config.model.width = 2
+    config.data.root = str(root)
+    config.attack.update(tests=("pgd-1",), num_images=2, radii=())
+    return config.to_dict()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(root of the images, workdir) of a run that is not finished, on a folder without validation."""
+    root = tmp_path_factory.mktemp("images")
+    for label, name in enumerate(CLASSES):
+        (root / "train" / name).mkdir(parents=True)
+        for number in range(7 - label):
+            (root / "train" / name / f"{number}.jpg").write_bytes(photo(label, number, 16))
+    workdir = root.parent / "run"
+    train.train(config_of(root), workdir)
+    (workdir / "results.json").unlink()
+    return root, workdir
+
+
+@pytest.fixture
+def copy(trained, tmp_path, monkeypatch):
+    """Copies of both, to spoil."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return shutil.copytree(trained[0], tmp_path / "moved"), shutil.copytree(trained[1], tmp_path / "run")
+
+
+def add_one_to_every_class(root):
+    for label, name in enumerate(CLASSES):
+        (root / "train" / name / "99.jpg").write_bytes(photo(label, 99, 16))
+
+
+def rename_one(root):
+    (root / "train" / "cat" / "0.jpg").rename(root / "train" / "cat" / "99.jpg")
+
+
+def replace_one(root):
+    (root / "train" / "dog" / "0.jpg").write_bytes(photo(1, 99, 16))
+
+
+def make_validation(root):
+    shutil.copytree(root / "train", root / "validation")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_refuses_other_images(copy, mode):
+    root, workdir = copy
+    add_one_to_every_class(root)
+    with pytest.raises(UserError, match=r"other train images of cat \(5 then, 6 now\), dog \(4 then, 5 now\)"):
+        MODES[mode](config_of(root), workdir)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (rename_one, "began with other images than those at hand .*other train images of cat"),
+        (replace_one, "other (train|holdout|test) images of dog"),
+        (make_validation, "other test images of cat, dog, owl"),
+        (lambda root: (root / "train" / "owl").rename(root / "train" / "eagle"), "different class_names"),
+    ],
+)
+def test_the_message_names_the_change(copy, change, message):
+    root, workdir = copy
+    change(root)
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate_workdir(config_of(root), workdir)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "calibrate"])  # it needs a better network
+def test_a_folder_that_was_moved_holds_the_same_images(copy, mode):
+    root, workdir = copy
+    config = config_of(root)
+    config["data"]["threads"] = 1
+    MODES[mode](config, workdir)
+
+
+def test_split_json_counts_test_images_that_were_trained_on(copy, tmp_path):
+    root, _ = copy
+    for name in ("owl", "dog"):
+        shutil.copytree(root / "train" / name, root / "val" / name)
+    config = config_of(root)
+    config["data"]["holdout"] = 0
+    train.train(config, tmp_path / "other")
+    split = json.loads((tmp_path / "other" / "split.json").read_text())
+    assert (split["num_test"], split["also_trained_on"]) == (6 + 5, {"holdout": 0, "test": 6 + 5})
+
+
+def test_a_held_out_copy_of_a_training_image_is_counted(copy, tmp_path):
+    root, _ = copy
+    for number in range(5):
+        (root / "train" / "owl" / f"{number}.jpg").write_bytes(photo(2, 0, 16))
+    train.train(config_of(root), tmp_path / "other")
+    split = json.loads((tmp_path / "other" / "split.json").read_text())
+    assert split["also_trained_on"] == {"holdout": 1, "test": 1}
