@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
@@ -229,11 +230,14 @@ def logit_adjusted(logits: jax.Array, labels: jax.Array, *, class_counts: ArrayL
 def log_prior(class_counts: ArrayLike) -> jax.Array:
     """Compute the logarithm of each class's share of the training images: class_counts [C] -> [C] float32.
 
+    Raises:
+      ValueError: A class has no training images.
+
     Examples:
       >>> losses.log_prior(jnp.array([90, 10]))
       Array([-0.105, -2.303], dtype=float32)
     """
-    counts = jnp.asarray(class_counts).astype(jnp.float32)
+    counts = _positive(class_counts)
     return jnp.log(counts) - jnp.log(counts.sum())
 
 
@@ -261,14 +265,32 @@ def focal(logits: jax.Array, labels: jax.Array, *, gamma: float = 2.0) -> jax.Ar
     return jnp.exp(gamma * log_rest) * -_at_label(log_p, labels)
 
 
+def _positive(class_counts: ArrayLike) -> jax.Array:
+    """Return the counts as float32 [C]: half precision cannot represent large ones.
+
+    Raises:
+      ValueError: A class has none. Counts that are traced cannot be checked; those of 0 give infinities and nan.
+    """
+    if not isinstance(class_counts, jax.core.Tracer):
+        counts = np.asarray(class_counts)
+        if (absent := np.flatnonzero(~(counts > 0))).size:
+            raise ValueError(
+                f"class_counts = {counts[absent[0]]} for class {absent[0]}: every class needs 1 training image or more"
+            )
+    return jnp.asarray(class_counts).astype(jnp.float32)
+
+
 def ldam_margins(class_counts: ArrayLike, *, max_margin: float = 0.5) -> jax.Array:
     """Compute LDAM's margin of each class, `max_margin * (n_min / n_c)^(1/4)`: class_counts [C] -> [C].
+
+    Raises:
+      ValueError: A class has no training images.
 
     Examples:
       >>> losses.ldam_margins([1600, 100]).tolist()
       [0.25, 0.5]
     """
-    counts = jnp.asarray(class_counts).astype(jnp.float32)  # half precision cannot represent large counts
+    counts = _positive(class_counts)
     return max_margin * (counts.min() / counts) ** 0.25
 
 
@@ -307,7 +329,7 @@ def effective_number_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -
       beta: In [0, 1). 0 gives equal weights; as beta approaches 1, the weights approach `1 / n_c`.
 
     Raises:
-      ValueError: beta is outside [0, 1).
+      ValueError: beta is outside [0, 1), or a class has no training images.
 
     Examples:
       >>> losses.effective_number_weights(jnp.array([1000, 100, 10]), beta=0.999)
@@ -315,7 +337,7 @@ def effective_number_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -
     """
     if not 0 <= beta < 1:
         raise ValueError(f"effective number beta = {beta}: from 0 up to, not including, 1")
-    counts = jnp.asarray(class_counts).astype(jnp.float32)
+    counts = _positive(class_counts)
     # expm1 because 1 - beta^n is rounding noise at beta = 1 - 1e-7
     weights = 1 / -jnp.expm1(counts * math.log(beta)) if beta else jnp.ones_like(counts)
     return weights / weights.mean()
@@ -423,7 +445,7 @@ def branch_masks(class_counts: ArrayLike, *, medium_start: int, tail_start: int)
       tail_start: First rank of the tail classes.
 
     Raises:
-      ValueError: 0 <= medium_start <= tail_start does not hold.
+      ValueError: The ranks are no integers, or 0 <= medium_start <= tail_start does not hold.
 
     Examples:
       >>> losses.branch_masks(jnp.array([5, 500, 50]), medium_start=1, tail_start=2)
@@ -431,8 +453,12 @@ def branch_masks(class_counts: ArrayLike, *, medium_start: int, tail_start: int)
              [ True, False,  True],
              [ True, False, False]], dtype=bool)
     """
-    if not 0 <= medium_start <= tail_start:
-        raise ValueError(f"branches medium_start = {medium_start}, tail_start = {tail_start}: ranks, in this order")
+    integers = all(hasattr(start, "__index__") for start in (medium_start, tail_start))
+    if not integers or not 0 <= medium_start <= tail_start:
+        raise ValueError(
+            f"branches medium_start = {medium_start}, tail_start = {tail_start}: ranks, in this order, such as 35 and "
+            "70 of 100 classes"
+        )
     order = jnp.argsort(-jnp.asarray(class_counts).astype(jnp.float32), stable=True)
     rank = jnp.argsort(order)  # [C]
     return jnp.stack([rank >= start for start in (0, medium_start, tail_start)])

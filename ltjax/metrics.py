@@ -126,10 +126,17 @@ def count_groups(class_counts: ArrayLike, *, few_below: int = 20, many_above: in
 def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarray]:
     """Group classes by number, as some papers do: many [0, a), medium [a, b), few [b, C), for `bounds = (a, b)`.
 
+    Raises:
+      ValueError: The bounds are not two integers, a not above b.
+
     Examples:
       >>> {name: member.tolist() for name, member in metrics.range_groups(4, (1, 3)).items()}
       {'many': [True, False, False, False], 'medium': [False, True, True, False], 'few': [False, False, False, True]}
     """
+    if len(bounds) != 2 or not all(hasattr(bound, "__index__") for bound in bounds) or not bounds[0] <= bounds[1]:
+        raise ValueError(
+            f"bounds of the groups = {tuple(bounds)}: two numbers of classes, the first not above the second"
+        )
     index = np.arange(num_classes)
     return {"many": index < bounds[0], "medium": (index >= bounds[0]) & (index < bounds[1]), "few": index >= bounds[1]}
 

@@ -251,3 +251,28 @@ def test_renaming_the_classes_renames_the_effective_number_weights():
 def test_effective_number_beta_outside_0_to_1_is_an_error_that_names_it(beta):
     with pytest.raises(ValueError, match=f"effective number beta = {beta}: from 0 up to, not including, 1"):
         losses.effective_number_weights(np.array([1, 2]), beta=beta)
+
+
+KERNELS_OF_COUNTS = {
+    "log_prior": losses.log_prior,
+    "effective_number_weights": losses.effective_number_weights,
+    "ldam_margins": losses.ldam_margins,
+    "logit_adjusted with tau 0": lambda n: losses.logit_adjusted(
+        jnp.zeros((1, 3)), jnp.zeros(1, int), class_counts=n, tau=0
+    ),
+    "balanced_softmax": lambda n: losses.balanced_softmax(jnp.zeros((1, 3)), jnp.zeros(1, int), class_counts=n),
+    "ldam": lambda n: losses.ldam(jnp.zeros((1, 3)), jnp.zeros(1, int), class_counts=n),
+}
+
+
+@pytest.mark.parametrize("as_array", [list, np.array, jnp.array])
+@pytest.mark.parametrize("kernel", KERNELS_OF_COUNTS)
+def test_a_class_without_training_images_is_an_error_that_names_it(kernel, as_array):
+    with pytest.raises(ValueError, match="class_counts = 0 for class 1: every class needs 1 training image or more"):
+        KERNELS_OF_COUNTS[kernel](as_array([5, 0, 7]))
+
+
+@pytest.mark.parametrize("kernel", KERNELS_OF_COUNTS)
+def test_traced_counts_give_what_known_counts_give(kernel):
+    function, counts = KERNELS_OF_COUNTS[kernel], np.array([5, 1, 7])
+    np.testing.assert_allclose(jax.jit(function)(counts), function(counts), rtol=1e-6)

@@ -160,6 +160,13 @@ def test_an_empty_range_is_absent_from_the_accuracies():
     assert metrics.accuracy_by_group([1, 0, 1, 1], [0, 1, 2, 3], groups) == {"many": 0.5, "few": 1.0, "all": 0.75}
 
 
+@pytest.mark.parametrize("bounds", [(0.3, 0.7), (3, 2), (3,), (1, 2, 3)])
+def test_bounds_that_are_not_two_numbers_of_classes_are_an_error(bounds):
+    for groups in (lambda: metrics.range_groups(4, bounds), lambda: metrics.rank_groups([9, 5, 2, 1], bounds)):
+        with pytest.raises(ValueError, match="two numbers of classes, the first not above the second"):
+            groups()
+
+
 def test_rank_groups_are_those_of_classes_by_count():
     groups = metrics.rank_groups([5, 50, 7, 50, 1], (2, 3))
     assert {name: np.flatnonzero(member).tolist() for name, member in groups.items()} == {

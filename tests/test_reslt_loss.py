@@ -211,7 +211,7 @@ def test_renaming_the_classes_renames_the_masks():
     np.testing.assert_array_equal(losses.branch_masks(counts[old_name], **starts), masks[:, old_name])
 
 
-@pytest.mark.parametrize("medium, tail", [(-1, 3), (4, 3)])
+@pytest.mark.parametrize("medium, tail", [(-1, 3), (4, 3), (0.35, 0.7), (3, 4.0)])
 def test_branches_out_of_order_are_an_error_that_names_both(medium, tail):
     with pytest.raises(ValueError, match=f"medium_start = {medium}, tail_start = {tail}: ranks, in this order"):
         losses.branch_masks(np.ones(5), medium_start=medium, tail_start=tail)
