@@ -1,4 +1,4 @@
-"""Checkpoints of one stage: saved in the background, the two latest kept, damaged ones skipped."""
+"""Checkpoints of one stage: saved in the background, read back, the two latest kept, damaged ones skipped."""
 
 import json
 import logging
@@ -26,7 +26,8 @@ _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 class Checkpoints:
     """The checkpoints in one directory: each is a pytree of arrays, the state, with a JSON record.
 
-    The record holds a fingerprint of the state, because Orbax detects truncated files but not flipped bits.
+    The record holds a fingerprint of the state, because Orbax detects truncated files but not flipped bits. Every
+    checkpoint is read back: before the next one is saved, or in `wait`.
     """
 
     def __init__(self, directory: Path):
@@ -37,6 +38,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise UserError(f"cannot keep checkpoints in {self.directory}: {error.strerror or error}") from error
+        self._unread: tuple[int, Any] | None = None  # step of the last save, and what `restore_step` needs to read it
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -45,19 +47,36 @@ class Checkpoints:
         """Save a state in the background. Replace the checkpoint of this step if there is one.
 
         Raises:
-          UserError: This save cannot start, or the one before it failed. Earlier checkpoints are intact. If another
-            process went away, this and the other methods raise JAX's error instead, see `processes.lost`.
+          UserError: This save cannot start, or the one before it failed or cannot be read. Earlier checkpoints are
+            intact. If another process went away, this and the other methods raise JAX's error instead, see
+            `processes.lost`.
         """
+        self.wait()
         if step in self._manager.all_steps():
             self._guard(lambda: self._manager.delete(step))
         state = _copied(state)  # the next step takes over the original's memory
         record = {**record, "fingerprint": int(fingerprint(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._guard(lambda: self._manager.save(step, args=items))
+        self._unread = step, like(state)
 
     def wait(self) -> None:
-        """Wait until all saves are on disk. UserError if one failed."""
+        """Wait until the last save is on disk, and read it back. UserError if either fails."""
         self._guard(self._manager.wait_until_finished)
+        if self._unread is None:
+            return
+        (step, target), self._unread = self._unread, None
+        try:
+            self.restore_step(step, target)
+        except MemoryError:
+            raise
+        except Exception as error:  # damage has many exception types
+            if processes.lost(error):
+                raise
+            raise UserError(
+                f"the checkpoint of step {step} was written to {self.directory} and cannot be read "
+                f"({one_line(error)}): use a --workdir on another disk"
+            ) from error
 
     def _guard(self, write: Callable[[], Any]) -> None:
         try:
