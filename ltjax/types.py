@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ def some(items: Sequence[str], separator: str = ", ") -> str:
     """Join up to 5 items and count the rest, for messages: "a, b, c, d, e and 3 more"."""
     more = f" and {len(items) - 5} more" if len(items) > 5 else ""
     return separator.join(items[:5]) + more
+
+
+def form_only(names: Iterable[str], others: Iterable[str]) -> str:
+    """Return a remark for messages if all names are among others, but for the Unicode form of an accent; else ""."""
+    composed = {unicodedata.normalize("NFC", other) for other in others}
+    same = all(unicodedata.normalize("NFC", name) in composed for name in names)
+    return " (the names differ in Unicode form only: write their accents in one way, NFC or NFD)" if same else ""
 
 
 class Outputs(NamedTuple):

@@ -83,6 +83,7 @@ def test_every_mode_refuses_other_images(copy, mode):
         (rename_one, "began with other images than those at hand .*other train images of cat"),
         (replace_one, "other (train|holdout|test) images of dog"),
         (make_validation, "other test images of cat, dog, owl"),
+        (lambda root: (root / "train" / "dog").rename(root / "train" / "dog\u0301"), "different class_names in"),
         (lambda root: (root / "train" / "owl").rename(root / "train" / "eagle"), "different class_names"),
     ],
 )

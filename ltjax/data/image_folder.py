@@ -21,7 +21,7 @@ from ltjax.data import decode, folders, identity, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.system.paths import cache_folder, local
-from ltjax.types import UserError, one_line, some
+from ltjax.types import UserError, form_only, one_line, some
 
 # Endings of images. Files with other endings are images if OpenCV can decode them.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -137,7 +137,8 @@ def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str
     present = _classes(root / part)
     if unknown := sorted(set(present) - set(class_names)):
         names = some([_printable(name) for name in unknown])
-        raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {names}")
+        remark = form_only(unknown, class_names)
+        raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {names}{remark}")
     left_out: Counter[str] = Counter()
     # Do not follow links from one class to another or to a parent folder.
     excluded = {folders.identity(folder) for folder in (root, root / part, *(root / part / name for name in present))}

@@ -64,6 +64,8 @@ RULES = (
 )
 LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 _EXPORTED = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# Names of the mean and the standard deviation by which a network of an attack's author normalises its images.
+NORMALISATION = re.compile(r"(?:.*\.)?(?:normali[sz]\w*\.)?(?:(?P<mean>mean|mu)|std|sigma)")
 SCALE = "lws_model.learned_norm"  # MiSLAS's, [1, C]
 
 
@@ -87,6 +89,16 @@ def path_of(key: str, ndim: int) -> str | None:
                 parts["block"] = str(int(parts["block"]) + 1)  # ours count from 1
             return f"{rule.ours.format(**parts)}/{'scale' if leaf == 'weight' and ndim == 1 else LEAVES[leaf]}"
     return None
+
+
+def normalisation(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[float, ...]]]:
+    """Find the normalisation of images in a state_dict: {"mean" and "std": (its name, a value of each channel)}."""
+    constants = {}
+    for key, value in arrays.items():
+        match = NORMALISATION.fullmatch(bare(key))
+        if match and value.size in (1, 3) and value.size == max(value.shape, default=1):
+            constants["mean" if match["mean"] else "std"] = (key, tuple(round(float(x), 6) for x in value.reshape(-1)))
+    return constants if len(constants) == 2 else {}
 
 
 def branches_by_shape(unplaced: dict[str, np.ndarray], width: int) -> dict[str, str]:

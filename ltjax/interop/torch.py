@@ -87,7 +87,16 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Placed:
     """Do what `import_state_dict` does, and also return what became of each name."""
     arrays = {key: np.asarray(value) for key, value in state_dict.items()}
     shapes = _shapes(model, arrays)
+    normalisation = names.normalisation(arrays)
+    for kind, (key, values) in normalisation.items():
+        ours = tuple(getattr(model, kind))
+        if not np.allclose(ours, values, atol=1e-3):
+            raise UserError(
+                f"state_dict normalises images: {key} is {values}, and the model's {kind} is {ours}: give the model "
+                f"{kind}={values}"
+            )
     ignored = tuple(key for key in arrays if re.fullmatch(names.IGNORED, names.bare(key)))
+    ignored += tuple(key for key, _ in normalisation.values())
     paths = {key: names.path_of(names.bare(key), arrays[key].ndim) for key in arrays.keys() - set(ignored)}
     if "branches/conv/kernel" in shapes:
         left = {key: arrays[key] for key, path in paths.items() if path not in shapes}
@@ -194,9 +203,9 @@ def read_model(spec: str) -> dict[str, Any]:
 
 
 def implied(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Infer settings of a model from a state_dict: `num_classes`, and ResLT's and MiSLAS's parts."""
+    """Infer settings of a model from a state_dict: `num_classes`, `mean`, `std`, and ResLT's and MiSLAS's parts."""
     paths = {names.path_of(names.bare(key), value.ndim): value for key, value in state_dict.items()}
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {kind: values for kind, (_, values) in names.normalisation(state_dict).items()}
     if "classifier/kernel" in paths:
         settings["num_classes"] = paths["classifier/kernel"].shape[0]
     if "logit_scale" in paths:

@@ -11,7 +11,7 @@ from ltjax.config import differences, with_defaults
 from ltjax.runs.checkpoint import FIX_DISK, read_json
 from ltjax.system import locks
 from ltjax.system.paths import check_checkpoints
-from ltjax.types import UserError, some
+from ltjax.types import UserError, form_only, some
 
 SPLIT_KEYS = ("class_names", "class_counts", "sha256", "holdout_sha256")  # of split.json, which have to be the same
 DISK_ERRORS = (
@@ -97,7 +97,9 @@ def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
     path = workdir / "split.json"
     saved = read_json(path) if path.exists() else described
     changes = [f"different {key}" for key in SPLIT_KEYS if key in saved and saved[key] != described[key]]
-    if saved.get("class_names") == described["class_names"]:
+    if "different class_names" in changes:
+        changes[0] += form_only(saved["class_names"], described["class_names"])
+    else:
         for part, before in saved.get("images", {}).items():
             changed = [
                 _count_change(name, saved["class_counts"][c], described["class_counts"][c], part)

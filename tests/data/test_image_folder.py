@@ -143,6 +143,13 @@ def test_folders_that_are_no_data_set_are_explained(tmp_path, spoil, message):
         data.load("image_folder", tmp_path)
 
 
+def test_classes_that_differ_in_unicode_form_only_are_said_to(tmp_path):
+    make(tmp_path, (2, 2), names=("a", "caf\u00e9"))
+    make(tmp_path, (1, 1), "val", names=("a", "cafe\u0301"))
+    with pytest.raises(UserError, match=r"lacks: cafe\u0301 .the names differ in Unicode form only"):
+        data.load("image_folder", tmp_path)
+
+
 def test_links_to_parents_or_other_classes_add_no_images(tmp_path):
     make(make(tmp_path, (3, 2)), (1, 1), "val")
     (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a")

@@ -244,6 +244,22 @@ def test_names_imply_settings_of_the_model(golden):
     assert implied({"lws_model.learned_norm": np.ones((1, 7))}) == {"logit_scale": True}
 
 
+NORMALISED = [("mu", "sigma"), ("normalize.mean", "normalize.std"), ("module.normalizer.mean", "module.normalizer.std")]
+
+
+@pytest.mark.parametrize("mean, std", NORMALISED)
+def test_the_normalisation_of_a_state_dict_is_the_models(golden, mean, std):
+    shape = (3,) if mean == "mu" else (1, 3, 1, 1)
+    constants = {mean: np.reshape([0.4, 0.5, 0.6], shape), std: np.reshape([0.1, 0.2, 0.3], shape)}
+    state_dict = {**initial(golden), **constants}
+    settings = {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+    assert implied(state_dict) == {**settings, "num_classes": 100}
+    placed = place(state_dict, models.create("resnet_cifar", 100, depth=8, **settings))
+    assert set(placed.ignored) >= {mean, std}
+    with pytest.raises(UserError, match=r"normalises images: .* is \(0\.4, 0\.5, 0\.6\), .* give the model mean="):
+        import_state_dict(state_dict, models.create("resnet_cifar", 100, depth=8))
+
+
 @pytest.mark.parametrize(
     "kind, content, order",
     [
