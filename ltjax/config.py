@@ -3,9 +3,9 @@
 import json
 import re
 from collections.abc import Mapping
-from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
+from ltjax import registry
 from ltjax.types import UserError
 
 BATCH_NORM_MODES = ("train", "eval")
@@ -127,8 +127,8 @@ def parse(config: Mapping[str, Any]) -> RunConfig:
       UserError: A key or value is wrong; the message names the key and what is allowed.
     """
     names = config.get("stages", ())
-    if isinstance(names, str):
-        raise UserError(f"config.stages = {names!r}: a tuple of names, such as ({names!r},)")
+    if not registry.fits(names, tuple[str, ...]):
+        raise UserError(f"config.stages = {names!r}: a tuple of names, such as ('ce',)")
     # A config may hold stages that `stages` does not list.
     unused = [key for key, value in config.items() if isinstance(value, Mapping) and {"method", "lr"} <= set(value)]
     values = {key: {} if key == "stages" else value for key, value in config.items()}
@@ -248,28 +248,9 @@ def _fill(section: Any, values: Any, where: str, *, also: tuple[str, ...] = (), 
         kind = section.__annotations__[key]
         if hasattr(kind, "_fields"):
             filled[key] = _fill(kind, value, f"{where}.{key}")
-        elif not _fits(value, kind):
-            raise UserError(f"{where}.{key} = {value!r}: {_expected(kind)}")
+        elif not registry.fits(value, kind):
+            raise UserError(f"{where}.{key} = {value!r}: {registry.expected(value, kind)}")
     return section(**filled)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value has an annotated type. A list counts as a tuple, and an int as a float."""
-    if isinstance(kind, UnionType):
-        return any(_fits(value, option) for option in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, (tuple, list)) and all(_fits(item, get_args(kind)[0]) for item in value)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return kind is Any or isinstance(value, get_origin(kind) or kind)
-
-
-def _expected(kind: Any) -> str:
-    if get_origin(kind) is Mapping:
-        return "needs settings"
-    if get_origin(kind) is tuple:
-        return f"a tuple of {get_args(kind)[0].__name__} expected"
-    return f"{' or '.join(option.__name__ for option in get_args(kind) or (kind,))} expected"
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

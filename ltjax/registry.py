@@ -2,16 +2,17 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ltjax.types import UserError
 
 
 def choose(kind: str, known: Mapping[str, Any], name: str) -> Any:
     """Return `known[name]`, or raise a UserError that lists the known names. kind: for the message ("method")."""
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
     return known[name]
 
@@ -30,7 +31,7 @@ def bind(what: str, function: Callable, settings: Mapping[str, Any]) -> Callable
       settings: {name: value}.
 
     Raises:
-      UserError: A setting is unknown, or a required one is missing.
+      UserError: A setting is unknown or of another type than the function's annotation, or a required one is missing.
     """
     parameters = inspect.signature(function).parameters.values()
     keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -41,4 +42,41 @@ def bind(what: str, function: Callable, settings: Mapping[str, Any]) -> Callable
     missing = [name for name, p in keywords.items() if p.default is p.empty and name not in settings]
     if missing:
         raise UserError(f"{what} needs the setting {missing[0]!r}; allowed: {allowed}")
+    check_types(what, function, settings)
     return partial(function, **settings)
+
+
+def check_types(what: str, function: Callable, settings: Mapping[str, Any]) -> None:
+    """Raise UserError if a setting is not of the type of the function's argument. what: see `bind`."""
+    kinds = get_type_hints(function)
+    for name, value in settings.items():
+        if not fits(value, kinds.get(name, Any)):
+            raise UserError(f"{what}: {name} = {value!r}: {expected(value, kinds[name])}")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a config has an annotated type.
+
+    A list counts as a tuple, and an int as a float; nan is no number. Any value has a type that no config can hold.
+    """
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (UnionType, Union):
+        return any(fits(value, option) for option in options)
+    if origin in (tuple, Sequence):
+        return isinstance(value, (tuple, list)) and all(fits(item, options[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and value == value
+    if origin is Mapping or kind in (bool, str, NoneType):
+        return isinstance(value, origin or kind)
+    return True
+
+
+def expected(value: Any, kind: Any) -> str:
+    """Describe a type that a value does not have, for messages, such as "float or str expected"."""
+    origin, options = get_origin(kind), get_args(kind)
+    if Mapping in (origin, *map(get_origin, options)):
+        return "needs settings" + (f", such as {{'name': {value!r}}}" if isinstance(value, str) else "")
+    if origin in (tuple, Sequence):
+        return f"a tuple of {options[0].__name__} expected"
+    names = [option.__name__ for option in options or (kind,)]
+    return f"{' or '.join('None' if name == 'NoneType' else name for name in names)} expected"

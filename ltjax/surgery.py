@@ -195,7 +195,7 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
         raise UserError(f"surgery {name!r} is for a linear classifier: model.classifier = 'cosine' has no such weights")
     if name == "tau_norm":
         taus = settings.get("taus", (1.0,))
-        if isinstance(taus, (int, float)) or not len(taus):
+        if not taus:
             raise UserError(f"surgery 'tau_norm': taus = {taus!r}: a tuple of numbers, such as (0.5, 1.0)")
         if len(taus) > 1 and not holdout:
             raise UserError(

@@ -44,6 +44,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, help="random inputs of each property in tests/fuzz (25 without this option)")
+
+
 def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # by numbers of tests, of which the longest have few

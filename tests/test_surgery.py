@@ -280,7 +280,7 @@ MISTAKES = [
     (
         {"name": "tau_norm", "taus": 0.5},
         LINEAR,
-        "surgery 'tau_norm': taus = 0.5: a tuple of numbers, such as (0.5, 1.0)",
+        "surgery 'tau_norm': taus = 0.5: a tuple of float expected",
     ),
     (
         {"name": "tau_norm", "taus": ()},

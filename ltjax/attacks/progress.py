@@ -3,12 +3,13 @@
 import hashlib
 import os
 import sys
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from ltjax.system import npz
 
 
 class Progress(NamedTuple):
@@ -96,12 +97,11 @@ class ProgressFile:
         if not self.path.exists():
             return
         try:
-            with open(self.path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # closed if damaged, too
-                saved = dict(arrays)
+            saved = npz.read(self.path)
             digest, clean, robust = str(saved["digest"]), saved["clean"], saved["robust"]
             after = dict(zip(saved["names"].tolist(), saved["after"], strict=True))
             settled, attack, index, moved = saved["settled"], str(saved["attack"]), saved["index"], saved["adversarial"]
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"the progress file cannot be read ({error}): {self.hint}") from error
         if digest != self.digest:
             raise ValueError(f"the progress file is of other images, labels, random numbers or settings: {self.hint}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ltjax.data import records
 from ltjax.data.source import Images, resolve_data_dir
+from ltjax.system import npz
 from ltjax.types import UserError, one_line
 
 NAMES = ("cifar10", "cifar100")
@@ -33,8 +34,8 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Images:
 
 def _read_npz(path: Path) -> Images:
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            values: dict[str, Any] = {field: arrays[field] for field in Images._fields}
+        arrays = npz.read(path)
+        values: dict[str, Any] = {field: arrays[field] for field in Images._fields}
         values["class_names"] = tuple(values["class_names"].tolist())
         images = Images(**values)
         for pixels, labels in (images[:2], images[2:4]):

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import stat
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ from ltjax.hashing import hash32
 from ltjax.types import one_line
 
 JPEG = b"\xff\xd8"  # first bytes
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes
 BITS_PER_SAMPLE = 258  # tag of a TIFF
 DARK = 1 << 14  # images of 16 bits whose brightest value is below a quarter of the range
+MAX_PIXELS = 1 << 27  # more than any photograph; images with more are not decoded
 MAX_IMAGE_BYTES = 256 << 20  # more than any photograph; larger files are not read
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage, which is reported, or harmless
 # Warnings after which libjpeg continues with invented pixels. Its other warnings (stray bytes, versions) are harmless.
 INVENTED_PIXELS = re.compile(r"premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
 ATTEMPTS = 10  # draws of a random window that fits, before the centre of the image is taken
@@ -61,7 +63,9 @@ def read(encoded: bytes) -> tuple[np.ndarray, int | None]:
     """Do the same as `decode`, and also return the brightest value of an image of 16 bits a channel, else None."""
     if encoded.startswith(JPEG):
         try:
-            return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True), None
+            height, width, *_ = simplejpeg.decode_jpeg_header(encoded, strict=False)
+            if int(height) * int(width) <= MAX_PIXELS:
+                return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True), None
         except (ValueError, KeyError):  # CMYK, which OpenCV reads; a harmless warning; or damage
             if message := problem(encoded):
                 raise ValueError(message) from None
@@ -80,7 +84,9 @@ def inspect(content: bytes) -> tuple[str, int | None]:
     """
     if content.startswith(JPEG) and len(content) <= MAX_IMAGE_BYTES:
         try:
-            space = simplejpeg.decode_jpeg_header(content, strict=False)[2]
+            height, width, space, _ = simplejpeg.decode_jpeg_header(content, strict=False)
+            if int(height) * int(width) > MAX_PIXELS:
+                return f"more than {MAX_PIXELS} pixels", None
             space = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
             simplejpeg.decode_jpeg(content, space, min_height=1, min_width=1, min_factor=8, strict=True)
             return "", None
@@ -99,31 +105,41 @@ def _read(content: bytes) -> tuple[np.ndarray, int | None]:
         raise ValueError("empty")
     if len(content) > MAX_IMAGE_BYTES:
         raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
-    if content.startswith(TIFF) and (pixels := _tiff(content)) is not None:
+    if (pixels := _by_pillow(content)) is not None:
         return pixels, None
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    encoded: Any = np.frombuffer(content, np.uint8)
     try:
-        pixels: Any = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    except cv2.error as error:  # the header declares more pixels than OpenCV accepts
+        pixels: Any = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
+        kept: Any = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if pixels is None else pixels
+    except cv2.error as error:
         raise ValueError(one_line(error)) from error
+    if kept is not None and kept.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"pixels of type {kept.dtype}, whose brightest value is unknown: convert it to 8 bits")
     if pixels is None:
         raise ValueError("not an image that can be decoded")
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"pixels of type {pixels.dtype}, whose brightest value is unknown: convert it to 8 bits")
     pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)  # some of OpenCV's decoders ignore IMREAD_COLOR_RGB
     if pixels.dtype == np.uint8:
         return pixels, None
     return (pixels >> 8).astype(np.uint8), int(pixels.max())
 
 
-def _tiff(content: bytes) -> np.ndarray | None:
-    """Decode a TIFF of up to 8 bits a channel; None if it has more. OpenCV would multiply the pixels by alpha."""
+def _by_pillow(content: bytes) -> np.ndarray | None:
+    """Decode a TIFF of up to 8 bits a channel, of which OpenCV would multiply the pixels by alpha; else return None.
+
+    ValueError if the header of a file of any kind declares too many pixels.
+    """
     try:
-        with Image.open(io.BytesIO(content), formats=("TIFF",)) as image:
-            bits: Any = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (1,))
-            return np.asarray(image.convert("RGB")) if max(bits) <= 8 else None
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-        return None  # damaged, too large, or a type that Pillow does not know: OpenCV decides
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if image.format == "TIFF":
+                bits: Any = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (1,))
+                return np.asarray(image.convert("RGB")) if max(bits) <= 8 else None
+    except Image.DecompressionBombError:
+        raise ValueError(f"more than {MAX_PIXELS} pixels") from None
+    except Exception:  # damage has many exception types; OpenCV decides
+        pass
+    return None
 
 
 class DeepImages:

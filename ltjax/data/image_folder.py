@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import sys
-import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from ltjax.data import decode, folders, identity, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
+from ltjax.system import npz
 from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, form_only, one_line, some
 
@@ -210,9 +210,9 @@ def _identities(root: Path, files: list[str]) -> np.ndarray:
 
 def _read_cache(file: Path, num_files: int) -> tuple[np.ndarray, str] | None:
     """Read what `_write_cache` wrote; None if there is no such file, or it is damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            identities, note = arrays["identities"], str(arrays["note"])
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        arrays = npz.read(file)
+        identities, note = arrays["identities"], str(arrays["note"])
         if identities.shape == (num_files, identity.SIZE) and identities.dtype == np.uint8:
             return identities, note
     return None
@@ -240,6 +240,7 @@ def _inspect(root: Path, paths: list[str]) -> tuple[np.ndarray, str]:
             return b"", str(error), None
         return identity.digest(content), *decode.inspect(content)
 
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damaged files are named below
     hashes, damaged, deep = [], [], decode.DeepImages()
     with progress.bar(transient=True) as bar, ThreadPoolExecutor() as threads:
         inspected = bar.track(threads.map(inspect, paths), total=len(paths), description="checking images")

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ltjax.data import identity
+from ltjax.system import npz
 
 
 def shards_fingerprint(paths: Iterable[Path]) -> str:
@@ -51,9 +51,9 @@ def write_index(path: Path, index: Index, paths: Iterable[Path]) -> None:
 def read_index(path: Path, paths: Sequence[Path]) -> Index | None:
     """Read an index; None if there is no index of exactly these shards."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if str(arrays["fingerprint"]) == shards_fingerprint(paths):
-                return Index(*(arrays[name] for name in Index._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = npz.read(path)
+        if str(arrays["fingerprint"]) == shards_fingerprint(paths):
+            return Index(*(arrays[name] for name in Index._fields))
+    except (OSError, ValueError, KeyError):
         pass  # missing, damaged, or of an older version: the caller makes it again
     return None

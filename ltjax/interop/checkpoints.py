@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from ltjax.system import npz
 from ltjax.types import UserError, one_line
 
 MISLAS = "state_dict_"  # + model, classifier, lws_model, block: the parts of one network
@@ -29,8 +30,7 @@ def read(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
+            return npz.read(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     return _read_torch(path)

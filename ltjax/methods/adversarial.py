@@ -48,7 +48,7 @@ def _attack_settings(
         except ValueError as error:
             raise ValueError(str(error).replace("epsilon", name, 1)) from None
 
-    if not isinstance(num_steps, int) or num_steps < 1:
+    if num_steps < 1:
         raise ValueError(f"attack num_steps = {num_steps}: a whole number from 1 up")
     if start not in attacks.STARTS:
         raise ValueError(f"unknown start {start!r} of the attack; known: {', '.join(attacks.STARTS)}")

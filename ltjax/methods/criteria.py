@@ -103,8 +103,6 @@ def create(class_counts: np.ndarray, settings: Settings) -> Criterion:
       UserError: The name or a setting is unknown.
       ValueError: The loss rejects a value.
     """
-    if not isinstance(settings, Mapping):
-        raise UserError(f"loss = {settings!r}: needs settings, such as {{'name': {str(settings)!r}}}")
     settings = dict(settings)
     name, weighting = settings.pop("name", "cross_entropy"), settings.pop("class_weights", None)
     function = registry.choose("loss", CRITERIA, name)

@@ -25,8 +25,6 @@ def _check(radius: str, radius_size: float, temperature: float, layers: Any) -> 
         raise UserError(
             f"method 'drolt': temperature = {temperature}, radius_size = {radius_size}: above 0, and at least 0"
         )
-    if isinstance(layers, str):
-        raise UserError(f"method 'drolt': layers = {layers!r}: a tuple of names, such as ({layers!r},)")
 
 
 def create(

@@ -80,12 +80,14 @@ def create(
       >>> outputs.logits.shape, outputs.features.shape
       ((2, 10), (2, 16))
     """
+    settings = {key: value for key, value in locals().items() if key not in ("num_classes", "backbone")}
+    registry.check_types("model", create, settings)
     registry.choose("classifier", dict.fromkeys(CLASSIFIERS), classifier)
     if len(mean) != len(std) or not all(s > 0 for s in std):
         raise UserError(f"model mean = {mean}, std = {std}: one value each for every channel, std above 0")
     registry.choose("model classifier_init", dict.fromkeys(CLASSIFIER_INITS), classifier_init)
     registry.choose("model branch_kind", dict.fromkeys(BRANCH_KINDS), branch_kind)
-    if not isinstance(branches, int) or branches not in (0, 2, 3):
+    if branches not in (0, 2, 3):
         raise UserError(f"model branches = {branches}: take 0 for none, or 2 or 3")
     compute = registry.choose("model dtype", DTYPES, dtype)
     if dtype == "float64" and jnp.result_type(float) != jnp.float64:

@@ -1,6 +1,7 @@
 """Decoding, cropping and resizing images on the host."""
 
 import io
+import zlib
 
 import cv2
 import numpy as np
@@ -148,3 +149,25 @@ def test_extreme_aspect_ratios_are_cropped(shape):
     image = np.full((*shape, 3), 7, np.uint8)
     assert decode.random_resized_crop(image, np.uint32(0), VIEW).shape == (16, 16, 3)
     assert decode.center_crop(image, VIEW).shape == (16, 16, 3)
+
+
+def claim(content, kind, height, width):
+    """Change the size in the header of a PNG or JPEG."""
+    changed = bytearray(content)
+    if kind == "PNG":
+        changed[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        changed[29:33] = zlib.crc32(changed[12:29]).to_bytes(4, "big")
+    else:
+        start = content.index(b"\xff\xc0") + 5
+        changed[start : start + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_header_with_too_many_pixels_is_refused_before_memory_is_taken(kind, monkeypatch):
+    for library, function in ((cv2, "imdecode"), (decode.simplejpeg, "decode_jpeg")):
+        monkeypatch.setattr(library, function, lambda *_, **__: pytest.fail("decoded"))
+    content = claim(encoded(Image.fromarray(picture()), kind), kind, 60_000, 60_000)
+    assert decode.problem(content) == f"more than {decode.MAX_PIXELS} pixels"
+    with pytest.raises(ValueError, match=r"more than .* pixels"):
+        decode.decode(content)

@@ -241,9 +241,9 @@ def prepared_once(cache):
     """Make all runs share the compiled functions of the first, kept in the list `cache`. They hold no seed."""
     prepare = train.prepare
 
-    def once(run, data_dir):
+    def once(run, *places):
         if not cache:
-            cache.append(prepare(run, data_dir))
+            cache.append(prepare(run, *places))
         experiment, compiled = cache[0]
         return experiment._replace(config=run), compiled
 

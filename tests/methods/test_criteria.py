@@ -120,7 +120,7 @@ MISTAKES = [
         {"class_weights": {"kind": "effective_number", "beta": 1.0}},
         "method 'erm': effective number beta = 1.0: from 0 up to, not including, 1",
     ),
-    ("focal", "loss = 'focal': needs settings, such as {'name': 'focal'}"),
+    ("focal", "method 'erm': loss = 'focal': needs settings, such as {'name': 'focal'}"),
 ]
 
 

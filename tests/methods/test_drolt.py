@@ -206,7 +206,7 @@ MISTAKES = [
     ),
     ({"temperature": 0}, "method 'drolt': temperature = 0, radius_size = 0.5: above 0, and at least 0"),
     ({"radius_size": -1.0}, "method 'drolt': temperature = 1.0, radius_size = -1.0: above 0, and at least 0"),
-    ({"layers": "stage3"}, "method 'drolt': layers = 'stage3': a tuple of names, such as ('stage3',)"),
+    ({"layers": "stage3"}, "method 'drolt': layers = 'stage3': a tuple of str expected"),
     (
         {"margin": 1.0},
         "method 'drolt' has no setting 'margin'; "

@@ -246,8 +246,8 @@ def test_branches_lower_for_accelerators(kind, platform):
     [
         (dict(branches=1), "model branches = 1: take 0 for none, or 2 or 3"),
         (dict(branches=4), "model branches = 4: take 0 for none, or 2 or 3"),
-        (dict(branches=2.0), "model branches = 2.0: take 0 for none, or 2 or 3"),
-        (dict(branches="3"), "model branches = 3: take 0 for none, or 2 or 3"),
+        (dict(branches=2.0), "model: branches = 2.0: int expected"),
+        (dict(branches="3"), "model: branches = '3': int expected"),
         (dict(branch_kind="lora"), "unknown model branch_kind 'lora'; known: norm, conv, pooled_conv"),
     ],
 )

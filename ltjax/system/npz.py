@@ -1,0 +1,49 @@
+"""Read npz files that others wrote: nothing is unpickled, and sizes are checked before memory is taken."""
+
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ltjax.types import one_line
+
+COMPRESSION = 100  # an archive may hold so many times its size; arrays of numbers stay far below
+SMALL = 1 << 30  # bytes that every archive may hold
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read all arrays of a file.
+
+    Raises:
+      OSError: The file cannot be opened.
+      ValueError: It is damaged, holds objects, or declares more bytes than it can hold.
+    """
+    with open(path, "rb") as file:
+        most = max(SMALL, COMPRESSION * os.fstat(file.fileno()).st_size)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                if sum(member.file_size for member in members) > most:
+                    raise ValueError(f"it declares more than {most:,} bytes")
+                return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
+        except MemoryError:
+            raise
+        except Exception as error:  # damage has many exception types
+            raise ValueError(f"no intact npz file of numbers: {one_line(error)}") from error
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Read an array, if its header declares no more bytes than the member has."""
+    with archive.open(member) as file:
+        headers: dict[Any, Callable] = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+        if math.prod(shape) * dtype.itemsize > member.file_size:
+            raise ValueError(f"an array of {shape} in {member.file_size} bytes")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

@@ -1,0 +1,175 @@
+"""Any file is an image that is decoded in full, or is refused or left out with a reason."""
+
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ltjax import data
+from ltjax.data import decode
+from ltjax.data.decode import View
+from ltjax.predictor import files
+from ltjax.types import UserError
+from tests.data.miniatures import photo
+
+VIEW = View(size=16, resize=20)
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)), st.sampled_from([(1, 1), (1, 10_000), (10_000, 1), (2, 5000)])
+)
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I;16", "I", "F")
+KINDS = (
+    "JPEG",
+    "PNG",
+    "TIFF",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "TGA",
+    "ICO",
+    "PCX",
+    "SGI",
+    "MPO",
+    "DDS",
+)
+ENDINGS = (".png", ".tiff", ".jp2", ".ppm", ".pgm", ".pam", ".hdr", ".pfm", ".webp", ".bmp", ".sr")
+DTYPES = (np.uint8, np.uint16, np.int16, np.float32)
+
+
+def of_mode(pixels, mode):
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    if mode in ("I", "F"):
+        return Image.fromarray(pixels[..., 0].astype(np.int32 if mode == "I" else np.float32))
+    image = Image.fromarray(pixels)
+    return image.quantize(16) if mode == "P" else image.convert(mode)
+
+
+@st.composite
+def written_by_pillow(draw):
+    height, width = draw(SHAPES)
+    pixels = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, (height, width, 4)).astype(np.uint8)
+    mode, kind, frames = draw(st.sampled_from(MODES)), draw(st.sampled_from(KINDS)), draw(st.integers(1, 3))
+    if mode in ("RGB", "L", "CMYK", "YCbCr", "1"):
+        pixels = pixels[..., :3]
+    image, file = of_mode(np.ascontiguousarray(pixels), mode), io.BytesIO()
+    animated = {"save_all": True, "append_images": [image] * (frames - 1)} if frames > 1 else {}
+    try:
+        image.save(file, kind, **(animated if kind in ("GIF", "PNG", "TIFF", "WEBP", "MPO") else {}))
+    except (OSError, ValueError, KeyError, SystemError):  # this kind does not have this mode or size
+        return photo(0, 0, 16)
+    return file.getvalue()
+
+
+@st.composite
+def written_by_opencv(draw):
+    (height, width), dtype = draw(SHAPES), draw(st.sampled_from(DTYPES))
+    channels = draw(st.sampled_from([1, 3, 4]))
+    values = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, (height, width, channels))
+    try:
+        written, content = cv2.imencode(draw(st.sampled_from(ENDINGS)), values.astype(dtype))
+    except cv2.error:
+        written, content = False, None
+    return content.tobytes() if written and content is not None else photo(0, 0, 16)
+
+
+whole_files = st.one_of(written_by_pillow(), written_by_opencv())
+
+
+@st.composite
+def damaged_files(draw):
+    content = draw(whole_files)
+    kind = draw(st.sampled_from(["cut", "flipped", "cut and flipped", "extended", "shifted"]))
+    if kind.startswith("cut"):
+        content = content[: draw(st.integers(0, len(content)))]
+    if kind.endswith("flipped"):
+        changed = bytearray(content)
+        for place in draw(st.lists(st.integers(0, max(len(content) - 1, 0)), min_size=1, max_size=4)):
+            if changed:
+                changed[place] = draw(st.integers(0, 255))
+        content = bytes(changed)
+    if kind == "extended":
+        content += draw(st.binary(max_size=50))
+    if kind == "shifted":
+        content = draw(st.binary(max_size=20)) + content
+    return content
+
+
+def check(content):
+    """Decode an image as training and prediction do. Return what is wrong with it, "" if nothing is."""
+    problem, brightest = decode.inspect(content)
+    assert "\n" not in problem and len(problem) <= 300
+    try:
+        pixels, also_brightest = decode.read(content)
+    except ValueError as error:
+        assert problem and str(error), "the check passed, and decoding fails"
+        return problem
+    assert not problem, "the check failed, and decoding works"
+    assert brightest == also_brightest
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
+    assert decode.center_crop(pixels, VIEW).shape == (16, 16, 3)
+    assert decode.random_resized_crop(pixels, np.uint32(len(content)), VIEW).shape == (16, 16, 3)
+    return ""
+
+
+@given(whole_files)
+def test_a_whole_file_is_decoded_or_its_type_is_refused(content):
+    problem = check(content)
+    known = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if problem:
+        assert "type" in problem or known is None
+
+
+@given(damaged_files())
+def test_a_damaged_file_is_decoded_or_refused_with_a_reason(content):
+    check(content)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_decoded_or_refused_with_a_reason(content):
+    check(content)
+
+
+@given(st.lists(st.tuples(st.one_of(whole_files, damaged_files(), st.binary(max_size=30)), st.booleans()), max_size=5))
+def test_a_folder_counts_every_file(contents):
+    """Each file of a class is an image that is loaded, or is left out with a note, or is named as damaged."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for label, name in enumerate("ab"):
+            (root / "train" / name).mkdir(parents=True)
+            (root / "train" / name / "whole.jpg").write_bytes(photo(label, 0, 16))
+            (root / "val" / name).mkdir(parents=True)
+            (root / "val" / name / "whole.jpg").write_bytes(photo(label, 1, 16))
+        for number, (content, named) in enumerate(contents):
+            (root / "train" / "a" / f"{number}.{'png' if named else 'data'}").write_bytes(content)
+        damaged = [decode.problem(content) for content, named in contents if named]
+        images = [not decode.problem(content) for content, named in contents if not named]
+        try:
+            loaded = data.load("image_folder", root)
+        except UserError as error:
+            assert f"{sum(map(bool, damaged))} of {4 + len(damaged) + sum(images)} images cannot be read" in str(error)
+            return
+        assert not any(damaged)
+        # OpenCV may not recognise a file that only Pillow could read.
+        assert 2 + len(damaged) <= len(loaded.train_files) <= 2 + len(damaged) + sum(images)
+
+
+@given(st.one_of(whole_files, damaged_files(), st.binary(max_size=60)), st.sampled_from([1, 3]))
+def test_prediction_reads_an_image_or_says_why_not(content, channels):
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        file.write(content)
+        file.flush()
+        image = files.read_image(file.name, VIEW, channels)
+        assert os.path.getsize(file.name) == len(content)
+    if isinstance(image, str):
+        assert image == decode.problem(content) != ""
+    else:
+        assert image[0].shape == (16, 16, channels) and image[0].dtype == np.uint8
