@@ -18,8 +18,8 @@ from pathlib import Path
 from ltjax.interop.weights import ARRAYS, DESCRIPTION, save_arrays
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, variables_of
-from ltjax.system.command_line import Parser
-from ltjax.system.paths import local
+from ltjax.system.command_line import Parser, exit_code
+from ltjax.system.paths import local, replacing
 from ltjax.types import UserError
 
 FILES = ("config.json", "split.json", "results.json")  # copied with the weights
@@ -45,10 +45,12 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
     if "evaluations" not in summary:
         raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").unlink(missing_ok=True)  # a folder without it is no archive
     save_arrays(folder, variables_of(workdir, trained))
-    for name in (*FILES, *OPTIONAL):
+    for name in (*OPTIONAL, *FILES):
         if (workdir / name).is_file():
-            shutil.copyfile(workdir / name, folder / name)
+            with replacing(folder / name) as file:
+                shutil.copyfile(workdir / name, file)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,14 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("workdir", help="folder of a finished run")
     parser.add_argument("folder", help="folder to write; an archive there is replaced")
-    try:
+
+    def write() -> None:
         args = parser.parse_args(argv)
         archive(args.workdir, args.folder)
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{args.folder}: {(local(args.folder) / ARRAYS).stat().st_size / 1e6:.1f} MB of weights")
-    return 0
+        print(f"{args.folder}: {(local(args.folder) / ARRAYS).stat().st_size / 1e6:.1f} MB of weights")
+
+    return exit_code(write)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ltjax import config as configs
 from ltjax.report.seeds import Figure, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
-from ltjax.system.command_line import Parser
+from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 
@@ -409,7 +409,8 @@ def main(argv: list[str] | None = None) -> int:
         "--best", action="store_true", help="add the legacy figure: the best epoch as picked on the test set"
     )
     parser.add_argument("--html", metavar="FILE", help="write a page with figures as well, one file without references")
-    try:
+
+    def show() -> None:
         args = parser.parse_args(argv)
         table_rows, notes = compare(args.runs, stages=args.stages)
         comparable = not any(note.startswith(NOT_COMPARABLE) for note in notes)
@@ -423,20 +424,22 @@ def main(argv: list[str] | None = None) -> int:
             titles = [cell.text for cell in header]
             compared.write(local(args.html), titles, body, table_rows, [*about, *notes], command)
             print(f"The page is in {args.html}", file=sys.stderr)
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    for note in notes:
-        print(note, file=sys.stderr)
+        for note in notes:
+            print(note, file=sys.stderr)
+        _print(table, args.format)
+
+    return exit_code(show)
+
+
+def _print(table: Sequence[Sequence[Cell]], style: str) -> None:
     try:
-        if args.format == "plain":
+        if style == "plain":
             _print_plain(table)
         else:
-            print({"markdown": markdown, "latex": latex}[args.format](table), end="")
+            print({"markdown": markdown, "latex": latex}[style](table), end="")
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):  # `| head` closed the pipe; rich would exit with 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing fails at exit
-    return 0
 
 
 def _print_plain(table: Sequence[Sequence[Cell]]) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ltjax.system import npz
+from ltjax.system.paths import replacing
 
 
 class Progress(NamedTuple):
@@ -126,13 +127,8 @@ class ProgressFile:
             index=index,
             adversarial=suite.adversarial[index].astype(dtype),
         )
-        part = self.path.with_name(self.path.name + f".{os.getpid()}.part")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(self.path) as part, open(part, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())

@@ -20,7 +20,7 @@ from ltjax.data import decode, folders, identity, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.system import npz
-from ltjax.system.paths import cache_folder, local
+from ltjax.system.paths import cache_folder, local, replacing
 from ltjax.types import UserError, form_only, one_line, some
 
 # Endings of images. Files with other endings are images if OpenCV can decode them.
@@ -220,12 +220,10 @@ def _read_cache(file: Path, num_files: int) -> tuple[np.ndarray, str] | None:
 
 def _write_cache(file: Path, identities: np.ndarray, note: str) -> None:
     """Remember the hashes and the note about deep images. If this fails, the images are inspected again next time."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as opened:
+        with replacing(file) as part, open(part, "wb") as opened:
             np.savez(opened, identities=identities, note=np.array(note))
-        os.replace(part, file)
 
 
 def _inspect(root: Path, paths: list[str]) -> tuple[np.ndarray, str]:

@@ -1,7 +1,6 @@
 """The index of a prepared split: labels and record numbers, in an order that no shuffling or sharding changes."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 
 from ltjax.data import identity
 from ltjax.system import npz
+from ltjax.system.paths import replacing
 
 
 def shards_fingerprint(paths: Iterable[Path]) -> str:
@@ -42,10 +42,8 @@ def make_index(labels: Sequence[int] | np.ndarray, keys: Sequence[Any]) -> Index
 
 def write_index(path: Path, index: Index, paths: Iterable[Path]) -> None:
     """Write the index of a split as an npz file, atomically, with the fingerprint of the split's shards `paths`."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
+    with replacing(path) as part, open(part, "wb") as file:
         np.savez(file, **index._asdict(), fingerprint=np.array(shards_fingerprint(paths)))
-    os.replace(part, path)
 
 
 def read_index(path: Path, paths: Sequence[Path]) -> Index | None:

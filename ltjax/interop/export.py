@@ -25,14 +25,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from safetensors.numpy import save_file
 
 from ltjax import models
 from ltjax.interop.torch import export_state_dict
-from ltjax.interop.weights import DESCRIPTION, Weights, described, in_our_order, load_weights, save_weights
+from ltjax.interop.weights import (
+    DESCRIPTION,
+    Weights,
+    described,
+    in_our_order,
+    load_weights,
+    save_safetensors,
+    save_weights,
+)
 from ltjax.runs.trained import newest, weights_of
-from ltjax.system.command_line import Parser
-from ltjax.system.paths import local
+from ltjax.system.command_line import Parser, exit_code
+from ltjax.system.paths import local, replacing
 from ltjax.types import UserError
 
 FORMATS = ("state_dict", "safetensors", "weights", "stablehlo")
@@ -105,20 +112,23 @@ def write(weights: Weights, kind: str, out: Path, image_size: tuple[int, int] | 
     if kind == "stablehlo":
         if image_size is None:
             raise UserError("--format=stablehlo needs --image_size=SIDE or HEIGHTxWIDTH of the images, such as 32")
-        out.write_bytes(stablehlo(weights, image_size))
+        with replacing(out) as file:
+            file.write_bytes(stablehlo(weights, image_size))
         return
     settings = dict(weights.settings)
     model = models.create(settings.pop("name"), weights.num_classes, **settings)
     state_dict = export_state_dict(weights.variables, model)
     if kind == "safetensors":
         metadata = {"model": weights.settings, "class_order": weights.class_order}
-        save_file(state_dict, out, {"format": "pt", "ltjax": json.dumps(metadata)})
+        with replacing(out) as file:
+            save_safetensors(state_dict, file, {"format": "pt", "ltjax": json.dumps(metadata)})
         return
     try:
         import torch  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise UserError("--format=state_dict needs PyTorch: install torch, or take --format=safetensors") from error
-    torch.save({key: torch.from_numpy(value) for key, value in state_dict.items()}, out)
+    with replacing(out) as part, open(part, "wb") as file:
+        torch.save({key: torch.from_numpy(value) for key, value in state_dict.items()}, file)
 
 
 def _image_size(text: str) -> tuple[int, int] | None:
@@ -144,16 +154,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image_size", default="", help="SIDE or HEIGHTxWIDTH, for stablehlo")
     parser.add_argument("--net", default="net", help="net (default) or guide")
     parser.add_argument("--replica", type=int, default=0, help="which, if the run has several; default: 0")
-    try:
+
+    def export() -> None:
         args = parser.parse_args(argv)
         image_size = _image_size(args.image_size)
         weights = read(args.source, net=args.net, replica=args.replica)
         write(weights, args.format, local(args.out), image_size)
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {described(weights.settings, weights.num_classes)}, as {args.format}")
-    return 0
+        print(f"{args.out}: {described(weights.settings, weights.num_classes)}, as {args.format}")
+
+    return exit_code(export)
 
 
 if __name__ == "__main__":

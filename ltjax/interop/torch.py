@@ -23,7 +23,7 @@ from ltjax import models
 from ltjax.interop import checkpoints, names
 from ltjax.interop.weights import described, save_weights
 from ltjax.optim import flatten, unflatten
-from ltjax.system.command_line import Parser
+from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.paths import local
 from ltjax.types import UserError, Variables
 
@@ -304,14 +304,13 @@ def main(argv: list[str] | None = None) -> int:
         default="",
         help="our class of each output: FILE, map:FILE (the authors' class_map), counts:FILE or counts-ascending:FILE",
     )
-    try:
+
+    def import_checkpoint() -> None:
         args = parser.parse_args(argv)
         options = dict(num_classes=args.num_classes, order=args.class_order, net=args.net)
         print(convert(args.checkpoint, args.model, args.out, **options))
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(import_checkpoint)
 
 
 if __name__ == "__main__":

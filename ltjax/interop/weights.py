@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ltjax.optim import flatten, unflatten
-from ltjax.system.paths import local
+from ltjax.system.paths import local, replacing
 from ltjax.types import UserError, Variables
 
 FORMAT = 1
@@ -77,9 +77,11 @@ def save_weights(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / DESCRIPTION).unlink(missing_ok=True)  # a folder without it holds no weights
         save_arrays(folder, variables, net)
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    except (OSError, SafetensorError) as error:
+        with replacing(folder / DESCRIPTION) as file:
+            file.write_text(json.dumps(description, indent=1) + "\n")
+    except OSError as error:
         raise UserError(f"cannot write weights to {folder}: {error}; give another folder") from error
 
 
@@ -89,10 +91,16 @@ def save_arrays(folder: Path, variables: Variables, net: str = "net") -> None:
         **_flat(variables, net),
         **{f"method/{k}": v for k, v in flatten(variables.params.get("method", {})).items()},
     }
-    save_file(
-        {path: np.ascontiguousarray(value, np.float32) for path, value in arrays.items()}, folder / f"{ARRAYS}.tmp"
-    )
-    (folder / f"{ARRAYS}.tmp").replace(folder / ARRAYS)
+    with replacing(folder / ARRAYS) as file:
+        save_safetensors({path: np.ascontiguousarray(value, np.float32) for path, value in arrays.items()}, file)
+
+
+def save_safetensors(arrays: dict[str, np.ndarray], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of safetensors. OSError if that fails, as for any other file."""
+    try:
+        save_file(arrays, file, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from error
 
 
 def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

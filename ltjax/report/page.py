@@ -13,7 +13,7 @@ from PIL import Image
 
 from ltjax.report import panels, plots, sections
 from ltjax.report.sections import Attacked, Content, Table
-from ltjax.runs.checkpoint import read_json
+from ltjax.runs.checkpoint import read_json, write_atomic
 from ltjax.runs.results import COLUMNS, GROUPS, LEGACY_BEST, percent
 
 PICTURE_WIDTH = 640  # of the attack's picture, in pixels
@@ -33,9 +33,7 @@ def write(workdir: Path, results: Mapping[str, Any] | None = None) -> Path:
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"
-    temporary = path.with_name("index.html.tmp")
-    temporary.write_text(html, encoding="utf-8", errors="replace")  # class names may not be valid UTF-8
-    temporary.replace(path)
+    write_atomic(path, html, errors="replace")  # class names may not be valid UTF-8
     return path
 
 

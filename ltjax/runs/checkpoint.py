@@ -14,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ltjax.hashing import fingerprint
 from ltjax.system import processes
-from ltjax.system.paths import check_checkpoints
+from ltjax.system.paths import check_checkpoints, replacing
 from ltjax.types import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -187,8 +187,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old content or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def write_atomic(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a text file in UTF-8, atomically. errors: of `str.encode`."""
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8", errors=errors)

@@ -1,7 +1,10 @@
 """Check the paths that users give."""
 
+import contextlib
 import os
 import re
+import zlib
+from collections.abc import Generator
 from pathlib import Path
 
 from ltjax.types import UserError
@@ -28,6 +31,21 @@ def check_checkpoints(folder: Path) -> None:
     """Raise UserError if Orbax could not read checkpoints in a folder."""
     if sign := next((sign for sign in PATTERNS if sign in str(folder.absolute())), None):
         raise UserError(f"cannot keep checkpoints in {folder.absolute()}, for the {sign} in it: name another folder")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """Write a file atomically: yield another path in the same folder, and give what is written there the name `path`.
+
+    A reader sees the old file or the new one, even if this process is killed.
+    """
+    # Short, as `path` may have a name of 255 bytes, and the same each time, so that a kill leaves at most one.
+    written = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.tmp")
+    try:
+        yield written
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path | None:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from ltjax.data.prepare import cifar, imagenet_lt, inat18, one_pass, places_lt, tiny_imagenet
 from ltjax.data.source import resolve_data_dir
-from ltjax.system.command_line import Parser
+from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.paths import local
 from ltjax.types import UserError
 
@@ -67,17 +67,13 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help=f"for {', '.join(LARGE)}: leave out missing and damaged images, and list them in skipped.txt",
     )
-    try:
+
+    def write() -> None:
         args = parser.parse_args(argv)
         source = local(args.source) if args.source else None
         print(prepare(args.dataset, resolve_data_dir(args.data_dir), source, args.skip_damaged))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"error: {interrupt or 'interrupted, nothing was prepared'}", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(write)
 
 
 if __name__ == "__main__":
