@@ -17,6 +17,7 @@ from ltjax.system import processes
 from ltjax.system.paths import check_checkpoints, replacing
 from ltjax.types import UserError, one_line
 
+MAX_JSON = 1 << 28  # bytes; larger files are not read
 log = logging.getLogger(__name__)
 FIX_DISK = "free some space or fix the permissions, then run the same command again to resume"
 
@@ -174,7 +175,9 @@ def cannot_save(error: Exception, directory: Path) -> UserError:
 def read_json(path: Path) -> dict[str, Any]:
     """Read what `write_json` wrote. UserError if the file cannot be read or holds no JSON object."""
     try:
-        value = json.loads(path.read_text())
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes")
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): delete it, or use another --workdir") from error
     if not isinstance(value, dict):
