@@ -194,21 +194,17 @@ def environment(template: Path) -> dict[str, str]:
 
 def start(arguments: Sequence[str], template: Path, most_bytes: int | None = None) -> subprocess.Popen:
     """Start a command. most_bytes: the size at which writing a file fails."""
-
-    def limit() -> None:
-        if most_bytes is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails with EFBIG, as it does with ENOSPC
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=environment(template),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limit,
     )
+    if most_bytes is not None:  # Python ignores SIGXFSZ, so that a write fails with EFBIG, as it does with ENOSPC
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    return process
 
 
 def to_the_end(arguments: Sequence[str], template: Path) -> float:
