@@ -247,15 +247,18 @@ def workdir_of(config: Mapping[str, Any]) -> str:
 
 def start(config: Mapping[str, Any]) -> None:
     """Start JAX's devices. Check that all processes, if there are several, were started with the same command."""
+    from ltjax.config import parse, with_defaults
     from ltjax.modes import calibrate
     from ltjax.system import devices, processes
 
+    parse(config)
     devices.use_cpu_cores(config.get("batch_size", 1))
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
     for warning in devices.start_devices():
         print(f"note: {warning}", file=sys.stderr)
     processes.agree({"--mode": _MODE.value, "--workdir": workdir_of(config), "--config": ",".join(sorted(config))})
-    processes.agree({f"config.{key}": json.dumps(config[key], sort_keys=True, default=str) for key in sorted(config)})
+    compared = with_defaults(config)  # without locations, which may differ between machines
+    processes.agree({f"config.{key}": json.dumps(compared[key], sort_keys=True) for key in sorted(compared)})
     if _CALIBRATE.value:
         calibrate.check(config)
 

@@ -1,11 +1,11 @@
-"""Kill commands at random moments, and compare what they end with to an undisturbed end, bit for bit.
+"""Kill commands at random moments, and compare their output with that of an undisturbed run, bit for bit.
 
     python -m benchmarks.kills                          # 100 kills
     python -m benchmarks.kills --kills=6 --tasks=train,predict
 
 Each round starts a command again and again, and kills it (SIGKILL or SIGTERM) after a random time, or lets it run into
 a full disk (a limit on file sizes, at a random size), up to 4 times. Then it lets the command end, and compares the
-files. A killed command must not have a traceback, and what it left must not be read as if it were whole.
+files. A stopped command must not print a traceback, and a partial file must not be accepted as complete.
 
 The tasks: train (saves after every dispatch), attack (AutoAttack), predict, export, archive, report, and prepare
 (a miniature of iNaturalist).
@@ -32,7 +32,8 @@ import jax
 import numpy as np
 
 from benchmarks import provenance
-from ltjax.runs.trained import newest, variables_of
+from ltjax import data
+from ltjax.runs.trained import is_archive, newest, read_archive, variables_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = (
@@ -85,7 +86,8 @@ def digest(content: bytes) -> str:
 
 def files(folder: Path) -> dict[str, str]:
     """Hash every file below a folder."""
-    return {str(path.relative_to(folder)): digest(path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {str(path.relative_to(folder)): digest(path.read_bytes()) for path in paths}
 
 
 def trained(folder: Path) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def trained(folder: Path) -> dict[str, Any]:
         "variables": digest(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)),
         "metrics": digest(json.dumps(lines).encode()),
         "results": without_times(json.loads((workdir / "results.json").read_text())),
-        "split": files(workdir)["split.json"],
+        "split": digest((workdir / "split.json").read_bytes()),
     }
 
 
@@ -129,6 +131,19 @@ def tasks(template: Path) -> dict[str, Task]:
 
         if (folder / "out" / "net.safetensors").exists():
             load_file(folder / "out" / "net.safetensors")
+
+    def whole_archive(folder: Path) -> None:
+        if is_archive(folder / "out"):
+            read_archive(folder / "out")
+
+    def whole_report(folder: Path) -> None:
+        page = folder / "run" / "report" / "index.html"
+        if page.exists() and not page.read_text().rstrip().endswith("</html>"):
+            raise ValueError("half a page")
+
+    def whole_data(folder: Path) -> None:
+        if (folder / "data" / "i_naturalist2018" / "1.0.0").exists():
+            data.load("i_naturalist2018", folder / "data")
 
     def prepared(folder: Path) -> dict[str, str]:
         return {name: each for name, each in files(folder / "data").items() if not name.endswith(".lock")}
@@ -165,9 +180,14 @@ def tasks(template: Path) -> dict[str, Task]:
             whole_export,
         ),
         "archive": Task(
-            copy_run, lambda folder: ("-m", "ltjax.archive", str(folder / "run"), str(folder / "out")), exported
+            copy_run,
+            lambda folder: ("-m", "ltjax.archive", str(folder / "run"), str(folder / "out")),
+            exported,
+            whole_archive,
         ),
-        "report": Task(copy_run, of_run("--mode=report"), lambda folder: files(folder / "run" / "report")),
+        "report": Task(
+            copy_run, of_run("--mode=report"), lambda folder: files(folder / "run" / "report"), whole_report
+        ),
         "prepare": Task(
             no_inputs,
             lambda folder: (
@@ -178,6 +198,7 @@ def tasks(template: Path) -> dict[str, Task]:
                 f"--data_dir={folder / 'data'}",
             ),
             prepared,
+            whole_data,
         ),
     }
 
@@ -235,8 +256,9 @@ def disturb(arguments: Sequence[str], template: Path, kind: str, seconds: float,
     except subprocess.TimeoutExpired:
         process.send_signal(getattr(signal, kind))
         _, error = process.communicate()
-    if "Traceback" in error:
-        return f"fault: {error[-1500:]}"
+    stopped = (0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
+    if "Traceback" in error or process.returncode not in stopped:
+        return f"fault: code {process.returncode}, {error[-1500:]}"
     return kind
 
 

@@ -36,7 +36,8 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
     for name in FILES:
         if not (workdir / name).is_file():
             raise UserError(f"{workdir} holds no finished run ({name} is missing): train it to the end first")
-    if (folder / DESCRIPTION).exists() or (folder / "checkpoints").exists():
+    same = folder.exists() and folder.samefile(workdir)
+    if same or (folder / DESCRIPTION).exists() or (folder / "checkpoints").exists():
         raise UserError(f"{folder} holds something else than an archive: name another folder")
     trained = newest(workdir)
     if trained.run.replicas > 1:
@@ -44,9 +45,10 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
     summary = read_json(workdir / "results.json")["stages"][trained.stage.name]
     if "evaluations" not in summary:
         raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
+    variables = variables_of(workdir, trained)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").unlink(missing_ok=True)  # a folder without it is no archive
-    save_arrays(folder, variables_of(workdir, trained))
+    save_arrays(folder, variables)
     for name in (*OPTIONAL, *FILES):
         if (workdir / name).is_file():
             with replacing(folder / name) as file:

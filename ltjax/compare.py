@@ -23,6 +23,7 @@ from rich.console import Console
 from ltjax import config as configs
 from ltjax.report.seeds import Figure, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
+from ltjax.runs.checkpoint import load_json
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.paths import local
@@ -200,7 +201,7 @@ def _read_json(path: Path, remedy: str, *, optional: bool = False) -> dict[str, 
     if optional and not path.exists():
         return None
     try:
-        value = json.loads(path.read_text())
+        value = load_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): {remedy}") from error
     if not isinstance(value, dict):

@@ -445,7 +445,7 @@ def branch_masks(class_counts: ArrayLike, *, medium_start: int, tail_start: int)
       tail_start: First rank of the tail classes.
 
     Raises:
-      ValueError: The ranks are no integers, or 0 <= medium_start <= tail_start does not hold.
+      ValueError: The ranks are not integers, or 0 <= medium_start <= tail_start does not hold.
 
     Examples:
       >>> losses.branch_masks(jnp.array([5, 500, 50]), medium_start=1, tail_start=2)
@@ -453,8 +453,7 @@ def branch_masks(class_counts: ArrayLike, *, medium_start: int, tail_start: int)
              [ True, False,  True],
              [ True, False, False]], dtype=bool)
     """
-    integers = all(hasattr(start, "__index__") for start in (medium_start, tail_start))
-    if not integers or not 0 <= medium_start <= tail_start:
+    if np.asarray((medium_start, tail_start)).dtype.kind not in "iu" or not 0 <= medium_start <= tail_start:
         raise ValueError(
             f"branches medium_start = {medium_start}, tail_start = {tail_start}: ranks, in this order, such as 35 and "
             "70 of 100 classes"

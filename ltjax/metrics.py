@@ -133,7 +133,7 @@ def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarra
       >>> {name: member.tolist() for name, member in metrics.range_groups(4, (1, 3)).items()}
       {'many': [True, False, False, False], 'medium': [False, True, True, False], 'few': [False, False, False, True]}
     """
-    if len(bounds) != 2 or not all(hasattr(bound, "__index__") for bound in bounds) or not bounds[0] <= bounds[1]:
+    if len(bounds) != 2 or np.asarray(bounds).dtype.kind not in "iu" or not bounds[0] <= bounds[1]:
         raise ValueError(
             f"bounds of the groups = {tuple(bounds)}: two numbers of classes, the first not above the second"
         )

@@ -48,7 +48,10 @@ def bind(what: str, function: Callable, settings: Mapping[str, Any]) -> Callable
 
 def check_types(what: str, function: Callable, settings: Mapping[str, Any]) -> None:
     """Raise UserError if a setting is not of the type of the function's argument. what: see `bind`."""
-    kinds = get_type_hints(function)
+    try:
+        kinds = get_type_hints(function)
+    except (NameError, TypeError):  # types that are imported for checkers alone; or no function, such as a `partial`
+        return
     for name, value in settings.items():
         if not fits(value, kinds.get(name, Any)):
             raise UserError(f"{what}: {name} = {value!r}: {expected(value, kinds[name])}")
@@ -60,6 +63,7 @@ def fits(value: Any, kind: Any) -> bool:
     A list counts as a tuple, and an int as a float; nan is no number. Any value has a type that no config can hold.
     """
     origin, options = get_origin(kind), get_args(kind)
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers and arrays
     if origin in (UnionType, Union):
         return any(fits(value, option) for option in options)
     if origin in (tuple, Sequence):
@@ -77,6 +81,6 @@ def expected(value: Any, kind: Any) -> str:
     if Mapping in (origin, *map(get_origin, options)):
         return "needs settings" + (f", such as {{'name': {value!r}}}" if isinstance(value, str) else "")
     if origin in (tuple, Sequence):
-        return f"a tuple of {options[0].__name__} expected"
-    names = [option.__name__ for option in options or (kind,)]
+        return f"a tuple of {getattr(options[0], '__name__', options[0])} expected"
+    names = [getattr(option, "__name__", str(option)) for option in options or (kind,)]
     return f"{' or '.join('None' if name == 'NoneType' else name for name in names)} expected"

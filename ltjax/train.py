@@ -96,7 +96,8 @@ def _describe(
     """Write and print the run's config, split and parameters."""
     if processes.first():
         write_json(workdir / "config.json", config)
-        write_json(workdir / "split.json", experiment.description)
+        if not (workdir / "split.json").exists():  # later, other images are refused
+            write_json(workdir / "split.json", experiment.description)
         dry_run.write_parameters(experiment, workdir / "parameters.txt")
         dry_run.show(experiment, compiled, workdir, console)
         console.print("Compiling the first steps; this is slower than running them.")

@@ -30,9 +30,9 @@ def some(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def form_only(names: Iterable[str], others: Iterable[str]) -> str:
-    """Return a remark for messages if all names are among others, but for the Unicode form of an accent; else ""."""
-    composed = {unicodedata.normalize("NFC", other) for other in others}
-    same = all(unicodedata.normalize("NFC", name) in composed for name in names)
+    """Return a remark for messages if two lists of names differ in the Unicode form of accents only, else ""."""
+    first, second = ([unicodedata.normalize("NFC", name) for name in each] for each in (names, others))
+    same = first != [] and sorted(first) == sorted(second)
     return " (the names differ in Unicode form only: write their accents in one way, NFC or NFD)" if same else ""
 
 

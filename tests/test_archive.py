@@ -132,8 +132,15 @@ def test_an_unfinished_run_is_refused(workdir, tmp_path, capsys):
 
 
 def test_another_run_is_not_overwritten(workdir):
-    with pytest.raises(UserError, match="holds something else than an archive"):
+    with pytest.raises(UserError, match=r"holds something else than an archive"):
         archive.archive(workdir, workdir)
+
+
+def test_an_archive_is_not_written_over_itself(archived):
+    before = {path.name: path.read_bytes() for path in archived.iterdir()}
+    with pytest.raises(UserError, match=r"holds something else than an archive|name another folder"):
+        archive.archive(archived, archived)
+    assert {path.name: path.read_bytes() for path in archived.iterdir()} == before
 
 
 def test_results_of_an_older_version_are_refused(workdir, tmp_path):

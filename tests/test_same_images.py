@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from ltjax import train
+from ltjax.archive import archive
 from ltjax.modes import attack, calibrate, dry_run, evaluate, report
 from ltjax.types import UserError
 from tests.configs.reading import read
@@ -99,7 +100,61 @@ def test_a_folder_that_was_moved_holds_the_same_images(copy, mode):
     root, workdir = copy
     config = config_of(root)
     config["data"]["threads"] = 1
+    before = (workdir / "split.json").read_bytes()
     MODES[mode](config, workdir)
+    assert (workdir / "split.json").read_bytes() == before
+
+
+def test_an_added_class_is_no_matter_of_unicode(copy):
+    root, workdir = copy
+    shutil.copytree(root / "train" / "owl", root / "train" / "rat")
+    with pytest.raises(UserError, match=r"different class_names; ") as raised:
+        evaluate.evaluate_workdir(config_of(root), workdir)
+    assert "Unicode" not in str(raised.value)
+
+
+def test_names_in_another_unicode_form_are_said_to_be(copy, tmp_path):
+    root, _ = copy
+    (root / "train" / "owl").rename(root / "train" / "caf\u00e9")
+    train.train(config_of(root), tmp_path / "accents")
+    (root / "train" / "caf\u00e9").rename(root / "train" / "cafe\u0301")
+    with pytest.raises(UserError, match=r"different class_names .the names differ in Unicode form only"):
+        evaluate.evaluate_workdir(config_of(root), tmp_path / "accents")
+
+
+def test_an_older_run_is_said_not_to_identify_its_images(copy, capsys):
+    root, workdir = copy
+    split = json.loads((workdir / "split.json").read_text())
+    del split["images"]
+    (workdir / "split.json").write_text(json.dumps(split))
+    train.train(config_of(root), workdir)
+    assert "does not identify the images by content" in capsys.readouterr().err
+    assert "images" not in json.loads((workdir / "split.json").read_text())
+
+
+def test_weights_of_a_run_on_other_images_are_noted(copy, tmp_path, capsys):
+    root, _ = copy
+    train.train(config_of(root), tmp_path / "whole")
+    archive(tmp_path / "whole", tmp_path / "archive")
+    config = {**config_of(root), "weights": str(tmp_path / "archive")}
+    evaluate.evaluate_workdir(config, tmp_path / "same")
+    assert "trained on" not in capsys.readouterr().err
+    add_one_to_every_class(root)
+    evaluate.evaluate_workdir(config, tmp_path / "other")
+    assert "note: some test images may have been trained on" in capsys.readouterr().err
+
+
+def test_weights_may_be_moved_but_not_exchanged(copy, tmp_path):
+    root, _ = copy
+    for seed in (0, 1):
+        train.train({**config_of(root), "seed": seed}, tmp_path / f"run{seed}")
+        archive(tmp_path / f"run{seed}", tmp_path / f"weights{seed}")
+    config = {**config_of(root), "weights": str(tmp_path / "weights0")}
+    train.train(config, tmp_path / "tuned")
+    shutil.move(tmp_path / "weights0", tmp_path / "moved")
+    evaluate.evaluate_workdir({**config, "weights": str(tmp_path / "moved")}, tmp_path / "tuned")
+    with pytest.raises(UserError, match=r"different weights_sha256, of config\.weights"):
+        evaluate.evaluate_workdir({**config, "weights": str(tmp_path / "weights1")}, tmp_path / "tuned")
 
 
 def test_split_json_counts_test_images_that_were_trained_on(copy, tmp_path):

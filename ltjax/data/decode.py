@@ -18,11 +18,26 @@ from ltjax.hashing import hash32
 from ltjax.types import one_line
 
 JPEG = b"\xff\xd8"  # first bytes
-BITS_PER_SAMPLE = 258  # tag of a TIFF
+SIGNATURES = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        rb"\xff\xd8\xff",  # JPEG
+        rb"\x89PNG\r\n",
+        rb"GIF8[79]a",
+        rb"BM....\0\0\0\0",
+        rb"II[*+]\0|MM\0[*+]",  # TIFF
+        rb"RIFF....WEBP",
+        rb"\x59\xa6\x6a\x95",  # Sun raster
+        rb"P[1-6]\s+[#\d]|P7\nWIDTH|P7\n#",  # PNM, PAM
+        rb"....ftypavi[fs]",
+        rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",  # JPEG 2000
+    )
+)
+BITS_PER_SAMPLE, ORIENTATION = 258, 274  # tags of a TIFF
 DARK = 1 << 14  # images of 16 bits whose brightest value is below a quarter of the range
-MAX_PIXELS = 1 << 27  # more than any photograph; images with more are not decoded
+MAX_PIXELS = 1 << 28  # more than any camera takes; images with more are not decoded
 MAX_IMAGE_BYTES = 256 << 20  # more than any photograph; larger files are not read
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage, which is reported, or harmless
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings; damage is reported below
 # Warnings after which libjpeg continues with invented pixels. Its other warnings (stray bytes, versions) are harmless.
 INVENTED_PIXELS = re.compile(r"premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
 ATTEMPTS = 10  # draws of a random window that fits, before the centre of the image is taken
@@ -37,11 +52,16 @@ class View(NamedTuple):
     min_area: float = 0.08  # training: the smallest share of the image in a random window
 
 
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file's first 32 bytes are those of an image that OpenCV decodes."""
+    return any(signature.match(head) for signature in SIGNATURES)
+
+
 def read_file(path: str | os.PathLike) -> bytes:
-    """Read an image file. OSError if it cannot be read; ValueError if it is no file (a pipe, say) or too large."""
+    """Read an image file. OSError if it cannot be read; ValueError if it is not a regular file, or too large."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("no file")
+        raise ValueError("not a regular file")
     if status.st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
     return Path(path).read_bytes()
@@ -50,8 +70,8 @@ def read_file(path: str | os.PathLike) -> bytes:
 def decode(encoded: bytes) -> np.ndarray:
     """Decode a JPEG, PNG or other image file of any colour space to RGB uint8 [h, w, 3].
 
-    An alpha channel is dropped, and the pixels below it stay as they are in every format. Of 16 bits a channel, the
-    upper 8 are kept; see `DeepImages`. The EXIF orientation is ignored, as in the papers' code.
+    An alpha channel is dropped, and the pixels below it do not change. Of 16 bits a channel, the upper 8 are kept; see
+    `DeepImages`. The orientation tag is ignored in every format, as in the papers' code.
 
     Raises:
       ValueError: The file is empty, damaged, too large or no image.
@@ -105,11 +125,12 @@ def _read(content: bytes) -> tuple[np.ndarray, int | None]:
         raise ValueError("empty")
     if len(content) > MAX_IMAGE_BYTES:
         raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
-    if (pixels := _by_pillow(content)) is not None:
+    pixels, orientation = _by_pillow(content)
+    if pixels is not None:
         return pixels, None
     encoded: Any = np.frombuffer(content, np.uint8)
     try:
-        pixels: Any = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
+        pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
         kept: Any = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if pixels is None else pixels
     except cv2.error as error:
         raise ValueError(one_line(error)) from error
@@ -117,29 +138,74 @@ def _read(content: bytes) -> tuple[np.ndarray, int | None]:
         raise ValueError(f"pixels of type {kept.dtype}, whose brightest value is unknown: convert it to 8 bits")
     if pixels is None:
         raise ValueError("not an image that can be decoded")
-    pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)  # some of OpenCV's decoders ignore IMREAD_COLOR_RGB
-    if pixels.dtype == np.uint8:
-        return pixels, None
-    return (pixels >> 8).astype(np.uint8), int(pixels.max())
+    _check_range(content, pixels)
+    colours: Any = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)  # some of OpenCV's decoders ignore IMREAD_COLOR_RGB
+    colours = np.ascontiguousarray(_unturned(colours, orientation))
+    if colours.dtype == np.uint8:
+        return colours, None
+    return (colours >> 8).astype(np.uint8), int(colours.max())
 
 
-def _by_pillow(content: bytes) -> np.ndarray | None:
-    """Decode a TIFF of up to 8 bits a channel, of which OpenCV would multiply the pixels by alpha; else return None.
+def _by_pillow(content: bytes) -> tuple[np.ndarray | None, int]:
+    """Decode a GIF, or a TIFF of up to 8 bits a channel: OpenCV would change their pixels below transparent ones.
 
-    ValueError if the header of a file of any kind declares too many pixels.
+    Returns:
+      The pixels, or None for other files; and the orientation that OpenCV will apply to a TIFF, 1 for none.
+
+    Raises:
+      ValueError: The header of a file of any kind declares too many pixels, or a GIF or TIFF is damaged.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            if image.format == "TIFF":
-                bits: Any = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (1,))
-                return np.asarray(image.convert("RGB")) if max(bits) <= 8 else None
+        image: Any = Image.open(io.BytesIO(content))
     except Image.DecompressionBombError:
         raise ValueError(f"more than {MAX_PIXELS} pixels") from None
-    except Exception:  # damage has many exception types; OpenCV decides
-        pass
-    return None
+    except Exception:  # a kind that Pillow does not know, or damage: OpenCV decides
+        return None, 1
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"more than {MAX_PIXELS} pixels")
+        if image.format not in ("TIFF", "GIF"):
+            return None, 1
+        tags = getattr(image, "tag_v2", {})
+        try:
+            orientation = int(tags.get(ORIENTATION, 1))
+            if max(tags.get(BITS_PER_SAMPLE, (1,))) > 8:
+                return None, orientation
+            pixels = np.asarray(image.convert("RGB"))
+        except Exception as error:  # damage has many exception types
+            raise ValueError(one_line(error)) from error
+        return np.ascontiguousarray(_unturned(pixels, orientation)), 1
+
+
+def _unturned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo the turn that Pillow and OpenCV apply to a TIFF, by its orientation tag (1 to 8)."""
+    match orientation:
+        case 2:
+            return pixels[:, ::-1]
+        case 3:
+            return pixels[::-1, ::-1]
+        case 4:
+            return pixels[::-1]
+        case 5:
+            return pixels.swapaxes(0, 1)
+        case 6:
+            return np.rot90(pixels)
+        case 7:
+            return pixels[::-1, ::-1].swapaxes(0, 1)
+        case 8:
+            return np.rot90(pixels, -1)
+        case _:
+            return pixels
+
+
+def _check_range(content: bytes, pixels: np.ndarray) -> None:
+    """Raise ValueError if a file declares a brightest value that OpenCV does not scale to 255 or 65,535."""
+    header = re.match(rb"P[2356]\s(?:\s|#[^\n]*\n)*\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)", content)
+    header = header or re.match(rb"P7\n(?:[^\n]*\n)*?MAXVAL (\d+)", content)
+    if header and int(header[1]) not in (255, 65535):
+        raise ValueError(f"its brightest value is {int(header[1])}: scale it to 255")
+    if pixels.dtype == np.uint16 and not header and not content.startswith((b"\x89PNG", b"II", b"MM")):
+        raise ValueError("more than 8 bits a channel, with a brightest value that is unknown: convert it to 8 bits")
 
 
 class DeepImages:

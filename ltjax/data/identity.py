@@ -1,4 +1,4 @@
-"""Identify images by their content, so that a run never goes on with other images, or is tested on other ones."""
+"""Identify images by their content, to refuse a data set that has changed."""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class Hashes(NamedTuple):
 
     Attributes:
       images: [N], each of `SIZE` bytes.
-      of_classes: C hexadecimal strings, the hash of all images of a class, in their order.
+      of_classes: C hexadecimal strings, the hash of all images of a class, in any order.
     """
 
     images: np.ndarray
@@ -44,7 +44,9 @@ def hash_images(data: Images | Stored, split: Split) -> dict[str, Hashes]:
     }
     hashes = {}
     for name, (of_images, labels, indices) in parts.items():
-        images = np.frombuffer(b"".join(of_images), f"V{SIZE}")[indices]
-        members = [images[labels[indices] == c] for c in range(len(data.class_names))]
+        images = np.frombuffer(b"".join(of_images), f"S{SIZE}")[indices]
+        order = np.lexsort((images, labels[indices]))  # by class, then by hash
+        ends = np.cumsum(np.bincount(labels[indices], minlength=len(data.class_names)))[:-1]
+        members = np.split(images[order], ends)
         hashes[name] = Hashes(images, [digest(of_class.tobytes()).hex() for of_class in members])
     return hashes

@@ -5,12 +5,12 @@ stderr say what is left out and what is held out.
 """
 
 import contextlib
-import hashlib
 import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import jax
@@ -23,7 +23,7 @@ from ltjax.system import npz
 from ltjax.system.paths import cache_folder, local, replacing
 from ltjax.types import UserError, form_only, one_line, some
 
-# Endings of images. Files with other endings are images if OpenCV can decode them.
+# Endings of images. Files with other endings are images if their first bytes are those of one.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".jp2")
 HELD_OUT = ("validation", "val", "test")
@@ -79,7 +79,7 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
     test_paths, test_labels = _find(root, test_folder, class_names) if test_folder else ([], np.empty(0, np.int32))
     counts = np.bincount(train_labels, minlength=len(class_names))
     if empty := [titles[c] for c in np.flatnonzero(counts == 0)]:
-        raise UserError(f"{root / 'train'}: no images in {some(empty)}; known kinds: {', '.join(SUFFIXES)}")
+        raise UserError(f"{root / 'train'}: no images that can be decoded in {some(empty)}")
     identities = _identities(root, train_paths + test_paths)
     _note_ignored(root, test_folder)
     train = Files(root, train_paths, identities[: len(train_paths)])
@@ -116,12 +116,15 @@ def _is_user_data(name: str) -> bool:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is an image: by its ending, or else by its content."""
+    """Whether a file is an image, by its ending or else by its first bytes. Decoding may still fail."""
     if path.lower().endswith(SUFFIXES):
         return True
     try:
-        return os.path.isfile(path) and cv2.haveImageReader(path) and not decode.problem(decode.read_file(path))
-    except (OSError, ValueError):  # ValueError: too large, or a name that is not UTF-8, which OpenCV does not take
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            return decode.looks_like_image(file.read(32))
+    except OSError:
         return False
 
 
@@ -137,7 +140,7 @@ def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str
     present = _classes(root / part)
     if unknown := sorted(set(present) - set(class_names)):
         names = some([_printable(name) for name in unknown])
-        remark = form_only(unknown, class_names)
+        remark = form_only(unknown, sorted(set(class_names) - set(present)))
         raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {names}{remark}")
     left_out: Counter[str] = Counter()
     # Do not follow links from one class to another or to a parent folder.
@@ -185,69 +188,93 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _identities(root: Path, files: list[str]) -> np.ndarray:
-    """Decode every image once, and return the hash of each file, uint8 [N, 16]. UserError if some cannot be read."""
-    versions = hashlib.sha256(os.fsencode(root.resolve()))
-    for path in files:
-        try:
-            status = (root / path).stat()
-            version = f"{status.st_size}\0{status.st_mtime_ns}"
-        except OSError:
-            version = ""  # a broken link, which is reported below
-        versions.update(os.fsencode(path) + f"\0{version}\n".encode())
+class _Inspected(NamedTuple):
+    """What is remembered of N images."""
+
+    versions: np.ndarray  # uint8 [N, 16], hashes of path, size and time of change
+    identities: np.ndarray  # uint8 [N, 16], hashes of the files
+    brightest: np.ndarray  # int32 [N], of images of 16 bits a channel; -1 for others
+
+
+def _identities(root: Path, paths: list[str]) -> np.ndarray:
+    """Decode every new or changed image once, and return the hash of each file, uint8 [N, 16].
+
+    UserError if images cannot be read.
+    """
+    versions = _hashes([_version(root, path) for path in paths])
     cache = cache_folder()
-    file = cache / f"images-{versions.hexdigest()[:32]}.npz" if cache else None
-    inspected = _read_cache(file, len(files)) if file else None
-    if inspected is None:
-        inspected = _inspect(root, files)
-        if file:
-            _write_cache(file, *inspected)
-    identities, note = inspected
-    if note:
+    file = cache / f"images-{identity.digest(os.fsencode(root.resolve())).hex()}.npz" if cache else None
+    known = _read_cache(file) if file else None
+    rows = {} if known is None else {version.tobytes(): row for row, version in enumerate(known.versions)}
+    new = [number for number, version in enumerate(versions) if version.tobytes() not in rows]
+    identities, brightest = np.empty_like(versions), np.empty(len(paths), np.int32)
+    identities[new], brightest[new] = _inspect(root, [paths[number] for number in new], len(paths))
+    if known is not None:
+        old = np.setdiff1d(np.arange(len(paths)), new)
+        chosen = [rows[versions[number].tobytes()] for number in old]
+        identities[old], brightest[old] = known.identities[chosen], known.brightest[chosen]
+    if file and (new or known is None or len(known.versions) != len(paths)):
+        with contextlib.suppress(OSError):  # then they are inspected again next time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as part, open(part, "wb") as opened:
+                np.savez(opened, **_Inspected(versions, identities, brightest)._asdict())
+    deep = decode.DeepImages()
+    for value in brightest[brightest >= 0]:
+        deep.add(int(value))
+    if note := deep.note():
         _note(f"{root}: {note}")
     return identities
 
 
-def _read_cache(file: Path, num_files: int) -> tuple[np.ndarray, str] | None:
-    """Read what `_write_cache` wrote; None if there is no such file, or it is damaged."""
+def _version(root: Path, path: str) -> bytes:
+    try:
+        status = (root / path).stat()
+        return os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}".encode()
+    except OSError:  # a broken link, which `_inspect` reports
+        return os.fsencode(path)
+
+
+def _hashes(contents: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(map(identity.digest, contents)), np.uint8).reshape(-1, identity.SIZE)
+
+
+def _read_cache(file: Path) -> _Inspected | None:
+    """Read what is remembered; None if there is nothing, or it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         arrays = npz.read(file)
-        identities, note = arrays["identities"], str(arrays["note"])
-        if identities.shape == (num_files, identity.SIZE) and identities.dtype == np.uint8:
-            return identities, note
+        known = _Inspected(*(arrays[name] for name in _Inspected._fields))
+        shape = (len(known.brightest), identity.SIZE)
+        if known.versions.shape == known.identities.shape == shape and known.identities.dtype == np.uint8:
+            return known
     return None
 
 
-def _write_cache(file: Path, identities: np.ndarray, note: str) -> None:
-    """Remember the hashes and the note about deep images. If this fails, the images are inspected again next time."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as part, open(part, "wb") as opened:
-            np.savez(opened, identities=identities, note=np.array(note))
+def _inspect(root: Path, paths: list[str], total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Decode and hash N images, of `total` in all.
 
-
-def _inspect(root: Path, paths: list[str]) -> tuple[np.ndarray, str]:
-    """Decode and hash images: the hashes uint8 [N, 16], and a note about images of 16 bits a channel, or ""."""
+    Returns:
+      The hashes uint8 [N, 16], and the brightest values int32 [N], see `_Inspected`.
+    """
 
     def inspect(path: str) -> tuple[bytes, str, int | None]:
         try:
             content = decode.read_file(root / path)
         except OSError as error:
-            return b"", error.strerror or one_line(error), None
+            return bytes(identity.SIZE), error.strerror or one_line(error), None
         except ValueError as error:
-            return b"", str(error), None
+            return bytes(identity.SIZE), str(error), None
         return identity.digest(content), *decode.inspect(content)
 
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damaged files are named below
-    hashes, damaged, deep = [], [], decode.DeepImages()
+    hashes, brightest, damaged = [], [], []
     with progress.bar(transient=True) as bar, ThreadPoolExecutor() as threads:
         inspected = bar.track(threads.map(inspect, paths), total=len(paths), description="checking images")
-        for path, (hashed, problem, brightest) in zip(paths, inspected, strict=True):
+        for path, (hashed, problem, value) in zip(paths, inspected, strict=True):
             hashes.append(hashed)
-            deep.add(brightest)
+            brightest.append(-1 if value is None else value)
             if problem:
                 damaged.append(f"{_printable(str(root / path))} ({problem})")
     if damaged:
         names = some(damaged, "; ")
-        raise UserError(f"{len(damaged)} of {len(paths)} images cannot be read: {names}: replace or remove them")
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(paths), identity.SIZE), deep.note()
+        raise UserError(f"{len(damaged)} of {total} images cannot be read: {names}: replace or remove them")
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, identity.SIZE), np.array(brightest, np.int32)

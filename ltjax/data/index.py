@@ -32,12 +32,24 @@ class Index(NamedTuple):
     identities: np.ndarray
 
 
-def make_index(labels: Sequence[int] | np.ndarray, keys: Sequence[Any]) -> Index:
-    """Sort a split's records by key. labels and keys (N different `file_name`s or `id`s) are in the records' order."""
+def make_index(labels: Sequence[int] | np.ndarray, keys: Sequence[Any], split: str = "") -> Index:
+    """Sort a split's records by key.
+
+    Args:
+      labels: [N], in the order of the records.
+      keys: N different `file_name`s or `id`s.
+      split: Name of the split, which tells its numbers from those of another split.
+    """
     records = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
-    names = [key if isinstance(key, bytes) else str(key).encode() for key in (keys[record] for record in records)]
+    names = [_name(keys[record], split) for record in records]
     identities = np.frombuffer(b"".join(map(identity.digest, names)), np.uint8).reshape(-1, identity.SIZE)
     return Index(np.asarray(labels, np.int32)[records], records, identities)
+
+
+def _name(key: Any, split: str) -> bytes:
+    if isinstance(key, int):
+        return f"{split} {key}".encode()
+    return key if isinstance(key, bytes) else str(key).encode()
 
 
 def write_index(path: Path, index: Index, paths: Iterable[Path]) -> None:

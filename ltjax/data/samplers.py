@@ -61,7 +61,7 @@ def class_aware(seed, step, *, batch_size: int, class_counts, in_a_row: int = 4)
       >>> sampler(np.uint32(0), np.uint32(0), batch_size=8, class_counts=[6, 2])
       array([6, 7, 4, 2, 7, 6, 1, 0], dtype=int32)
     """
-    if in_a_row < 1:
+    if not isinstance(in_a_row, int) or in_a_row < 1:
         raise UserError(f"sampler class_aware: in_a_row = {in_a_row}: a whole number of images, at least 1")
     position, counts, starts = _positions(seed, step, batch_size, class_counts)
     num_classes, row = np.uint32(len(class_counts)), np.uint32(in_a_row)
@@ -105,6 +105,8 @@ def _positions(seed, step, batch_size, class_counts=()):
     """Return the number of each draw [B], counts [C] and starts [C]: uint32, in numpy if seed and step are numpy's."""
     xp = np if isinstance(seed, np.generic) and isinstance(step, np.generic) else jnp
     counts = np.asarray(class_counts).astype(np.uint32)
+    if not counts.all():
+        raise UserError(f"class {int(np.argmin(counts))} has no training images: a sampler by class needs 1 or more")
     starts = (np.cumsum(counts) - counts).astype(np.uint32)
     position = xp.asarray(step).astype(np.uint32) * np.uint32(batch_size) + xp.arange(batch_size, dtype=np.uint32)
     return position, xp.asarray(counts), xp.asarray(starts)

@@ -96,7 +96,7 @@ def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> Index
                 labels[number] = fields["label"].int64_list.value[0]
                 keys.append(_key(fields, number))
             bar.advance(task, len(chunk))
-    index = make_index(labels, keys)
+    index = make_index(labels, keys, split)
     for path in candidates:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

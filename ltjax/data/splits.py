@@ -105,7 +105,7 @@ def long_tailed_split(
     available = np.bincount(labels, minlength=num_classes)
     titles = [f"class {c}" + (f" ({class_names[c]})" if class_names else "") for c in range(num_classes)]
     if max_count is not None and max_count < 1:
-        raise UserError(f"data.max_count = {max_count}: 1 image of the largest class or more, or 0 for all")
+        raise UserError(f"data.max_count = {max_count}: 1 image of the largest class or more")
     if profile == NATURAL:
         if imbalance != 1:
             raise UserError(f"data.imbalance = {imbalance:g}: profile {NATURAL!r} keeps classes as unequal as they are")

@@ -1,5 +1,7 @@
 """Set up an experiment: load a run's data, make its networks, compile its stages, restore and evaluate checkpoints."""
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +29,12 @@ from ltjax.engine.stage import (
     steps_done,
     streamed_draw,
 )
-from ltjax.interop.weights import into, load_weights
+from ltjax.interop.weights import hash_weights, into, is_weights, load_weights
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.trained import is_archive, read_archive
 from ltjax.runs.workdir import check_same_images
 from ltjax.system import parallel, processes, xla
+from ltjax.system.paths import local
 from ltjax.types import Method, UserError, Variables
 
 
@@ -119,6 +122,7 @@ def set_up(run: RunConfig, data_dir: str | Path | None, workdir: Path | None = N
     )
     groups = _groups(run.data, split.class_counts)
     description = _describe_images(run, images, split, groups)
+    processes.agree({"the images": identity.digest(json.dumps(description["images"]).encode()).hex()})
     if workdir is not None:
         processes.on_first(lambda: check_same_images(workdir, description))
     mesh = parallel.make_mesh(replicas=run.replicas)
@@ -159,6 +163,7 @@ def _describe_images(
     return {
         **splits.describe(split, seed=run.data.seed, groups=groups, class_names=images.class_names),
         "num_test": len(images.test_labels),
+        **({"weights_sha256": hash_weights(run.weights)} if is_weights(run.weights) else {}),
         "images": {name: part.of_classes for name, part in {"train": train, **hashes}.items()},
         "also_trained_on": {name: int(np.isin(part.images, train.images).sum()) for name, part in hashes.items()},
     }
@@ -399,9 +404,20 @@ def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -
     weights = load_weights(run.weights)
     computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
     experiment = set_up(run._replace(model={**weights.settings, **computation}), data_dir)
+    note_images_of_weights(experiment)
     last = list(run.stages.values())[-1]
     stage = last._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")
     return Imported(experiment, stage, into(fresh_variables(experiment, last), weights))
+
+
+def note_images_of_weights(experiment: Experiment) -> None:
+    """Print a note if `config.weights` is an archive of a run that began with other images."""
+    archive = local(experiment.config.weights)
+    if is_archive(archive):
+        try:
+            check_same_images(archive, experiment.description)
+        except UserError as error:
+            print(f"note: some test images may have been trained on: {error}", file=sys.stderr)
 
 
 # Evaluation.

@@ -65,7 +65,7 @@ RULES = (
 LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 _EXPORTED = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 # Names of the mean and the standard deviation by which a network of an attack's author normalises its images.
-NORMALISATION = re.compile(r"(?:.*\.)?(?:normali[sz]\w*\.)?(?:(?P<mean>mean|mu)|std|sigma)")
+NORMALISATION = re.compile(r"(?:normali[sz]\w*\.)?(?:(?P<mean>mean|mu)|std|sigma)")
 SCALE = "lws_model.learned_norm"  # MiSLAS's, [1, C]
 
 
@@ -92,11 +92,16 @@ def path_of(key: str, ndim: int) -> str | None:
 
 
 def normalisation(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[float, ...]]]:
-    """Find the normalisation of images in a state_dict: {"mean" and "std": (its name, a value of each channel)}."""
+    """Find the normalisation of images in [0, 1] in a state_dict.
+
+    Returns:
+      {"mean" and "std": (its name, a value of each input channel)}; {} if there is none.
+    """
+    first = [value for key, value in arrays.items() if path_of(bare(key), value.ndim) == "backbone/conv/kernel"]
     constants = {}
     for key, value in arrays.items():
         match = NORMALISATION.fullmatch(bare(key))
-        if match and value.size in (1, 3) and value.size == max(value.shape, default=1):
+        if match and first and value.size == first[0].shape[1] and np.max(value) <= 1:
             constants["mean" if match["mean"] else "std"] = (key, tuple(round(float(x), 6) for x in value.reshape(-1)))
     return constants if len(constants) == 2 else {}
 

@@ -6,6 +6,7 @@ from. `config.weights` of a run names such a folder, or an archive of `ltjax.arc
 instead, and may have parameters of its method, `method/margins`.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,19 @@ def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, An
     return {"format": FORMAT, "model": {**model, "num_classes": num_classes}, "class_order": None}
 
 
+def _check_sizes(settings: Mapping[str, Any], num_classes: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError if the settings are of a network that is larger than the arrays, and could take all memory."""
+    outputs, most = arrays["params/classifier/kernel"].shape[-1], sum(array.size for array in arrays.values())
+    if num_classes != outputs:
+        raise ValueError(f"num_classes = {num_classes}, and the classifier has {outputs} outputs")
+    for name, value in settings.items():
+        size, limit = len(value) if isinstance(value, tuple) else value, most
+        if name == "depth" or isinstance(value, tuple):  # a layer has an array at least
+            limit = len(arrays)
+        if isinstance(size, int) and size > limit:
+            raise ValueError(f"{name} of {size} does not fit {len(arrays)} arrays with {most:,} numbers")
+
+
 def load_weights(folder: str | Path) -> Weights:
     """Read a folder of `save_weights` or `ltjax.archive`.
 
@@ -132,6 +146,7 @@ def load_weights(folder: str | Path) -> Weights:
             raise UserError(f"{folder} has format {description['format']}, this ltjax reads {FORMAT}: update ltjax")
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["model"].items()}
         num_classes, order = settings.pop("num_classes"), description["class_order"]
+        _check_sizes(settings, num_classes, arrays)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"cannot read the weights in {folder} ({type(error).__name__}: {error}): write them again"
@@ -140,6 +155,17 @@ def load_weights(folder: str | Path) -> Weights:
     params = {"net": tree.get("params", {}), **({"method": tree["method"]} if "method" in tree else {})}
     variables = Variables(params, {"net": tree.get("batch_stats", {})}, {})
     return Weights(variables, settings, num_classes, None if order is None else tuple(order))
+
+
+def is_weights(folder: str | Path) -> bool:
+    """Whether a folder holds arrays of weights."""
+    return bool(folder) and (local(folder) / ARRAYS).is_file()
+
+
+def hash_weights(folder: str | Path) -> str:
+    """Hash the arrays of a folder of weights: SHA-256, hexadecimal."""
+    with open(local(folder) / ARRAYS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def in_our_order(weights: Weights) -> Weights:

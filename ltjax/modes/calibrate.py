@@ -13,7 +13,7 @@ from ltjax import metrics
 from ltjax.calibration import fit_temperature, has_minimum
 from ltjax.config import RunConfig, parse
 from ltjax.engine import evaluate
-from ltjax.engine.experiment import Experiment, set_up
+from ltjax.engine.experiment import Experiment, note_images_of_weights, set_up
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import write_json
@@ -67,6 +67,8 @@ def calibrate_workdir(
         checkpoint = {"stage": trained.stage.name, "step": trained.step}
 
     experiment = set_up(run, data_dir, workdir)
+    if imported:
+        note_images_of_weights(experiment)
     replicas = []
     for replica in range(1 if imported else run.replicas):
         model = load_as_configured(config, workdir, temperature=1.0, replica=replica)

@@ -61,17 +61,20 @@ def show(experiment: Experiment, compiled: Mapping[str, CompiledStage], workdir:
 
 def _show_data(experiment: Experiment, console: Console) -> None:
     config, counts = experiment.config.data, experiment.split.class_counts
-    held_out = f", {len(experiment.split.holdout)} held out" if config.holdout else ""
-    copies = experiment.description["also_trained_on"]["test"]
-    trained_on = f", {copies} of them training images, too" if copies else ""
+    copies = {name: f", {n} of them training images, too" if n else "" for name, n in _copies(experiment).items()}
+    held_out = f", {len(experiment.split.holdout)} held out{copies['holdout']}" if config.holdout else ""
     console.print(
         f"{config.name}: {counts.sum():,} training images of {len(counts)} classes, {counts.max()} down to "
         f"{counts.min()} a class (imbalance factor {counts.max() / counts.min():.4g}){held_out}; "
-        f"{experiment.test_set.size:,} test images{trained_on}"
+        f"{experiment.test_set.size:,} test images{copies['test']}"
     )
     for group, member in experiment.groups.items():
         if member.any():
             console.print(f"  {group}: {_classes(np.flatnonzero(member), counts, experiment.class_names)}")
+
+
+def _copies(experiment: Experiment) -> Mapping[str, int]:
+    return experiment.description["also_trained_on"]
 
 
 def _show_devices(experiment: Experiment, workdir: Path, console: Console) -> None:

@@ -8,7 +8,6 @@ for prediction in model.predict("photos/"):
     print(prediction.file, prediction.classes[0], prediction.confidences[0])
 """
 
-import hashlib
 import itertools
 import math
 import os
@@ -23,7 +22,7 @@ from jax.tree_util import Partial
 
 from ltjax import config as configs
 from ltjax import data, models
-from ltjax.interop.weights import ARRAYS, DESCRIPTION, Weights, in_our_order, load_weights
+from ltjax.interop.weights import DESCRIPTION, Weights, hash_weights, in_our_order, load_weights
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system import parallel, xla
@@ -222,6 +221,7 @@ def load(
     source = local(source)
     if (source / DESCRIPTION).is_file():
         weights, names, view, about, key = load_weights(source), (), None, f"weights {source}", None
+        _check_fit(weights, source)
     else:
         trained = newest(source)
         evaluated = trained.stage.evaluate_net
@@ -237,6 +237,18 @@ def load(
         about=about,
         batch_size=batch_size,
     )
+
+
+def _check_fit(weights: Weights, source: Path) -> None:
+    """Raise UserError if the arrays of a folder of weights are not those of its network."""
+    settings = dict(weights.settings)
+    net = models.create(settings.pop("name", ""), weights.num_classes, **settings)
+    params, stats = weights.variables.params["net"], weights.variables.stats["net"]
+    image = jnp.zeros((1, 32, 32, models.input_channels(params)))
+    expected = jax.eval_shape(net.init, jax.random.key(0), image)
+    shapes = (jax.tree.map(np.shape, {"params": params, **({"batch_stats": stats} if stats else {})}),)
+    if shapes != (jax.tree.map(np.shape, dict(expected)),):
+        raise UserError(f"the arrays in {source} are not those of its network, {weights.settings}: write it again")
 
 
 def load_as_configured(
@@ -260,8 +272,7 @@ def load_as_configured(
 
 def imported_key(folder: str) -> dict[str, Any]:
     """Identify imported weights by the hash of their arrays, for their temperature."""
-    digest = hashlib.sha256((local(folder) / ARRAYS).read_bytes()).hexdigest()
-    return {"stage": "imported", "step": 0, "weights_sha256": digest}
+    return {"stage": "imported", "step": 0, "weights_sha256": hash_weights(folder)}
 
 
 def view_of(run: configs.RunConfig) -> "View":

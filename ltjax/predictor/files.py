@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltjax.data.decode import DeepImages, View, center_crop, read, read_file
-from ltjax.data.image_folder import SUFFIXES, describe_left_out, is_image
+from ltjax.data.image_folder import describe_left_out, is_image
 from ltjax.system import xla
 from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
@@ -68,7 +68,7 @@ def find(images: str) -> Iterator[str]:
     path = os.fspath(local(images))
     if os.path.isdir(path):
         files: Iterator[str] = _images_below(path)
-        message = f"no images in {images} or below it; known kinds: {', '.join(SUFFIXES)}"
+        message = f"no images that can be decoded in {images} or below it"
     elif os.path.exists(path):
         files, message = iter((path,)), ""
     else:

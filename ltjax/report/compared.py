@@ -9,7 +9,7 @@ from markupsafe import Markup
 from ltjax.report import page, panels, sections
 from ltjax.report.sections import Attacked, Content, Table
 from ltjax.report.seeds import mean_and_std, pool
-from ltjax.runs.checkpoint import read_json
+from ltjax.runs.checkpoint import read_json, write_atomic
 from ltjax.types import UserError, one_line
 
 MOST_PAIRS = 3  # of confused classes, in each list of a run: a page may have many rows
@@ -65,7 +65,7 @@ def write(
         commands=[command],
         facts=[*((row.name, ", ".join(map(str, row.runs))) for row in rows), *how.items()],
     )
-    file.write_text(text, encoding="utf-8", errors="replace")
+    write_atomic(file, text, errors="replace")
 
 
 def load(run: Path, stage: str | None, title: str) -> Loaded:

@@ -172,12 +172,20 @@ def cannot_save(error: Exception, directory: Path) -> UserError:
     return UserError(f"cannot write to {directory}: {one_line(error)} ({last}); {FIX_DISK}")
 
 
+def load_json(path: Path) -> Any:
+    """Read a JSON file. OSError if it cannot be read; ValueError if it is no JSON, or too large or too deep."""
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"more than {MAX_JSON} bytes")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read what `write_json` wrote. UserError if the file cannot be read or holds no JSON object."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"more than {MAX_JSON} bytes")
-        value = json.loads(path.read_bytes())
+        value = load_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): delete it, or use another --workdir") from error
     if not isinstance(value, dict):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ltjax.system import locks
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError, form_only, some
 
-SPLIT_KEYS = ("class_names", "class_counts", "sha256", "holdout_sha256")  # of split.json, which have to be the same
+SPLIT_KEYS = ("class_names", "class_counts", "sha256", "holdout_sha256")  # keys of split.json that must match
 DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -74,11 +75,14 @@ def _unusable(workdir: Path, error: OSError) -> UserError:
 
 
 def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Raise UserError if the folder holds a run of another config. Settings of `attack` may differ."""
+    """Raise UserError if the folder holds a run of another config. Settings of `attack`, and locations, may differ."""
     path = workdir / "config.json"
     if not path.exists():
         return
     before, now = ({**with_defaults(each), "attack": None} for each in (read_json(path), config))
+    split = workdir / "split.json"
+    if before["weights"] and now["weights"] and split.exists() and "weights_sha256" in read_json(split):
+        now["weights"] = before["weights"]  # a location: `check_same_images` compares the contents
     changed = differences(before, now)
     if changed:
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -96,7 +100,12 @@ def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
     """
     path = workdir / "split.json"
     saved = read_json(path) if path.exists() else described
+    if "images" not in saved:
+        print(f"note: an older ltjax wrote {path}, which does not identify the images by content", file=sys.stderr)
     changes = [f"different {key}" for key in SPLIT_KEYS if key in saved and saved[key] != described[key]]
+    weights = [each["weights_sha256"] for each in (saved, described) if "weights_sha256" in each]
+    if len(set(weights)) > 1:
+        changes.append("different weights_sha256, of config.weights")
     if "different class_names" in changes:
         changes[0] += form_only(saved["class_names"], described["class_names"])
     else:

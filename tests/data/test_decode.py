@@ -93,6 +93,37 @@ def test_the_exif_orientation_is_ignored():
     assert decode.decode(encoded(Image.fromarray(picture()), exif=exif)).shape == (40, 60, 3)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_tiff_is_ignored(orientation):
+    image = Image.fromarray(picture(4, 6))
+    np.testing.assert_array_equal(
+        decode.decode(encoded(image, "TIFF", tiffinfo={0x0112: orientation})), np.asarray(image)
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_tiff_of_16_bits_is_ignored(orientation):
+    pixels = np.random.default_rng(0).integers(0, 65536, (4, 6)).astype(np.uint16)
+    content = encoded(Image.fromarray(pixels), "TIFF", tiffinfo={0x0112: orientation})
+    np.testing.assert_array_equal(decode.decode(content)[..., 0], pixels >> 8)
+
+
+@pytest.mark.parametrize("brightest", [1, 15, 1023, 4095])
+@pytest.mark.parametrize("magic", [b"P2", b"P5"])
+def test_a_declared_brightest_value_that_is_not_scaled_is_refused(magic, brightest):
+    size = 1 if brightest < 256 else 2
+    pixels = b"1 1\n1 1\n" if magic == b"P2" else (brightest.to_bytes(size, "big")) * 4
+    content = magic + b"\n# a comment\n2 2\n%d\n" % brightest + pixels
+    assert decode.problem(content) == f"its brightest value is {brightest}: scale it to 255"
+
+
+def test_transparent_pixels_of_a_gif_are_those_of_pillow():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4)).astype(np.uint8)
+    content = encoded(Image.fromarray(pixels), "GIF")
+    with Image.open(io.BytesIO(content)) as image:
+        np.testing.assert_array_equal(decode.decode(content), np.asarray(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8 no image \xff\xd9"])
 def test_bytes_that_are_no_image_are_an_error(content):
     with pytest.raises(ValueError):

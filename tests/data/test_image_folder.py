@@ -52,6 +52,7 @@ def test_images_of_every_ending_are_found_and_other_files_counted(tmp_path, caps
     for name in ("x.jfif", "y.JPG2", "without"):
         (tmp_path / "train" / "a" / name).write_bytes(photo(0, 9, 16))
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "train" / "a" / "z.gif")
+    os.rename(tmp_path / "train" / "a" / "without", os.fsencode(tmp_path / "train" / "a") + b"/caf\xe9")
     for name in ("notes.txt", "more.txt", "photo.HEIC", "BM.md", "readme"):
         (tmp_path / "train" / "b" / name).write_bytes(b"BM no image")
     loaded = data.load("image_folder", tmp_path)
@@ -74,6 +75,20 @@ def test_images_of_16_bits_are_counted_each_time(tmp_path, capsys):
             f"note: {tmp_path}: 2 image(s) have 16 bits a channel, with brightest values from 255 to 4,095 of 65,535; "
             "the upper 8 bits are used, so 2 are dark: scale them to the full range"
         )
+
+
+def test_only_a_new_image_is_inspected(tmp_path, monkeypatch):
+    make(make(tmp_path, (3, 2)), (1, 1), "val")
+    before = data.load("image_folder", tmp_path).train_files
+    (tmp_path / "train" / "a" / "1a.jpg").write_bytes(photo(0, 9, 16))
+    (tmp_path / "train" / "a" / "002.jpg").unlink()
+    inspect, inspected = image_folder.decode.inspect, []
+    monkeypatch.setattr(image_folder.decode, "inspect", lambda content: inspected.append(content) or inspect(content))
+    after = data.load("image_folder", tmp_path).train_files
+    assert inspected == [photo(0, 9, 16)]
+    expected = [before.identity(0), before.identity(1), identity.digest(photo(0, 9, 16)), before.identity(3)]
+    assert [after.identity(i) for i in range(4)] == expected
+    assert len(list((tmp_path / "cache" / "ltjax").glob("images-*.npz"))) == 1
 
 
 def test_an_image_is_identified_by_its_content(tmp_path):
@@ -130,7 +145,7 @@ def test_images_are_checked_again_only_after_a_change(tmp_path, monkeypatch):
     [
         (lambda root: shutil.rmtree(root / "train"), "no folder .*train: expected"),
         (lambda root: shutil.rmtree(root / "train" / "b"), "has 1 folder"),
-        (lambda root: (root / "train" / "c").mkdir(), "no images in c; known kinds: .jpg"),
+        (lambda root: (root / "train" / "c").mkdir(), "no images that can be decoded in c"),
         (lambda root: (root / "val" / "c").mkdir(parents=True), "classes that .*train lacks: c"),
         (lambda root: (root / "val").mkdir(), "no images in .*val"),
         (lambda root: [(root / "train" / "a" / f"00{n}.jpg").unlink() for n in (1, 2)], "one image in a, so none"),

@@ -147,6 +147,8 @@ def test_a_setting_that_is_wrong_is_found_before_the_first_step(data):
     tiny = tiny_config(**{"data.max_count": 6, "data.imbalance": 2.0, "stages": ("ce",), "ce.epochs": 1})
     settings = changed(tiny, data.draw(changes_of(tiny, most=1)))
     try:
-        prepare(config.parse(settings), None)
+        _, compiled = prepare(config.parse(settings), None)
     except UserError as error:
-        one_line_of(error)
+        assert one_line_of(error)
+        return
+    assert all(stage.num_steps >= 0 for stage in compiled.values())

@@ -74,6 +74,8 @@ def as_file_name(text):
 
 
 file_names = texts.map(as_file_name)
+byte_names = st.one_of(file_names.map(os.fsencode), st.binary(min_size=1, max_size=20).map(lambda name: b"x" + name))
+byte_names = byte_names.map(lambda name: os.fsdecode(name.replace(b"/", b"|").replace(b"\0", b"|")[:250]))
 
 
 class Text(HTMLParser):
@@ -94,21 +96,21 @@ def squeezed(text):
     return " ".join(text.split())
 
 
-@given(st.lists(file_names, min_size=2, max_size=5, unique=True))
-def test_every_folder_of_a_class_is_found(names):
+@given(st.lists(file_names, min_size=2, max_size=5, unique=True), byte_names)
+def test_every_folder_of_a_class_is_found(names, image):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for label, name in enumerate(names):
             for part in ("train", "val"):
                 (root / part / name).mkdir(parents=True)
-                (root / part / name / as_file_name(name[:200] + ".jpg")).write_bytes(photo(label, 0, 16))
+                (root / part / name / image).write_bytes(photo(label, 0, 16))
         loaded = data.load("image_folder", root)
         assert loaded.class_names == tuple(sorted(names))
         for index, label in enumerate(loaded.train_labels):
             assert loaded.train_files[index] == photo(names.index(loaded.class_names[label]), 0, 16)
 
 
-@given(st.lists(file_names, min_size=1, max_size=5, unique=True))
+@given(st.lists(byte_names, min_size=1, max_size=5, unique=True))
 def test_every_image_of_a_folder_is_predicted(names):
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -175,14 +177,17 @@ def test_a_workdir_keeps_readable_checkpoints_or_is_refused(name):
         assert [path.name for path in Path(folder).iterdir()] == [workdir.name]  # nothing beside the workdir
 
 
-@given(texts)
-def test_a_path_is_expanded_as_in_a_shell_or_refused(text):
+@given(texts, st.sampled_from(["", "~/", "~root/", "~nobody-of-that-name/", "gs://", "s3+x://"]))
+def test_a_path_is_expanded_as_in_a_shell_or_refused(text, start):
+    given = start + text.lstrip("~")
     try:
-        path = local(text)
+        path = local(given)
     except UserError as error:
+        assert start in ("gs://", "s3+x://", "~nobody-of-that-name/") or "://" in text
         assert "address" in str(error) or "no home folder is known" in str(error)
         return
-    assert str(path) == os.path.expanduser(str(Path(text))) or text.startswith("~")
+    homes = {"~/": os.path.expanduser("~") + "/", "~root/": os.path.expanduser("~root") + "/"}
+    assert path == Path(homes.get(start, start) + text.lstrip("~"))
 
 
 @given(st.lists(texts, min_size=1, max_size=3, unique=True))

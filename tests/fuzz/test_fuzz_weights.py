@@ -124,6 +124,31 @@ def test_a_header_with_a_huge_array_takes_no_memory(tmp_path):
         checkpoints.read(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"width": 10**9}, {"depth": 6002}, {"num_classes": 10**12}, {"mean": [0.0] * 10**5, "std": [1.0] * 10**5}],
+)
+def test_a_huge_network_is_refused(change, tmp_path):
+    for name, content in folder_of_weights().items():
+        (tmp_path / name).write_bytes(content)
+    description = json.loads((tmp_path / "weights.json").read_text())
+    description["model"].update(change)
+    (tmp_path / "weights.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"does not fit|num_classes"):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"width": 4}, {"depth": 14}, {"branches": 3}, {"logit_scale": True}])
+def test_weights_of_another_network_are_refused(change, tmp_path):
+    for name, content in folder_of_weights().items():
+        (tmp_path / name).write_bytes(content)
+    description = json.loads((tmp_path / "weights.json").read_text())
+    description["model"].update(change)
+    (tmp_path / "weights.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="are not those of its network"):
+        ltjax.load(tmp_path)
+
+
 @given(st.data())
 def test_a_damaged_folder_of_weights_is_read_or_refused(data):
     files = folder_of_weights()
@@ -174,7 +199,7 @@ def test_changed_results_are_compared_or_refused(data):
             assert is_one_line(error)
 
 
-@given(st.binary(max_size=60))
+@given(st.one_of(st.binary(max_size=60), st.integers(1, 100_000).map(lambda depth: b"[" * depth)))
 def test_any_bytes_are_json_or_refused(content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"

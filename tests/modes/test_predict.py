@@ -82,7 +82,7 @@ def test_a_link_to_itself_is_an_unreadable_image(tmp_path):
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("", "no images in .* or below it; known kinds: .jpg"), ("*.jpg", "nothing matches .*\\*.jpg")],
+    [("", "no images that can be decoded in .* or below it"), ("*.jpg", "nothing matches .*\\*.jpg")],
 )
 def test_a_folder_or_pattern_without_images_is_named(tmp_path, pattern, message):
     touch(tmp_path, "notes.txt")

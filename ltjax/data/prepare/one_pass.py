@@ -291,7 +291,7 @@ def _finish(spec: DatasetSpec, shards: Shards) -> None:
     for split in spec.official:
         keys = [key for shard in shards.finished[split] for key in shard.keys]
         labels = [spec.images[key].label for key in keys]
-        index.write_index(folder / f"{split}.index.npz", index.make_index(labels, keys), paths[split])
+        index.write_index(folder / f"{split}.index.npz", index.make_index(labels, keys, split), paths[split])
     directory = folder.with_name(spec.version)
     os.rename(folder, directory)
     (directory / JOURNAL).unlink()
