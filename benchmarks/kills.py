@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from safetensors import safe_open
 
 from benchmarks import provenance
 from ltjax import data
@@ -123,14 +124,18 @@ def tasks(template: Path) -> dict[str, Task]:
     def results(name: str) -> Callable[[Path], Any]:
         return lambda folder: without_times(json.loads((folder / "run" / name).read_text()))
 
-    def exported(folder: Path) -> dict[str, str]:
+    def archived(folder: Path) -> dict[str, str]:
         return files(folder / "out")
 
-    def whole_export(folder: Path) -> None:
-        from safetensors.numpy import load_file
+    def exported(folder: Path) -> dict[str, Any]:
+        """The arrays and the metadata, which safetensors writes in an order that changes from process to process."""
+        with safe_open(folder / "out" / "net.safetensors", "numpy") as file:
+            arrays = {key: digest(file.get_tensor(key).tobytes()) for key in file.keys()}
+            return {"arrays": arrays, "metadata": file.metadata()}
 
+    def whole_export(folder: Path) -> None:
         if (folder / "out" / "net.safetensors").exists():
-            load_file(folder / "out" / "net.safetensors")
+            exported(folder)
 
     def whole_archive(folder: Path) -> None:
         if is_archive(folder / "out"):
@@ -182,7 +187,7 @@ def tasks(template: Path) -> dict[str, Task]:
         "archive": Task(
             copy_run,
             lambda folder: ("-m", "ltjax.archive", str(folder / "run"), str(folder / "out")),
-            exported,
+            archived,
             whole_archive,
         ),
         "report": Task(
