@@ -19,7 +19,8 @@ from ltjax.interop.weights import ARRAYS, DESCRIPTION, save_arrays
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, variables_of
 from ltjax.system.command_line import Parser, exit_code
-from ltjax.system.paths import local, replacing
+from ltjax.system.files import replacing
+from ltjax.system.paths import local
 from ltjax.types import UserError
 
 FILES = ("config.json", "split.json", "results.json")  # copied with the weights

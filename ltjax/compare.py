@@ -23,9 +23,9 @@ from rich.console import Console
 from ltjax import config as configs
 from ltjax.report.seeds import Figure, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
-from ltjax.runs.checkpoint import load_json
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
 from ltjax.system.command_line import Parser, exit_code
+from ltjax.system.files import load_json
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 

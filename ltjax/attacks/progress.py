@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ltjax.system import npz
-from ltjax.system.paths import replacing
+from ltjax.system.files import replacing
 
 
 class Progress(NamedTuple):

@@ -35,8 +35,8 @@ def hash_images(data: Images | Stored, split: Split) -> dict[str, Hashes]:
         train = [digest(np.ascontiguousarray(image)) for image in data.train_images]
         test = [digest(np.ascontiguousarray(image)) for image in data.test_images]
     else:
-        train = [data.train_files.identity(i) for i in range(len(data.train_files))]
-        test = [data.test_files.identity(i) for i in range(len(data.test_files))]
+        train = [data.train_files.identity(i) for i in range(len(data.train_labels))]
+        test = [data.test_files.identity(i) for i in range(len(data.test_labels))]
     parts = {
         "train": (train, data.train_labels, split.train),
         "holdout": (train, data.train_labels, split.holdout),

@@ -20,7 +20,8 @@ from ltjax.data import decode, folders, identity, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.system import npz
-from ltjax.system.paths import cache_folder, local, replacing
+from ltjax.system.files import replacing
+from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, form_only, one_line, some
 
 # Endings of images. Files with other endings are images if their first bytes are those of one.

@@ -9,7 +9,7 @@ import numpy as np
 
 from ltjax.data import identity
 from ltjax.system import npz
-from ltjax.system.paths import replacing
+from ltjax.system.files import replacing
 
 
 def shards_fingerprint(paths: Iterable[Path]) -> str:

@@ -39,7 +39,8 @@ from ltjax.interop.weights import (
 )
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system.command_line import Parser, exit_code
-from ltjax.system.paths import local, replacing
+from ltjax.system.files import replacing
+from ltjax.system.paths import local
 from ltjax.types import UserError
 
 FORMATS = ("state_dict", "safetensors", "weights", "stablehlo")

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ltjax.optim import flatten, unflatten
-from ltjax.system.paths import local, replacing
+from ltjax.system.files import replacing
+from ltjax.system.paths import local
 from ltjax.types import UserError, Variables
 
 FORMAT = 1

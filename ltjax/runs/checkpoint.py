@@ -14,10 +14,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ltjax.hashing import fingerprint
 from ltjax.system import processes
-from ltjax.system.paths import check_checkpoints, replacing
+from ltjax.system.files import load_json, replacing
+from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError, one_line
 
-MAX_JSON = 1 << 28  # bytes; larger files are not read
 log = logging.getLogger(__name__)
 FIX_DISK = "free some space or fix the permissions, then run the same command again to resume"
 
@@ -170,16 +170,6 @@ def cannot_save(error: Exception, directory: Path) -> UserError:
     steps = complete_steps(directory)
     last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
     return UserError(f"cannot write to {directory}: {one_line(error)} ({last}); {FIX_DISK}")
-
-
-def load_json(path: Path) -> Any:
-    """Read a JSON file. OSError if it cannot be read; ValueError if it is no JSON, or too large or too deep."""
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"more than {MAX_JSON} bytes")
-    try:
-        return json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

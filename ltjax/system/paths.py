@@ -1,16 +1,11 @@
 """Check the paths that users give."""
 
-import contextlib
 import os
 import re
-import time
-import zlib
-from collections.abc import Generator
 from pathlib import Path
 
 from ltjax.types import UserError
 
-DAY = 86_400  # seconds
 PATTERNS = "*?[\\"  # Orbax takes a path with one of these for a pattern, and may then find nothing or another folder
 
 
@@ -33,28 +28,6 @@ def check_checkpoints(folder: Path) -> None:
     """Raise UserError if Orbax could not read checkpoints in a folder."""
     if sign := next((sign for sign in PATTERNS if sign in str(folder.absolute())), None):
         raise UserError(f"cannot keep checkpoints in {folder.absolute()}, for the {sign} in it: name another folder")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Generator[Path]:
-    """Write a file atomically: yield another path in the same folder, and give what is written there the name `path`.
-
-    A reader sees the old file or the new one, even if this process is killed. What a kill leaves is deleted by the
-    first write of this file a day later.
-    """
-    path = path.resolve()  # write to what a link names
-    # Hashes, because `path` may have a name of 255 bytes.
-    name, writer = zlib.crc32(os.fsencode(path.name)), zlib.crc32(f"{os.uname().nodename} {os.getpid()}".encode())
-    written = path.with_name(f".{name:08x}-{writer:08x}.tmp")
-    for left in path.parent.glob(f".{name:08x}-*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > DAY:
-                left.unlink()
-    try:
-        yield written
-        written.replace(path)
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path | None:

@@ -31,9 +31,9 @@ def dry(tmp_path_factory):
     folder, parts = tmp_path_factory.mktemp("dry"), {}
     prepare = dry_run.prepare
 
-    def recorded(run, data_dir):
-        experiment, compiled = prepare(run, data_dir)
-        parts.update(run=run, compiled=compiled, experiment=experiment)
+    def recorded(*arguments):
+        experiment, compiled = prepare(*arguments)
+        parts.update(run=arguments[0], compiled=compiled, experiment=experiment)
         return experiment, compiled
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:

@@ -117,7 +117,7 @@ def test_grey_pixels_do_not_change(tmp_path):
 
 def test_a_pipe_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "image.jpg")
-    assert files.read_image(str(tmp_path / "image.jpg"), View(8, 8), 3) == "no file"
+    assert files.read_image(str(tmp_path / "image.jpg"), View(8, 8), 3) == "not a regular file"
 
 
 class Brightness(Model):

@@ -1,0 +1,45 @@
+"""Write files atomically, and read JSON files that others wrote."""
+
+import contextlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+DAY = 86_400  # seconds
+MAX_JSON = 1 << 28  # bytes; larger files are not read
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """Write a file atomically: yield another path in the same folder, and give what is written there the name `path`.
+
+    A reader sees the old file or the new one, even if this process is killed. What a kill leaves is deleted by the
+    first write of this file a day later.
+    """
+    path = path.resolve()  # write to what a link names
+    # Hashes, because `path` may have a name of 255 bytes.
+    name, writer = zlib.crc32(os.fsencode(path.name)), zlib.crc32(f"{os.uname().nodename} {os.getpid()}".encode())
+    written = path.with_name(f".{name:08x}-{writer:08x}.tmp")
+    for left in path.parent.glob(f".{name:08x}-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > DAY:
+                left.unlink()
+    try:
+        yield written
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file. OSError if it cannot be read; ValueError if it is no JSON, or too large or too deep."""
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"more than {MAX_JSON} bytes")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
