@@ -64,7 +64,7 @@ RULES = (
 )
 LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 _EXPORTED = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-# Names of the mean and the standard deviation by which a network of an attack's author normalises its images.
+# Names of the mean and standard deviation with which some networks, mostly robust ones, normalise their images.
 NORMALISATION = re.compile(r"(?:normali[sz]\w*\.)?(?:(?P<mean>mean|mu)|std|sigma)")
 SCALE = "lws_model.learned_norm"  # MiSLAS's, [1, C]
 

@@ -246,8 +246,8 @@ def _check_fit(weights: Weights, source: Path) -> None:
     params, stats = weights.variables.params["net"], weights.variables.stats["net"]
     image = jnp.zeros((1, 32, 32, models.input_channels(params)))
     expected = jax.eval_shape(net.init, jax.random.key(0), image)
-    shapes = (jax.tree.map(np.shape, {"params": params, **({"batch_stats": stats} if stats else {})}),)
-    if shapes != (jax.tree.map(np.shape, dict(expected)),):
+    shapes = jax.tree.map(np.shape, {"params": params, **({"batch_stats": stats} if stats else {})})
+    if shapes != jax.tree.map(np.shape, dict(expected)):
         raise UserError(f"the arrays in {source} are not those of its network, {weights.settings}: write it again")
 
 

@@ -71,6 +71,15 @@ def damaged(draw, content):
     return bytes(content)
 
 
+def write_with(folder, change):
+    """Write the folder of weights with other settings of its network."""
+    for name, content in folder_of_weights().items():
+        (folder / name).write_bytes(content)
+    description = json.loads((folder / "weights.json").read_text())
+    description["model"].update(change)
+    (folder / "weights.json").write_text(json.dumps(description))
+
+
 def is_one_line(error):
     text = str(error)
     assert text and "\n" not in text.strip() and len(text) < 3000, text
@@ -129,22 +138,14 @@ def test_a_header_with_a_huge_array_takes_no_memory(tmp_path):
     [{"width": 10**9}, {"depth": 6002}, {"num_classes": 10**12}, {"mean": [0.0] * 10**5, "std": [1.0] * 10**5}],
 )
 def test_a_huge_network_is_refused(change, tmp_path):
-    for name, content in folder_of_weights().items():
-        (tmp_path / name).write_bytes(content)
-    description = json.loads((tmp_path / "weights.json").read_text())
-    description["model"].update(change)
-    (tmp_path / "weights.json").write_text(json.dumps(description))
+    write_with(tmp_path, change)
     with pytest.raises(UserError, match=r"does not fit|num_classes"):
         load_weights(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"width": 4}, {"depth": 14}, {"branches": 3}, {"logit_scale": True}])
 def test_weights_of_another_network_are_refused(change, tmp_path):
-    for name, content in folder_of_weights().items():
-        (tmp_path / name).write_bytes(content)
-    description = json.loads((tmp_path / "weights.json").read_text())
-    description["model"].update(change)
-    (tmp_path / "weights.json").write_text(json.dumps(description))
+    write_with(tmp_path, change)
     with pytest.raises(UserError, match="are not those of its network"):
         ltjax.load(tmp_path)
 
