@@ -250,7 +250,8 @@ def _figures(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change what is trained, with today's defaults for keys that an older config lacks."""
-    return {key: value for key, value in configs.with_defaults(config).items() if key not in WITHIN_A_ROW}
+    settings = {key: value for key, value in configs.with_defaults(config).items() if key not in WITHIN_A_ROW}
+    return {**settings, "root": config.get("data", {}).get("root", "")}  # folders of images are different data sets
 
 
 def group(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:

@@ -125,6 +125,11 @@ def test_settings_that_change_no_figure_do_not_split_a_row(tmp_path, key):
     assert len(compare.rows(paths)) == 1
 
 
+def test_runs_on_other_folders_of_images_are_other_rows(tmp_path):
+    folders = [single(tmp_path / name, seed=0, data={"name": "image_folder", "root": name}) for name in "ab"]
+    assert len(compare.rows(folders)) == 2
+
+
 def test_a_config_saved_before_a_setting_existed_has_its_default(tmp_path):
     now = {"nesterov": False, "momentum": 0.9, "weight_decay": 0.0}
     spelt = single(tmp_path / "b", seed=1, data={"groups": "counts", "ranges": []}, eval_every=1, optimizer=now)
