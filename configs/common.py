@@ -124,9 +124,12 @@ def _value(name: str, part: str, value: str, choice):
             raise ValueError(f"config argument {part!r}: {name} takes no value")
         return True
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise ValueError(f"config argument {part!r}: {name} is a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"config argument {part!r}: {name} is a finite number")
+    return number
 
 
 def read(text: str | None, allowed: dict, *, long_tailed: bool) -> tuple[SimpleNamespace, recipes.Recipe]:
