@@ -30,7 +30,7 @@ class DataConfig(NamedTuple):
     # For images that stay on disk, of any size:
     size: int = 224  # side of the network's square input, in pixels
     resize: int = 256  # evaluation: length of the shorter side before the central square is cropped
-    min_area: float = 0.08  # training: smallest share of an image's area in a random crop
+    min_area: float = 0.08  # training: smallest share of an image's area in a random crop; 1: crop as in evaluation
     threads: int = 0  # decoding threads; 0: one for each core
 
 

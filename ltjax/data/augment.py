@@ -31,12 +31,19 @@ def augment(
     magnitude), division by 255, `color_jitter`, `cutout`, `random_mixup`. Each keyword is a setting of that part in a
     config. Zero, False or () turns a part off and leaves the random numbers of the others unchanged.
 
-    UserError if a setting is out of range, or if colour operations get images that are not RGB; ValueError if the
-    images are not uint8.
+    Features of images (`ltjax.models.features`) are floats [B, 1, 1, D]: they can be mixed, and nothing else.
+
+    UserError if a setting is out of range, if colour operations get images that are not RGB, or if an operation on
+    pixels gets floats.
     """
     sizes = dict(crop_padding=crop_padding, cutout_size=cutout_size, mixup_alpha=mixup_alpha, color_jitter=color_jitter)
     _check_settings(rand_augment, auto_augment, sizes)
-    _require_uint8(images)
+    pixels = dict(crop_padding=crop_padding, flip=flip, auto_augment=auto_augment, rand_augment=rand_augment)
+    on = [name for name, value in dict(pixels, color_jitter=color_jitter, cutout_size=cutout_size).items() if value]
+    if images.dtype != jnp.uint8 and on:
+        raise UserError(
+            f"augment {on[0]} changes pixels, uint8; the data are {images.dtype}, as features are: turn it off"
+        )
     crop_rng, policy_rng, cutout_rng, mixup_rng = jax.random.split(rng, 4)
     if crop_padding or flip:
         images = crop_flip(crop_rng, images, padding=crop_padding, flip=flip)
@@ -45,7 +52,7 @@ def augment(
     if rand_augment:
         number, magnitude = rand_augment
         images = _rand_augment(policy_rng, images, num_operations=int(number), magnitude=magnitude)
-    images = images.astype(jnp.float32) / 255
+    images = as_float(images)
     if color_jitter:
         images = _color_jitter(jax.random.fold_in(policy_rng, 1), images, strength=color_jitter)
     if cutout_size:
@@ -53,6 +60,11 @@ def augment(
     if mixup_alpha:
         return random_mixup(mixup_rng, images, labels, alpha=mixup_alpha)
     return Batch(images, labels)
+
+
+def as_float(images: jax.Array) -> jax.Array:
+    """Convert images, uint8 from 0 to 255, to float32 in [0, 1]. Features, which are floats, keep their values."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
 def _check_settings(rand_augment: tuple[float, ...], auto_augment: bool, sizes: dict[str, float]) -> None:

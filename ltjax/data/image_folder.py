@@ -85,26 +85,37 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
     _note_ignored(root, test_folder)
     train = Files(root, train_paths, identities[: len(train_paths)])
     if not test_folder:
-        return _hold_out(root, train, train_labels, titles, counts)
+        kept, test = hold_out(str(root), train_labels, titles, f"folder {', '.join(HELD_OUT)}")
+        parts = Subset(train, kept), train_labels[kept], Subset(train, test), train_labels[test]
+        return Stored(*parts, titles)
     if lacking := [title for label, title in enumerate(titles) if label not in test_labels]:
-        _note(f"{root / test_folder} has no images of {some(lacking)}: their accuracy will be unknown")
+        note(f"{root / test_folder} has no images of {some(lacking)}: their accuracy will be unknown")
     test = Files(root, test_paths, identities[len(train_paths) :])
     return Stored(train, train_labels, test, test_labels, titles)
 
 
-def _hold_out(root: Path, files: Files, labels: np.ndarray, titles: tuple[str, ...], counts: np.ndarray) -> Stored:
-    """Split the training images."""
+def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], instead: str) -> tuple[np.ndarray, np.ndarray]:
+    """Choose images to test on: a fifth of the smallest class, at most 20, of each class, the same every time.
+
+    Args:
+      what: Names the data set in messages.
+      labels: [N].
+      titles: Names of the classes.
+      instead: What would name images to test on, for messages.
+
+    Returns:
+      The indices of training and test images, sorted by class.
+    """
+    counts = np.bincount(labels, minlength=len(titles))
     smallest = int(counts.min())
     if smallest < 2:
         single = some([titles[c] for c in np.flatnonzero(counts < 2)])
-        raise UserError(f"{root}: one image in {single}, so none can be held out; make a folder {root}/validation")
+        raise UserError(f"{what}: one image in {single}, so none can be held out: make a {instead}")
     each = min(20, max(1, smallest // 5))
     few = "" if each > FEW else ", too few for a reliable accuracy: make one if you have more images"
-    held_out = f"{each} image(s) of each class are held out of train to test on"
-    _note(f"{root} has no folder {', '.join(HELD_OUT)}: {held_out}{few}")
+    note(f"{what} has no {instead}: {each} image(s) of each class are held out of train to test on{few}")
     split = long_tailed_split(labels, len(titles), imbalance=1, profile="natural", holdout=each)
-    train, test = split.train, split.holdout
-    return Stored(Subset(files, train), labels[train], Subset(files, test), labels[test], titles)
+    return split.train, split.holdout
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -161,7 +172,7 @@ def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str
     if not paths:
         raise UserError(f"no images in {root / part}: expected {root / part}/<class>/*.jpg")
     if left_out:
-        _note(f"{root / part}: {describe_left_out(left_out)}")
+        note(f"{root / part}: {describe_left_out(left_out)}")
     return paths, np.asarray(labels, np.int32)
 
 
@@ -172,14 +183,14 @@ def _note_ignored(root: Path, test_folder: str | None) -> None:
     read = {folders.identity(root / part) for part in parts}
     for path in sorted(root.iterdir()):
         if path.is_dir() and path.name.lower() in SIMILAR_NAMES and folders.identity(path) not in read:
-            _note(f"{path} is not read: {reason}")
+            note(f"{path} is not read: {reason}")
     for part in parts:
         files = [path for path in sorted((root / part).iterdir()) if _is_user_data(path.name) and path.is_file()]
         if strays := [_printable(path.name) for path in files if is_image(str(path))]:
-            _note(f"{len(strays)} image(s) in {root / part}, outside the classes' folders, are ignored: {some(strays)}")
+            note(f"{len(strays)} image(s) in {root / part}, outside the classes' folders, are ignored: {some(strays)}")
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     if jax.process_index() == 0:
         print(f"note: {text}", file=sys.stderr)
 
@@ -222,8 +233,8 @@ def _identities(root: Path, paths: list[str]) -> np.ndarray:
     deep = decode.DeepImages()
     for value in brightest[brightest >= 0]:
         deep.add(int(value))
-    if note := deep.note():
-        _note(f"{root}: {note}")
+    if text := deep.note():
+        note(f"{root}: {text}")
     return identities
 
 

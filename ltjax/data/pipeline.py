@@ -61,12 +61,17 @@ def training(
     num_steps: int,
     view: View,
 ) -> Plan:
-    """Plan training: `sampler` draws from the training images `order`, sorted by class; windows are random."""
+    """Plan training: `sampler` draws from the training images `order`, sorted by class.
+
+    Windows are random, or as in evaluation if `view.min_area` is 1.
+    """
 
     def positions(step: int) -> np.ndarray:
         return order[sampler(seed, np.uint32(step), batch_size=batch_size, class_counts=class_counts)]
 
-    cut = lambda image, draws, out: random_window(image, draws, view, out)  # noqa: E731
+    def cut(image: np.ndarray, draws: np.ndarray, out: np.ndarray) -> Any:
+        return center_crop(image, view, out) if view.min_area == 1 else random_window(image, draws, view, out)
+
     return Plan(data.train_files, data.train_labels, positions, cut, view.size, seed, batch_size, num_steps)
 
 

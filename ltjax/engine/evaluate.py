@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ltjax import losses, metrics
+from ltjax.data.augment import as_float
 from ltjax.engine.stage import make_apply
 from ltjax.system import xla
 from ltjax.system.parallel import BATCH_AXIS, over_replicas, put, replicated, split_batch
@@ -92,7 +93,7 @@ def evaluator(
 
         def batch(image_batch, label_batch):
             with xla.float32_products(platform):
-                outputs, _ = apply(variables, image_batch.astype(jnp.float32) / 255, net=net)
+                outputs, _ = apply(variables, as_float(image_batch), net=net)
             found = outcome(outputs.logits, label_batch)
             if means is not None:  # |z - m|^2 without |z|^2, which all classes share
                 product = jnp.matmul(outputs.features, means.T, precision="highest")

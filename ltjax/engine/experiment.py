@@ -17,6 +17,7 @@ from ltjax.config import DataConfig, RunConfig, StageConfig
 from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.engine import evaluate, feed
+from ltjax.engine import features as fixed
 from ltjax.engine.stage import (
     Chunk,
     CompiledStage,
@@ -31,7 +32,7 @@ from ltjax.engine.stage import (
 )
 from ltjax.interop.weights import hash_weights, into, is_weights, load_weights
 from ltjax.runs.checkpoint import Checkpoints
-from ltjax.runs.trained import is_archive, read_archive
+from ltjax.runs.trained import is_archive, newest, read_archive, variables_of
 from ltjax.runs.workdir import check_same_images
 from ltjax.system import parallel, processes, xla
 from ltjax.system.paths import local
@@ -46,9 +47,9 @@ class Experiment(NamedTuple):
     split: splits.Split
     description: dict[str, Any]  # content of split.json
     groups: dict[str, np.ndarray]  # {"many": bool [C], ...}
-    nets: dict[str, nn.Module]
+    nets: dict[str, nn.Module]  # of a fixed backbone, only what is applied to its features
     mesh: Mesh
-    image_shape: tuple[int, ...]  # [H, W, channels]
+    image_shape: tuple[int, ...]  # [H, W, channels] of what `nets` take
     shapes: Variables  # shapes of the networks' variables, without an axis of replicas
     initialise: Callable[..., Variables]  # (seed, number of a stage) -> random variables on the devices
     train_data: Any  # stage.Resident, or evaluate.StoredSet if the images stay on disk
@@ -60,7 +61,7 @@ class Experiment(NamedTuple):
     @property
     def streamed(self) -> bool:
         """Whether images stay on disk and are decoded during training."""
-        return isinstance(self.data, Stored)
+        return isinstance(self.train_data, evaluate.StoredSet)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -75,14 +76,14 @@ class Experiment(NamedTuple):
 
 
 def prepare(
-    run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None
+    run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None, features: str = "compute"
 ) -> tuple[Experiment, dict[str, CompiledStage]]:
     """Set up an experiment, see `set_up`, and build and trace the jitted functions of all its stages.
 
     Raises:
       UserError: For any mistake that can be found before the first step.
     """
-    experiment = set_up(run, data_dir, workdir)
+    experiment = set_up(run, data_dir, workdir, features)
     compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
     for name, stage in run.stages.items():
         if stage.keep_optimizer and compiled[name].assigned != compiled[stage.start_from].assigned:
@@ -95,13 +96,17 @@ def prepare(
     return experiment, compiled
 
 
-def set_up(run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None) -> Experiment:
+def set_up(
+    run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None, features: str = "compute"
+) -> Experiment:
     """Load the data, choose the long-tailed training set, make the networks, and put resident images on the devices.
 
     Args:
       run: The config.
       data_dir: Folder of prepared data sets.
       workdir: Folder of the run, if its images have to be those that it began with.
+      features: If the backbone is fixed (`ltjax.engine.features`): "compute" the features of all images. "shapes": put
+        ones in their place. "images": compute features in every step.
 
     Raises:
       UserError: The config does not fit the data or the devices, or the run in the workdir began with other images.
@@ -129,10 +134,18 @@ def set_up(run: RunConfig, data_dir: str | Path | None, workdir: Path | None = N
     _check_batch_size(run, mesh)
     networks = {"net": run.model, **({"guide": run.guide} if run.guide else {})}
     nets = {name: _network(settings, num_classes) for name, settings in networks.items()}
-    if isinstance(images, Stored):
-        image_sets = feed.stored(run, images, split, mesh)
+    image_shape = feed.image_shape(run, images)
+    shapes = jax.eval_shape(lambda: init_variables(nets, image_shape, jax.random.key(0)))
+    initialise = _initialiser(nets, image_shape, mesh, run.replicas)
+    inputs: Images | Stored = images
+    if isinstance(images, Stored) and features != "images" and fixed.is_fixed(run, shapes.params):
+        weights = None if features == "shapes" else _fixed_weights(run, shapes, workdir)
+        inputs = fixed.features(run, images, split, nets["net"], weights, mesh)
+        nets = {"net": fixed.head(nets["net"])}
+    if isinstance(inputs, Stored):
+        image_sets = feed.stored(run, inputs, split, mesh)
     else:
-        image_sets = feed.resident(run, images, split, mesh)
+        image_sets = feed.resident(run, inputs, split, mesh)
     return Experiment(
         config=run,
         data=images,
@@ -142,8 +155,8 @@ def set_up(run: RunConfig, data_dir: str | Path | None, workdir: Path | None = N
         nets=nets,
         mesh=mesh,
         image_shape=image_sets.shape,
-        shapes=jax.eval_shape(lambda: init_variables(nets, image_sets.shape, jax.random.key(0))),
-        initialise=_initialiser(nets, image_sets.shape, mesh, run.replicas),
+        shapes=shapes,
+        initialise=initialise,
         train_data=image_sets.train,
         test_set=image_sets.test,
         holdout_set=image_sets.holdout,
@@ -152,6 +165,15 @@ def set_up(run: RunConfig, data_dir: str | Path | None, workdir: Path | None = N
             make_apply(nets, "eval"), image_sets.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
         ),
     )
+
+
+def _fixed_weights(run: RunConfig, shapes: Variables, workdir: Path | None) -> Variables:
+    """Return a network's variables with `config.weights`, or those of a run that has them already."""
+    if workdir is not None and not is_weights(run.weights) and (workdir / "config.json").is_file():
+        trained = variables_of(workdir, newest(workdir))
+        return jax.tree.map(lambda x: np.asarray(x)[0], trained) if run.replicas > 1 else trained
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    return into(zeros, load_weights(run.weights), run.weights_parts)
 
 
 def _describe_images(
@@ -288,7 +310,7 @@ def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
 
 def batches(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.Feed:
     """Open the source of a stage's batches. The caller closes it."""
-    if isinstance(experiment.data, Images):
+    if not experiment.streamed or isinstance(experiment.data, Images):
         return feed.Feed(experiment.train_data)
     return feed.streamed(
         experiment.config,

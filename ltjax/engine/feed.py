@@ -19,6 +19,11 @@ from ltjax.types import Apply, UserError, Variables
 DISPATCH_STEPS = 4  # batches that go to the devices together
 
 
+def image_shape(run: RunConfig, data: Images | Stored) -> tuple[int, ...]:
+    """Return the shape [H, W, channels] of the images that the networks take."""
+    return data.train_images.shape[1:] if isinstance(data, Images) else (run.data.size, run.data.size, 3)
+
+
 class ImageSets(NamedTuple):
     """Training, test and held-out images, on the devices or ready to be streamed."""
 
@@ -46,7 +51,7 @@ def resident(run: RunConfig, images: Images, split: splits.Split, mesh: Mesh) ->
         held_out = images.train_images[split.holdout], images.train_labels[split.holdout]
         holdout = evaluate.place(*held_out, run.eval_batch_size, mesh)
     test = evaluate.place(images.test_images, images.test_labels, run.eval_batch_size, mesh)
-    return ImageSets(images.train_images.shape[1:], train, test, holdout)
+    return ImageSets(image_shape(run, images), train, test, holdout)
 
 
 def stored(run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh) -> ImageSets:
@@ -56,16 +61,16 @@ def stored(run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh) -> Ima
             f"config.replicas = {run.replicas}: replicas share images on the device, but those of {run.data.name!r} "
             "stay on disk; run the seeds one after the other with --config.seed"
         )
-    in_order, train = partial(_in_order, run, mesh), (data.train_files, data.train_labels)
+    stream, train = partial(in_order, run, mesh), (data.train_files, data.train_labels)
     return ImageSets(
-        shape=(run.data.size, run.data.size, 3),
-        train=in_order(*train, split.train),
-        test=in_order(data.test_files, data.test_labels, np.arange(len(data.test_labels))),
-        holdout=in_order(*train, split.holdout) if run.data.holdout else None,
+        shape=image_shape(run, data),
+        train=stream(*train, split.train),
+        test=stream(data.test_files, data.test_labels, np.arange(len(data.test_labels))),
+        holdout=stream(*train, split.holdout) if run.data.holdout else None,
     )
 
 
-def _in_order(
+def in_order(
     run: RunConfig, mesh: Mesh, files: ImageFiles, labels: np.ndarray, order: np.ndarray
 ) -> evaluate.StoredSet:
     """Prepare a stream of the images with the indices `order`, cropped as for evaluation."""
@@ -83,7 +88,7 @@ def some_of_each_class(run: RunConfig, data: Any, split: splits.Split, mesh: Mes
     """Choose the first `most` training images of each class, or all of a smaller class, from images on disk."""
     starts = np.cumsum(split.class_counts) - split.class_counts
     some = [split.train[start : start + min(n, most)] for start, n in zip(starts, split.class_counts, strict=True)]
-    return _in_order(run, mesh, data.train_files, data.train_labels, np.concatenate(some))
+    return in_order(run, mesh, data.train_files, data.train_labels, np.concatenate(some))
 
 
 def picture(run: RunConfig, data: Images | Stored, index: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ltjax import metrics, surgery
 from ltjax.config import StageConfig
+from ltjax.data.augment import as_float
 from ltjax.engine import feed
 from ltjax.engine import stage as stages
 from ltjax.engine.experiment import Experiment
@@ -71,7 +72,7 @@ class Observer:
             def of_batch(batch):
                 images, labels, start = batch
                 with xla.float32_products(platform):
-                    outputs, _ = apply(variables, images.astype(jnp.float32) / 255, net=net)
+                    outputs, _ = apply(variables, as_float(images), net=net)
                 probabilities = jax.nn.softmax(outputs.logits)  # [B, C]
                 counted = jnp.where(start + jnp.arange(labels.shape[0]) < size, labels, -1)  # without padding
                 outcome = {"predictions": outputs.logits.argmax(-1), "confidences": probabilities.max(-1)}

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from ltjax import losses, optim
 from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
+from ltjax.data.augment import as_float
 from ltjax.hashing import hash32
 from ltjax.system import parallel, xla
 from ltjax.types import Apply, Batch, Method, UserError, Variables
@@ -166,7 +167,7 @@ def feature_sums(
       images: uint8 [B, H, W, channels].
       labels: [B]; images with -1 do not count.
     """
-    outputs, _ = apply(variables, images.astype(jnp.float32) / 255, bn="eval")
+    outputs, _ = apply(variables, as_float(images), bn="eval")
     num_classes = outputs.logits.shape[-1]
     features_of = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
     class_means = {name: losses.class_means(features, labels, num_classes) for name, features in features_of.items()}

@@ -19,7 +19,9 @@ from ltjax.models.branches import ConvBranches, NormBranches
 from ltjax.models.layers import CLASSIFIER_INITS, CLASSIFIERS, Network
 from ltjax.types import UserError
 
-MODELS = {name: f"ltjax.models.{name}" for name in ("resnet_cifar", "resnet", "preact_resnet", "wide_resnet")}
+MODELS = {
+    name: f"ltjax.models.{name}" for name in ("resnet_cifar", "resnet", "preact_resnet", "wide_resnet", "features")
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 BRANCH_KINDS = ("norm", "conv", "pooled_conv")
 

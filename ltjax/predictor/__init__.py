@@ -22,6 +22,7 @@ from jax.tree_util import Partial
 
 from ltjax import config as configs
 from ltjax import data, models
+from ltjax.data.augment import as_float
 from ltjax.interop.weights import DESCRIPTION, Weights, hash_weights, in_our_order, load_weights
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, weights_of
@@ -100,7 +101,7 @@ class Model:
 
         @xla.jit
         def run(network: Partial, images: jax.Array) -> jax.Array:
-            return network(images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images)
+            return network(as_float(images))
 
         self._run = run
 
