@@ -32,6 +32,7 @@ MEANINGS = {
     "augment": "paper: the recipe's own; plain: crops and flips; auto: AutoAugment and Cutout, or RandAugment",
     "mixup": "a of Beta(a, a), in stages that train the whole network; 0: the recipe's own",
     "precision": "of the network's body; parameters, statistics, logits and optimizer stay float32",
+    "normalise": "of features: none, unit (length 1), standardise (mean 0, variance 1 of each dimension)",
     "holdout": "images of each class held out of training, for selection and tuning",
     "size": "side of the images that the network sees, in pixels",
     "runlocal": "shrink everything to a laptop: 64 pixels, a ResNet-10, few classes, images and epochs",

@@ -22,7 +22,7 @@ def read(arg: str | None, *, size: int = 224) -> tuple[SimpleNamespace, recipes.
     """
     local = any(name == "runlocal" for name, *_ in common.split(arg))
     allowed: dict = {
-        "method": tuple(recipes.METHODS),
+        "method": recipes.FROM_SCRATCH,
         "recipe": common.chains(long_tailed=True),
         "model": Text("auto", NETWORKS),
         "classifier": ("auto", "linear", "cosine"),

@@ -5,7 +5,7 @@ where the one before it ended. Lengths are those of 200 epochs, or of a short ru
 in `configs/robust.py`, has 100 or 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -51,12 +51,15 @@ METHODS = {
     # the only decay in DRO-LT's code is LDAM's, 0.01; nothing there calls it
     "drolt": Recipe("DRO-LT", ("ce", "dro", "ce_classifier"), weight_decay=1e-4, auto_augment=True, decay=0.01),
     "reslt": Recipe("ResLT", ("reslt",), weight_decay=5e-4),
+    "lift": Recipe("LIFT's classifier", ("lift",), weight_decay=5e-4),
     "pgd_at": Recipe("PGD-AT", ("pgd_at",)),
     "trades": Recipe("TRADES", ("trades",)),
     "alp": Recipe("ALP", ("alp",)),
     "bgat": Recipe("BGAT", ("natural", "bgat")),
     "lbgat": Recipe("LBGAT", ("lbgat",)),
 }
+
+FROM_SCRATCH = tuple(name for name in METHODS if name != "lift")  # methods that need no trained backbone
 
 
 class Smoothing(NamedTuple):
@@ -89,6 +92,7 @@ class Papers(NamedTuple):
     crop_padding: int = 4  # 0: random windows of another size are cut on the host
     color_jitter: float = 0.0
     mixup: float = 1.0  # MiSLAS's a of Beta(a, a)
+    fixed: bool = False  # the backbone keeps the weights that it came with, and sees each image in one way
     balanced_epochs: bool = True  # DRO-LT's stages count draws, not images: see `ltjax.config.StageConfig.epoch_size`
     schedule: robust.Schedule = robust.LBGAT  # of adversarial training
 
@@ -119,16 +123,20 @@ def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers
     schedule = robust.SHORT if args.short else papers.schedule
     if recipe.adversarial:
         config.epochs = schedule.epochs
-    head, tail, *_ = papers.smoothing
-    smoothing = dict(head=head, tail=tail) if args.loss == "label_aware_smoothing" else {}
+    smoothing = (
+        dict(head=papers.smoothing.head, tail=papers.smoothing.tail) if args.loss == "label_aware_smoothing" else {}
+    )
     optional = {
+        "backbone": config.model.name != "features",
+        "classifier": True,
         "branches": config.model.branches,
         "logit_scale": config.model.logit_scale,
         "guide": config.guide,
         "block": config.model.get("extra_block"),
+        "projection": config.model.get("projection"),
     }
     setting = Setting(
-        parts=("backbone", "classifier", *(part for part, used in optional.items() if used)),
+        parts=tuple(part for part, used in optional.items() if used),
         papers=papers,
         short=args.short,
         auto_augment={"paper": recipe.auto_augment or None, "plain": False, "auto": True}[args.augment],
@@ -196,9 +204,9 @@ def parse_recipe(text: str) -> Recipe:
 def head(blocks: tuple[str, ...]) -> dict[str, Any]:
     """Return the settings of the network's head that a chain of blocks needs."""
     return dict(
-        # LDAM: logits are 30 times a cosine, so that the softmax can become confident
-        classifier="cosine" if "ldam" in blocks else "linear",
-        cosine_scale=30.0,
+        # logits are many times a cosine, so that the softmax can become confident
+        classifier="cosine" if {"ldam", "lift"} & set(blocks) else "linear",
+        cosine_scale=25.0 if "lift" in blocks else 30.0,
         logit_scale=bool({"lws", "smoothing"} & set(blocks)),
         branches=3 if "reslt" in blocks else 0,
     )
@@ -211,6 +219,8 @@ def groups(parts: tuple[str, ...], **rates: float) -> dict[str, dict[str, Any]]:
 
 
 def augment(setting: Setting, *, auto: bool = False, mixup: float = 0.0) -> dict[str, Any]:
+    if setting.papers.fixed:
+        return dict(crop_padding=0, flip=False, mixup_alpha=mixup)
     auto = auto if setting.auto_augment is None else setting.auto_augment
     padding, mixing = setting.papers.crop_padding, dict(mixup_alpha=mixup)
     if padding:
@@ -242,7 +252,7 @@ def _scratch(
         schedule=schedule,
         sampler=dict(name="instance_balanced"),
         augment=augment(setting, mixup=setting.mixup or mixup),
-        batch_norm="train",
+        batch_norm=batch_norm(setting),
         groups=groups(setting.parts, **whole(setting)),
         **more,
     )
@@ -250,7 +260,13 @@ def _scratch(
 
 def whole(setting: Setting) -> dict[str, float]:
     """Return the rates of a stage that trains the whole network; an extra block is trained on a frozen backbone."""
-    return dict(backbone=0.0 if "block" in setting.parts else 1.0, block=1.0, branches=1.0, classifier=1.0)
+    frozen = setting.papers.fixed or "block" in setting.parts
+    return dict(backbone=0.0 if frozen else 1.0, block=1.0, branches=1.0, projection=1.0, classifier=1.0)
+
+
+def batch_norm(setting: Setting, train: bool = True) -> str:
+    """Return a stage's mode of batch norm; that of a fixed backbone keeps its statistics."""
+    return "train" if train and not setting.papers.fixed else "eval"
 
 
 def _loss(name: str, **settings: Any) -> dict[str, Any]:
@@ -269,6 +285,12 @@ def reslt(setting: Setting) -> dict[str, Any]:
     warmup = setting.papers.warmup
     stage["schedule"].update(warmup=2 / 12 if setting.short and warmup else warmup, warmup_start=paper.warmup_start)
     return stage
+
+
+def lift(setting: Setting) -> dict[str, Any]:
+    """Train the classifier as LIFT does (Shi et al., ICML 2024): it starts from class means, with adjusted logits."""
+    stage = _scratch(setting, _loss("logit_adjusted", tau=1.0), surgery=dict(name="class_means"))
+    return dict(stage, schedule=dict(kind="cosine"))
 
 
 def balms(setting: Setting) -> dict[str, Any]:
@@ -296,7 +318,7 @@ def adversarial(name: str, setting: Setting) -> dict[str, Any]:
     )
 
 
-SCRATCH = {
+SCRATCH: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "ce": lambda s: _scratch(s, _loss("cross_entropy")),
     "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=s.papers.mixup),
     "focal": lambda s: _scratch(s, _loss("focal", gamma=1.0)),  # LDAM's comparison; Lin et al. have 2
@@ -306,6 +328,7 @@ SCRATCH = {
     "balanced_softmax": lambda s: _scratch(s, _loss("balanced_softmax")),
     "logit_adjustment": lambda s: _scratch(s, _loss("logit_adjusted", tau=1.0)),
     "reslt": reslt,
+    "lift": lift,
     "balms": balms,
     **{name: partial(adversarial, name) for name in robust.BLOCKS if name != "bgat"},
 }
@@ -335,7 +358,7 @@ def smoothing(setting: Setting) -> dict[str, Any]:
         short=2,
         lr=0.1,
         sampler=dict(name="class_aware", in_a_row=4),
-        batch_norm="train" if paper.shifted_batch_norm else "eval",
+        batch_norm=batch_norm(setting, train=paper.shifted_batch_norm),
         groups=groups(setting.parts, classifier=paper.classifier_rate, logit_scale=1.0),
     )
 
@@ -374,7 +397,7 @@ def dro(setting: Setting) -> dict[str, Any]:
     method.update(robust_weight=1.0, radius="learned", radius_size=0.5, temperature=1.0, layers=())
     trained = groups(setting.parts, **{**whole(setting), "classifier": 0.0})
     trained["margins"] = dict(match="method/margins", rate=1.0, optional=True)  # learned radii only
-    return _drolt(setting, method, epochs=80, short=3, lr=0.005, batch_norm="train", groups=trained)
+    return _drolt(setting, method, epochs=80, short=3, lr=0.005, batch_norm=batch_norm(setting), groups=trained)
 
 
 def ce_classifier(setting: Setting) -> dict[str, Any]:

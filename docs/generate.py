@@ -41,6 +41,7 @@ TITLES = {
     "cifar100": "CIFAR-100",
     "cifar10": "CIFAR-10",
     "tiny_imagenet": "Tiny ImageNet",
+    "features": "features from a file",
 }
 
 
@@ -282,7 +283,7 @@ def abouts(name: str) -> list[tuple[bool, str]]:
 
 def reproduction(name: str) -> str:
     """Return a table of all methods on a data set: the paper's figure, ours, and the argument."""
-    methods = tuple(recipes.METHODS) if name in LONG_TAILED else ("lbgat", *common.BALANCED)
+    methods = recipes.FROM_SCRATCH if name in LONG_TAILED else ("lbgat", *common.BALANCED)
     columns = {False: "Published, and ours at full length", True: f"Ours with `{SHORT}`"}
     lines = [f"{columns[short]}: {about}.\n" for short, about in abouts(name)] or ["No figures yet.\n"]
     lines += ["This command makes the first row:\n", f"    {command(f'{name}:method={methods[0]}')}\n"]

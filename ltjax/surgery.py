@@ -161,6 +161,12 @@ def _nearest_mean(
     return _changed(variables, nearest_mean(variables.params["net"], means, metric=metric)), {"calibrated": False}
 
 
+def _class_means(variables: Variables, context: Context) -> tuple[Variables, dict[str, Any]]:
+    """Start a cosine classifier from the directions of the mean training features."""
+    means = context.class_means(variables)
+    return _changed(variables, nearest_mean(variables.params["net"], means)), {}
+
+
 def _logit_shift(variables: Variables, context: Context, *, tau: float = 1.0) -> tuple[Variables, dict[str, Any]]:
     params = variables.params["net"]
     shifted = logit_shifted(params, context.class_counts, tau=tau, branches=context.branches)
@@ -171,6 +177,7 @@ SURGERIES: dict[str, Callable] = {
     "new_head": _new_head,
     "tau_norm": _tau_norm,
     "nearest_mean": _nearest_mean,
+    "class_means": _class_means,
     "logit_shift": _logit_shift,
 }
 
@@ -193,6 +200,10 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
     cosine = "bias" not in params["classifier"]
     if cosine and name in ("tau_norm", "logit_shift"):
         raise UserError(f"surgery {name!r} is for a linear classifier: model.classifier = 'cosine' has no such weights")
+    if name == "class_means" and (branches or not cosine):
+        raise UserError(
+            "surgery 'class_means' is for a network with one cosine classifier: model.classifier = 'cosine'"
+        )
     if name == "tau_norm":
         taus = settings.get("taus", (1.0,))
         if not taus:

@@ -273,8 +273,12 @@ def test_the_note_has_the_hold_out_accuracy_of_every_tau():
 
 LINEAR, COSINE = linear(), linear(bias=False)
 MISTAKES = [
-    ({"name": "graft"}, LINEAR, "unknown surgery 'graft'; known: new_head, tau_norm, nearest_mean, logit_shift"),
-    ({}, LINEAR, "unknown surgery ''; known: new_head, tau_norm, nearest_mean, logit_shift"),
+    (
+        {"name": "graft"},
+        LINEAR,
+        "unknown surgery 'graft'; known: new_head, tau_norm, nearest_mean, class_means, logit_shift",
+    ),
+    ({}, LINEAR, "unknown surgery ''; known: new_head, tau_norm, nearest_mean, class_means, logit_shift"),
     ({"name": "new_head", "tau": 1}, LINEAR, "surgery 'new_head' has no setting 'tau'; allowed: none"),
     ({"name": "tau_norm", "tau": 1}, LINEAR, "surgery 'tau_norm' has no setting 'tau'; allowed: taus, bias"),
     (

@@ -8,6 +8,7 @@ from ltjax.data.source import Images, Stored
 SOURCES = {
     "cifar10": "ltjax.data.cifar",
     "cifar100": "ltjax.data.cifar",
+    "features": "ltjax.data.features",
     "i_naturalist2018": "ltjax.data.shards",
     "image_folder": "ltjax.data.image_folder",
     "imagenet_lt": "ltjax.data.shards",

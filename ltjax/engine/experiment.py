@@ -31,6 +31,7 @@ from ltjax.engine.stage import (
     streamed_draw,
 )
 from ltjax.interop.weights import hash_weights, into, is_weights, load_weights
+from ltjax.models import features
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.trained import is_archive, newest, read_archive, variables_of
 from ltjax.runs.workdir import check_same_images
@@ -76,14 +77,14 @@ class Experiment(NamedTuple):
 
 
 def prepare(
-    run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None, features: str = "compute"
+    run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None, features_as: str = "compute"
 ) -> tuple[Experiment, dict[str, CompiledStage]]:
     """Set up an experiment, see `set_up`, and build and trace the jitted functions of all its stages.
 
     Raises:
       UserError: For any mistake that can be found before the first step.
     """
-    experiment = set_up(run, data_dir, workdir, features)
+    experiment = set_up(run, data_dir, workdir, features_as)
     compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
     for name, stage in run.stages.items():
         if stage.keep_optimizer and compiled[name].assigned != compiled[stage.start_from].assigned:
@@ -97,7 +98,7 @@ def prepare(
 
 
 def set_up(
-    run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None, features: str = "compute"
+    run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None, features_as: str = "compute"
 ) -> Experiment:
     """Load the data, choose the long-tailed training set, make the networks, and put resident images on the devices.
 
@@ -105,8 +106,8 @@ def set_up(
       run: The config.
       data_dir: Folder of prepared data sets.
       workdir: Folder of the run, if its images have to be those that it began with.
-      features: If the backbone is fixed (`ltjax.engine.features`): "compute" the features of all images. "shapes": put
-        ones in their place. "images": compute features in every step.
+      features_as: If the backbone is fixed (`ltjax.engine.features`): "compute" the features of all images. "shapes":
+        put ones in their place. "images": compute features in every step.
 
     Raises:
       UserError: The config does not fit the data or the devices, or the run in the workdir began with other images.
@@ -138,8 +139,8 @@ def set_up(
     shapes = jax.eval_shape(lambda: init_variables(nets, image_shape, jax.random.key(0)))
     initialise = _initialiser(nets, image_shape, mesh, run.replicas)
     inputs: Images | Stored = images
-    if isinstance(images, Stored) and features != "images" and fixed.is_fixed(run, shapes.params):
-        weights = None if features == "shapes" else _fixed_weights(run, shapes, workdir)
+    if isinstance(images, Stored) and features_as != "images" and fixed.is_fixed(run, shapes.params):
+        weights = None if features_as == "shapes" else _fixed_weights(run, shapes, workdir)
         inputs = fixed.features(run, images, split, nets["net"], weights, mesh)
         nets = {"net": fixed.head(nets["net"])}
     if isinstance(inputs, Stored):
@@ -281,13 +282,14 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
 
 def _trace(experiment: Experiment, stage: StageConfig, compiled: CompiledStage, method: Method, draw: Callable) -> None:
     """Trace the stage's functions, so that their errors appear before any training."""
-    run, rng = experiment.config, jax.random.key(0)
-    batch = jax.eval_shape(draw, source_shapes(experiment), np.uint32(0), jnp.zeros((), jnp.int32), rng)
-    variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
-    if run.replicas > 1:
-        variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), variables)
-    apply = make_apply(experiment.nets, stage.batch_norm)
-    jax.eval_shape(lambda variables, batch: method.loss(apply, variables, batch, rng), variables, batch)
+    if stage.epochs:
+        run, rng = experiment.config, jax.random.key(0)
+        batch = jax.eval_shape(draw, source_shapes(experiment), np.uint32(0), jnp.zeros((), jnp.int32), rng)
+        variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
+        if run.replicas > 1:
+            variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), variables)
+        apply = make_apply(experiment.nets, stage.batch_norm)
+        jax.eval_shape(lambda variables, batch: method.loss(apply, variables, batch, rng), variables, batch)
     if stage.surgery:
         make_surgery(experiment, stage)
     if stage.eval_classifier:
@@ -345,8 +347,16 @@ def fresh_variables(experiment: Experiment, stage: StageConfig) -> Variables:
 
 
 def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
-    """Make the variables of a stage from scratch: random, with `config.weights` loaded into them if given."""
+    """Make the variables of a stage from scratch: random, with `config.weights` loaded into them if given.
+
+    Features are standardised by the statistics of the training images.
+    """
     variables, run = fresh_variables(experiment, stage), experiment.config
+    if run.model.get("normalise") == "standardise" and not experiment.streamed:
+        fitted = xla.jit(features.fitted)(experiment.train_data.images)
+        place = lambda leaf, value: jax.device_put(jnp.broadcast_to(value, leaf.shape), leaf.sharding)  # noqa: E731
+        of_net = {"backbone": jax.tree.map(place, variables.stats["net"]["backbone"], fitted)}
+        variables = variables._replace(stats={**variables.stats, "net": of_net})
     return into(variables, load_weights(run.weights), run.weights_parts) if run.weights else variables
 
 

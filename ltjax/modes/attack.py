@@ -118,7 +118,7 @@ def _checkpoint(run: RunConfig, workdir: Path, data_dir: str | Path | None) -> C
     if imported is not None:
         checkpoint = Checkpoint(imported.experiment, imported.stage._replace(name="imported"), 0, imported.variables)
     else:
-        checkpoint = newest(set_up(run, data_dir, workdir, features="images"), workdir)
+        checkpoint = newest(set_up(run, data_dir, workdir, features_as="images"), workdir)
     if checkpoint.stage.evaluate_net != "net":
         raise UserError(f"{checkpoint.stage.title} trains the guide alone: train on with --mode=train before attacking")
     return checkpoint

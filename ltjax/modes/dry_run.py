@@ -35,7 +35,7 @@ def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path
     run = parse(config)
     processes.on_first(lambda: check_workdir(workdir, config))
     console.print(f"Dry run of {run.name}: making data, networks and stages ready.")
-    experiment, compiled = prepare(run, data_dir, workdir, features="shapes")
+    experiment, compiled = prepare(run, data_dir, workdir, features_as="shapes")
     show(experiment, compiled, workdir, console)
     show_details(experiment, compiled, console)
 

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import common, recipes
+from configs import common, heads, recipes
 from ltjax import config, methods, models, optim, registry, surgery
 from ltjax.data import SOURCES, augment, load, samplers, splits
 from tests.configs.reading import ROOT, parsed, rates_of, read
@@ -35,7 +35,7 @@ ROBUST = (
     *("method=pgd_at,model=wrn28_10,sampler=class_balanced,mixup=0.2", "recipe=trades+robust_classifier,awp=true"),
 )
 BALANCED = tuple(f"method={name}" for name in ("lbgat", *common.BALANCED))
-CHAINS = tuple(f"method={name}" for name in recipes.METHODS) + tuple(f"recipe={blocks}" for blocks in FREE)
+CHAINS = tuple(f"method={name}" for name in recipes.FROM_SCRATCH) + tuple(f"recipe={blocks}" for blocks in FREE)
 ARGUMENTS = {
     name: [f"{chain},{CHOICES[(number + offset) % len(CHOICES)]}" for number, chain in enumerate(CHAINS)]
     for offset, name in enumerate(("cifar10_lt", "cifar100_lt"))
@@ -48,6 +48,7 @@ ARGUMENTS |= {
     "places_lt": (*LARGE, "method=reslt,runlocal", "method=drolt,model=resnet50"),
     "image_folder": (*LARGE, "recipe=reslt+dro+smoothing,size=64", "method=trades,sampler=class_aware"),
 }
+ARGUMENTS |= {"features": tuple(f"method={name}" for name in heads.METHODS)}
 ARGUMENTS |= {"cifar100": ROBUST, "tiny_imagenet": ("method=ce,budget=short", "method=lbgat,beta=6", ROBUST[3])}
 FILES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
 EVERY = [(name, argument) for name in FILES for argument in (None, *ARGUMENTS.get(name, ()))]
@@ -63,12 +64,14 @@ DATA = {
     "i_naturalist2018": (8142, 1000, 16),
     "places_lt": (365, 4980, 16),
     "image_folder": (23, 300, 16),
+    "features": (23, 300, 1),
 }
 
 
 def test_every_file_is_a_config_or_shared_code():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {
         "common",
+        "heads",
         "large",
         "recipes",
         "robust",
@@ -267,8 +270,8 @@ INVALID_VALUES = {
     "methd=ce": "unknown config argument 'methd'; allowed: "
     "method, recipe, imbalance, profile, budget, model, classifier, augment, mixup, precision, holdout, "
     "guide, beta, loss, awp, sampler, epsilon",
-    "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.METHODS)}",
-    "method": f"config argument 'method': allowed values of method: {', '.join(recipes.METHODS)}",
+    "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.FROM_SCRATCH)}",
+    "method": f"config argument 'method': allowed values of method: {', '.join(recipes.FROM_SCRATCH)}",
     "imbalance=ten": "config argument 'imbalance=ten': imbalance is a finite number",
     "imbalance=": "config argument 'imbalance=': imbalance is a finite number",
     "mixup=yes": "config argument 'mixup=yes': mixup is a finite number",

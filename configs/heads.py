@@ -1,0 +1,37 @@
+"""What the configs of fixed features share: the methods that train nothing but a classifier, and their arguments."""
+
+from types import SimpleNamespace
+
+from configs import recipes, robust
+
+# Blocks that train a backbone, or change its images.
+OTHERS = ("reslt", "balms", "robust_classifier", *robust.BLOCKS)
+METHODS = tuple(
+    name for name, recipe in recipes.METHODS.items() if not (recipe.adversarial or set(OTHERS) & set(recipe.blocks))
+)
+
+
+def check(recipe: recipes.Recipe) -> None:
+    """Raise ValueError if a recipe needs more than a classifier."""
+    if unfit := [block for block in recipe.blocks if block in OTHERS]:
+        raise ValueError(
+            f"config argument: {unfit[0]} trains a whole network, and the backbone is fixed; methods for its "
+            f"features: {', '.join(METHODS)}"
+        )
+
+
+def papers(**settings) -> recipes.Papers:
+    """Return what all data sets of fixed features have: a cosine from a higher rate, and no augmentation."""
+    return recipes.Papers(cosine=True, crop_padding=0, balanced_epochs=False, fixed=True, **settings)
+
+
+def complete(args: SimpleNamespace) -> None:
+    """Add the arguments of training on images, with values that change nothing."""
+    vars(args).update(augment="plain", short=False, epsilon="0.031", beta=-1.0, awp="false")
+    vars(args).update(loss=robust.LOSSES[0], sampler="instance_balanced")
+    args.changed -= {"augment", "epsilon", "beta", "awp", "loss", "sampler"}
+
+
+def needs_projection(recipe: recipes.Recipe) -> bool:
+    """Whether a recipe trains features, so that a linear map of the fixed ones is needed."""
+    return "dro" in recipe.blocks

@@ -1,0 +1,178 @@
+"""Features from files: what each kind of file gives, and what is refused."""
+
+import numpy as np
+import pytest
+
+from ltjax import train
+from ltjax.data import load
+from ltjax.types import UserError
+from tests.configs.reading import read
+
+CLASSES, WIDTH = ("cat", "dog", "emu"), 6
+
+
+def made(count=24, dtype=np.float16, seed=0):
+    """Rows of three classes around three directions, and their labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    return (4 * np.eye(3, WIDTH)[labels] + rng.normal(size=(count, WIDTH))).astype(dtype), labels
+
+
+def npz(folder, **changes):
+    features, labels = made()
+    arrays = dict(features=features, labels=labels, split=np.array(["train"] * 18 + ["validation"] * 6))
+    arrays.update(changes)
+    np.savez(folder / "f.npz", **{key: value for key, value in arrays.items() if value is not None})
+    return folder / "f.npz"
+
+
+def npy(folder):
+    features, labels = made()
+    np.save(folder / "f.npy", features)
+    np.save(folder / "labels.npy", labels)
+    return folder / "f.npy"
+
+
+def csv(folder):
+    features, labels = made(dtype=np.float32)
+    header = ",".join(["filenames", *(f"embedding_{i}" for i in range(WIDTH)), "labels"])
+    rows = [
+        ",".join([f"{n}.jpg", *map(str, row), CLASSES[label]])
+        for n, (row, label) in enumerate(zip(features, labels, strict=True))
+    ]
+    (folder / "f.csv").write_text("\ufeff" + "\r\n".join([header, *rows]) + "\r\n")
+    return folder / "f.csv"
+
+
+def parquet(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    features, labels = made(dtype=np.float32)
+    columns = {"label": [CLASSES[label] for label in labels], "embedding": features.tolist()}
+    parquet.write_table(pyarrow.table(columns), folder / "f.parquet")
+    return folder / "f.parquet"
+
+
+def test_a_file_with_a_split(tmp_path):
+    images = load("features", npz(tmp_path))
+    features, labels = made()
+    np.testing.assert_array_equal(images.train_images[:, 0, 0], features[:18])
+    np.testing.assert_array_equal(images.test_labels, labels[18:])
+    assert images.train_images.dtype == np.float16
+    assert images.class_names == ("class 0", "class 1", "class 2")
+
+
+@pytest.mark.parametrize("make", [npy, csv, parquet])
+def test_without_a_split_the_same_rows_are_held_out_of_each_class(tmp_path, make, capsys):
+    images = load("features", make(tmp_path))
+    features, _ = made()
+    assert np.bincount(images.train_labels).tolist() == [7, 7, 7]
+    assert np.bincount(images.test_labels).tolist() == [1, 1, 1]
+    together = np.concatenate([images.train_images, images.test_images])[:, 0, 0]
+    order = np.lexsort(features.T[::-1])
+    np.testing.assert_allclose(together[np.lexsort(together.T[::-1])], features[order], rtol=1e-3)
+    assert "1 image(s) of each class are held out" in capsys.readouterr().err
+
+
+def test_arrays_of_training_and_validation(tmp_path):
+    features, labels = made()
+    names = np.array(CLASSES)[labels]
+    parts = dict(train_features=features[:18], train_labels=names[:18])
+    parts |= dict(validation_features=features[18:], validation_labels=names[18:])
+    np.savez(tmp_path / "f.npz", **parts)
+    images = load("features", tmp_path / "f.npz")
+    assert images.class_names == CLASSES
+    np.testing.assert_array_equal(images.test_images[:, 0, 0], features[18:])
+
+
+def test_names_of_integer_labels_come_from_classes(tmp_path):
+    assert load("features", npz(tmp_path, classes=np.array(CLASSES))).class_names == CLASSES
+
+
+def damaged(row, value):
+    features, _ = made()
+    features[row] = value
+    return features
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(features=None), r"f.npz has labels, split: needed are features and labels"),
+        (dict(features=damaged(3, np.nan)), r"1 of 24 features: row 3 is not finite: remove these rows"),
+        (dict(features=damaged(5, 0)), r"1 of 24 features: row 5 is all zeros"),
+        (
+            dict(features=damaged(5, 0), files=np.array([f"{i}.jpg" for i in range(24)])),
+            r"row 5 \(5.jpg\) is all zeros",
+        ),
+        (dict(features=np.array([b"x"] * 24)), r"features are \|S1 \[24\]: numbers \[N, D\] are needed"),
+        (dict(labels=np.arange(5)), r"24 rows of features and labels of shape \[5\]"),
+        (dict(labels=np.arange(24) % 3 - 1), r"labels are int64: integers from 0 up, or names"),
+        (dict(labels=np.arange(24) % 3 / 2), r"labels are float64: integers from 0 up, or names"),
+        (dict(classes=np.array(["a", "b"])), r"labels up to 2, but `classes` has 2 names"),
+        (dict(split=np.array(["train"] * 24)), r"24 rows of split train, 0 of validation: both are needed"),
+        (
+            dict(labels=np.repeat([0, 1, 2], 8), split=np.array(["train"] * 16 + ["val"] * 8)),
+            r"no training row of class 2",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load("features", npz(tmp_path, **changes))
+
+
+def test_arrays_of_objects_are_not_unpickled(tmp_path):
+    np.savez(tmp_path / "f.npz", features=np.array([{}, 1], object), labels=np.arange(2))
+    with pytest.raises(UserError, match=r"cannot read the features .* no intact npz file of numbers"):
+        load("features", tmp_path / "f.npz")
+
+
+def test_rows_of_two_lengths_are_refused(tmp_path):
+    file = csv(tmp_path)
+    file.write_text(file.read_text() + "x.jpg,1,2,cat\n")
+    with pytest.raises(UserError, match=r"line 26 has another number of columns than the header"):
+        load("features", file)
+
+
+@pytest.mark.parametrize(
+    "name, message", [("", r"--config.data.root=FILE.npz"), ("f.txt", r"no file of features; one of")]
+)
+def test_a_missing_file_is_an_error(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        load("features", name and tmp_path / name)
+
+
+def test_splits_that_are_not_known_are_left_out_with_a_note(tmp_path, capsys):
+    images = load("features", npz(tmp_path, split=np.array(["train"] * 15 + ["extra"] * 3 + ["test"] * 6)))
+    assert len(images.train_labels) == 15
+    assert "3 row(s) of split extra are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argument", ["", "method=mislas", "method=drolt", "method=tau_norm,holdout=2", "method=ldam_drw"]
+)
+def test_a_method_learns_from_features(tmp_path, argument):
+    config = read("features", argument).to_dict()
+    config["data"]["root"] = str(npz(tmp_path))
+    config.update(epochs=5, eval_every=5, batch_size=8)
+    assert train.train(config, tmp_path / "run")["accuracy"]["all"] == 1
+
+
+def test_methods_that_train_a_backbone_are_refused():
+    with pytest.raises(ValueError, match=r"allowed values of method: lift, mislas"):
+        read("features", "method=reslt")
+    with pytest.raises(ValueError, match=r"reslt trains a whole network, and the backbone is fixed"):
+        read("features", "recipe=reslt+crt")
+
+
+def test_standardised_features_do_not_depend_on_their_scale(tmp_path):
+    """Each dimension is multiplied by its own factor; the trained classifier predicts the same."""
+    features, _ = made()
+    losses = []
+    for scale in (np.ones(WIDTH), 10.0 ** np.arange(WIDTH - 3, -3, -1)):
+        config = read("features", "method=ce,normalise=standardise").to_dict()
+        config["data"]["root"] = str(npz(tmp_path, features=(features * scale).astype(np.float32)))
+        config.update(epochs=2, batch_size=8)
+        losses.append(train.train(config, tmp_path / f"run{scale[0]:g}")["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
