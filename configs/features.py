@@ -29,7 +29,7 @@ def get_config(arg=None):
     config.data.update(name="features", profile="natural")
     network = dict(name="features", normalise=args.normalise)
     config.update(common.networks(args, recipe, model=network, guide={}, mean=(0.0,), std=(1.0,)))
-    config.model.projection = heads.needs_projection(recipe)
+    config.model.linear_map = heads.needs_linear_map(recipe)
     config.epochs = 30
     config.eval_every = 5
     config.optimizer.weight_decay = recipe.weight_decay

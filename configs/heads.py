@@ -32,6 +32,6 @@ def complete(args: SimpleNamespace) -> None:
     args.changed -= {"augment", "epsilon", "beta", "awp", "loss", "sampler"}
 
 
-def needs_projection(recipe: recipes.Recipe) -> bool:
+def needs_linear_map(recipe: recipes.Recipe) -> bool:
     """Whether a recipe trains features, so that a linear map of the fixed ones is needed."""
     return "dro" in recipe.blocks

@@ -116,6 +116,7 @@ EFFECTIVE_NUMBER = dict(kind="effective_number", beta=0.9999)  # class weights
 # Every key of a stage that `ltjax.config` knows, except those that `chain` writes.
 STAGE = dict(schedule=dict(kind="constant"), sampler=dict(name="instance_balanced"), augment={}, batch_norm="train")
 STAGE |= dict(keep_optimizer=False, epoch_size="images", drop_last=False, surgery={}, evaluate_net="net")
+STAGE |= dict(average={}, sam={})
 
 
 def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers: Papers) -> None:
@@ -133,7 +134,7 @@ def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers
         "logit_scale": config.model.logit_scale,
         "guide": config.guide,
         "block": config.model.get("extra_block"),
-        "projection": config.model.get("projection"),
+        "linear_map": config.model.get("linear_map"),
     }
     setting = Setting(
         parts=tuple(part for part, used in optional.items() if used),
@@ -261,7 +262,7 @@ def _scratch(
 def whole(setting: Setting) -> dict[str, float]:
     """Return the rates of a stage that trains the whole network; an extra block is trained on a frozen backbone."""
     frozen = setting.papers.fixed or "block" in setting.parts
-    return dict(backbone=0.0 if frozen else 1.0, block=1.0, branches=1.0, projection=1.0, classifier=1.0)
+    return dict(backbone=0.0 if frozen else 1.0, block=1.0, branches=1.0, linear_map=1.0, classifier=1.0)
 
 
 def batch_norm(setting: Setting, train: bool = True) -> str:

@@ -104,6 +104,71 @@ def assign_groups(paths: list[str], groups: Mapping[str, Mapping[str, Any]]) -> 
     return assigned
 
 
+def averaged(
+    average: Any, value: Any, step: jax.Array, *, decay: float = 0.999, warmup: bool = True, power: float = 2 / 3
+) -> Any:
+    """Update an exponential moving average of weights: `average + (1 - d) (value - average)`.
+
+    The first step copies the value. With `warmup`, d in step s is `min(decay, 1 - s^-power)`, s from 1, so that early
+    weights are soon forgotten; else d is `decay`. timm's ModelEmaV3 does the same.
+
+    Args:
+      average: Pytree of arrays.
+      value: The same after a step.
+      step: Number of the step, from 0.
+      decay: In [0, 1).
+      warmup: Whether d rises.
+      power: Of the rise.
+
+    Examples:
+      >>> optim.averaged(jnp.array(0.0), jnp.array(1.0), jnp.array(5), decay=0.75, warmup=False)
+      Array(0.25, dtype=float32)
+    """
+    step = step.astype(jnp.float32)
+    d = jnp.minimum(decay, 1 - (1 + step) ** -power) if warmup else jnp.float32(decay)
+    weight = jnp.where(step == 0, 1.0, 1 - d)
+    return jax.tree.map(lambda a, v: a + weight.astype(a.dtype) * (v - a), average, value)
+
+
+def check_average(*, decay: float = 0.999, warmup: bool = True, power: float = 2 / 3) -> None:
+    """Raise UserError if a setting of `averaged` is out of range."""
+    if not 0 <= decay < 1 or not power > 0:
+        raise UserError(f"average decay = {decay}, power = {power}: decay from 0 to below 1, power above 0")
+
+
+def climbed(
+    params: dict[str, jax.Array], gradients: dict[str, jax.Array], *, rho: float, adaptive: bool = False
+) -> dict[str, jax.Array]:
+    """Climb from parameters by their gradient, to the weights at which SAM takes the gradient of its step.
+
+    `theta + rho g / |g|`; adaptive: `theta + rho theta^2 g / ||theta| g|`. The lengths are those of all parameters
+    together. Source: Foret et al., ICLR 2021; Kwon et al., ICML 2021.
+
+    Args:
+      params: {path: array} of all trained parameters.
+      gradients: The same.
+      rho: Length of the step.
+      adaptive: Scale the step by the parameters.
+
+    Examples:
+      >>> optim.climbed({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.0, 5.0])}, rho=0.5)
+      {'w': Array([1. , 2.5], dtype=float32)}
+    """
+    scaled = {path: jnp.abs(params[path]) * g if adaptive else g for path, g in gradients.items()}
+    length = jnp.sqrt(sum(jnp.square(g).sum() for g in scaled.values()))
+    factor = rho / (length + 1e-12)
+    return {
+        path: value + factor.astype(value.dtype) * scaled[path] * (jnp.abs(value) if adaptive else 1)
+        for path, value in params.items()
+    }
+
+
+def check_sam(*, rho: float, adaptive: bool = False) -> None:
+    """Raise UserError if a setting of `climbed` is out of range."""
+    if not rho > 0:
+        raise UserError(f"sam rho = {rho}: above 0")
+
+
 def optimizer(
     assigned: Mapping[str, str],
     groups: Mapping[str, Mapping[str, Any]],

@@ -221,14 +221,26 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
     return function
 
 
+AVERAGE = "average"  # beside "net" in a stage's variables: the average of its weights over the steps
+
+
+def averaged(variables: Variables) -> Variables:
+    """Return the variables with the averaged weights as "net", if the stage has averaged them."""
+    if AVERAGE not in variables.params:
+        return variables
+    params, stats = ({**part, "net": part[AVERAGE]} for part in (variables.params, variables.stats))
+    del params[AVERAGE], stats[AVERAGE]
+    return variables._replace(params=params, stats=stats)
+
+
 def as_evaluated(variables: Variables, eval_classifier: Mapping[str, Any]) -> Variables:
-    """Return the variables that a stage is evaluated with: without the method's arrays, perhaps tau-normalised.
+    """Return the variables that a stage is evaluated with: averaged or tau-normalised, without the method's arrays.
 
     Args:
       variables: Of the trained network.
       eval_classifier: Arguments of `tau_normalised` from the stage's config; {} leaves the classifier unchanged.
     """
-    variables = variables._replace(arrays={})
+    variables = averaged(variables._replace(arrays={}))
     if not eval_classifier:
         return variables
     net = tau_normalised(variables.params["net"], **eval_classifier)

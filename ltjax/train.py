@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from ltjax import surgery
 from ltjax.config import StageConfig, parse
 from ltjax.engine import experiment as experiments
 from ltjax.engine import stage as stages
@@ -188,7 +189,10 @@ class StageTrainer:
         """Restore the newest checkpoint, or start from scratch or from the stage `before`, and apply the surgery."""
         self.began = time.monotonic()
         experiment, stage, seeds = self.experiment, self.stage, experiments.seeds(self.run_config)
-        variables = initial_variables(experiment, stage) if before is None else before.variables
+        if before is None:
+            variables = initial_variables(experiment, stage)
+        else:  # an average goes on with the optimizer, and is otherwise where the stage begins
+            variables = before.variables if stage.keep_optimizer else surgery.averaged(before.variables)
         self.state: TrainState = self.compiled.init(seeds, variables)
         restored = self.checkpoints.restore(like(self.state))
         if restored is not None:
@@ -343,7 +347,9 @@ class StageTrainer:
     def evaluate(self) -> None:
         """Evaluate the current state. Add the figures to the record and the log, and print them."""
         experiment, stage, epoch = self.experiment, self.stage, self.step // self.compiled.steps_per_epoch
-        means = self.means_of() if stage.nearest_mean else None
+        means = self.means_of() if stage.nearest_mean and not stage.average else None
+        if stage.nearest_mean and stage.average:
+            means = experiments.class_means_for(experiment, stage, self.state.variables)
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):
             if images is not None:

@@ -21,6 +21,8 @@ def build(
     steps_per_epoch,
     mesh,
     image_shape=(32, 32, 3),
+    average=None,
+    sam=None,
     **optimizer,
 ):
     """Call `ltjax.engine.stage.build` with values of StageConfig and RunConfig as keywords."""
@@ -32,6 +34,8 @@ def build(
         batch_norm=bn,
         optimizer=OptimizerConfig(**optimizer)._asdict(),
         number=number,
+        average=average or {},
+        sam=sam or {},
     )
     run = RunConfig("toy", DataConfig("toy"), {}, {}, replicas=replicas, replicate=replicate, accumulate=accumulate)
     rest = dict(factors=factors, steps_per_epoch=steps_per_epoch, mesh=mesh, image_shape=image_shape)

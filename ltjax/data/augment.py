@@ -4,11 +4,12 @@ They run inside a compiled step, also in `lax.scan` and on a batch sharded over 
 at most the last bit of mixup's sum. Each image draws its own random numbers; mixup draws one share for the batch.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ltjax.data.mixing import check_cutmix, random_cutmix, random_mixup
 from ltjax.types import Batch, UserError
 
 
@@ -16,6 +17,7 @@ def augment(
     rng: jax.Array,
     images: jax.Array,
     labels: jax.Array,
+    others: tuple[jax.Array, jax.Array] | None = None,
     *,
     crop_padding: int = 4,
     flip: bool = True,
@@ -24,12 +26,18 @@ def augment(
     color_jitter: float = 0.0,
     cutout_size: int = 0,
     mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    cutmix_probability: float = 0.5,
+    cutmix_partner: str = "batch",
 ) -> Batch:
     """Augment uint8 images [B, H, W, channels] and labels [B] for a training step; return float32 images in [0, 1].
 
     The order is that of the long-tail papers: `crop_flip`, `auto_augment` or `rand_augment` (number of operations,
-    magnitude), division by 255, `color_jitter`, `cutout`, `random_mixup`. Each keyword is a setting of that part in a
-    config. Zero, False or () turns a part off and leaves the random numbers of the others unchanged.
+    magnitude), division by 255, `color_jitter`, `cutout`, `random_mixup` or `random_cutmix`. Each keyword is a setting
+    of that part in a config. Zero, False or () turns a part off and leaves the random numbers of the others unchanged.
+
+    `others`, uint8 images and labels, are a second batch to take CutMix's boxes from, which gets an augmentation of its
+    own. It has to be there if `cutmix_partner` is "class_balanced".
 
     Features of images (`ltjax.models.features`) are floats [B, 1, 1, D]: they can be mixed, and nothing else.
 
@@ -38,13 +46,45 @@ def augment(
     """
     sizes = dict(crop_padding=crop_padding, cutout_size=cutout_size, mixup_alpha=mixup_alpha, color_jitter=color_jitter)
     _check_settings(rand_augment, auto_augment, sizes)
-    pixels = dict(crop_padding=crop_padding, flip=flip, auto_augment=auto_augment, rand_augment=rand_augment)
-    on = [name for name, value in dict(pixels, color_jitter=color_jitter, cutout_size=cutout_size).items() if value]
+    check_cutmix(cutmix_alpha, cutmix_probability, cutmix_partner)
+    if mixup_alpha and cutmix_alpha:
+        raise UserError("augment has mixup_alpha and cutmix_alpha: turn one of them off")
+    pixels: dict[str, Any] = dict(
+        crop_padding=crop_padding, flip=flip, auto_augment=auto_augment, rand_augment=rand_augment
+    )
+    pixels = dict(pixels, color_jitter=color_jitter, cutout_size=cutout_size)
+    on = [name for name, value in dict(pixels, cutmix_alpha=cutmix_alpha).items() if value]
     if images.dtype != jnp.uint8 and on:
         raise UserError(
             f"augment {on[0]} changes pixels, uint8; the data are {images.dtype}, as features are: turn it off"
         )
     crop_rng, policy_rng, cutout_rng, mixup_rng = jax.random.split(rng, 4)
+    images = _one_by_one((crop_rng, policy_rng, cutout_rng), images, **pixels)
+    if mixup_alpha:
+        return random_mixup(mixup_rng, images, labels, alpha=mixup_alpha)
+    if cutmix_alpha:
+        if others is not None:
+            others_rng = jax.random.fold_in(rng, 1)
+            others = _one_by_one(tuple(jax.random.split(others_rng, 3)), others[0], **pixels), others[1]
+        elif cutmix_partner != "batch":
+            raise UserError(f"augment cutmix_partner = {cutmix_partner!r}: for images in memory; take 'batch'")
+        return random_cutmix(mixup_rng, images, labels, others, alpha=cutmix_alpha, probability=cutmix_probability)
+    return Batch(images, labels)
+
+
+def _one_by_one(
+    rngs: tuple[jax.Array, ...],
+    images: jax.Array,
+    *,
+    crop_padding: int,
+    flip: bool,
+    auto_augment: bool,
+    rand_augment: tuple[float, ...],
+    color_jitter: float,
+    cutout_size: int,
+) -> jax.Array:
+    """Augment each image by itself, and convert to floats. Arguments: see `augment`."""
+    crop_rng, policy_rng, cutout_rng = rngs
     if crop_padding or flip:
         images = crop_flip(crop_rng, images, padding=crop_padding, flip=flip)
     if auto_augment:
@@ -57,9 +97,7 @@ def augment(
         images = _color_jitter(jax.random.fold_in(policy_rng, 1), images, strength=color_jitter)
     if cutout_size:
         images = cutout(cutout_rng, images, size=cutout_size)
-    if mixup_alpha:
-        return random_mixup(mixup_rng, images, labels, alpha=mixup_alpha)
-    return Batch(images, labels)
+    return images
 
 
 def as_float(images: jax.Array) -> jax.Array:
@@ -120,73 +158,6 @@ def cutout(
     in_columns = (columns >= left) & (columns < left + size)  # [B, W]
     square = in_rows[:, :, None, None] & in_columns[:, None, :, None]  # [B, H, W, 1]
     return jnp.where(square, jnp.asarray(fill, images.dtype), images)
-
-
-def mixup(images: jax.Array, labels: jax.Array, lam: float | jax.Array, permutation: jax.Array) -> Batch:
-    """Mix float images [B, H, W, channels]: `lam * images[i] + (1 - lam) * images[permutation[i]]`, lam in [0, 1].
-
-    The batch holds the labels [B] unchanged and the partners' labels. ValueError if the images are not float.
-    Source: Zhang et al. 2018, arXiv 1710.09412.
-    """
-    return _mixed(images, labels, lam, lambda x: x[permutation])
-
-
-def random_mixup(rng: jax.Array, images: jax.Array, labels: jax.Array, *, alpha: float) -> Batch:
-    """Mix a batch with one share from Beta(alpha, alpha) and the pairs of `partners`.
-
-    The authors' code draws a permutation of the batch. On several devices, that would send every image to every device,
-    more bytes than the gradients. Samplers draw batches in random order, so fixed positions pair random images as well.
-    """
-    return _mixed(images, labels, symmetric_beta(rng, alpha), partners)
-
-
-TRIES = 16  # candidates for each gamma draw: all are rejected once in 1e20 draws
-
-
-def symmetric_beta(rng: jax.Array, alpha: float) -> jax.Array:
-    """Draw once from Beta(alpha, alpha), alpha > 0: float32 [].
-
-    `jax.random.beta` samples by rejection in a while loop, and on a GPU the host waits at each iteration. This function
-    draws all candidates at once and takes the first accepted one. A beta is g / (g + h) with g, h ~ Gamma(alpha), and
-    Gamma(alpha) is Gamma(alpha + 1) times u^(1 / alpha), u uniform. Logarithms avoid underflow for small alpha.
-
-    Source: Marsaglia & Tsang, "A Simple Method for Generating Gamma Variables", 2000.
-    """
-    if alpha == 1:
-        return jax.random.uniform(rng, dtype=jnp.float32)
-    normal_rng, accept_rng, power_rng = jax.random.split(rng, 3)
-    shape = alpha + 2 / 3  # that of Gamma(alpha + 1), minus 1/3
-    x = jax.random.normal(normal_rng, (TRIES, 2), jnp.float32)
-    cube = (1 + x / (9 * shape) ** 0.5) ** 3
-    log_cube = jnp.log(jnp.maximum(cube, 1e-30))
-    log_uniform = -jax.random.exponential(accept_rng, (TRIES, 2), jnp.float32)
-    accepted = (cube > 0) & (log_uniform < x**2 / 2 + shape * (1 - cube + log_cube))
-    first = jnp.argmax(accepted, axis=0, keepdims=True)  # [1, 2]
-    log_gamma = jnp.take_along_axis(log_cube, first, axis=0)[0]  # [2], log(gamma / shape)
-    log_gamma -= jax.random.exponential(power_rng, (2,), jnp.float32) / alpha
-    return jax.nn.sigmoid(log_gamma[0] - log_gamma[1])
-
-
-def partners(x: jax.Array) -> jax.Array:
-    """Reorder the rows of x [B, ...] for mixup: row i of the result belongs to the partner of image i.
-
-    The batch is cut into groups of 8 neighbours, or of the next larger number that divides B. Each group is rolled by 4
-    rows, or by half a group if B < 8. So each image is a partner once, and never of itself unless B is 1. The pairs do
-    not depend on the number of devices, and devices that hold whole groups exchange no images. The class-aware sampler
-    draws 4 images of a class in a row, so each image is mixed with one of the previous or next class.
-    """
-    count = len(x)
-    size = next((size for size in range(8, count) if count % size == 0), count)
-    groups = x.reshape(count // size, size, *x.shape[1:])
-    return jnp.roll(groups, -min(4, size // 2), axis=1).reshape(x.shape)
-
-
-def _mixed(images: jax.Array, labels: jax.Array, lam: float | jax.Array, partners_of: Callable) -> Batch:
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"mixup needs float images, not {images.dtype}")
-    lam = jnp.asarray(lam, images.dtype)
-    mixed = lam * images + (1 - lam) * partners_of(images)
-    return Batch(mixed, labels, partner_labels=partners_of(labels), lam=lam)
 
 
 # The 25 sub-policies for CIFAR-10: two operations each, as (operation, probability, level of magnitude 0 to 9).

@@ -263,6 +263,7 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
             batch_size=run.batch_size,
             class_counts=class_counts,
             mesh=experiment.mesh,
+            others=_others(stage),
         )
     compiled = build(
         experiment.nets,
@@ -278,6 +279,12 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
     )
     _trace(experiment, stage, compiled, method, draw)
     return compiled
+
+
+def _others(stage: StageConfig) -> Callable | None:
+    """Return the sampler of the images that CutMix takes boxes from, if it has one of its own."""
+    partner = stage.augment.get("cutmix_partner", "batch")
+    return samplers.create(partner) if stage.augment.get("cutmix_alpha") and partner != "batch" else None
 
 
 def _trace(experiment: Experiment, stage: StageConfig, compiled: CompiledStage, method: Method, draw: Callable) -> None:
@@ -408,7 +415,8 @@ def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restor
         if stage.name != archive.stage:
             return None
         state = compiled.init(seeds(run), fresh_variables(experiment, stage))
-        variables = into(state.variables, archive.weights)
+        net = surgery.AVERAGE if stage.average else "net"  # which one is evaluated
+        variables = into(state.variables, archive.weights, net=net)
         extra = archive.weights.variables.params.get("method")
         variables = variables._replace(params={**variables.params, **({"method": extra} if extra else {})})
         state = state._replace(step=jnp.full_like(state.step, archive.step), variables=variables)
@@ -457,7 +465,7 @@ def note_images_of_weights(experiment: Experiment) -> None:
 
 def class_means_for(experiment: Experiment, stage: StageConfig, variables: Variables) -> jax.Array | None:
     """Compute the class means of the training images' features; None if the stage's evaluation does not need them."""
-    return experiment.class_means(variables) if stage.nearest_mean else None
+    return experiment.class_means(surgery.averaged(variables)) if stage.nearest_mean else None
 
 
 def evaluate_split(

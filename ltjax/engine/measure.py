@@ -41,11 +41,11 @@ class Observer:
           `ltjax.metrics.classwise_gaps`.
         """
         net = stage.evaluate_net
+        variables = surgery.as_evaluated(variables, stage.eval_classifier)
         means = self._means(variables) if net == "net" else None
         if net not in self._compiled:
             self._compiled[net] = self._compile(net)
         test_set, replicas = self._experiment.test_set, self._experiment.config.replicas
-        variables = surgery.as_evaluated(variables, stage.eval_classifier)
         everywhere, outcomes, first = parallel.replicated(self._experiment.mesh), [], 0
         for images, labels in test_set.parts():
             starts = first + labels.shape[1] * np.arange(labels.shape[0], dtype=np.int32)

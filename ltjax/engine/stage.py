@@ -22,10 +22,11 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from ltjax import losses, optim
+from ltjax import losses, optim, registry
 from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
 from ltjax.data.augment import as_float
 from ltjax.hashing import hash32
+from ltjax.surgery import AVERAGE
 from ltjax.system import parallel, xla
 from ltjax.types import Apply, Batch, Method, UserError, Variables
 
@@ -71,6 +72,9 @@ class Chunk(NamedTuple):
     first: jax.Array  # int32, the step of the first batch
     images: jax.Array  # uint8 [K, B, H, W, channels]
     labels: jax.Array  # int32 [K, B]
+
+
+OTHERS = 1  # tells the random numbers of a batch's second draw from those of the first
 
 
 def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
@@ -124,19 +128,31 @@ def stage_rng(seed: Any, number: Any) -> jax.Array:
 
 
 def resident_draw(
-    sampler: Callable, augment: Callable, *, batch_size: int, class_counts: np.ndarray, mesh: Mesh
+    sampler: Callable,
+    augment: Callable,
+    *,
+    batch_size: int,
+    class_counts: np.ndarray,
+    mesh: Mesh,
+    others: Callable | None = None,
 ) -> Callable[[Resident, Any, jax.Array, jax.Array], Batch]:
     """Make `draw(source, seed, step, rng) -> Batch` for images on the devices.
 
     Args:
       sampler: See `ltjax.data.samplers`.
-      augment: `(rng, uint8 images, labels) -> Batch`.
+      augment: `(rng, uint8 images, labels) -> Batch`, or with a second pair of images and labels.
+      others: Sampler of that second pair, if there is one.
     """
 
     def draw(source, seed, step, rng):
-        index = sampler(seed, step, batch_size=batch_size, class_counts=class_counts)
-        index = parallel.split(index, mesh)  # each device gathers its share of the batch
-        return augment(rng, source.images[index], source.labels[index])
+        def drawn(sampler, seed):
+            index = sampler(seed, step, batch_size=batch_size, class_counts=class_counts)
+            index = parallel.split(index, mesh)  # each device gathers its share of the batch
+            return source.images[index], source.labels[index]
+
+        if others is None:
+            return augment(rng, *drawn(sampler, seed))
+        return augment(rng, *drawn(sampler, seed), drawn(others, hash32(seed, np.uint32(OTHERS))))
 
     return draw
 
@@ -235,7 +251,8 @@ def build(
         trained, stage.groups, lr=stage.lr, factors=factors, steps_per_epoch=steps_per_epoch, **stage.optimizer
     )
     apply = make_apply(nets, stage.batch_norm)
-    step = _Step(apply, method, draw, optimizer, tuple(trained), stage.number, run.accumulate, mesh)
+    average, climb = _average(stage), _climb(stage, method)
+    step = _Step(apply, method, draw, optimizer, tuple(trained), stage.number, run.accumulate, mesh, average, climb)
     over_replicas = partial(parallel.over_replicas, replicas=run.replicas, mesh=mesh, replicate=run.replicate)
     sharding = parallel.state_sharding(mesh, run.replicas)
 
@@ -280,6 +297,26 @@ def _trained(stage: StageConfig, params: Mapping[str, Any]) -> dict[str, str]:
     return trained
 
 
+def _average(stage: StageConfig) -> Callable | None:
+    """Return the function that averages the weights, None if there is none. UserError if it does not fit the stage."""
+    if not stage.average:
+        return None
+    registry.bind(f"config.{stage.name}.average", optim.check_average, stage.average)()
+    if stage.evaluate_net != "net":
+        raise UserError(f"config.{stage.name}.average: the stage evaluates the guide, and only the net is averaged")
+    return partial(optim.averaged, **stage.average)
+
+
+def _climb(stage: StageConfig, method: Method) -> Callable | None:
+    """Return the function that climbs to SAM's weights, None if there is none."""
+    if not stage.sam:
+        return None
+    registry.bind(f"config.{stage.name}.sam", optim.check_sam, stage.sam)()
+    if method.attacks:
+        raise UserError(f"config.{stage.name}.sam: not with adversarial training, which has `awp` instead")
+    return partial(optim.climbed, **stage.sam)
+
+
 class _Step(NamedTuple):
     """The training step of one replica, `(state, source) -> (state, metrics)`, and its initial state."""
 
@@ -291,11 +328,16 @@ class _Step(NamedTuple):
     number: int  # of the stage
     accumulate: int
     mesh: Mesh
+    average: Callable | None  # see `optim.averaged`
+    climb: Callable | None  # see `optim.climbed`
 
     def init(self, seed: jax.Array, variables: Variables, image_shape: tuple[int, ...]) -> TrainState:
         extra, arrays = self.method.init(jax.random.fold_in(stage_rng(seed, self.number), 2))
-        params = {name: value for name, value in variables.params.items() if name != "method"}
-        variables = variables._replace(params={**params, "method": extra} if extra else params)
+        before, stats = variables.params, {name: v for name, v in variables.stats.items() if name != AVERAGE}
+        params = {name: value for name, value in before.items() if name not in ("method", AVERAGE)}
+        if self.average:
+            params[AVERAGE], stats[AVERAGE] = (part.get(AVERAGE, part["net"]) for part in (before, variables.stats))
+        variables = variables._replace(params={**params, "method": extra} if extra else params, stats=stats)
         if self.method.refresh:  # only for the shapes: `refresh` fills the arrays before the first epoch
             arrays = self.method.refresh(arrays, self._zero_means(variables, image_shape))
         # Copies, because `run` takes over the memory of its state, and the caller may need the variables again.
@@ -336,11 +378,21 @@ class _Step(NamedTuple):
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         if self.accumulate > 1:
             gradient_of = self._accumulated(gradient_of)
-        variables = state.variables._replace(params={})
-        (loss, (variables, metrics)), gradients = gradient_of(trained, variables, batch, loss_rng)
+        before = state.variables._replace(params={})
+        (loss, (variables, metrics)), gradients = gradient_of(trained, before, batch, loss_rng)
+        if self.climb:  # batch-norm statistics and metrics are those of the first pass
+            _, gradients = gradient_of(self.climb(trained, gradients), before, batch, loss_rng)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
         params = optim.unflatten({**flat, **jax.tree.map(jnp.add, trained, updates)})
-        state = TrainState(state.step + 1, state.seed, variables._replace(params=params), opt_state)
+        variables = variables._replace(params=params)
+        if self.average:
+            variables = variables._replace(
+                **{
+                    part: {**values, AVERAGE: self.average(values[AVERAGE], values["net"], state.step)}
+                    for part, values in (("params", variables.params), ("stats", variables.stats))
+                }
+            )
+        state = TrainState(state.step + 1, state.seed, variables, opt_state)
         return state, {"loss": loss, **metrics}
 
     def _accumulated(self, gradient_of: Callable) -> Callable:

@@ -44,7 +44,7 @@ def create(
     extra_block: bool = False,
     branches: int = 0,
     branch_kind: str = "norm",
-    projection: bool = False,
+    linear_map: bool = False,
     remat: bool = False,
     dtype: str = "float32",
     platform: str | None = None,
@@ -72,7 +72,7 @@ def create(
       branch_kind: "norm" (batch norms; the authors on CIFAR), "conv" (a 1x1 convolution, batch norm and ReLU; the
         authors on larger images, with 2 branches on iNaturalist) or "pooled_conv" (the same after pooling; the authors
         with ResNet-10). See `ltjax.models.branches`.
-      projection: Add a linear map of the features before the classifier, see `ltjax.models.layers.Network`.
+      linear_map: Add a linear map of the features before the classifier, see `ltjax.models.layers.Network`.
       remat: Recompute each block in the backward pass instead of storing its activations.
       dtype: Of the computation. "float32" or "bfloat16": parameters, statistics and logits are float32. "float64" needs
         JAX_ENABLE_X64=1: statistics and logits are float64, and parameters are initialised as float32.
@@ -96,8 +96,8 @@ def create(
         raise UserError(f"model mean = {mean}, std = {std}: one value each for every channel, std above 0")
     registry.choose("model classifier_init", dict.fromkeys(CLASSIFIER_INITS), classifier_init)
     registry.choose("model branch_kind", dict.fromkeys(BRANCH_KINDS), branch_kind)
-    if branches and projection:
-        raise UserError("model projection = True, and branches: take one of them")
+    if branches and linear_map:
+        raise UserError("model linear_map = True, and branches: take one of them")
     if branches not in (0, 2, 3):
         raise UserError(f"model branches = {branches}: take 0 for none, or 2 or 3")
     compute = registry.choose("model dtype", DTYPES, dtype)
@@ -124,7 +124,7 @@ def create(
         classifier_init=classifier_init,
         cosine_scale=cosine_scale,
         logit_scale=logit_scale,
-        projection=projection,
+        linear_map=linear_map,
         dtype=compute,
     )
 

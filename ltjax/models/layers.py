@@ -419,7 +419,7 @@ def unit(x: jax.Array, *, axis: int) -> jax.Array:
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
 
 
-class Projection(nn.Module):
+class LinearMap(nn.Module):
     """A linear map of features [..., D] -> [..., D], initially the identity."""
 
     @nn.compact
@@ -493,10 +493,10 @@ def pool(x: jax.Array) -> jax.Array:
 
 
 class Network(nn.Module):
-    """Normalisation, a backbone, a classifier and, optionally, an extra block, branches, a projection, logit scales.
+    """Normalisation, a backbone, a classifier and, optionally, an extra block, branches, a linear map, logit scales.
 
     The network normalises images in [0, 1] itself, so attacks work in pixels. Parameter paths begin with `backbone`,
-    `block`, `branches`, `projection`, `classifier` and `logit_scale`.
+    `block`, `branches`, `linear_map`, `classifier` and `logit_scale`.
 
     The output `features` is the mean over space of the final map, `layers` that of every stage's, at least float32.
     With branches, the classifier takes their features [R, B, D]: the output `branches` holds the logits of each, and
@@ -508,7 +508,7 @@ class Network(nn.Module):
       block: A module of `ltjax.models.blocks` after the backbone. Its map is an additional stage, the final one. The
         backbone is then always in evaluation mode: MiSLAS freezes it for Places-LT, including its batch norms.
       branches: A module of `ltjax.models.branches`.
-      projection: A linear map of the features [D, D], initially the identity, so that losses on features can train
+      linear_map: A linear map of the features [D, D], initially the identity, so that losses on features can train
         something if the backbone is frozen. The output `features` is behind it, `layers` is before it.
       logit_scale: MiSLAS's learnable weight scaling, `logits = s * (W z + b)`, with s [C] initially 1. It applies to
         each branch.
@@ -524,7 +524,7 @@ class Network(nn.Module):
     classifier_init: str = "he"
     cosine_scale: float = 1.0
     logit_scale: bool = False
-    projection: bool = False
+    linear_map: bool = False
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -534,8 +534,8 @@ class Network(nn.Module):
             self.head = LinearClassifier(self.num_classes, self.classifier_init, name="classifier")
         if self.logit_scale:
             self.scale = self.param("logit_scale", nn.initializers.ones_init(), (self.num_classes,), jnp.float32)
-        if self.projection:
-            self.project = Projection(name="projection")
+        if self.linear_map:
+            self.map = LinearMap(name="linear_map")
 
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         if len(self.mean) not in (1, images.shape[-1]):
@@ -549,7 +549,7 @@ class Network(nn.Module):
         layers = {name: pool(x) for name, x in maps.items()}  # dead code if unused
         last = list(maps)[-1]
         if self.branches is None:
-            features = self.project(layers[last]) if self.projection else layers[last]
+            features = self.map(layers[last]) if self.linear_map else layers[last]
             return Outputs(self._logits(features), features, None, layers)
         logits = self._logits(self.branches(maps[last], train))  # [R, B, C]
         return Outputs(logits.sum(0), layers[last], logits, layers)

@@ -8,9 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageEnhance, ImageOps
-from scipy import stats
 
-from ltjax.data import augment, samplers
+from ltjax.data import augment, mixing
 from ltjax.types import UserError
 from tests.jaxprs import equations
 
@@ -90,33 +89,6 @@ def test_cutout_of_odd_size_and_fill_by_channel():
     assert (out[..., 0] != 0).sum(axis=(1, 2)).max() == 25
 
 
-def test_mixup_is_convex_and_names_its_partners():
-    random = np.random.default_rng(0)
-    images = jnp.asarray(random.random((6, 4, 4, 3), dtype=np.float32))
-    permutation = jnp.array([2, 0, 1, 3, 5, 4])
-    batch = augment.mixup(images, jnp.arange(10, 16), 0.25, permutation)
-    np.testing.assert_allclose(batch.images, 0.25 * images + 0.75 * images[permutation], rtol=1e-6)
-    np.testing.assert_array_equal(batch.labels, np.arange(10, 16))
-    np.testing.assert_array_equal(batch.partner_labels, 10 + permutation)
-    assert batch.lam == 0.25
-    np.testing.assert_array_equal(augment.mixup(images, jnp.arange(6), 1.0, permutation).images, images)
-
-
-def test_mixup_refuses_integers():
-    with pytest.raises(ValueError, match="float images, not uint8"):
-        augment.mixup(jnp.zeros((2, 4, 4, 3), jnp.uint8), jnp.arange(2), 0.5, jnp.arange(2))
-
-
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0, 30.0])
-def test_draws_from_a_symmetric_beta(alpha):
-    """Ten bins of equal probability."""
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = np.asarray(jax.vmap(partial(augment.symmetric_beta, alpha=alpha))(keys))
-    bins = np.searchsorted(stats.beta(alpha, alpha).ppf(np.linspace(0.1, 0.9, 9)), drawn)
-    assert drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() <= 1
-    assert chi_square(np.bincount(bins, minlength=10), 2000) < 27.9  # 9 degrees of freedom: p = 0.001
-
-
 @pytest.mark.parametrize("policy", [{"auto_augment": True}, {"rand_augment": (2, 9.0)}], ids=["auto", "rand"])
 @pytest.mark.parametrize("alpha", [1.0, 0.2])
 def test_augmentation_compiles_without_while_loops(alpha, policy):
@@ -125,49 +97,6 @@ def test_augmentation_compiles_without_while_loops(alpha, policy):
     program = jax.make_jaxpr(every)(jax.random.key(0), images, labels)
     primitives = {equation.primitive.name for equation in equations(program.jaxpr)}
     assert {"random_bits", "scan"} <= primitives and "while" not in primitives
-
-
-@pytest.mark.parametrize("alpha", [1.0, 0.2])
-def test_random_mixup_draws_one_share_for_a_batch(alpha):
-    values = jnp.arange(5.0).reshape(5, 1, 1, 1)
-    draw = jax.vmap(lambda rng: augment.random_mixup(rng, values, jnp.arange(5), alpha=alpha))
-    batch = draw(jax.random.split(jax.random.key(0), 4000))
-    lam = np.asarray(batch.lam)
-    variance = 1 / (4 * (2 * alpha + 1))  # of Beta(alpha, alpha), whose mean is 1/2
-    assert abs(lam.mean() - 0.5) < 4 * np.sqrt(variance / 4000)
-    assert abs(lam.var() - variance) < 0.05 * variance
-    partners = np.asarray(batch.partner_labels)
-    expected = lam[:, None] * np.arange(5) + (1 - lam[:, None]) * partners
-    np.testing.assert_allclose(batch.images[..., 0, 0, 0], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("count", [*range(1, 26), 32, 100, 127, 128, 500])
-def test_each_image_is_the_partner_of_one_other(count):
-    partners = np.asarray(augment.partners(jnp.arange(count)))
-    np.testing.assert_array_equal(np.sort(partners), np.arange(count))
-    assert count == 1 or (partners != np.arange(count)).all()
-
-
-@pytest.mark.parametrize("count", [8, 64, 128, 1000])
-def test_partners_are_4_places_apart_in_groups_of_8(count):
-    np.testing.assert_array_equal(augment.partners(jnp.arange(count)), np.arange(count) ^ 4)
-
-
-def test_a_class_aware_batch_is_mixed_with_other_classes():
-    sampler = samplers.create("class_aware")
-    index = sampler(np.uint32(0), np.uint32(3), batch_size=128, class_counts=[5] * 32)
-    labels = index // 5
-    assert (np.asarray(augment.partners(jnp.asarray(labels))) != labels).all()
-
-
-def test_an_instance_balanced_batch_is_mixed_at_random():
-    """Pairs share a class as often as random pairs do, although images are sorted by class."""
-    sampler, counts = samplers.create("instance_balanced"), [700, 200, 100]
-    labels = np.repeat(np.arange(3), counts)
-    batches = [labels[sampler(np.uint32(1), np.uint32(k), batch_size=40, class_counts=counts)] for k in range(100)]
-    same = [(np.asarray(augment.partners(jnp.asarray(batch))) == batch).mean() for batch in batches]
-    expected = sum(n * (n - 1) for n in counts) / (1000 * 999)
-    assert abs(np.mean(same) - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000)  # each pair counts twice
 
 
 def affine(*matrix):
@@ -315,7 +244,7 @@ def test_augment_composes_in_the_papers_order():
         crop_rng, policy_rng, cutout_rng, mixup_rng = jax.random.split(rng, 4)
         images = augment.auto_augment(policy_rng, augment.crop_flip(crop_rng, images))
         images = augment.cutout(cutout_rng, images.astype(jnp.float32) / 255)
-        return augment.random_mixup(mixup_rng, images, jnp.arange(len(images)), alpha=1.0)
+        return mixing.random_mixup(mixup_rng, images, jnp.arange(len(images)), alpha=1.0)
 
     images = jnp.asarray(photos())
     batch, expected = (function(jax.random.key(5), images) for function in (everything, composed))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ltjax import methods, models, optim
-from ltjax.data import augment
+from ltjax.data import mixing
 from ltjax.interop.torch import import_state_dict
 from ltjax.system import parallel
 from ltjax.types import Batch
@@ -109,7 +109,7 @@ def test_mislas_stage1_repeats_the_authors_steps(golden, devices, dtype):
     def draw(source, seed, step, rng):
         images = source["images"][step].astype(jnp.float32) / 255
         lam, permutation = source["lams"][step].astype(jnp.float32), source["permutations"][step]
-        return augment.mixup(images, source["labels"][step], lam, permutation)
+        return mixing.mixup(images, source["labels"][step], lam, permutation)
 
     method, groups = methods.create("erm", np.ones(100)), {"all": {"match": ".*", "rate": 1.0}}
     assert_repeats(numbers, net, train(numbers, net, method, groups=groups, devices=devices, draw=draw))
