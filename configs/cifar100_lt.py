@@ -12,22 +12,27 @@ chooses tau on them and takes 10 by default: compare it with runs that have hold
 method=balms is balanced softmax as BALMS trains it: 13,000 steps of 512 images at imbalance 100, AutoAugment, Cutout.
 The MiSLAS authors recommend --config.optimizer.weight_decay=5e-4: it gives better figures than their paper's.
 
+Our own figures at full length are in results/; docs/reproduction.md has them beside the papers'.
+
 Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   MiSLAS, paper           47.0 / 4.83   52.3 / 2.25   63.2 / 1.73   (after stage 1 alone: 39.5, 45.4, 59.1)
+  MiSLAS, README, paper   47.0 / 4.83   52.3 / 2.47   63.2 / 1.73
   DRO-LT, paper           47.3          -             63.4
   ResLT, paper            48.2          52.7          62.0
   BALMS, paper            -             -             -             (46.7 at imbalance 200)
   Logit adjustment, paper             44.1          -             -             (its README, another ResNet-32)
   Post-hoc logit adjustment, paper    44.1          -             -             (its README, another ResNet-32)
-  any method, ours        not yet run
+  LDAM-DRW, paper         42.04         -             58.71         (best epoch)
 
 Top-1 / few-shot classes / ECE of the last epoch in %, imbalance 100, budget=short (12 epochs and a few), seed 0, two
-CPU cores, drolt and reslt with precision=bf16:
+CPU cores, drolt and reslt with precision=bf16 ("before": with other recipes, see their pages):
   ce                21.1 / 0.1 / 20.2    commit dcabd12
   balanced_softmax  24.0 / 8.8 / 1.9            1ccdba6
   mislas            19.2 / 13.6 / 5.0           774415b
   drolt             15.9 / 10.4 / 2.2           6c4cfef
+  drolt, before, float32   15.3 / 0.8 / 0.9     2411053
   reslt             27.2 / 15.8 / 40.1          6c4cfef
+  reslt, before, float32   28.5 / 18.6 / 39.7   1ccdba6
 """
 
 from configs import recipes, small

@@ -248,7 +248,7 @@ def ours_short(name: str, method: str) -> list[str]:
     for heading, lines in sections(name):
         if SHORT in heading:
             named = re.split(r" (?:of|on|in) ", heading)[0].split(" / ")  # Top-1 / ECE of the last epoch in %, ...
-            pattern = rf"\b{method}(, \w+ \d+)?\s+(\d+\.\d+(?: / \d+\.\d+)+)(?:\s+(?:commit )?([0-9a-f]{{7}}))?"
+            pattern = rf"\b{method}(, \w[\w ,]*?)?\s+(\d+\.\d+(?: / \d+\.\d+)+)(?:\s+(?:commit )?([0-9a-f]{{7}}))?"
             for variant, values, commit in re.findall(pattern, "\n".join(lines)):
                 pairs = zip(named, values.split(" / "), strict=True)
                 figure = ", ".join(f"{what} {value}" for what, value in pairs)
@@ -310,6 +310,16 @@ def figures(method: str) -> str:
     if len(lines) == 2:
         return "We know of no published figures on these data sets with these networks. Ours: not yet run."
     return "\n".join([*lines, *(f"\n{note}" for note in notes)])
+
+
+def full(text: str) -> str:
+    """Return a table of the figures at full length of "cifar100_lt: mislas, drolt"."""
+    name, _, methods = text.partition(": ")
+    lines = [f"| {TITLES[name]}: {dict(abouts(name))[False]} | published | ours |", "|---|---|---|"]
+    for method in methods.split(", "):
+        cells = ("<br>".join(cell) for cell in (published(name, method), ours(name, method)))
+        lines.append(f"| {recipes.METHODS[method].title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def docstring(name: str) -> str:
@@ -449,14 +459,16 @@ def _text(value: Any) -> str:
 
 
 def _linked(source: Mapping[str, Any], where: str) -> str:
-    """Link each `file:line` to that line, without the file's folder."""
+    """Link each `file:line` to that line, without the file's folder; a file of a copy to the copy."""
     parts = []
     for part in where.split("; "):
         if match := re.fullmatch(r"(\S+\.\w+):(\d+)(?:-(\d+))?", part):
-            commit = source.get("commits", {}).get(match[1], source["commit"])
+            copy, _, commit = source.get("commits", {}).get(match[1], source["commit"]).rpartition("@")
+            code = f"https://github.com/{copy}" if copy else source["code"]
             lines = f"#L{match[2]}" + (f"-L{match[3]}" if match[3] else "")
             short = part.rpartition("/")[2]
-            part = f"[{short}]({source['code']}/blob/{commit}/{source.get('folder', '')}{match[1]}{lines})"
+            part = f"[{short}]({code}/blob/{commit}/{source.get('folder', '')}{match[1]}{lines})"
+            part += " (in a copy)" if copy else ""
         parts.append(part)
     return "; ".join(parts)
 
@@ -491,6 +503,7 @@ BLOCKS = {
     "across": across,
     "reproduction": reproduction,
     "figures": figures,
+    "full": full,
     "docstring": docstring,
     "differences": differences,
     "values": values,

@@ -227,7 +227,7 @@ def class_order(text: str, num_classes: int) -> list[int] | None:
     - "map:FILE": the output of each class, the authors' `class_map`.
     - "counts:FILE": training images of each class. Outputs are sorted by falling count (MiSLAS's ImageNet-LT, Places-LT
       and iNaturalist), then by class.
-    - "counts-ascending:FILE": the same by rising count (ResLT's ImageNet-LT).
+    - "counts-ascending:FILE": the same by rising count (ResLT's ImageNet-LT and iNaturalist).
 
     The authors sort with NumPy's default, which does not define the order of equal counts. A map printed by their data
     loader is safer than counts.

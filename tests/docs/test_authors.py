@@ -10,7 +10,7 @@ from docs import generate
 CONFIGS = (*generate.LONG_TAILED[:-1], *generate.BALANCED)  # image_folder has no authors
 RECIPES = generate.authors()["recipe"]
 PAIRS = [(recipe, config) for recipe in RECIPES for config in recipe["configs"]]
-LINE = re.compile(r"\S.*:\d+(-\d+)?|\S.* \(line not checked\)")
+LINE = re.compile(r"\S.*:\d+(-\d+)?( \(in a copy\))?|\S.* \(could not be read\)")
 
 
 def methods_of(name):
@@ -61,7 +61,8 @@ def test_every_source_is_a_repository_at_a_commit_and_is_used():
     for source in sources.values():
         assert source["code"].startswith("https://github.com/")
         assert all(
-            re.fullmatch(r"[0-9a-f]{40}", commit) for commit in (source["commit"], *source.get("commits", {}).values())
+            re.fullmatch(r"([\w-]+/[\w.-]+@)?[0-9a-f]{40}", commit)
+            for commit in (source["commit"], *source.get("commits", {}).values())
         )
         files = " ".join(value["where"] for recipe in RECIPES for value in recipe["value"])
         assert [file for file in source.get("commits", {}) if file not in files] == []
@@ -107,9 +108,15 @@ def test_the_page_has_every_difference_and_every_method():
 
 def test_a_link_has_the_commit_of_its_file():
     source = dict(code="https://github.com/a/b", commit="1" * 40, commits={"d.py": "2" * 40}, folder="f/")
-    linked = generate._linked(source, "g/c.py:3-4; d.py:5; e (line not checked)")
+    linked = generate._linked(source, "g/c.py:3-4; d.py:5; e (could not be read)")
     first = f"[c.py:3-4](https://github.com/a/b/blob/{'1' * 40}/f/g/c.py#L3-L4)"
-    assert linked == f"{first}; [d.py:5](https://github.com/a/b/blob/{'2' * 40}/f/d.py#L5); e (line not checked)"
+    assert linked == f"{first}; [d.py:5](https://github.com/a/b/blob/{'2' * 40}/f/d.py#L5); e (could not be read)"
+
+
+def test_a_link_to_a_file_of_a_copy_leads_to_the_copy():
+    source = dict(code="https://github.com/a/b", commit="1" * 40, commits={"d.py": f"x/y@{'2' * 40}"})
+    link = f"[d.py:5](https://github.com/x/y/blob/{'2' * 40}/d.py#L5) (in a copy)"
+    assert generate._linked(source, "d.py:5; d:6 (in a copy)") == f"{link}; d:6 (in a copy)"
 
 
 def test_methods_with_the_same_data_sets_are_listed_together():

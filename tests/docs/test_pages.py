@@ -219,6 +219,27 @@ def test_short_figures_have_the_names_of_their_heading(monkeypatch):
     assert generate.ours_short("cifar100_lt", "drolt") == ["Top-1 15.3, few-shot classes 0.8, ECE 0.9, 2411053"]
 
 
+def test_short_figures_of_several_recipes_stand_side_by_side(monkeypatch):
+    lines = (
+        "Top-1 / ECE in %, budget=short:",
+        "reslt  27.2 / 40.1  6c4cfef",
+        "reslt, before, float32  28.5 / 39.7  1ccdba6",
+    )
+    monkeypatch.setattr(generate, "module", lambda name: {"__doc__": "\n  ".join(lines)})
+    assert generate.ours_short("cifar100_lt", "reslt") == [
+        "Top-1 27.2, ECE 40.1, 6c4cfef",
+        "Top-1 28.5, ECE 39.7 (before, float32), 1ccdba6",
+    ]
+
+
+def test_full_length_figures_are_the_papers_and_those_of_archives(archives):
+    archives("cifar100_lt-mislas-if100-bf16", 0, 0.46, 0.05)
+    header, _, mislas, drolt = generate.full("cifar100_lt: mislas, drolt").splitlines()
+    assert "imbalance 100, 50, 10" in header
+    assert "47.0 / 4.83" in mislas and mislas.endswith("| 46.0 / 5.0; -; - (bf16, 1 seed) |")
+    assert drolt.startswith("| DRO-LT | 47.3") and drolt.endswith("| not yet run |")
+
+
 def test_every_method_has_a_page():
     listed = (ROOT / "docs" / "methods" / "index.md").read_text()
     assert all(f"`{method}`" in listed for method in recipes.METHODS)
