@@ -24,7 +24,9 @@ PRELUDE = {
 }
 PRELUDE |= {"jax": jax, "jnp": jnp, "np": np, "Variables": Variables, "Weights": Weights}
 MODULES = (
-    "ltjax.losses",
+    "ltjax.losses.labels",
+    "ltjax.losses.divergences",
+    "ltjax.losses.features",
     "ltjax.metrics",
     "ltjax.calibration",
     "ltjax.surgery",

@@ -252,10 +252,15 @@ def test_the_page_of_combinations_has_every_block():
 
 def test_every_public_loss_is_on_a_page():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "methods").glob("*.md"))
-    public = [name for name, value in vars(losses).items() if getattr(value, "__module__", "") == losses.__name__]
-    assert [
-        name for name in public if name[0] != "_" and name not in pages and name not in ("cross_entropy", "log_prior")
-    ] == []
+    alone = {"cross_entropy", "log_prior", "SMOOTHING_SHAPES"}
+    assert [name for name in losses.__all__ if name not in pages and name not in alone] == []
+
+
+@pytest.mark.parametrize("name", ["losses", "attacks"])
+def test_every_public_function_of_a_package_is_on_its_page(name):
+    package = importlib.import_module(f"ltjax.{name}")
+    shown = re.search(r"members: \[(.*)\]", (ROOT / "docs" / "api" / f"{name}.md").read_text())[1].split(", ")
+    assert sorted(shown) == sorted(public for public in package.__all__ if callable(getattr(package, public)))
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)

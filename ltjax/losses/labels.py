@@ -1,9 +1,4 @@
-"""Loss functions as pure functions of arrays, for any JAX project. This module needs only jax.
-
-Per-example losses return [B]; the caller reduces. Arrays are positional, hyper-parameters keyword-only. Labels become
-one-hot rows, not indices, so the functions work under automatic and explicit sharding. An example has loss 0 if its
-label is outside 0..C-1.
-"""
+"""Losses of logits and integer labels, and the class weights, margins and masks that they take."""
 
 import math
 from collections.abc import Callable
@@ -11,8 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
+
+from ltjax.losses.arrays import at_label, positive_counts
 
 SMOOTHING_SHAPES = ("concave", "linear", "convex", "exp")
 
@@ -24,7 +20,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       >>> losses.cross_entropy(jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1]))
       Array([0.127, 0.693], dtype=float32)
     """
-    return -_at_label(jax.nn.log_softmax(logits), labels)
+    return -at_label(jax.nn.log_softmax(logits), labels)
 
 
 def mixed(
@@ -125,71 +121,10 @@ def label_aware_smoothing(logits: jax.Array, labels: jax.Array, *, smoothing: Ar
       Array([0.691], dtype=float32)
     """
     log_p = jax.nn.log_softmax(logits)  # [B, C]
-    share = _at_label(jnp.broadcast_to(jnp.asarray(smoothing).astype(log_p.dtype), log_p.shape), labels)  # [B]
+    share = at_label(jnp.broadcast_to(jnp.asarray(smoothing).astype(log_p.dtype), log_p.shape), labels)  # [B]
     # Divide before summing: the sum of log-probabilities can overflow although their mean is finite.
     uniform = -(log_p / log_p.shape[-1]).sum(-1)  # [B], infinite if a logit of -inf masks a class
-    return (1 - share) * -_at_label(log_p, labels) + jnp.where(share > 0, share * uniform, 0)
-
-
-def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
-    """Compute `KL(p || q) = sum_c p_c (log p_c - log q_c)` of two softmaxes, [B]. Differentiable in both.
-
-    A class adds 0 if its logit is -inf in both, and the gradients stay finite.
-
-    Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (TRADES), ICML 2019.
-
-    Args:
-      p_logits: [B, C], of the reference.
-      q_logits: [B, C].
-
-    Examples:
-      >>> losses.kl_divergence(jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 0.0]]))
-      Array([0.328], dtype=float32)
-    """
-    log_p, log_q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
-    present = jnp.isfinite(log_p)  # 0 log 0 = 0
-    log_p = jnp.where(present, log_p, 0)
-    return jnp.where(present, jnp.exp(log_p) * (log_p - jnp.where(present, log_q, 0)), 0).sum(-1)
-
-
-def logit_pairing(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
-    """Compute the mean over classes of the squared difference of logits, `|z - t|^2 / C`, [B]. Differentiable in both.
-
-    LBGAT pairs the robust model on adversarial images with the natural model on clean ones. ALP pairs one model on
-    adversarial images with itself on clean ones.
-
-    Source: Cui et al., "Learnable Boundary Guided Adversarial Training", ICCV 2021, equation 2; Kannan et al.,
-    "Adversarial Logit Pairing", 2018.
-
-    Args:
-      logits: z [B, C].
-      target_logits: t [B, C].
-
-    Examples:
-      >>> losses.logit_pairing(jnp.array([[3.0, 0.0]]), jnp.array([[1.0, 0.0]]))
-      Array([2.], dtype=float32)
-    """
-    return jnp.square(logits - target_logits).mean(-1)
-
-
-def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """Compute the mean feature of each class: features [B, D], labels [B] -> means [C, D], counts [C].
-
-    A class without examples has mean 0 and count 0.
-
-    Examples:
-      >>> means, counts = losses.class_means(jnp.array([[1.0, 0.0], [3.0, 0.0]]), jnp.array([0, 0]), 2)
-      >>> means
-      Array([[2., 0.],
-             [0., 0.]], dtype=float32)
-      >>> counts
-      Array([2., 0.], dtype=float32)
-    """
-    features, labels = _whole(features), _whole(labels)
-    member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)  # [B, C]
-    counts = member.sum(0)
-    sums = jnp.matmul(member.T, features, precision="highest")  # [C, D]
-    return sums / jnp.maximum(counts, 1)[:, None], counts
+    return (1 - share) * -at_label(log_p, labels) + jnp.where(share > 0, share * uniform, 0)
 
 
 def balanced_softmax(logits: jax.Array, labels: jax.Array, *, class_counts: ArrayLike) -> jax.Array:
@@ -237,7 +172,7 @@ def log_prior(class_counts: ArrayLike) -> jax.Array:
       >>> losses.log_prior(jnp.array([90, 10]))
       Array([-0.105, -2.303], dtype=float32)
     """
-    counts = _positive(class_counts)
+    counts = positive_counts(class_counts)
     return jnp.log(counts) - jnp.log(counts.sum())
 
 
@@ -262,22 +197,7 @@ def focal(logits: jax.Array, labels: jax.Array, *, gamma: float = 2.0) -> jax.Ar
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     # exp(-1e4) is 0 in float32. Without this floor the gradient is nan if logits of -inf mask all other classes.
     log_rest = jax.nn.logsumexp(jnp.where(is_label, -1e4, jnp.maximum(log_p, -1e4)), axis=-1)  # [B], log(1 - p_y)
-    return jnp.exp(gamma * log_rest) * -_at_label(log_p, labels)
-
-
-def _positive(class_counts: ArrayLike) -> jax.Array:
-    """Return the counts as float32 [C]: half precision cannot represent large ones.
-
-    Raises:
-      ValueError: A class has none. Counts that are traced cannot be checked; those of 0 give infinities and nan.
-    """
-    if not isinstance(class_counts, jax.core.Tracer):
-        counts = np.asarray(class_counts)
-        if (absent := np.flatnonzero(~(counts > 0))).size:
-            raise ValueError(
-                f"class_counts = {counts[absent[0]]} for class {absent[0]}: every class needs 1 training image or more"
-            )
-    return jnp.asarray(class_counts).astype(jnp.float32)
+    return jnp.exp(gamma * log_rest) * -at_label(log_p, labels)
 
 
 def ldam_margins(class_counts: ArrayLike, *, max_margin: float = 0.5) -> jax.Array:
@@ -290,7 +210,7 @@ def ldam_margins(class_counts: ArrayLike, *, max_margin: float = 0.5) -> jax.Arr
       >>> losses.ldam_margins([1600, 100]).tolist()
       [0.25, 0.5]
     """
-    counts = _positive(class_counts)
+    counts = positive_counts(class_counts)
     return max_margin * (counts.min() / counts) ** 0.25
 
 
@@ -337,99 +257,10 @@ def effective_number_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -
     """
     if not 0 <= beta < 1:
         raise ValueError(f"effective number beta = {beta}: from 0 up to, not including, 1")
-    counts = _positive(class_counts)
+    counts = positive_counts(class_counts)
     # expm1 because 1 - beta^n is rounding noise at beta = 1 - 1e-7
     weights = 1 / -jnp.expm1(counts * math.log(beta)) if beta else jnp.ones_like(counts)
     return weights / weights.mean()
-
-
-def dro_bound(
-    features: jax.Array, labels: jax.Array, centroids: jax.Array, *, margins: ArrayLike = 0.0, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """Compute DRO-LT's bound on each class's loss under the worst centroid in a ball around the empirical one.
-
-    For the B_c features z of class c, with centroid m_c, Euclidean distance d and z' over the whole batch,
-
-        L_c = 1/B_c sum_z -log( exp(-(d(m_c, z) + margin_c)/T) / sum_z' exp(-(d(m_c, z') + margin_c [z' in c])/T) )
-
-    The cost is B^2 distances from one matrix product; centroids of classes outside the batch are not used. The authors'
-    `log(sum(exp))` underflows if d/T exceeds about 88, and applies margins to the wrong samples unless the batch is
-    sorted by class. This function does neither.
-
-    Source: Samuel & Chechik, "Distributional Robustness Loss for Long-tail Learning", ICCV 2021, equation 10.
-
-    Args:
-      features: [B, D].
-      labels: [B]. An example is left out if its label is outside 0..C-1.
-      centroids: [C, D].
-      margins: Twice the ball's radius, scalar or [C].
-      temperature: T.
-
-    Returns:
-      The bound of each class, [C], 0 if the batch has no example of it; and whether it has one, bool [C].
-
-    Examples:
-      >>> features, labels = jnp.array([[0.0, 0.0], [0.0, 1.0], [4.0, 0.0]]), jnp.array([0, 0, 1])
-      >>> centroids = jnp.array([[0.0, 0.5], [4.0, 0.0], [9.0, 9.0]])
-      >>> bound, present = losses.dro_bound(features, labels, centroids, margins=1.0)
-      >>> bound
-      Array([0.732, 0.09 , 0.   ], dtype=float32)
-      >>> present
-      Array([ True,  True, False], dtype=bool)
-    """
-    features, labels, centroids = _whole(features), _whole(labels), _whole(centroids)  # for all pairs of examples
-    num_classes, dtype = centroids.shape[0], features.dtype
-    member = jax.nn.one_hot(labels, num_classes, dtype=dtype)  # [B, C]
-    known = member.sum(-1) > 0  # [B]
-    anchors = centroids.astype(dtype)[jnp.clip(labels, 0, num_classes - 1)]  # [B, D], centroid of each example's class
-    margin = jnp.where(member > 0, jnp.broadcast_to(jnp.asarray(margins, dtype), (num_classes,)), 0).sum(-1)  # [B]
-
-    # |a|^2 + |z|^2 - 2 a.z loses digits if the origin is far away, and all of them if z is at its centroid. So shift
-    # the origin to the mean anchor, and compute the distance to the example's own centroid from the difference.
-    origin = jax.lax.stop_gradient(anchors.mean(0))
-    a, z = anchors - origin, features - origin
-    product = jnp.matmul(a, z.T, precision="highest")  # [B, B], row: anchor, column: example
-    squared = jnp.square(a).sum(-1)[:, None] + jnp.square(z).sum(-1)[None] - 2 * product
-    diagonal = jnp.eye(len(labels), dtype=bool)
-    squared = jnp.where(diagonal, jnp.square(anchors - features).sum(-1)[None], squared)
-    distance = jnp.sqrt(jnp.maximum(squared, 1e-12))  # at a distance of 0 the gradient is 0, not nan
-
-    same = labels[:, None] == labels[None]  # [B, B]
-    similarity = -(distance + jnp.where(same, margin[:, None], 0)) / temperature
-    total = jax.nn.logsumexp(jnp.where(known[None], similarity, -jnp.inf), axis=-1, where=known[:, None] | diagonal)
-    per_example = jnp.where(known, total - jnp.where(diagonal, similarity, 0).sum(-1), 0)  # [B]
-    count = member.sum(0)  # [C]
-    return jnp.matmul(per_example, member, precision="highest") / jnp.maximum(count, 1), count > 0
-
-
-def dro_loss(
-    features: jax.Array,
-    labels: jax.Array,
-    centroids: jax.Array,
-    *,
-    margins: ArrayLike = 0.0,
-    temperature: float = 1.0,
-    class_weights: ArrayLike | None = None,
-) -> jax.Array:
-    """Compute DRO-LT's robustness loss of a batch, scalar: the mean of `dro_bound` over the classes in it.
-
-    Other arguments: see `dro_bound`.
-
-    Args:
-      class_weights: w [C]. If given, the loss is `sum_c w_c L_c / sum_c w_c`. The sum of weights covers all C classes,
-        not only those in the batch, as in the authors' code.
-
-    Examples:
-      >>> features, labels = jnp.array([[0.0, 0.0], [0.0, 1.0], [4.0, 0.0]]), jnp.array([0, 0, 1])
-      >>> centroids = jnp.array([[0.0, 0.5], [4.0, 0.0]])
-      >>> losses.dro_loss(features, labels, centroids, margins=1.0)
-      Array(0.411, dtype=float32)
-    """
-    bound, present = dro_bound(features, labels, centroids, margins=margins, temperature=temperature)
-    if class_weights is None:
-        return bound.sum() / jnp.maximum(present.sum(), 1).astype(bound.dtype)
-    weights = jnp.asarray(class_weights).astype(bound.dtype)
-    return (weights * bound).sum() / weights.sum()
 
 
 def branch_masks(class_counts: ArrayLike, *, medium_start: int, tail_start: int) -> jax.Array:
@@ -488,16 +319,3 @@ def residual_fusion(branch_logits: jax.Array, labels: jax.Array, *, masks: Array
     per_branch = jax.vmap(cross_entropy, in_axes=(0, None))(branch_logits, labels)  # [R, B]
     branch_loss = (responsible * per_branch).sum() / jnp.maximum(responsible.sum(), 1)
     return beta * branch_loss + (1 - beta) * cross_entropy(branch_logits.sum(0), labels).mean()
-
-
-def _whole(x: ArrayLike) -> jax.Array:
-    """Replicate x if it is explicitly sharded; otherwise the compiler decides."""
-    x = jnp.asarray(x)
-    spec = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(x, PartitionSpec()) if any(axis is not None for axis in spec) else x
-
-
-def _at_label(values: jax.Array, labels: jax.Array) -> jax.Array:
-    """Take each row's value at its label: [B, C], [B] -> [B]."""
-    is_label = jax.nn.one_hot(labels, values.shape[-1], dtype=bool)
-    return jnp.where(is_label, values, jnp.zeros((), values.dtype)).sum(-1)  # a product would turn infinities into nan
