@@ -7,7 +7,7 @@ Images are floats [N, H, W, channels] in [0, 1]; the model normalises them itsel
 """
 
 from ltjax.attacks.autoattack import ATTACKS, STANDARD, AutoAttackResult, autoattack
-from ltjax.attacks.ball import NORMS, radius
+from ltjax.attacks.ball import NORMS, radius, radius_by_count
 from ltjax.attacks.pgd import STARTS, pgd, pgd_attack, random_start
 from ltjax.attacks.progress import Progress, show_progress
 
@@ -22,6 +22,7 @@ __all__ = [
     "pgd",
     "pgd_attack",
     "radius",
+    "radius_by_count",
     "random_start",
     "show_progress",
 ]

@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+
+from ltjax.losses.arrays import positive_counts
 
 NORMS = ("linf", "l2")
 ROUNDING = 1e-3  # pixels outside [0, 1] by at most this are rounding errors
@@ -46,6 +49,38 @@ def radius(value: Any, *, norm: str = "linf", name: str = "epsilon", size: int |
             f"{math.sqrt(size):.3g}; did you mean {number:g}/255?"
         )
     return number
+
+
+def radius_by_count(class_counts: ArrayLike, *, epsilon: Any, share: float) -> jax.Array:
+    """Compute RobustLT's radius of each class, larger for rarer ones: class_counts [C] -> [C] float32.
+
+    With `r_c = sqrt(log(n_max / n_c))`, the radius is `epsilon (1 - share + share r_c / mean(r))`. The mean is over the
+    training images, and so is `epsilon` the mean radius of an image. The step of the attack is in proportion.
+
+    Source: RobustLT, CVPR 2026 (github.com/zhang-lilin/RobustLT).
+
+    Args:
+      class_counts: [C] training images of each class, at least 1 each.
+      epsilon: Radius in pixel units of [0, 1]: 8/255 (or "8/255"), not 8.
+      share: Share of the radius that depends on the count, in [0, 1]. Theirs: 0.3 on CIFAR-10, 0.4 on CIFAR-100.
+
+    Returns:
+      [C]. Balanced counts give every class `epsilon`.
+
+    Raises:
+      ValueError: epsilon is invalid, the share is outside [0, 1], or a class has no training images.
+
+    Examples:
+      >>> 255 * attacks.radius_by_count(jnp.array([5000, 500, 50]), epsilon="8/255", share=0.3)
+      Array([ 5.6  , 28.939, 38.607], dtype=float32)
+    """
+    epsilon = radius(epsilon)
+    if isinstance(share, (int, float)) and not 0 <= share <= 1:
+        raise ValueError(f"share = {share}: of the radius that depends on the count, from 0 to 1")
+    counts = positive_counts(class_counts)
+    r = jnp.sqrt(jnp.log1p((counts.max() - counts) / counts))  # [C], accurate also for counts that are nearly equal
+    mean = (counts * r).sum() / counts.sum()
+    return epsilon * (1 - share + share * jnp.where(mean > 0, r / jnp.where(mean > 0, mean, 1), 1))
 
 
 def check_norm(norm: str) -> None:

@@ -5,8 +5,9 @@ one-hot rows, not indices, so the functions work under automatic and explicit sh
 label is outside 0..C-1.
 """
 
-from ltjax.losses.divergences import kl_divergence, logit_pairing
-from ltjax.losses.features import class_means, dro_bound, dro_loss
+from ltjax.losses.contrast import balanced_contrast, vmf_contrast, vmf_kappas
+from ltjax.losses.divergences import distillation, gkl, kl_divergence, logit_pairing
+from ltjax.losses.features import class_means, dro_bound, dro_loss, running_class_means
 from ltjax.losses.labels import (
     SMOOTHING_SHAPES,
     balanced_softmax,
@@ -26,14 +27,17 @@ from ltjax.losses.labels import (
 
 __all__ = [
     "SMOOTHING_SHAPES",
+    "balanced_contrast",
     "balanced_softmax",
     "branch_masks",
     "class_means",
     "cross_entropy",
+    "distillation",
     "dro_bound",
     "dro_loss",
     "effective_number_weights",
     "focal",
+    "gkl",
     "kl_divergence",
     "label_aware_smoothing",
     "ldam",
@@ -43,5 +47,8 @@ __all__ = [
     "logit_pairing",
     "mixed",
     "residual_fusion",
+    "running_class_means",
     "smoothing_by_count",
+    "vmf_contrast",
+    "vmf_kappas",
 ]

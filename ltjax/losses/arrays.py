@@ -1,5 +1,7 @@
 """What the kernels share: labels, counts, lengths, types."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,3 +35,21 @@ def at_label(values: jax.Array, labels: jax.Array) -> jax.Array:
     """Take each row's value at its label: [B, C], [B] -> [B]."""
     is_label = jax.nn.one_hot(labels, values.shape[-1], dtype=bool)
     return jnp.where(is_label, values, jnp.zeros((), values.dtype)).sum(-1)  # a product would turn infinities into nan
+
+
+def at_least_float32(x: ArrayLike) -> jax.Array:
+    """Return bfloat16 and float16 as float32, and other floats as they are."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def length(x: jax.Array) -> jax.Array:
+    """Compute the Euclidean length of each row, [N, P] -> [N], with gradient 0 where it is 0."""
+    squared = jnp.square(x).sum(-1)
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+
+
+def check_temperature(temperature: float | jax.Array) -> None:
+    """Raise a ValueError unless the temperature is above 0. One that is traced cannot be checked."""
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < float(temperature) < math.inf:
+        raise ValueError(f"temperature = {temperature}: a number above 0")

@@ -27,6 +27,40 @@ def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tup
     return sums / jnp.maximum(counts, 1)[:, None], counts
 
 
+def running_class_means(
+    means: jax.Array, counts: jax.Array, features: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Add a batch to the mean of each class: means [C, D], counts [C] -> new means [C, D], new counts [C].
+
+    With b_c examples of class c in the batch, `m_c <- (n_c m_c + sum of them) / (n_c + b_c)` and `n_c <- n_c + b_c`. A
+    class that the batch lacks keeps its mean. A class with count 0 forgets its first mean. Begin with counts of 0.
+
+    ProCo adds the projections of a batch before it computes `vmf_contrast`. GKL's weights are means of the softmax:
+    `features = jax.nn.softmax(logits / temperature)`.
+
+    Source: Du et al., "Probabilistic Contrastive Learning for Long-Tailed Visual Recognition" (ProCo), TPAMI 2024.
+
+    Args:
+      means: [C, D].
+      counts: [C] examples so far, of the type of `means`. float32 counts to 16,777,216.
+      features: [B, D].
+      labels: [B]. An example is left out if its label is outside 0..C-1.
+
+    Examples:
+      >>> means, counts = jnp.array([[1.0, 0.0], [9.0, 9.0]]), jnp.array([3.0, 0.0])
+      >>> means, counts = losses.running_class_means(means, counts, jnp.array([[5.0, 4.0]]), jnp.array([0]))
+      >>> means
+      Array([[2., 1.],
+             [9., 9.]], dtype=float32)
+      >>> counts
+      Array([4., 0.], dtype=float32)
+    """
+    of_batch, added = class_means(features.astype(means.dtype), labels, len(means))
+    total = counts + added
+    mean = (counts[:, None] * means + added[:, None] * of_batch) / jnp.maximum(total, 1)[:, None]
+    return jnp.where(added[:, None] > 0, mean, means), total
+
+
 def dro_bound(
     features: jax.Array, labels: jax.Array, centroids: jax.Array, *, margins: ArrayLike = 0.0, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:

@@ -27,6 +27,7 @@ MODULES = (
     "ltjax.losses.labels",
     "ltjax.losses.divergences",
     "ltjax.losses.features",
+    "ltjax.losses.contrast",
     "ltjax.metrics",
     "ltjax.calibration",
     "ltjax.surgery",
@@ -43,7 +44,7 @@ MODULES = (
     "ltjax.interop.export",
 )
 PUBLIC = {  # of modules whose other functions need no example
-    "ltjax.attacks.ball": ("radius",),
+    "ltjax.attacks.ball": ("radius", "radius_by_count"),
     "ltjax.surgery": ("tau_normalised", "nearest_mean", "logit_shifted"),
     "ltjax.optim": ("schedule_table",),
     "ltjax.predictor": (),  # `Model` has an example
