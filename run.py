@@ -215,7 +215,7 @@ def main(_: list[str]) -> None:
 
 def quieten() -> None:
     """Silence loggers that would break progress bars, and Orbax's threads, whose errors the main thread raises too."""
-    for name in ("absl", "jax", "orbax", "asyncio"):
+    for name in ("absl", "jax", "orbax", "asyncio"):  # what they report as errors is raised, too
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     report_thread, report_unraisable = threading.excepthook, sys.unraisablehook

@@ -33,6 +33,9 @@ MEANINGS = {
     "mixup": "a of Beta(a, a), in stages that train the whole network; 0: the recipe's own",
     "precision": "of the network's body; parameters, statistics, logits and optimizer stay float32",
     "normalise": "of features: none, unit (length 1), standardise (mean 0, variance 1 of each dimension)",
+    "cutmix": "where CutMix takes boxes from; auto: the method's",
+    "ema": "decay of a moving average of the weights, which is then evaluated; auto: the method's",
+    "sam": "rho of sharpness-aware minimisation; 0: none",
     "holdout": "images of each class held out of training, for selection and tuning",
     "size": "side of the images that the network sees, in pixels",
     "runlocal": "shrink everything to a laptop: 64 pixels, a ResNet-10, few classes, images and epochs",
@@ -45,6 +48,16 @@ MEANINGS = {
 }
 PRECISIONS = {"float32": "float32", "bf16": "bfloat16"}  # {argument: the model's dtype}
 NETWORKS = "such as resnet32, wrn34_10, wrn10_1, resnet18, resnet18_4x4 or preact18"
+# of stages that train the whole network, with any method
+TRAINING_ARGUMENTS = {
+    "augment": ("paper", "plain", "auto"),
+    "mixup": 0.0,
+    "cutmix": ("auto", "none", "batch", "class_balanced"),
+    "ema": Text("auto", "a number below 1; 0: none"),
+    "sam": 0.0,
+    "precision": tuple(PRECISIONS),
+    "holdout": 0.0,
+}
 ROBUST_ARGUMENTS = {
     "guide": Text("auto", NETWORKS),
     "beta": -1.0,  # the method's own
@@ -196,6 +209,7 @@ def run_name(file: str, args: SimpleNamespace) -> str:
     """Join the file's name, the method, and what the arguments change."""
     words = dict(profile="{}", model="{}", guide="{}-guide", classifier="{}", loss="{}", sampler="{}", precision="{}")
     words |= dict(beta="beta{:g}", epsilon="eps{}", awp="awp", augment="{}-augment", mixup="mixup{:g}", size="{:g}px")
+    words |= dict(cutmix="{}-cutmix", ema="ema{}", sam="sam{:g}")
     words |= dict(holdout="holdout{}", budget="{}", runlocal="runlocal")
     parts = [file, args.recipe or args.method]
     parts += [f"if{args.imbalance:g}"] if hasattr(args, "imbalance") else []
@@ -246,6 +260,8 @@ def networks(args: SimpleNamespace, recipe: recipes.Recipe, *, model: dict, guid
     made = dict(model=dict(**model, **pixels, **head, classifier_init=classifier_init(model, recipe)))
     if {"natural", "lbgat"} & set(recipe.blocks):
         made["guide"] = dict(**guide, **pixels, classifier="linear", classifier_init=classifier_init(guide, recipe))
+    elif "student" in recipe.blocks:
+        made["guide"] = dict(made["model"])  # its teacher
     return made
 
 

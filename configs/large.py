@@ -22,14 +22,11 @@ def read(arg: str | None, *, size: int = 224) -> tuple[SimpleNamespace, recipes.
     """
     local = any(name == "runlocal" for name, *_ in common.split(arg))
     allowed: dict = {
-        "method": recipes.FROM_SCRATCH,
+        "method": recipes.LARGE,
         "recipe": common.chains(long_tailed=True),
         "model": Text("auto", NETWORKS),
         "classifier": ("auto", "linear", "cosine"),
-        "augment": ("paper", "plain", "auto"),
-        "mixup": 0.0,
-        "precision": tuple(common.PRECISIONS),
-        "holdout": 0.0,
+        **common.TRAINING_ARGUMENTS,
         "size": float(64 if local else size),
         "runlocal": False,
         **common.ROBUST_ARGUMENTS,

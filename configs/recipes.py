@@ -52,6 +52,7 @@ METHODS = {
     "drolt": Recipe("DRO-LT", ("ce", "dro", "ce_classifier"), weight_decay=1e-4, auto_augment=True, decay=0.01),
     "reslt": Recipe("ResLT", ("reslt",), weight_decay=5e-4),
     "lift": Recipe("LIFT's classifier", ("lift",), weight_decay=5e-4),
+    "best": Recipe("Self-distilled balanced softmax", ("balanced_teacher", "student"), weight_decay=5e-4),
     "pgd_at": Recipe("PGD-AT", ("pgd_at",)),
     "trades": Recipe("TRADES", ("trades",)),
     "alp": Recipe("ALP", ("alp",)),
@@ -60,6 +61,7 @@ METHODS = {
 }
 
 FROM_SCRATCH = tuple(name for name in METHODS if name != "lift")  # methods that need no trained backbone
+LARGE = tuple(name for name in FROM_SCRATCH if name != "best")  # methods for images on disk
 
 
 class Smoothing(NamedTuple):
@@ -106,6 +108,9 @@ class Setting(NamedTuple):
     short: bool = False
     auto_augment: bool | None = None  # None: where the recipe has it
     mixup: float = 0.0  # a of Beta(a, a) in stages that train the whole network; 0: the recipe's own
+    changed: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # cutmix, ema, sam of the same stages, instead of the recipe's own
     deferred: bool = False  # the last fifth of the first part is a stage of its own, with class weights
     decay: float = 0.1  # of the rate, twice, in the first part
     adversarial: robust.Setting = robust.Setting()
@@ -116,7 +121,7 @@ EFFECTIVE_NUMBER = dict(kind="effective_number", beta=0.9999)  # class weights
 # Every key of a stage that `ltjax.config` knows, except those that `chain` writes.
 STAGE = dict(schedule=dict(kind="constant"), sampler=dict(name="instance_balanced"), augment={}, batch_norm="train")
 STAGE |= dict(keep_optimizer=False, epoch_size="images", drop_last=False, surgery={}, evaluate_net="net")
-STAGE |= dict(average={}, sam={})
+STAGE |= dict(ema={}, sam={})
 
 
 def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers: Papers) -> None:
@@ -142,6 +147,7 @@ def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers
         short=args.short,
         auto_augment={"paper": recipe.auto_augment or None, "plain": False, "auto": True}[args.augment],
         mixup=args.mixup,
+        changed={key: getattr(args, key) for key in ("cutmix", "ema", "sam") if key in args.changed},
         deferred="drw" in recipe.blocks,
         decay=recipe.decay,
         adversarial=robust.Setting(
@@ -163,6 +169,8 @@ def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
     for number, (block, name) in enumerate(zip(recipe.blocks, config.stages, strict=True)):
         setting = setting._replace(epochs=config.get_oneway_ref("epochs"))
         stage = (NEXT if number else SCRATCH)[block](setting)
+        if any(group["rate"] for part, group in stage["groups"].items() if part == "backbone"):
+            stage = changed(stage, setting.changed)
         if not number:
             setting = setting._replace(first=stage)
         step = f", stage {number + 1}" if len(recipe.blocks) > 1 else ""
@@ -179,6 +187,30 @@ def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
         before = name
 
 
+def changed(stage: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage with the arguments `cutmix`, `ema` and `sam` that were given.
+
+    Raises:
+      ValueError: `ema` is no number below 1.
+    """
+    stage = dict(stage)
+    if "cutmix" in values:
+        own = {key: value for key, value in stage["augment"].items() if not key.startswith("cutmix")}
+        cutmix = dict(cutmix_alpha=1.0, cutmix_probability=0.5, cutmix_partner=values["cutmix"])
+        stage["augment"] = own if values["cutmix"] == "none" else {**own, **cutmix}
+    if "ema" in values:
+        try:
+            decay = float(values["ema"])
+        except ValueError:
+            decay = -1.0
+        if not 0 <= decay < 1:
+            raise ValueError(f"config argument 'ema={values['ema']}': from 0 (none) to below 1, or auto")
+        stage["ema"] = dict(decay=decay) if decay else {}
+    if values.get("sam"):
+        stage["sam"] = dict(rho=values["sam"])
+    return stage
+
+
 def parse_recipe(text: str) -> Recipe:
     """Read "ce+dro+smoothing".
 
@@ -193,8 +225,10 @@ def parse_recipe(text: str) -> Recipe:
             raise ValueError(f"config argument 'recipe={text}': allowed {place}: {', '.join(known)}; not {block!r}")
     if len(set(blocks)) < len(blocks):
         raise ValueError(f"config argument 'recipe={text}': each block once")
-    if "drw" in blocks[2:] or ("drw" in blocks and blocks[0] in ("reslt", *robust.BLOCKS)):
-        raise ValueError(f"config argument 'recipe={text}': drw comes second, after a block with one loss such as ce")
+    for block in ("drw", "student"):
+        if block in blocks[2:] or (block in blocks and blocks[0] in ("reslt", *robust.BLOCKS)):
+            place = "second, after a block with one loss such as ce"
+            raise ValueError(f"config argument 'recipe={text}': {block} comes {place}")
     if ("bgat" in blocks or blocks[0] == "natural") and blocks[:2] != ("natural", "bgat"):
         raise ValueError(f"config argument 'recipe={text}': natural and bgat go together, as natural+bgat at the start")
     known = [recipe for recipe in METHODS.values() if recipe.blocks == blocks]
@@ -294,6 +328,23 @@ def lift(setting: Setting) -> dict[str, Any]:
     return dict(stage, schedule=dict(kind="cosine"))
 
 
+def balanced_teacher(setting: Setting) -> dict[str, Any]:
+    """Train with balanced softmax, AutoAugment, CutMix with rare classes, a cosine, and an average of the weights."""
+    stage = _scratch(setting, _loss("balanced_softmax"))
+    stage["augment"].update(auto_augment=True, cutout_size=0)
+    if not setting.mixup:
+        stage["augment"].update(cutmix_alpha=1.0, cutmix_probability=0.5, cutmix_partner="class_balanced")
+    stage["schedule"] = dict(kind="cosine", warmup=2 / 12 if setting.short else setting.papers.warmup)
+    return dict(stage, optimizer=dict(nesterov=True), ema=dict(decay=0.999))
+
+
+def student(setting: Setting) -> dict[str, Any]:
+    """Train a new network as the first one, on its average's logits as well: self-distillation, as in DiVE."""
+    loss = setting.first["method"]["loss"]
+    method = dict(name="distil", loss=loss, kind="kl", temperature=2.0, share=0.5, power=0.5)
+    return dict(setting.first, method=method, epochs=setting.epochs, surgery=dict(name="teacher"))
+
+
 def balms(setting: Setting) -> dict[str, Any]:
     """Train with balanced softmax as BALMS does: a cosine from 0.1 after 800 steps of warm-up from 0.05."""
     stage = _scratch(setting, _loss("balanced_softmax"), drop_last=True)
@@ -331,6 +382,7 @@ SCRATCH: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "reslt": reslt,
     "lift": lift,
     "balms": balms,
+    "balanced_teacher": balanced_teacher,
     **{name: partial(adversarial, name) for name in robust.BLOCKS if name != "bgat"},
 }
 
@@ -430,6 +482,7 @@ NEXT = {
     "ce_classifier": ce_classifier,
     "balanced_softmax_classifier": lambda s: _classifier(s, "balanced_softmax", sampler=dict(name="instance_balanced")),
     "smoothing": smoothing,
+    "student": student,
     "bgat": partial(adversarial, "bgat"),
     "robust_classifier": robust_classifier,
     "crt": lambda s: _classifier(s, "cross_entropy", surgery=dict(name="new_head")),

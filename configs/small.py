@@ -19,10 +19,7 @@ def read(arg: str | None, *, long_tailed: bool) -> tuple[SimpleNamespace, recipe
         "budget": ("full", "short"),
         "model": Text("auto", NETWORKS),
         "classifier": ("auto", "linear", "cosine"),
-        "augment": ("paper", "plain", "auto"),
-        "mixup": 0.0,
-        "precision": tuple(common.PRECISIONS),
-        "holdout": 0.0,
+        **common.TRAINING_ARGUMENTS,
         **common.ROBUST_ARGUMENTS,
     }
     args, recipe = common.read(arg, allowed, long_tailed=long_tailed)

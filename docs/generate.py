@@ -281,9 +281,18 @@ def abouts(name: str) -> list[tuple[bool, str]]:
     return [(SHORT in heading, re.sub(rf"{SHORT} \((.*?)\)", r"\1", heading)) for heading in headings(name)]
 
 
+def methods_of(name: str) -> list[str]:
+    """Return the methods that a config allows, its default first."""
+    try:
+        module(name)["get_config"]("help")
+    except common.Help as asked:
+        return asked.arguments["method"][1].split(", ")
+    raise ValueError(f"{name} answers no help")
+
+
 def reproduction(name: str) -> str:
     """Return a table of all methods on a data set: the paper's figure, ours, and the argument."""
-    methods = recipes.FROM_SCRATCH if name in LONG_TAILED else ("lbgat", *common.BALANCED)
+    methods = methods_of(name)
     columns = {False: "Published, and ours at full length", True: f"Ours with `{SHORT}`"}
     lines = [f"{columns[short]}: {about}.\n" for short, about in abouts(name)] or ["No figures yet.\n"]
     lines += ["This command makes the first row:\n", f"    {command(f'{name}:method={methods[0]}')}\n"]

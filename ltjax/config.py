@@ -81,7 +81,7 @@ class StageConfig(NamedTuple):
     drop_last: bool = False  # an epoch is images // batch_size steps, not rounded up
     surgery: Mapping[str, Any] = {}  # name and settings of a change of the weights before training: `ltjax.surgery`
     eval_classifier: Mapping[str, Any] = {}  # tau, bias: evaluate with `ltjax.surgery.tau_normalised` weights
-    average: Mapping[str, Any] = {}  # decay, ...: average the weights over the steps, see `ltjax.optim.averaged`
+    ema: Mapping[str, Any] = {}  # decay, ...: keep a moving average of the weights, see `ltjax.optim.ema`
     sam: Mapping[str, Any] = {}  # rho, adaptive: sharpness-aware minimisation, see `ltjax.optim.climbed`
     nearest_mean: bool = False  # also evaluate the classifier of the nearest class mean
     evaluate_net: str = "net"  # or "guide", if the stage trains only the guide

@@ -104,7 +104,7 @@ def assign_groups(paths: list[str], groups: Mapping[str, Mapping[str, Any]]) -> 
     return assigned
 
 
-def averaged(
+def ema(
     average: Any, value: Any, step: jax.Array, *, decay: float = 0.999, warmup: bool = True, power: float = 2 / 3
 ) -> Any:
     """Update an exponential moving average of weights: `average + (1 - d) (value - average)`.
@@ -121,7 +121,7 @@ def averaged(
       power: Of the rise.
 
     Examples:
-      >>> optim.averaged(jnp.array(0.0), jnp.array(1.0), jnp.array(5), decay=0.75, warmup=False)
+      >>> optim.ema(jnp.array(0.0), jnp.array(1.0), jnp.array(5), decay=0.75, warmup=False)
       Array(0.25, dtype=float32)
     """
     step = step.astype(jnp.float32)
@@ -130,10 +130,10 @@ def averaged(
     return jax.tree.map(lambda a, v: a + weight.astype(a.dtype) * (v - a), average, value)
 
 
-def check_average(*, decay: float = 0.999, warmup: bool = True, power: float = 2 / 3) -> None:
-    """Raise UserError if a setting of `averaged` is out of range."""
+def check_ema(*, decay: float = 0.999, warmup: bool = True, power: float = 2 / 3) -> None:
+    """Raise UserError if a setting of `ema` is out of range."""
     if not 0 <= decay < 1 or not power > 0:
-        raise UserError(f"average decay = {decay}, power = {power}: decay from 0 to below 1, power above 0")
+        raise UserError(f"ema decay = {decay}, power = {power}: decay from 0 to below 1, power above 0")
 
 
 def climbed(

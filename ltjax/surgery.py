@@ -173,11 +173,25 @@ def _logit_shift(variables: Variables, context: Context, *, tau: float = 1.0) ->
     return _changed(variables, shifted), {}
 
 
+def _teacher(variables: Variables, context: Context) -> tuple[Variables, dict[str, Any]]:
+    """Make the network the guide, its own teacher, and begin a new one."""
+    fresh = context.fresh()
+    shapes = [jax.tree.map(np.shape, fresh.params.get(net)) for net in ("guide", "net")]
+    if shapes[0] != shapes[1]:
+        raise UserError("surgery 'teacher' copies the network to the guide: config.guide has to be config.model")
+    params, stats = (
+        {**old, "guide": old["net"], "net": new["net"]}
+        for old, new in ((variables.params, fresh.params), (variables.stats, fresh.stats))
+    )
+    return variables._replace(params=params, stats=stats), {}
+
+
 SURGERIES: dict[str, Callable] = {
     "new_head": _new_head,
     "tau_norm": _tau_norm,
     "nearest_mean": _nearest_mean,
     "class_means": _class_means,
+    "teacher": _teacher,
     "logit_shift": _logit_shift,
 }
 
@@ -221,15 +235,15 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
     return function
 
 
-AVERAGE = "average"  # beside "net" in a stage's variables: the average of its weights over the steps
+EMA = "ema"  # beside "net" in a stage's variables: the moving average of its weights
 
 
-def averaged(variables: Variables) -> Variables:
-    """Return the variables with the averaged weights as "net", if the stage has averaged them."""
-    if AVERAGE not in variables.params:
+def with_ema(variables: Variables) -> Variables:
+    """Return the variables with the moving average as "net", if the stage keeps one."""
+    if EMA not in variables.params:
         return variables
-    params, stats = ({**part, "net": part[AVERAGE]} for part in (variables.params, variables.stats))
-    del params[AVERAGE], stats[AVERAGE]
+    params, stats = ({**part, "net": part[EMA]} for part in (variables.params, variables.stats))
+    del params[EMA], stats[EMA]
     return variables._replace(params=params, stats=stats)
 
 
@@ -240,7 +254,7 @@ def as_evaluated(variables: Variables, eval_classifier: Mapping[str, Any]) -> Va
       variables: Of the trained network.
       eval_classifier: Arguments of `tau_normalised` from the stage's config; {} leaves the classifier unchanged.
     """
-    variables = averaged(variables._replace(arrays={}))
+    variables = with_ema(variables._replace(arrays={}))
     if not eval_classifier:
         return variables
     net = tau_normalised(variables.params["net"], **eval_classifier)

@@ -192,7 +192,7 @@ class StageTrainer:
         if before is None:
             variables = initial_variables(experiment, stage)
         else:  # an average goes on with the optimizer, and is otherwise where the stage begins
-            variables = before.variables if stage.keep_optimizer else surgery.averaged(before.variables)
+            variables = before.variables if stage.keep_optimizer else surgery.with_ema(before.variables)
         self.state: TrainState = self.compiled.init(seeds, variables)
         restored = self.checkpoints.restore(like(self.state))
         if restored is not None:
@@ -264,7 +264,8 @@ class StageTrainer:
         """Dispatch the next steps. The devices may still run those of `before`."""
         num_steps, began, waited = self.length(self.step), time.monotonic(), self.feed.waited
         if self.refreshes():
-            self.state = self.compiled.refresh(self.state, self.means_of(self.compiled.layers))
+            layers = self.compiled.layers
+            self.state = self.compiled.refresh(self.state, None if layers is None else self.means_of(layers))
         busy = lambda: before is not None and before.running()  # noqa: E731
         source = self.feed.take(self.step, num_steps, self.length(self.step + num_steps), busy)
         self.state, metrics = self.compiled.run(self.state, source, num_steps)
@@ -347,8 +348,8 @@ class StageTrainer:
     def evaluate(self) -> None:
         """Evaluate the current state. Add the figures to the record and the log, and print them."""
         experiment, stage, epoch = self.experiment, self.stage, self.step // self.compiled.steps_per_epoch
-        means = self.means_of() if stage.nearest_mean and not stage.average else None
-        if stage.nearest_mean and stage.average:
+        means = self.means_of() if stage.nearest_mean and not stage.ema else None
+        if stage.nearest_mean and stage.ema:
             means = experiments.class_means_for(experiment, stage, self.state.variables)
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):

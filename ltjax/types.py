@@ -75,12 +75,14 @@ class Batch(NamedTuple):
       labels: [B], int.
       partner_labels: [B], int.
       lam: Scalar.
+      progress: Scalar in [0, 1), the share of the stage's steps that are done, if the method reads it.
     """
 
     images: jax.Array
     labels: jax.Array
     partner_labels: jax.Array | None = None
     lam: jax.Array | None = None
+    progress: jax.Array | None = None
 
 
 Settings = Mapping[str, Any]  # of a config
@@ -105,14 +107,17 @@ class Method(NamedTuple):
       loss: `(apply, variables, batch, rng) -> (scalar, (variables, metrics))`.
       refresh: `(extra_arrays, class_means) -> extra_arrays`, called before each epoch if set. class_means: [C, D], mean
         training features, or {layer: [C, D_l]} if `layers` is not empty.
-      layers: Names in `Outputs.layers` whose class means `refresh` takes; empty means `Outputs.features`.
+      layers: Names in `Outputs.layers` whose class means `refresh` takes; empty means `Outputs.features`. None: no
+        means are computed, and `refresh` takes None.
       per_class: `extra_params -> {title: [C]}`, values of each class for the report. A leading axis (replicas) stays.
+      progress: Whether the loss reads `Batch.progress`.
       attacks: Whether the loss attacks its images, so that a step takes several times as long.
     """
 
     init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]
     loss: Callable[[Apply, Variables, Batch, jax.Array], tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
     refresh: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
-    layers: tuple[str, ...] = ()
+    layers: tuple[str, ...] | None = ()
     per_class: Callable[[dict[str, Any]], dict[str, Any]] = lambda extra_params: {}
+    progress: bool = False
     attacks: bool = False

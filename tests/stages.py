@@ -21,7 +21,7 @@ def build(
     steps_per_epoch,
     mesh,
     image_shape=(32, 32, 3),
-    average=None,
+    ema=None,
     sam=None,
     **optimizer,
 ):
@@ -34,7 +34,7 @@ def build(
         batch_norm=bn,
         optimizer=OptimizerConfig(**optimizer)._asdict(),
         number=number,
-        average=average or {},
+        ema=ema or {},
         sam=sam or {},
     )
     run = RunConfig("toy", DataConfig("toy"), {}, {}, replicas=replicas, replicate=replicate, accumulate=accumulate)

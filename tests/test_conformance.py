@@ -24,7 +24,7 @@ FILES = {"cifar10_lt": cifar10_lt, "cifar100_lt": cifar100_lt}
 # `test_the_files_differ_only_in_numbers`, and recipes that no method uses.
 LBGAT = "cifar10_lt:recipe=lbgat+robust_classifier,beta=6,awp=true,sampler=class_aware"
 RUNS = (
-    *(f"cifar10_lt:method={name}" for name in recipes.METHODS if name != "lbgat"),
+    *(f"cifar10_lt:method={name}" for name in recipes.FROM_SCRATCH if name != "lbgat"),
     LBGAT,
     *(f"cifar100_lt:method={name}" for name in ("mislas", "reslt")),
     "cifar10_lt:recipe=reslt+dro+smoothing",
@@ -84,6 +84,8 @@ def tiny_config(name):
         if values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training
             common = {key: value for key, value in values[net].items() if key != "init"}
             values[net] = {**common, "name": "wide_resnet", "depth": 10, "width": 1}
+        elif values.get(net):
+            values[net].update(depth=TINY["model.depth"], width=TINY["model.width"])
     for stage in values.stages:
         settings = values[stage]
         if settings.start_from != "scratch" and settings.epochs:
@@ -368,7 +370,7 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path
 
 def test_the_files_differ_only_in_numbers():
     """So this module trains the methods of one file, and of the other only the two whose numbers differ."""
-    for name in recipes.METHODS:
+    for name in recipes.FROM_SCRATCH:
         first, second = (tiny_config(f"{file}:method={name}") for file in FILES)
         expected = {"name", "data.name", "data.ranges"}
         expected |= {"reslt.method.beta"} if name == "reslt" else set()

@@ -276,9 +276,9 @@ MISTAKES = [
     (
         {"name": "graft"},
         LINEAR,
-        "unknown surgery 'graft'; known: new_head, tau_norm, nearest_mean, class_means, logit_shift",
+        "unknown surgery 'graft'; known: new_head, tau_norm, nearest_mean, class_means, teacher, logit_shift",
     ),
-    ({}, LINEAR, "unknown surgery ''; known: new_head, tau_norm, nearest_mean, class_means, logit_shift"),
+    ({}, LINEAR, "unknown surgery ''; known: new_head, tau_norm, nearest_mean, class_means, teacher, logit_shift"),
     ({"name": "new_head", "tau": 1}, LINEAR, "surgery 'new_head' has no setting 'tau'; allowed: none"),
     ({"name": "tau_norm", "tau": 1}, LINEAR, "surgery 'tau_norm' has no setting 'tau'; allowed: taus, bias"),
     (

@@ -132,19 +132,26 @@ def autoattack(
                 continue
             chosen, key = suite.begin(name), jax.random.fold_in(suite_rng, ATTACKS.index(name))
             reports = slots.run(stepper, predict, images, labels, targets, chosen, key, **layout)
-            saved_at = time.monotonic()
-            for now in _record(suite, reports, len(chosen)):
-                if progress:
-                    progress(now)
-                if time.monotonic() - saved_at >= save_seconds:
-                    save()
-                    saved_at = time.monotonic()
+            _report(_record(suite, reports, len(chosen)), progress, save, save_seconds)
             suite.robust_after[name] = suite.robust.copy()
             save()
     except BaseException:  # Ctrl-C, or an exception from `progress`
         save()
         raise
     return AutoAttackResult(suite.adversarial, suite.robust, suite.robust_after)
+
+
+def _report(
+    updates: Iterator[Progress], progress: Callable[[Progress], None] | None, save: Callable[[], None], seconds: float
+) -> None:
+    """Pass each update on, and save every so many seconds."""
+    saved_at = time.monotonic()
+    for now in updates:
+        if progress:
+            progress(now)
+        if time.monotonic() - saved_at >= seconds:
+            save()
+            saved_at = time.monotonic()
 
 
 def _record(suite: Suite, reports: Iterator[slots.Settled], total: int) -> Iterator[Progress]:

@@ -209,15 +209,29 @@ def pgd_attack(
         settings: dict[str, Any] = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, norm=norm)
         return pgd(images, x, lambda x: value(predict(x)), **settings, unroll=unroll)
 
-    keys = jax.random.split(rng, num_restarts)
-    best = attempt(keys[0])
-    if num_restarts == 1:
-        return best
-
     def rank(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = predict(x)
         values = value(logits)
         return objectives.fooled(logits, labels), jnp.where(jnp.isnan(values), -jnp.inf, values)
+
+    return _best_of(attempt, rank, jax.random.split(rng, num_restarts), unroll)
+
+
+def _best_of(
+    attempt: Callable[[jax.Array], jax.Array],
+    rank: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    keys: jax.Array,
+    unroll: bool,
+) -> jax.Array:
+    """Attack once with each key, and return the best result for each image.
+
+    Args:
+      attempt: Key -> images.
+      rank: Images -> whether each fools the model, and its objective.
+    """
+    best = attempt(keys[0])
+    if len(keys) == 1:
+        return best
 
     def restart(number, state):
         best, (fooled, highest) = state
@@ -229,7 +243,7 @@ def pgd_attack(
 
     state = best, rank(best)
     if not unroll:
-        return jax.lax.fori_loop(1, num_restarts, restart, state)[0]
-    for number in range(1, num_restarts):
+        return jax.lax.fori_loop(1, len(keys), restart, state)[0]
+    for number in range(1, len(keys)):
         state = restart(number, state)
     return state[0]

@@ -415,7 +415,7 @@ def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restor
         if stage.name != archive.stage:
             return None
         state = compiled.init(seeds(run), fresh_variables(experiment, stage))
-        net = surgery.AVERAGE if stage.average else "net"  # which one is evaluated
+        net = surgery.EMA if stage.ema else "net"  # which one is evaluated
         variables = into(state.variables, archive.weights, net=net)
         extra = archive.weights.variables.params.get("method")
         variables = variables._replace(params={**variables.params, **({"method": extra} if extra else {})})
@@ -465,7 +465,7 @@ def note_images_of_weights(experiment: Experiment) -> None:
 
 def class_means_for(experiment: Experiment, stage: StageConfig, variables: Variables) -> jax.Array | None:
     """Compute the class means of the training images' features; None if the stage's evaluation does not need them."""
-    return experiment.class_means(surgery.averaged(variables)) if stage.nearest_mean else None
+    return experiment.class_means(surgery.with_ema(variables)) if stage.nearest_mean else None
 
 
 def evaluate_split(

@@ -26,7 +26,7 @@ from ltjax import losses, optim, registry
 from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
 from ltjax.data.augment import as_float
 from ltjax.hashing import hash32
-from ltjax.surgery import AVERAGE
+from ltjax.surgery import EMA
 from ltjax.system import parallel, xla
 from ltjax.types import Apply, Batch, Method, UserError, Variables
 
@@ -46,7 +46,7 @@ class CompiledStage(NamedTuple):
     init: Any  # (seed, variables) -> state
     run: Any  # (state, source, num_steps) -> state, metrics {name: [num_steps]}
     refresh: Any  # (state, class means) -> state, before each epoch; None if the method has none
-    layers: tuple[str, ...]  # layers whose class means `refresh` needs; (): those of the features
+    layers: tuple[str, ...] | None  # layers whose class means `refresh` needs; (): those of the features; None: none
     attacks: bool  # whether each step attacks its images
     steps_per_epoch: int
     num_steps: int  # of the whole stage
@@ -251,8 +251,11 @@ def build(
         trained, stage.groups, lr=stage.lr, factors=factors, steps_per_epoch=steps_per_epoch, **stage.optimizer
     )
     apply = make_apply(nets, stage.batch_norm)
-    average, climb = _average(stage), _climb(stage, method)
-    step = _Step(apply, method, draw, optimizer, tuple(trained), stage.number, run.accumulate, mesh, average, climb)
+    ema, climb = _ema(stage), _climb(stage, method)
+    num_steps = steps_per_epoch * len(factors)
+    step = _Step(
+        apply, method, draw, optimizer, tuple(trained), stage.number, run.accumulate, mesh, num_steps, ema, climb
+    )
     over_replicas = partial(parallel.over_replicas, replicas=run.replicas, mesh=mesh, replicate=run.replicate)
     sharding = parallel.state_sharding(mesh, run.replicas)
 
@@ -282,7 +285,7 @@ def build(
         layers=method.layers,
         attacks=method.attacks,
         steps_per_epoch=steps_per_epoch,
-        num_steps=steps_per_epoch * len(factors),
+        num_steps=num_steps,
         factors=factors,
         assigned=trained,
     )
@@ -297,14 +300,14 @@ def _trained(stage: StageConfig, params: Mapping[str, Any]) -> dict[str, str]:
     return trained
 
 
-def _average(stage: StageConfig) -> Callable | None:
-    """Return the function that averages the weights, None if there is none. UserError if it does not fit the stage."""
-    if not stage.average:
+def _ema(stage: StageConfig) -> Callable | None:
+    """Return the function that updates the moving average of the weights, None if the stage keeps none."""
+    if not stage.ema:
         return None
-    registry.bind(f"config.{stage.name}.average", optim.check_average, stage.average)()
+    registry.bind(f"config.{stage.name}.ema", optim.check_ema, stage.ema)()
     if stage.evaluate_net != "net":
-        raise UserError(f"config.{stage.name}.average: the stage evaluates the guide, and only the net is averaged")
-    return partial(optim.averaged, **stage.average)
+        raise UserError(f"config.{stage.name}.ema: the stage evaluates the guide, and only the net is averaged")
+    return partial(optim.ema, **stage.ema)
 
 
 def _climb(stage: StageConfig, method: Method) -> Callable | None:
@@ -328,17 +331,19 @@ class _Step(NamedTuple):
     number: int  # of the stage
     accumulate: int
     mesh: Mesh
-    average: Callable | None  # see `optim.averaged`
+    num_steps: int  # of the stage
+    ema: Callable | None  # see `optim.ema`
     climb: Callable | None  # see `optim.climbed`
 
     def init(self, seed: jax.Array, variables: Variables, image_shape: tuple[int, ...]) -> TrainState:
         extra, arrays = self.method.init(jax.random.fold_in(stage_rng(seed, self.number), 2))
-        before, stats = variables.params, {name: v for name, v in variables.stats.items() if name != AVERAGE}
-        params = {name: value for name, value in before.items() if name not in ("method", AVERAGE)}
-        if self.average:
-            params[AVERAGE], stats[AVERAGE] = (part.get(AVERAGE, part["net"]) for part in (before, variables.stats))
+        before, stats = variables.params, {name: v for name, v in variables.stats.items() if name != EMA}
+        params = {name: value for name, value in before.items() if name not in ("method", EMA)}
+        if self.ema:
+            params[EMA], stats[EMA] = (part.get(EMA, part["net"]) for part in (before, variables.stats))
         variables = variables._replace(params={**params, "method": extra} if extra else params, stats=stats)
-        if self.method.refresh:  # only for the shapes: `refresh` fills the arrays before the first epoch
+        # Only for the shapes: `refresh` fills the arrays before the first epoch.
+        if self.method.refresh and self.method.layers is not None:
             arrays = self.method.refresh(arrays, self._zero_means(variables, image_shape))
         # Copies, because `run` takes over the memory of its state, and the caller may need the variables again.
         variables = jax.tree.map(jnp.copy, variables._replace(arrays=arrays))
@@ -347,7 +352,7 @@ class _Step(NamedTuple):
         return TrainState(jnp.zeros((), jnp.int32), seed, variables, opt_state)
 
     def _zero_means(self, variables: Variables, image_shape: tuple[int, ...]) -> jax.Array | dict[str, jax.Array]:
-        image, layers = jnp.zeros((1, *image_shape), jnp.float32), self.method.layers
+        image, layers = jnp.zeros((1, *image_shape), jnp.float32), self.method.layers or ()
         outputs = jax.eval_shape(lambda: self.apply(variables, image, bn="eval")[0])
         if missing := [name for name in layers if name not in (outputs.layers or {})]:
             known = ", ".join(outputs.layers or {}) or "none"
@@ -366,6 +371,8 @@ class _Step(NamedTuple):
         rng = jax.random.fold_in(stage_rng(state.seed, self.number), state.step)
         draw_rng, loss_rng = jax.random.split(rng)
         batch = self.draw(source, hash32(state.seed, np.uint32(self.number)), state.step, draw_rng)
+        if self.method.progress:
+            batch = batch._replace(progress=state.step.astype(jnp.float32) / self.num_steps)
         flat = optim.flatten(state.variables.params)
         trained = {path: flat[path] for path in self.trained}
 
@@ -385,10 +392,10 @@ class _Step(NamedTuple):
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, trained)
         params = optim.unflatten({**flat, **jax.tree.map(jnp.add, trained, updates)})
         variables = variables._replace(params=params)
-        if self.average:
+        if self.ema:
             variables = variables._replace(
                 **{
-                    part: {**values, AVERAGE: self.average(values[AVERAGE], values["net"], state.step)}
+                    part: {**values, EMA: self.ema(values[EMA], values["net"], state.step)}
                     for part, values in (("params", variables.params), ("stats", variables.stats))
                 }
             )

@@ -9,7 +9,7 @@ from ltjax.types import Method, UserError
 
 METHODS = {
     name: f"ltjax.methods.{name}"
-    for name in ("erm", "mislas", "drolt", "reslt", "pgd_at", "trades", "alp", "bgat", "lbgat")
+    for name in ("erm", "mislas", "drolt", "reslt", "pgd_at", "trades", "alp", "bgat", "lbgat", "distil")
 }
 
 

@@ -32,7 +32,7 @@ def test_averages_are_timms(golden, tag, settings):
     numbers = golden("ema")
     average = numbers["weights"][0]
     for step in range(6):
-        average = optim.averaged(average, numbers["weights"][step + 1], jnp.int32(step), **settings)
+        average = optim.ema(average, numbers["weights"][step + 1], jnp.int32(step), **settings)
         np.testing.assert_allclose(average, numbers[f"{tag}_weights"][step], rtol=1e-5, atol=1e-6)
 
 
@@ -109,9 +109,9 @@ def test_a_stage_averages_its_weights_over_the_steps(golden):
     numbers = golden("sam_step")
     average, state = weights_in(numbers, "init"), None
     for step in range(3):
-        state, _ = trained(numbers, step + 1, average=dict(decay=0.9))
-        average = optim.averaged(average, state.variables.params["net"], jnp.int32(step), decay=0.9)
-        actual = state.variables.params[surgery.AVERAGE]
+        state, _ = trained(numbers, step + 1, ema=dict(decay=0.9))
+        average = optim.ema(average, state.variables.params["net"], jnp.int32(step), decay=0.9)
+        actual = state.variables.params[surgery.EMA]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, average)
     evaluated = surgery.as_evaluated(state.variables, {})
     assert set(evaluated.params) == {"net"}
@@ -120,13 +120,13 @@ def test_a_stage_averages_its_weights_over_the_steps(golden):
 
 def test_the_trained_weights_do_not_depend_on_the_average(golden):
     numbers = golden("sam_step")
-    with_average, without = (trained(numbers, 3, **settings)[0] for settings in (dict(average=dict(decay=0.5)), {}))
+    with_average, without = (trained(numbers, 3, **settings)[0] for settings in (dict(ema=dict(decay=0.5)), {}))
     jax.tree.map(np.testing.assert_array_equal, with_average.variables.params["net"], without.variables.params["net"])
 
 
 def config(**changes):
     made = tiny_config(stages=("ce",), epochs=2)
-    made["ce"] = {**made["ce"], "average": dict(decay=0.9), **changes}
+    made["ce"] = {**made["ce"], "ema": dict(decay=0.9), **changes}
     return made
 
 
@@ -139,14 +139,14 @@ def run(tmp_path_factory):
 def average_in(workdir):
     experiment = set_up(parse(config()), None)
     variables = restore(experiment, experiment.config.stages["ce"], workdir).state.variables
-    assert surgery.AVERAGE in variables.params
+    assert surgery.EMA in variables.params
     return variables
 
 
 def test_every_use_of_a_run_takes_its_average(run):
     workdir, figures = run
     variables = average_in(workdir)
-    kernel = np.asarray(variables.params[surgery.AVERAGE]["classifier"]["kernel"])
+    kernel = np.asarray(variables.params[surgery.EMA]["classifier"]["kernel"])
     assert not np.array_equal(kernel, variables.params["net"]["classifier"]["kernel"])
     weights = weights_of(workdir, newest(workdir))
     np.testing.assert_array_equal(weights.variables.params["net"]["classifier"]["kernel"], kernel)
@@ -157,20 +157,20 @@ def test_every_use_of_a_run_takes_its_average(run):
 
 def test_statistics_of_batch_norm_are_averaged_too(run):
     variables = average_in(run[0])
-    means = [variables.stats[net]["backbone"]["norm"]["mean"] for net in ("net", surgery.AVERAGE)]
+    means = [variables.stats[net]["backbone"]["norm"]["mean"] for net in ("net", surgery.EMA)]
     assert not np.array_equal(*means)
 
 
 def test_the_next_stage_begins_with_the_average(run, tmp_path):
     made = config()
     made["stages"] = ("ce", "later")
-    made["later"] = {**made["ce"], "start_from": "ce", "epochs": 0, "surgery": dict(name="new_head"), "average": {}}
+    made["later"] = {**made["ce"], "start_from": "ce", "epochs": 0, "surgery": dict(name="new_head"), "ema": {}}
     train.train(made, tmp_path / "run")
     experiment = set_up(parse(made), None)
     before, after = (
         restore(experiment, experiment.config.stages[name], tmp_path / "run").state.variables for name in made["stages"]
     )
-    kernels = [v["backbone"]["conv"]["kernel"] for v in (before.params[surgery.AVERAGE], after.params["net"])]
+    kernels = [v["backbone"]["conv"]["kernel"] for v in (before.params[surgery.EMA], after.params["net"])]
     np.testing.assert_array_equal(*kernels)
     assert set(after.params) == {"net"}
 
@@ -178,8 +178,8 @@ def test_the_next_stage_begins_with_the_average(run, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(average=dict(decay=1.5)), r"average decay = 1.5"),
-        (dict(average=dict(rate=0.5)), r"config.ce.average has no setting 'rate'; allowed: decay, warmup, power"),
+        (dict(ema=dict(decay=1.5)), r"ema decay = 1.5"),
+        (dict(ema=dict(rate=0.5)), r"config.ce.ema has no setting 'rate'; allowed: decay, warmup, power"),
         (dict(sam=dict(rho=0.0)), r"sam rho = 0.0: above 0"),
         (dict(sam=dict(adaptive=True)), r"config.ce.sam needs the setting 'rho'"),
     ],

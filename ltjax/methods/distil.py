@@ -1,0 +1,112 @@
+"""Learn from a teacher's logits as well as from labels: knowledge distillation, DiVE and GKL.
+
+The teacher is the network `guide`, with fixed weights and batch-norm statistics. After the surgery "teacher" it is an
+earlier run of the same network: self-distillation.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltjax import losses
+from ltjax.methods import criteria
+from ltjax.types import Method, Settings, UserError
+
+KINDS = ("kl", "gkl")
+WEIGHTS = ("class", "image")
+
+
+def create(
+    class_counts: np.ndarray,
+    *,
+    loss: Settings = criteria.CROSS_ENTROPY,
+    kind: str = "kl",
+    temperature: float = 2.0,
+    share: float = 0.5,
+    power: float = 1.0,
+    alpha: float = 1.0,
+    beta: float = 4.0,
+    gamma: float = 0.1,
+    weights: str = "class",
+    weights_temperature: float = 4.0,
+    warmup: float = 0.0,
+) -> Method:
+    """Minimise a classification loss and the distance to the teacher.
+
+    The many parameters are the settings of two losses.
+
+    - "kl": `(1 - share) loss + share T^2 mean KL(q || softmax(s / T))`, q the teacher's softmax at T to a power (DiVE,
+      He et al., ICCV 2021).
+    - "gkl": `loss + ramp GKL(s, t)`, see `ltjax.losses.gkl` (Cui et al., 2025, arXiv 2503.08038). ramp rises from 0 to
+      1 over a share `warmup` of the stage.
+
+    Args:
+      loss: See `ltjax.methods.criteria.create`. A batch of mixup or CutMix counts both labels; the teacher sees the
+        mixed images.
+      kind: "kl" or "gkl".
+      temperature: T of both.
+      share: Of "kl".
+      power: Of "kl"; below 1 it flattens the teacher.
+      alpha: Of "gkl", weight of its cross-entropy.
+      beta: Of "gkl", weight of its squared differences.
+      gamma: Of "gkl", exponent of the weights.
+      weights: Of "gkl". "class": the teacher's mean softmax over the images of the label's class in the last epoch;
+        "image": its softmax of each image.
+      weights_temperature: Of these softmaxes.
+      warmup: Share of the stage, from 0 to 1.
+    """
+    for name, value, known in (("kind", kind, KINDS), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise UserError(f"method distil: {name} = {value!r}; allowed: {', '.join(known)}")
+    if not 0 <= share <= 1 or not 0 <= warmup <= 1:
+        raise UserError(f"method distil: share = {share}, warmup = {warmup}: from 0 to 1")
+    criterion, num_classes = criteria.create(class_counts, loss), len(class_counts)
+    by_class = kind == "gkl" and weights == "class"
+
+    def init(rng):
+        uniform = jnp.full((num_classes, num_classes), 1 / num_classes, jnp.float32)
+        return {}, {"class_means": uniform, "sums": jnp.zeros_like(uniform)} if by_class else {}
+
+    def refresh(arrays, _):
+        """Take the means of the last epoch. A class that it did not show keeps its row."""
+        totals = arrays["sums"].sum(1, keepdims=True)
+        seen = totals > 0
+        means = jnp.where(seen, arrays["sums"] / jnp.where(seen, totals, 1), arrays["class_means"])
+        return {"class_means": means, "sums": jnp.zeros_like(means)}
+
+    def distance(variables, student, teacher, labels):
+        """Return the distance to the teacher, and the variables with another sum."""
+        if kind == "kl":
+            apart = losses.distillation(student, teacher, temperature=temperature, power=power)
+            return temperature**2 * apart.mean(), variables
+        softmax = jax.nn.softmax(teacher / weights_temperature)
+        if by_class:
+            is_label = jax.nn.one_hot(labels, num_classes, dtype=softmax.dtype)  # [B, C]
+            arrays = variables.arrays
+            sums = arrays["sums"] + jnp.matmul(is_label.T, softmax, precision="highest")
+            variables = variables._replace(arrays={**arrays, "sums": sums})
+            softmax = jnp.matmul(is_label, arrays["class_means"], precision="highest")
+        settings = dict(alpha=alpha, beta=beta, gamma=gamma, temperature=temperature)
+        return losses.gkl(student, teacher, weights=softmax, **settings), variables
+
+    def mean_loss(apply, variables, batch, rng):
+        del rng
+        outputs, variables = apply(variables, batch.images)
+        guide, _ = apply(variables, batch.images, net="guide", bn="eval")
+        teacher = jax.lax.stop_gradient(guide.logits)
+        apart, variables = distance(variables, outputs.logits, teacher, batch.labels)
+        labelled = criterion(outputs.logits, batch)
+        metrics = {"label_loss": labelled, "teacher_loss": apart}
+        if kind == "kl":
+            return (1 - share) * labelled + share * apart, (variables, metrics)
+        ramp = jnp.minimum(batch.progress / warmup, 1) if warmup else 1.0
+        return labelled + ramp * apart, (variables, metrics)
+
+    return Method(
+        init=init,
+        loss=mean_loss,
+        refresh=refresh if by_class else None,
+        layers=None,
+        per_class=lambda extra_params: criterion.per_class,
+        progress=bool(warmup) and kind == "gkl",
+    )
