@@ -5,9 +5,10 @@
     python -m benchmarks.decode --made_up=800x600     # 245 KB each, near iNaturalist's 260 KB
     python -m benchmarks.decode --stream              # what the pipeline itself takes, by batch size
 
-Five ways from the bytes of a file to a square of 224 pixels, a random window of the image:
+Six ways from the bytes of a file to a square of 224 pixels, a random window of the image:
 
 - ltjax: simplejpeg and OpenCV, see `ltjax.data.decode`;
+- upright: the same, with a look for an orientation tag, as for folders of images;
 - opencv: the same windows, decoded by OpenCV alone;
 - torchvision: its RandomResizedCrop where it can be imported, else the same steps: Pillow's decoder, `crop`, `resize`;
 - pillow: its decoder and `resize(box=...)`, which filters the window alone;
@@ -76,6 +77,10 @@ def by_ltjax(content: bytes, key: np.uint32) -> np.ndarray:
     return decode.random_resized_crop(decode.decode(content), key, VIEW)
 
 
+def by_ltjax_upright(content: bytes, key: np.uint32) -> np.ndarray:
+    return decode.random_resized_crop(decode.decode(content, upright=True), key, VIEW)
+
+
 def by_opencv(content: bytes, key: np.uint32) -> np.ndarray:
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     return decode.random_resized_crop(np.asarray(pixels), key, VIEW)
@@ -115,6 +120,7 @@ def decoding_alone(content: bytes, key: np.uint32) -> np.ndarray:
 
 WAYS: dict[str, Callable[[bytes, np.uint32], np.ndarray]] = {
     "ltjax": by_ltjax,
+    "upright": by_ltjax_upright,
     "opencv": by_opencv,
     "torchvision": by_torchvision,
     "pillow": by_pillow,
@@ -164,7 +170,7 @@ def pipeline_rates(files: list[bytes], batches: int) -> tuple[float, float]:
     def cut(image: np.ndarray, draws: np.ndarray, out: np.ndarray) -> np.ndarray:
         return decode.random_window(image, draws, VIEW, out)
 
-    plan = pipeline.Plan(Held(files), labels, positions, cut, VIEW.size, np.uint32(0), BATCH_SIZE, batches + 2)
+    plan = pipeline.Plan(Held(files), labels, positions, cut, VIEW, np.uint32(0), BATCH_SIZE, batches + 2)
     with pipeline.Stream(plan, parallel.split_batch(parallel.make_mesh(jax.devices()[:1]), axis=1)) as stream:
         stream.take(0, 1, 1)
         stream.take(1, 1, 1)

@@ -4,9 +4,10 @@
     python run.py --config=configs/image_folder.py:method=ce,size=112 --config.data.root=DIR --config.epochs=30
 
 Classes, counts, imbalance factor and groups are shown before training. Without a folder for validation, the same number
-of training images of each class is held out. Arguments: size=128 (pixels) and those of
-configs/imagenet_lt.py, such as method=mislas, model=resnet10. Weights of a network trained elsewhere, to begin with:
---config.weights=FOLDER --config.weights_parts="('backbone',)" (see `python -m ltjax.interop.torch --help`).
+of training images of each class is held out. Photographs are turned upright by their EXIF orientation. Arguments:
+size=128 (pixels) and those of configs/imagenet_lt.py, such as method=mislas, model=resnet10. Weights of a network
+trained elsewhere, to begin with: --config.weights=FOLDER --config.weights_parts="('backbone',)" (see
+`python -m ltjax.interop.torch --help`).
 
 23 classes of Caltech-101, 300 down to 21 training images each (2,016 in all) and 10 for testing, size=64, ResNet-10,
 last epoch, top-1 (the 17 classes with up to 100 images) / ECE in %, seed 0, two busy CPU cores, jax 0.10.2:
@@ -23,7 +24,7 @@ from configs.recipes import ResLT, Smoothing
 def get_config(arg=None):
     args, recipe = large.read(arg, size=128)
     config = large.base("image_folder", args, recipe, network="resnet10", epochs=60, batch_size=64, weight_decay=5e-4)
-    config.data.ranges = (0, 0)
+    config.data.update(ranges=(0, 0), upright=True)
     papers = large.papers(
         args,
         warmup=5 / 60,

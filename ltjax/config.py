@@ -32,6 +32,7 @@ class DataConfig(NamedTuple):
     resize: int = 256  # evaluation: length of the shorter side before the central square is cropped
     min_area: float = 0.08  # training: smallest share of an image's area in a random crop; 1: crop as in evaluation
     threads: int = 0  # decoding threads; 0: one for each core
+    upright: bool = False  # turn images by the orientation tags of their files; benchmarks ignore them, as their papers
 
 
 class OptimizerConfig(NamedTuple):

@@ -131,6 +131,21 @@ def test_another_image_size_keeps_the_share_of_the_crop(tmp_path):
     assert (view.size, view.resize) == (448, 512)
 
 
+@pytest.mark.parametrize("heeded", [False, True])
+def test_orientations_are_heeded_if_they_were_in_training(tmp_path, heeded):
+    workdir(tmp_path, **{"data.name": "image_folder", "data.root": "/nowhere", "data.upright": heeded})
+    assert ltjax.load(tmp_path).view.upright is heeded
+    assert ltjax.load(tmp_path, image_size=448).view.upright is heeded
+
+
+def test_a_run_that_does_not_say_whether_orientations_are_heeded_ignores_them(tmp_path):
+    workdir(tmp_path, **{"data.name": "image_folder", "data.root": "/nowhere", "data.profile": "natural"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["data"]["upright"]
+    write_json(tmp_path / "config.json", config)
+    assert ltjax.load(tmp_path).view.upright is False
+
+
 def test_each_replica_has_its_weights_and_its_temperature(tmp_path):
     all_variables = workdir(tmp_path, replicas=2)
     fitted = {"stage": "ce", "step": 7, "replicas": [{"temperature": 1.5}, {"temperature": 2.5}]}

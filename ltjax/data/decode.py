@@ -14,6 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from ltjax.data import orientation
 from ltjax.hashing import hash32
 from ltjax.types import one_line
 
@@ -33,7 +34,7 @@ SIGNATURES = tuple(
         rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",  # JPEG 2000
     )
 )
-BITS_PER_SAMPLE, ORIENTATION = 258, 274  # tags of a TIFF
+BITS_PER_SAMPLE = 258  # tag of a TIFF
 DARK = 1 << 14  # images of 16 bits whose brightest value is below a quarter of the range
 MAX_PIXELS = 1 << 28  # more than any camera takes; images with more are not decoded
 MAX_IMAGE_BYTES = 256 << 20  # more than any photograph; larger files are not read
@@ -50,6 +51,7 @@ class View(NamedTuple):
     size: int  # side of the square, in pixels
     resize: int  # evaluation: the shorter side of the image before the centre crop
     min_area: float = 0.08  # training: the smallest share of the image in a random window
+    upright: bool = False  # turn images as the orientation tags of their files say
 
 
 def looks_like_image(head: bytes) -> bool:
@@ -67,29 +69,35 @@ def read_file(path: str | os.PathLike) -> bytes:
     return Path(path).read_bytes()
 
 
-def decode(encoded: bytes) -> np.ndarray:
+def decode(encoded: bytes, *, upright: bool = False) -> np.ndarray:
     """Decode a JPEG, PNG or other image file of any colour space to RGB uint8 [h, w, 3].
 
     An alpha channel is dropped, and the pixels below it do not change. Of 16 bits a channel, the upper 8 are kept; see
-    `DeepImages`. The orientation tag is ignored in every format, as in the papers' code.
+    `DeepImages`.
+
+    Args:
+      encoded: The content of the file.
+      upright: Turn the image as its orientation tag says, like Pillow's `ImageOps.exif_transpose`. Otherwise the tag is
+        ignored in every format, as in the papers' code.
 
     Raises:
       ValueError: The file is empty, damaged, too large or no image.
     """
-    return read(encoded)[0]
+    return read(encoded, upright=upright)[0]
 
 
-def read(encoded: bytes) -> tuple[np.ndarray, int | None]:
+def read(encoded: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | None]:
     """Do the same as `decode`, and also return the brightest value of an image of 16 bits a channel, else None."""
     if encoded.startswith(JPEG):
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(encoded, strict=False)
             if int(height) * int(width) <= MAX_PIXELS:
-                return simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True), None
+                pixels = simplejpeg.decode_jpeg(encoded, colorspace="RGB", strict=True)
+                return orientation.turned(pixels, orientation.of_jpeg(encoded)) if upright else pixels, None
         except (ValueError, KeyError):  # CMYK, which OpenCV reads; a harmless warning; or damage
             if message := problem(encoded):
                 raise ValueError(message) from None
-    return _read(encoded)
+    return _read(encoded, upright=upright)
 
 
 def problem(content: bytes) -> str:
@@ -119,15 +127,15 @@ def inspect(content: bytes) -> tuple[str, int | None]:
         return str(error), None
 
 
-def _read(content: bytes) -> tuple[np.ndarray, int | None]:
+def _read(content: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | None]:
     """Decode any format but a common JPEG. ValueError with the reason if that fails."""
     if not content:
         raise ValueError("empty")
     if len(content) > MAX_IMAGE_BYTES:
         raise ValueError(f"more than {MAX_IMAGE_BYTES} bytes")
-    pixels, orientation = _by_pillow(content)
+    pixels, turn = _by_pillow(content, upright)
     if pixels is not None:
-        return pixels, None
+        return np.ascontiguousarray(orientation.turned(pixels, turn)), None
     encoded: Any = np.frombuffer(content, np.uint8)
     try:
         pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -140,17 +148,18 @@ def _read(content: bytes) -> tuple[np.ndarray, int | None]:
         raise ValueError("not an image that can be decoded")
     _check_range(content, pixels)
     colours: Any = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)  # some of OpenCV's decoders ignore IMREAD_COLOR_RGB
-    colours = np.ascontiguousarray(_unturned(colours, orientation))
+    colours = orientation.turned(colours, turn)
     if colours.dtype == np.uint8:
         return colours, None
     return (colours >> 8).astype(np.uint8), int(colours.max())
 
 
-def _by_pillow(content: bytes) -> tuple[np.ndarray | None, int]:
+def _by_pillow(content: bytes, upright: bool) -> tuple[np.ndarray | None, int]:
     """Decode a GIF, or a TIFF of up to 8 bits a channel: OpenCV would change their pixels below transparent ones.
 
     Returns:
-      The pixels, or None for other files; and the orientation that OpenCV will apply to a TIFF, 1 for none.
+      The pixels, or None for other files; and the orientation by which the pixels, or else OpenCV's, are to be turned.
+        Pillow and OpenCV turn a TIFF upright, and no other file.
 
     Raises:
       ValueError: The header of a file of any kind declares too many pixels, or a GIF or TIFF is damaged.
@@ -164,38 +173,17 @@ def _by_pillow(content: bytes) -> tuple[np.ndarray | None, int]:
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"more than {MAX_PIXELS} pixels")
-        if image.format not in ("TIFF", "GIF"):
-            return None, 1
-        tags = getattr(image, "tag_v2", {})
+        is_tiff = image.format == "TIFF"
+        turn = orientation.of_opened(image, content) if upright != is_tiff else 1
+        turn = orientation.undoing(turn) if is_tiff else turn
+        if not is_tiff and image.format != "GIF":
+            return None, turn
         try:
-            orientation = int(tags.get(ORIENTATION, 1))
-            if max(tags.get(BITS_PER_SAMPLE, (1,))) > 8:
-                return None, orientation
-            pixels = np.asarray(image.convert("RGB"))
+            if max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (1,))) > 8:
+                return None, turn
+            return np.asarray(image.convert("RGB")), turn
         except Exception as error:  # damage has many exception types
             raise ValueError(one_line(error)) from error
-        return np.ascontiguousarray(_unturned(pixels, orientation)), 1
-
-
-def _unturned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo the turn that Pillow and OpenCV apply to a TIFF, by its orientation tag (1 to 8)."""
-    match orientation:
-        case 2:
-            return pixels[:, ::-1]
-        case 3:
-            return pixels[::-1, ::-1]
-        case 4:
-            return pixels[::-1]
-        case 5:
-            return pixels.swapaxes(0, 1)
-        case 6:
-            return np.rot90(pixels)
-        case 7:
-            return pixels[::-1, ::-1].swapaxes(0, 1)
-        case 8:
-            return np.rot90(pixels, -1)
-        case _:
-            return pixels
 
 
 def _check_range(content: bytes, pixels: np.ndarray) -> None:

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     positions: Callable[[int], np.ndarray]  # step -> images of its batch, [B]; -1 is an empty image with label -1
     # (image, its `decode.window_draws`, out): fill `out`, uint8 [size, size, 3], with a window of the image
     cut: Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
-    size: int
+    view: View
     seed: np.uint32
     batch_size: int  # B, over all processes
     num_steps: int
@@ -47,7 +47,7 @@ def once(files: ImageFiles, labels: np.ndarray, order: np.ndarray, batch_size: i
         return padded[step * batch_size : (step + 1) * batch_size]
 
     cut = lambda image, draws, out: center_crop(image, view, out)  # noqa: E731
-    return Plan(files, labels, positions, cut, view.size, np.uint32(0), batch_size, num_steps)
+    return Plan(files, labels, positions, cut, view, np.uint32(0), batch_size, num_steps)
 
 
 def training(
@@ -72,7 +72,7 @@ def training(
     def cut(image: np.ndarray, draws: np.ndarray, out: np.ndarray) -> Any:
         return center_crop(image, view, out) if view.min_area == 1 else random_window(image, draws, view, out)
 
-    return Plan(data.train_files, data.train_labels, positions, cut, view.size, seed, batch_size, num_steps)
+    return Plan(data.train_files, data.train_labels, positions, cut, view, seed, batch_size, num_steps)
 
 
 def fill(plan: Plan, step: int, rows: np.ndarray, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
@@ -88,7 +88,7 @@ def fill(plan: Plan, step: int, rows: np.ndarray, indices: np.ndarray, images: n
             out[:] = 0
             continue
         try:
-            plan.cut(decode(plan.files[index]), drawn, out)
+            plan.cut(decode(plan.files[index], upright=plan.view.upright), drawn, out)
         except UserError:
             raise
         except (OSError, ValueError) as error:
@@ -141,7 +141,7 @@ class Stream:
 
     def _begin(self, step: int, num_steps: int) -> Future:
         """Submit a chunk: the threads decode it, then it is sent to the devices."""
-        local, size = len(self._rows), self._plan.size
+        local, size = len(self._rows), self._plan.view.size
         each = min(TASK_ROWS, max(1, num_steps * local // self._threads))
         images = np.empty((num_steps, local, size, size, 3), np.uint8)
         labels = np.empty((num_steps, local), np.int32)

@@ -123,7 +123,7 @@ def _key(run: RunConfig, collections: Mapping[str, Any]) -> str:
         digest.update(path.encode() + np.ascontiguousarray(arrays[path], np.float32).tobytes())
     head_only = ("classifier", "classifier_init", "cosine_scale", "logit_scale", "remat", "platform")
     settings = {key: value for key, value in run.model.items() if key not in head_only}
-    view = {key: getattr(run.data, key) for key in ("name", "size", "resize")}
+    view = {key: getattr(run.data, key) for key in ("name", "size", "resize", "upright")}
     digest.update(json.dumps([settings, view], sort_keys=True).encode())
     return digest.hexdigest()[:32]
 

@@ -75,11 +75,9 @@ def in_order(
 ) -> evaluate.StoredSet:
     """Prepare a stream of the images with the indices `order`, cropped as for evaluation."""
     from ltjax.data import pipeline  # loads decoders, which images in memory do not need
-    from ltjax.data.decode import View
 
-    view = View(run.data.size, run.data.resize, run.data.min_area)
     size = evaluate.shared_batch(run.eval_batch_size, len(order), mesh)
-    plan = pipeline.once(files, labels, order, size, view)
+    plan = pipeline.once(files, labels, order, size, _view(run))
     opened = partial(pipeline.Stream, plan, parallel.split_batch(mesh, axis=1), run.data.threads)
     return evaluate.StoredSet(opened, len(order), labels[order].astype(np.int32))
 
@@ -95,9 +93,15 @@ def picture(run: RunConfig, data: Images | Stored, index: int) -> np.ndarray:
     """Return a test image, uint8 [H, W, channels], cropped as the network sees it."""
     if isinstance(data, Images):
         return data.test_images[index]
-    from ltjax.data.decode import View, center_crop, decode
+    from ltjax.data.decode import center_crop, decode
 
-    return center_crop(decode(data.test_files[index]), View(run.data.size, run.data.resize, run.data.min_area))
+    return center_crop(decode(data.test_files[index], upright=run.data.upright), _view(run))
+
+
+def _view(run: RunConfig) -> Any:
+    from ltjax.data.decode import View
+
+    return View(run.data.size, run.data.resize, run.data.min_area, run.data.upright)
 
 
 def class_means(
@@ -188,7 +192,6 @@ def streamed(
 ) -> Feed:
     """Open the stream of a stage: random windows of training images, `num_steps` batches. number: the stage's."""
     from ltjax.data import pipeline
-    from ltjax.data.decode import View
 
     plan = pipeline.training(
         data,
@@ -198,6 +201,6 @@ def streamed(
         hash32(np.uint32(run.seed), np.uint32(number)),
         batch_size=run.batch_size,
         num_steps=num_steps,
-        view=View(run.data.size, run.data.resize, run.data.min_area),
+        view=_view(run),
     )
     return Feed(None, pipeline.Stream(plan, parallel.split_batch(mesh, axis=1), run.data.threads), mesh)

@@ -277,11 +277,12 @@ def imported_key(folder: str) -> dict[str, Any]:
 
 
 def view_of(run: configs.RunConfig) -> "View":
-    """Return the resizing and cropping of image files: that of the run's test images, or to a square."""
+    """Return the turning, resizing and cropping of image files: that of the run's test images, or to a square."""
     from ltjax.data.decode import View
 
     side = data.SIDES.get(run.data.name)
-    return View(run.data.size, run.data.resize) if side is None else View(side, side)
+    size, resize = (run.data.size, run.data.resize) if side is None else (side, side)
+    return View(size, resize, upright=run.data.upright)
 
 
 def class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
@@ -301,7 +302,7 @@ def _of_size(view: "View | None", size: int | None) -> "View | None":
         return view
     if size < 1:
         raise UserError(f"image_size = {size}: pixels, 1 or more")
-    return View(size, size if view is None else round(size * view.resize / view.size))
+    return View(size, size) if view is None else view._replace(size=size, resize=round(size * view.resize / view.size))
 
 
 def _temperature(workdir: Path, key: Mapping[str, Any] | None, replica: int, asked: float | str) -> float:

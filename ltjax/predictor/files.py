@@ -138,7 +138,7 @@ def read_image(file: str, view: View, channels: int) -> tuple[np.ndarray, int | 
       uint8 [size, size, channels], and the brightest value of an image of 16 bits a channel, else None.
     """
     try:
-        pixels, brightest = read(read_file(file))
+        pixels, brightest = read(read_file(file), upright=view.upright)
         pixels = center_crop(pixels, view)
     except OSError as error:
         return error.strerror or one_line(error)

@@ -101,6 +101,12 @@ def test_runlocal_shrinks_everything(name):
     assert run.name.endswith("-runlocal")
 
 
+@pytest.mark.parametrize("name", [*PAPERS, "image_folder"])
+def test_orientations_are_heeded_in_a_folder_and_ignored_as_in_the_papers(name):
+    run, _ = parsed(name, "")
+    assert run.data.upright is (name == "image_folder")
+
+
 def test_augmentation_of_large_images_is_jitter_or_rand_augment():
     paper, auto = (parsed("imagenet_lt", f"method=ce,augment={kind}")[1]["ce"].augment for kind in ("paper", "auto"))
     assert (paper["crop_padding"], paper["rand_augment"], paper["color_jitter"]) == (0, (), 0.4)

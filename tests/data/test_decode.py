@@ -6,7 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ltjax.data import decode
 from ltjax.data.decode import View
@@ -87,25 +87,87 @@ def test_images_of_floats_are_refused_with_the_reason(ending):
     assert "pixels of type float32, whose brightest value is unknown: convert it to 8 bits" in decode.problem(content)
 
 
-def test_the_exif_orientation_is_ignored():
+def oriented(orientation, endian="<"):
+    """EXIF data with an orientation, and another entry."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    assert decode.decode(encoded(Image.fromarray(picture()), exif=exif)).shape == (40, 60, 3)
+    exif.endian = endian
+    exif[0x010F], exif[0x0112] = "camera", orientation
+    return exif
+
+
+def upright(content):
+    """The pixels that Pillow turns upright."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_of_a_tiff_is_ignored(orientation):
-    image = Image.fromarray(picture(4, 6))
-    np.testing.assert_array_equal(
-        decode.decode(encoded(image, "TIFF", tiffinfo={0x0112: orientation})), np.asarray(image)
-    )
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+def test_the_orientation_is_heeded_as_pillow_does_or_ignored(kind, orientation):
+    settings = dict(exif=oriented(orientation), **SETTINGS.get(kind, {}))
+    for mode in KINDS[kind]:
+        image = Image.fromarray(picture(16, 24)).convert(mode)
+        content, plain = (encoded(image, kind, **settings | changes) for changes in ({}, {"exif": oriented(1)}))
+        turned, expected = decode.decode(content, upright=True), upright(content)
+        assert turned.shape == expected.shape and turned.flags.c_contiguous
+        assert np.abs(turned - expected).max() <= 1, mode
+        np.testing.assert_array_equal(decode.decode(content), decode.decode(plain), err_msg=mode)
+
+
+def in_segments(content, *segments):
+    """A JPEG with segments APP1 after its first one."""
+    end = 4 + int.from_bytes(content[4:6], "big")
+    added = b"".join(b"\xff\xe1" + (len(each) + 2).to_bytes(2, "big") + each for each in segments)
+    return content[:end] + added + content[end:]
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda jpeg: in_segments(jpeg, oriented(6, ">").tobytes()),
+        lambda jpeg: in_segments(jpeg, XMP),
+        lambda jpeg: in_segments(jpeg, XMP, oriented(8).tobytes()),  # EXIF data come first
+        lambda jpeg: in_segments(jpeg, oriented(3).tobytes()[:30], b"Exif\0\0" + oriented(3).tobytes()[30:]),
+        lambda jpeg: in_segments(jpeg, oriented(6).tobytes()).replace(b"\xff\xe1", b"\xff\xff\xff\xe1"),
+        lambda jpeg: in_segments(jpeg, oriented(6).tobytes().replace(b"\x12\1\3\0", b"\x12\1\4\0")),  # 32 bits
+        lambda jpeg: in_segments(jpeg, oriented(9).tobytes()),  # no orientation
+        lambda jpeg: in_segments(jpeg, oriented(6).tobytes()[:20]),
+        lambda jpeg: in_segments(jpeg, oriented(6).tobytes().replace(b"\0\1\0\0\0", b"\0\2\0\0\0")),
+        lambda jpeg: in_segments(jpeg, b"Exif\0\0"),
+    ],
+)
+def test_the_orientation_of_a_jpeg_is_read_wherever_pillow_reads_it(change):
+    content = change(encoded(Image.fromarray(picture()), quality=100))
+    np.testing.assert_array_equal(decode.decode(content, upright=True), upright(content))
+
+
+def test_the_orientation_of_a_png_is_read_wherever_pillow_reads_it():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Raw profile type exif", f"\nexif\n      34\n{oriented(6).tobytes().hex()}\n", zip=True)
+    in_text = encoded(Image.fromarray(picture()), "PNG", pnginfo=texts)
+    texts = PngImagePlugin.PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", XMP[29:].decode(), zip=True)
+    in_xmp = encoded(Image.fromarray(picture()), "PNG", pnginfo=texts)
+    first = encoded(Image.fromarray(picture()), "PNG", exif=oriented(6))
+    start, pixels = first.index(b"eXIf") - 4, first.index(b"IDAT") - 4
+    last = first[:start] + first[pixels:-12] + first[start:pixels] + first[-12:]
+    for content in (in_text, in_xmp, first, last):
+        assert decode.decode(content, upright=True).shape == (60, 40, 3)
+        np.testing.assert_array_equal(decode.decode(content, upright=True), upright(content))
+        np.testing.assert_array_equal(decode.decode(content), picture())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_of_a_tiff_of_16_bits_is_ignored(orientation):
+def test_the_orientation_of_a_tiff_of_16_bits_is_heeded_or_ignored(orientation):
     pixels = np.random.default_rng(0).integers(0, 65536, (4, 6)).astype(np.uint16)
     content = encoded(Image.fromarray(pixels), "TIFF", tiffinfo={0x0112: orientation})
     np.testing.assert_array_equal(decode.decode(content)[..., 0], pixels >> 8)
+    with Image.open(io.BytesIO(content)) as image:
+        expected = np.asarray(image) >> 8  # Pillow turns a TIFF when it reads it
+    np.testing.assert_array_equal(decode.decode(content, upright=True)[..., 0], expected)
 
 
 @pytest.mark.parametrize("brightest", [1, 15, 1023, 4095])

@@ -1,6 +1,7 @@
 """Streams of stored images."""
 
 import functools
+import io
 import itertools
 import signal
 import threading
@@ -9,6 +10,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from ltjax.data import decode, pipeline, samplers
 from ltjax.data.decode import View
@@ -124,6 +126,40 @@ def test_filling_some_rows_equals_filling_the_whole_batch():
         pipeline.fill(plan, 3, which, plan.positions(3)[which], *into)
     for part, all_rows in zip(some, whole, strict=True):
         np.testing.assert_array_equal(part, all_rows[rows])
+
+
+class Halves(Encoded):
+    """Images with a bright upper half, of a camera that was held upright or on its side."""
+
+    def __init__(self, *, on_its_side):
+        super().__init__()
+        self.on_its_side = on_its_side
+
+    def __getitem__(self, index):
+        exif, file, pixels = Image.Exif(), io.BytesIO(), np.full((20, 30, 3), 5 * index, np.uint8)
+        pixels[:10] = 255
+        exif[0x0112] = 6 if self.on_its_side else 1
+        Image.fromarray(np.rot90(pixels) if self.on_its_side else pixels).save(file, "PNG", exif=exif)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["training", "once"])
+def test_images_are_turned_upright_if_the_view_says_so(sharding, kind):
+    def images(view, *, on_its_side):
+        files = Halves(on_its_side=on_its_side)
+        data, order = stored(files), np.arange(16)
+        sampler = functools.partial(samplers.class_aware, in_a_row=2)
+        plan = pipeline.once(files, data.train_labels, order, 8, view)
+        if kind == "training":
+            order = np.arange(len(files))
+            settings = dict(batch_size=8, num_steps=1, view=view)
+            plan = pipeline.training(data, order, COUNTS, sampler, np.uint32(0), **settings)
+        with pipeline.Stream(plan, sharding) as stream:
+            return np.asarray(stream.take(0, 1, 0)[0])
+
+    plain = images(VIEW, on_its_side=False)
+    np.testing.assert_array_equal(images(VIEW._replace(upright=True), on_its_side=True), plain)
+    assert (images(VIEW, on_its_side=True) != plain).any()
 
 
 def test_no_more_than_the_next_chunk_is_decoded_ahead(sharding):

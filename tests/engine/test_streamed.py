@@ -1,12 +1,13 @@
 """Runs on images on disk agree with runs on the same images on the devices."""
 
+import io
 import json
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from ltjax import data, train
 from ltjax.config import parse
@@ -21,11 +22,19 @@ from ltjax.types import UserError
 COUNTS, SIZE = (22, 11, 5), 16
 
 
-class Pngs:
-    """Images as files in memory."""
+def png(image, orientation):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image = np.rot90(image) if orientation == 6 else image
+    Image.fromarray(image).save(file, "PNG", exif=exif)
+    return file.getvalue()
 
-    def __init__(self, images):
-        self.contents = [cv2.imencode(".png", image[..., ::-1])[1].tobytes() for image in images]
+
+class Pngs:
+    """Images as files in memory. orientation: how they are stored, 1 or 6."""
+
+    def __init__(self, images, orientation=1):
+        self.contents = [png(image, orientation) for image in images]
 
     def __len__(self):
         return len(self.contents)
@@ -123,6 +132,24 @@ def test_the_report_equals_that_of_resident_images(pair):
     for index in (0, 5):
         pictures = [feed.picture(run, experiment.data, index) for experiment in pair]
         np.testing.assert_array_equal(*pictures)
+
+
+def test_a_run_that_heeds_orientations_sees_the_same_images_however_the_camera_was_held(monkeypatch):
+    images = both()[1]
+    upright = settings()
+    upright["data"]["upright"] = True
+    on_their_side = images._replace(test_files=Pngs(both()[0].test_images, orientation=6))
+    monkeypatch.setattr(data, "load", lambda *_: on_their_side)
+    seen, ignoring = (experiments.set_up(parse(config), None) for config in (upright, settings()))
+    for index in (0, 5):
+        image = both()[0].test_images[index]
+        np.testing.assert_array_equal(feed.picture(seen.config, seen.data, index), image)
+        np.testing.assert_array_equal(feed.picture(ignoring.config, ignoring.data, index), np.rot90(image))
+    variables = experiments.fresh_variables(seen, seen.config.stages["dro"])
+    monkeypatch.setattr(data, "load", lambda *_: images)
+    plain = experiments.set_up(parse(settings()), None)
+    first, second = (each.evaluate["net"](variables, each.test_set) for each in (seen, plain))
+    np.testing.assert_array_equal(first["confidences"], second["confidences"])
 
 
 def test_class_means_of_the_report_use_a_few_images_of_each_class(pair):

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ltjax import data
 from ltjax.data import decode
@@ -41,6 +41,7 @@ KINDS = (
 )
 ENDINGS = (".png", ".tiff", ".jp2", ".ppm", ".pgm", ".pam", ".hdr", ".pfm", ".webp", ".bmp", ".sr")
 DTYPES = (np.uint8, np.uint16, np.int16, np.float32)
+ORIENTATION = 274  # tag of EXIF
 
 
 def of_mode(pixels, mode):
@@ -61,8 +62,10 @@ def written_by_pillow(draw):
         pixels = pixels[..., :3]
     image, file = of_mode(np.ascontiguousarray(pixels), mode), io.BytesIO()
     animated = {"save_all": True, "append_images": [image] * (frames - 1)} if frames > 1 else {}
+    exif = Image.Exif()
+    exif[ORIENTATION] = draw(st.integers(0, 9))
     try:
-        image.save(file, kind, **(animated if kind in ("GIF", "PNG", "TIFF", "WEBP", "MPO") else {}))
+        image.save(file, kind, exif=exif, **(animated if kind in ("GIF", "PNG", "TIFF", "WEBP", "MPO") else {}))
     except (OSError, ValueError, KeyError, SystemError):  # this kind does not have this mode or size
         return photo(0, 0, 16)
     return file.getvalue()
@@ -113,6 +116,8 @@ def check(content):
         return problem
     assert not problem, "the check failed, and decoding works"
     assert brightest == also_brightest
+    turned = decode.decode(content, upright=True)
+    assert sorted(turned.shape) == sorted(pixels.shape) and turned.sum() == pixels.sum()
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
     assert decode.center_crop(pixels, VIEW).shape == (16, 16, 3)
     assert decode.random_resized_crop(pixels, np.uint32(len(content)), VIEW).shape == (16, 16, 3)
@@ -125,6 +130,17 @@ def test_a_whole_file_is_decoded_or_its_type_is_refused(content):
     known = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if problem:
         assert "brightest value" in problem or known is None
+
+
+@given(written_by_pillow())
+def test_a_whole_file_is_turned_as_pillow_turns_it(content):
+    if decode.problem(content):
+        return
+    with Image.open(io.BytesIO(content)) as image:
+        exif = image.getexif()
+    tagged = Image.fromarray(decode.decode(content))
+    tagged.getexif()[ORIENTATION] = exif.get(ORIENTATION, 1)
+    np.testing.assert_array_equal(decode.decode(content, upright=True), np.asarray(ImageOps.exif_transpose(tagged)))
 
 
 @given(damaged_files())

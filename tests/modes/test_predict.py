@@ -115,6 +115,15 @@ def test_grey_pixels_do_not_change(tmp_path):
     np.testing.assert_array_equal(read[..., 0], np.asarray(image))
 
 
+def test_a_photograph_is_turned_as_the_training_images_were(tmp_path):
+    exif, image = Image.Exif(), random_image("RGB", (16, 16))
+    exif[0x0112] = 6
+    image.save(tmp_path / "image.png", exif=exif)
+    for upright, expected in ((False, np.asarray(image)), (True, np.rot90(np.asarray(image), -1))):
+        read, _ = files.read_image(str(tmp_path / "image.png"), View(16, 16, upright=upright), 3)
+        np.testing.assert_array_equal(read, expected)
+
+
 def test_a_pipe_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "image.jpg")
     assert files.read_image(str(tmp_path / "image.jpg"), View(8, 8), 3) == "not a regular file"
