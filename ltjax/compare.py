@@ -23,7 +23,7 @@ from rich.console import Console
 from ltjax import config as configs
 from ltjax.report.seeds import Figure, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
-from ltjax.runs.results import GROUPS, LEGACY_BEST, percent
+from ltjax.runs.results import GROUPS, LEGACY_BEST, percent, unequal_test_set
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.files import load_json
 from ltjax.system.paths import local
@@ -43,11 +43,21 @@ WITHIN_A_ROW = (
 )
 # {key in `Row.figures`: column} of what `--mode=attack` measured, shown if some run has it
 ATTACKED = {"pgd-20": "PGD-20", "cw-20": "CW-20", "autoattack": "AutoAttack", "autoattack few": "AutoAttack few"}
+# {key in `Row.figures` and in results.json: column}, shown if some run has test classes of different sizes
+OVER_CLASSES = {"balanced_accuracy": "balanced", "macro_f1": "macro F1"}
 # {key in `Row.figures`: column}, after the groups; `ncm` and `best` are shown on demand.
-FIGURES = {**{group: group for group in GROUPS}, "ece": "ECE", "ncm": "NCM", **ATTACKED, "best": "legacy best"}
+FIGURES = {
+    **{group: group for group in GROUPS},
+    **OVER_CLASSES,
+    "ece": "ECE",
+    "ncm": "NCM",
+    **ATTACKED,
+    "best": "legacy best",
+}
 NOTES = "Last epoch; mean ± sample standard deviation over seeds, in %. ECE with 15 bins. Time: h:mm:ss a seed."
 COLUMN_NOTES = {
     "AutoAttack": "PGD-20, CW-20, AutoAttack: accuracy on test images attacked by `--mode=attack`.",
+    "balanced": "balanced, macro F1: means over classes of their accuracy and of their F1 score.",
     "NCM": "NCM: accuracy over all classes of the nearest class mean, instead of the classifier.",
     "legacy best": LEGACY_BEST,
 }
@@ -228,7 +238,8 @@ def _stage(name: str, stage: Mapping[str, Any], results: Mapping[str, Any]) -> F
     def seed(measured: Mapping[str, Any]) -> int:
         return int((measured if stage.get("replicas") else results)["seed"])
 
-    seeds = {seed(measured): _figures(measured) for measured in _measured(stage)}
+    over_classes = OVER_CLASSES if unequal_test_set(results) else ()
+    seeds = {seed(measured): _figures(measured, over_classes) for measured in _measured(stage)}
     attack = results.get("robustness") or {}
     for test, attacked in attack.get("tests", {}).items() if attack.get("stage") == name else ():
         for measured in _measured(attacked):
@@ -238,9 +249,10 @@ def _stage(name: str, stage: Mapping[str, Any], results: Mapping[str, Any]) -> F
     return FinishedStage(title=str(stage["title"]), seconds=float(stage["seconds"]), seeds=seeds)
 
 
-def _figures(measured: Mapping[str, Any]) -> dict[str, float]:
+def _figures(measured: Mapping[str, Any], over_classes: Iterable[str]) -> dict[str, float]:
     figures = {
         **{group: measured["accuracy"].get(group) for group in GROUPS},
+        **{key: measured.get(key) for key in over_classes},
         "ece": measured["ece"],
         "ncm": measured.get("nearest_mean", {}).get("accuracy", {}).get("all"),
         "best": measured.get("best_on_test", {}).get("accuracy"),
@@ -367,7 +379,7 @@ def cells(rows: Sequence[Row], *, legacy_best: bool = False, comparable: bool = 
       legacy_best: Add a column of the best epoch as picked on the test set.
       comparable: Mark the best.
     """
-    keys = [*GROUPS, "ece"]
+    keys = [*GROUPS, *(key for key in OVER_CLASSES if any(key in row.figures for row in rows)), "ece"]
     keys += [key for key in ("ncm", *ATTACKED) if any(key in row.figures for row in rows)] + ["best"] * legacy_best
     best = {key: _best(key, [row.figures[key].mean for row in rows if key in row.figures]) for key in keys * comparable}
     table = [[Cell(title) for title in ("last epoch, %", *(FIGURES[key] for key in keys), "time", "seeds")]]

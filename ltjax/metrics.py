@@ -1,4 +1,4 @@
-"""Metrics of result tables: calibration and accuracy by group. This module needs only jax and numpy."""
+"""Metrics of result tables: calibration, accuracy by group, precision, recall and F1. Needs only jax and numpy."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -207,6 +207,68 @@ def balanced_accuracy(correct: ArrayLike, labels: ArrayLike) -> float:
       0.5
     """
     return _mean(accuracy_by_class(correct, labels)[1])
+
+
+class ClassScores(NamedTuple):
+    """Precision, recall and F1 of the classes that have images, see `class_scores`.
+
+    Attributes:
+      classes: [P] int, sorted.
+      images: [P] int, images of the class.
+      predicted: [P] int, images predicted as the class.
+      precision: [P], share of `predicted` that is right; 0 for a class that is never predicted.
+      recall: [P], share of `images` that is right: the accuracy of the class.
+      f1: [P], harmonic mean of precision and recall; 0 if both are 0.
+    """
+
+    classes: np.ndarray
+    images: np.ndarray
+    predicted: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+
+def class_scores(predictions: ArrayLike, labels: ArrayLike) -> ClassScores:
+    """Compute precision, recall and F1 of each class that has images. Not for `jit`.
+
+    A class that is never predicted has precision 0, as with scikit-learn's `zero_division=0`. A class without images
+    has no scores; images that are predicted as such a class are errors of their own class. scikit-learn's
+    `precision_recall_fscore_support(labels, predictions, labels=np.unique(labels), zero_division=0)` gives the same;
+    without its `labels=`, predicted classes without images count as 0.
+
+    Args:
+      predictions: [N].
+      labels: [N].
+
+    Examples:
+      >>> scores = metrics.class_scores([0, 0, 0, 3], [0, 0, 1, 2])
+      >>> scores.precision.round(2), scores.recall, scores.f1
+      (array([0.67, 0.  , 0.  ]), array([1., 0., 0.]), array([0.8, 0. , 0. ]))
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    classes, index, images = np.unique(labels, return_inverse=True, return_counts=True)
+    place = np.searchsorted(classes, predictions)
+    known = np.isin(predictions, classes)
+    predicted = np.bincount(place[known], minlength=len(classes))
+    right = np.bincount(index[predictions == labels], minlength=len(classes))
+    return ClassScores(
+        classes, images, predicted, right / np.maximum(predicted, 1), right / images, 2 * right / (images + predicted)
+    )
+
+
+def macro_f1(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Average the F1 scores of all classes that have images, see `class_scores`. Not for `jit`.
+
+    Args:
+      predictions: [N].
+      labels: [N].
+
+    Examples:
+      >>> metrics.macro_f1([0, 0, 0, 1], [0, 0, 1, 1])
+      0.7333333333333334
+    """
+    return _mean(class_scores(predictions, labels).f1)
 
 
 def _mean(values: np.ndarray) -> float:

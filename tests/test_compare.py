@@ -286,6 +286,15 @@ def test_ncm_and_the_legacy_best_have_columns_on_demand(tmp_path):
     assert [cell.text for cell in second][6:8] == ["-", "51.0"]
 
 
+@pytest.mark.parametrize("test_counts, shown", [([5, 5, 0], False), ([5, 6, 0], True)])
+def test_means_over_classes_have_columns_if_the_test_classes_are_unequal(tmp_path, test_counts, shown):
+    made = results({"train": stage(0.5, balanced_accuracy=0.4, macro_f1=0.3)}, test_class_counts=test_counts)
+    header, row = compare.cells(compare.rows([write(tmp_path / "a", made, config())]))
+    found = {name.text: cell.text for name, cell in zip(header, row, strict=True)}
+    expected = {"balanced": "40.0", "macro F1": "30.0"} if shown else {}
+    assert {name: text for name, text in found.items() if name in ("balanced", "macro F1")} == expected
+
+
 TABLE = [[Cell("run"), Cell("all")], [Cell("a_1 & b|c"), Cell("5.0")], [Cell("d -> [e]"), Cell("6.0 ± 0.1", best=True)]]
 
 

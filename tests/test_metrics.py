@@ -127,6 +127,33 @@ def test_balanced_accuracy_is_the_mean_over_classes_with_images():
     assert metrics.balanced_accuracy([1, 1, 1, 0], [0, 0, 0, 4]) == 0.5
 
 
+def test_scores_of_classes_are_scikit_learns():
+    """Class 3 is never predicted right, class 4 has no image. Numbers of scikit-learn 1.9.1, see `class_scores`."""
+    labels = [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 5]
+    predictions = [0, 0, 0, 0, 1, 4, 1, 1, 0, 5, 2, 0, 1, 0, 0, 5]
+    scores = metrics.class_scores(predictions, labels)
+    assert scores.classes.tolist() == [0, 1, 2, 3, 5] and scores.images.tolist() == [6, 4, 3, 2, 1]
+    np.testing.assert_allclose(scores.precision, [0.5, 0.5, 1.0, 0.0, 0.5], rtol=1e-15)
+    np.testing.assert_allclose(scores.recall, [0.6666666666666666, 0.5, 0.3333333333333333, 0.0, 1.0], rtol=1e-15)
+    np.testing.assert_allclose(scores.f1, [0.5714285714285714, 0.5, 0.5, 0.0, 0.6666666666666666], rtol=1e-15)
+    assert metrics.macro_f1(predictions, labels) == pytest.approx(0.44761904761904764, rel=1e-15)
+
+
+def test_recall_is_the_accuracy_of_the_class():
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(0, 9, 200), rng.integers(0, 12, 200)
+    scores, (classes, accuracies) = (
+        metrics.class_scores(predictions, labels),
+        metrics.accuracy_by_class(predictions == labels, labels),
+    )
+    np.testing.assert_array_equal(scores.classes, classes)
+    np.testing.assert_array_equal(scores.recall, accuracies)
+
+
+def test_images_predicted_as_a_class_without_images_are_errors_of_their_own_class():
+    assert metrics.class_scores([7, 0], [0, 0]).f1.tolist() == [pytest.approx(2 / 3)]
+
+
 def test_thresholds_of_groups_are_settings():
     result = metrics.group_accuracy([1, 0], [0, 1], [30, 3], few_below=3, many_above=29)
     assert result == {"many": 1.0, "medium": 0.0, "all": 0.5}

@@ -128,6 +128,7 @@ _calibration = jax.jit(metrics.calibration)  # one program instead of twenty
 METRICS: dict[str, Callable[[Mapping[str, np.ndarray], np.ndarray], float]] = {
     "loss": lambda outcome, labels: float(outcome["losses"].mean()),
     "balanced_accuracy": lambda outcome, labels: metrics.balanced_accuracy(outcome["predictions"] == labels, labels),
+    "macro_f1": lambda outcome, labels: metrics.macro_f1(outcome["predictions"], labels),
 }
 _BINNED = ("ece", "mce")
 

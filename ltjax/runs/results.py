@@ -79,7 +79,8 @@ class Column(NamedTuple):
     shown: Callable[[Mapping[str, Any]], bool] = lambda results: True
 
 
-def _unequal_test_set(results: Mapping[str, Any]) -> bool:
+def unequal_test_set(results: Mapping[str, Any]) -> bool:
+    """Return whether classes have different numbers of test images, so that means over classes are not over images."""
     return len(set(results.get("test_class_counts", ())) - {0}) > 1
 
 
@@ -88,7 +89,8 @@ def _has_nearest_mean(results: Mapping[str, Any]) -> bool:
 
 
 COLUMNS = (
-    Column("balanced\n", lambda stage: stage.get("balanced_accuracy"), _unequal_test_set),
+    Column("balanced\n", lambda stage: stage.get("balanced_accuracy"), unequal_test_set),
+    Column("macro\nF1", lambda stage: stage.get("macro_f1"), unequal_test_set),
     Column("ECE\n15 bins", lambda stage: stage.get("ece")),
     Column(
         "nearest\nmean",

@@ -81,6 +81,11 @@ def test_figures_are_means_that_numpy_confirms(sets, data):
         if present:
             np.testing.assert_allclose(figures["accuracy"][name], np.mean(present), rtol=1e-12)
     np.testing.assert_allclose(figures["balanced_accuracy"], np.mean(list(of_class.values())), rtol=1e-12)
+    f1 = [
+        2 * ((predictions == c) & right).sum() / ((labels == c).sum() + (predictions == c).sum())
+        for c in np.unique(labels)
+    ]
+    np.testing.assert_allclose(figures["macro_f1"], np.mean(f1), rtol=1e-12)
 
 
 @given(

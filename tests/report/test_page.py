@@ -58,14 +58,15 @@ def test_a_section_is_a_function_in_a_tuple(monkeypatch):
     assert '<a href="#added">Added</a>' in html and html.count("a picture") == 2
 
 
-def test_an_unequal_test_set_has_a_column_of_balanced_accuracy():
+@pytest.mark.parametrize("key, heading", [("balanced_accuracy", "balanced"), ("macro_f1", "macro F1")])
+def test_an_unequal_test_set_has_columns_of_means_over_classes(key, heading):
     results = made_up.results(test_class_counts=[10] * 9 + [9])
     for stage in results["stages"].values():
-        stage["balanced_accuracy"] = 0.4321
+        stage[key] = 0.4321
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
     html = page.of_run(results, groups, {}, {})
-    assert ">balanced</th>" in html and html.count("<td>43.2</td>") == 2
-    assert ">balanced</th>" not in made()
+    assert f">{heading}</th>" in html and html.count("<td>43.2</td>") == 2
+    assert f">{heading}</th>" not in made()
 
 
 def test_elements_are_closed_and_identifiers_unique():
