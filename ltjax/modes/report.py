@@ -1,6 +1,6 @@
 """Write a run's report, at the end of training or with `--mode=report`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ltjax.engine import feed
 from ltjax.engine.experiment import Experiment, evaluate_restored, make_method, restore, set_up
 from ltjax.engine.measure import Observer, learned
 from ltjax.engine.stage import steps_done
-from ltjax.report import analysis, figures, page
+from ltjax.report import analysis, charts, figures, files, page
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import read_json, write_json
 from ltjax.runs.workdir import named_disk_errors, no_checkpoint, open_run
@@ -73,7 +73,7 @@ def write_report(
     workdir: Path,
     go_on: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write `report/`: index.html, numbers.json and summary.png. All processes have to call this.
+    """Write `report/`: index.html, numbers.json, summary.png and tables. All processes have to call this.
 
     Args:
       variables: The variables at the end of each stage.
@@ -104,8 +104,31 @@ def write_report(
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "numbers.json", numbers)
+    write_tables(experiment, observations[summary["final_stage"]], summary, folder)
     figures.write_summary(summary, folder)
     page.write(workdir, summary)
+
+
+def write_tables(
+    experiment: Experiment, observed: Sequence[Mapping[str, np.ndarray]], summary: Mapping[str, Any], folder: Path
+) -> None:
+    """Write the tables beside the page, about the final stage: a row for each class.
+
+    Args:
+      observed: The final stage's observations, for each replica.
+      summary: The content of results.json.
+      folder: Of the page.
+    """
+    labels, names, counts = experiment.test_set.host_labels, experiment.class_names, experiment.split.class_counts
+    scores = analysis.scores_by_class(observed, labels, len(names))
+    columns = {
+        "class": names,
+        "group": charts.group_names(experiment.groups, len(names)),
+        "training_images": counts.tolist(),
+        "test_images": np.bincount(labels, minlength=len(names)).tolist(),
+        **{name: [x if np.isfinite(x) else None for x in scores[name].tolist()] for name in analysis.SCORES[1:]},
+    }
+    files.write_classes(folder, summary["stages"][summary["final_stage"]]["title"], columns)
 
 
 def pairs(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray]], final: str) -> list[dict[str, Any]]:

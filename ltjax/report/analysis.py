@@ -12,6 +12,7 @@ from ltjax import metrics
 
 PAIRS = 6  # classes shown as most confused, in the tail and elsewhere
 SAMPLES = 3  # images of each
+SCORES = ("images", "predicted", "precision", "recall", "f1")  # of `ltjax.metrics.ClassScores`
 
 
 class Pair(NamedTuple):
@@ -44,6 +45,7 @@ def stage_numbers(
     classwise = [metrics.classwise_ece(replica["gaps"], len(labels)) for replica in observed]
     numbers: dict[str, Any] = {
         "classwise_ece": float(np.mean(classwise)),
+        "scores": {name: brief(values) for name, values in scores_by_class(observed, labels, num_classes).items()},
         "errors": errors_by_group(joined["predictions"], repeated, groups),
         "learned": {title: brief(values) for title, values in learned.items()},
     }
@@ -54,6 +56,28 @@ def stage_numbers(
             "nearest_is_own": metrics.accuracy_by_group(joined["own"] < joined["wrong"], repeated, groups),
         }
     return numbers
+
+
+def scores_by_class(
+    observed: Sequence[Mapping[str, np.ndarray]], labels: np.ndarray, num_classes: int
+) -> dict[str, np.ndarray]:
+    """Return `ltjax.metrics.class_scores`, means over replicas; nan for a class without test images.
+
+    Args:
+      observed: For each replica, {"predictions": [N]}.
+      labels: [N].
+      num_classes: C.
+
+    Returns:
+      {"images", "predicted", "precision", "recall", "f1": [C]}.
+    """
+    of_replicas = [metrics.class_scores(replica["predictions"], labels) for replica in observed]
+    scores = {}
+    for name in SCORES:
+        values = np.full(num_classes, np.nan)
+        values[of_replicas[0].classes] = np.mean([getattr(each, name) for each in of_replicas], axis=0)
+        scores[name] = values
+    return scores
 
 
 def errors_by_group(
@@ -82,8 +106,12 @@ def by_class(values: np.ndarray, labels: np.ndarray, num_classes: int) -> np.nda
 
 
 def brief(values: np.ndarray) -> list[float | None]:
-    """Round to four digits, enough for a chart; nan becomes None."""
-    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in np.asarray(values, np.float64)]
+    """Round to four digits, enough for a chart, but never to tens; nan becomes None."""
+
+    def rounded(value: float) -> float:
+        return float(f"{value:.4g}") if abs(value) < 1000 else float(round(value))
+
+    return [rounded(value) if np.isfinite(value) else None for value in np.asarray(values, np.float64)]
 
 
 def confused_pairs(predictions: np.ndarray, labels: np.ndarray, members: np.ndarray, most: int = PAIRS) -> list[Pair]:

@@ -192,12 +192,19 @@ def _range_point(
     values: np.ndarray, counts: np.ndarray, group_of: Sequence[str], scale: Scale, members: np.ndarray
 ) -> Point:
     mean, (low, high) = float(values[members].mean()), np.quantile(values[members], (0.25, 0.75)).tolist()
-    fewest, most = int(counts[members].min()), int(counts[members].max())
-    groups = [group_of[c] for c in members]
-    images = f"{fewest:,} to {most:,}" if fewest < most else f"{fewest:,}"
-    about = f"{len(members):,} classes of {images} training images: mean {mean:.3g}"
+    about = f"{len(members):,} classes of {between(counts[members])} training images: mean {mean:.3g}"
     x = float(np.mean([scale(float(counts[c])) for c in members]))
-    return Point(x, mean, max(set(groups), key=groups.count), about, low, high)
+    return Point(x, mean, most_frequent([group_of[c] for c in members]), about, low, high)
+
+
+def between(counts: np.ndarray) -> str:
+    """Return the smallest and the largest count, as text."""
+    fewest, most = int(counts.min()), int(counts.max())
+    return f"{fewest:,} to {most:,}" if fewest < most else f"{fewest:,}"
+
+
+def most_frequent(names: Sequence[str]) -> str:
+    return max(set(names), key=names.count)
 
 
 def count_ranges(counts: np.ndarray) -> list[np.ndarray]:

@@ -190,4 +190,4 @@ def render(**context: Any) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     footer = Markup("Colours and shapes: many (circle), medium (square), few (triangle) training images a class.")
-    return environment.get_template("page.html").render(footer=footer, **context)
+    return environment.get_template("page.html").render(footer=footer, listed=sections.MOST_ROWS, **context)

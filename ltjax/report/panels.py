@@ -27,6 +27,7 @@ class Panel(NamedTuple):
     class_counts: np.ndarray
     class_names: tuple[str, ...]
     groups: dict[str, np.ndarray]  # {name: bool [C]}
+    scores: dict[str, np.ndarray]  # see `ltjax.report.analysis.scores_by_class`
     errors: dict[str, dict[str, float]]  # see `ltjax.report.analysis.errors_by_group`
     own: np.ndarray  # [C], mean distance of a class's test features to its own class mean
     wrong: np.ndarray  # [C], to the nearest mean of another class
@@ -68,6 +69,7 @@ def of_stage(
         class_counts=np.asarray(results["class_counts"]),
         class_names=tuple(results["class_names"]),
         groups={name: groups[name] for name in GROUPS if name in groups},
+        scores={name: array(values) for name, values in observed.get("scores", {}).items()},
         errors=observed.get("errors", {}),
         own=array(distances.get("own", ())),
         wrong=array(distances.get("wrong", ())),
@@ -106,7 +108,7 @@ def pooled(title: str, panels: Sequence[Panel], seeds: Sequence[int], known: Map
         curves=[curve for panel in panels for curve in panel.curves],
         **{
             name: pool([getattr(panel, name) for panel in panels], mean)
-            for name in ("per_class", "errors", "own", "wrong", "nearest_is_own", "learned")
+            for name in ("per_class", "scores", "errors", "own", "wrong", "nearest_is_own", "learned")
         },
     )
 

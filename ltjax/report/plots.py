@@ -82,6 +82,39 @@ def reliability(key: str, panel: Panel) -> Markup:
     return charts.picture(key, f"{panel.title}: reliability", about, BOTTOM + 86, parts)
 
 
+def precision_and_recall(key: str, panel: Panel) -> Markup:
+    """Draw the precision of each class, or of each range of counts, against its recall, with curves of equal F1."""
+    bottom = 2 * BOTTOM - TOP - 108.0  # so that both scales are about equal
+    across, up = Scale(0, 100, LEFT, WIDTH - RIGHT), Scale(0, 100, bottom, TOP + 8)
+    parts = charts.y_axis(up, "precision, %")
+    for f1 in (20, 40, 60, 80):
+        recalls = np.geomspace(f1 / (2 - f1 / 100), 100, 40)  # from where precision is 100
+        precisions = recalls * f1 / (2 * recalls - f1)
+        parts.append(path([(across(r), up(p)) for r, p in zip(recalls, precisions, strict=True)], "equal"))
+        parts.append(text(across(100) - 2, up(precisions[-1]) + 13, f"F1 {f1}", "end"))
+    counts, (precision, recall) = panel.class_counts, (100 * panel.scores[name] for name in ("precision", "recall"))
+    groups, seen = charts.group_names(panel.groups, len(counts)), np.isfinite(recall)
+    each = len(counts) <= charts.MOST_DOTS
+    sets = [np.array([c]) for c in range(len(counts))] if each else charts.count_ranges(counts)
+    for members in (members[seen[members]] for members in sets):
+        if not len(members):
+            continue
+        x, y = float(recall[members].mean()), float(precision[members].mean())
+        name = panel.class_names[members[0]] if each else f"{len(members):,} classes"
+        images = f"{charts.between(counts[members])} training images"
+        about = f"{name}, {images}: recall {x:.1f} %, precision {y:.1f} %"
+        group = charts.most_frequent([groups[c] for c in members])
+        parts.append(mark(across(x), up(y), group, about, size=4.5 if len(counts) <= 40 else 3.0))
+    parts += charts.x_axis(across, bottom, "recall, %", range(0, 101, 20))
+    means = [
+        f"{group}: precision {precision[member & seen].mean():.1f}, recall {recall[member & seen].mean():.1f}"
+        for group, member in panel.groups.items()
+        if (member & seen).any()
+    ]
+    about = f"Means over classes in %. {'; '.join(means)}."
+    return charts.picture(key, f"{panel.title}: precision and recall of classes", about, bottom + 36, parts)
+
+
 def learning(key: str, panel: Panel) -> Markup:
     """Draw accuracy by group, training loss and learning rate against epochs; several seeds side by side."""
     train = [curve["train"] for curve in panel.curves if curve["train"]]

@@ -26,6 +26,7 @@ class Section(NamedTuple):
     about: str  # how to read it
     figures: list[tuple[str, Markup]]  # heading, chart
     tables: list[Table]  # the same as numbers
+    listings: Sequence[Table] = ()  # long tables, shown with the figures: the reader can sort and search them
     pairs: Sequence[Mapping[str, Any]] = ()  # confused classes, see `ltjax.report.page.confused`
     image: str = ""  # a data URI
 
@@ -65,7 +66,27 @@ def accuracy(content: Content) -> Section:
         "Accuracy by class",
         about,
         _figures(content, "accuracy", plots.accuracy_by_count, lambda p: bool(np.isfinite(p.per_class).any())),
-        [*_worst_tables(content.ends), *_class_tables(content.panels)],
+        [*_worst_tables(content.ends), *map(_class_table, _same_classes(content.panels))],
+    )
+
+
+def scores(content: Content) -> Section:
+    """Precision, recall and F1 of each class: of the final stage, or F1 alone of each row of a comparison."""
+    about = (
+        "Recall: the share of a class's test images that is right, its accuracy. Precision: the share of the images "
+        "predicted as the class that is right; 0 if there are none. F1: their harmonic mean; the curves join equal F1. "
+        "Classes without test images have none, and count in no mean. "
+    )
+    many = any(map(_many_classes, content.panels))
+    about += "A mark is the mean of a range of counts." if many else "Point at a mark for the name of its class."
+    measured = [panel for panel in content.ends if panel.scores]
+    return Section(
+        "scores",
+        "Precision, recall and F1 by class",
+        about,
+        _figures(content, "scores", plots.precision_and_recall, lambda p: bool(p.scores)),
+        [_score_means(content.panels)],
+        [_score_listing(same) for same in _same_classes(measured)],
     )
 
 
@@ -148,7 +169,7 @@ def robustness(content: Content) -> Section:
 
 
 # The sections of a page, in this order.
-SECTIONS = (accuracy, calibration, learning, errors, geometry, learned, robustness)
+SECTIONS = (accuracy, scores, calibration, learning, errors, geometry, learned, robustness)
 
 
 def group_counts(panel: Panel) -> str:
@@ -191,12 +212,49 @@ def small(figure: Any) -> str:
     return percent(*figure) if figure.mean >= 0.001 else f"{100 * figure.mean:.2g}"
 
 
-def _class_tables(panels: Sequence[Panel]) -> list[Table]:
-    """Return a table for each set of panels that share their classes."""
+def _same_classes(panels: Sequence[Panel]) -> list[list[Panel]]:
+    """Return sets of panels that share their classes."""
     sets: dict[tuple, list[Panel]] = {}
     for panel in panels:
         sets.setdefault((panel.class_names, panel.class_counts.tobytes()), []).append(panel)
-    return [_class_table(same) for same in sets.values()]
+    return list(sets.values())
+
+
+def _score_means(panels: Sequence[Panel]) -> Table:
+    """Return the means over classes; that of the recalls is balanced accuracy."""
+    rows = [
+        [panel.title, *(_percent(_nanmean(panel.scores[name])) for name in ("precision", "recall", "f1"))]
+        for panel in panels
+        if panel.scores
+    ]
+    header = ["", "precision", "recall (balanced accuracy)", "F1 (macro F1)"]
+    return Table("Means over classes with test images, %", header, rows)
+
+
+def _score_listing(panels: Sequence[Panel]) -> Table:
+    """Return a row for each class, the lowest F1 first and among equals the most frequent. panels: of the same classes.
+
+    Of one panel all scores are shown, of several the F1 of each.
+    """
+    first = panels[0]
+    groups = charts.group_names(first.groups, len(first.class_names))
+    order = np.lexsort((-first.class_counts, first.scores["f1"]))  # nan last
+    header = ["class", "training images", "group"]
+    if len(panels) == 1:
+        header += ["test images", "predicted as it", "precision", "recall", "F1"]
+        columns = [*(map(_count, first.scores[name]) for name in ("images", "predicted"))]
+        columns += [map(_percent, first.scores[name]) for name in ("precision", "recall", "f1")]
+    else:
+        header += [panel.title for panel in panels]
+        columns = [map(_percent, panel.scores["f1"]) for panel in panels]
+    cells = list(zip(*columns, strict=True))
+    rows = [[first.class_names[c], f"{first.class_counts[c]:,}", groups[c], *cells[c]] for c in order]
+    what = f"{first.title}: precision, recall and F1" if len(panels) == 1 else "F1"
+    return Table(f"{what} of each class, %", header, rows)
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if np.isfinite(value) else "-"
 
 
 def _worst_tables(panels: Sequence[Panel]) -> list[Table]:
@@ -227,8 +285,7 @@ def _class_table(panels: Sequence[Panel]) -> Table:
     for members in charts.count_ranges(first.class_counts):
         counts = first.class_counts[members]
         means = [_percent(_nanmean(p.per_class[members])) for p in panels]
-        between = f"{counts.min():,} to {counts.max():,}"
-        rows.append([f"{len(members):,}", between, groups[members[0]], *means])
+        rows.append([f"{len(members):,}", charts.between(counts), groups[members[0]], *means])
     header[0] = "classes"
     return Table("Mean test accuracy of classes by training images, %", header, rows)
 

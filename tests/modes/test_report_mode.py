@@ -1,5 +1,6 @@
 """The report of a trained run: its numbers agree with the network, and --mode=report writes it again."""
 
+import csv
 import json
 
 import jax
@@ -138,9 +139,25 @@ def test_confused_pairs_have_images(numbers):
         assert all(image["confidence"] > 0 for image in mistaken) and beside["confidence"] is None
 
 
+def test_the_table_of_classes_has_the_figures_of_the_results(trained):
+    """balanced accuracy is the mean of the recalls, macro F1 that of the F1 scores."""
+    folder, results = trained[0] / "report", trained[1]
+    with open(folder / "classes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == results["class_names"]
+    assert [int(row["training_images"]) for row in rows] == results["class_counts"]
+    assert [int(row["test_images"]) for row in rows] == results["test_class_counts"]
+    for column, key in (("recall", "balanced_accuracy"), ("f1", "macro_f1")):
+        assert np.mean([float(row[column]) for row in rows]) == pytest.approx(results[key], abs=1e-5)
+    written = read_json(folder / "classes.json")
+    assert written["stage"] == "MiSLAS, stage 2"
+    for row, again in zip(rows, written["classes"], strict=True):
+        assert list(row) == list(again) and float(row["precision"]) == pytest.approx(again["precision"], abs=1e-5)
+
+
 def test_report_mode_writes_the_same_report_again(trained):
     workdir, before = trained[0], {}
-    for name in ("index.html", "numbers.json"):
+    for name in ("index.html", "numbers.json", "classes.csv", "classes.json"):
         path = workdir / "report" / name
         before[name] = path.read_text()
         path.unlink()

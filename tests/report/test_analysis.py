@@ -24,6 +24,24 @@ def test_a_group_without_test_images_is_absent():
     assert list(analysis.errors_by_group(PREDICTIONS[:2], LABELS[:2], GROUPS)) == ["many"]
 
 
+def test_scores_are_means_over_replicas():
+    found = analysis.scores_by_class([{"predictions": PREDICTIONS}, {"predictions": LABELS}], LABELS, 4)
+    expected = {
+        "images": [2, 2, 4],
+        "predicted": [(3 + 2) / 2, (4 + 2) / 2, (1 + 4) / 2],
+        "precision": [(1 / 3 + 1) / 2, (1 / 4 + 1) / 2, 1],
+        "recall": [0.75, 0.75, 0.625],
+        "f1": [(2 / 5 + 1) / 2, (2 / 6 + 1) / 2, (2 / 5 + 1) / 2],
+    }
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], [*values, np.nan])  # class 3 has no test image
+
+
+def test_large_counts_are_not_rounded_to_tens():
+    assert analysis.brief(np.array([12345.0, 0.123456])) == [12345.0, 0.1235]
+
+
 def test_pairs_are_ordered_by_their_share_of_the_class():
     found = analysis.confused_pairs(PREDICTIONS, LABELS, np.array([True, True, True]))
     assert [(p.true, p.predicted, p.share) for p in found] == [(2, 1, 0.5), (0, 1, 0.5), (1, 0, 0.5), (2, 0, 0.25)]

@@ -59,7 +59,7 @@ def test_the_console_stays_empty_and_nothing_is_fetched(opened):
 
 def test_all_figures_are_drawn(opened):
     tab, _ = opened
-    assert tab.evaluate(DRAWN) == tab.evaluate("document.querySelectorAll('svg').length") == 16
+    assert tab.evaluate(DRAWN) == tab.evaluate("document.querySelectorAll('svg').length") == 18
 
 
 def test_the_page_does_not_scroll_sideways(opened):
@@ -78,6 +78,39 @@ def test_text_has_contrast_in_light_and_dark_mode(shown, dark):
     path, tab = shown
     tab.open(path, 1280, dark=dark)
     assert tab.evaluate(CONTRAST) >= 4.5
+
+
+COLUMN = """(heading => {
+  const listing = document.querySelector('.listing');
+  const heads = [...listing.querySelectorAll('thead th')], place = heads.findIndex(h => h.textContent === heading);
+  return [...listing.querySelectorAll('tbody tr')].map(row => row.children[place].textContent); })"""
+CLICK = "(heading => [...document.querySelectorAll('.listing th button')].find(b => b.textContent === heading).click())"
+
+
+def test_a_click_on_a_heading_sorts_the_classes(shown):
+    path, tab = shown
+    tab.open(path, 1280)
+    as_numbers = [int(text.replace(",", "")) for text in tab.evaluate(f"{COLUMN}('training images')")]
+    for expected in (sorted(as_numbers, reverse=True), sorted(as_numbers)):
+        tab.evaluate(f"{CLICK}('training images')")
+        found = tab.evaluate(f"{COLUMN}('training images')")
+        assert [int(text.replace(",", "")) for text in found] == expected
+    assert tab.evaluate("document.querySelector('.listing [aria-sort]').getAttribute('aria-sort')") == "ascending"
+
+
+def test_classes_can_be_searched_and_more_be_shown(shown, tmp_path):
+    _, tab = shown
+    results = made_up.results(8142)
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    (tmp_path / "many.html").write_text(page.of_run(results, groups, made_up.numbers(8142), {}))
+    tab.open(tmp_path / "many.html", 360)
+    count = "document.querySelector('.listing').querySelectorAll('tbody tr').length"
+    assert tab.evaluate(count) == sections.MOST_ROWS
+    tab.evaluate("document.querySelector('.listing .more button').click()")
+    assert tab.evaluate(count) > sections.MOST_ROWS
+    tab.evaluate("{const s = document.querySelector('.listing input'); s.value = 'CLASS 814'; s.oninput(); }")
+    assert sorted(tab.evaluate(f"{COLUMN}('class')")) == ["class 814", "class 8140", "class 8141"]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 def test_the_first_tab_focuses_the_link_to_the_figures(shown):

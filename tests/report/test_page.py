@@ -41,7 +41,7 @@ def made(num_classes=10, **also):
     return page.of_run(results, groups, made_up.numbers(num_classes, stages), made_up.curves(stages))
 
 
-SECTIONS = ("how", "accuracy", "calibration", "learning", "errors", "geometry", "learned")
+SECTIONS = ("how", "accuracy", "scores", "calibration", "learning", "errors", "geometry", "learned")
 
 
 def test_sections_have_their_order():
@@ -77,7 +77,7 @@ def test_elements_are_closed_and_identifiers_unique():
 def test_every_figure_has_a_name_and_a_description():
     parsed = Checked(made())
     figures = [attributes for tag, attributes in parsed.tags if tag == "svg"]
-    assert len(figures) == 14  # two stages have five figures each, and two learned numbers each
+    assert len(figures) == 16  # two stages have six figures each, and two learned numbers each
     for attributes in figures:
         assert attributes["role"] == "img"
         assert set(attributes["aria-labelledby"].split()) <= set(parsed.ids)
@@ -86,7 +86,7 @@ def test_every_figure_has_a_name_and_a_description():
 def test_every_section_with_figures_has_its_numbers_in_tables():
     sections = re.findall(r"<section.*?</section>", made(robustness=made_up.robustness()), re.DOTALL)
     drawn = [section for section in sections if "<svg" in section]
-    assert len(drawn) == 7
+    assert len(drawn) == 8
     assert all("<table" in section for section in drawn)
 
 
@@ -95,7 +95,9 @@ def test_class_names_are_escaped(name):
     names = [f"{name}{c}" for c in range(10)]
     found = made(names=names)
     assert name not in found
-    assert not [tag for tag, attributes in Checked(found).tags if tag == "script" or "onerror" in attributes]
+    tags = [tag for tag, attributes in Checked(made()).tags]
+    assert [tag for tag, attributes in Checked(found).tags] == tags  # no more scripts than without such names
+    assert not [tag for tag, attributes in Checked(found).tags if "onerror" in attributes]
 
 
 def test_the_page_refers_to_no_other_file():
@@ -130,6 +132,33 @@ def test_the_worst_classes_of_the_final_stage_are_named_if_there_are_many():
 
 def test_no_class_is_named_as_worst_if_there_are_few():
     assert "lowest test accuracy" not in made(150)
+
+
+def listing(html, caption):
+    """Return the rows that a sortable table shows without its script, and all rows."""
+    part = re.search(rf'<div class="listing">\s*<p class="caption">{caption}.*?</script>', html, re.DOTALL)
+    assert part is not None
+    return re.findall(r"<tr><th scope=.row.*?</tr>", part[0]), json.loads(re.search(r"json\">(.*?)<", part[0])[1])
+
+
+@pytest.mark.parametrize("num_classes, shown", [(10, 10), (8142, sections.MOST_ROWS)])
+def test_every_class_is_in_the_table_of_scores(num_classes, shown):
+    rows, everything = listing(made(num_classes), "Stage classifier: precision")
+    assert len(rows) == shown and len(everything) == num_classes
+    assert f'<th scope="row">{everything[0][0]}</th>' in rows[0]
+
+
+def test_classes_are_listed_with_the_lowest_f1_first_and_those_without_test_images_last():
+    numbers = made_up.numbers()
+    scores = {"images": [9.0] * 10, "predicted": [8.0] * 10, "precision": [0.5] * 10, "recall": [0.25] * 10}
+    scores |= {"f1": [0.3, None, 0.1, *[0.2] * 7]}
+    numbers["stages"]["classifier"]["scores"] = scores
+    results = made_up.results()
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    _, rows = listing(page.of_run(results, groups, numbers, {}), "Stage classifier: precision")
+    assert [row[0] for row in rows[:3]] == ["class 2", "class 3", "class 4"] and rows[-1][0] == "class 1"
+    assert rows[0] == ["class 2", "251", "many", "9", "8", "50.0", "25.0", "10.0"]
+    assert rows[-1][-1] == "-"
 
 
 def test_marks_of_balanced_classes_do_not_overlap():
