@@ -101,21 +101,32 @@ def write_report(
         "stages": numbers_of_stages,
         "pairs": pairs(experiment, of_first_replica, summary["final_stage"]),
     }
+    last = observations[summary["final_stage"]]
+    cells = analysis.confusions(
+        np.concatenate([replica["predictions"] for replica in last]), np.tile(labels, len(last)), num_classes
+    )
+    order = charts.class_order(experiment.groups, experiment.split.class_counts)
+    numbers["confusion"] = {"seeds": len(last), **analysis.confusion_numbers(cells, order)}
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "numbers.json", numbers)
-    write_tables(experiment, observations[summary["final_stage"]], summary, folder)
+    write_tables(experiment, last, cells, summary, folder)
     figures.write_summary(summary, folder)
     page.write(workdir, summary)
 
 
 def write_tables(
-    experiment: Experiment, observed: Sequence[Mapping[str, np.ndarray]], summary: Mapping[str, Any], folder: Path
+    experiment: Experiment,
+    observed: Sequence[Mapping[str, np.ndarray]],
+    cells: analysis.Confusions,
+    summary: Mapping[str, Any],
+    folder: Path,
 ) -> None:
-    """Write the tables beside the page, about the final stage: a row for each class.
+    """Write the tables beside the page, about the final stage: its classes, and how often it confuses them.
 
     Args:
       observed: The final stage's observations, for each replica.
+      cells: Of the confusion matrix, over all replicas.
       summary: The content of results.json.
       folder: Of the page.
     """
@@ -129,6 +140,10 @@ def write_tables(
         **{name: [x if np.isfinite(x) else None for x in scores[name].tolist()] for name in analysis.SCORES[1:]},
     }
     files.write_classes(folder, summary["stages"][summary["final_stage"]]["title"], columns)
+    rows = [
+        (names[true], names[other], images) for true, other, images in zip(*(x.tolist() for x in cells), strict=True)
+    ]
+    files.write_csv(folder / "confusion.csv", ["true", "predicted", "images"], rows)
 
 
 def pairs(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray]], final: str) -> list[dict[str, Any]]:
@@ -181,4 +196,4 @@ def sample(experiment: Experiment, index: int) -> dict[str, Any]:
     picture = Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0]))
     small = max(picture.size) <= SIDE
     picture.thumbnail((SIDE, SIDE))
-    return {"uri": page.data_uri(picture, "png" if small else "jpeg"), "small": small}
+    return {"uri": charts.data_uri(picture, "png" if small else "jpeg"), "small": small}

@@ -12,7 +12,18 @@ from ltjax import metrics
 
 PAIRS = 6  # classes shown as most confused, in the tail and elsewhere
 SAMPLES = 3  # images of each
+MOST_CELLS = 400  # up to so many classes have a row each in the confusion matrix
+RANGES = 100  # rows of the confusion matrix if there are more
+LISTED_PAIRS = 200  # of classes, in the table of those confused most often
 SCORES = ("images", "predicted", "precision", "recall", "f1")  # of `ltjax.metrics.ClassScores`
+
+
+class Confusions(NamedTuple):
+    """The cells of a confusion matrix that are not 0, by class: K of them, at most one for each image."""
+
+    true: np.ndarray  # [K]
+    predicted: np.ndarray  # [K]
+    images: np.ndarray  # [K]
 
 
 class Pair(NamedTuple):
@@ -114,14 +125,58 @@ def brief(values: np.ndarray) -> list[float | None]:
     return [rounded(value) if np.isfinite(value) else None for value in np.asarray(values, np.float64)]
 
 
+def confusions(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> Confusions:
+    """Count the images [N] of each class that are predicted as each class, without a matrix [C, C]."""
+    codes, images = np.unique(labels.astype(np.int64) * num_classes + predictions, return_counts=True)
+    return Confusions(*np.divmod(codes, num_classes), images)
+
+
+def confusion_numbers(cells: Confusions, order: np.ndarray) -> dict[str, Any]:
+    """Return what the page shows of a confusion matrix. Many classes are summed to ranges of classes.
+
+    Args:
+      cells: Of all classes.
+      order: The classes in the order of rows and columns, [C].
+
+    Returns:
+      {"classes": number of classes in a row, "cells": [(row, column, images)] without zeros,
+      "pairs": [(true, predicted, images, images the other way round)] of the classes that are confused most often}.
+    """
+    num_classes = len(order)
+    each = 1 if num_classes <= MOST_CELLS else -(-num_classes // RANGES)
+    row_of, rows = np.empty(num_classes, np.int64), -(-num_classes // each)
+    row_of[order] = np.arange(num_classes) // each
+    codes, inverse = np.unique(row_of[cells.true] * rows + row_of[cells.predicted], return_inverse=True)
+    sums = np.bincount(inverse, cells.images).astype(np.int64)
+    return {
+        "classes": each,
+        "cells": np.stack([*np.divmod(codes, rows), sums], axis=-1).tolist(),
+        "pairs": _most_confused(cells, num_classes),
+    }
+
+
+def _most_confused(cells: Confusions, num_classes: int) -> list[list[int]]:
+    codes, mirrored = cells.true * num_classes + cells.predicted, cells.predicted * num_classes + cells.true
+    place = np.searchsorted(codes, mirrored).clip(max=len(codes) - 1)
+    back = np.where(codes[place] == mirrored, cells.images[place], 0)
+    wrong = np.flatnonzero(cells.true != cells.predicted)
+    worst = wrong[np.argsort(-cells.images[wrong], kind="stable")][:LISTED_PAIRS]
+    return np.stack([cells.true, cells.predicted, cells.images, back], axis=-1)[worst].tolist()
+
+
+def surest_mistakes(predictions: np.ndarray, confidences: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return all images that are predicted wrongly, the most confident first."""
+    wrong = np.flatnonzero(predictions != labels)
+    return wrong[np.argsort(-confidences[wrong], kind="stable")]
+
+
 def confused_pairs(predictions: np.ndarray, labels: np.ndarray, members: np.ndarray, most: int = PAIRS) -> list[Pair]:
     """Return the pairs with the largest share of a class's images, for true classes in members (bool [C])."""
     num_classes = len(members)
     wrong = (predictions != labels) & members[labels]
-    codes, counts = np.unique(labels[wrong].astype(np.int64) * num_classes + predictions[wrong], return_counts=True)
-    true, predicted = np.divmod(codes, num_classes)
+    true, predicted, counts = confusions(predictions[wrong], labels[wrong], num_classes)
     shares = counts / np.bincount(labels, minlength=num_classes)[true]
-    order = np.lexsort((codes, -counts, -shares))[:most]
+    order = np.lexsort((predicted, true, -counts, -shares))[:most]
     return [Pair(int(true[i]), int(predicted[i]), int(counts[i]), float(shares[i])) for i in order]
 
 

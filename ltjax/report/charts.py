@@ -3,12 +3,15 @@
 Groups of classes differ by colour and by shape; all texts are escaped.
 """
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 WIDTH = 340
 LEFT, RIGHT, TOP = 38, 12, 17
@@ -93,6 +96,13 @@ def picture(key: str, title: str, about: str, height: float, parts: Sequence[Mar
         role="img",
         aria_labelledby=f"{key}-t {key}-d",
     )
+
+
+def data_uri(picture: Image.Image, kind: str) -> str:
+    """Encode a picture. kind: "png" or "jpeg"."""
+    file = io.BytesIO()
+    picture.save(file, kind, **(dict(quality=85) if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -222,6 +232,13 @@ def group_names(groups: Mapping[str, np.ndarray], num_classes: int) -> list[str]
         for c in np.flatnonzero(member):
             names[c] = name
     return names
+
+
+def class_order(groups: Mapping[str, np.ndarray], counts: np.ndarray) -> np.ndarray:
+    """Return the classes [C] group by group, in each the most frequent first."""
+    names = group_names(groups, len(counts))
+    place = {name: number for number, name in enumerate((*groups, ""))}
+    return np.lexsort((-counts, np.array([place[name] for name in names])))
 
 
 def draw_points(points: Sequence[Point], scale: Scale, **settings: Any) -> list[Markup]:

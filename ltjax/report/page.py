@@ -1,7 +1,5 @@
 """`report/index.html`: one file without references to others, made from a run's folder."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from ltjax.report import panels, plots, sections
+from ltjax.report import charts, panels, plots, sections
 from ltjax.report.sections import Attacked, Content, Table
 from ltjax.runs.checkpoint import read_json, write_atomic
 from ltjax.runs.results import COLUMNS, GROUPS, LEGACY_BEST, percent
@@ -51,14 +49,7 @@ def attack_image(path: Path) -> str:
     except OSError:  # also if the file is no image
         return ""
     picture.thumbnail((PICTURE_WIDTH, picture.height))
-    return data_uri(picture, "jpeg")
-
-
-def data_uri(picture: Image.Image, kind: str) -> str:
-    """Encode a picture. kind: "png" or "jpeg"."""
-    file = io.BytesIO()
-    picture.save(file, kind, **(dict(quality=85) if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return charts.data_uri(picture, "jpeg")
 
 
 def of_run(
@@ -82,7 +73,9 @@ def of_run(
     if "robustness" in results:
         title = results["stages"].get(results["robustness"]["stage"], {}).get("title", "")
         attacked.append(Attacked("robust", title, results["robustness"]))
-    content = Content(stages, stages[-1:], confused(results, numbers), attacked, image=image)
+    content = Content(
+        stages, stages[-1:], confused(results, numbers), attacked, confusion=numbers.get("confusion"), image=image
+    )
     by_group = sections.group_counts(stages[0])
     counts = np.asarray(results["class_counts"])
     seeds = f", mean ± standard deviation of {len(results['seeds'])} seeds" if "seeds" in results else ""

@@ -1,11 +1,13 @@
 """The charts of the report, each of one panel: a stage of a run, or a row of a comparison."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from ltjax.report import charts
 from ltjax.report.charts import LEFT, RIGHT, TOP, WIDTH, Scale, line, mark, path, tag, text
@@ -14,6 +16,7 @@ from ltjax.report.seeds import Figure
 from ltjax.runs.results import GROUPS, percent
 
 BOTTOM = 196  # of a usual chart's frame
+GREY, ORANGE = (128, 136, 146), (222, 94, 20)  # of pixels, on light and dark pages
 LABELS = 60  # room for the groups' names at the right
 NAMES = 62  # the same at the left
 
@@ -217,6 +220,76 @@ def _percent_axis(across: Scale, ticks: float, bottom: float, left: float, title
     """Write 0 to 100 at the height `ticks`, and a title below."""
     parts = [text(across(n), ticks, str(n), "end" if n == 100 else "middle") for n in range(0, 101, 25)]
     return [*parts, text((left + WIDTH - RIGHT) / 2, bottom, title, class_="axis")]
+
+
+def _matrix(cells: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows, columns, images and shares of the row's images, each [K]."""
+    rows, columns, images = np.asarray(cells["cells"], np.int64).reshape(-1, 3).T
+    return rows, columns, images, images / np.bincount(rows, images)[rows]
+
+
+def confusion_table(panel: Panel, cells: Mapping[str, Any]) -> Markup:
+    """Return a confusion matrix of few classes as an HTML table; cells: see `analysis.confusion_numbers`."""
+    names = [panel.class_names[c] for c in charts.class_order(panel.groups, panel.class_counts)]
+    rows, columns, images, shares = _matrix(cells)
+    found: dict[tuple[int, int], Markup] = {}
+    for row, column, number, share in zip(
+        rows.tolist(), columns.tolist(), images.tolist(), shares.tolist(), strict=True
+    ):
+        about = f"{names[row]}{f' taken for {names[column]}' if row != column else ''}: {number:,}, {percent(share)} %"
+        depth = dict(title=about, style=f"--depth: {100 * math.sqrt(share):.0f}%")
+        found[row, column] = tag("td", f"{number:,}", class_="right" if row == column else "wrong", **depth)
+    head = [tag("th", tag("span", name), scope="col", title=name) for name in names]
+    body = [
+        tag(
+            "tr",
+            Markup("").join(
+                [tag("th", name, scope="row"), *(found.get((row, column), tag("td")) for column in range(len(names)))]
+            ),
+        )
+        for row, name in enumerate(names)
+    ]
+    parts = [
+        tag("thead", tag("tr", Markup("").join([tag("td", "true, predicted"), *head]))),
+        tag("tbody", Markup("").join(body)),
+    ]
+    label = f"{panel.title}: confusion matrix"
+    table = tag("table", Markup("").join(parts), class_="confusion", aria_label=label)
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=label)
+
+
+def confusion_map(key: str, panel: Panel, cells: Mapping[str, Any]) -> Markup:
+    """Draw a confusion matrix of many classes, a pixel for each class or for each range of classes."""
+    order, each = charts.class_order(panel.groups, panel.class_counts), cells["classes"]
+    rows, columns, _, shares = _matrix(cells)
+    side = -(-len(order) // each)
+    pixels = np.zeros((side, side, 4), np.uint8)  # transparent, for a light page or a dark one
+    pixels[rows, columns, :3] = np.where((rows == columns)[:, None], GREY, ORANGE)
+    pixels[rows, columns, 3] = np.rint(90 + 165 * np.sqrt(shares))
+    left, top = NAMES + 2.0, 34.0
+    length = WIDTH - RIGHT - left
+    box = dict(x=left, y=top, width=length, height=length)
+    parts = [tag("image", href=charts.data_uri(Image.fromarray(pixels), "png"), **box, class_="pixels")]
+    parts.append(tag("rect", **box, class_="frame"))
+    names = charts.group_names(panel.groups, len(order))
+    starts = [0, *(n for n in range(1, len(order)) if names[order[n]] != names[order[n - 1]])]
+    middles = []
+    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        at = length * start / each / side
+        if start:
+            parts += [
+                line(left + at, top, left + at, top + length, "axis"),
+                line(left, top + at, left + length, top + at, "axis"),
+            ]
+        middles.append((at + length * (end - start) / each / side / 2, names[order[start]]))
+    for place, group in apart(middles, 13, length - 6):
+        parts.append(text(left - 6, top + place + 4, group, "end", f"label {group}"))
+    for place, group in apart(middles, 50, length - 20):
+        parts.append(text(left + place, top - 6, group, class_=f"label {group}"))
+    parts += [text(2, 12, "true", "start", "axis"), text(left, 12, "predicted as", "start", "axis")]
+    right = shares[rows == columns].sum() / side
+    about = f"On the mean over rows, {100 * right:.1f} % of the images are on the diagonal."
+    return charts.picture(key, f"{panel.title}: confusion matrix", about, top + length + 8, parts)
 
 
 def geometry(key: str, panel: Panel) -> Markup:

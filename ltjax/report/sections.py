@@ -11,6 +11,7 @@ from ltjax.report.panels import Panel
 from ltjax.runs.results import GROUPS, in_words, percent
 
 MOST_ROWS = 200  # of a table of classes
+MOST_NUMBERS = 30  # up to so many classes have a confusion matrix with numbers
 WORST = 50  # classes to name if there are too many for a mark each
 
 
@@ -44,6 +45,7 @@ class Content(NamedTuple):
     ends: Sequence[Panel]  # their worst classes are named if there are many: the final stage, or all rows
     pairs: Sequence[Mapping[str, Any]] = ()
     attacked: Sequence[Attacked] = ()
+    confusion: Mapping[str, Any] | None = None  # see `ltjax.report.analysis.confusion_numbers`
     comparison: bool = False
     image: str = ""  # of the attack, a data URI
 
@@ -124,6 +126,35 @@ def errors(content: Content) -> Section:
     )
 
 
+def confusion(content: Content) -> Section:
+    """The confusion matrix of the final stage of a run: with numbers, as a picture, or summed over many classes."""
+    figures, listings, about = [], [], []
+    if content.confusion:
+        panel, cells = content.ends[0], content.confusion
+        names, counts = panel.class_names, panel.class_counts
+        few = len(names) <= MOST_NUMBERS
+        chart = plots.confusion_table(panel, cells) if few else plots.confusion_map("confusion0", panel, cells)
+        figures.append((panel.title, chart))
+        about = [
+            "A row is the test images of a class, a column what they are predicted as; both are sorted by group and by "
+            "training images. Right: grey. Wrong: orange, stronger for a larger share of the row."
+        ]
+        if cells["classes"] > 1:
+            about.append(f"A row is {cells['classes']} classes: the diagonal also has the mistakes within a row.")
+        if cells["seeds"] > 1:
+            about.append(f"Images of {cells['seeds']} seeds together.")
+        images = cells["seeds"] * panel.scores["images"]
+        rows = [
+            [names[true], names[other], f"{wrong:,}", _percent(wrong / images[true]), f"{back:,}"]
+            + [f"{counts[true]:,}", f"{counts[other]:,}"]
+            for true, other, wrong, back in cells["pairs"]
+        ]
+        header = ["class", "taken for", "test images", "% of the class", "the other way round"]
+        header += ["training images", "of the other class"]
+        listings = [Table(f"{panel.title}: the {len(rows)} pairs confused most often", header, rows)] if rows else []
+    return Section("confusion", "Confusion matrix", " ".join(about), figures, [], listings)
+
+
 def geometry(content: Content) -> Section:
     return Section(
         "geometry",
@@ -169,7 +200,7 @@ def robustness(content: Content) -> Section:
 
 
 # The sections of a page, in this order.
-SECTIONS = (accuracy, scores, calibration, learning, errors, geometry, learned, robustness)
+SECTIONS = (accuracy, scores, calibration, learning, errors, confusion, geometry, learned, robustness)
 
 
 def group_counts(panel: Panel) -> str:

@@ -155,9 +155,18 @@ def test_the_table_of_classes_has_the_figures_of_the_results(trained):
         assert list(row) == list(again) and float(row["precision"]) == pytest.approx(again["precision"], abs=1e-5)
 
 
+def test_the_table_of_confusions_counts_every_test_image(trained):
+    with open(trained[0] / "report" / "confusion.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    results = trained[1]
+    assert sum(int(row["images"]) for row in rows) == results["num_images"]
+    right = sum(int(row["images"]) for row in rows if row["true"] == row["predicted"])
+    assert right == pytest.approx(results["accuracy"]["all"] * results["num_images"])
+
+
 def test_report_mode_writes_the_same_report_again(trained):
     workdir, before = trained[0], {}
-    for name in ("index.html", "numbers.json", "classes.csv", "classes.json"):
+    for name in ("index.html", "numbers.json", "classes.csv", "classes.json", "confusion.csv"):
         path = workdir / "report" / name
         before[name] = path.read_text()
         path.unlink()

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ltjax import metrics
-from ltjax.report import analysis
+from ltjax.report import analysis, charts
 
 STAGES = ("ce", "classifier")
 
@@ -65,10 +65,17 @@ def numbers(num_classes=10, stages=STAGES, seed=0, picture="data:image/png;base6
     }
     learned = {"Logit scale": 1 + rng.random(num_classes), "LDAM's margin": rng.random(num_classes)}
     made = analysis.stage_numbers([observed], labels, groups_of(counts), learned)
+    cells = analysis.confusions(observed["predictions"], labels, num_classes)
+    confusion = analysis.confusion_numbers(cells, charts.class_order(groups_of(counts), counts))
     image = {"uri": picture, "small": True, "confidence": 0.9}
     pair = {"true": num_classes - 1, "predicted": 0, "total": 3, "shares": dict.fromkeys(stages, 0.5)}
     pairs = [{"title": "Most confused", "pairs": [{**pair, "images": [image, {**image, "confidence": None}]}]}]
-    return {"final_stage": stages[-1], "stages": {name: made for name in stages}, "pairs": pairs}
+    return {
+        "final_stage": stages[-1],
+        "stages": {name: made for name in stages},
+        "pairs": pairs,
+        "confusion": {"seeds": 1, **confusion},
+    }
 
 
 def curves(stages=STAGES, epochs=4):

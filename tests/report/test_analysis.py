@@ -42,6 +42,60 @@ def test_large_counts_are_not_rounded_to_tens():
     assert analysis.brief(np.array([12345.0, 0.123456])) == [12345.0, 0.1235]
 
 
+def test_cells_of_the_confusion_matrix_are_counted():
+    found = analysis.confusions(PREDICTIONS, LABELS, 3)
+    assert list(zip(*found, strict=True)) == [
+        (0, 0, 1),
+        (0, 1, 1),
+        (1, 0, 1),
+        (1, 1, 1),
+        (2, 0, 1),
+        (2, 1, 2),
+        (2, 2, 1),
+    ]
+
+
+def test_rows_of_the_confusion_matrix_have_the_given_order():
+    numbers = analysis.confusion_numbers(analysis.confusions(PREDICTIONS, LABELS, 3), np.array([2, 0, 1]))
+    assert numbers["classes"] == 1
+    assert sorted(numbers["cells"]) == [[0, 0, 1], [0, 1, 1], [0, 2, 2], [1, 1, 1], [1, 2, 1], [2, 1, 1], [2, 2, 1]]
+
+
+def test_the_most_confused_pairs_come_first_with_the_number_of_the_other_direction():
+    numbers = analysis.confusion_numbers(analysis.confusions(PREDICTIONS, LABELS, 3), np.arange(3))
+    assert numbers["pairs"] == [[2, 1, 2, 0], [0, 1, 1, 1], [1, 0, 1, 1], [2, 0, 1, 0]]
+
+
+def test_many_classes_are_summed_to_ranges_without_a_matrix_of_all():
+    rng = np.random.default_rng(0)
+    labels, predictions = np.repeat(np.arange(8142), 3), rng.integers(0, 8142, 3 * 8142)
+    order = rng.permutation(8142)
+    numbers = analysis.confusion_numbers(analysis.confusions(predictions, labels, 8142), order)
+    row_of = np.empty(8142, int)
+    row_of[order] = np.arange(8142) // numbers["classes"]
+    expected = np.zeros((100, 100), int)
+    np.add.at(expected, (row_of[labels], row_of[predictions]), 1)
+    found = np.zeros((100, 100), int)
+    for row, column, images in numbers["cells"]:
+        found[row, column] = images
+    np.testing.assert_array_equal(found, expected)
+    assert len(json.dumps(numbers)) < 200_000
+
+
+def test_a_perfect_classifier_confuses_no_pair():
+    assert analysis.confusion_numbers(analysis.confusions(LABELS, LABELS, 3), np.arange(3))["pairs"] == []
+
+
+def test_classes_are_ordered_by_group_and_count():
+    groups = {"many": np.array([False, True, False, True]), "few": np.array([True, False, True, False])}
+    assert charts.class_order(groups, np.array([3, 200, 5, 300])).tolist() == [3, 1, 2, 0]
+
+
+def test_the_surest_mistake_comes_first():
+    confidences = np.array([0.9, 0.2, 0.95, 0.9, 0.9, 0.3, 0.7, 0.3])
+    assert analysis.surest_mistakes(PREDICTIONS, confidences, LABELS).tolist() == [2, 6, 5, 7, 1]
+
+
 def test_pairs_are_ordered_by_their_share_of_the_class():
     found = analysis.confused_pairs(PREDICTIONS, LABELS, np.array([True, True, True]))
     assert [(p.true, p.predicted, p.share) for p in found] == [(2, 1, 0.5), (0, 1, 0.5), (1, 0, 0.5), (2, 0, 0.25)]

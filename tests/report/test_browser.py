@@ -113,6 +113,44 @@ def test_classes_can_be_searched_and_more_be_shown(shown, tmp_path):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+@pytest.mark.parametrize("num_classes", [5, 30, 100, 8142])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_confusion_matrix_fits_the_window(shown, tmp_path, num_classes, width):
+    _, tab = shown
+    results = made_up.results(num_classes, smallest=5)
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    (tmp_path / "page.html").write_text(page.of_run(results, groups, made_up.numbers(num_classes), {}))
+    tab.open(tmp_path / "page.html", width)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate(CUT) == [] and tab.complaints == []
+    drawn = "document.querySelector('.confusion tbody td, svg image').getBoundingClientRect()"
+    assert tab.evaluate(f"{drawn}.width") >= (30 if num_classes <= 30 else 200)
+
+
+# The lowest contrast of a number in the confusion matrix with the colour behind it. Colours are mixed on a canvas.
+INSIDE = """(() => {
+  const context = Object.assign(document.createElement('canvas'), { width: 1, height: 1 }).getContext('2d');
+  const shown = (...colours) => { for (const c of colours) { context.fillStyle = c; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3); };
+  const light = rgb => { const [r, g, b] = rgb.map(v => { v /= 255;
+    return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const paper = getComputedStyle(document.body).backgroundColor;
+  return Math.min(...[...document.querySelectorAll('.confusion .right, .confusion .wrong')].map(cell => {
+    const style = getComputedStyle(cell), colours = [shown(style.color), shown(paper, style.backgroundColor)];
+    const [a, b] = colours.map(light).sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); })); })()"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_numbers_in_the_confusion_matrix_have_contrast(shown, tmp_path, dark):
+    _, tab = shown
+    numbers, results = made_up.numbers(), made_up.results()
+    numbers["confusion"]["cells"] = [[0, 0, 9], [0, 1, 1], [1, 0, 8], [2, 2, 1]]  # from a tenth to all of the row
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    (tmp_path / "page.html").write_text(page.of_run(results, groups, numbers, {}))
+    tab.open(tmp_path / "page.html", 1280, dark=dark)
+    assert 4.5 <= tab.evaluate(INSIDE) < 15  # below that of text on paper: the colours are there
+
+
 def test_the_first_tab_focuses_the_link_to_the_figures(shown):
     path, tab = shown
     tab.open(path, 1280)

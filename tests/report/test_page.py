@@ -1,5 +1,7 @@
 """The report's page, of made-up numbers: its contents, at any size and with any class names."""
 
+import base64
+import io
 import json
 import re
 import warnings
@@ -7,8 +9,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from ltjax.report import figures, page, sections
+from ltjax.report import figures, page, panels, plots, sections
 from tests.report import made_up
 
 VOID = {"meta", "link", "img", "br", "input", "rect", "line", "circle", "path", "polygon"}
@@ -41,7 +44,7 @@ def made(num_classes=10, **also):
     return page.of_run(results, groups, made_up.numbers(num_classes, stages), made_up.curves(stages))
 
 
-SECTIONS = ("how", "accuracy", "scores", "calibration", "learning", "errors", "geometry", "learned")
+SECTIONS = ("how", "accuracy", "scores", "calibration", "learning", "errors", "confusion", "geometry", "learned")
 
 
 def test_sections_have_their_order():
@@ -86,7 +89,7 @@ def test_every_figure_has_a_name_and_a_description():
 def test_every_section_with_figures_has_its_numbers_in_tables():
     sections = re.findall(r"<section.*?</section>", made(robustness=made_up.robustness()), re.DOTALL)
     drawn = [section for section in sections if "<svg" in section]
-    assert len(drawn) == 8
+    assert len(drawn) == 8  # the confusion matrix of few classes is a table
     assert all("<table" in section for section in drawn)
 
 
@@ -159,6 +162,37 @@ def test_classes_are_listed_with_the_lowest_f1_first_and_those_without_test_imag
     assert [row[0] for row in rows[:3]] == ["class 2", "class 3", "class 4"] and rows[-1][0] == "class 1"
     assert rows[0] == ["class 2", "251", "many", "9", "8", "50.0", "25.0", "10.0"]
     assert rows[-1][-1] == "-"
+
+
+def test_few_classes_have_a_confusion_matrix_with_numbers():
+    numbers = made_up.numbers()
+    numbers["confusion"] |= {"cells": [[0, 0, 7], [0, 2, 3], [1, 1, 5]], "pairs": [[0, 2, 3, 1]]}
+    results = made_up.results()
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    html = page.of_run(results, groups, numbers, {})
+    (matrix,) = re.findall(r'<table class="confusion".*?</table>', html, re.DOTALL)
+    assert 'title="class 0 taken for class 2: 3, 30.0 %"' in matrix and matrix.count('class="wrong"') == 1
+    assert re.findall(r"<td[^>]*>(\d+)</td>", matrix) == ["7", "3", "5"]
+    _, rows = listing(html, "Stage classifier: the 1 pairs confused most often")
+    assert rows[0][:3] == ["class 0", "class 2", "3"] and rows[0][4] == "1"
+
+
+@pytest.mark.parametrize("num_classes, side", [(31, 31), (400, 400), (401, 81), (8142, 100)])
+def test_the_confusion_matrix_of_many_classes_is_a_picture(num_classes, side):
+    html = made(num_classes)
+    (uri,) = re.findall(r'<image href="data:image/png;base64,([^"]*)"', html)
+    assert Image.open(io.BytesIO(base64.b64decode(uri))).size == (side, side)
+    assert '<table class="confusion"' not in html
+
+
+def test_mistakes_are_orange_and_what_is_right_is_grey():
+    results = made_up.results(31)
+    panel = panels.of_stage(results, "classifier", made_up.groups_of(np.asarray(results["class_counts"])), {}, {})
+    drawn = plots.confusion_map("key", panel, {"classes": 1, "cells": [[0, 0, 3], [0, 5, 1], [30, 0, 2]]})
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(re.findall('base64,([^"]*)', drawn)[0]))))
+    assert sorted(zip(*np.nonzero(pixels[..., 3]), strict=True)) == [(0, 0), (0, 5), (30, 0)]
+    assert tuple(pixels[0, 0, :3]) == plots.GREY and tuple(pixels[0, 5, :3]) == plots.ORANGE
+    assert pixels[30, 0, 3] == 255 > pixels[0, 5, 3] > 90  # all of the row, or a quarter of it
 
 
 def test_marks_of_balanced_classes_do_not_overlap():
