@@ -14,6 +14,7 @@ from ltjax.data.source import ImageFiles, Images, Stored
 from ltjax.engine import evaluate, stage
 from ltjax.hashing import hash32
 from ltjax.system import parallel, xla
+from ltjax.system.paths import local
 from ltjax.types import Apply, UserError, Variables
 
 DISPATCH_STEPS = 4  # batches that go to the devices together
@@ -102,6 +103,14 @@ def _view(run: RunConfig) -> Any:
     from ltjax.data.decode import View
 
     return View(run.data.size, run.data.resize, run.data.min_area, run.data.upright)
+
+
+def picture_name(run: RunConfig, data: Images | Stored, index: int) -> str:
+    """Return the name of a test image: of a file below `config.data.root` its path there, in memory its number."""
+    if isinstance(data, Images):
+        return f"test image {index}"
+    root = f"{local(run.data.root)}/" if run.data.root else ""
+    return data.test_files.name(index).removeprefix(root)
 
 
 def class_means(

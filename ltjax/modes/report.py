@@ -20,7 +20,7 @@ from ltjax.system import parallel, processes, xla
 from ltjax.system.paths import local
 from ltjax.types import Variables
 
-SIDE = 64  # largest side of a sample image in pixels
+SIDE, LARGER_SIDE = 64, 96  # largest side of a sample image in pixels, in a pair of classes and alone
 
 
 def report_workdir(
@@ -107,10 +107,13 @@ def write_report(
     )
     order = charts.class_order(experiment.groups, experiment.split.class_counts)
     numbers["confusion"] = {"seeds": len(last), **analysis.confusion_numbers(cells, order)}
+    surest = analysis.surest_mistakes(last[0]["predictions"], last[0]["confidences"], labels)
+    shown = [_mistake(experiment, last[0], int(i)) for i in surest[: analysis.MISTAKES]]
+    numbers["mistakes"] = {"wrong": len(surest), "shown": shown}
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "numbers.json", numbers)
-    write_tables(experiment, last, cells, summary, folder)
+    write_tables(experiment, last, cells, surest, summary, folder)
     figures.write_summary(summary, folder)
     page.write(workdir, summary)
 
@@ -119,14 +122,16 @@ def write_tables(
     experiment: Experiment,
     observed: Sequence[Mapping[str, np.ndarray]],
     cells: analysis.Confusions,
+    mistakes: np.ndarray,
     summary: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    """Write the tables beside the page, about the final stage: its classes, and how often it confuses them.
+    """Write the tables beside the page, about the final stage: its classes, how often it confuses them, its mistakes.
 
     Args:
       observed: The final stage's observations, for each replica.
       cells: Of the confusion matrix, over all replicas.
+      mistakes: Test images that the first replica has wrong, in the order of the table.
       summary: The content of results.json.
       folder: Of the page.
     """
@@ -144,6 +149,17 @@ def write_tables(
         (names[true], names[other], images) for true, other, images in zip(*(x.tolist() for x in cells), strict=True)
     ]
     files.write_csv(folder / "confusion.csv", ["true", "predicted", "images"], rows)
+    predictions, confidences = observed[0]["predictions"], observed[0]["confidences"]
+    rows = [
+        (
+            feed.picture_name(experiment.config, experiment.data, i),
+            names[labels[i]],
+            names[predictions[i]],
+            float(confidences[i]),
+        )
+        for i in mistakes.tolist()
+    ]
+    files.write_csv(folder / "mistakes.csv", ["image", "true", "predicted", "confidence"], rows)
 
 
 def pairs(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray]], final: str) -> list[dict[str, Any]]:
@@ -190,10 +206,21 @@ def _pair(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray
     return {"true": pair.true, "predicted": pair.predicted, "total": total, "shares": shares, "images": images}
 
 
-def sample(experiment: Experiment, index: int) -> dict[str, Any]:
+def _mistake(experiment: Experiment, observed: Mapping[str, np.ndarray], index: int) -> dict[str, Any]:
+    """Describe a test image that is predicted wrongly."""
+    return {
+        "true": int(experiment.test_set.host_labels[index]),
+        "predicted": int(observed["predictions"][index]),
+        "confidence": float(observed["confidences"][index]),
+        "name": feed.picture_name(experiment.config, experiment.data, index),
+        **sample(experiment, index, LARGER_SIDE),
+    }
+
+
+def sample(experiment: Experiment, index: int, side: int = SIDE) -> dict[str, Any]:
     """Shrink a test image for the page: {"uri", "small": whether the page enlarges its pixels as squares}."""
     pixels = feed.picture(experiment.config, experiment.data, index)  # [H, W, channels]
     picture = Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0]))
     small = max(picture.size) <= SIDE
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((side, side))
     return {"uri": charts.data_uri(picture, "png" if small else "jpeg"), "small": small}

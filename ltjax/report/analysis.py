@@ -14,6 +14,7 @@ PAIRS = 6  # classes shown as most confused, in the tail and elsewhere
 SAMPLES = 3  # images of each
 MOST_CELLS = 400  # up to so many classes have a row each in the confusion matrix
 RANGES = 100  # rows of the confusion matrix if there are more
+MISTAKES = 24  # pictures of images that are wrong with the highest confidence
 LISTED_PAIRS = 200  # of classes, in the table of those confused most often
 SCORES = ("images", "predicted", "precision", "recall", "f1")  # of `ltjax.metrics.ClassScores`
 

@@ -74,7 +74,14 @@ def of_run(
         title = results["stages"].get(results["robustness"]["stage"], {}).get("title", "")
         attacked.append(Attacked("robust", title, results["robustness"]))
     content = Content(
-        stages, stages[-1:], confused(results, numbers), attacked, confusion=numbers.get("confusion"), image=image
+        stages,
+        stages[-1:],
+        confused(results, numbers),
+        attacked,
+        confusion=numbers.get("confusion"),
+        mistakes=numbers.get("mistakes"),
+        num_images=results["num_images"],
+        image=image,
     )
     by_group = sections.group_counts(stages[0])
     counts = np.asarray(results["class_counts"])

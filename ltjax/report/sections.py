@@ -29,6 +29,7 @@ class Section(NamedTuple):
     tables: list[Table]  # the same as numbers
     listings: Sequence[Table] = ()  # long tables, shown with the figures: the reader can sort and search them
     pairs: Sequence[Mapping[str, Any]] = ()  # confused classes, see `ltjax.report.page.confused`
+    pictures: Sequence[Mapping[str, str]] = ()  # of single images, see `mistakes`
     image: str = ""  # a data URI
 
 
@@ -46,14 +47,16 @@ class Content(NamedTuple):
     pairs: Sequence[Mapping[str, Any]] = ()
     attacked: Sequence[Attacked] = ()
     confusion: Mapping[str, Any] | None = None  # see `ltjax.report.analysis.confusion_numbers`
+    mistakes: Mapping[str, Any] | None = None  # {"wrong": number of images, "shown": the most confident of them}
+    num_images: int = 0  # of the test set
     comparison: bool = False
     image: str = ""  # of the attack, a data URI
 
 
 def of(content: Content) -> list[Section]:
-    """Return the sections in the order of a reader's questions, without those that have no figure."""
+    """Return the sections in the order of a reader's questions, without those that have nothing to show."""
     built = [section(content) for section in SECTIONS]
-    return [section for section in built if section.figures]
+    return [section for section in built if section.figures or section.pictures]
 
 
 def accuracy(content: Content) -> Section:
@@ -155,6 +158,33 @@ def confusion(content: Content) -> Section:
     return Section("confusion", "Confusion matrix", " ".join(about), figures, [], listings)
 
 
+def mistakes(content: Content) -> Section:
+    """The wrong test images of which the final stage of a run is most sure."""
+    pictures, about = [], ""
+    if content.mistakes and content.mistakes["shown"]:
+        panel, shown = content.ends[0], content.mistakes["shown"]
+        names = panel.class_names
+        about = (
+            f"{panel.title}: {len(shown):,} of the {content.mistakes['wrong']:,} wrong predictions for "
+            f"{content.num_images:,} test images, those with the highest confidence. They are extremes, not typical "
+            "mistakes, and some may be right and labelled wrongly: look at the label first. Confidence is the largest "
+            "probability, without a fitted temperature. Images are cropped as the network sees them."
+        )
+        pictures = [
+            {
+                "uri": each["uri"],
+                "small": each["small"],
+                "alt": f"test image of {names[each['true']]}",
+                "true": names[each["true"]],
+                "predicted": names[each["predicted"]],
+                "about": f"{percent(each['confidence'])}\u00a0%\u00a0sure",
+                "name": each["name"],
+            }
+            for each in shown
+        ]
+    return Section("mistakes", "Most sure, and wrong", about, [], [], pictures=pictures)
+
+
 def geometry(content: Content) -> Section:
     return Section(
         "geometry",
@@ -200,7 +230,7 @@ def robustness(content: Content) -> Section:
 
 
 # The sections of a page, in this order.
-SECTIONS = (accuracy, scores, calibration, learning, errors, confusion, geometry, learned, robustness)
+SECTIONS = (accuracy, scores, calibration, learning, errors, confusion, mistakes, geometry, learned, robustness)
 
 
 def group_counts(panel: Panel) -> str:

@@ -18,6 +18,7 @@ from ltjax.engine import feed, measure, stage
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 from ltjax.types import UserError
+from tests.data.miniatures import photo
 
 COUNTS, SIZE = (22, 11, 5), 16
 
@@ -150,6 +151,18 @@ def test_a_run_that_heeds_orientations_sees_the_same_images_however_the_camera_w
     plain = experiments.set_up(parse(settings()), None)
     first, second = (each.evaluate["net"](variables, each.test_set) for each in (seen, plain))
     np.testing.assert_array_equal(first["confidences"], second["confidences"])
+
+
+def test_an_image_of_a_folder_is_named_by_its_path_there(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name / "more").mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / part / name / "more" / f"{number}.jpg").write_bytes(photo(number, 0, 16))
+    run = parse(settings(data={**settings()["data"], "root": str(tmp_path)}))
+    files = data.load("image_folder", tmp_path)
+    assert [feed.picture_name(run, files, i) for i in (0, 3)] == ["val/cat/more/0.jpg", "val/dog/more/1.jpg"]
+    assert feed.picture_name(parse(settings()), both()[0], 3) == "test image 3"
 
 
 def test_class_means_of_the_report_use_a_few_images_of_each_class(pair):

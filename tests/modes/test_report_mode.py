@@ -164,9 +164,26 @@ def test_the_table_of_confusions_counts_every_test_image(trained):
     assert right == pytest.approx(results["accuracy"]["all"] * results["num_images"])
 
 
+def test_mistakes_are_all_wrong_images_the_surest_first(trained, numbers, restored, outputs):
+    experiment, _, variables = restored
+    with open(trained[0] / "report" / "mistakes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    logits = np.asarray(outputs(variables, experiment.data.test_images).logits)
+    predictions, labels, names = logits.argmax(-1), experiment.data.test_labels, experiment.class_names
+    assert len(rows) == numbers["mistakes"]["wrong"] == (predictions != labels).sum()
+    confidences = [float(row["confidence"]) for row in rows]
+    assert confidences == sorted(confidences, reverse=True)
+    for row in rows[:100]:
+        index = int(row["image"].removeprefix("test image "))
+        assert row["true"] == names[labels[index]] and row["predicted"] == names[predictions[index]] != row["true"]
+        assert float(row["confidence"]) == pytest.approx(float(jax.nn.softmax(logits[index]).max()), rel=1e-3)
+    shown = [(each["name"], names[each["true"]], names[each["predicted"]]) for each in numbers["mistakes"]["shown"]]
+    assert shown == [(row["image"], row["true"], row["predicted"]) for row in rows[: len(shown)]] and len(shown) == 24
+
+
 def test_report_mode_writes_the_same_report_again(trained):
     workdir, before = trained[0], {}
-    for name in ("index.html", "numbers.json", "classes.csv", "classes.json", "confusion.csv"):
+    for name in ("index.html", "numbers.json", "classes.csv", "classes.json", "confusion.csv", "mistakes.csv"):
         path = workdir / "report" / name
         before[name] = path.read_text()
         path.unlink()
@@ -230,10 +247,11 @@ def test_a_failing_report_does_not_fail_the_run(monkeypatch, capsys):
     assert "no pictures today" in capsys.readouterr().out
 
 
-def test_a_sample_image_is_shrunk_to_a_few_kilobytes(restored, monkeypatch):
+@pytest.mark.parametrize("side, most", [(report.SIDE, 8000), (report.LARGER_SIDE, 15_000)])
+def test_a_sample_image_is_shrunk_to_a_few_kilobytes(restored, monkeypatch, side, most):
     experiment, _, _ = restored
     large = np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)
     monkeypatch.setattr(feed, "picture", lambda *_: large)
-    sample = report.sample(experiment, 0)
-    assert sample["uri"].startswith("data:image/jpeg;base64,") and len(sample["uri"]) < 8000 and not sample["small"]
+    sample = report.sample(experiment, 0, side)
+    assert sample["uri"].startswith("data:image/jpeg;base64,") and len(sample["uri"]) < most and not sample["small"]
     assert json.dumps(sample)

@@ -75,6 +75,7 @@ def numbers(num_classes=10, stages=STAGES, seed=0, picture="data:image/png;base6
         "stages": {name: made for name in stages},
         "pairs": pairs,
         "confusion": {"seeds": 1, **confusion},
+        "mistakes": {"wrong": 2, "shown": [{**image, "true": 0, "predicted": num_classes - 1, "name": "val/a/1.jpg"}]},
     }
 
 

@@ -44,7 +44,18 @@ def made(num_classes=10, **also):
     return page.of_run(results, groups, made_up.numbers(num_classes, stages), made_up.curves(stages))
 
 
-SECTIONS = ("how", "accuracy", "scores", "calibration", "learning", "errors", "confusion", "geometry", "learned")
+SECTIONS = (
+    "how",
+    "accuracy",
+    "scores",
+    "calibration",
+    "learning",
+    "errors",
+    "confusion",
+    "mistakes",
+    "geometry",
+    "learned",
+)
 
 
 def test_sections_have_their_order():
@@ -193,6 +204,27 @@ def test_mistakes_are_orange_and_what_is_right_is_grey():
     assert sorted(zip(*np.nonzero(pixels[..., 3]), strict=True)) == [(0, 0), (0, 5), (30, 0)]
     assert tuple(pixels[0, 0, :3]) == plots.GREY and tuple(pixels[0, 5, :3]) == plots.ORANGE
     assert pixels[30, 0, 3] == 255 > pixels[0, 5, 3] > 90  # all of the row, or a quarter of it
+
+
+def section(html, name):
+    """Return the text of a section, with spaces for what breaks no line."""
+    (found,) = re.findall(rf'<section aria-labelledby="{name}".*?</section>', html, re.DOTALL)
+    return " ".join(re.sub("<[^>]*>", " ", found).replace("\u00a0", " ").split())
+
+
+def test_the_surest_mistakes_are_shown_with_classes_confidence_and_name():
+    html = made()
+    text = section(html, "mistakes")
+    assert "class 0 taken for class 9 , 90.0 % sure val/a/1.jpg" in text
+    assert "1 of the 2 wrong predictions for 1,000 test images" in text
+    assert '<img class="small" src="data:image/png;base64,iVBORw0KGgo=" alt="test image of class 0">' in html
+
+
+def test_without_mistakes_there_is_no_section_of_them():
+    results, numbers = made_up.results(), made_up.numbers()
+    numbers["mistakes"] = {"wrong": 0, "shown": []}
+    groups = made_up.groups_of(np.asarray(results["class_counts"]))
+    assert "mistakes" not in Checked(page.of_run(results, groups, numbers, {})).ids
 
 
 def test_marks_of_balanced_classes_do_not_overlap():
