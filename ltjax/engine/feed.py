@@ -1,5 +1,6 @@
 """Bring images to the devices: data sets in memory once, at the start; data sets on disk as a stream of batches."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,12 +92,23 @@ def some_of_each_class(run: RunConfig, data: Any, split: splits.Split, mesh: Mes
 
 
 def picture(run: RunConfig, data: Images | Stored, index: int) -> np.ndarray:
-    """Return a test image, uint8 [H, W, channels], cropped as the network sees it."""
+    """Return a test image, uint8 [H, W, channels], cropped as the network sees it.
+
+    Features become a square of grey values, from the smallest, black, to the largest, white.
+    """
     if isinstance(data, Images):
-        return data.test_images[index]
+        image = data.test_images[index]
+        return image if image.dtype == np.uint8 else _as_greys(image.astype(np.float32).ravel())
     from ltjax.data.decode import center_crop, decode
 
     return center_crop(decode(data.test_files[index], upright=run.data.upright), _view(run))
+
+
+def _as_greys(features: np.ndarray) -> np.ndarray:
+    side = math.ceil(math.sqrt(len(features)))
+    span = max(float(np.ptp(features)), 1e-12)
+    greys = np.round((features - features.min()) / span * 255).astype(np.uint8)
+    return np.pad(greys, (0, side * side - len(greys))).reshape(side, side, 1)
 
 
 def _view(run: RunConfig) -> Any:

@@ -176,3 +176,13 @@ def test_standardised_features_do_not_depend_on_their_scale(tmp_path):
         config.update(epochs=2, batch_size=8)
         losses.append(train.train(config, tmp_path / f"run{scale[0]:g}")["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_report_shows_features_as_grey_values(tmp_path):
+    features, labels = made()
+    config = read("features", "method=ce").to_dict()
+    config["data"]["root"] = str(npz(tmp_path, labels=np.roll(labels, 1)[np.argsort(features[:, 3])]))  # mistakes
+    config.update(epochs=1, batch_size=8)
+    figures = train.train(config, tmp_path / "run")
+    assert figures["accuracy"]["all"] < 1
+    assert "data:image/png" in (tmp_path / "run" / "report" / "index.html").read_text()
