@@ -5,9 +5,10 @@
     python run.py --config=configs/imagenet_lt.py:method=reslt,model=resnext50
     python run.py --config=configs/imagenet_lt.py:method=mislas,runlocal    # on a laptop
 
-Arguments: method, or recipe; model (resnet10, 50, ..., resnext50, resnext101), size=224, augment=paper|auto (auto:
-RandAugment), mixup, holdout, and those of adversarial training (configs/cifar100.py). On a small accelerator:
---config.accumulate=4 --config.model.remat=true, and with the argument precision=bf16.
+Arguments: method, or recipe; model (resnet10, 50, ..., resnext50, resnext101; vit_s16, vit_b16, dinov2_s14, clip_b16,
+...), size=224, augment=paper|auto (auto: RandAugment), mixup, holdout, and those of adversarial training
+(configs/cifar100.py). On a small accelerator: --config.accumulate=4 --config.model.remat=true, and with the argument
+precision=bf16. Vision transformers are for imported weights: docs/weights.md.
 With ResLT, the papers' batches and rates are model=resnext101 --config.batch_size=128 --config.reslt.lr=0.05.
 
 Top-1 / ECE in %, last epoch, full length:

@@ -25,7 +25,8 @@ def get_config(arg=None):
     config = large.base("places_lt", args, recipe, network="resnet152", epochs=90, weight_decay=5e-4)
     config.data.ranges = (131, 288)
     # Adversarial training trains the whole network: a frozen backbone keeps the features of clean images.
-    if not (recipe.adversarial or args.runlocal):
+    # An extra block follows a ResNet's maps.
+    if not (recipe.adversarial or args.runlocal or config.model.name == "vit"):
         config.model.extra_block = True
         config.weights, config.weights_parts = f"resnet{config.model.depth}", ("backbone",)
         if config.model.depth == 152:

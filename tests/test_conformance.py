@@ -23,6 +23,7 @@ FILES = {"cifar10_lt": cifar10_lt, "cifar100_lt": cifar100_lt}
 # All methods of cifar10_lt (LBGAT with a second stage), those of cifar100_lt that differ in more than the numbers of
 # `test_the_files_differ_only_in_numbers`, and recipes that no method uses.
 LBGAT = "cifar10_lt:recipe=lbgat+robust_classifier,beta=6,awp=true,sampler=class_aware"
+VIT = "cifar10_lt:method=crt,model=vit_ti16"
 RUNS = (
     *(f"cifar10_lt:method={name}" for name in recipes.FROM_SCRATCH if name != "lbgat"),
     LBGAT,
@@ -32,6 +33,7 @@ RUNS = (
     "cifar10_lt:recipe=ce+drw",
     "cifar10_lt:recipe=ce+balanced_softmax_classifier",
     "cifar10_lt:recipe=ldam+crt",
+    VIT,
 )
 IDS = [name.replace(":", "-").replace("=", "-") for name in RUNS]
 every_run = pytest.mark.parametrize("name", RUNS, ids=IDS)
@@ -45,6 +47,7 @@ STOPPED = (
     ("cifar10_lt:recipe=ldam+crt", "crt"),
     ("cifar10_lt:recipe=reslt+dro+smoothing", "reslt"),
     (LBGAT, "lbgat"),
+    (VIT, "crt"),
 )
 # 629 images: 40 steps an epoch in dispatches of 10, or without the last batch 39 in dispatches of 13.
 TINY = {
@@ -81,7 +84,9 @@ def tiny_config(name):
     values.update_from_flattened_dict(TINY)
     values.data.holdout = 5 if values.data.holdout else 0
     for net in ("model", "guide"):
-        if values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training
+        if values.get(net) and values[net].name == "vit":
+            values[net].update(depth=2, width=8, heads=2, patch=4, grid=2)
+        elif values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training
             common = {key: value for key, value in values[net].items() if key != "init"}
             values[net] = {**common, "name": "wide_resnet", "depth": 10, "width": 1}
         elif values.get(net):
@@ -162,7 +167,7 @@ def stages_of(name):
     return parse(tiny_config(name)).stages
 
 
-ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:method=tau_norm", LBGAT)
+ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:method=tau_norm", LBGAT, VIT)
 
 
 @pytest.mark.parametrize("name", ARCHIVED, ids=[IDS[RUNS.index(name)] for name in ARCHIVED])

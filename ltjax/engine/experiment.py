@@ -30,7 +30,7 @@ from ltjax.engine.stage import (
     steps_done,
     streamed_draw,
 )
-from ltjax.interop.weights import hash_weights, into, is_weights, load_weights
+from ltjax.interop.weights import check_classifier, hash_weights, into, is_weights, load_weights
 from ltjax.models import features
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.trained import is_archive, newest, read_archive, variables_of
@@ -442,6 +442,7 @@ def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -
     if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
         return None
     weights = load_weights(run.weights)
+    check_classifier(weights, run.weights)
     computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
     experiment = set_up(run._replace(model={**weights.settings, **computation}), data_dir)
     note_images_of_weights(experiment)

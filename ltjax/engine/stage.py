@@ -93,7 +93,7 @@ def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
         if mode == "eval":
             return nets[net].apply(collections, images, False), variables
         outputs, new = nets[net].apply(collections, images, True, mutable=["batch_stats"])
-        return outputs, variables._replace(stats={**variables.stats, net: new["batch_stats"]})
+        return outputs, variables._replace(stats={**variables.stats, net: new.get("batch_stats", {})})
 
     return apply
 

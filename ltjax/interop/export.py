@@ -31,6 +31,7 @@ from ltjax.interop.torch import export_state_dict
 from ltjax.interop.weights import (
     DESCRIPTION,
     Weights,
+    check_classifier,
     described,
     in_our_order,
     load_weights,
@@ -85,6 +86,7 @@ def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
     """
     from jax import export
 
+    check_classifier(weights, "--format=stablehlo")
     weights = in_our_order(weights)
     settings: dict[str, Any] = {**weights.settings, "platform": "gpu"}  # its convolution works everywhere
     model = models.create(settings.pop("name"), weights.num_classes, **settings)

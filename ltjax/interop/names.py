@@ -1,17 +1,21 @@
 """Names of PyTorch's networks and ours: one table for both directions."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-PREFIXES = r"(?:(?:module|model|_orig_mod)\.)*"  # of wrappers, and of the backbone in MiSLAS's and ResLT's networks
+# Of wrappers, of the backbone in MiSLAS's and ResLT's networks, and of the images' tower in CLIP's
+PREFIXES = r"(?:(?:module|model|_orig_mod|visual)\.)*"
 _BLOCK = r"(?:layer(?P<stage>\d)|block(?P<wide_stage>\d)\.layer)\.(?P<block>\d+)\."  # the second in wide ResNets
 _OURS = "backbone/stage{stage}_block{block}/"
-# Names without use for a network: PyTorch's batch counts, the unused stage of LBGAT's wide ResNets, and DRO-LT's
-# margins.
-IGNORED = r"(?:.*\.)?num_batches_tracked|sub_block1\..*|(?:.*\.)?(?:learnable_)?epsilons"
+_VIT_BLOCK = r"(?:blocks|transformer\.resblocks)\.(?P<block>\d+)\."  # timm's and Meta's; CLIP's
+_OUR_VIT_BLOCK = "backbone/block{block}/"
+# Names without use for a network: PyTorch's batch counts, the unused stage of LBGAT's wide ResNets, DRO-LT's margins,
+# and what DINOv2 puts in the place of masked patches.
+IGNORED = r"(?:.*\.)?num_batches_tracked|sub_block1\..*|(?:.*\.)?(?:learnable_)?epsilons|mask_token"
 
 
 class Rule(NamedTuple):
@@ -31,9 +35,9 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(r"conv1", "backbone/conv", "conv1"),
-    # after the first convolution; in pre-activation networks, after the last block
-    Rule(r"bn1?", "backbone/norm", "bn1", {"preact_resnet": "bn"}),
+    Rule(r"conv1|patch_embed\.proj", "backbone/conv", "conv1", {"vit": "patch_embed.proj"}),
+    # after the first convolution; in pre-activation networks and vision transformers, after the last block
+    Rule(r"bn1?|norm|ln_post", "backbone/norm", "bn1", {"preact_resnet": "bn", "vit": "norm"}),
     Rule(
         _BLOCK + r"conv(?P<n>\d)",
         _OURS + "conv{n}",
@@ -60,10 +64,33 @@ RULES = (
     Rule(r"BNT", "branches/norm3", "BNT"),
     Rule(r"branches\.0", "branches/conv", "branches.0"),  # see `branches_by_shape` for other names
     Rule(r"branches\.1", "branches/norm", "branches.1"),
-    Rule(r"(?:classifier\.)?(?:fc|linear)", "classifier", "fc", {"resnet_cifar": "linear", "preact_resnet": "linear"}),
+    Rule(
+        r"(?:classifier\.)?(?:fc|linear)|head",
+        "classifier",
+        "fc",
+        {"resnet_cifar": "linear", "preact_resnet": "linear", "vit": "head"},
+    ),
+    Rule(r"norm_pre|ln_pre", "backbone/pre_norm", "norm_pre"),
+    Rule(_VIT_BLOCK + r"(?:norm|ln_)(?P<n>[12])", _OUR_VIT_BLOCK + "norm{n}", "blocks.{block}.norm{n}"),
+    Rule(_VIT_BLOCK + r"attn\.(?:qkv|in_proj)", _OUR_VIT_BLOCK + "attention/qkv", "blocks.{block}.attn.qkv"),
+    Rule(_VIT_BLOCK + r"attn\.(?:out_)?proj", _OUR_VIT_BLOCK + "attention/out", "blocks.{block}.attn.proj"),
+    Rule(_VIT_BLOCK + r"mlp\.(?:fc1|c_fc)", _OUR_VIT_BLOCK + "mlp1", "blocks.{block}.mlp.fc1"),
+    Rule(_VIT_BLOCK + r"mlp\.(?:fc2|c_proj)", _OUR_VIT_BLOCK + "mlp2", "blocks.{block}.mlp.fc2"),
+    Rule(_VIT_BLOCK + r"ls(?P<n>[12])", _OUR_VIT_BLOCK + "layer_scale{n}", "blocks.{block}.ls{n}"),
 )
-LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var", "gamma": "gamma"}
 _EXPORTED = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_EXPORTED["gamma"] = "gamma"
+# Names that have no module, the exported ones first: timm's, Meta's (DINOv2), CLIP's.
+TOKENS = {
+    "cls_token": "backbone/class_token",  # [1, 1, D]
+    "class_embedding": "backbone/class_token",  # [D]
+    "pos_embed": "backbone/positions",  # [1, N, D], of the patches or of the class token and them
+    "positional_embedding": "backbone/positions",  # [N, D]
+    "reg_token": "backbone/registers",  # [1, R, D]
+    "register_tokens": "backbone/registers",
+    "proj": "backbone/projection",  # [D, E]
+}
 # Names of the mean and standard deviation with which some networks, mostly robust ones, normalise their images.
 NORMALISATION = re.compile(r"(?:normali[sz]\w*\.)?(?:(?P<mean>mean|mu)|std|sigma)")
 SCALE = "lws_model.learned_norm"  # MiSLAS's, [1, C]
@@ -78,17 +105,44 @@ def path_of(key: str, ndim: int) -> str | None:
     """Return our path ("backbone/conv/kernel") of a bare PyTorch name, or None. ndim: of its array."""
     if key.removeprefix("lws_model.") == "learned_norm":
         return "logit_scale"
-    name, _, leaf = key.rpartition(".")
+    if key in TOKENS:
+        return TOKENS[key]
+    name, _, leaf = re.sub(r"\.in_proj_(?=\w+$)", ".in_proj.", key).rpartition(".")
     if leaf not in LEAVES:
         return None
     for rule in RULES:
         if match := re.fullmatch(rule.theirs, name):
             parts = match.groupdict()
-            if "block" in parts:
+            if "stage" in parts:
                 parts["stage"] = parts["stage"] or parts["wide_stage"]
+            if "block" in parts:
                 parts["block"] = str(int(parts["block"]) + 1)  # ours count from 1
             return f"{rule.ours.format(**parts)}/{'scale' if leaf == 'weight' and ndim == 1 else LEAVES[leaf]}"
     return None
+
+
+def prepared(state_dict: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Return the arrays of the network alone, and the names that are passed over.
+
+    Passed over are `IGNORED`, and whatever stands beside CLIP's `visual.`, such as its tower for text. The position of
+    a class token is added to the token, so positions are those of the patches.
+    """
+    inside = re.compile(r"(?:(?:module|model|_orig_mod)\.)*visual\.")
+    visual = any(inside.match(key) for key in state_dict)
+    arrays = {
+        key: np.asarray(value)
+        for key, value in state_dict.items()
+        if not re.fullmatch(IGNORED, bare(key)) and (inside.match(key) or not visual)
+    }
+    keys = {path_of(bare(key), value.ndim): key for key, value in arrays.items()}
+    token, positions = keys.get("backbone/class_token"), keys.get("backbone/positions")
+    if token and positions and arrays[token].size and arrays[positions].shape[-1:] == (arrays[token].size,):
+        rows = arrays[positions].reshape(-1, arrays[token].size)
+        if len(rows) > 1 and math.isqrt(len(rows) - 1) ** 2 == len(rows) - 1:
+            kind = np.result_type(rows.dtype, arrays[token].dtype, np.float32)
+            arrays[token] = arrays[token].reshape(-1).astype(kind) + rows[0].astype(kind)
+            arrays[positions] = rows[1:]
+    return arrays, tuple(key for key in state_dict if key not in arrays)
 
 
 def normalisation(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[float, ...]]]:
@@ -135,6 +189,8 @@ def key_of(path: str, family: str, *, mislas: bool, reslt: bool) -> str:
     """
     if path == "logit_scale":
         return SCALE
+    if tokens := [theirs for theirs, ours in TOKENS.items() if ours == path]:
+        return f"{'model.' if mislas else ''}{tokens[0]}"
     module, _, leaf = path.rpartition("/")
     for rule in RULES:
         pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", rule.ours)

@@ -8,9 +8,10 @@ If CHECKPOINT is a .safetensors or .npz file, PyTorch is not needed: a state_dic
 import ast
 import hashlib
 import json
+import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +21,23 @@ import numpy as np
 from flax import linen as nn
 
 from ltjax import models
-from ltjax.interop import checkpoints, names
-from ltjax.interop.weights import described, save_weights
+from ltjax.interop import checkpoints, names, vit
+from ltjax.interop.weights import Weights, described, save_weights
 from ltjax.optim import flatten, unflatten
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.paths import local
-from ltjax.types import UserError, Variables
+from ltjax.types import UserError, Variables, some
 
 NORMALISE = {  # mean and std of each channel
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's, and the authors' on large images
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # MiSLAS, DRO-LT and ResLT, also on CIFAR-100
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),  # MiSLAS on iNaturalist
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Google's vision transformers, timm's augreg
     "none": ((0.0,), (1.0,)),  # LBGAT
 }
+
+OF_OTHER_PARTS = ("num_classes", "logit_scale", "extra_block", "branches")  # settings that are none of a backbone's
 
 
 class Placed(NamedTuple):
@@ -41,12 +46,28 @@ class Placed(NamedTuple):
     Attributes:
       variables: As `import_state_dict` returns them.
       placed: {PyTorch's name: our path}.
-      ignored: Names without use, see `ltjax.interop.names.IGNORED`.
+      ignored: Names without use, see `ltjax.interop.names.prepared`, and those of parts that were not asked for.
     """
 
     variables: Variables
     placed: dict[str, str]
     ignored: tuple[str, ...]
+
+
+class Checkpoint(NamedTuple):
+    """A file of somebody else's weights.
+
+    Attributes:
+      weights: Ours. `num_classes` is 0 if they have no classifier.
+      placed: {PyTorch's name: our path}.
+      ignored: Everything else in the file.
+      notes: What had to be assumed about the network, a sentence each.
+    """
+
+    weights: Weights
+    placed: dict[str, str]
+    ignored: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Variables:
@@ -55,9 +76,11 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
     Supported are torchvision's ResNets (`layer1.0.downsample.0`, `fc`); the CIFAR ResNets of DRO-LT (`conv1`,
     `layer1.0.conv1`, `linear`), MiSLAS (`classifier.`, `lws_model.learned_norm`, for Places `block.`) and ResLT
     (`linear`, `BNH`, `BNM`, `BNT`, or one 1x1 convolution and batch norm); LBGAT's ResNet-18 (`layer2.0.shortcut.0`)
-    and the wide ResNets of LBGAT and TRADES (`block1.layer.0.conv1`, `fc`); and pre-activation ResNets (`bn` last).
-    Ignored are `num_batches_tracked`; the unused `sub_block1` of those wide ResNets; and `epsilons`, the margins of
-    DRO-LT's loss. Import LBGAT's second network separately, without `teacher.`.
+    and the wide ResNets of LBGAT and TRADES (`block1.layer.0.conv1`, `fc`); pre-activation ResNets (`bn` last); and the
+    vision transformers of timm (`blocks.0.attn.qkv`), DINOv2 and CLIP (`visual.transformer.resblocks.0.ln_1`).
+    Ignored are `num_batches_tracked`; the unused `sub_block1` of those wide ResNets; `epsilons`, the margins of
+    DRO-LT's loss; DINOv2's `mask_token`; and CLIP's tower for text. Import LBGAT's second network separately, without
+    `teacher.`.
 
     Args:
       state_dict: {name: array} with PyTorch's names and layouts (convolutions OIHW, linear [out, in]). Names may begin
@@ -83,10 +106,16 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
     return place(state_dict, model).variables
 
 
-def place(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Placed:
-    """Do what `import_state_dict` does, and also return what became of each name."""
-    arrays = {key: np.asarray(value) for key, value in state_dict.items()}
-    shapes = _shapes(model, arrays)
+def place(state_dict: Mapping[str, np.ndarray], model: nn.Module, parts: Sequence[str] = ()) -> Placed:
+    """Do what `import_state_dict` does, and also return what became of each name.
+
+    Args:
+      state_dict: See `import_state_dict`.
+      model: See `import_state_dict`.
+      parts: Parts of the network to import, such as ("backbone",); the variables have no others. (): all.
+    """
+    arrays, unused = names.prepared(state_dict)
+    shapes = {path: leaf for path, leaf in _shapes(model, arrays).items() if not parts or path.split("/")[0] in parts}
     normalisation = names.normalisation(arrays)
     for kind, (key, values) in normalisation.items():
         ours = tuple(getattr(model, kind))
@@ -95,9 +124,12 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Placed:
                 f"state_dict normalises images: {key} is {values}, and the model's {kind} is {ours}: give the model "
                 f"{kind}={values}"
             )
-    ignored = tuple(key for key in arrays if re.fullmatch(names.IGNORED, names.bare(key)))
-    ignored += tuple(key for key, _ in normalisation.values())
-    paths = {key: names.path_of(names.bare(key), arrays[key].ndim) for key in arrays.keys() - set(ignored)}
+    found = {key: names.path_of(names.bare(key), value.ndim) for key, value in arrays.items()}
+    ignored = (*unused, *(key for key, _ in normalisation.values()))
+    ignored += tuple(key for key, path in found.items() if path and parts and path.split("/")[0] not in parts)
+    if "backbone/projection" not in shapes:  # a network without CLIP's last layer, such as LIFT's
+        ignored += tuple(key for key, path in found.items() if path == "backbone/projection")
+    paths = {key: path for key, path in found.items() if key not in ignored}
     if "branches/conv/kernel" in shapes:
         left = {key: arrays[key] for key, path in paths.items() if path not in shapes}
         paths |= names.branches_by_shape(left, shapes["branches/conv/kernel"].shape[2])
@@ -109,6 +141,8 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Placed:
             value = value.transpose(2, 3, 1, 0)
         elif path == "logit_scale":
             value = value.reshape(-1)
+        elif path in names.TOKENS.values():
+            value = _token(value, shapes[path]) if path in shapes else value
         elif value.ndim == 2:
             value = value.T
         if path is None or path not in shapes:
@@ -131,27 +165,35 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> Placed:
     return Placed(Variables({"net": unflatten(params)}, {"net": unflatten(stats)}, {}), placed, ignored)
 
 
+def _token(value: np.ndarray, like: Any) -> np.ndarray:
+    """Bring tokens or positions of a vision transformer to our shape, if they are as many numbers."""
+    return value.reshape(like.shape) if value.size == math.prod(like.shape) else value
+
+
 def _shapes(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return {our path: shape} of the model, with as many input channels as the state_dict."""
     first = [v for key, v in arrays.items() if names.path_of(names.bare(key), v.ndim) == "backbone/conv/kernel"]
     channels = first[0].shape[1] if first and first[0].ndim == 4 else 3
-    shapes = jax.eval_shape(lambda rng: model.init(rng, jnp.zeros((1, 32, 32, channels))), jax.random.key(0))
+    shapes = jax.eval_shape(lambda rng: model.init(rng, models.example(model, channels)), jax.random.key(0))
     return {**flatten(shapes["params"]), **flatten(shapes.get("batch_stats", {}))}
 
 
 def export_state_dict(variables: Variables, model: nn.Module, *, net: str = "net") -> dict[str, np.ndarray]:
     """Return a network's variables as a PyTorch state_dict {name: array}, the inverse of `import_state_dict`.
 
-    Names are torchvision's for `resnet`; DRO-LT's, or with branches ResLT's, for CIFAR ResNets; LBGAT's for wide
-    ResNets (load with `strict=False` because of their unused `sub_block1`). A network with a `logit_scale` or an extra
-    block has MiSLAS's names, `model.`, `classifier.`, `lws_model.` and `block.`; their code stores a state_dict of
-    each. The convolution and norm of ResLT's branches for large images are `branches.0` and `branches.1`. Arrays are
-    float32. `num_batches_tracked` is 0, for PyTorch's `strict=True`.
+    Names are torchvision's for `resnet`; timm's for `vit`; DRO-LT's, or with branches ResLT's, for CIFAR ResNets;
+    LBGAT's for wide ResNets (load with `strict=False` because of their unused `sub_block1`). A network with a
+    `logit_scale` or an extra block has MiSLAS's names, `model.`, `classifier.`, `lws_model.` and `block.`; their code
+    stores a state_dict of each. The convolution and norm of ResLT's branches for large images are `branches.0` and
+    `branches.1`. Arrays are float32. `num_batches_tracked` is 0, for PyTorch's `strict=True`.
 
     Args:
       variables: Of one replica.
       model: Their network.
       net: Name of the network in `variables`.
+
+    Raises:
+      UserError: PyTorch has no names for the network, such as one with adapters.
 
     Examples:
       >>> net = models.create("resnet_cifar", 3, depth=8, width=2)
@@ -164,11 +206,15 @@ def export_state_dict(variables: Variables, model: nn.Module, *, net: str = "net
     flat = {**flatten(variables.params[net]), **flatten(variables.stats[net])}
     parts, state_dict = {path.split("/")[0] for path in flat}, {}
     family = getattr(model.backbone, "family", "")  # pyrefly: ignore[missing-attribute]
+    if family == "vit":
+        vit.check_export(model.backbone)  # pyrefly: ignore[missing-attribute]
     form = dict(mislas=bool({"logit_scale", "block"} & parts), reslt="branches" in parts)
     for path, leaf in flat.items():
         value, key = np.asarray(leaf), names.key_of(path, family, **form)
         if path == "logit_scale":
             value = value[None]
+        elif path in names.TOKENS.values():
+            value = vit.exported(path, value, registers="backbone/registers" in flat)
         elif value.ndim == 4:
             value = value.transpose(3, 2, 0, 1)
         elif value.ndim == 2:
@@ -202,10 +248,19 @@ def read_model(spec: str) -> dict[str, Any]:
     return settings
 
 
-def implied(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Infer settings of a model from a state_dict: `num_classes`, `mean`, `std`, and ResLT's and MiSLAS's parts."""
-    paths = {names.path_of(names.bare(key), value.ndim): value for key, value in state_dict.items()}
-    settings: dict[str, Any] = {kind: values for kind, (_, values) in names.normalisation(state_dict).items()}
+def implied(state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Infer settings of a model from a state_dict.
+
+    They are `num_classes`, `mean`, `std`, ResLT's and MiSLAS's parts, and all settings of a vision transformer.
+
+    Args:
+      state_dict: See `import_state_dict`.
+      config: See `ltjax.interop.vit.config_beside`.
+    """
+    arrays, _ = names.prepared(state_dict)
+    paths = {names.path_of(names.bare(key), value.ndim): value for key, value in arrays.items()}
+    settings: dict[str, Any] = {kind: values for kind, (_, values) in names.normalisation(arrays).items()}
+    settings |= vit.implied(arrays, config or {})[0]
     if "classifier/kernel" in paths:
         settings["num_classes"] = paths["classifier/kernel"].shape[0]
     if "logit_scale" in paths:
@@ -254,26 +309,73 @@ def class_order(text: str, num_classes: int) -> list[int] | None:
     return (np.argsort(numbers) if kind == "map" else numbers).tolist()
 
 
+def read_checkpoint(
+    file: str | Path,
+    settings: Mapping[str, Any],
+    *,
+    net: str = "",
+    num_classes: int = 0,
+    backbone: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Read somebody else's weights from a file.
+
+    Args:
+      file: See `ltjax.interop.checkpoints.read`.
+      settings: Of the model, see `ltjax.models.create`. They win over those that the file implies. A vision transformer
+        needs none, other networks at least `name`.
+      net: Which network, if there are several.
+      num_classes: Default: that of the classifier; without a classifier, the weights are those of the other parts.
+      backbone: Take the backbone alone, whatever the classifier.
+      config: See `ltjax.interop.vit.config_beside`. None: read it from the file's folder.
+
+    Raises:
+      UserError: The file cannot be read, or is not of that network.
+    """
+    state_dict, left_out = checkpoints.network(checkpoints.read(local(file)), net)
+    config = vit.config_beside(local(file)) if config is None else config
+    arrays, _ = names.prepared(state_dict)
+    found = implied(state_dict, config)
+    if "name" in found and settings.get("name", "vit") != "vit":
+        raise UserError(f"{file} holds a vision transformer, not a {settings['name']}: set the model to vit")
+    if backbone:
+        found = {key: value for key, value in found.items() if key not in OF_OTHER_PARTS}
+    merged = {**found, **settings}
+    assumed = {key: reason for key, reason in vit.implied(arrays, config)[1].items() if key not in settings}
+    notes = tuple(
+        f"{key}={merged[key]} is assumed ({reason}): give {key}= if it is another" for key, reason in assumed.items()
+    )
+    classes = num_classes or merged.get("num_classes", 0)
+    name = merged.pop("name", "")
+    merged.pop("num_classes", None)
+    paths = (names.path_of(names.bare(key), value.ndim) for key, value in arrays.items())
+    parts = ("backbone",) if backbone else () if classes else tuple({path.split("/")[0] for path in paths if path})
+    imported = place(state_dict, models.create(name, classes or 1, **merged), parts)
+    weights = Weights(imported.variables, {"name": name, **merged}, 0 if parts else classes)
+    return Checkpoint(weights, imported.placed, (*imported.ignored, *left_out), notes)
+
+
 def convert(checkpoint: str, model: str, out: str, *, num_classes: int = 0, order: str = "", net: str = "") -> str:
     """Convert a PyTorch checkpoint to a folder of `ltjax.interop.weights`, and return the text to print. See `main`."""
-    state_dict, left_out = checkpoints.network(checkpoints.read(local(checkpoint)), net)
-    settings = {**implied(state_dict), **read_model(model)}
-    num_classes = num_classes or settings.get("num_classes", 0)
-    settings.pop("num_classes", None)
-    if not num_classes:
-        raise UserError(f"{checkpoint}: it has no classifier, so the number of classes is unknown; give --num_classes")
-    name = settings.pop("name")
-    imported = place(state_dict, models.create(name, num_classes, **settings))
-    settings = {"name": name, **settings}
+    (_, settings, num_classes, _), placed, ignored, notes = imported = read_checkpoint(
+        checkpoint, read_model(model), net=net, num_classes=num_classes
+    )
     with open(checkpoint, "rb") as file:
         source = {"file": Path(checkpoint).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     classes = class_order(order, num_classes)
-    save_weights(out, imported.variables, settings, num_classes=num_classes, class_order=classes, source=source)
-    lines = [f"{len(imported.placed)} tensors placed in {described(settings, num_classes)}"]
+    variables = imported.weights.variables
+    save_weights(out, variables, settings, num_classes=num_classes, class_order=classes, source=source)
+    lines = [f"{len(placed)} tensors placed in {described(settings, num_classes)}"]
+    lines += notes
     if "mean" not in settings:
-        lines.append("images in [0, 1] are not normalised: most networks need normalise=cifar or imagenet in --model")
-    if imported.ignored or left_out:
-        lines.append(f"ignored: {', '.join(_folded((*imported.ignored, *left_out)))}")
+        known = ", ".join(name for name in NORMALISE if name != "none")
+        lines.append(f"images in [0, 1] are not normalised: most networks need normalise= in --model, one of {known}")
+    if ignored:
+        lines.append(f"ignored: {', '.join(_folded(ignored))}")
+    if not num_classes:
+        lines.append(f"weights are in {out}; they have no classifier, and training starts from them:")
+        lines.append(f"  python run.py --config=CONFIG --config.weights={out}")
+        return "\n".join(lines)
     lines.append(f"weights are in {out}; to evaluate them:")
     lines.append(f"  python run.py --config=CONFIG --mode=eval --workdir=NEW_FOLDER --config.weights={out}")
     lines.append("  and the same with --mode=attack; without --mode, training starts from them")
@@ -281,10 +383,12 @@ def convert(checkpoint: str, model: str, out: str, *, num_classes: int = 0, orde
 
 
 def _folded(keys: tuple[str, ...]) -> list[str]:
-    """Shorten a list of names: of many `num_batches_tracked`, only the first and their number."""
+    """Shorten a list of names to the first and the number of the others, `num_batches_tracked` apart."""
     counted = [key for key in keys if key.endswith("num_batches_tracked")]
+    if len(counted) < 3:
+        return [some(keys)]
     rest = [key for key in keys if key not in set(counted)]
-    return rest if len(counted) < 3 else [*rest, f"{counted[0]} and {len(counted) - 1} more num_batches_tracked"]
+    return [*([some(rest)] if rest else []), f"{counted[0]} and {len(counted) - 1} more num_batches_tracked"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -294,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         required=True,
-        help="NAME,key=value,...: as in config.model; normalise=imagenet|cifar|inat|none stands for mean and std",
+        help=f"NAME,key=value,...: as in config.model; normalise={'|'.join(NORMALISE)} stands for mean and std",
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--net", default="", help="which network, if CHECKPOINT holds several")

@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     Attributes:
       variables: NumPy arrays of the network "net", and perhaps of a "method".
       settings: Arguments of `ltjax.models.create`: `name` and others, without `num_classes`.
-      num_classes: C.
+      num_classes: C. 0: there is no classifier, only other parts, to start training from.
       class_order: [C], our class of each output. None: output k is class k.
     """
 
@@ -60,7 +60,7 @@ def save_weights(
       folder: To write.
       variables: Of one replica.
       settings: See `Weights`.
-      num_classes: C.
+      num_classes: See `Weights`.
       class_order: See `Weights`.
       source: {"file": name, "sha256": digest} of the file that the weights come from.
       net: Name of the network in `variables`.
@@ -116,7 +116,8 @@ def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, An
 
 def _check_sizes(settings: Mapping[str, Any], num_classes: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError if the settings are of a network that is larger than the arrays, and could take all memory."""
-    outputs, most = arrays["params/classifier/kernel"].shape[-1], sum(array.size for array in arrays.values())
+    head, most = arrays.get("params/classifier/kernel"), sum(array.size for array in arrays.values())
+    outputs = 0 if head is None else head.shape[-1]
     if num_classes != outputs:
         raise ValueError(f"num_classes = {num_classes}, and the classifier has {outputs} outputs")
     for name, value in settings.items():
@@ -169,6 +170,12 @@ def hash_weights(folder: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_classifier(weights: Weights, about: str) -> None:
+    """Raise UserError if weights have no classifier. about: for the message."""
+    if not weights.num_classes:
+        raise UserError(f"{about}: no classifier is among these weights; start training from them (config.weights)")
+
+
 def in_our_order(weights: Weights) -> Weights:
     """Reorder the network's outputs to the order of our classes."""
     if weights.class_order is None:
@@ -210,9 +217,9 @@ def into(variables: Variables, weights: Weights, parts: Sequence[str] = (), net:
 
     Args:
       variables: Newly initialised. Each of several replicas (leading axis) gets the same weights.
-      weights: To take. Blocks that are `surplus` are ignored.
+      weights: To take. Blocks that are `surplus` are ignored. Adapters that they lack stay as they are.
       parts: Parts of the network to replace ("backbone", "branches", "block", "classifier", "logit_scale"). Empty: all,
-        and both sides must then have the same parts.
+        and both sides must then have the same parts; or if the weights have no classifier, the parts that they have.
       net: Name of the network in `variables`.
 
     Raises:
@@ -228,11 +235,11 @@ def into(variables: Variables, weights: Weights, parts: Sequence[str] = (), net:
                 f"config.weights_parts names {part!r}: the network has {', '.join(network_parts)}; "
                 f"the weights have {', '.join(imported_parts)}"
             )
-    chosen = set(parts or (*network_parts, *imported_parts))
+    chosen = set(parts or (*(network_parts if weights.num_classes else ()), *imported_parts))
     mismatches = {
         path: f"{path} (weights {_shape(imported.get(path))}, network {_shape(network.get(path))})"
         for path in dict.fromkeys((*network, *imported))
-        if not _fits(imported.get(path), network.get(path))
+        if not _fits(imported.get(path), network.get(path)) and not ("/adapter/" in path and path not in imported)
     }
     in_the_way = [text for path, text in mismatches.items() if _part(path) in chosen]
     if in_the_way:
@@ -261,7 +268,7 @@ def _misfit(mismatches: list[str], weights: Weights, fitting: list[str]) -> str:
 def described(settings: Mapping[str, Any], num_classes: int) -> str:
     """Describe a network: "resnet_cifar(depth=32), 100 classes"."""
     arguments = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "name")
-    return f"{settings.get('name')}({arguments}), {num_classes} classes"
+    return f"{settings.get('name')}({arguments}), {f'{num_classes} classes' if num_classes else 'no classifier'}"
 
 
 def _flat(variables: Variables, net: str) -> dict[str, Any]:

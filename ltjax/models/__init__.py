@@ -3,15 +3,22 @@
 A file of this package defines a kind of backbone with a function `backbone(dtype, platform, remat, *, settings)`. It
 returns a flax module `(x, train) -> {stage: map [B, h, w, D_l]}` with these properties:
 
-- Maps are named stage1, stage2, ..., the final one last; at most nine, because JAX sorts dictionaries.
+- Maps are named stage1, stage2, ..., the final one last; at most nine, because JAX sorts dictionaries. The network
+  takes their means over space. Features [B, D_l] instead of a map, such as a class token, stay as they are.
 - The first convolution is named `conv`, see `input_channels`.
+- If images have to be multiples of a number of pixels, its attribute `patch` is that number, see `example`.
 - For exports to PyTorch, its attribute `family` is the name of the kind, see `ltjax.interop.names`.
+
+If `backbone` has an argument `num_classes` that is no setting, it gets the network's.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from ltjax import registry
 from ltjax.models.blocks import Bottleneck, rematerialised
@@ -25,6 +32,7 @@ NAMES = (
     "preact_resnet",
     "wide_resnet",
     "features",
+    "vit",
 )
 MODELS = {name: f"ltjax.models.{name}" for name in NAMES}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -103,7 +111,9 @@ def create(
     compute = registry.choose("model dtype", DTYPES, dtype)
     if dtype == "float64" and jnp.result_type(float) != jnp.float64:
         raise UserError("model dtype = 'float64', which JAX has switched off: set JAX_ENABLE_X64=1")
-    function = registry.bind(f"model {name!r}", registry.load("model", MODELS, name, "backbone"), backbone)
+    function = registry.load("model", MODELS, name, "backbone")
+    context = {"num_classes": num_classes} if "num_classes" in inspect.signature(function).parameters else {}
+    function = registry.bind(f"model {name!r}", function, backbone)
     branch_layers = None
     if branches:
         pooled = branch_kind == "pooled_conv"
@@ -114,7 +124,7 @@ def create(
     if extra_block:
         block = rematerialised(Bottleneck, remat)(dtype=compute, platform=platform, kernel_init="torch")
     return Network(
-        backbone=function(compute, platform, remat),
+        backbone=function(compute, platform, remat, **context),
         num_classes=num_classes,
         mean=tuple(mean),
         std=tuple(std),
@@ -138,3 +148,9 @@ def input_channels(params: Mapping[str, Any]) -> int:
       3
     """
     return int(params["backbone"]["conv"]["kernel"].shape[2])
+
+
+def example(model: nn.Module, channels: int = 3) -> jax.Array:
+    """Return an image [1, H, W, channels] of zeros that a network takes, to initialise it."""
+    side = getattr(getattr(model, "backbone", None), "patch", 32)
+    return jnp.zeros((1, side, side, channels))

@@ -1,8 +1,8 @@
 """ResLT's branches (Cui et al. 2022, "ResLT: Residual Learning for Long-tailed Recognition").
 
-Branches are light layers between the backbone's final map and the shared classifier, a module
-`(x [B, h, w, D], train) -> [R, B, D]`, float32 (in a float64 network, float64). Branch 0 is the authors' head branch,
-which covers all classes.
+Branches are light layers between the backbone's final map, or its features, and the shared classifier, a module
+`(x [B, h, w, D] or [B, D], train) -> [R, B, D]`, float32 (in a float64 network, float64). Branch 0 is the authors' head
+branch, which covers all classes.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ class ConvBranches(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         batch_size, width = x.shape[0], x.shape[-1]
-        if self.pool_first or not train:
+        if self.pool_first or not train or x.ndim == 2:
             x = pool(x)[:, None, None]  # [B, 1, 1, D]
         settings = dict[str, Any](kernel_size=1, dtype=self.dtype, platform=self.platform)
         initial = nn.initializers.normal((2 / (3 * width)) ** 0.5)

@@ -485,8 +485,10 @@ _max_pool_by_slices.defvjp(lambda x: (_max_pool_by_slices(x), x), _max_pool_back
 
 
 def pool(x: jax.Array) -> jax.Array:
-    """Take the mean over space: [B, h, w, D] of any float type -> [B, D], at least float32."""
+    """Take the mean over space: [B, h, w, D] of any float type -> [B, D], at least float32. Features [B, D] stay."""
     dtype = at_least_float32(x.dtype)
+    if x.ndim == 2:
+        return x.astype(dtype)
     if x.dtype != dtype:
         x = lax.optimization_barrier(x)  # in jax 0.11 and 0.12, XLA on CPUs makes nan of this mean and a relu
     return x.astype(dtype).mean((1, 2))
@@ -498,7 +500,8 @@ class Network(nn.Module):
     The network normalises images in [0, 1] itself, so attacks work in pixels. Parameter paths begin with `backbone`,
     `block`, `branches`, `linear_map`, `classifier` and `logit_scale`.
 
-    The output `features` is the mean over space of the final map, `layers` that of every stage's, at least float32.
+    The output `features` is the mean over space of the final map, `layers` that of every stage's, at least float32. A
+    backbone may return features [B, D] instead of a map, which stay as they are.
     With branches, the classifier takes their features [R, B, D]: the output `branches` holds the logits of each, and
     `logits` their sum. `features` does not depend on the branches, so class means and losses on features keep their
     meaning.
@@ -545,6 +548,8 @@ class Network(nn.Module):
         x = ((images.astype(dtype) - mean) / std).astype(self.dtype)
         maps = self.backbone(x, train and self.block is None)
         if self.block is not None:
+            if list(maps.values())[-1].ndim != 4:
+                raise UserError("model extra_block = True: the backbone returns features, without a map for a block")
             maps = {**maps, f"stage{len(maps) + 1}": self.block(list(maps.values())[-1], train)}
         layers = {name: pool(x) for name, x in maps.items()}  # dead code if unused
         last = list(maps)[-1]

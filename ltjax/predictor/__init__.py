@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 from ltjax import config as configs
 from ltjax import data, models
 from ltjax.data.augment import as_float
-from ltjax.interop.weights import DESCRIPTION, Weights, hash_weights, in_our_order, load_weights
+from ltjax.interop.weights import DESCRIPTION, Weights, check_classifier, hash_weights, in_our_order, load_weights
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system import parallel, xla
@@ -82,6 +82,7 @@ class Model:
           view: Resizing and cropping of image files. None if unknown.
           batch_size: Images per batch, over all devices.
         """
+        check_classifier(weights, about)
         weights = in_our_order(weights)
         settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in weights.settings.items()}
         net = models.create(settings.pop("name", ""), weights.num_classes, **settings)
@@ -242,10 +243,11 @@ def load(
 
 def _check_fit(weights: Weights, source: Path) -> None:
     """Raise UserError if the arrays of a folder of weights are not those of its network."""
+    check_classifier(weights, str(source))
     settings = dict(weights.settings)
     net = models.create(settings.pop("name", ""), weights.num_classes, **settings)
     params, stats = weights.variables.params["net"], weights.variables.stats["net"]
-    image = jnp.zeros((1, 32, 32, models.input_channels(params)))
+    image = models.example(net, models.input_channels(params))
     expected = jax.eval_shape(net.init, jax.random.key(0), image)
     shapes = jax.tree.map(np.shape, {"params": params, **({"batch_stats": stats} if stats else {})})
     if shapes != jax.tree.map(np.shape, dict(expected)):

@@ -45,8 +45,13 @@ LARGE = ("method=mislas,runlocal", "method=reslt,model=resnext50", "method=ldam_
 ARGUMENTS |= {
     "imagenet_lt": (*(chain for chain in CHAINS if chain != "method=best"), *LARGE[:3]),
     "inat18": LARGE,
-    "places_lt": (*LARGE, "method=reslt,runlocal", "method=drolt,model=resnet50"),
-    "image_folder": (*LARGE, "recipe=reslt+dro+smoothing,size=64", "method=trades,sampler=class_aware"),
+    "places_lt": (*LARGE, "method=reslt,runlocal", "method=drolt,model=resnet50", "method=mislas,model=vit_s16"),
+    "image_folder": (
+        *LARGE,
+        "recipe=reslt+dro+smoothing,size=64",
+        "method=trades,sampler=class_aware",
+        "method=reslt,model=clip_b16",
+    ),
 }
 ARGUMENTS |= {"features": tuple(f"method={name}" for name in heads.METHODS)}
 ARGUMENTS |= {"cifar100": ROBUST, "tiny_imagenet": ("method=ce,budget=short", "method=lbgat,beta=6", ROBUST[3])}
@@ -91,8 +96,7 @@ def parameters(num_classes, settings, channels):
     """Shapes of a model's parameters."""
     model = json.loads(settings)
     net = models.create(model.pop("name"), num_classes, **model)
-    images = jnp.zeros((1, 8, 8, channels))
-    return jax.eval_shape(net.init, jax.random.key(0), images)["params"]
+    return jax.eval_shape(net.init, jax.random.key(0), models.example(net, channels))["params"]
 
 
 @functools.cache

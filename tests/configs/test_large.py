@@ -1,9 +1,13 @@
 """The configs of large images follow the papers' recipes."""
 
+import inspect
+
 import numpy as np
 import pytest
 
+from configs import common
 from ltjax import config
+from ltjax.models import vit
 from tests.configs.reading import factors_of, parsed, rates_of, read
 
 # epochs, network, weight decay, head and tail of the smoothing, ranks of the groups
@@ -132,3 +136,36 @@ def test_evaluation_crops_the_same_part_of_an_image_at_every_size(size, resize):
 def test_an_invalid_argument_is_named_with_what_is_allowed(argument, message):
     with pytest.raises(ValueError, match=message):
         read("imagenet_lt", argument)
+
+
+# name: (width, depth, patch, patches on a side of the images that its positions are for, registers, pixels)
+TRANSFORMERS = {
+    "vit_ti16": (192, 12, 16, 14, 0, 224),
+    "vit_s16": (384, 12, 16, 14, 0, 224),
+    "vit_b16": (768, 12, 16, 14, 0, 224),
+    "vit_l16": (1024, 24, 16, 14, 0, 224),
+    "dinov2_s14": (384, 12, 14, 37, 0, 518),
+    "dinov2_b14_reg": (768, 12, 14, 37, 4, 518),
+    "dinov2_l14": (1024, 24, 14, 37, 0, 518),
+    "clip_b16": (768, 12, 16, 14, 0, 224),
+    "clip_b32": (768, 12, 32, 7, 0, 224),
+    "clip_l14": (1024, 24, 14, 16, 0, 224),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_vision_transformer_has_its_papers_sizes(name):
+    run, _ = parsed("image_folder", f"method=ce,model={name}")
+    keys = ("width", "depth", "patch", "grid", "registers")
+    *sizes, pixels = TRANSFORMERS[name]
+    assert run.model["name"] == "vit" and [run.model[key] for key in keys] == sizes
+    assert run.model["patch"] * run.model["grid"] == pixels
+    assert run.model["layer_scale"] == name.startswith("dinov2")
+    of_clip = (run.model["pre_norm"], run.model["epsilon"], run.model["activation"]) == (True, 1e-5, "quick_gelu")
+    assert of_clip == name.startswith("clip")
+
+
+def test_a_vision_transformer_of_a_config_has_every_setting():
+    """So each can be changed on the command line."""
+    parameters = inspect.signature(vit.backbone).parameters.values()
+    assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == common.VIT

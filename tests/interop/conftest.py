@@ -2,13 +2,13 @@ import jax
 import numpy as np
 import pytest
 
+from ltjax import models
 from ltjax.types import Variables
 
 
 def random_variables(model, channels=3, seed=0):
     """Variables of a network, every array of different numbers; nothing is compiled."""
-    image = np.zeros((1, 32, 32, channels), np.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), models.example(model, channels))
     rng = np.random.default_rng(seed)
     collections = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes)
     return Variables({"net": collections["params"]}, {"net": collections.get("batch_stats", {})}, {})

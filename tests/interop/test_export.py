@@ -28,6 +28,9 @@ NETWORKS = {
     "resnet50": ("resnet", dict(depth=50, stem="large", width=4)),
     "resnext50": ("resnet", dict(depth=50, stem="large", width=16, groups=8, group_width=4)),
     "places": ("resnet", dict(depth=50, blocks=(1, 1, 1, 1), width=4, stem="large", extra_block=True)),
+    "vit": ("vit", dict(depth=11, width=8, patch=4, grid=3, qkv_bias=False)),
+    "dinov2": ("vit", dict(depth=2, width=8, patch=7, grid=3, registers=2, layer_scale=True, mlp_width=20)),
+    "clip": ("vit", dict(depth=2, width=8, patch=4, grid=3, pre_norm=True, epsilon=1e-5)),
 }
 
 
@@ -59,6 +62,9 @@ THEIRS = {
     "resnext50": ("layer1.0.conv2.weight", "layer1.0.downsample.1.running_var", "fc.weight"),
     "places": ("model.conv1.weight", "model.layer4.0.conv3.weight", "block.bn3.bias", "classifier.fc.weight"),
     "preact": ("conv1.weight", "bn.weight", "layer2.0.shortcut.0.weight", "linear.weight"),
+    "vit": ("cls_token", "pos_embed", "patch_embed.proj.bias", "blocks.10.attn.qkv.weight", "norm.bias", "head.bias"),
+    "dinov2": ("reg_token", "blocks.0.ls1.gamma", "blocks.1.mlp.fc2.weight", "blocks.1.norm2.weight"),
+    "clip": ("norm_pre.weight", "patch_embed.proj.weight", "blocks.1.attn.proj.bias", "blocks.0.norm1.bias"),
     "lbgat": ("block1.layer.1.bn2.running_mean", "block2.layer.0.convShortcut.weight", "bn1.weight", "fc.bias"),
 }
 

@@ -8,6 +8,7 @@ import pytest
 
 from ltjax import models
 from ltjax.interop.weights import Weights, in_our_order, into, load_weights, save_weights, surplus
+from ltjax.optim import flatten
 from ltjax.types import UserError
 
 SETTINGS = dict(name="resnet_cifar", depth=8, width=4, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
@@ -160,3 +161,26 @@ def test_other_blocks_are_not_ignored(whole, blocks, extra_block, variables_of):
 def test_weights_with_an_extra_block_are_taken_whole(places, same):
     mislas = Weights(jax.tree.map(lambda x: x + 1, places), dict(LARGE, blocks=(1, 1, 1, 1), extra_block=True), 5)
     same(into(places, mislas), mislas.variables)
+
+
+@pytest.mark.parametrize("kind", ["adaptformer", "lora"])
+def test_adapters_stay_new_if_the_weights_have_none(variables_of, kind, same):
+    settings = dict(depth=2, width=8, heads=2, patch=4, grid=2)
+    plain, adapted = (models.create("vit", 5, **settings, **more) for more in ({}, dict(adapter=kind, rank=2)))
+    weights, fresh = Weights(variables_of(plain), {"name": "vit", **settings}, 5), variables_of(adapted, seed=1)
+    taken, new = flatten(into(fresh, weights).params["net"]), flatten(fresh.params["net"])
+    for path, value in flatten(weights.variables.params["net"]).items():
+        same(taken.pop(path), value)
+    assert taken and all("/adapter/" in path for path in taken)
+    for path, value in taken.items():
+        same(value, new[path])
+
+
+def test_adapters_that_the_network_lacks_are_refused(variables_of):
+    settings = dict(depth=2, width=8, heads=2, patch=4, grid=2)
+    adapted = models.create("vit", 5, **settings, adapter="lora", rank=2)
+    weights = Weights(variables_of(adapted), {"name": "vit", **settings}, 5)
+    with pytest.raises(
+        UserError, match=r"block1/attention/adapter/query_down/kernel \(weights \(8, 2\), network none\)"
+    ):
+        into(variables_of(models.create("vit", 5, **settings)), weights)
