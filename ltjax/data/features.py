@@ -40,22 +40,56 @@ def load(name: str = "features", root: str | os.PathLike | None = None) -> Image
     if not root:
         raise UserError("features need the file that holds them: --config.data.root=FILE.npz, .npy, .parquet or .csv")
     path = local(root)
+    columns = _read(path)
+    if {"train_features", "train_labels"} <= set(columns):
+        columns = _joined(columns)
+    if not {"features", "labels"} <= set(columns):
+        raise UserError(f"{path} has {', '.join(columns) or 'nothing'}: needed are features and labels")
+    texts = {key: _text(path, key, columns[key]) for key in ("labels", "split", "classes", "files") if key in columns}
+    features = _checked(path, np.asarray(columns["features"]), texts["labels"], texts.get("files"))
+    for key in ("split", "files"):
+        if key in texts and len(texts[key]) != len(features):
+            raise UserError(f"{path}: {len(features)} rows of features and {len(texts[key])} of {key}")
+    labels, names = _labels(path, texts["labels"], texts.get("classes"))
+    return _parts(path, features, labels, texts.get("split"), names)
+
+
+def _text(path: Path, key: str, values: Any) -> np.ndarray:
+    """Return a column of text or integers [N]; bytes are UTF-8."""
+    values = np.asarray(values)
+    if values.ndim != 1:
+        raise UserError(f"{path}: {key} have shape {list(values.shape)}: one value a row is needed")
+    try:
+        return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {key} are bytes that are not UTF-8") from error
+
+
+def rows(file: str | os.PathLike) -> tuple[np.ndarray, list[str]]:
+    """Read features without labels: floats [N, 1, 1, D], and a name for each row. UserError as in `load`."""
+    path = local(file)
+    columns = _read(path, labelled=False)
+    if (features := columns.get("features")) is None:
+        raise UserError(f"{path} has {', '.join(columns) or 'nothing'}: needed are features")
+    files = _text(path, "files", columns["files"]) if "files" in columns else None
+    features = _checked(path, np.asarray(features), None, files)
+    if files is not None and len(files) != len(features):
+        raise UserError(f"{path}: {len(features)} rows of features and {len(files)} of files")
+    return features, [f"row {i}" for i in range(len(features))] if files is None else [str(name) for name in files]
+
+
+def _read(path: Path, labelled: bool = True) -> dict[str, Any]:
+    """Read the columns of a file."""
     if path.suffix.lower() not in READERS or not path.is_file():
         raise UserError(f"{path}: no file of features; one of {', '.join(READERS)}")
     try:
-        columns = READERS[path.suffix.lower()](path)
+        if path.suffix.lower() == ".npy" and not labelled:
+            return {"features": np.load(path, mmap_mode="r", allow_pickle=False)}
+        return READERS[path.suffix.lower()](path)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, csv.Error) as error:
         raise UserError(f"cannot read the features in {path}: {one_line(error)}") from error
-    if {"train_features", "train_labels"} <= set(columns):
-        columns = _joined(columns)
-    features, labels, split = (columns.get(key) for key in ("features", "labels", "split"))
-    if features is None or labels is None:
-        raise UserError(f"{path} has {', '.join(columns) or 'nothing'}: needed are features and labels")
-    features = _checked(path, np.asarray(features), np.asarray(labels), columns.get("files"))
-    labels, names = _labels(path, np.asarray(labels), columns.get("classes"))
-    return _parts(path, features, labels, None if split is None else np.asarray(split), names)
 
 
 def _joined(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -67,11 +101,11 @@ def _joined(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**joined, **split, **{key: columns[key] for key in ("classes",) if key in columns}}
 
 
-def _checked(path: Path, features: np.ndarray, labels: np.ndarray, files: Any) -> np.ndarray:
+def _checked(path: Path, features: np.ndarray, labels: np.ndarray | None, files: Any) -> np.ndarray:
     """Return features as floats [N, 1, 1, D]; UserError if they cannot be trained on."""
     if features.ndim != 2 or not features.size or features.dtype.kind not in "fiu":
         raise UserError(f"{path}: features are {features.dtype} {list(features.shape)}: numbers [N, D] are needed")
-    if labels.shape != features.shape[:1]:
+    if labels is not None and labels.shape != features.shape[:1]:
         raise UserError(f"{path}: {len(features)} rows of features and labels of shape {list(labels.shape)}")
     if features.dtype != np.float16:
         features = features.astype(np.float32)
@@ -131,7 +165,7 @@ def _read_npy(path: Path) -> dict[str, Any]:
     features = np.load(path, mmap_mode="r", allow_pickle=False)
     arrays, text = path.with_name("labels.npy"), path.with_name("labels.txt")
     if arrays.is_file():
-        labels = np.load(arrays, allow_pickle=False)
+        labels = np.load(arrays, mmap_mode="r", allow_pickle=False)
     elif text.is_file():
         labels = _typed(text.read_text().splitlines())
     else:

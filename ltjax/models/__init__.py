@@ -140,13 +140,15 @@ def create(
 
 
 def input_channels(params: Mapping[str, Any]) -> int:
-    """Return the number of image channels of a network, from its parameters.
+    """Return the number of image channels of a network, or of features that it takes instead, from its parameters.
 
     Examples:
       >>> net = models.create("resnet_cifar", 10, depth=8, width=4)
       >>> models.input_channels(net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
       3
     """
+    if "backbone" not in params:  # `ltjax.models.features`
+        return int(params["linear_map" if "linear_map" in params else "classifier"]["kernel"].shape[0])
     return int(params["backbone"]["conv"]["kernel"].shape[2])
 
 

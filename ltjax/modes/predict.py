@@ -18,7 +18,7 @@ from rich.progress import TextColumn, TimeElapsedColumn
 
 from ltjax.data import progress
 from ltjax.predictor import load_as_configured
-from ltjax.predictor.files import Prediction, find, predictions
+from ltjax.predictor.files import Prediction, find, predictions, predictions_of_rows
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.workdir import check_same_config, named_disk_errors
 from ltjax.system import processes
@@ -143,7 +143,15 @@ def predict_workdir(
     else:
         check_same_config(workdir, config)
     model = load_as_configured(config, workdir)
-    batches = predictions(model, files, top_k=top_k)
+    if model.takes_features:
+        from ltjax.data import features  # reads files of other kinds
+
+        if os.path.splitext(images)[1].lower() not in features.READERS:
+            kinds = ", ".join(features.READERS)
+            raise UserError(f"--images={images}: the network takes features of images: a file of {kinds}")
+        batches = predictions_of_rows(model, *features.rows(images), top_k)
+    else:
+        batches = predictions(model, files, top_k=top_k)
     top_k = min(top_k, len(model.class_names))
     fitted = "" if model.temperature == 1 else f", temperature {model.temperature:.3f}"
     _say(f"{model.about}: {len(model.class_names)} classes{fitted}")

@@ -45,7 +45,8 @@ class Model:
     Attributes:
       class_names: C names.
       image_size: Side in pixels of its training images, None if unknown.
-      channels: Of the images, 1 or 3.
+      channels: Of the images, 1 or 3; or the number of features.
+      takes_features: Whether the network takes features [N, D] instead of images.
       temperature: Divisor of the logits before the softmax.
       about: Description of the checkpoint.
       network: The network: images [B, H, W, channels] in [0, 1] -> logits [B, C], a pytree for `jit`, `grad` and
@@ -92,6 +93,7 @@ class Model:
         self.batch_size = self._divisible(batch_size)
         params, stats = weights.variables.params["net"], weights.variables.stats["net"]
         self.channels = models.input_channels(params)
+        self.takes_features = "backbone" not in params
 
         def logits(variables: dict[str, Any], images: jax.Array) -> jax.Array:
             outputs: Any = net.apply(variables, images, False)
@@ -175,6 +177,10 @@ class Model:
     def _checked(self, images: Any) -> np.ndarray:
         images = np.asarray(images)
         what = f"images are {images.dtype} {list(images.shape)}"
+        if self.takes_features:
+            if images.shape[-1:] != (self.channels,) or images.dtype.kind != "f":
+                raise UserError(f"{what}: the network takes features, floats [N, {self.channels}]")
+            return images.astype(np.float32).reshape(-1, 1, 1, self.channels)
         if images.ndim == 3 and images.shape[-1] == self.channels:
             raise UserError(f"{what}: one image is a batch of one, images[None]")
         if images.ndim != 4 or images.shape[-1] != self.channels:
@@ -278,10 +284,12 @@ def imported_key(folder: str) -> dict[str, Any]:
     return {"stage": "imported", "step": 0, "weights_sha256": hash_weights(folder)}
 
 
-def view_of(run: configs.RunConfig) -> "View":
+def view_of(run: configs.RunConfig) -> "View | None":
     """Return the turning, resizing and cropping of image files: that of the run's test images, or to a square."""
     from ltjax.data.decode import View
 
+    if run.data.name == "features":
+        return None
     side = data.SIDES.get(run.data.name)
     size, resize = (run.data.size, run.data.resize) if side is None else (side, side)
     return View(size, resize, upright=run.data.upright)

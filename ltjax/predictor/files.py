@@ -189,6 +189,16 @@ def predictions(
     return _stream(model, model.view, iter(files), min(top_k, len(model.class_names)), pool)
 
 
+def predictions_of_rows(model: Classifier, features: np.ndarray, names: list[str], top_k: int) -> Iterator[list[Any]]:
+    """Predict features [N, 1, 1, D] in batches, with a name for each."""
+    top_k = min(top_k, len(model.class_names))
+    for first in range(0, len(names), model.batch_size):
+        part = slice(first, first + model.batch_size)
+        logits = model.start(np.asarray(features[part], np.float32))
+        ranked = _rank(logits, np.float32(model.temperature), k=top_k)
+        yield _predictions(_Batch(names[part], [""] * len(names[part]), *ranked), model.class_names)
+
+
 def _stream(
     model: Classifier, view: View, files: Iterator[str], top_k: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[Prediction]]:

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+import ltjax
 from ltjax import train
 from ltjax.data import load
+from ltjax.modes.predict import predict_workdir
 from ltjax.types import UserError
 from tests.configs.reading import read
 
@@ -107,6 +109,10 @@ def damaged(row, value):
         ),
         (dict(features=np.array([b"x"] * 24)), r"features are \|S1 \[24\]: numbers \[N, D\] are needed"),
         (dict(labels=np.arange(5)), r"24 rows of features and labels of shape \[5\]"),
+        (dict(labels=np.zeros((24, 2), int)), r"labels have shape \[24, 2\]: one value a row is needed"),
+        (dict(labels=np.array([b"\xff"] * 24)), r"labels are bytes that are not UTF-8"),
+        (dict(split=np.array(["train"] * 5)), r"24 rows of features and 5 of split"),
+        (dict(classes=np.array("a")), r"classes have shape \[\]: one value a row is needed"),
         (dict(labels=np.arange(24) % 3 - 1), r"labels are int64: integers from 0 up, or names"),
         (dict(labels=np.arange(24) % 3 / 2), r"labels are float64: integers from 0 up, or names"),
         (dict(classes=np.array(["a", "b"])), r"labels up to 2, but `classes` has 2 names"),
@@ -126,6 +132,26 @@ def test_arrays_of_objects_are_not_unpickled(tmp_path):
     np.savez(tmp_path / "f.npz", features=np.array([{}, 1], object), labels=np.arange(2))
     with pytest.raises(UserError, match=r"cannot read the features .* no intact npz file of numbers"):
         load("features", tmp_path / "f.npz")
+
+
+def test_labels_of_bytes_are_text(tmp_path):
+    assert load("features", npz(tmp_path, labels=np.array([b"emu", b"cat"] * 12))).class_names == ("cat", "emu")
+
+
+def test_a_header_that_declares_more_labels_than_the_file_has_takes_no_memory(tmp_path):
+    file = npy(tmp_path)
+    header = dict(descr="<i8", fortran_order=False, shape=(1 << 45,))
+    with open(tmp_path / "labels.npy", "wb") as labels:
+        np.lib.format.write_array_header_1_0(labels, header)
+    with pytest.raises(UserError, match=r"cannot read the features"):
+        load("features", file)
+
+
+def test_a_cell_that_is_too_long_for_a_table_is_refused(tmp_path):
+    file = csv(tmp_path)
+    file.write_text(file.read_text() + "x" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"cannot read the features .* field larger than field limit"):
+        load("features", file)
 
 
 def test_rows_of_two_lengths_are_refused(tmp_path):
@@ -176,6 +202,36 @@ def test_standardised_features_do_not_depend_on_their_scale(tmp_path):
         config.update(epochs=2, batch_size=8)
         losses.append(train.train(config, tmp_path / f"run{scale[0]:g}")["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    config = read("features").to_dict()
+    config["data"]["root"] = str(npz(tmp_path, classes=np.array(CLASSES)))
+    config.update(epochs=5, batch_size=8)
+    train.train(config, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_trained_classifier_predicts_other_features(trained, tmp_path):
+    features, labels = made(seed=1)
+    model = ltjax.load(trained)
+    assert model.takes_features and model.channels == WIDTH
+    predicted = model(features).argmax(1)
+    assert (predicted == labels).mean() > 0.9
+    np.savez(tmp_path / "others.npz", features=features, files=np.array([f"{i}.jpg" for i in range(24)]))
+    counts = predict_workdir(None, trained, images=str(tmp_path / "others.npz"), out=str(tmp_path / "out.csv"), top_k=1)
+    assert counts == {"images": 24, "unreadable": 0}
+    rows = (tmp_path / "out.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[:2] for row in rows] == [[f"{i}.jpg", CLASSES[c]] for i, c in enumerate(predicted)]
+
+
+def test_a_classifier_of_features_refuses_images(trained, tmp_path):
+    with pytest.raises(UserError, match=r"the network takes features, floats \[N, 6\]"):
+        ltjax.load(trained)(np.zeros((2, 32, 32, 3), np.uint8))
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"photo.jpg: the network takes features of images: a file of .npz"):
+        predict_workdir(None, trained, images=str(tmp_path / "photo.jpg"), out=str(tmp_path / "out.csv"))
 
 
 def test_a_report_shows_features_as_grey_values(tmp_path):
