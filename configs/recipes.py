@@ -232,7 +232,7 @@ def parse_recipe(text: str) -> Recipe:
     if ("bgat" in blocks or blocks[0] == "natural") and blocks[:2] != ("natural", "bgat"):
         raise ValueError(f"config argument 'recipe={text}': natural and bgat go together, as natural+bgat at the start")
     known = [recipe for recipe in METHODS.values() if recipe.blocks == blocks]
-    first = METHODS["bgat" if blocks[0] == "natural" else blocks[0]]
+    first = next(recipe for recipe in METHODS.values() if recipe.blocks[0] == blocks[0])
     return known[0] if known else Recipe("", blocks, weight_decay=first.weight_decay)
 
 

@@ -153,6 +153,11 @@ def input_channels(params: Mapping[str, Any]) -> int:
 
 
 def example(model: nn.Module, channels: int = 3) -> jax.Array:
-    """Return an image [1, H, W, channels] of zeros that a network takes, to initialise it."""
+    """Return an image [1, H, W, channels] of zeros that a network takes, to initialise it.
+
+    Examples:
+      >>> models.example(models.create("resnet_cifar", 10, depth=8)).shape
+      (1, 32, 32, 3)
+    """
     side = getattr(getattr(model, "backbone", None), "patch", 32)
     return jnp.zeros((1, side, side, channels))

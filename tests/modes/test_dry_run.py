@@ -31,8 +31,8 @@ def dry(tmp_path_factory):
     folder, parts = tmp_path_factory.mktemp("dry"), {}
     prepare = dry_run.prepare
 
-    def recorded(*arguments):
-        experiment, compiled = prepare(*arguments)
+    def recorded(*arguments, **settings):
+        experiment, compiled = prepare(*arguments, **settings)
         parts.update(run=arguments[0], compiled=compiled, experiment=experiment)
         return experiment, compiled
 
