@@ -19,6 +19,7 @@ from ltjax.engine.stage import CompiledStage
 from ltjax.interop.weights import load_weights, surplus
 from ltjax.runs import logs
 from ltjax.runs.workdir import check_workdir
+from ltjax.surgery import EMA
 from ltjax.system import parallel, processes, xla
 from ltjax.system.paths import local
 
@@ -136,14 +137,20 @@ def _recipe(stage: StageConfig) -> str:
     if not stage.epochs:
         return f"{stage.surgery['name']}, no training"
     rest = f"sampler {sampler}; batch norm {stage.batch_norm}; augmentation: {augment or 'none'}"
-    return f"{surgery}{name}{f' ({settings})' if settings else ''}; {rest}"
+    parts = {"ema": stage.ema, "sam": stage.sam}
+    extra = "".join(f"; {name} {key} {value}" for name, part in parts.items() for key, value in part.items())
+    return f"{surgery}{name}{f' ({settings})' if settings else ''}; {rest}{extra}"
 
 
 def stage_params(experiment: Experiment, compiled: CompiledStage) -> dict[str, int]:
-    """Return {path: number of values} of all parameters of a stage and its method, of one replica."""
+    """Return {path: number of values} of all parameters of a stage and its method, of one replica.
+
+    The moving average of the weights is no parameter.
+    """
     run = experiment.config
     variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
-    return {path: leaf.size // run.replicas for path, leaf in optim.flatten(variables.params).items()}
+    params = {name: value for name, value in variables.params.items() if name != EMA}
+    return {path: leaf.size // run.replicas for path, leaf in optim.flatten(params).items()}
 
 
 def groups_table(stage: StageConfig, sizes: Mapping[str, int]) -> Table:

@@ -10,6 +10,7 @@ from ltjax import losses, optim, surgery, train
 from ltjax.config import parse
 from ltjax.engine import stage
 from ltjax.engine.experiment import restore, set_up
+from ltjax.modes import dry_run
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.predictor import load
 from ltjax.runs.trained import newest, weights_of
@@ -173,6 +174,12 @@ def test_the_next_stage_begins_with_the_average(run, tmp_path):
     kernels = [v["backbone"]["conv"]["kernel"] for v in (before.params[surgery.EMA], after.params["net"])]
     np.testing.assert_array_equal(*kernels)
     assert set(after.params) == {"net"}
+
+
+def test_a_dry_run_shows_them(tmp_path, capsys):
+    dry_run.dry_run(config(sam=dict(rho=0.1)), tmp_path / "run")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ema decay 0.9; sam rho 0.1" in shown
 
 
 @pytest.mark.parametrize(
