@@ -68,6 +68,24 @@ def gkl_and_gradients(student, teacher, weights, *, alpha=1.0, beta=1.0, gamma=1
     )(student, teacher, weights)
 
 
+def of_kind(kind, student, teacher, weights):
+    """-> the loss and its gradients to student and teacher."""
+    return jax.value_and_grad(
+        lambda a, t: {
+            "gkl": lambda: losses.gkl(a, t, weights=weights, gamma=0.5, temperature=2.0, **PLAIN),
+            "distillation": lambda: losses.distillation(a, t, temperature=2.0, power=0.5).sum(),
+            "kl_divergence": lambda: losses.kl_divergence(t, a).sum(),
+        }[kind](),
+        argnums=(0, 1),
+    )(student, teacher)
+
+
+jitted_of_kind = jax.jit(of_kind, static_argnames="kind")
+
+
+gradients_of_kl = jax.jit(jax.grad(lambda a, t: losses.kl_divergence(t, a).mean(), argnums=(0, 1)))
+
+
 @pytest.mark.parametrize("case", ADVERSARIAL)
 def test_gkl_of_adversarial_images_equals_the_authors(golden, case):
     z = golden("gkl_adversarial")
@@ -144,7 +162,7 @@ def test_gradients_of_gkl_are_those_of_central_differences():
 def test_with_the_softmax_as_weights_the_gradient_to_the_teacher_is_kls():
     student, teacher, _ = random_batch(1)
     _, (to_student, to_teacher, _) = gkl_and_gradients(student, teacher, jax.nn.softmax(teacher))
-    kl = jax.grad(lambda a, t: losses.kl_divergence(t, a).mean(), argnums=(0, 1))(student, teacher)
+    kl = gradients_of_kl(student, teacher)
     assert_close(to_teacher, kl[1])
     assert np.abs(to_student - kl[0]).max() > 0.1 * np.abs(kl[0]).max()
 
@@ -157,8 +175,8 @@ def test_the_square_with_a_constant_student_and_the_cross_entropy_make_kls_gradi
         square = losses.gkl(jax.lax.stop_gradient(a), t, alpha=0.0, beta=1.0, **settings)
         return square + losses.gkl(a, t, alpha=1.0, beta=0.0, **settings)
 
-    ours = jax.grad(taken_apart, argnums=(0, 1))(student, teacher)
-    kl = jax.grad(lambda a, t: losses.kl_divergence(t, a).mean(), argnums=(0, 1))(student, teacher)
+    ours = jax.jit(jax.grad(taken_apart, argnums=(0, 1)))(student, teacher)
+    kl = gradients_of_kl(student, teacher)
     jax.tree.map(assert_close, ours, kl)
 
 
@@ -205,25 +223,13 @@ def test_a_constant_between_the_logits_costs_no_digits(offset):
 @pytest.mark.parametrize("kind", ["gkl", "distillation", "kl_divergence"])
 def test_a_class_at_minus_infinity_in_both_leaves_the_loss_of_the_others(kind):
     student, teacher, weights = random_batch(6)
-    value, gradient = of_kind(kind, student[:, :-2], teacher[:, :-2], weights[:, :-2])
+    value, gradient = jitted_of_kind(kind, student[:, :-2], teacher[:, :-2], weights[:, :-2])
     student[:, -2:] = teacher[:, -2:] = -np.inf
-    masked, of_masked = of_kind(kind, student, teacher, weights)
+    masked, of_masked = of_kind(kind, student, teacher, weights)  # eager: XLA may turn 0 * inf into 0
     np.testing.assert_allclose(masked, value, rtol=1e-5)
     for ours, expected in zip(of_masked, gradient, strict=True):
         np.testing.assert_array_equal(ours[:, -2:], 0)
         np.testing.assert_allclose(ours[:, :-2], expected, rtol=1e-4, atol=1e-6)
-
-
-def of_kind(kind, student, teacher, weights):
-    """-> the loss and its gradients to student and teacher, eager, because XLA may turn 0 * inf into 0."""
-    return jax.value_and_grad(
-        lambda a, t: {
-            "gkl": lambda: losses.gkl(a, t, weights=weights, gamma=0.5, temperature=2.0, **PLAIN),
-            "distillation": lambda: losses.distillation(a, t, temperature=2.0, power=0.5).sum(),
-            "kl_divergence": lambda: losses.kl_divergence(t, a).sum(),
-        }[kind](),
-        argnums=(0, 1),
-    )(jnp.asarray(student), jnp.asarray(teacher))
 
 
 @pytest.mark.parametrize("kind", ["gkl", "distillation", "kl_divergence"])
@@ -231,7 +237,7 @@ def of_kind(kind, student, teacher, weights):
 def test_a_logit_of_nan_is_not_hidden(kind, which):
     arrays = random_batch(7)
     arrays[which][0, 0] = np.nan
-    assert np.isnan(of_kind(kind, *arrays)[0])
+    assert np.isnan(jitted_of_kind(kind, *arrays)[0])
 
 
 @pytest.mark.parametrize("kind", ["gkl", "distillation", "kl_divergence"])
@@ -241,7 +247,7 @@ def test_extreme_logits_have_a_finite_loss_and_gradient(kind, low, high, classes
     rows = np.full((4, classes), low, np.float32)
     rows[:, 0] = high
     for student, teacher in ((rows, rows), (rows, rows[:, ::-1]), (rows, 0 * rows), (0 * rows, rows)):
-        value, gradients = of_kind(kind, student, teacher, np.asarray(jax.nn.softmax(teacher)))
+        value, gradients = jitted_of_kind(kind, student, teacher, np.asarray(jax.nn.softmax(teacher)))
         assert np.isfinite(value) and all(np.isfinite(gradient).all() for gradient in gradients)
 
 
