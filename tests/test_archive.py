@@ -4,17 +4,19 @@ import json
 import shutil
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
 import ltjax
 from ltjax import archive, compare, config, train
+from ltjax.interop import export
 from ltjax.interop.weights import load_weights
 from ltjax.modes import attack, report
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs import trained
 from ltjax.types import UserError
-from tests.test_run import run, tiny_config
+from tests.test_run import final_arrays, run, tiny_config
 
 STAGES = {"stages": ("features", "classifier"), "epochs": 2, "classifier.epochs": 1}
 ATTACK = {"attack.num_images": 16, "attack.batch_size": 16, "attack.tests": ("pgd-2",), "attack.radii": ()}
@@ -129,6 +131,19 @@ def test_an_unfinished_run_is_refused(workdir, tmp_path, capsys):
     assert archive.main([str(tmp_path / "run"), str(tmp_path / "archive")]) == 2
     assert "holds no finished run (results.json is missing): train it to the end first" in capsys.readouterr().err
     assert not (tmp_path / "archive").exists()
+
+
+def test_a_single_changed_bit_of_a_checkpoint_is_noticed(workdir, tmp_path):
+    """Orbax reads such a checkpoint without a word."""
+    shutil.copytree(workdir, tmp_path / "run")
+    step, state = final_arrays(tmp_path / "run")
+    state["opt_state"]["inner_states"]["classifier"]["inner_state"][1][1]["count"] ^= 1
+    path = tmp_path / "run" / "checkpoints" / "classifier" / str(step) / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, state, force=True)
+    for read in (ltjax.load, export.read, lambda run: archive.archive(run, tmp_path / "archive")):
+        with pytest.raises(UserError, match=r"cannot read the checkpoint .*fingerprint"):
+            read(tmp_path / "run")
 
 
 def test_another_run_is_not_overwritten(workdir):

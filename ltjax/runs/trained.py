@@ -10,9 +10,11 @@ import orbax.checkpoint as ocp
 
 from ltjax import surgery
 from ltjax.config import RunConfig, StageConfig, parse
+from ltjax.hashing import fingerprint
 from ltjax.interop.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.checkpoint import complete_steps, read_json
 from ltjax.runs.workdir import no_checkpoint
+from ltjax.system.files import load_json
 from ltjax.types import UserError, Variables, one_line
 
 
@@ -51,7 +53,7 @@ def variables_of(workdir: Path, trained: Trained) -> Variables:
 
 
 def _restore(checkpoint: Path) -> Variables:
-    """Read the networks' variables from a checkpoint, onto one device."""
+    """Read the networks' variables from a checkpoint, onto one device. UserError if any bit of the state has changed."""
     path = checkpoint.absolute() / "state"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     logger = logging.getLogger("absl")  # Orbax warns of a missing file that is not needed here
@@ -62,7 +64,14 @@ def _restore(checkpoint: Path) -> Variables:
             metadata: Any = checkpointer.metadata(path).item_metadata
             metadata = getattr(metadata, "tree", metadata)
             target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata)
-            variables = checkpointer.restore(path, target)["variables"]
+            state = checkpointer.restore(path, target)
+        variables = state["variables"]
+        saved = load_json(path.with_name("record") / "metadata")["fingerprint"]
+        parts = [variables.get(name) for name in Variables._fields]
+        # Orbax returns dicts. A fingerprint numbers the arrays in the order of `TrainState`.
+        actual = int(fingerprint((state["step"], state["seed"], parts, state["opt_state"])))
+        if actual != saved:
+            raise ValueError(f"fingerprint {actual:08x}, saved as {saved:08x}")
     except Exception as error:  # damage has many exception types
         raise UserError(f"cannot read the checkpoint {path} ({one_line(error)})") from error
     finally:
