@@ -203,7 +203,7 @@ def _printable(name: str) -> str:
 class _Inspected(NamedTuple):
     """What is remembered of N images."""
 
-    versions: np.ndarray  # uint8 [N, 16], hashes of path, size and time of change
+    versions: np.ndarray  # uint8 [N, 16], hashes of path, size, times of change and inode
     identities: np.ndarray  # uint8 [N, 16], hashes of the files
     brightest: np.ndarray  # int32 [N], of images of 16 bits a channel; -1 for others
 
@@ -241,7 +241,9 @@ def _identities(root: Path, paths: list[str]) -> np.ndarray:
 def _version(root: Path, path: str) -> bytes:
     try:
         status = (root / path).stat()
-        return os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}".encode()
+        # Not the time of a file's content alone: two files may have the same, and exchange their names.
+        known = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        return os.fsencode(path) + "".join(f"\0{number}" for number in known).encode()
     except OSError:  # a broken link, which `_inspect` reports
         return os.fsencode(path)
 

@@ -53,7 +53,7 @@ def variables_of(workdir: Path, trained: Trained) -> Variables:
 
 
 def _restore(checkpoint: Path) -> Variables:
-    """Read the networks' variables from a checkpoint, onto one device. UserError if any bit of the state has changed."""
+    """Read the networks' variables from a checkpoint, onto one device. UserError if any bit has changed."""
     path = checkpoint.absolute() / "state"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     logger = logging.getLogger("absl")  # Orbax warns of a missing file that is not needed here

@@ -100,6 +100,20 @@ def test_an_image_is_identified_by_its_content(tmp_path):
     assert [after.identity(i) for i in range(5)] == [before.identity(i) for i in range(5)]
 
 
+def test_files_of_one_size_and_time_that_exchange_their_names_are_inspected_again(tmp_path):
+    make(make(tmp_path, (2, 2)), (1, 1), "val")
+    first, second = (tmp_path / "train" / "a" / f"{name}.bmp" for name in "xy")
+    for number, path in enumerate((first, second)):
+        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(path)
+        os.utime(path, (10**9, 10**9))
+    before = data.load("image_folder", tmp_path).train_files
+    first.rename(tmp_path / "other")
+    second.rename(first)
+    (tmp_path / "other").rename(second)
+    after = data.load("image_folder", tmp_path).train_files
+    assert [after.identity(i) for i in (2, 3)] == [before.identity(i) for i in (3, 2)]
+
+
 def test_a_damaged_cache_is_written_again(tmp_path):
     make(make(tmp_path, (2, 2)), (1, 1), "val")
     before = data.load("image_folder", tmp_path).train_files.identity(0)
