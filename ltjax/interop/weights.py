@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ltjax.optim import flatten, unflatten
-from ltjax.system.files import replacing
+from ltjax.system.files import load_json, replacing
 from ltjax.system.paths import local
-from ltjax.types import UserError, Variables
+from ltjax.types import UserError, Variables, one_line
 
 FORMAT = 1
 ARRAYS, DESCRIPTION = "weights.safetensors", "weights.json"
@@ -108,8 +108,8 @@ def save_safetensors(arrays: dict[str, np.ndarray], file: Path, metadata: dict[s
 def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Read weights.json, or make it up from an archive's config.json."""
     if (folder / DESCRIPTION).is_file():
-        return json.loads((folder / DESCRIPTION).read_text())
-    model = json.loads((folder / "config.json").read_text())["model"]
+        return load_json(folder / DESCRIPTION)
+    model = load_json(folder / "config.json")["model"]
     num_classes = arrays["params/classifier/kernel"].shape[-1]
     return {"format": FORMAT, "model": {**model, "num_classes": num_classes}, "class_order": None}
 
@@ -126,6 +126,25 @@ def _check_sizes(settings: Mapping[str, Any], num_classes: Any, arrays: Mapping[
             limit = len(arrays)
         if isinstance(size, int) and size > limit:
             raise ValueError(f"{name} of {size} does not fit {len(arrays)} arrays with {most:,} numbers")
+
+
+def _check_classes(num_classes: Any, order: Any) -> None:
+    """Raise ValueError if the number of classes is no int, or `class_order` does not name each class once."""
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
+        raise ValueError(f"num_classes = {num_classes!r}, which is no whole number")
+    numbers = isinstance(order, list) and all(isinstance(c, int) and not isinstance(c, bool) for c in order)
+    if order is not None and (not numbers or sorted(order) != list(range(num_classes))):
+        raise ValueError(f"class_order does not name each class from 0 to {num_classes - 1} once")
+
+
+def _tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Unflatten arrays. ValueError if a path is not one that `save_arrays` writes."""
+    for path in arrays:
+        if path.split("/")[0] not in ("params", "batch_stats", "method") or not all(path.split("/")[1:] or [""]):
+            raise ValueError(f"an array is called {path!r}")
+        if any(path[:end] in arrays for end, sign in enumerate(path) if sign == "/"):
+            raise ValueError(f"an array is called {path!r}, and another one like its folder")
+    return unflatten(arrays)
 
 
 def load_weights(folder: str | Path) -> Weights:
@@ -148,12 +167,13 @@ def load_weights(folder: str | Path) -> Weights:
             raise UserError(f"{folder} has format {description['format']}, this ltjax reads {FORMAT}: update ltjax")
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["model"].items()}
         num_classes, order = settings.pop("num_classes"), description["class_order"]
+        _check_classes(num_classes, order)
         _check_sizes(settings, num_classes, arrays)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        tree = _tree(arrays)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
-            f"cannot read the weights in {folder} ({type(error).__name__}: {error}): write them again"
+            f"cannot read the weights in {folder} ({type(error).__name__}: {one_line(error)}): write them again"
         ) from error
-    tree = unflatten(arrays)
     params = {"net": tree.get("params", {}), **({"method": tree["method"]} if "method" in tree else {})}
     variables = Variables(params, {"net": tree.get("batch_stats", {})}, {})
     return Weights(variables, settings, num_classes, None if order is None else tuple(order))

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ltjax import models
 from ltjax.interop.weights import Weights, in_our_order, into, load_weights, save_weights, surplus
@@ -44,6 +45,40 @@ def test_a_folder_holds_all_that_was_saved(weights, tmp_path, same):
 def test_a_description_that_is_not_understood_is_named(tmp_path, content):
     (tmp_path / "weights.json").write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"class_order": order} for order in ([0, 1], [0, 1, 2, 3, 3], [5, 6, 7, 8, 9], "abcde", 5, [None] * 5, {})),
+        {"class_order": [0.0, 1.0, 2.0, 3.0, 4.0]},
+        {"model": {**SETTINGS, "num_classes": 5.0}},
+        {"model": {**SETTINGS, "num_classes": True}},
+        {"model": [1]},
+    ],
+)
+def test_a_description_of_other_classes_is_refused(weights, tmp_path, change):
+    save_weights(tmp_path, weights.variables, SETTINGS, num_classes=5)
+    file = tmp_path / "weights.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match="cannot read the weights in"):
+        load_weights(tmp_path)
+
+
+def test_a_description_nested_too_deeply_is_refused(weights, tmp_path):
+    save_weights(tmp_path, weights.variables, SETTINGS, num_classes=5)
+    (tmp_path / "weights.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["params/classifier/kernel", "params", "params/", "other/x", "params/classifier", ""])
+def test_arrays_of_other_names_or_a_scalar_classifier_are_refused(weights, tmp_path, name):
+    save_weights(tmp_path, weights.variables, SETTINGS, num_classes=5)
+    arrays = load_file(tmp_path / "weights.safetensors")
+    save_file({**arrays, name: np.float32(1).reshape(())}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="cannot read the weights in"):
         load_weights(tmp_path)
 
 
