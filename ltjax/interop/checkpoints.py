@@ -31,7 +31,8 @@ def read(path: Path) -> dict[str, Any]:
             return load_file(path)
         if path.suffix == ".npz":
             return npz.read(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        # Safetensors has types, such as F8_E4M3, that NumPy lacks, and raises AttributeError then.
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     return _read_torch(path)
 
@@ -45,11 +46,23 @@ def _read_torch(path: Path) -> dict[str, Any]:
             "machine with torch"
         ) from error
 
-    def arrays(value: Any) -> Any:
+    def array(value: Any, name: str) -> np.ndarray:
+        dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not dense or value.dtype.is_complex:
+            kind = f"{value.dtype} {value.layout} on {value.device}".replace("torch.", "")
+            raise UserError(f"{path}: {name} is a tensor of {kind}: save dense tensors of real numbers on a CPU")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} repeats its numbers to {list(value.shape)}: save it as `.contiguous()`")
+        value = value.detach().resolve_neg()
+        small = value.dtype.is_floating_point and value.dtype not in (torch.float64, torch.float32, torch.float16)
+        return (value.float() if small else value).numpy()  # NumPy lacks bfloat16 and float8
+
+    def arrays(value: Any, name: str = "it") -> Any:
         if isinstance(value, torch.Tensor):
-            value = value.detach()
-            return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        return {str(key): arrays(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+            return array(value, name)
+        return (
+            {str(key): arrays(each, str(key)) for key, each in value.items()} if isinstance(value, Mapping) else value
+        )
 
     scalars = [(_NumpyKind, "numpy.dtype")]
     scalars += [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -67,7 +80,10 @@ def _read_torch(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a file of torch.save, or is truncated: download it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state_dict")
-    return arrays(content)
+    try:
+        return arrays(content)
+    except (RecursionError, RuntimeError, TypeError) as error:
+        raise UserError(f"cannot read the tensors in {path}: {one_line(error)}") from error
 
 
 class _NumpyKind:

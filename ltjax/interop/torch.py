@@ -26,7 +26,7 @@ from ltjax.interop.weights import Weights, described, save_weights
 from ltjax.optim import flatten, unflatten
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.paths import local
-from ltjax.types import UserError, Variables, some
+from ltjax.types import UserError, Variables, one_line, some
 
 NORMALISE = {  # mean and std of each channel
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's, and the authors' on large images
@@ -295,9 +295,12 @@ def class_order(text: str, num_classes: int) -> list[int] | None:
         kind, file = "", text  # a path with a colon in it
     try:
         content = local(file).read_text()
-        numbers = np.asarray(json.loads(content) if content.lstrip().startswith("[") else content.split(), np.int64)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--class_order={text}: no list of integers in {file!r} ({error})") from error
+        listed = json.loads(content) if content.lstrip().startswith("[") else list(map(int, content.split()))
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in listed):
+            raise ValueError("another kind of value")
+        numbers = np.asarray(listed, np.int64)
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"--class_order={text}: no list of integers in {file!r} ({one_line(error)})") from error
     if numbers.shape != (num_classes,):
         raise UserError(f"--class_order={text}: {numbers.size} numbers for {num_classes} classes")
     if kind.startswith("counts"):

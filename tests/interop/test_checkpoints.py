@@ -1,6 +1,7 @@
 """Files of weights and the networks in them. Those of PyTorch need PyTorch."""
 
 import argparse
+import json
 import os
 import sys
 
@@ -158,6 +159,39 @@ def test_bfloat16_is_read(tmp_path):
     pt = pytorch()
     pt.save({"x": pt.tensor([0.5, 2.0], dtype=pt.bfloat16)}, tmp_path / "net.pt")
     np.testing.assert_array_equal(checkpoints.read(tmp_path / "net.pt")["x"], np.float32([0.5, 2.0]))
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_read(kind, tmp_path):
+    pt = pytorch()
+    pt.save({"x": pt.tensor([0.5, 2.0]).to(getattr(pt, kind))}, tmp_path / "net.pt")
+    np.testing.assert_array_equal(checkpoints.read(tmp_path / "net.pt")["x"], np.float32([0.5, 2.0]))
+
+
+UNREADABLE = {
+    "sparse": lambda pt: pt.eye(3).to_sparse(),
+    "meta": lambda pt: pt.empty(3, device="meta"),
+    "complex": lambda pt: pt.ones(3, dtype=pt.complex64),
+    "conjugate": lambda pt: pt.ones(3, dtype=pt.complex64).conj(),
+    "8 TiB in 2 bytes": lambda pt: pt.zeros(1, dtype=pt.bfloat16).as_strided((1 << 40, 4), (0, 0)),
+    "4 GiB in 4 bytes": lambda pt: pt.zeros(1).as_strided((1 << 30, 1), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_tensor_that_is_not_dense_real_numbers_is_named(kind, tmp_path):
+    pt = pytorch()
+    pt.save({"conv1.weight": UNREADABLE[kind](pt)}, tmp_path / "net.pt")
+    with pytest.raises(UserError, match=r"conv1\.weight (is a tensor of|repeats its numbers)"):
+        checkpoints.read(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "F4", "X"])
+def test_a_type_that_numpy_lacks_is_refused(kind, tmp_path):
+    header = json.dumps({"x": {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "net.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+    with pytest.raises(UserError, match=r"cannot read .*net\.safetensors"):
+        checkpoints.read(tmp_path / "net.safetensors")
 
 
 class Runs:

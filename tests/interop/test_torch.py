@@ -276,7 +276,16 @@ def test_the_order_of_classes_is_read(kind, content, order, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("[0, 1]", "2 numbers for 4"), ("[0, 1, 1, 3]", "counts:FILE"), ("a b c d", "no list")]
+    "content, message",
+    [
+        ("[0, 1]", "2 numbers for 4"),
+        ("[0, 1, 1, 3]", "counts:FILE"),
+        *(
+            (wrong, "no list")
+            for wrong in ("a b c d", "[0.9, 1, 2, 3]", "[true, 0, 2, 3]", f"[{10**30}]", "[" * 200_000)
+        ),
+    ],
+    ids=lambda text: text[:20],
 )
 def test_an_invalid_order_of_classes_is_named(content, message, tmp_path):
     (tmp_path / "order").write_text(content)

@@ -210,7 +210,7 @@ def read_json(path: Path, keep: Set[str]) -> Any:
         raise UserError(f"{path} holds no JSON file: expected the official one")
     try:
         return json.loads(member.read(), object_hook=lambda item: {key: item[key] for key in item.keys() & keep})
-    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise UserError(
             f"cannot read {member.where} as JSON ({one_line(error)}): replace it by the official one"
         ) from error

@@ -184,7 +184,7 @@ def test_wrong_annotations_are_explained(edit, expected, refused):
     assert expected in refused(edit=edit)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff\xfe\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff\xfe\xff", b"[" * 200_000], ids=range(6))
 def test_a_file_without_annotations_is_named(content, refused):
     assert "train2018.json" in refused(lambda source: (source / "train2018.json").write_bytes(content), extracted=True)
 
