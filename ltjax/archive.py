@@ -19,7 +19,7 @@ from ltjax.interop.weights import ARRAYS, DESCRIPTION, save_arrays
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, variables_of
 from ltjax.system.command_line import Parser, exit_code
-from ltjax.system.files import replacing
+from ltjax.system.files import holding, replacing
 from ltjax.system.paths import local
 from ltjax.types import UserError
 
@@ -43,8 +43,9 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
     trained = newest(workdir)
     if trained.run.replicas > 1:
         raise UserError(f"{workdir} holds {trained.run.replicas} replicas: an archive is of one seed; train them apart")
-    summary = read_json(workdir / "results.json")["stages"][trained.stage.name]
-    if "evaluations" not in summary:
+    with holding(workdir / "results.json"):
+        old = "evaluations" not in read_json(workdir / "results.json")["stages"][trained.stage.name]
+    if old:
         raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
     variables = variables_of(workdir, trained)
     folder.mkdir(parents=True, exist_ok=True)

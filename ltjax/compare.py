@@ -7,14 +7,13 @@
 Figures are those of the last epoch, from each run's results.json: mean ± sample standard deviation over seeds.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from ltjax.report.seeds import Figure, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent, unequal_test_set
 from ltjax.system.command_line import Parser, exit_code
-from ltjax.system.files import load_json
+from ltjax.system.files import holding, load_json
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 
@@ -169,7 +168,7 @@ def read_run(path: Path) -> FinishedRun:
     alone = "repair it, or copy results.json to an empty folder and name the copy"
     config = _read_json(path.with_name("config.json"), alone, optional=True)
     split = _read_json(path.with_name("split.json"), alone, optional=True) or {}
-    with _named(path, again):
+    with holding(path, again):
         stages = {name: _stage(name, stage, results) for name, stage in results["stages"].items()}
         final = results["final_stage"]
         run = FinishedRun(
@@ -189,22 +188,15 @@ def read_run(path: Path) -> FinishedRun:
                 "attack": _attack(results),
             },
         )
+        if not all(math.isfinite(seconds) for seconds in (run.seconds, *(stage.seconds for stage in stages.values()))):
+            raise ValueError("its seconds are not finite")
         if any(set(stage.seeds) != set(stages[final].seeds) for stage in stages.values()):
             raise ValueError("its stages have different seeds")
     if config is not None:
-        with _named(path.with_name("config.json"), alone):
+        with holding(path.with_name("config.json"), alone):
             run.facts["data set"] = _text(config["data"]["name"])
             run = run._replace(settings=trained_settings(config))
     return run
-
-
-@contextlib.contextmanager
-def _named(path: Path, remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-        raise UserError(f"{path} does not hold what ltjax writes there ({what}): {remedy}") from error
 
 
 def _read_json(path: Path, remedy: str, *, optional: bool = False) -> dict[str, Any] | None:

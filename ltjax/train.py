@@ -23,6 +23,7 @@ from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
 from ltjax.runs.workdir import locked, named_disk_errors, open_workdir
 from ltjax.system import processes
+from ltjax.system.files import holding
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
 from ltjax.types import UserError, one_line
@@ -53,7 +54,8 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
             console.print(
                 f"{workdir} holds a finished run of this config; remove it to train again, or on other images."
             )
-            results.print_table(finished, console)
+            with holding(workdir / "results.json"):
+                results.print_table(finished, console)
             return finished
 
         # Find all mistakes that can be found before the first step.

@@ -171,5 +171,5 @@ def test_damaged_results_are_named(archived):
     broken = results(archived)
     broken["stages"]["classifier"]["evaluations"] = []
     (archived / "results.json").write_text(json.dumps(broken))
-    with pytest.raises(UserError, match=r"results\.json is not what ltjax writes there"):
+    with pytest.raises(UserError, match=r"results\.json does not hold what ltjax writes there"):
         trained.read_archive(archived)

@@ -17,6 +17,7 @@ from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import read_json, write_json
 from ltjax.runs.workdir import named_disk_errors, no_checkpoint, open_run
 from ltjax.system import parallel, processes, xla
+from ltjax.system.files import holding
 from ltjax.system.paths import local
 from ltjax.types import Variables
 
@@ -53,6 +54,9 @@ def report_workdir(
         raise no_checkpoint(workdir)
     if finished:
         summary = read_json(workdir / "results.json")
+        with holding(workdir / "results.json"):  # found now, not after all images were looked at
+            page.of_run(summary, experiment.groups, {}, {})
+            figures.summary(summary)
     else:
         stages = {name: run.stages[name] for name in records}
         last = list(stages.values())[-1]

@@ -27,6 +27,7 @@ from ltjax.interop.weights import DESCRIPTION, Weights, check_classifier, hash_w
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system import parallel, xla
+from ltjax.system.files import holding
 from ltjax.system.paths import local
 from ltjax.types import UserError
 
@@ -299,7 +300,10 @@ def class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
     """Read the names of classes from a workdir; () if it has none."""
     for file in NAMED_IN:
         if (workdir / file).is_file():
-            names = read_json(workdir / file).get("class_names", ())
+            names = read_json(workdir / file).get("class_names", [])
+            with holding(workdir / file):
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise TypeError("class_names are no list of names")
             if len(names) == num_classes:
                 return tuple(names)
     return ()

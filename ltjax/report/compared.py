@@ -10,7 +10,7 @@ from ltjax.report import page, panels, sections
 from ltjax.report.sections import Attacked, Content, Table
 from ltjax.report.seeds import mean_and_std, pool
 from ltjax.runs.checkpoint import read_json, write_atomic
-from ltjax.types import UserError, one_line
+from ltjax.system.files import holding
 
 MOST_PAIRS = 3  # of confused classes, in each list of a run: a page may have many rows
 
@@ -76,14 +76,12 @@ def load(run: Path, stage: str | None, title: str) -> Loaded:
     """
     folder, file = (run, run / "results.json") if run.is_dir() else (run.parent, run)
     results, numbers, split = read_json(file), folder / "report" / "numbers.json", folder / "split.json"
-    try:
+    with holding(file, f"leave {title} out"):
         groups = page.groups_of(read_json(split), len(results["class_names"])) if split.exists() else {}
         measured = read_json(numbers) if numbers.exists() else {}
         curves = panels.read_curves(folder / "metrics.jsonl")
         panel = panels.of_stage(results, stage or results["final_stage"], groups, measured, curves)
         return Loaded(results, panel, page.confused(results, measured))
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} does not hold what --html draws ({one_line(error)}): leave {title} out") from error
 
 
 def row_panel(row: Any, runs: Sequence[Loaded]) -> panels.Panel:

@@ -13,6 +13,7 @@ from ltjax.report import charts, panels, plots, sections
 from ltjax.report.sections import Attacked, Content, Table
 from ltjax.runs.checkpoint import read_json, write_atomic
 from ltjax.runs.results import COLUMNS, GROUPS, LEGACY_BEST, percent
+from ltjax.system.files import holding
 
 PICTURE_WIDTH = 640  # of the attack's picture, in pixels
 
@@ -20,19 +21,26 @@ PICTURE_WIDTH = 640  # of the attack's picture, in pixels
 def write(workdir: Path, results: Mapping[str, Any] | None = None) -> Path:
     """Write the page of the run in `workdir`. results: the content of results.json; None: read it."""
     folder = workdir / "report"
-    results = read_json(workdir / "results.json") if results is None else results
-    numbers = read_json(folder / "numbers.json") if (folder / "numbers.json").exists() else {}
-    html = of_run(
-        results,
-        groups_of(read_json(workdir / "split.json"), len(results["class_names"])),
-        numbers,
-        panels.read_curves(workdir / "metrics.jsonl"),
-        attack_image(folder / "attack.png") if "robustness" in results else "",
-    )
+    if results is None:
+        with holding(workdir / "results.json"):
+            html = _html(workdir, read_json(workdir / "results.json"))
+    else:
+        html = _html(workdir, results)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"
     write_atomic(path, html, errors="replace")  # class names may not be valid UTF-8
     return path
+
+
+def _html(workdir: Path, results: Mapping[str, Any]) -> str:
+    folder = workdir / "report"
+    return of_run(
+        results,
+        groups_of(read_json(workdir / "split.json"), len(results["class_names"])),
+        read_json(folder / "numbers.json") if (folder / "numbers.json").exists() else {},
+        panels.read_curves(workdir / "metrics.jsonl"),
+        attack_image(folder / "attack.png") if "robustness" in results else "",
+    )
 
 
 def groups_of(split: Mapping[str, Any], num_classes: int) -> dict[str, np.ndarray]:

@@ -139,10 +139,11 @@ def read_curves(path: Path) -> dict[str, dict[str, list]]:
             entry = json.loads(line)
             stage, values = curves.setdefault(entry["stage"], {"train": [], "test": []}), entry["values"]
             if entry["split"] == "train":
-                stage["train"].append((entry["epoch"], entry["step"], values["loss"], values["lr"]))
+                numbers = entry["epoch"], entry["step"], values["loss"], values["lr"]
+                stage["train"].append(tuple(map(float, numbers)))
             elif entry["split"] == "test":
                 stage["test"].append((entry["epoch"], dict(values["accuracy"])))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a killed process can leave half a line
     for stage in curves.values():
         stage["train"] = thinned(stage["train"])

@@ -14,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ltjax.hashing import fingerprint
 from ltjax.system import processes
-from ltjax.system.files import load_json, replacing
+from ltjax.system.files import ANOTHER, load_json, replacing
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError, one_line
 
@@ -177,9 +177,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = load_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({one_line(error)}): delete it, or use another --workdir") from error
+        raise UserError(f"cannot read {path} ({one_line(error)}): {ANOTHER}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold what ltjax writes there: delete it, or use another --workdir")
+        raise UserError(f"{path} does not hold what ltjax writes there: {ANOTHER}")
     return value
 
 

@@ -55,8 +55,8 @@ class RunLog:
                 entry = json.loads(line)
                 last = step if entry["split"] == "train" else evaluated
                 repeated = entry["stage"] == stage and entry["step"] > last
-            except (ValueError, KeyError):
-                continue  # cut short by a kill
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # cut short by a kill, or changed
             if not repeated:
                 lines.append(line + "\n")
         write_atomic(self._path, "".join(lines))

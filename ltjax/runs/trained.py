@@ -14,7 +14,7 @@ from ltjax.hashing import fingerprint
 from ltjax.interop.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.checkpoint import complete_steps, read_json
 from ltjax.runs.workdir import no_checkpoint
-from ltjax.system.files import load_json
+from ltjax.system.files import holding, load_json
 from ltjax.types import UserError, Variables, one_line
 
 
@@ -37,6 +37,8 @@ def newest(workdir: Path) -> Trained:
     run = parse(read_json(workdir / "config.json"))
     if is_archive(workdir):
         archive = read_archive(workdir)
+        if archive.stage not in run.stages:
+            raise UserError(f"{workdir}/results.json has a stage that config.json lacks: write the archive again")
         return Trained(run, run.stages[archive.stage], archive.step)
     steps = {name: complete_steps(workdir / "checkpoints" / name) for name in run.stages}
     trained = [name for name in run.stages if steps[name]]
@@ -127,15 +129,14 @@ def is_archive(folder: Path) -> bool:
 def read_archive(folder: Path) -> Archived:
     """Read an archive. UserError if its results.json is not that of an archive."""
     results = read_json(folder / "results.json")
-    try:
+    with holding(folder / "results.json", "write the archive again"):
         stage = results["final_stage"]
         summary = results["stages"][stage]
         evaluations = [{**evaluation, "test": dict(evaluation)} for evaluation in summary["evaluations"]]
         evaluations[-1]["test"] = summary
         step: int = summary["evaluations"][-1]["step"]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder}/results.json is not what ltjax writes there (no {error}): write the archive again"
-        ) from error
-    record = {"seconds": summary["seconds"], "train_seconds": 0.0, "train_steps": 0, "evaluations": evaluations}
+        if not isinstance(stage, str) or not isinstance(step, int):
+            raise TypeError("final_stage is no name, or step no number")
+        seconds = float(summary["seconds"])
+    record = {"seconds": seconds, "train_seconds": 0.0, "train_steps": 0, "evaluations": evaluations}
     return Archived(stage, step, load_weights(folder), record)

@@ -11,6 +11,7 @@ from typing import Any
 from ltjax.config import differences, with_defaults
 from ltjax.runs.checkpoint import FIX_DISK, read_json
 from ltjax.system import locks
+from ltjax.system.files import holding
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError, form_only, some
 
@@ -79,7 +80,9 @@ def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    before, now = ({**with_defaults(each), "attack": None} for each in (read_json(path), config))
+    now = {**with_defaults(config), "attack": None}
+    with holding(path):
+        before = {**with_defaults(read_json(path)), "attack": None}
     split = workdir / "split.json"
     if before["weights"] and now["weights"] and split.exists() and "weights_sha256" in read_json(split):
         now["weights"] = before["weights"]  # a location: `check_same_images` compares the contents
@@ -102,6 +105,17 @@ def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
     saved = read_json(path) if path.exists() else described
     if "images" not in saved:
         print(f"note: an older ltjax wrote {path}, which does not identify the images by content", file=sys.stderr)
+    with holding(path):
+        changes = _changes(saved, described)
+    if changes:
+        raise UserError(
+            f"{workdir} holds a run that began with other images than those at hand ({'; '.join(changes)} in "
+            "split.json): use another --workdir, or the images that the run began with"
+        )
+
+
+def _changes(saved: Mapping[str, Any], described: Mapping[str, Any]) -> list[str]:
+    """List how the images of two split.json differ, in words."""
     changes = [f"different {key}" for key in SPLIT_KEYS if key in saved and saved[key] != described[key]]
     weights = [each["weights_sha256"] for each in (saved, described) if "weights_sha256" in each]
     if len(set(weights)) > 1:
@@ -117,11 +131,7 @@ def check_same_images(workdir: Path, described: Mapping[str, Any]) -> None:
             ]
             if changed:
                 changes.append(f"other {part} images of {some(changed)}")
-    if changes:
-        raise UserError(
-            f"{workdir} holds a run that began with other images than those at hand ({'; '.join(changes)} in "
-            "split.json): use another --workdir, or the images that the run began with"
-        )
+    return changes
 
 
 def _count_change(name: str, before: int, now: int, part: str) -> str:

@@ -9,7 +9,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from ltjax.types import UserError, one_line
+
 DAY = 86_400  # seconds
+ANOTHER = "delete it, or use another --workdir"
 MAX_JSON = 1 << 28  # bytes; larger files are not read
 
 
@@ -33,6 +36,25 @@ def replacing(path: Path) -> Generator[Path]:
         written.replace(path)
     finally:
         written.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def holding(path: Path, remedy: str = ANOTHER) -> Generator[None]:
+    """Raise UserError if the block cannot use what was read from a file that somebody may have changed.
+
+    Put nothing else into the block: any error is taken for one of the file, except OSError and MemoryError.
+
+    Args:
+      path: Of the file.
+      remedy: What to do, for the message.
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:  # another shape than ltjax writes has many exception types
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{path} does not hold what ltjax writes there ({what}): {remedy}") from error
 
 
 def load_json(path: Path) -> Any:
