@@ -19,6 +19,7 @@ from ltjax.interop.weights import ARRAYS, DESCRIPTION, save_arrays
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, variables_of
 from ltjax.system.command_line import Parser, exit_code
+from ltjax.system.devices import start_devices
 from ltjax.system.files import holding, replacing
 from ltjax.system.paths import local
 from ltjax.types import UserError
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def write() -> None:
         args = parser.parse_args(argv)
+        start_devices()
         archive(args.workdir, args.folder)
         print(f"{args.folder}: {(local(args.folder) / ARRAYS).stat().st_size / 1e6:.1f} MB of weights")
 

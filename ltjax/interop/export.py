@@ -40,6 +40,7 @@ from ltjax.interop.weights import (
 )
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system.command_line import Parser, exit_code
+from ltjax.system.devices import start_devices
 from ltjax.system.files import replacing
 from ltjax.system.paths import local
 from ltjax.types import UserError
@@ -160,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def export() -> None:
         args = parser.parse_args(argv)
+        start_devices()
         image_size = _image_size(args.image_size)
         weights = read(args.source, net=args.net, replica=args.replica)
         write(weights, args.format, local(args.out), image_size)

@@ -25,6 +25,7 @@ from ltjax.interop import checkpoints, names, vit
 from ltjax.interop.weights import Weights, described, save_weights
 from ltjax.optim import flatten, unflatten
 from ltjax.system.command_line import Parser, exit_code
+from ltjax.system.devices import start_devices
 from ltjax.system.paths import local
 from ltjax.types import UserError, Variables, one_line, some
 
@@ -414,6 +415,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def import_checkpoint() -> None:
         args = parser.parse_args(argv)
+        start_devices()
         options = dict(num_classes=args.num_classes, order=args.class_order, net=args.net)
         print(convert(args.checkpoint, args.model, args.out, **options))
 

@@ -27,6 +27,7 @@ from ltjax.interop.weights import DESCRIPTION, Weights, check_classifier, hash_w
 from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system import parallel, xla
+from ltjax.system.devices import start_devices
 from ltjax.system.files import holding
 from ltjax.system.paths import local
 from ltjax.types import UserError
@@ -225,9 +226,11 @@ def load(
       batch_size: Images per batch, over all devices.
 
     Raises:
-      UserError: There is nothing to load, or the temperature belongs to another checkpoint.
+      UserError: There is nothing to load, the temperature belongs to another checkpoint, or JAX_PLATFORMS names a
+        platform that this machine does not have.
     """
     source = local(source)
+    start_devices()
     if (source / DESCRIPTION).is_file():
         weights, names, view, about, key = load_weights(source), (), None, f"weights {source}", None
         _check_fit(weights, source)

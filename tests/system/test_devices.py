@@ -1,13 +1,17 @@
 """Users see JAX's warnings about accelerators that it cannot use."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
 
+import ltjax
 from ltjax.system.devices import start_devices
 from ltjax.types import UserError
-from tests.test_run import start
+from tests.test_run import ROOT, start
 
 WARNING = (
     "An NVIDIA GPU may be present on this machine, but a CUDA-enabled jaxlib is not installed. Falling back to cpu."
@@ -49,6 +53,36 @@ def test_a_missing_platform_is_an_error(monkeypatch, error):
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(UserError, match=r"JAX cannot use JAX_PLATFORMS=.*or leave the variable out"):
         start_devices()
+
+
+COMMANDS = {
+    "export": ("-m", "ltjax.interop.export", "w", "--format=safetensors", "--out=n.safetensors"),
+    "archive": ("-m", "ltjax.archive", "run", "archive"),
+    "import": ("-m", "ltjax.interop.torch", "n.npz", "--model=resnet_cifar,depth=8,width=2", "--out=other"),
+    "predict": ("run.py", "--workdir=run", "--mode=predict", "--images=photos", "--out=p.csv"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_reports_a_missing_platform(command):
+    """Whatever else is missing: devices are started first."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    process = subprocess.run(
+        [sys.executable, *COMMANDS[command]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+    if command != "predict":  # which reads the run's config before it starts
+        assert "JAX cannot use JAX_PLATFORMS=cuda" in process.stderr
+
+
+def test_a_model_is_not_loaded_onto_a_missing_platform(monkeypatch, tmp_path):
+    def devices():
+        raise RuntimeError("Unknown backend: 'cuda' requested")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError, match="JAX cannot use JAX_PLATFORMS="):
+        ltjax.load(tmp_path)
 
 
 def test_the_command_line_reports_a_missing_platform():
