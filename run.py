@@ -248,6 +248,7 @@ def workdir_of(config: Mapping[str, Any]) -> str:
 def start(config: Mapping[str, Any]) -> None:
     """Start JAX's devices. Check that all processes, if there are several, were started with the same command."""
     from ltjax.config import parse, with_defaults
+    from ltjax.interop.weights import hash_weights, is_weights
     from ltjax.modes import calibrate
     from ltjax.system import devices, processes
 
@@ -256,9 +257,13 @@ def start(config: Mapping[str, Any]) -> None:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
     for warning in devices.start_devices():
         print(f"note: {warning}", file=sys.stderr)
-    processes.agree({"--mode": _MODE.value, "--workdir": workdir_of(config), "--config": ",".join(sorted(config))})
+    deciding = (_MODE, _DRY_RUN, _CALIBRATE, _IMAGES, _OUT, _TOP_K)  # not where data lie, which machines may differ in
+    processes.agree({f"--{flag.name}": str(flag.value) for flag in deciding})
+    processes.agree({"--workdir": workdir_of(config), "--config": ",".join(sorted(config))})
     compared = with_defaults(config)  # without locations, which may differ between machines
     processes.agree({f"config.{key}": json.dumps(compared[key], sort_keys=True) for key in sorted(compared)})
+    weights = config.get("weights", "")
+    processes.agree({"the arrays in config.weights": hash_weights(weights) if is_weights(weights) else "none"})
     if _CALIBRATE.value:
         calibrate.check(config)
 

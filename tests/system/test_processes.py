@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from ltjax.interop.weights import save_weights
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.system import processes
-from ltjax.types import UserError
+from ltjax.types import UserError, Variables
 from tests.conftest import CACHE
 from tests.test_run import TINY
 
@@ -41,9 +42,9 @@ def folder(tmp_path_factory):
 
 
 class Launched:
-    """A command started as one or several processes."""
+    """A command started as one or several processes. own: more flags of each process."""
 
-    def __init__(self, folder, workdir, *, count, devices, flags=()):
+    def __init__(self, folder, workdir, *, count, devices, flags=(), own=((), ())):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
@@ -61,7 +62,7 @@ class Launched:
         }
         self.processes = [
             subprocess.Popen(
-                command + ([f"--process_id={number}"] if count > 1 else []),
+                [*command, *([f"--process_id={number}"] if count > 1 else []), *own[number]],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -300,6 +301,27 @@ def test_processes_with_different_commands_name_the_flag_that_differs(monkeypatc
         processes.agree(values)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda digests: np.stack([digests, digests]))
     processes.agree(values)
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--calibrate", "--mode=eval", "--config.seed=3"])
+def test_processes_that_differ_in_a_flag_end_and_name_it(flag, folder, tmp_path):
+    codes, outputs = Launched(folder, tmp_path, count=2, devices=1, own=((), (flag,))).finish()
+    assert codes[1] == 2 and codes[0] != 0, outputs
+    name = flag.partition("=")[0].removeprefix("--config.")
+    assert any(f"different values of --{name}" in text or f"config.{name}" in text for text in outputs), outputs
+    assert not any("Traceback" in text for text in outputs)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_processes_with_other_weights_of_one_name_end(folder, tmp_path):
+    settings = {"name": "resnet_cifar", "depth": 8, "width": 2}
+    for number in range(2):
+        array = {"backbone": {"conv": {"kernel": np.full((3, 3, 3, 2), number, np.float32)}}}
+        save_weights(tmp_path / str(number), Variables({"net": array}, {}, {}), settings, num_classes=0)
+    own = tuple((f"--config.weights={tmp_path / str(number)}",) for number in range(2))
+    codes, outputs = Launched(folder, tmp_path / "run", count=2, devices=1, own=own).finish()
+    assert 2 in codes and 0 not in codes, outputs
+    assert any("different values of" in text and "config.weights" in text for text in outputs), outputs
 
 
 def test_a_process_may_stay_alone_under_a_launcher(monkeypatch):
