@@ -261,9 +261,9 @@ def start(config: Mapping[str, Any]) -> None:
     processes.agree({f"--{flag.name}": str(flag.value) for flag in deciding})
     processes.agree({"--workdir": workdir_of(config), "--config": ",".join(sorted(config))})
     compared = with_defaults(config)  # without locations, which may differ between machines
+    if is_weights(compared["weights"]):
+        compared["weights"] = hash_weights(compared["weights"])
     processes.agree({f"config.{key}": json.dumps(compared[key], sort_keys=True) for key in sorted(compared)})
-    weights = config.get("weights", "")
-    processes.agree({"the arrays in config.weights": hash_weights(weights) if is_weights(weights) else "none"})
     if _CALIBRATE.value:
         calibrate.check(config)
 

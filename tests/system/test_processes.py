@@ -321,7 +321,7 @@ def test_processes_with_other_weights_of_one_name_end(folder, tmp_path):
     own = tuple((f"--config.weights={tmp_path / str(number)}",) for number in range(2))
     codes, outputs = Launched(folder, tmp_path / "run", count=2, devices=1, own=own).finish()
     assert 2 in codes and 0 not in codes, outputs
-    assert any("different values of" in text and "config.weights" in text for text in outputs), outputs
+    assert any("different values of config.weights" in text for text in outputs), outputs
 
 
 def test_a_process_may_stay_alone_under_a_launcher(monkeypatch):
