@@ -223,7 +223,7 @@ def _measured(stage: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 def _attack(results: Mapping[str, Any]) -> str | None:
     """Return the attack's settings, for which the robust accuracy holds."""
     about = results.get("robustness")
-    return about and _text([about["norm"], about["epsilon"], about["num_images"]])
+    return about and _text([about["norm"], about["epsilon"], about["num_images"], about.get("images_sha256")])
 
 
 def _stage(name: str, stage: Mapping[str, Any], results: Mapping[str, Any]) -> FinishedStage:

@@ -1,5 +1,6 @@
 """`--mode=attack`: evaluate a checkpoint on clean and on attacked test images."""
 
+import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,10 @@ from rich.console import Console
 
 from ltjax import attacks, surgery
 from ltjax.config import AttackConfig, RunConfig, StageConfig, parse
-from ltjax.engine import evaluate
+from ltjax.engine import evaluate, feed
 from ltjax.engine.experiment import Experiment, import_weights, restore, seeds, set_up
 from ltjax.engine.stage import make_apply, steps_done
+from ltjax.hashing import hash32
 from ltjax.report import figures, page
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import read_json, write_json
@@ -83,7 +85,8 @@ def attack_workdir(
     with locked(workdir), named_disk_errors(workdir), StopSignals() as stop:
         began, checkpoint = time.monotonic(), _checkpoint(run, workdir, data_dir)
         experiment, stage, step, _ = checkpoint
-        images, labels = test_images(experiment, run.attack.num_images)
+        images, chosen = test_images(experiment, run.attack)
+        labels = experiment.test_set.host_labels[chosen]
         console.print(
             f"{stage.title}, step {step}: {len(images):,} test images, {run.attack.norm} radius "
             f"{run.attack.epsilon}, {', '.join(run.attack.tests)}"
@@ -99,7 +102,7 @@ def attack_workdir(
             curves.append(curve(target, figures_of_tests))
             if replica == 0:
                 figures.write_attack(_shown(target, attacked), experiment.class_names, workdir / "report")
-        summary = _summary(checkpoint, len(images), _over_replicas(tests, run), _over_replicas(curves, run))
+        summary = _summary(checkpoint, chosen, _over_replicas(tests, run), _over_replicas(curves, run))
         summary["seconds"] = time.monotonic() - began
         write_json(workdir / "attack.json", summary)
         # Deleted last, so that an interrupted run can reuse AutoAttack's result.
@@ -156,7 +159,9 @@ def _targets(
         yield Target(predict, images, labels, experiment.groups, num_classes, run.attack, mesh, console, go_on)
 
 
-def _summary(checkpoint: Checkpoint, num_images: int, tests: Mapping[str, Any], curve: Mapping[float, Any]) -> dict:
+def _summary(
+    checkpoint: Checkpoint, chosen: np.ndarray, tests: Mapping[str, Any], curve: Mapping[float, Any]
+) -> dict[str, Any]:
     experiment, stage, step, _ = checkpoint
     run = experiment.config
     points = [
@@ -172,7 +177,8 @@ def _summary(checkpoint: Checkpoint, num_images: int, tests: Mapping[str, Any], 
         "step": step,
         "epsilon": attacks.radius(run.attack.epsilon, norm=run.attack.norm),
         "norm": run.attack.norm,
-        "num_images": num_images,
+        "num_images": len(chosen),
+        "images_sha256": hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest(),
         "tests": tests,
         "curve": points,
         **({"weights": run.weights} if stage.name == "imported" else {}),
@@ -180,15 +186,36 @@ def _summary(checkpoint: Checkpoint, num_images: int, tests: Mapping[str, Any], 
     }
 
 
-def test_images(experiment: Experiment, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first `most` test images (0: all), float32 in [0, 1], and their labels."""
-    test_set, parts = experiment.test_set, []
-    size = min(most or test_set.size, test_set.size)
-    for images, _ in test_set.parts():
-        parts.append(np.asarray(images).reshape(-1, *experiment.image_shape))
-        if sum(len(part) for part in parts) >= size:
-            break
-    return np.concatenate(parts)[:size].astype(np.float32) / 255, test_set.host_labels[:size]
+def choose(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Choose `most` images (0: all), as many of each class as there can be, at random: sorted indices.
+
+    The first images would be those of the first classes, if a data set lies in folders of classes.
+
+    Args:
+      labels: [N].
+      most: Number of images.
+      seed: It determines the choice, on every machine.
+    """
+    if not 0 < most < len(labels):
+        return np.arange(len(labels))
+    random = hash32(np.uint32(seed % 2**32), np.arange(len(labels), dtype=np.uint32))
+    by_class = np.lexsort((random, labels))
+    starts = np.searchsorted(labels[by_class], np.arange(labels.max() + 1))
+    rank = np.empty(len(labels), np.int64)  # of an image in its class
+    rank[by_class] = np.arange(len(labels)) - starts[labels[by_class]]
+    return np.sort(np.lexsort((random, rank))[:most])
+
+
+def test_images(experiment: Experiment, settings: AttackConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return the test images to attack, float32 in [0, 1], and their indices; see `choose`."""
+    test_set = experiment.test_set
+    chosen = choose(test_set.host_labels, settings.num_images, settings.seed)
+    if len(chosen) < test_set.size:
+        images = np.stack([feed.picture(experiment.config, experiment.data, int(i)) for i in chosen])
+    else:
+        parts = [np.asarray(images).reshape(-1, *experiment.image_shape) for images, _ in test_set.parts()]
+        images = np.concatenate(parts)[: test_set.size]
+    return images.astype(np.float32) / 255, chosen
 
 
 def check(settings: AttackConfig) -> None:

@@ -14,7 +14,7 @@ from ltjax import compare, predictor
 from ltjax.config import parse
 from ltjax.report import page, panels
 from ltjax.runs import trained
-from ltjax.runs.checkpoint import write_json
+from ltjax.runs.checkpoint import read_json, write_json
 from ltjax.runs.workdir import check_same_config, check_same_images
 from ltjax.types import UserError
 from tests.fuzz.test_fuzz_weights import is_one_line, places, replaced
@@ -46,7 +46,7 @@ def files():
 def readers(folder, before):
     """Whatever reads the JSON files of a run."""
     return {
-        "config": lambda: parse(json.loads((folder / "config.json").read_text())),
+        "config": lambda: parse(read_json(folder / "config.json")),
         "another config": lambda: check_same_config(folder, before["config.json"]),
         "other images": lambda: check_same_images(folder, before["split.json"]),
         "names": lambda: predictor.class_names(folder, CLASSES),

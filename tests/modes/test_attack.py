@@ -12,7 +12,9 @@ import pytest
 
 from configs import cifar10_lt
 from ltjax import attacks, data, train
+from ltjax.config import parse
 from ltjax.data.source import Images
+from ltjax.engine.experiment import set_up
 from ltjax.modes import attack as attack_mode
 from ltjax.runs import logs
 from ltjax.system import parallel
@@ -102,6 +104,35 @@ def test_every_test_has_accuracy_by_group_and_class_and_calibration(attacked):
         assert 0 <= figures["ece"] <= 1
         assert figures["num_images"] == 40
     assert attacked["epsilon"] == pytest.approx(32 / 255)
+
+
+@pytest.mark.parametrize("most, counts", [(3, (1, 1, 1)), (7, (3, 3, 1)), (10, (5, 4, 1)), (2, None), (0, (9, 4, 1))])
+def test_images_to_attack_are_spread_over_the_classes(most, counts):
+    """Also if the test set lies in folders of classes, so that the first images are of one class."""
+    labels = np.repeat(np.arange(3), (9, 4, 1)).astype(np.int32)
+    chosen = attack_mode.choose(labels, most, seed=0)
+    assert len(set(chosen.tolist())) == len(chosen) == (most or 14) and (np.diff(chosen) > 0).all()
+    actual = np.bincount(labels[chosen], minlength=3)
+    if counts is None:
+        assert actual.max() == 1
+    else:
+        assert sorted(actual, reverse=True) == list(counts)
+
+
+def test_the_seed_chooses_the_images_to_attack():
+    labels = np.repeat(np.arange(10), 50).astype(np.int32)
+    first, again, other = (attack_mode.choose(labels, 30, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert first[:5].tolist() == [16, 36, 43, 50, 59]
+
+
+def test_a_part_of_the_test_set_has_the_images_of_its_labels(trained):
+    experiment = set_up(parse(config(**{"attack.num_images": 10})), None, trained)
+    images, chosen = attack_mode.test_images(experiment, experiment.config.attack)
+    every, _ = attack_mode.test_images(experiment, experiment.config.attack._replace(num_images=0))
+    np.testing.assert_array_equal(images, every[chosen])
+    assert sorted(experiment.test_set.host_labels[chosen].tolist()) == list(range(10))
 
 
 def test_attacks_lower_the_accuracy_and_autoattack_lists_it_after_each_attack(attacked):
