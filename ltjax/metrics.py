@@ -114,10 +114,15 @@ def classwise_ece(gaps: ArrayLike, num_images: int) -> float:
 def count_groups(class_counts: ArrayLike, *, few_below: int = 20, many_above: int = 100) -> dict[str, np.ndarray]:
     """Group classes by training images: many > `many_above`, few < `few_below`, medium between -> {name: bool [C]}.
 
+    Raises:
+      ValueError: A class would be both many and few.
+
     Examples:
       >>> {name: member.tolist() for name, member in metrics.count_groups([500, 50, 5]).items()}
       {'many': [True, False, False], 'medium': [False, True, False], 'few': [False, False, True]}
     """
+    if few_below > many_above + 1:
+        raise ValueError(f"few_below = {few_below}, many_above = {many_above}: a class would be both many and few")
     counts = np.asarray(class_counts)
     many, few = counts > many_above, counts < few_below
     return {"many": many, "medium": ~many & ~few, "few": few}
@@ -127,13 +132,13 @@ def range_groups(num_classes: int, bounds: Sequence[int]) -> dict[str, np.ndarra
     """Group classes by number, as some papers do: many [0, a), medium [a, b), few [b, C), for `bounds = (a, b)`.
 
     Raises:
-      ValueError: The bounds are not two integers, a not above b.
+      ValueError: The bounds are not two integers from 0 up, a not above b.
 
     Examples:
       >>> {name: member.tolist() for name, member in metrics.range_groups(4, (1, 3)).items()}
       {'many': [True, False, False, False], 'medium': [False, True, True, False], 'few': [False, False, False, True]}
     """
-    if len(bounds) != 2 or np.asarray(bounds).dtype.kind not in "iu" or not bounds[0] <= bounds[1]:
+    if len(bounds) != 2 or np.asarray(bounds).dtype.kind not in "iu" or not 0 <= bounds[0] <= bounds[1]:
         raise ValueError(
             f"bounds of the groups = {tuple(bounds)}: two numbers of classes, the first not above the second"
         )

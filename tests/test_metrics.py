@@ -159,6 +159,11 @@ def test_thresholds_of_groups_are_settings():
     assert result == {"many": 1.0, "medium": 0.0, "all": 0.5}
 
 
+def test_thresholds_that_put_a_class_into_two_groups_are_an_error():
+    with pytest.raises(ValueError, match="few_below = 100, many_above = 20: a class would be both many and few"):
+        metrics.count_groups([500, 50, 5], few_below=100, many_above=20)
+
+
 def test_a_group_without_classes_is_absent():
     assert metrics.group_accuracy([True], [0], [500, 500]).keys() == {"many", "all"}
 
@@ -187,7 +192,7 @@ def test_an_empty_range_is_absent_from_the_accuracies():
     assert metrics.accuracy_by_group([1, 0, 1, 1], [0, 1, 2, 3], groups) == {"many": 0.5, "few": 1.0, "all": 0.75}
 
 
-@pytest.mark.parametrize("bounds", [(0.3, 0.7), (3, 2), (3,), (1, 2, 3)])
+@pytest.mark.parametrize("bounds", [(0.3, 0.7), (3, 2), (3,), (1, 2, 3), (-1, 2)])
 def test_bounds_that_are_not_two_numbers_of_classes_are_an_error(bounds):
     for groups in (lambda: metrics.range_groups(4, bounds), lambda: metrics.rank_groups([9, 5, 2, 1], bounds)):
         with pytest.raises(ValueError, match="two numbers of classes, the first not above the second"):

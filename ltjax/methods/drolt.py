@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltjax import losses
+from ltjax.losses.arrays import positive_counts
 from ltjax.methods import criteria
 from ltjax.types import Method, Settings, UserError
 
@@ -62,7 +63,7 @@ def create(
     weights = criteria.class_weights(class_counts, robust_class_weights)
     initial = jnp.full((len(centroids_of), len(class_counts)), 2 * radius_size, jnp.float32)  # [L, C]
     if radius == "by_count":
-        initial = initial / jnp.sqrt(jnp.asarray(class_counts, jnp.float32))
+        initial = initial / jnp.sqrt(positive_counts(class_counts))
     learned = radius.startswith("learned")
 
     def init(rng):

@@ -21,10 +21,11 @@ def create(class_counts: np.ndarray, *, medium_start: float, tail_start: float |
         raise UserError(f"method 'reslt': beta = {beta}: from 0 to 1")
     starts = (medium_start, len(class_counts) if tail_start is None else tail_start)
     ranks = tuple(max(1, round(start * len(class_counts))) if 0 < start < 1 else int(start) for start in starts)
-    if not 0 < ranks[0] <= ranks[1] <= len(class_counts):
+    whole = all(0 < start < 1 or start == rank for start, rank in zip(starts, ranks, strict=True))
+    if not whole or not 0 < ranks[0] <= ranks[1] <= len(class_counts):
         raise UserError(
-            f"method 'reslt': medium_start = {medium_start}, tail_start = {tail_start}: ranks from 1 to "
-            f"{len(class_counts)}, the number of classes, in this order"
+            f"method 'reslt': medium_start = {medium_start}, tail_start = {tail_start}: whole ranks from 1 to "
+            f"{len(class_counts)}, the number of classes, or shares of them below 1, in this order"
         )
     masks = losses.branch_masks(class_counts, medium_start=ranks[0], tail_start=ranks[1])  # [3, C]
 

@@ -233,3 +233,8 @@ def test_a_layer_that_the_model_does_not_have_is_named_with_those_it_has():
         jax.eval_shape(compiled.init, jax.ShapeDtypeStruct((), jnp.uint32), variables)
     expected = "the method needs the features of layer 'stage4'; the model's layers: stage1, stage2, stage3"
     assert str(raised.value) == expected
+
+
+def test_radii_by_count_need_an_image_of_every_class():
+    with pytest.raises(ValueError, match="class_counts = 0 for class 1: every class needs 1 training image or more"):
+        methods.create("drolt", np.array([5, 0, 7]), radius="by_count")

@@ -66,9 +66,9 @@ MISTAKES = [
         (
             dict(beta=0.9, medium_start=medium, tail_start=tail),
             f"method 'reslt': medium_start = {medium}, tail_start = {tail}: "
-            "ranks from 1 to 5, the number of classes, in this order",
+            "whole ranks from 1 to 5, the number of classes, or shares of them below 1, in this order",
         )
-        for medium, tail in ((3, 2), (0, 2), (2, 6), (6, None))
+        for medium, tail in ((3, 2), (0, 2), (2, 6), (6, None), (2.5, 3), (1, 3.5))
     ),
     (dict(beta=0.9), "method 'reslt' needs the setting 'medium_start'; allowed: medium_start, tail_start, beta"),
 ]
