@@ -79,6 +79,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
     if not arguments[1:] or {"-h", "-help", "--help"} & set(arguments[1:]):
         print(help_page())
         raise SystemExit(0)
+    # A shell leaves ~ in --config=~/c.py as it is.
+    arguments = [re.sub("^(--?config=)(~[^:]*)", lambda m: m[1] + str(home(m[2])), each) for each in arguments]
     try:
         check_overrides(arguments)
         rest = flags.FLAGS(arguments)

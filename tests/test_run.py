@@ -298,6 +298,13 @@ def test_mistakes_get_one_line_and_exit_code_2(flags, words, tmp_path):
         assert word in error
 
 
+def test_the_home_folder_of_a_config_file_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(ROOT / "configs" / "quickstart.py", tmp_path / "c.py")
+    code, _, error = run("--config=~/c.py", "--config.nothing=1")
+    assert code == 2 and error.startswith("error: unknown config key config.nothing"), error
+
+
 def test_a_mode_that_needs_a_run_asks_for_its_workdir():
     code, _, error = run("--mode=predict", "--images=photos")
     assert code == 2 and error == "error: --mode=predict needs the --workdir of a run, or a --config\n"
