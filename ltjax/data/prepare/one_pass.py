@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, ProgressColumn, TimeRemainingColum
 from rich.text import Text
 
 from ltjax.data import index, prepared, progress
-from ltjax.data.decode import problem
+from ltjax.data.decode import DeepImages, inspect
 from ltjax.data.prepare.in_memory import require_writable
 from ltjax.data.prepare.shards import JOURNAL, SHARD_BYTES, Shards
 from ltjax.data.prepare.sources import Member, walk
@@ -165,6 +165,7 @@ def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
     """
     finished, seen = shards.keys(), set()
     problems: list[Problem] = []
+    deep = DeepImages()
     if len(finished) == len(spec.images):
         return problems
     columns = (MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
@@ -179,7 +180,7 @@ def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
             problems.append(Problem(key, what, where))
             log.write(f"{key}\t{what}\t{where}\n")
 
-        for key, where, content, what in _checked(_listed_images(spec, seen), finished, threads):
+        for key, where, content, what in _checked(_listed_images(spec, seen), finished, threads, deep):
             if what:
                 report(key, what, where)
             else:
@@ -192,6 +193,8 @@ def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
         for key in sorted(spec.images.keys() - seen - finished):
             report(key, "missing", " or ".join(source.name for source in spec.sources))
     shards.close()
+    if note := deep.note():
+        print(f"note: {spec.name}: {note}", file=sys.stderr)
     return problems
 
 
@@ -221,17 +224,20 @@ def _listed_images(spec: DatasetSpec, seen: set[str]) -> Iterator[tuple[str, Mem
 
 
 def _checked(
-    images: Iterator[tuple[str, Member]], finished: Set[str], threads: ThreadPoolExecutor
+    images: Iterator[tuple[str, Member]], finished: Set[str], threads: ThreadPoolExecutor, deep: DeepImages
 ) -> Iterator[tuple[str, str, bytes, str]]:
     """Read and check images, all but the finished ones: yield key, path, content, and what is wrong ("": nothing).
 
-    Threads decode images in the order of the sources, at most `IN_FLIGHT` at a time.
+    Threads decode images in the order of the sources, at most `IN_FLIGHT` at a time. `deep` collects those of 16 bits a
+    channel.
     """
-    pending: collections.deque[tuple[str, str, bytes, Future[str]]] = collections.deque()
+    pending: collections.deque[tuple[str, str, bytes, Future[tuple[str, int | None]]]] = collections.deque()
 
     def first() -> tuple[str, str, bytes, str]:
         key, where, content, check = pending.popleft()
-        return key, where, content, check.result()
+        what, brightest = check.result()
+        deep.add(brightest)
+        return key, where, content, what
 
     for key, member in images:
         if key in finished:
@@ -241,7 +247,7 @@ def _checked(
         except OSError as error:
             yield key, member.where, b"", f"cannot be read: {error.strerror}"
             continue
-        pending.append((key, member.where, content, threads.submit(problem, content)))
+        pending.append((key, member.where, content, threads.submit(inspect, content)))
         if len(pending) >= IN_FLIGHT:
             yield first()
     while pending:

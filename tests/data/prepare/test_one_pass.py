@@ -48,6 +48,14 @@ def prepared(source, tmp_path_factory):
 # What is written.
 
 
+def test_images_of_16_bits_a_channel_are_counted(tmp_path, capsys):
+    deep = io.BytesIO()
+    Picture.fromarray(np.full((64, 80), 4095, np.uint16)).save(deep, "PNG")
+    source = miniatures.inat18(tmp_path / "source", spoil=lambda images: images.update({[*images][1]: deep.getvalue()}))
+    assert run(source, tmp_path / "data") == 0
+    assert "1 image(s) have 16 bits a channel, with brightest values from 4,095" in capsys.readouterr().err
+
+
 def test_image_files_are_kept_byte_for_byte(source, prepared):
     images = {r["id"].decode(): r["image"] for split in ("train", "validation") for r in records(prepared, split)}
     assert images == originals(source)
