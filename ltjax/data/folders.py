@@ -14,16 +14,17 @@ def identity(folder: str | Path) -> Identity:
     return status.st_dev, status.st_ino
 
 
+def fail(error: OSError) -> None:
+    """Raise UserError for a folder that cannot be listed."""
+    raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
+
+
 def walk(root: str | Path, excluded: Set[Identity] = frozenset()) -> Iterator[tuple[str, list[str], list[str]]]:
     """Walk like `os.walk`, sorted by name, following links but entering each folder once.
 
     Hidden folders and files are included, `excluded` folders are not, except `root` itself. UserError if a folder
     cannot be listed.
     """
-
-    def fail(error: OSError):
-        raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
-
     seen = set(excluded) - {identity(root)}
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         if identity(folder) in seen:

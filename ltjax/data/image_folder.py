@@ -8,9 +8,10 @@ import contextlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import jax
@@ -55,8 +56,8 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
     """Find the images below `root`; the classes are the folders of `root/train`, in alphabetical order.
 
     Images lie in a class's folder or deeper, and may be of any kind that OpenCV decodes, whatever their ending. A note
-    counts the files of other kinds. Hidden files and `__MACOSX` are ignored. Symbolic links are followed, but each
-    folder counts once. Every image is decoded and hashed once, which is remembered until the files change. Without a
+    counts the files of other kinds. Hidden files, hidden folders and `__MACOSX` are left out, and counted in a note.
+    Symbolic links are followed, but each folder counts once. Every image is decoded and hashed once, which is remembered until the files change. Without a
     validation folder, each class gives a fifth of the smallest class, at most 20 images; the choice is the same every
     time.
 
@@ -140,11 +141,83 @@ def is_image(path: str) -> bool:
         return False
 
 
-def describe_left_out(endings: Counter[str]) -> str:
-    """Count the files that are no images, by their endings: "12 file(s) ... are left out: .txt (10), .db (2)"."""
-    most_first = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
-    kinds = [f"{_printable(ending) or 'without an ending'} ({count})" for ending, count in most_first]
-    return f"{endings.total()} file(s) are no images that can be decoded and are left out: {some(kinds)}"
+class LeftOut:
+    """Collects what `images_below` leaves out."""
+
+    def __init__(self):
+        self._endings: Counter[str] = Counter()  # of files that are no images
+        self._hidden: list[str] = []  # names of files and folders
+
+    def add(self, name: str) -> None:
+        """Add a file that is no image, or a hidden file or folder."""
+        if _is_user_data(name):
+            self._endings[os.path.splitext(name)[1]] += 1
+        else:
+            self._hidden.append(name)
+
+    def notes(self) -> list[str]:
+        """Count them: "12 file(s) are no images that can be decoded and are left out: .txt (10), .db (2)"."""
+        notes = []
+        if self._endings:
+            most_first = sorted(self._endings.items(), key=lambda item: (-item[1], item[0]))
+            kinds = [f"{_printable(ending) or 'without an ending'} ({count})" for ending, count in most_first]
+            total = self._endings.total()
+            notes.append(f"{total} file(s) are no images that can be decoded and are left out: {some(kinds)}")
+        if self._hidden:
+            names = some(sorted({_printable(name) for name in self._hidden}))
+            notes.append(f"{len(self._hidden)} hidden file(s) or folder(s) are left out: {names}")
+        return notes
+
+
+def images_below(
+    root: str,
+    left_out: LeftOut,
+    *,
+    excluded: Set[folders.Identity] = frozenset(),
+    order: Callable[[str], Any] = str,
+    cannot_list: Callable[[OSError], None] = folders.fail,
+) -> Iterator[str]:
+    """Yield the paths of all images in a folder and below it. Links are followed; each folder counts once.
+
+    Args:
+      root: The folder.
+      left_out: Collects the other files, and hidden files and folders.
+      excluded: Folders that are not entered, except `root`.
+      order: Key of a name, to sort the files and folders of a folder.
+      cannot_list: Called for a folder that cannot be listed.
+    """
+    seen = set(excluded) - {folders.identity(root)}
+
+    def entries(folder: str) -> Iterator[os.DirEntry[str]]:
+        try:
+            if (identity := folders.identity(folder)) in seen:
+                return iter(())
+            seen.add(identity)
+            return iter(sorted(os.scandir(folder), key=lambda entry: order(entry.name)))
+        except OSError as error:
+            cannot_list(error)
+            return iter(())
+
+    open_folders = [entries(root)]
+    while open_folders:
+        entry = next(open_folders[-1], None)
+        if entry is None:
+            open_folders.pop()
+        elif not _is_user_data(entry.name):
+            left_out.add(entry.name)
+        elif _is_folder(entry):
+            open_folders.append(entries(entry.path))
+        elif is_image(entry.path):
+            yield entry.path
+        else:
+            left_out.add(entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; if its name is an image's, reading it fails later
+        return False
 
 
 def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
@@ -154,25 +227,22 @@ def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str
         names = some([_printable(name) for name in unknown])
         remark = form_only(unknown, sorted(set(class_names) - set(present)))
         raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {names}{remark}")
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
+    for path in sorted((root / part).iterdir()):
+        if path.is_dir() and not _is_user_data(path.name):
+            left_out.add(path.name)
     # Do not follow links from one class to another or to a parent folder.
     excluded = {folders.identity(folder) for folder in (root, root / part, *(root / part / name for name in present))}
     paths, labels = [], []
     for label, name in enumerate(class_names):
-        images = []
-        for folder, subfolders, files in folders.walk(root / part / name, excluded) if name in present else ():
-            subfolders[:] = [name for name in subfolders if _is_user_data(name)]
-            for file in filter(_is_user_data, files):
-                if is_image(os.path.join(folder, file)):
-                    images.append(os.path.relpath(os.path.join(folder, file), root))
-                else:
-                    left_out[os.path.splitext(file)[1]] += 1
-        paths += sorted(images)
+        found = images_below(str(root / part / name), left_out, excluded=excluded) if name in present else ()
+        images = sorted(os.path.relpath(path, root) for path in found)
+        paths += images
         labels += [label] * len(images)
     if not paths:
         raise UserError(f"no images in {root / part}: expected {root / part}/<class>/*.jpg")
-    if left_out:
-        note(f"{root / part}: {describe_left_out(left_out)}")
+    for text in left_out.notes():
+        note(f"{root / part}: {text}")
     return paths, np.asarray(labels, np.int32)
 
 

@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltjax.data.decode import DeepImages, View, center_crop, read, read_file
-from ltjax.data.image_folder import describe_left_out, is_image
+from ltjax.data.image_folder import LeftOut, images_below
 from ltjax.system import xla
 from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
@@ -56,11 +56,11 @@ class Prediction(NamedTuple):
 
 
 def find(images: str) -> Iterator[str]:
-    """Find image files, in natural order (img9 before img10). Hidden files are ignored.
+    """Find image files, in natural order (img9 before img10).
 
     Args:
-      images: A file; a folder, of which all images are found recursively, and a note counts the other files; or a
-        pattern (`*`, `?`, `[a-z]`, `**` for any folders), of which all matches are taken.
+      images: A file; a folder, of which all images are found recursively, each folder once, and notes count the other
+        and the hidden files; or a pattern (`*`, `?`, `[a-z]`, `**` for any folders), of which all matches are taken.
 
     Raises:
       UserError: There are none.
@@ -82,45 +82,15 @@ def find(images: str) -> Iterator[str]:
 
 
 def _images_below(folder: str) -> Iterator[str]:
-    """Yield the images in and below a folder, then print a note about files that are left out."""
-    left_out: Counter[str] = Counter()
-    yield from _walk(folder, (), left_out)
-    if left_out:
-        print(f"note: {folder}: {describe_left_out(left_out)}", file=sys.stderr)
+    """Yield the images in and below a folder, then print notes about what is left out."""
 
+    def say(error: OSError) -> None:
+        print(f"cannot list {error.filename}: {error.strerror}", file=sys.stderr)
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...], left_out: Counter[str]) -> Iterator[str]:
-    """Yield the images in and below a folder.
-
-    Args:
-      folder: Its path.
-      above: Its parents, to detect links to them.
-      left_out: Counts files that are no images, by their endings.
-    """
-    try:
-        status = os.stat(folder)
-        entries = sorted(os.scandir(folder), key=lambda entry: _natural(entry.name))
-    except OSError as error:
-        print(f"cannot list {folder}: {error.strerror}", file=sys.stderr)
-        return
-    identity = (status.st_dev, status.st_ino)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if _is_folder(entry):
-            if identity not in above:
-                yield from _walk(entry.path, (*above, identity), left_out)
-        elif is_image(entry.path):
-            yield entry.path
-        else:
-            left_out[os.path.splitext(entry.name)[1]] += 1
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself; if its name is an image's, reading it fails later
-        return False
+    left_out = LeftOut()
+    yield from images_below(folder, left_out, order=_natural, cannot_list=say)
+    for note in left_out.notes():
+        print(f"note: {folder}: {note}", file=sys.stderr)
 
 
 def _natural(name: str) -> tuple[list[Any], str]:

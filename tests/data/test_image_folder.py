@@ -235,6 +235,13 @@ def spoil_by_strays(root):
     (root / "train" / "a" / "__MACOSX" / "y.jpg").write_bytes(b"")
 
 
+def spoil_by_hidden_names(root):
+    make(root, (1, 1), "val")
+    for name in (".class/1.jpg", "a/.sub/1.jpg", "b/.x.png"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_bytes(photo(0, 0, 16))
+
+
 @pytest.mark.parametrize(
     "spoil, notes",
     [
@@ -246,7 +253,17 @@ def spoil_by_strays(root):
             ["{}/valid is not read: rename it to validation to use it", "{} has no folder"],
         ),
         (spoil_by_two_for_validation, ["{}/test is not read: val is"]),
-        (spoil_by_strays, ["1 image(s) in {}/train, outside the classes' folders, are ignored: x.jpg"]),
+        (
+            spoil_by_hidden_names,
+            ["{}/train: 3 hidden file(s) or folder(s) are left out: .class, .sub, .x.png"],
+        ),
+        (
+            spoil_by_strays,
+            [
+                "{}/train: 2 hidden file(s) or folder(s) are left out: __MACOSX",
+                "1 image(s) in {}/train, outside the classes' folders, are ignored: x.jpg",
+            ],
+        ),
     ],
 )
 def test_notes_say_what_is_ignored_or_held_out(tmp_path, capsys, spoil, notes):

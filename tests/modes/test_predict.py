@@ -50,6 +50,7 @@ def test_images_of_other_endings_are_found_and_other_files_counted(tmp_path, cap
     assert capsys.readouterr().err == (
         f"note: {tmp_path}: 4 file(s) are no images that can be decoded and are left out: "
         ".txt (2), without an ending (1), .raw (1)\n"
+        f"note: {tmp_path}: 1 hidden file(s) or folder(s) are left out: .DS_Store\n"
     )
 
 
@@ -69,7 +70,25 @@ def test_a_cycle_of_links_ends(tmp_path):
     touch(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "back").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "a")
-    assert set(find(tmp_path)) >= {"a/1.jpg", "linked/1.jpg"}
+    assert find(tmp_path) == ["a/1.jpg"]  # a folder counts once
+
+
+def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path, capsys):
+    touch(tmp_path, "a.jpg", ".x.png", ".sub/y.png", "b/__MACOSX/._z.jpg")
+    assert find(tmp_path) == ["a.jpg"]
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: 3 hidden file(s) or folder(s) are left out: .sub, .x.png, __MACOSX\n"
+    )
+
+
+def test_folders_may_lie_very_deep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    assert [os.path.basename(file) for file in files.find(str(tmp_path))] == ["a.jpg"]
 
 
 def test_a_link_to_itself_is_an_unreadable_image(tmp_path):
