@@ -6,7 +6,13 @@
 Nothing is imported here, so that `import ltjax.losses` costs jax alone; `load` comes when it is asked for.
 """
 
+from os import environ as _environ
+
 __version__ = "0.1.0"
+
+# OpenCV reads this when it is imported. It refuses larger images, also those whose headers Pillow cannot read. The
+# number is `ltjax.data.decode.MAX_PIXELS`.
+_environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 28))
 
 
 def __getattr__(name: str):

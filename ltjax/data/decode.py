@@ -141,7 +141,8 @@ def _read(content: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | N
         pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
         kept: Any = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if pixels is None else pixels
     except cv2.error as error:
-        raise ValueError(one_line(error)) from error
+        too_large = "CV_IO_MAX_IMAGE" in str(error)  # see ltjax/__init__.py
+        raise ValueError(f"more than {MAX_PIXELS} pixels" if too_large else one_line(error)) from error
     if kept is not None and kept.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"pixels of type {kept.dtype}, whose brightest value is unknown: convert it to 8 bits")
     if pixels is None:

@@ -57,9 +57,9 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
 
     Images lie in a class's folder or deeper, and may be of any kind that OpenCV decodes, whatever their ending. A note
     counts the files of other kinds. Hidden files, hidden folders and `__MACOSX` are left out, and counted in a note.
-    Symbolic links are followed, but each folder counts once. Every image is decoded and hashed once, which is remembered until the files change. Without a
-    validation folder, each class gives a fifth of the smallest class, at most 20 images; the choice is the same every
-    time.
+    Symbolic links are followed, but each folder counts once. Every image is decoded and hashed once, which is
+    remembered until the files change. Without a validation folder, each class gives a fifth of the smallest class, at
+    most 20 images; the choice is the same every time.
 
     Raises:
       UserError: A folder is missing, a class has no images, validation has other classes than training, or images
