@@ -1,6 +1,8 @@
 """Decoding, cropping and resizing images on the host."""
 
 import io
+import subprocess
+import sys
 import zlib
 
 import cv2
@@ -264,3 +266,21 @@ def test_a_header_with_too_many_pixels_is_refused_before_memory_is_taken(kind, m
     assert decode.problem(content) == f"more than {decode.MAX_PIXELS} pixels"
     with pytest.raises(ValueError, match=r"more than .* pixels"):
         decode.decode(content)
+
+
+HEADERS_THAT_PILLOW_REFUSES = {
+    "long numbers": b"P5 0000000000020000 0000000000020000 255\n",
+    "pam": b"P7\nWIDTH 20000\nHEIGHT 20000\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n",
+    "png with a wrong checksum": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0N \0\0N \x08\2\0\0\0"
+    + zlib.crc32(b"IHDR\0\0N \0\0N \x08\2\0\0\0").to_bytes(4, "big")
+    + b"\0\0\0\3tEXta\0b\0\0\0\1\0\0\0\0IDAT",
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS_THAT_PILLOW_REFUSES)
+def test_a_header_that_pillow_refuses_has_the_same_limit(kind):
+    """In a process of its own, because OpenCV reads its limit when it is imported."""
+    content = HEADERS_THAT_PILLOW_REFUSES[kind] + bytes(100)
+    program = f"from ltjax.data import decode; print(decode.problem({content!r}))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert told == f"more than {decode.MAX_PIXELS} pixels\n"
