@@ -1,10 +1,11 @@
 """Open a data set that TFDS or `python -m ltjax.data.prepare` wrote, without TensorFlow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ltjax.data.source import newest_version, prepare_command
+from ltjax.system.files import load_json
 from ltjax.types import UserError, one_line
 
 T = TypeVar("T")
@@ -29,9 +30,23 @@ def read(name: str, data_dir: Path, use: Callable[[Any, Path, tuple[str, ...]], 
         ) from error
 
 
+def _modules(value: Any) -> Iterator[str]:
+    """Yield the names of Python classes anywhere in a features.json."""
+    if isinstance(value, dict):
+        yield from (str(value[key]) for key in ("pythonClassName", "type") if isinstance(value.get(key), str))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        yield from _modules(part)
+
+
 def _open(directory: Path, elsewhere: str) -> tuple[Any, Path, tuple[str, ...]]:
     import tensorflow_datasets as tfds
 
+    for module in _modules(load_json(directory / "features.json")):
+        if not module.startswith("tensorflow_datasets."):  # TFDS imports it, which runs its code
+            raise UserError(
+                f"{directory}/features.json names {module!r}, and only features of TFDS are read: delete it"
+            )
     builder: Any = tfds.builder_from_directory(directory)
     file_format = builder.info.file_format.value
     if file_format != "array_record":

@@ -1,5 +1,6 @@
 """Read files of weights, and find the networks in them. Only PyTorch's own files need PyTorch."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
     scalars = [(_NumpyKind, "numpy.dtype")]
     scalars += [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                npz.check_size(archive, path.stat().st_size)
         with torch.serialization.safe_globals(scalars):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # another format, a truncated file, or objects that could run code

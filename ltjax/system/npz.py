@@ -22,17 +22,22 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
       ValueError: It is damaged, holds objects, or declares more bytes than it can hold.
     """
     with open(path, "rb") as file:
-        most = max(SMALL, COMPRESSION * os.fstat(file.fileno()).st_size)
         try:
             with zipfile.ZipFile(file) as archive:
+                check_size(archive, os.fstat(file.fileno()).st_size)
                 members = archive.infolist()
-                if sum(member.file_size for member in members) > most:
-                    raise ValueError(f"it declares more than {most:,} bytes")
                 return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
         except MemoryError:
             raise
         except Exception as error:  # damage has many exception types
             raise ValueError(f"no intact npz file of numbers: {one_line(error)}") from error
+
+
+def check_size(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError if the members of an archive declare more bytes than a file of `size` bytes can hold."""
+    most = max(SMALL, COMPRESSION * size)
+    if sum(member.file_size for member in archive.infolist()) > most:
+        raise ValueError(f"it declares more than {most:,} bytes")
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ltjax import models
 from ltjax.interop import checkpoints, torch
 from ltjax.interop.torch import export_state_dict
 from ltjax.interop.weights import load_weights
+from ltjax.system import npz
 from ltjax.types import UserError
 from tests.pytorch import pytorch
 
@@ -184,6 +186,21 @@ def test_a_tensor_that_is_not_dense_real_numbers_is_named(kind, tmp_path):
     pt.save({"conv1.weight": UNREADABLE[kind](pt)}, tmp_path / "net.pt")
     with pytest.raises(UserError, match=r"conv1\.weight (is a tensor of|repeats its numbers)"):
         checkpoints.read(tmp_path / "net.pt")
+
+
+def test_a_compressed_file_that_declares_too_much_is_not_unpacked(state_dict, tmp_path, monkeypatch):
+    pt = pytorch()
+    pt.save({"conv1.weight": pt.zeros(64, 64, 64, 1)}, tmp_path / "net.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "net.pt") as plain,
+        zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as z,
+    ):
+        for name in plain.namelist():
+            z.writestr(name, plain.read(name))
+    monkeypatch.setattr(npz, "SMALL", 1000)
+    monkeypatch.setattr(pt, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(UserError):
+        checkpoints.read(tmp_path / "z.pt")
 
 
 @pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "F4", "X"])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from ltjax.data.decode import MAX_IMAGE_BYTES
 from ltjax.data.prepare import in_memory
 from ltjax.data.prepare.download import download
 from ltjax.types import UserError, one_line
@@ -161,6 +162,11 @@ def _read_files(path: Path, files: set[str], archive: CifarArchive) -> dict[str,
             for member in tar:
                 folder, _, file = member.name.removeprefix("./").partition("/")
                 wanted = folder == archive.folder and file in files and member.isfile()
+                if wanted and member.size > MAX_IMAGE_BYTES:
+                    raise UserError(
+                        f"{path}: {member.name} declares {member.size} bytes, more than {MAX_IMAGE_BYTES}: expected "
+                        f"the file published at {archive.url}"
+                    )
                 if wanted and (stream := tar.extractfile(member)) is not None:
                     contents[file] = stream.read()
             raw: Any = tar.fileobj

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from ltjax.data import progress
+from ltjax.data.decode import MAX_IMAGE_BYTES
 from ltjax.data.prepare import in_memory
 from ltjax.data.prepare.download import download
 from ltjax.data.prepare.sources import leads_outside
@@ -121,7 +122,14 @@ def _open(path: Path, archive: Archive) -> Generator[Files]:
                 raise ValueError(f"the name {name!r} leads out of the archive")
         prefix = f"{archive.folder}/"
         names = {name.removeprefix(prefix) for name in unpacked.namelist() if name.startswith(prefix)}
-        yield Files(names, lambda name: unpacked.read(prefix + name))
+
+        def read(name: str) -> bytes:
+            member = unpacked.getinfo(prefix + name)
+            if member.file_size > MAX_IMAGE_BYTES:
+                raise zipfile.BadZipFile(f"it declares more than {MAX_IMAGE_BYTES} bytes")
+            return unpacked.read(member)
+
+        yield Files(names, read)
 
 
 def _parse(title: str, files: Files, archive: Archive) -> tuple[list[str], dict[str, Split]]:

@@ -133,6 +133,26 @@ def test_tfds_reads_the_result_like_its_own(name, archive, data_dir):
             assert [record["coarse_label"] for record in records] == labels[:, 0].tolist()
 
 
+def test_a_member_of_more_than_256_mib_is_not_read(tmp_path, data_dir, monkeypatch, capsys):
+    members = miniature("cifar100")[0]
+    archive = write_tar(tmp_path / "archive.tar.gz", {**members, "cifar-100-binary/train.bin": bytes(100_000)})
+    monkeypatch.setattr(preparation, "MAX_IMAGE_BYTES", 99_999)
+    assert run("cifar100", data_dir, archive) == 2
+    assert "cifar-100-binary/train.bin declares 100000 bytes, more than 99999" in error_line(capsys)
+
+
+def test_a_prepared_set_imports_no_other_modules(archive, name, data_dir, tmp_path, monkeypatch):
+    """TFDS imports the module of a feature that it does not know."""
+    assert run(name, data_dir, archive) == 0
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = next(data_dir.glob("*/*/features.json"))
+    file.write_text(file.read_text().replace("tensorflow_datasets.core.features.text_feature.Text", "evil.Text"))
+    with pytest.raises(UserError, match=r"features\.json names 'evil\.Text', and only features of TFDS are read"):
+        cifar.load(name, data_dir)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("mode", ["w", "w:xz"])
 def test_a_repacked_archive_is_read(mode, tmp_path, data_dir):
     members = {f"./{path}": data for path, data in miniature("cifar100")[0].items()}

@@ -264,6 +264,14 @@ def test_a_damaged_image_is_named(spoil, expected, write, refused):
     assert f": 1 of 18 images are missing or damaged: {VICTIM} ({expected});" in refused(members, write)
 
 
+@pytest.mark.parametrize("file", [VICTIM, "tiny-imagenet-200/words.txt"])
+def test_a_member_of_more_than_256_mib_is_not_read(file, refused, monkeypatch):
+    members = miniature()
+    members[file] = bytes(2_000_000)
+    monkeypatch.setattr(preparation, "MAX_IMAGE_BYTES", 1_999_999)
+    assert "it declares more than 1999999 bytes" in refused(members)
+
+
 def test_damaged_images_are_counted(refused):
     members = {name: content for name, content in miniature().items() if not name.startswith("val/images")}
     assert "6 of 18 images are missing or damaged: val/images/val_0.JPEG (missing)" in refused(members)
