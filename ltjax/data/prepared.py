@@ -45,7 +45,7 @@ def _open(directory: Path, elsewhere: str) -> tuple[Any, Path, tuple[str, ...]]:
     for module in _modules(load_json(directory / "features.json")):
         if not module.startswith("tensorflow_datasets."):  # TFDS imports it, which runs its code
             raise UserError(
-                f"{directory}/features.json names {module!r}, and only features of TFDS are read: delete it"
+                f"{directory}/features.json names {module!r}, and only features of TFDS are read: delete that folder"
             )
     builder: Any = tfds.builder_from_directory(directory)
     file_format = builder.info.file_format.value
