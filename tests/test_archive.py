@@ -137,7 +137,8 @@ def test_a_single_changed_bit_of_a_checkpoint_is_noticed(workdir, tmp_path):
     """Orbax reads such a checkpoint without a word."""
     shutil.copytree(workdir, tmp_path / "run")
     step, state = final_arrays(tmp_path / "run")
-    state["opt_state"]["inner_states"]["classifier"]["inner_state"][1][1]["count"] ^= 1
+    counters = state["opt_state"]["inner_states"]["classifier"]["inner_state"][1][1]
+    counters["count"] = counters["count"] ^ 1
     path = tmp_path / "run" / "checkpoints" / "classifier" / str(step) / "state"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, state, force=True)

@@ -137,7 +137,7 @@ def _check_classes(num_classes: Any, order: Any) -> None:
         raise ValueError(f"class_order does not name each class from 0 to {num_classes - 1} once")
 
 
-def _tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Unflatten arrays. ValueError if a path is not one that `save_arrays` writes."""
     for path in arrays:
         if path.split("/")[0] not in ("params", "batch_stats", "method") or not all(path.split("/")[1:] or [""]):

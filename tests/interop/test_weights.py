@@ -77,7 +77,7 @@ def test_a_description_nested_too_deeply_is_refused(weights, tmp_path):
 def test_arrays_of_other_names_or_a_scalar_classifier_are_refused(weights, tmp_path, name):
     save_weights(tmp_path, weights.variables, SETTINGS, num_classes=5)
     arrays = load_file(tmp_path / "weights.safetensors")
-    save_file({**arrays, name: np.float32(1).reshape(())}, tmp_path / "weights.safetensors")
+    save_file({**arrays, name: np.array(1, np.float32)}, tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="cannot read the weights in"):
         load_weights(tmp_path)
 
