@@ -286,6 +286,12 @@ def test_ncm_and_the_legacy_best_have_columns_on_demand(tmp_path):
     assert [cell.text for cell in second][6:8] == ["-", "51.0"]
 
 
+def test_without_demand_there_is_no_legacy_best(tmp_path):
+    header, row = compare.cells(compare.rows([single(tmp_path / "a")]))
+    assert "legacy best" not in [cell.text for cell in header]
+    assert "51.0" not in [cell.text for cell in row]
+
+
 @pytest.mark.parametrize("test_counts, shown", [([5, 5, 0], False), ([5, 6, 0], True)])
 def test_means_over_classes_have_columns_if_the_test_classes_are_unequal(tmp_path, test_counts, shown):
     made = results({"train": stage(0.5, balanced_accuracy=0.4, macro_f1=0.3)}, test_class_counts=test_counts)

@@ -168,6 +168,17 @@ def test_split_json_counts_test_images_that_were_trained_on(copy, tmp_path):
     assert (split["num_test"], split["also_trained_on"]) == (6 + 5, {"holdout": 0, "test": 6 + 5})
 
 
+def test_copies_are_counted_in_the_first_lines_of_a_run(copy, tmp_path, capsys):
+    root, _ = copy
+    shutil.copytree(root / "train" / "owl", root / "val" / "owl")
+    shutil.copytree(root / "train" / "dog", root / "val" / "dog")
+    config = config_of(root)
+    config["data"]["holdout"] = 0
+    dry_run.dry_run(config, tmp_path / "other", None)
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert "11" in told and "also trained on" in told
+
+
 def test_a_held_out_copy_of_a_training_image_is_counted(copy, tmp_path):
     root, _ = copy
     for number in range(5):

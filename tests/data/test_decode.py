@@ -173,12 +173,18 @@ def test_the_orientation_of_a_tiff_of_16_bits_is_heeded_or_ignored(orientation):
 
 
 @pytest.mark.parametrize("brightest", [1, 15, 1023, 4095])
-@pytest.mark.parametrize("magic", [b"P2", b"P5"])
+@pytest.mark.parametrize("magic", [b"P2", b"P3", b"P5", b"P6"])
 def test_a_declared_brightest_value_that_is_not_scaled_is_refused(magic, brightest):
     size = 1 if brightest < 256 else 2
-    pixels = b"1 1\n1 1\n" if magic == b"P2" else (brightest.to_bytes(size, "big")) * 4
+    channels = 3 if magic in (b"P3", b"P6") else 1
+    pixels = b"1 " * 4 * channels if magic in (b"P2", b"P3") else brightest.to_bytes(size, "big") * 4 * channels
     content = magic + b"\n# a comment\n2 2\n%d\n" % brightest + pixels
     assert decode.problem(content) == f"its brightest value is {brightest}: scale it to 255"
+
+
+def test_a_declared_brightest_value_of_a_pam_is_refused():
+    content = b"P7\nWIDTH 2\nHEIGHT 2\nDEPTH 1\nMAXVAL 15\nTUPLTYPE GRAYSCALE\nENDHDR\n" + bytes(4)
+    assert decode.problem(content) == "its brightest value is 15: scale it to 255"
 
 
 def test_transparent_pixels_of_a_gif_are_those_of_pillow():

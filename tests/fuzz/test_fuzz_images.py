@@ -1,5 +1,6 @@
 """Any file is an image that is decoded in full, or is refused or left out with a reason."""
 
+import contextlib
 import io
 import tempfile
 from pathlib import Path
@@ -167,13 +168,17 @@ def test_a_folder_counts_every_file(contents):
             (root / "train" / "a" / f"{number}.{'png' if named else 'data'}").write_bytes(content)
         taken = [content for content, named in contents if named or decode.looks_like_image(content[:32])]
         damaged = sum(decode.problem(content) != "" for content in taken)
+        told = io.StringIO()
         try:
-            loaded = data.load("image_folder", root)
+            with contextlib.redirect_stderr(told):
+                loaded = data.load("image_folder", root)
         except UserError as error:
             assert damaged and f"{damaged} of {4 + len(taken)} images cannot be read" in str(error)
             return
         assert not damaged
         assert len(loaded.train_files) == 2 + len(taken)
+        left_out = len(contents) - len(taken)
+        assert (f"{left_out} file(s) are no images" in told.getvalue()) == (left_out > 0)
 
 
 @given(whole_files)
