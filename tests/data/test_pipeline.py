@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ltjax.config import parse
 from ltjax.data import decode, pipeline, samplers
 from ltjax.data.decode import View
 from ltjax.data.source import Stored, Subset
+from ltjax.engine import feed
 from ltjax.hashing import hash32
+from ltjax.predictor import files
 from ltjax.system import parallel
 from ltjax.types import UserError
+from tests.test_run import tiny_config
 
 COUNTS = np.array([30, 12, 5])
 VIEW = View(size=12, resize=14)
@@ -199,6 +203,24 @@ def test_one_pass_yields_every_image_and_fills_the_last_batch(sharding):
     assert labels.tolist() == [*data.train_labels[order], -1, -1]
     corners = np.concatenate([images[0, :, -1, -1, 0] for images, _ in parts])
     assert corners.tolist() == [*(5 * order), 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("upright", [False, True])
+def test_evaluation_reports_and_prediction_decode_alike(sharding, kind, upright, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 50, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / f"a.{kind.lower()}", kind, exif=exif)
+    content = (tmp_path / f"a.{kind.lower()}").read_bytes()
+    view, labels = View(16, 20, upright=upright), np.zeros(4, np.int32)
+    data = stored([content] * 4)._replace(test_files=[content] * 4)
+    with pipeline.Stream(pipeline.once(data.test_files, labels, np.arange(4), 4, view), sharding, 2) as stream:
+        ((images, _),) = stream.each()
+    settings = {**tiny_config(), "data": {"name": "image_folder", "size": 16, "resize": 20, "upright": upright}}
+    np.testing.assert_array_equal(np.asarray(images)[0, 0], feed.picture(parse(settings), data, 0))
+    predicted = files.read_image(str(tmp_path / f"a.{kind.lower()}"), view, 3)
+    np.testing.assert_array_equal(np.asarray(images)[0, 0], predicted[0])
 
 
 def test_an_image_that_cannot_be_read_is_named(sharding):
