@@ -176,7 +176,7 @@ def test_copies_are_counted_in_the_first_lines_of_a_run(copy, tmp_path, capsys):
     config["data"]["holdout"] = 0
     dry_run.dry_run(config, tmp_path / "other", None)
     told = " ".join("".join(capsys.readouterr()).split())
-    assert "11" in told and "also trained on" in told
+    assert "11 of them training images, too" in told
 
 
 def test_a_held_out_copy_of_a_training_image_is_counted(copy, tmp_path):
