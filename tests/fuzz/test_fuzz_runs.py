@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from ltjax import compare, predictor
 from ltjax.config import parse
+from ltjax.interop import torch
+from ltjax.interop.weights import load_weights
 from ltjax.report import page, panels
 from ltjax.runs import trained
 from ltjax.runs.checkpoint import read_json, write_json
 from ltjax.runs.workdir import check_same_config, check_same_images
 from ltjax.types import UserError
-from tests.fuzz.test_fuzz_weights import is_one_line, places, replaced
+from tests.fuzz.test_fuzz_weights import folder_of_weights, is_one_line, places, replaced
 from tests.report import made_up
 from tests.test_run import tiny_config
 
@@ -112,3 +114,47 @@ def test_any_lines_are_learning_curves_or_left_out(values):
         path = Path(folder) / "metrics.jsonl"
         path.write_text("\n".join([*map(json.dumps, lines), "[" * 100_000]))
         assert panels.read_curves(path)["ce"]["train"]
+
+
+@given(st.data())
+def test_a_changed_description_of_weights_is_read_or_refused(data):
+    contents = folder_of_weights()
+    description = json.loads(contents["weights.json"])
+    description["model"] |= {"mean": [0.0], "std": [1.0], "dtype": "float32"}
+    place = data.draw(st.sampled_from(list(places(description))))
+    changed = replaced(description, place, data.draw(st.sampled_from([*NEW, [0, 1, 2], [2, 0, 1], [0.5], "bfloat16"])))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in contents.items():
+            (Path(folder) / name).write_bytes(content)
+        write_json(Path(folder) / "weights.json", changed)
+        try:
+            weights = load_weights(folder)
+            assert weights.class_order is None or sorted(weights.class_order) == [0, 1, 2]
+            predictor.load(folder)
+        except UserError as error:
+            assert is_one_line(error)
+
+
+@given(st.data())
+def test_a_changed_temperature_is_read_or_refused(data):
+    described = {"stage": "ce", "step": 7, "class_names": ["a"], "replicas": [{"temperature": 1.5}]}
+    place = data.draw(st.sampled_from(list(places(described))))
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "temperature.json", replaced(described, place, data.draw(st.sampled_from(NEW))))
+        try:
+            fitted = predictor._temperature(Path(folder), {"stage": "ce", "step": 7}, 0, predictor.FITTED)
+            assert 0 < fitted < float("inf")
+        except UserError as error:
+            assert is_one_line(error)
+
+
+@given(st.one_of(st.text(max_size=30), st.lists(st.sampled_from([*NEW, 0, 1, 2]), max_size=5).map(json.dumps)))
+def test_any_order_of_classes_is_a_permutation_or_refused(text):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "order"
+        file.write_text(text, encoding="utf-8", errors="replace")
+        for kind in ("", "map:", "counts:", "counts-ascending:"):
+            try:
+                assert sorted(torch.class_order(f"{kind}{file}", 3)) == [0, 1, 2]
+            except UserError as error:
+                assert is_one_line(error)
