@@ -1,16 +1,22 @@
 """Splits and figures of any set of labels are exact, or refused in one line; none is nan."""
 
+import contextlib
+import io
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ltjax import metrics
+from ltjax.data import load as load_images
 from ltjax.data import samplers, splits
 from ltjax.engine import evaluate
 from ltjax.types import UserError
+from tests.data.miniatures import photo
 
 num_classes = st.integers(2, 6)
 
@@ -99,3 +105,22 @@ def test_a_sampler_draws_only_images_that_are_there(counts, name, batch_size, se
     sampler = samplers.create(name)
     drawn = sampler(np.uint32(seed), np.uint32(step), batch_size=batch_size, class_counts=counts)
     assert drawn.shape == (batch_size,) and drawn.min() >= 0 and drawn.max() < sum(counts)
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.data())
+def test_a_class_absent_in_validation_is_noted_and_has_no_images(counts, data):
+    present = data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts)).filter(any))
+    told = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for label, count in enumerate(counts):
+            for part, number in (("train", count), ("val", int(present[label]))):
+                (root / part / f"class{label}").mkdir(parents=True)
+                for i in range(number):
+                    (root / part / f"class{label}" / f"{i}.jpg").write_bytes(photo(label, i + 10 * (part == "val"), 16))
+        with contextlib.redirect_stderr(told):
+            loaded = load_images("image_folder", root)
+    assert np.bincount(loaded.train_labels, minlength=len(counts)).tolist() == counts
+    assert np.bincount(loaded.test_labels, minlength=len(counts)).tolist() == list(map(int, present))
+    for label, there in enumerate(present):
+        assert (f"class{label}" in told.getvalue()) == (not there)
