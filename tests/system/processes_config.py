@@ -33,5 +33,6 @@ def get_config(arg=None):
             eval_batch_size=8,
             dispatch_steps=1,
             checkpoint_seconds=0.0,
+            weights="",
         )
     )

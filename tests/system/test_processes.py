@@ -320,15 +320,15 @@ def test_processes_that_differ_in_a_flag_end_and_name_it(flag, name, folder, tmp
     assert not (tmp_path / "config.json").exists()
 
 
-def test_processes_with_other_weights_of_one_name_end(folder, tmp_path):
+def test_processes_with_other_weights_end_and_say_so(folder, tmp_path):
     settings = {"name": "resnet_cifar", "depth": 8, "width": 2}
     for number in range(2):
         array = {"backbone": {"conv": {"kernel": np.full((3, 3, 3, 2), number, np.float32)}}}
         save_weights(tmp_path / str(number), Variables({"net": array}, {}, {}), settings, num_classes=0)
     own = tuple((f"--config.weights={tmp_path / str(number)}",) for number in range(2))
     codes, outputs = Launched(folder, tmp_path / "run", count=2, devices=1, own=own).finish()
-    assert 2 in codes and 0 not in codes, outputs
-    assert any("different values of config.weights" in text for text in outputs), outputs
+    assert codes == [2, 2], outputs
+    assert all("different values of config.weights: " in text for text in outputs), outputs
 
 
 def test_a_process_may_stay_alone_under_a_launcher(monkeypatch):
