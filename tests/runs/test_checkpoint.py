@@ -8,6 +8,8 @@ from ltjax.runs import checkpoint
 from ltjax.runs.checkpoint import Checkpoints, complete_steps, like
 from ltjax.types import UserError
 
+# If one array of a checkpoint cannot be read, Orbax closes its event loop while TensorStore still reads the others.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 STATE = {"kernel": jnp.arange(4096, dtype=jnp.float32), "step": jnp.zeros((), jnp.int32)}
 
 
