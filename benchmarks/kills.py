@@ -53,7 +53,9 @@ CONFIG = (
     "--config.attack.num_images=24",
     "--config.attack.tests=('pgd-2','autoattack')",
 )
-KINDS = ("SIGKILL", "SIGTERM", "full disk")
+SIGNALS = ("SIGKILL", "SIGTERM")
+KINDS = (*SIGNALS, "full disk")
+PHOTOS = 40  # to predict
 MOST = 4  # disturbances in a round
 UNEQUAL = ("seconds", "train_seconds", "wait_seconds", "images_per_second", "command", "versions", "git_commit")
 
@@ -133,6 +135,11 @@ def tasks(template: Path) -> dict[str, Task]:
             arrays = {key: digest(file.get_tensor(key).tobytes()) for key in file.keys()}
             return {"arrays": arrays, "metadata": file.metadata()}
 
+    def whole_predictions(folder: Path) -> None:
+        out = folder / "out.csv"
+        if out.exists() and len(out.read_text().splitlines()) != 1 + PHOTOS:
+            raise ValueError("a part of the predictions")
+
     def whole_export(folder: Path) -> None:
         if (folder / "out" / "net.safetensors").exists():
             exported(folder)
@@ -171,6 +178,7 @@ def tasks(template: Path) -> dict[str, Task]:
                 f"--out={folder / 'out.csv'}",
             ),
             lambda folder: digest((folder / "out.csv").read_bytes()),
+            whole_predictions,
         ),
         "export": Task(
             copy_run,
@@ -268,7 +276,7 @@ def disturb(arguments: Sequence[str], template: Path, kind: str, seconds: float,
 
 
 def measure(names: Sequence[str], kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Disturb the tasks in turn until there were `kills` disturbances. Return counts by task, and all faults."""
+    """Disturb the tasks in turn until there were `kills` signals. Return counts by task, and all faults."""
     rng, template = random.Random(seed), folder / "template"
     make_template(template)
     known = tasks(template)
@@ -286,7 +294,7 @@ def measure(names: Sequence[str], kills: int, seed: int, folder: Path) -> dict[s
     counts: dict[str, Counter] = {name: Counter() for name in names}
     faults: list[str] = []
     number = 0
-    while sum(counts[name][kind] for name in names for kind in KINDS) < kills:
+    while sum(counts[name][kind] for name in names for kind in SIGNALS) < kills:
         name = names[number % len(names)]
         place = folder / f"{name}-{number}"
         number += 1
@@ -332,14 +340,14 @@ def make_template(template: Path) -> None:
     template.mkdir()
     to_the_end(("run.py", *CONFIG, f"--workdir={template / 'run'}"), template)
     (template / "photos").mkdir()
-    for number in range(40):
+    for number in range(PHOTOS):
         (template / "photos" / f"{number}.jpg").write_bytes(miniatures.photo(number % 5, number, 32))
     miniatures.inat18(template / "source", counts=(12, 7, 4, 3), validation=2, size=40)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="disturbances in all (default: 100)")
+    parser.add_argument("--kills", type=int, default=100, help="signals in all, full disks not counted (default: 100)")
     parser.add_argument("--tasks", default="", help="comma-separated; default: all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -93,7 +93,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
         `logit_scale` that the state_dict lacks is 1.
 
     Raises:
-      UserError: A name is unknown, a shape differs, or a weight is missing. The message lists them.
+      UserError: A name is unknown, a shape differs, or a weight is missing. The message lists the first of them.
 
     Examples:
       >>> net = models.create("resnet_cifar", 3, depth=8, width=2)
@@ -160,10 +160,17 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module, parts: Sequenc
         weights.setdefault("logit_scale", jnp.ones(shapes["logit_scale"].shape, jnp.float32))
     missing = [path for path in shapes if path not in weights]
     if unplaced or missing:
-        raise UserError(f"state_dict does not fit the model: no place for {unplaced}; nothing for {missing}")
+        raise UserError(
+            f"state_dict does not fit the model: no place for {_first(unplaced)}; nothing for {_first(missing)}"
+        )
     stats = {path: value for path, value in weights.items() if path.endswith(("/mean", "/var"))}
     params = {path: value for path, value in weights.items() if path not in stats}
     return Placed(Variables({"net": unflatten(params)}, {"net": unflatten(stats)}, {}), placed, ignored)
+
+
+def _first(items: list[str]) -> list[str]:
+    """Return the first 15 items and the number of the others."""
+    return items if len(items) <= 15 else [*items[:15], f"and {len(items) - 15} more"]
 
 
 def _token(value: np.ndarray, like: Any) -> np.ndarray:

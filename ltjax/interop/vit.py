@@ -64,7 +64,7 @@ def implied(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> tupl
     paths = {names.path_of(names.bare(key), value.ndim): value for key, value in arrays.items()}
     kernel, positions = paths.get("backbone/conv/kernel"), paths.get("backbone/positions")
     perceptron = paths.get("backbone/block1/mlp1/kernel")
-    if kernel is None or positions is None or perceptron is None or kernel.ndim != 4:
+    if kernel is None or positions is None or perceptron is None or (kernel.ndim, perceptron.ndim) != (4, 2):
         return {}, {}
     width = kernel.shape[0]
     blocks = {match[1] for path in paths if path and (match := re.match(r"backbone/block(\d+)/", path))}
@@ -79,7 +79,7 @@ def implied(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> tupl
     if "backbone/block1/attention/qkv/bias" not in paths:
         settings["qkv_bias"] = False
     if "backbone/projection" in paths:
-        settings["projection"] = paths["backbone/projection"].shape[-1]
+        settings["projection"] = paths["backbone/projection"].size // max(width, 1)
     assumed = {}
     if width in HEADS or width not in USUAL:
         settings["heads"] = HEADS.get(width, max(width // 64, 1))

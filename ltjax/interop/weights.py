@@ -25,6 +25,7 @@ from ltjax.types import UserError, Variables, one_line
 
 FORMAT = 1
 ARRAYS, DESCRIPTION = "weights.safetensors", "weights.json"
+PROJECTION = "params/backbone/projection"  # of a vision transformer, its last layer
 OF_CLASSES = ("classifier", "logit_scale")  # parts whose arrays have classes as their last axis
 
 
@@ -237,7 +238,8 @@ def into(variables: Variables, weights: Weights, parts: Sequence[str] = (), net:
 
     Args:
       variables: Newly initialised. Each of several replicas (leading axis) gets the same weights.
-      weights: To take. Blocks that are `surplus` are ignored. Adapters that they lack stay as they are.
+      weights: To take. Blocks that are `surplus` are ignored, and CLIP's projection if the network has none. Adapters
+        that they lack stay as they are.
       parts: Parts of the network to replace ("backbone", "branches", "block", "classifier", "logit_scale"). Empty: all,
         and both sides must then have the same parts; or if the weights have no classifier, the parts that they have.
       net: Name of the network in `variables`.
@@ -248,6 +250,8 @@ def into(variables: Variables, weights: Weights, parts: Sequence[str] = (), net:
     network, imported = _flat(variables, net), _flat(in_our_order(weights).variables, "net")
     for block in surplus(variables, weights, net):
         imported = {path: value for path, value in imported.items() if f"/backbone/{block}/" not in path}
+    if PROJECTION not in network:
+        imported.pop(PROJECTION, None)
     network_parts, imported_parts = (sorted({_part(path) for path in side}) for side in (network, imported))
     for part in parts:
         if part not in network_parts or part not in imported_parts:

@@ -99,6 +99,38 @@ def test_a_damaged_state_dict_is_read_or_refused(name, data):
             assert is_one_line(error)
 
 
+@functools.cache
+def transformer():
+    """The arrays of a vision transformer with all that it may have, under CLIP's and DINOv2's names."""
+    net = models.create("vit", 3, depth=2, width=8, heads=2, patch=4, grid=2, registers=2, layer_scale=True)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), models.example(net))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    arrays = torch.export_state_dict(Variables({"net": ones["params"]}, {"net": {}}, {}), net)
+    return arrays | {"proj": np.ones((8, 4), np.float32), "norm_pre.weight": np.ones(8, np.float32)}
+
+
+@given(st.data())
+def test_changed_arrays_of_a_vision_transformer_are_read_or_refused(data):
+    arrays = dict(transformer())
+    for _ in range(data.draw(st.integers(1, 4))):
+        key = data.draw(st.sampled_from(sorted(arrays)))
+        kind = data.draw(st.sampled_from(["remove", "shape", "type", "visual"]))
+        if kind == "remove":
+            del arrays[key]
+        elif kind == "shape":
+            arrays[key] = np.ones(data.draw(st.lists(st.integers(0, 9), max_size=5)), np.float32)
+        elif kind == "type":
+            arrays[key] = arrays[key].astype(data.draw(st.sampled_from(["f2", "f8", "i4", "u1", "?"])))
+        else:
+            arrays[f"visual.{key}"] = arrays.pop(key)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "a.npz", **arrays)
+        try:
+            torch.read_checkpoint(Path(folder) / "a.npz", {"name": "vit"}, backbone=data.draw(st.booleans()))
+        except UserError as error:
+            assert is_one_line(error)
+
+
 @given(st.dictionaries(st.text(max_size=8), st.one_of(st.binary(max_size=40), st.integers(), st.none()), max_size=4))
 def test_a_zip_of_anything_is_refused(members):
     assume(all(name and "\0" not in name for name in members))

@@ -121,6 +121,18 @@ def test_stablehlo_gives_the_logits_in_our_order_for_batches_of_any_size(folder,
         np.testing.assert_allclose(ours[:, list(weights.class_order)], theirs[:size], rtol=1e-5)
 
 
+def test_stablehlo_of_a_vision_transformer_takes_batches_of_any_size(variables_of):
+    settings = dict(depth=1, width=8, heads=2, patch=4, grid=3, registers=1, adapter="adaptformer", rank=2)
+    model = models.create("vit", 6, **settings)
+    variables = variables_of(model)
+    file = export.stablehlo(Weights(variables, {"name": "vit", **settings}, 6), (8, 12))
+    loaded = jax.export.deserialize(bytearray(file))
+    images = np.random.default_rng(0).uniform(size=(3, 8, 12, 3)).astype(np.float32)
+    expected = np.asarray(jax.jit(lambda x: model.apply({"params": variables.params["net"]}, x).logits)(images))
+    for size in (1, 3):
+        np.testing.assert_allclose(np.asarray(loaded.call(images[:size])), expected[:size], rtol=1e-4)
+
+
 def test_safetensors_hold_the_settings_of_their_model(folder, tmp_path):
     assert export.main([str(folder), "--format=safetensors", f"--out={tmp_path / 'net.safetensors'}"]) == 0
     with safe_open(tmp_path / "net.safetensors", "numpy") as file:

@@ -219,3 +219,12 @@ def test_adapters_that_the_network_lacks_are_refused(variables_of):
         UserError, match=r"block1/attention/adapter/query_down/kernel \(weights \(8, 2\), network none\)"
     ):
         into(variables_of(models.create("vit", 5, **settings)), weights)
+
+
+def test_a_projection_is_left_out_if_the_network_has_none(variables_of, same):
+    settings = dict(depth=2, width=8, heads=2, patch=4, grid=2)
+    weights = Weights(variables_of(models.create("vit", 5, **settings, projection=3)), {"name": "vit", **settings}, 5)
+    taken = into(variables_of(models.create("vit", 5, **settings), seed=1), weights, ("backbone",)).params["net"]
+    expected = dict(weights.variables.params["net"]["backbone"])
+    del expected["projection"]
+    same(taken["backbone"], expected)
