@@ -1,11 +1,13 @@
 """Layers of all networks: convolution, batch norm, pooling, classifiers, and the network around a backbone."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -55,6 +57,11 @@ def _dilate(x: jax.Array, strides: Sequence[int]) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)))
 
 
+def _padded(x: jax.Array, padding) -> jax.Array:
+    """Put zeros around the maps [B, H, W, channels]."""
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)))
+
+
 def _nhwc(lhs: jax.Array, rhs: jax.Array, strides, padding, precision, dilation=(1, 1)) -> jax.Array:
     """Convolve, with sums in at least float32. dilation: of the kernel."""
     if lhs.dtype == jnp.bfloat16 and not xla.has_onednn():
@@ -72,8 +79,7 @@ def _by_taps(lhs: jax.Array, rhs: jax.Array, padding, precision) -> jax.Array:
     For maps of 2x2 pixels, such as the last ones of large-image ResNets on small images, XLA's CPU convolution takes 13
     times as long.
     """
-    zero = jnp.zeros((), lhs.dtype)
-    padded = lax.pad(lhs, zero, ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)))
+    padded = _padded(lhs, padding)
     taps_h, taps_w = rhs.shape[:2]
     height, width = padded.shape[1] - taps_h + 1, padded.shape[2] - taps_w + 1
     total = jnp.zeros((lhs.shape[0], height, width, rhs.shape[3]), lhs.dtype)
@@ -200,6 +206,65 @@ def _convolution_for(platform: str | None) -> Callable[..., jax.Array]:
     return convolution
 
 
+# XLA's CPU backend takes 13 times as long for a grouped convolution with one channel a group as for the products of one
+# tap after the other (672 channels, 14x14 pixels, 5x5 taps), and 35 times for its gradients. oneDNN computes it in
+# float32 and forward alone. JAX's gradient of the products would take 6 times as long, because XLA is slow at sums over
+# whole maps, so a loop over rows sums the kernel's gradient.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Array:
+    """Convolve each channel of x [B, H, W, D] with its own kernel, of [k, k, 1, D]. Sums are at least float32."""
+    padded = lax.optimization_barrier(_padded(x, padding))  # XLA would make it anew for each tap
+    rows, columns = (_size_out(size, kernel.shape[0], stride) for size in padded.shape[1:3])
+    kernel, total = _widened(kernel), jnp.zeros((), at_least_float32(x.dtype))
+    for i, j in np.ndindex(kernel.shape[:2]):
+        pixels = padded[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+        total = total + _widened(pixels) * kernel[i, j, 0]
+    return total.astype(x.dtype)
+
+
+def _size_out(padded: int, taps: int, stride: int) -> int:
+    """Return the number of outputs along an axis."""
+    return (padded - taps) // stride + 1
+
+
+def _depthwise_forward(x, kernel, stride, padding):
+    return _depthwise_by_taps(x, kernel, stride, padding), (x, kernel)
+
+
+def _depthwise_backward(stride, padding, residuals, dy):
+    x, kernel = residuals
+    taps, stuffed = kernel.shape[0], _dilate(dy, (stride, stride))
+    pad_x = tuple(
+        (taps - 1 - low, size - span + low)
+        for size, span, (low, _) in zip(x.shape[1:3], stuffed.shape[1:3], padding, strict=True)
+    )
+    dx = _depthwise_by_taps(stuffed, jnp.flip(kernel, (0, 1)), 1, pad_x)
+    return dx, _depthwise_kernel_gradient(x, dy, taps, stride, padding).astype(kernel.dtype)
+
+
+def _depthwise_kernel_gradient(x, dy, taps: int, stride: int, padding) -> jax.Array:
+    """Sum x [B, H, W, D] times dy [B, h, w, D] over a kernel's outputs, row by row of dy: [k, k, 1, D]."""
+    padded = _padded(x, padding)
+    (batch, rows, columns, channels), width = dy.shape, padded.shape[2]
+
+    def add_row(number, sums):
+        image, row = number // rows, number % rows
+        of_dy = _widened(lax.dynamic_slice(dy, (image, row, 0, 0), (1, 1, columns, channels))[0])
+        seen = _widened(lax.dynamic_slice(padded, (image, row * stride, 0, 0), (1, taps, width, channels))[0])
+        return tuple(
+            total + seen[:, j : j + (columns - 1) * stride + 1 : stride] * of_dy for j, total in enumerate(sums)
+        )
+
+    zeros = jnp.zeros((taps, columns, channels), at_least_float32(x.dtype))
+    sums = lax.fori_loop(0, batch * rows, add_row, (zeros,) * taps)  # of each column of the kernel
+    return jnp.stack([total.sum(1) for total in sums], axis=1)[:, :, None]
+
+
+_depthwise_by_taps.defvjp(_depthwise_forward, _depthwise_backward)
+
+
 def _initialiser(init: Init) -> Callable[..., jax.Array]:
     if callable(init):
         return init
@@ -207,13 +272,14 @@ def _initialiser(init: Init) -> Callable[..., jax.Array]:
 
 
 class Conv(nn.Module):
-    """2-D convolution without bias, padded as in PyTorch.
+    """2-D convolution without bias, by default padded as in PyTorch.
 
     Attributes:
       features: Output channels.
       kernel_size: Of both sides.
       strides: Of both sides.
-      padding: Pixels on each side. None: (kernel_size - 1) // 2.
+      padding: Pixels on each side, or "SAME", as in TensorFlow: with a stride, the side after the image may have one
+        more than the side before it. None: (kernel_size - 1) // 2.
       groups: Of channels. An output depends only on the inputs of its group.
       kernel_init: "fan_in" or "fan_out" for `he_normal` (as in PyTorch, fan_in counts the channels of one group,
         fan_out those of all), "torch" for `torch_kernel_init`, or an initialiser.
@@ -224,7 +290,7 @@ class Conv(nn.Module):
     features: int
     kernel_size: int = 3
     strides: int = 1
-    padding: int | None = None
+    padding: int | Literal["SAME"] | None = None
     groups: int = 1
     kernel_init: Init = "fan_in"
     dtype: Any = jnp.float32
@@ -239,7 +305,7 @@ class Conv(nn.Module):
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             (self.strides, self.strides),
-            ((pad, pad), (pad, pad)),
+            pad if pad == "SAME" else ((pad, pad), (pad, pad)),
             lhs_dilation=(1, 1),
             rhs_dilation=(1, 1),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -247,8 +313,39 @@ class Conv(nn.Module):
         )
 
 
+class DepthwiseConv(nn.Module):
+    """2-D convolution of each channel on its own, without bias, padded as TensorFlow's "SAME". See `Conv`.
+
+    Attributes:
+      kernel_size: Of both sides.
+      strides: Of both sides.
+      kernel_init: See `Conv`.
+      dtype: Of the computation. Sums are at least float32.
+      platform: See `ltjax.models.create`.
+    """
+
+    kernel_size: int = 3
+    strides: int = 1
+    kernel_init: Init = "fan_in"
+    dtype: Any = jnp.float32
+    platform: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels, strides = x.shape[-1], (self.strides, self.strides)
+        shape = (self.kernel_size, self.kernel_size, 1, channels)
+        kernel = self.param("kernel", _initialiser(self.kernel_init), shape, jnp.float32)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if (self.platform or jax.default_backend()) == "cpu":
+            padding = lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME")
+            return _depthwise_by_taps(x, kernel, self.strides, tuple(padding))
+        return _accelerator_convolution(
+            x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=channels
+        )
+
+
 class BatchNorm(nn.Module):
-    """Batch norm with PyTorch's running statistics: momentum 0.1, epsilon 1e-5, and an *unbiased* running variance.
+    """Batch norm with PyTorch's running statistics: the running variance is *unbiased*.
 
     Flax's batch norm keeps the biased variance, which changes the authors' evaluation figures on small batches.
     Statistics cover the whole batch, over all devices. The computation is in float32 (float64 for float64 maps), the
@@ -256,9 +353,13 @@ class BatchNorm(nn.Module):
 
     Attributes:
       relu: End with a ReLU. A call may add a residual before it: `relu(norm(x) + residual)`.
+      ceiling: The ReLU's largest value: 6 in ReLU6.
+      momentum: Weight of a batch in the running statistics.
+      epsilon: Added to the variance.
     """
 
     relu: bool = False
+    ceiling: float = math.inf
     momentum: float = 0.1
     epsilon: float = 1e-5
 
@@ -272,9 +373,10 @@ class BatchNorm(nn.Module):
         dtype = at_least_float32(x.dtype)
         old_mean, old_var = running_mean.value.astype(dtype), running_var.value.astype(dtype)
         scale, bias = scale.astype(dtype), bias.astype(dtype)
+        ceiling = self.ceiling if self.relu else None
         if not train:
-            return _affine(x, scale, bias, old_mean, lax.rsqrt(old_var + self.epsilon), residual, self.relu)
-        y, mean, var = _batch_norm(x, scale, bias, residual, self.relu, self.epsilon)
+            return _affine(x, scale, bias, old_mean, lax.rsqrt(old_var + self.epsilon), residual, ceiling)
+        y, mean, var = _batch_norm(x, scale, bias, residual, ceiling, self.epsilon)
         if not self.is_initializing():
             count = x.size // channels
             unbiased = var * (count / max(count - 1, 1))
@@ -285,20 +387,27 @@ class BatchNorm(nn.Module):
         return y
 
 
-def _affine(x, scale, bias, mean, inverse_std, residual, relu: bool) -> jax.Array:
+def _affine(x, scale, bias, mean, inverse_std, residual, ceiling: float | None) -> jax.Array:
+    """Normalise x, add the residual, and apply a ReLU up to `ceiling`; None: no ReLU."""
     factor = scale * inverse_std
     y = _widened(x) * factor + (bias - mean * factor)
     y = y if residual is None else y + _widened(residual)
-    return (_relu(y) if relu else y).astype(x.dtype)
+    return (y if ceiling is None else _relu(y, ceiling)).astype(x.dtype)
 
 
 # The gradient is a product with 0 or 1, because XLA's CPU backend compiles `where` to branches, ten times as slow.
-@jax.custom_vjp
-def _relu(x: jax.Array) -> jax.Array:
-    return jnp.maximum(x, 0)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _relu(x: jax.Array, ceiling: float) -> jax.Array:
+    y = jnp.maximum(x, 0)
+    return y if ceiling == math.inf else jnp.minimum(y, ceiling)
 
 
-_relu.defvjp(lambda x: (jnp.maximum(x, 0),) * 2, lambda y, dy: (dy * jnp.sign(y),))
+def _slope(y: jax.Array, ceiling: float) -> jax.Array:
+    """Return the ReLU's slope, 1 or 0, from its value y; 0 at both ends."""
+    return jnp.sign(y) if ceiling == math.inf else jnp.sign(y) * jnp.sign(ceiling - y)
+
+
+_relu.defvjp(lambda x, ceiling: (_relu(x, ceiling),) * 2, lambda ceiling, y, dy: (dy * _slope(y, ceiling),))
 
 
 # The gradient of batch norm, residual and ReLU takes three passes over the maps, one of them for the gradient to x. The
@@ -306,23 +415,23 @@ _relu.defvjp(lambda x: (jnp.maximum(x, 0),) * 2, lambda y, dy: (dy * jnp.sign(y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _batch_norm(x, scale, bias, residual, relu: bool, epsilon: float):
+def _batch_norm(x, scale, bias, residual, ceiling: float | None, epsilon: float):
     """x, residual [..., channels], scale, bias [channels] -> `relu(norm(x) + residual)`, mean, var [channels]."""
     count = x.size // x.shape[-1]
     mean = _channel_sums(_apart(x, 1)) / count
     var = jnp.maximum(_channel_sums(*(_apart(x, 2),) * 2) / count - jnp.square(mean), 0.0)
-    return _affine(x, scale, bias, mean, lax.rsqrt(var + epsilon), residual, relu), mean, var
+    return _affine(x, scale, bias, mean, lax.rsqrt(var + epsilon), residual, ceiling), mean, var
 
 
-def _batch_norm_forward(x, scale, bias, residual, relu, epsilon):
-    y, mean, var = _batch_norm(x, scale, bias, residual, relu, epsilon)
-    return (y, mean, var), (x, scale, mean, var, y if relu else None, residual is not None)
+def _batch_norm_forward(x, scale, bias, residual, ceiling, epsilon):
+    y, mean, var = _batch_norm(x, scale, bias, residual, ceiling, epsilon)
+    return (y, mean, var), (x, scale, mean, var, None if ceiling is None else y, residual is not None)
 
 
-def _batch_norm_backward(relu, epsilon, residuals, cotangents):
+def _batch_norm_backward(ceiling, epsilon, residuals, cotangents):
     (x, scale, mean, var, y, has_residual), (dy, *_) = residuals, cotangents
-    if relu:  # sign(y) is 0 or 1
-        dy = (_widened(dy) * jnp.sign(_widened(y))).astype(dy.dtype)
+    if ceiling is not None:
+        dy = (_widened(dy) * _slope(_widened(y), ceiling)).astype(dy.dtype)
     dy, count, inverse_std = _apart(dy, 1), x.size // x.shape[-1], lax.rsqrt(var + epsilon)
     dbias = _channel_sums(_apart(dy, 1))
     dscale = inverse_std * (_channel_sums(_apart(dy, 2), _apart(x, 3)) - mean * dbias)
