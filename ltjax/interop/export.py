@@ -110,7 +110,7 @@ def write(weights: Weights, kind: str, out: Path, image_size: tuple[int, int] | 
     """Write weights to `out` in a format of `FORMATS`. image_size: H and W, for "stablehlo"."""
     if kind == "weights":
         shape = dict(num_classes=weights.num_classes, class_order=weights.class_order)
-        save_weights(out, weights.variables, weights.settings, **shape)
+        save_weights(out, weights.variables, weights.settings, **shape, images=weights.images, licence=weights.licence)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "stablehlo":

@@ -368,14 +368,12 @@ def read_checkpoint(
 
 def convert(checkpoint: str, model: str, out: str, *, num_classes: int = 0, order: str = "", net: str = "") -> str:
     """Convert a PyTorch checkpoint to a folder of `ltjax.interop.weights`, and return the text to print. See `main`."""
-    (_, settings, num_classes, _), placed, ignored, notes = imported = read_checkpoint(
-        checkpoint, read_model(model), net=net, num_classes=num_classes
-    )
+    weights, placed, ignored, notes = read_checkpoint(checkpoint, read_model(model), net=net, num_classes=num_classes)
+    settings, num_classes = weights.settings, weights.num_classes
     with open(checkpoint, "rb") as file:
         source = {"file": Path(checkpoint).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     classes = class_order(order, num_classes)
-    variables = imported.weights.variables
-    save_weights(out, variables, settings, num_classes=num_classes, class_order=classes, source=source)
+    save_weights(out, weights.variables, settings, num_classes=num_classes, class_order=classes, source=source)
     lines = [f"{len(placed)} tensors placed in {described(settings, num_classes)}"]
     lines += notes
     if "mean" not in settings:

@@ -1,9 +1,10 @@
 """Weights without a run: a folder with `weights.safetensors` and `weights.json`.
 
-`weights.safetensors` holds float32 arrays in our layouts (NHWC, HWIO) by path, `params/backbone/conv/kernel` and
-`batch_stats/backbone/norm/mean`. `weights.json` holds their network, the order of its classes, and the file they come
-from. `config.weights` of a run names such a folder, or an archive of `ltjax.archive`, which has the run's `config.json`
-instead, and may have parameters of its method, `method/margins`.
+`weights.safetensors` holds float32 or float16 arrays in our layouts (NHWC, HWIO) by path, `params/backbone/conv/kernel`
+and `batch_stats/backbone/norm/mean`. `weights.json` holds their network, the order of its classes, the file they come
+from, and perhaps the images that they expect and their licence. `config.weights` of a run names such a folder, or an
+archive of `ltjax.archive`, which has the run's `config.json` instead, and may have parameters of its method,
+`method/margins`.
 """
 
 import hashlib
@@ -37,12 +38,18 @@ class Weights(NamedTuple):
       settings: Arguments of `ltjax.models.create`: `name` and others, without `num_classes`.
       num_classes: C. 0: there is no classifier, only other parts, to start training from.
       class_order: [C], our class of each output. None: output k is class k.
+      images: How to make the images that the network was trained for: `size`, the side of a crop in pixels; `crop`, its
+        share of the shorter side of the whole image; `interpolation`. {} if unknown. Mean and standard deviation are
+        in `settings`.
+      licence: An SPDX identifier, such as "Apache-2.0". "" if unknown.
     """
 
     variables: Variables
     settings: dict[str, Any]
     num_classes: int
     class_order: tuple[int, ...] | None = None
+    images: Mapping[str, Any] = {}
+    licence: str = ""
 
 
 def save_weights(
@@ -53,9 +60,11 @@ def save_weights(
     num_classes: int,
     class_order: Sequence[int] | None = None,
     source: Mapping[str, str] | None = None,
+    images: Mapping[str, Any] | None = None,
+    licence: str = "",
     net: str = "net",
 ) -> None:
-    """Write a folder for `load_weights`.
+    """Write a folder for `load_weights`. float16 arrays stay so, others become float32.
 
     Args:
       folder: To write.
@@ -63,7 +72,9 @@ def save_weights(
       settings: See `Weights`.
       num_classes: See `Weights`.
       class_order: See `Weights`.
-      source: {"file": name, "sha256": digest} of the file that the weights come from.
+      source: {"file": name, "sha256": digest} of the file that the weights come from, and what else there is to say.
+      images: See `Weights`.
+      licence: See `Weights`.
       net: Name of the network in `variables`.
 
     Raises:
@@ -77,6 +88,8 @@ def save_weights(
         "model": {**settings, "num_classes": num_classes},
         "class_order": None if class_order is None else [int(c) for c in class_order],
         "source": dict(source) if source else None,
+        **({"images": dict(images)} if images else {}),
+        **({"licence": licence} if licence else {}),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +108,11 @@ def save_arrays(folder: Path, variables: Variables, net: str = "net") -> None:
         **{f"method/{k}": v for k, v in flatten(variables.params.get("method", {})).items()},
     }
     with replacing(folder / ARRAYS) as file:
-        save_safetensors({path: np.ascontiguousarray(value, np.float32) for path, value in arrays.items()}, file)
+        save_safetensors({path: np.ascontiguousarray(value, _stored(value)) for path, value in arrays.items()}, file)
+
+
+def _stored(value: Any) -> type:
+    return np.float16 if value.dtype == np.float16 else np.float32
 
 
 def save_safetensors(arrays: dict[str, np.ndarray], file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -149,7 +166,7 @@ def _tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_weights(folder: str | Path) -> Weights:
-    """Read a folder of `save_weights` or `ltjax.archive`.
+    """Read a folder of `save_weights` or `ltjax.archive`. float16 arrays become float32.
 
     Raises:
       UserError: The folder holds no weights, or they cannot be read.
@@ -162,13 +179,14 @@ def load_weights(folder: str | Path) -> Weights:
             "`python -m ltjax.interop.torch` from a PyTorch checkpoint or `python -m ltjax.interop.export` from a run"
         )
     try:
-        arrays: dict[str, Any] = load_file(folder / ARRAYS)
+        arrays: dict[str, Any] = {path: _single(value) for path, value in load_file(folder / ARRAYS).items()}
         description = _description(folder, arrays)
         if description["format"] != FORMAT:
             raise UserError(f"{folder} has format {description['format']}, this ltjax reads {FORMAT}: update ltjax")
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["model"].items()}
         num_classes, order = settings.pop("num_classes"), description["class_order"]
         _check_classes(num_classes, order)
+        images, licence = dict(description.get("images", {})), str(description.get("licence", ""))
         _check_sizes(settings, num_classes, arrays)
         tree = _tree(arrays)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
@@ -177,7 +195,11 @@ def load_weights(folder: str | Path) -> Weights:
         ) from error
     params = {"net": tree.get("params", {}), **({"method": tree["method"]} if "method" in tree else {})}
     variables = Variables(params, {"net": tree.get("batch_stats", {})}, {})
-    return Weights(variables, settings, num_classes, None if order is None else tuple(order))
+    return Weights(variables, settings, num_classes, None if order is None else tuple(order), images, licence)
+
+
+def _single(value: np.ndarray) -> np.ndarray:
+    return value.astype(np.float32) if value.dtype == np.float16 else value
 
 
 def is_weights(folder: str | Path) -> bool:

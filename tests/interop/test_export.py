@@ -12,7 +12,7 @@ from safetensors import safe_open
 from ltjax import models
 from ltjax.interop import export, names
 from ltjax.interop.torch import export_state_dict, import_state_dict
-from ltjax.interop.weights import Weights, load_weights, save_weights
+from ltjax.interop.weights import load_weights, save_weights
 from tests.pytorch import pytorch
 
 NETWORKS = {
@@ -102,7 +102,8 @@ def test_a_name_of_a_large_network_leads_back_to_its_path(path, form):
 def folder(tmp_path, variables_of):
     model = models.create("resnet_cifar", 6, depth=8, width=2, logit_scale=True)
     settings = dict(name="resnet_cifar", depth=8, width=2, logit_scale=True)
-    save_weights(tmp_path / "w", variables_of(model), settings, num_classes=6, class_order=(3, 1, 2, 0, 5, 4))
+    more = dict(class_order=(3, 1, 2, 0, 5, 4), images={"size": 8}, licence="MIT")
+    save_weights(tmp_path / "w", variables_of(model), settings, num_classes=6, **more)
     return tmp_path / "w"
 
 
@@ -144,8 +145,9 @@ def test_safetensors_hold_the_settings_of_their_model(folder, tmp_path):
 
 def test_exported_weights_are_unchanged(folder, tmp_path, same):
     assert export.main([str(folder), "--format=weights", f"--out={tmp_path / 'copy'}"]) == 0
-    same(load_weights(tmp_path / "copy"), load_weights(folder))
-    assert isinstance(load_weights(folder), Weights)
+    actual, expected = load_weights(tmp_path / "copy"), load_weights(folder)
+    same(actual.variables, expected.variables)
+    assert actual[1:] == expected[1:] and (actual.images, actual.licence) == ({"size": 8}, "MIT")
 
 
 def test_pytorch_loads_an_exported_state_dict(folder, tmp_path):

@@ -33,12 +33,20 @@ def fresh(variables_of):
 def test_a_folder_holds_all_that_was_saved(weights, tmp_path, same):
     order = (4, 0, 1, 2, 3)
     source = {"file": "net.pth", "sha256": "0"}
-    more = dict(num_classes=5, class_order=order, source=source)
+    images, licence = {"size": 224, "crop": 0.875, "interpolation": "bicubic"}, "MIT"
+    more = dict(num_classes=5, class_order=order, source=source, images=images, licence=licence)
     save_weights(tmp_path / "w", weights.variables, weights.settings, **more)
     actual = load_weights(tmp_path / "w")
     same(actual.variables, weights.variables)
-    assert actual._replace(variables=None) == Weights(None, weights.settings, 5, order)
+    assert actual._replace(variables=None) == Weights(None, weights.settings, 5, order, images, licence)
     assert json.loads((tmp_path / "w" / "weights.json").read_text())["source"] == source
+
+
+def test_float16_arrays_are_stored_so_and_loaded_as_float32(weights, tmp_path, same):
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), weights.variables)
+    save_weights(tmp_path, rounded, weights.settings, num_classes=5)
+    assert {array.dtype for array in load_file(tmp_path / "weights.safetensors").values()} == {np.dtype(np.float16)}
+    same(load_weights(tmp_path).variables, jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded))
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"format": 99}'])
