@@ -47,7 +47,7 @@ MEANINGS = {
     "epsilon": "adversarial training: l-inf radius in pixel units of [0, 1]",
 }
 PRECISIONS = {"float32": "float32", "bf16": "bfloat16"}  # {argument: the model's dtype}
-NETWORKS = "such as resnet32, wrn34_10, wrn10_1, resnet18, resnet18_4x4, preact18 or vit_ti16"
+NETWORKS = "such as resnet32, wrn34_10, wrn10_1, resnet18, resnet18_4x4, preact18, vit_ti16 or efficientnet_lite0"
 # Every setting of a vision transformer, so that --config.model.KEY=VALUE can change it; and those of networks by name.
 VIT = dict(depth=12, width=768, heads=0, mlp_width=0, patch=16, grid=14, registers=0, layer_scale=False, pre_norm=False)
 VIT |= dict(qkv_bias=True, epsilon=1e-6, activation="gelu", projection=0, features="class", adapter="none", rank=0)
@@ -242,13 +242,16 @@ def base(file: str, args: SimpleNamespace) -> ConfigDict:
 
 
 def model(text: str, argument: str = "model") -> dict:
-    """Return the settings of a network's name: resnet32 (any 6 n + 2), wrn34_10, resnet18, preact18 (or 34), `VITS`.
+    """Return the settings of a network's name.
 
+    Names are resnet32 (any 6 n + 2), wrn34_10, resnet18 and preact18 (or 34), efficientnet_lite0, and those of `VITS`.
     resnet18 is LBGAT's, which ends in maps of 8x8 pixels; resnet18_4x4 is the usual one for CIFAR. Their authors keep
     the initial weights of PyTorch, and so do those of preact18.
     """
     if text in VITS:
         return dict(name="vit", **{**VIT, **VITS[text]})
+    if text == "efficientnet_lite0":
+        return dict(name="efficientnet_lite0")
     if match := re.fullmatch(r"wrn(\d+)_(\d+)", text):
         return dict(name="wide_resnet", depth=int(match[1]), width=int(match[2]))
     if match := re.fullmatch(r"(resnet|preact)(18|34)", text):

@@ -12,7 +12,8 @@ from configs.common import Text
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 DEPTHS = {"resnet": (10, 18, 34, 50, 101, 152), "resnext": (50, 101)}
 _RESNETS = tuple(f"{kind}{depth}" for kind, depths in DEPTHS.items() for depth in depths)
-NETWORKS = f"one of {', '.join(_RESNETS + tuple(common.VITS))}"
+_OTHERS = ("efficientnet_lite0", *common.VITS)  # see `common.model`
+NETWORKS = f"one of {', '.join(_RESNETS + _OTHERS)}"
 
 
 def read(arg: str | None, *, size: int = 224) -> tuple[SimpleNamespace, recipes.Recipe]:
@@ -41,11 +42,12 @@ def read(arg: str | None, *, size: int = 224) -> tuple[SimpleNamespace, recipes.
 
 
 def model(text: str) -> dict[str, Any]:
-    """Return the settings of a network's name: resnet10, 18, 34, 50, 101 or 152; resnext50 or 101 (32x4d); or `VITS`.
+    """Return the settings of a network's name.
 
+    Names are resnet10, 18, 34, 50, 101 and 152; resnext50 and 101 (32x4d); efficientnet_lite0; and those of `VITS`.
     Sides of the images are multiples of a vision transformer's patch, the last number of its name: 14, 16 or 32.
     """
-    if text in common.VITS:
+    if text in _OTHERS:
         return common.model(text)
     match = re.fullmatch(r"(resnet|resnext)(\d+)", text)
     if not match or int(match[2]) not in DEPTHS[match[1]]:

@@ -13,6 +13,11 @@ _BLOCK = r"(?:layer(?P<stage>\d)|block(?P<wide_stage>\d)\.layer)\.(?P<block>\d+)
 _OURS = "backbone/stage{stage}_block{block}/"
 _VIT_BLOCK = r"(?:blocks|transformer\.resblocks)\.(?P<block>\d+)\."  # timm's and Meta's; CLIP's
 _OUR_VIT_BLOCK = "backbone/block{block}/"
+# Blocks of EfficientNet-Lite0: counted through, or by stage as in timm, whose first stage has blocks without expansion.
+_LITE, _TIMM = r"_blocks\.(?P<number>\d+)\._", r"blocks\.(?P<timm_stage>{stages})\.(?P<block>\d+)\."
+_FIRST, _LATER, _ANY = (_TIMM.format(stages=stages) for stages in ("0", "[1-9]", r"\d"))
+_OURS_FIRST, _TIMMS = "backbone/stage1_block{block}/", "blocks.{timm_stage}.{block}."
+_LITE_BLOCKS = tuple((stage, block) for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1), 1) for block in range(blocks))
 # Names without use for a network: PyTorch's batch counts, the unused stage of LBGAT's wide ResNets, DRO-LT's margins,
 # and what DINOv2 puts in the place of masked patches.
 IGNORED = r"(?:.*\.)?num_batches_tracked|sub_block1\..*|(?:.*\.)?(?:learnable_)?epsilons|mask_token"
@@ -35,9 +40,14 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(r"conv1|patch_embed\.proj", "backbone/conv", "conv1", {"vit": "patch_embed.proj"}),
+    Rule(
+        r"conv1|patch_embed\.proj|_?conv_stem",
+        "backbone/conv",
+        "conv1",
+        {"vit": "patch_embed.proj", "efficientnet_lite0": "conv_stem"},
+    ),
     # after the first convolution; in pre-activation networks and vision transformers, after the last block
-    Rule(r"bn1?|norm|ln_post", "backbone/norm", "bn1", {"preact_resnet": "bn", "vit": "norm"}),
+    Rule(r"bn1?|norm|ln_post|_bn0", "backbone/norm", "bn1", {"preact_resnet": "bn", "vit": "norm"}),
     Rule(
         _BLOCK + r"conv(?P<n>\d)",
         _OURS + "conv{n}",
@@ -65,10 +75,10 @@ RULES = (
     Rule(r"branches\.0", "branches/conv", "branches.0"),  # see `branches_by_shape` for other names
     Rule(r"branches\.1", "branches/norm", "branches.1"),
     Rule(
-        r"(?:classifier\.)?(?:fc|linear)|head",
+        r"(?:classifier\.)?(?:fc|linear)|head|_fc|classifier",
         "classifier",
         "fc",
-        {"resnet_cifar": "linear", "preact_resnet": "linear", "vit": "head"},
+        {"resnet_cifar": "linear", "preact_resnet": "linear", "vit": "head", "efficientnet_lite0": "classifier"},
     ),
     Rule(r"norm_pre|ln_pre", "backbone/pre_norm", "norm_pre"),
     Rule(_VIT_BLOCK + r"(?:norm|ln_)(?P<n>[12])", _OUR_VIT_BLOCK + "norm{n}", "blocks.{block}.norm{n}"),
@@ -77,6 +87,17 @@ RULES = (
     Rule(_VIT_BLOCK + r"mlp\.(?:fc1|c_fc)", _OUR_VIT_BLOCK + "mlp1", "blocks.{block}.mlp.fc1"),
     Rule(_VIT_BLOCK + r"mlp\.(?:fc2|c_proj)", _OUR_VIT_BLOCK + "mlp2", "blocks.{block}.mlp.fc2"),
     Rule(_VIT_BLOCK + r"ls(?P<n>[12])", _OUR_VIT_BLOCK + "layer_scale{n}", "blocks.{block}.ls{n}"),
+    Rule(rf"{_LITE}expand_conv|{_LATER}conv_pw", _OURS + "expand", _TIMMS + "conv_pw"),
+    Rule(rf"{_LITE}bn0|{_LATER}bn1", _OURS + "expand_norm", _TIMMS + "bn1"),
+    Rule(rf"{_LITE}depthwise_conv|{_ANY}conv_dw", _OURS + "depthwise", _TIMMS + "conv_dw"),
+    Rule(rf"{_FIRST}bn1", _OURS_FIRST + "depthwise_norm", "blocks.0.{block}.bn1"),
+    Rule(rf"{_LITE}bn1|{_LATER}bn2", _OURS + "depthwise_norm", _TIMMS + "bn2"),
+    Rule(rf"{_FIRST}conv_pw", _OURS_FIRST + "project", "blocks.0.{block}.conv_pw"),
+    Rule(rf"{_LITE}project_conv|{_LATER}conv_pwl", _OURS + "project", _TIMMS + "conv_pwl"),
+    Rule(rf"{_FIRST}bn2", _OURS_FIRST + "project_norm", "blocks.0.{block}.bn2"),
+    Rule(rf"{_LITE}bn2|{_LATER}bn3", _OURS + "project_norm", _TIMMS + "bn3"),
+    Rule(r"_?conv_head", "backbone/head", "conv_head"),
+    Rule(r"bn2|_bn1", "backbone/head_norm", "bn2"),
 )
 LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var", "gamma": "gamma"}
 _EXPORTED = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -112,13 +133,26 @@ def path_of(key: str, ndim: int) -> str | None:
         return None
     for rule in RULES:
         if match := re.fullmatch(rule.theirs, name):
-            parts = match.groupdict()
-            if "stage" in parts:
-                parts["stage"] = parts["stage"] or parts["wide_stage"]
-            if "block" in parts:
-                parts["block"] = str(int(parts["block"]) + 1)  # ours count from 1
-            return f"{rule.ours.format(**parts)}/{'scale' if leaf == 'weight' and ndim == 1 else LEAVES[leaf]}"
+            try:
+                module = rule.ours.format(**_our_numbers(match.groupdict()))
+            except IndexError:
+                return None  # a block more than EfficientNet-Lite0 has
+            return f"{module}/{'scale' if leaf == 'weight' and ndim == 1 else LEAVES[leaf]}"
     return None
+
+
+def _our_numbers(parts: Mapping[str, str | None]) -> dict[str, str | int]:
+    """Return the numbers of one of our paths, which count from 1, from the parts of a name. Raises: IndexError."""
+    numbers: dict[str, str | int] = {key: value for key, value in parts.items() if value is not None}
+    if "number" in numbers:
+        numbers["stage"], numbers["block"] = _LITE_BLOCKS[int(numbers["number"])]
+    elif "timm_stage" in numbers:
+        numbers["stage"] = int(numbers["timm_stage"]) + 1
+    elif "wide_stage" in numbers:
+        numbers["stage"] = numbers["wide_stage"]
+    if "block" in numbers:
+        numbers["block"] = int(numbers["block"]) + 1
+    return numbers
 
 
 def prepared(state_dict: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -198,6 +232,7 @@ def key_of(path: str, family: str, *, mislas: bool, reslt: bool) -> str:
             parts = match.groupdict()
             if "block" in parts:
                 parts["block"] = str(int(parts["block"]) - 1)
+                parts["timm_stage"] = str(int(parts.get("stage", 1)) - 1)
             name = rule.exceptions.get(family, rule.exported).format(**parts)
             if mislas and module == "classifier":
                 name = "classifier.fc"

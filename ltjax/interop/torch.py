@@ -35,6 +35,7 @@ NORMALISE = {  # mean and std of each channel
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),  # MiSLAS on iNaturalist
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Google's vision transformers, timm's augreg
+    "lite": ((127 / 255,) * 3, (128 / 255,) * 3),  # EfficientNet-Lite
     "none": ((0.0,), (1.0,)),  # LBGAT
 }
 
@@ -77,11 +78,12 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
     Supported are torchvision's ResNets (`layer1.0.downsample.0`, `fc`); the CIFAR ResNets of DRO-LT (`conv1`,
     `layer1.0.conv1`, `linear`), MiSLAS (`classifier.`, `lws_model.learned_norm`, for Places `block.`) and ResLT
     (`linear`, `BNH`, `BNM`, `BNT`, or one 1x1 convolution and batch norm); LBGAT's ResNet-18 (`layer2.0.shortcut.0`)
-    and the wide ResNets of LBGAT and TRADES (`block1.layer.0.conv1`, `fc`); pre-activation ResNets (`bn` last); and the
-    vision transformers of timm (`blocks.0.attn.qkv`), DINOv2 and CLIP (`visual.transformer.resblocks.0.ln_1`).
-    Ignored are `num_batches_tracked`; the unused `sub_block1` of those wide ResNets; `epsilons`, the margins of
-    DRO-LT's loss; DINOv2's `mask_token`; and CLIP's tower for text. Import LBGAT's second network separately, without
-    `teacher.`.
+    and the wide ResNets of LBGAT and TRADES (`block1.layer.0.conv1`, `fc`); pre-activation ResNets (`bn` last);
+    EfficientNet-Lite0 in the names of timm's `tf_efficientnet_lite0` (`blocks.1.0.conv_pw`) and of efficientnet_pytorch
+    (`_blocks.1._expand_conv`); and the vision transformers of timm (`blocks.0.attn.qkv`), DINOv2 and CLIP
+    (`visual.transformer.resblocks.0.ln_1`). Ignored are `num_batches_tracked`; the unused `sub_block1` of those wide
+    ResNets; `epsilons`, the margins of DRO-LT's loss; DINOv2's `mask_token`; and CLIP's tower for text. Import LBGAT's
+    second network separately, without `teacher.`.
 
     Args:
       state_dict: {name: array} with PyTorch's names and layouts (convolutions OIHW, linear [out, in]). Names may begin
@@ -189,11 +191,11 @@ def _shapes(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, Any
 def export_state_dict(variables: Variables, model: nn.Module, *, net: str = "net") -> dict[str, np.ndarray]:
     """Return a network's variables as a PyTorch state_dict {name: array}, the inverse of `import_state_dict`.
 
-    Names are torchvision's for `resnet`; timm's for `vit`; DRO-LT's, or with branches ResLT's, for CIFAR ResNets;
-    LBGAT's for wide ResNets (load with `strict=False` because of their unused `sub_block1`). A network with a
-    `logit_scale` or an extra block has MiSLAS's names, `model.`, `classifier.`, `lws_model.` and `block.`; their code
-    stores a state_dict of each. The convolution and norm of ResLT's branches for large images are `branches.0` and
-    `branches.1`. Arrays are float32. `num_batches_tracked` is 0, for PyTorch's `strict=True`.
+    Names are torchvision's for `resnet`; timm's for `vit` and `efficientnet_lite0`; DRO-LT's, or with branches ResLT's,
+    for CIFAR ResNets; LBGAT's for wide ResNets (load with `strict=False` because of their unused `sub_block1`). A
+    network with a `logit_scale` or an extra block has MiSLAS's names, `model.`, `classifier.`, `lws_model.` and
+    `block.`; their code stores a state_dict of each. The convolution and norm of ResLT's branches for large images are
+    `branches.0` and `branches.1`. Arrays are float32. `num_batches_tracked` is 0, for PyTorch's `strict=True`.
 
     Args:
       variables: Of one replica.

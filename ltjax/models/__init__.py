@@ -31,6 +31,7 @@ NAMES = (
     "resnet",
     "preact_resnet",
     "wide_resnet",
+    "efficientnet_lite0",
     "features",
     "vit",
 )

@@ -51,6 +51,8 @@ ARGUMENTS |= {
         "recipe=reslt+dro+smoothing,size=64",
         "method=trades,sampler=class_aware",
         "method=reslt,model=clip_b16",
+        "method=mislas,model=efficientnet_lite0",
+        "method=lbgat,model=efficientnet_lite0,guide=efficientnet_lite0",
     ),
 }
 ARGUMENTS |= {"features": tuple(f"method={name}" for name in heads.METHODS)}

@@ -153,6 +153,7 @@ MODELS = {
     "preact18": dict(name="preact_resnet", depth=18, width=64),
     "wrn28_10": dict(name="wide_resnet", depth=28, width=10),
     "wrn10_1": dict(name="wide_resnet", depth=10, width=1),
+    "efficientnet_lite0": dict(name="efficientnet_lite0"),
 }
 
 

@@ -28,6 +28,8 @@ NETWORKS = {
     "resnet50": ("resnet", dict(depth=50, stem="large", width=4)),
     "resnext50": ("resnet", dict(depth=50, stem="large", width=16, groups=8, group_width=4)),
     "places": ("resnet", dict(depth=50, blocks=(1, 1, 1, 1), width=4, stem="large", extra_block=True)),
+    "efficientnet": ("efficientnet_lite0", {}),
+    "efficientnet scaled": ("efficientnet_lite0", dict(logit_scale=True)),
     "vit": ("vit", dict(depth=11, width=8, patch=4, grid=3, qkv_bias=False)),
     "dinov2": ("vit", dict(depth=2, width=8, patch=7, grid=3, registers=2, layer_scale=True, mlp_width=20)),
     "clip": ("vit", dict(depth=2, width=8, patch=4, grid=3, pre_norm=True, epsilon=1e-5)),

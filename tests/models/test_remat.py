@@ -17,6 +17,7 @@ FAMILIES = {
     "resnext": dict(depth=50, blocks=(2, 2, 2, 2), width=8, stem="large", groups=2, group_width=32),
     "preact_resnet": dict(depth=18, width=4),
     "wide_resnet": dict(depth=16, width=1),
+    "efficientnet_lite0": {},
     "vit": dict(depth=4, width=16, heads=2, patch=8, grid=8),
 }
 
