@@ -4,7 +4,7 @@
 and `batch_stats/backbone/norm/mean`. `weights.json` holds their network, the order of its classes, the file they come
 from, and perhaps the images that they expect and their licence. `config.weights` of a run names such a folder, or an
 archive of `ltjax.archive`, which has the run's `config.json` instead, and may have parameters of its method,
-`method/margins`.
+`method/margins`. `shipped` are the folders that come with ltjax.
 """
 
 import hashlib
@@ -200,6 +200,19 @@ def load_weights(folder: str | Path) -> Weights:
 
 def _single(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32) if value.dtype == np.float16 else value
+
+
+def shipped() -> dict[str, Path]:
+    """Return the folders of weights that come with ltjax, for `load_weights`: {name: folder}.
+
+    Examples:
+      >>> list(weights.shipped())
+      ['efficientnet_lite0']
+      >>> weights.load_weights(weights.shipped()["efficientnet_lite0"]).images["size"]
+      224
+    """
+    folders = sorted(Path(__file__).with_name("shipped").iterdir())
+    return {folder.name: folder for folder in folders if (folder / DESCRIPTION).is_file()}
 
 
 def is_weights(folder: str | Path) -> bool:
