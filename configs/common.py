@@ -39,6 +39,8 @@ MEANINGS = {
     "holdout": "images of each class held out of training, for selection and tuning",
     "size": "side of the images that the network sees, in pixels",
     "runlocal": "shrink everything to a laptop: 64 pixels, a ResNet-10, few classes, images and epochs",
+    "pretrained": "the backbone, trained elsewhere; none: train from scratch",
+    "finetune": "what is trained: head (features are computed once), the last third, all, or adapters of a ViT",
     "guide": "adversarial training, lbgat and bgat: the natural network; auto: the recipe's",
     "beta": "adversarial training: weight of the KL divergence, 0 or more; default: the method's own",
     "loss": "adversarial training: loss of the labels (lbgat: of the guide)",
@@ -213,7 +215,9 @@ def defaults() -> ConfigDict:
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=0.0)
     config.update(replicas=1, replicate="loop", dispatch_steps=0, gpu_graphs="default", accumulate=1)
     config.update(eval_every=0, eval_batch_size=500, checkpoint_seconds=300.0)
-    config.update(weights="", weights_parts=())  # imported, see `python -m ltjax.interop.torch --help`
+    config.update(
+        weights="", weights_sha256="", weights_parts=()
+    )  # imported, see `python -m ltjax.interop.torch --help`
     config.attack = dict(epsilon="0.031", norm="linf", num_images=0, tests=("pgd-20", "cw-20", "autoattack"))
     config.attack.update(step_size="2/255", batch_size=500, seed=0)
     config.attack.radii = (0.25, 0.5, 2.0, 4.0)  # of the curve in the report, as multiples of epsilon
@@ -225,11 +229,17 @@ def run_name(file: str, args: SimpleNamespace) -> str:
     words = dict(profile="{}", model="{}", guide="{}-guide", classifier="{}", loss="{}", sampler="{}", precision="{}")
     words |= dict(beta="beta{:g}", epsilon="eps{}", awp="awp", augment="{}-augment", mixup="mixup{:g}", size="{:g}px")
     words |= dict(cutmix="{}-cutmix", ema="ema{}", sam="sam{:g}")
+    words |= dict(pretrained="{}-backbone", finetune="{}")
     words |= dict(holdout="holdout{}", budget="{}", runlocal="runlocal")
     parts = [file, args.recipe or args.method]
     parts += [f"if{args.imbalance:g}"] if hasattr(args, "imbalance") else []
-    parts += [word.format(getattr(args, name)) for name, word in words.items() if name in args.changed]
+    parts += [word.format(_short(getattr(args, name))) for name, word in words.items() if name in args.changed]
     return "-".join(parts).replace("/", "_")
+
+
+def _short(value):
+    """Return the last part of a path or of a repository's name."""
+    return re.sub(r"^.*/(?=[^/])|/+$|\.safetensors$", "", value) if isinstance(value, str) else value
 
 
 def base(file: str, args: SimpleNamespace) -> ConfigDict:

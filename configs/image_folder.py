@@ -17,12 +17,12 @@ last epoch, top-1 (the 17 classes with up to 100 images) / ECE in %, seed 0, two
 So few epochs are too few for mixup. Training waited for its images for less than 0.2 % of the time.
 """
 
-from configs import large, recipes
+from configs import large
 from configs.recipes import ResLT, Smoothing
 
 
 def get_config(arg=None):
-    args, recipe = large.read(arg, size=128)
+    args, recipe = large.read(arg, size=128, pretrained="efficientnet_lite0")
     config = large.base("image_folder", args, recipe, network="resnet10", epochs=60, batch_size=64, weight_decay=5e-4)
     config.data.update(ranges=(0, 0), upright=True)
     papers = large.papers(
@@ -32,5 +32,5 @@ def get_config(arg=None):
         smoothing=Smoothing(head=0.3, tail=0.0, classifier_rate=0.2, shifted_batch_norm=True),
         reslt=ResLT(beta=0.99, medium_start=0.35, tail_start=0.7, tau=0.3),  # shares of the classes
     )
-    recipes.add_stages(config, args, recipe, papers)
+    large.add_stages(config, args, recipe, papers)
     return config

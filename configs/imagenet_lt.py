@@ -22,7 +22,7 @@ Top-1 / ECE in %, last epoch, full length:
   any method, ours              not yet run
 """
 
-from configs import large, recipes
+from configs import large
 from configs.recipes import ResLT, Smoothing
 
 
@@ -41,5 +41,5 @@ def get_config(arg=None):
         smoothing=Smoothing(head=0.3, tail=0.0, classifier_rate=0.05, shifted_batch_norm=True),
         reslt=ResLT(beta=0.99, medium_start=175, tail_start=780, tau=0.7 if "groups" in config.model else 0.3),
     )
-    recipes.add_stages(config, args, recipe, papers)
+    large.add_stages(config, args, recipe, papers)
     return config

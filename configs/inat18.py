@@ -13,7 +13,7 @@ Top-1 / ECE in %, last epoch, ResNet-50, full length:
   any method, ours  not yet run
 """
 
-from configs import large, recipes
+from configs import large
 from configs.recipes import ResLT, Smoothing
 
 
@@ -33,5 +33,5 @@ def get_config(arg=None):
         # the second branch is for the 6,600 rarest species
         reslt=ResLT(beta=0.85, medium_start=1542, tail_start=None, tau=0.3),
     )
-    recipes.add_stages(config, args, recipe, papers)
+    large.add_stages(config, args, recipe, papers)
     return config

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common, recipes
+from configs import backbones, common, recipes
 from configs.common import Text
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -16,28 +16,33 @@ _OTHERS = ("efficientnet_lite0", *common.VITS)  # see `common.model`
 NETWORKS = f"one of {', '.join(_RESNETS + _OTHERS)}"
 
 
-def read(arg: str | None, *, size: int = 224) -> tuple[SimpleNamespace, recipes.Recipe]:
-    """Read the arguments.
+def read(arg: str | None, *, size: int = 224, pretrained: str = "none") -> tuple[SimpleNamespace, recipes.Recipe]:
+    """Read the arguments, of which `backbone` is a `ltjax.interop.pretrained.Backbone`, or None.
 
     `runlocal` (an argument without a value) shrinks any run to a laptop: 64 pixels, a ResNet-10, batches of 64, few
     epochs, at most 100 images of each of the first 50 classes, and no network that was trained elsewhere.
     """
     local = any(name == "runlocal" for name, *_ in common.split(arg))
+    implied = backbones.implied(arg, pretrained)
     allowed: dict = {
-        "method": recipes.LARGE,
+        "method": recipes.LARGE if implied == "none" else backbones.METHODS,
         "recipe": common.chains(long_tailed=True),
         "model": Text("auto", NETWORKS),
         "classifier": ("auto", "linear", "cosine"),
         **common.TRAINING_ARGUMENTS,
         "size": float(64 if local else size),
         "runlocal": False,
+        **backbones.arguments(pretrained),
         **common.ROBUST_ARGUMENTS,
         "guide": Text("auto", NETWORKS),
     }
     args, recipe = common.read(arg, allowed, long_tailed=True)
     if args.size != int(args.size) or args.size < 32:
         raise ValueError(f"config argument size={args.size:g}: a whole number of pixels, 32 or more")
-    args.short = args.runlocal
+    args.short, args.pretrained = args.runlocal, implied
+    args.backbone = backbones.find(args, recipe)
+    if args.backbone and "size" not in args.given:
+        args.size = float(args.backbone.images["size"])
     return args, recipe
 
 
@@ -69,9 +74,10 @@ def base(
 ) -> ConfigDict:
     """Return a run without its stages, on images that stay on disk.
 
-    `runlocal` changes the network, lengths and sizes; adversarial training changes epochs and weight decay.
+    `runlocal` changes the network, lengths and sizes; adversarial training changes epochs and weight decay. A
+    pretrained backbone brings its network, its normalisation, and the size and crop of its images.
     """
-    local, size = args.runlocal, int(args.size)
+    local, size, backbone = args.runlocal, int(args.size), args.backbone
     config = common.base(file, args)
     config.data.update(
         name=file,
@@ -79,12 +85,21 @@ def base(
         max_count=100 if local else 0,
         classes=50 if local else 0,
         size=size,
-        resize=round(size * 256 / 224),
+        resize=round(size / (backbone.images["crop"] if backbone else 224 / 256)),
     )
-    network = args.model if args.model != "auto" else "resnet10" if local else network
+    if backbone:
+        found = backbones.network(backbone, args.finetune)
+        pixels = {key: backbone.settings[key] for key in ("mean", "std")}
+        config.update(weights=backbone.weights, weights_sha256=backbone.sha256, weights_parts=("backbone",))
+        epochs = backbones.EPOCHS[args.finetune]
+        config.data.min_area = 1.0 if args.finetune == "head" else config.data.min_area
+    else:
+        found = model(args.model if args.model != "auto" else "resnet10" if local else network)
     guide = args.guide if args.guide != "auto" else "resnet10" if local else "resnet18"
-    networks = dict(model=model(network), guide=model(guide))
+    networks = dict(model=found, guide=model(guide))
     config.update(common.networks(args, recipe, **networks, **pixels, remat=False))
+    if backbone and recipe.blocks[0] == "lift":
+        config.model.cosine_scale = 28.0  # LIFT's 25 is less well calibrated: benchmarks/thinned.py
     config.model.extra_block = False
     if config.model.branches:
         config.model.branch_kind = "conv"
@@ -101,8 +116,11 @@ def papers(
 ) -> recipes.Papers:
     """Return what the papers have on large images: windows of any size, a cosine, and these settings.
 
-    With `runlocal`, ResLT's branches begin at shares of the classes.
+    With `runlocal`, ResLT's branches begin at shares of the classes. A pretrained backbone has rates of its own.
     """
+    if args.backbone:
+        settings |= dict(lr=backbones.LR[args.finetune], fixed=args.finetune == "head", warmup=0.0)
+        color_jitter = 0.0
     if args.runlocal:
         reslt = reslt._replace(medium_start=0.35, tail_start=None if reslt.tail_start is None else 0.7)
     return recipes.Papers(
@@ -113,3 +131,12 @@ def papers(
         balanced_epochs=False,  # DRO-LT has none of these data sets; balanced ones would be up to 19 times as long
         **settings,
     )
+
+
+def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: recipes.Recipe, papers: recipes.Papers) -> None:
+    """Write the stages of a recipe, see `configs.recipes`, and the rates of a pretrained backbone's layers."""
+    recipes.add_stages(config, args, recipe, papers)
+    if args.backbone and not papers.fixed:
+        backbones.add_groups(config, args.finetune)
+        for name in config.stages:
+            config[name].batch_norm = "eval"

@@ -16,7 +16,7 @@ Top-1 / ECE in %, last epoch, ResNet-152, full length:
   any method, ours  not yet run
 """
 
-from configs import large, recipes
+from configs import large
 from configs.recipes import ResLT, Smoothing
 
 
@@ -26,7 +26,7 @@ def get_config(arg=None):
     config.data.ranges = (131, 288)
     # Adversarial training trains the whole network: a frozen backbone keeps the features of clean images.
     # An extra block follows a ResNet's maps.
-    if not (recipe.adversarial or args.runlocal or config.model.name == "vit"):
+    if not (recipe.adversarial or args.runlocal or args.backbone or config.model.name == "vit"):
         config.model.extra_block = True
         config.weights, config.weights_parts = f"resnet{config.model.depth}", ("backbone",)
         if config.model.depth == 152:
@@ -39,5 +39,5 @@ def get_config(arg=None):
         # beta and tau are our choice, those of ImageNet-LT
         reslt=ResLT(beta=0.99, medium_start=131, tail_start=288, tau=0.3),
     )
-    recipes.add_stages(config, args, recipe, papers)
+    large.add_stages(config, args, recipe, papers)
     return config

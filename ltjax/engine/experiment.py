@@ -30,13 +30,12 @@ from ltjax.engine.stage import (
     steps_done,
     streamed_draw,
 )
-from ltjax.interop.weights import check_classifier, hash_weights, into, is_weights, load_weights
+from ltjax.interop.weights import check_classifier, folder_of, hash_weights, into, is_weights, load_weights
 from ltjax.models import features
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.trained import is_archive, newest, read_archive, variables_of
 from ltjax.runs.workdir import check_same_images
 from ltjax.system import parallel, processes, xla
-from ltjax.system.paths import local
 from ltjax.types import Method, UserError, Variables
 
 
@@ -93,7 +92,7 @@ def prepare(
                 "in the same groups"
             )
     if run.weights:
-        into(fresh_shapes(experiment), load_weights(run.weights), run.weights_parts)
+        into(fresh_shapes(experiment), load_weights(run.weights, run.weights_sha256), run.weights_parts)
     return experiment, compiled
 
 
@@ -174,7 +173,7 @@ def _fixed_weights(run: RunConfig, shapes: Variables, workdir: Path | None) -> V
         trained = variables_of(workdir, newest(workdir))
         return jax.tree.map(lambda x: np.asarray(x)[0], trained) if run.replicas > 1 else trained
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    return into(zeros, load_weights(run.weights), run.weights_parts)
+    return into(zeros, load_weights(run.weights, run.weights_sha256), run.weights_parts)
 
 
 def _describe_images(
@@ -364,7 +363,9 @@ def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
         place = lambda leaf, value: jax.device_put(jnp.broadcast_to(value, leaf.shape), leaf.sharding)  # noqa: E731
         of_net = {"backbone": jax.tree.map(place, variables.stats["net"]["backbone"], fitted)}
         variables = variables._replace(stats={**variables.stats, "net": of_net})
-    return into(variables, load_weights(run.weights), run.weights_parts) if run.weights else variables
+    return (
+        into(variables, load_weights(run.weights, run.weights_sha256), run.weights_parts) if run.weights else variables
+    )
 
 
 def make_surgery(experiment: Experiment, stage: StageConfig) -> Callable:
@@ -441,7 +442,7 @@ def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -
     """Set up the evaluation of `config.weights`; None if the workdir holds a run, or the config names no weights."""
     if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
         return None
-    weights = load_weights(run.weights)
+    weights = load_weights(run.weights, run.weights_sha256)
     check_classifier(weights, run.weights)
     computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
     experiment = set_up(run._replace(model={**weights.settings, **computation}), data_dir)
@@ -453,7 +454,7 @@ def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -
 
 def note_images_of_weights(experiment: Experiment) -> None:
     """Print a note if `config.weights` is an archive of a run that began with other images."""
-    archive = local(experiment.config.weights)
+    archive = folder_of(experiment.config.weights)
     if is_archive(archive):
         try:
             check_same_images(archive, experiment.description)

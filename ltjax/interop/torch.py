@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from ltjax import models
-from ltjax.interop import checkpoints, names, vit
+from ltjax.interop import checkpoints, names, resnets, vit
 from ltjax.interop.weights import Weights, described, save_weights
 from ltjax.optim import flatten, unflatten
 from ltjax.system.command_line import Parser, exit_code
@@ -46,7 +46,7 @@ class Placed(NamedTuple):
     """An imported state_dict.
 
     Attributes:
-      variables: As `import_state_dict` returns them.
+      variables: NumPy arrays.
       placed: {PyTorch's name: our path}.
       ignored: Names without use, see `ltjax.interop.names.prepared`, and those of parts that were not asked for.
     """
@@ -106,11 +106,11 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
       >>> variables.params["net"]["backbone"]["conv"]["kernel"].shape
       (3, 3, 3, 2)
     """
-    return place(state_dict, model).variables
+    return jax.tree.map(jnp.asarray, place(state_dict, model).variables)
 
 
 def place(state_dict: Mapping[str, np.ndarray], model: nn.Module, parts: Sequence[str] = ()) -> Placed:
-    """Do what `import_state_dict` does, and also return what became of each name.
+    """Do what `import_state_dict` does, with NumPy arrays, and also return what became of each name.
 
     Args:
       state_dict: See `import_state_dict`.
@@ -136,7 +136,7 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module, parts: Sequenc
     if "branches/conv/kernel" in shapes:
         left = {key: arrays[key] for key, path in paths.items() if path not in shapes}
         paths |= names.branches_by_shape(left, shapes["branches/conv/kernel"].shape[2])
-    weights: dict[str, jax.Array] = {}
+    weights: dict[str, Any] = {}
     placed, unplaced = {}, []
     for key in (key for key in arrays if key in paths):
         path, value = paths[key], arrays[key]
@@ -155,11 +155,11 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module, parts: Sequenc
         elif shapes[path].shape != value.shape:
             unplaced.append(f"{key} (shape {value.shape}, the model has {shapes[path].shape})")
         else:
-            array = jnp.asarray(value)  # float64 only with JAX_ENABLE_X64
-            weights[path] = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+            double = value.dtype == np.float64 and jax.config.values["jax_enable_x64"]
+            weights[path] = value.astype(np.float64 if double else np.float32)
             placed[key] = path
     if "logit_scale" in shapes:
-        weights.setdefault("logit_scale", jnp.ones(shapes["logit_scale"].shape, jnp.float32))
+        weights.setdefault("logit_scale", np.ones(shapes["logit_scale"].shape, np.float32))
     missing = [path for path in shapes if path not in weights]
     if unplaced or missing:
         raise UserError(
@@ -184,7 +184,7 @@ def _shapes(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, Any
     """Return {our path: shape} of the model, with as many input channels as the state_dict."""
     first = [v for key, v in arrays.items() if names.path_of(names.bare(key), v.ndim) == "backbone/conv/kernel"]
     channels = first[0].shape[1] if first and first[0].ndim == 4 else 3
-    shapes = jax.eval_shape(lambda rng: model.init(rng, models.example(model, channels)), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), models.example(model, channels)))
     return {**flatten(shapes["params"]), **flatten(shapes.get("batch_stats", {}))}
 
 
@@ -261,7 +261,8 @@ def read_model(spec: str) -> dict[str, Any]:
 def implied(state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Infer settings of a model from a state_dict.
 
-    They are `num_classes`, `mean`, `std`, ResLT's and MiSLAS's parts, and all settings of a vision transformer.
+    They are `num_classes`, `mean`, `std`, ResLT's and MiSLAS's parts, and all settings of a vision transformer, of
+    torchvision's ResNets, and of EfficientNet-Lite0.
 
     Args:
       state_dict: See `import_state_dict`.
@@ -270,7 +271,7 @@ def implied(state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any] | No
     arrays, _ = names.prepared(state_dict)
     paths = {names.path_of(names.bare(key), value.ndim): value for key, value in arrays.items()}
     settings: dict[str, Any] = {kind: values for kind, (_, values) in names.normalisation(arrays).items()}
-    settings |= vit.implied(arrays, config or {})[0]
+    settings |= vit.implied(arrays, config or {})[0] or resnets.implied(arrays)
     if "classifier/kernel" in paths:
         settings["num_classes"] = paths["classifier/kernel"].shape[0]
     if "logit_scale" in paths:
@@ -335,8 +336,8 @@ def read_checkpoint(
 
     Args:
       file: See `ltjax.interop.checkpoints.read`.
-      settings: Of the model, see `ltjax.models.create`. They win over those that the file implies. A vision transformer
-        needs none, other networks at least `name`.
+      settings: Of the model, see `ltjax.models.create`. They win over those that the file implies, see `implied`. If it
+        implies no network, at least `name`.
       net: Which network, if there are several.
       num_classes: Default: that of the classifier; without a classifier, the weights are those of the other parts.
       backbone: Take the backbone alone, whatever the classifier.
@@ -349,8 +350,13 @@ def read_checkpoint(
     config = vit.config_beside(local(file)) if config is None else config
     arrays, _ = names.prepared(state_dict)
     found = implied(state_dict, config)
-    if "name" in found and settings.get("name", "vit") != "vit":
-        raise UserError(f"{file} holds a vision transformer, not a {settings['name']}: set the model to vit")
+    if settings.get("name", found.get("name")) != found.get("name"):
+        if found.get("name") == "vit":
+            raise UserError(f"{file} holds a vision transformer, not a {settings['name']}: set the model to vit")
+        of_network = resnets.implied(arrays)
+        found = {key: value for key, value in found.items() if key not in of_network}
+    if not {"name"} & {*found, *settings}:
+        raise UserError(f"{file} is of no network that ltjax recognises by its arrays: name it with --model=NAME,...")
     if backbone:
         found = {key: value for key, value in found.items() if key not in OF_OTHER_PARTS}
     merged = {**found, **settings}

@@ -21,12 +21,13 @@ from safetensors.numpy import load_file, save_file
 
 from ltjax.optim import flatten, unflatten
 from ltjax.system.files import load_json, replacing
-from ltjax.system.paths import local
+from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, Variables, one_line
 
 FORMAT = 1
 ARRAYS, DESCRIPTION = "weights.safetensors", "weights.json"
 PROJECTION = "params/backbone/projection"  # of a vision transformer, its last layer
+HUB = "hub:"  # begins the name of a repository of the Hugging Face Hub
 OF_CLASSES = ("classifier", "logit_scale")  # parts whose arrays have classes as their last axis
 
 
@@ -123,6 +124,23 @@ def save_safetensors(arrays: dict[str, np.ndarray], file: Path, metadata: dict[s
         raise OSError(f"cannot write {file}: {error}") from error
 
 
+def folder_of(name: str | Path) -> Path:
+    """Return the folder of weights that `config.weights` names.
+
+    Args:
+      name: Of `shipped`; "hub:REPOSITORY@COMMIT", which `ltjax.interop.pretrained` has fetched; or a path.
+    """
+    text = str(name)
+    if text in shipped():
+        return shipped()[text]
+    if not text.startswith(HUB):
+        return local(name)
+    cache = cache_folder()
+    if cache is None:
+        raise UserError(f"{text}: there is no folder for fetched weights: set XDG_CACHE_HOME, or HOME")
+    return cache / "weights" / text.removeprefix(HUB).replace("/", "--")
+
+
 def _description(folder: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Read weights.json, or make it up from an archive's config.json."""
     if (folder / DESCRIPTION).is_file():
@@ -165,19 +183,27 @@ def _tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten(arrays)
 
 
-def load_weights(folder: str | Path) -> Weights:
-    """Read a folder of `save_weights` or `ltjax.archive`. float16 arrays become float32.
+def load_weights(name: str | Path, sha256: str = "") -> Weights:
+    """Read weights of `save_weights` or `ltjax.archive`. float16 arrays become float32.
+
+    Args:
+      name: See `folder_of`.
+      sha256: What `hash_weights` has to return; "": anything.
 
     Raises:
-      UserError: The folder holds no weights, or they cannot be read.
+      UserError: The folder holds no weights, or others than those, or they cannot be read.
     """
-    folder = local(folder)
+    folder = folder_of(name)
+    if str(name).startswith(HUB) and not is_weights(name):
+        raise UserError(f"{name} is not on this machine: fetch it with `python -m ltjax.interop.pretrained {name}`")
     archived = (folder / "config.json").is_file() and (folder / ARRAYS).is_file()
     if not (folder / DESCRIPTION).is_file() and not archived:
         raise UserError(
             f"{folder} holds no weights ({DESCRIPTION} is missing): make such a folder with "
             "`python -m ltjax.interop.torch` from a PyTorch checkpoint or `python -m ltjax.interop.export` from a run"
         )
+    if sha256 and is_weights(name) and hash_weights(name) != sha256:
+        raise UserError(f"{name} holds other weights than those of config.weights_sha256: fetch or convert them again")
     try:
         arrays: dict[str, Any] = {path: _single(value) for path, value in load_file(folder / ARRAYS).items()}
         description = _description(folder, arrays)
@@ -215,14 +241,14 @@ def shipped() -> dict[str, Path]:
     return {folder.name: folder for folder in folders if (folder / DESCRIPTION).is_file()}
 
 
-def is_weights(folder: str | Path) -> bool:
-    """Whether a folder holds arrays of weights."""
-    return bool(folder) and (local(folder) / ARRAYS).is_file()
+def is_weights(name: str | Path) -> bool:
+    """Whether a name of `folder_of` stands for arrays of weights."""
+    return bool(name) and (folder_of(name) / ARRAYS).is_file()
 
 
-def hash_weights(folder: str | Path) -> str:
-    """Hash the arrays of a folder of weights: SHA-256, hexadecimal."""
-    with open(local(folder) / ARRAYS, "rb") as file:
+def hash_weights(name: str | Path) -> str:
+    """Hash arrays of weights: SHA-256, hexadecimal. name: see `folder_of`."""
+    with open(folder_of(name) / ARRAYS, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

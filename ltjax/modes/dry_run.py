@@ -16,7 +16,7 @@ from ltjax.config import StageConfig, parse
 from ltjax.engine import feed
 from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, prepare, seeds, source_shapes
 from ltjax.engine.stage import CompiledStage
-from ltjax.interop.weights import load_weights, surplus
+from ltjax.interop.weights import Weights, is_weights, load_weights, surplus
 from ltjax.runs import logs
 from ltjax.runs.workdir import check_workdir
 from ltjax.surgery import EMA
@@ -56,8 +56,8 @@ def show(experiment: Experiment, compiled: Mapping[str, CompiledStage], workdir:
         length = f"{steps}, {trained:,} of {total:,} parameters train{rest}" if stage.epochs else "no training"
         what = ", ".join(filter(None, (stage.surgery.get("name"), length)))
         console.print(f"stage {name} ({stage.title}): {what}, from {stage.start_from}")
-    if run.weights and (ignored := surplus(fresh_shapes(experiment), load_weights(run.weights))):
-        console.print(f"config.weights {run.weights}: {', '.join(ignored)} ignored; a new block replaces them")
+    if is_weights(run.weights):
+        _show_weights(experiment, load_weights(run.weights), console)
 
 
 def _show_data(experiment: Experiment, console: Console) -> None:
@@ -72,6 +72,25 @@ def _show_data(experiment: Experiment, console: Console) -> None:
     for group, member in experiment.groups.items():
         if member.any():
             console.print(f"  {group}: {_classes(np.flatnonzero(member), counts, experiment.class_names)}")
+
+
+def _show_weights(experiment: Experiment, weights: Weights, console: Console) -> None:
+    """Print what training starts from, and where the config's images differ from those of the weights."""
+    run, licence = experiment.config, f", licence {weights.licence}" if weights.licence else ""
+    parts = f", {', '.join(run.weights_parts)} alone" if run.weights_parts else ""
+    console.print(
+        f"weights {run.weights}{parts}{licence}: images of {run.data.size} pixels" + _normalisation(run.model)
+    )
+    given = {key: run.model.get(key) for key in ("mean", "std") if key in weights.settings}
+    if given != (theirs := {key: weights.settings[key] for key in given}):
+        console.print(f"note: these weights are for images with{_normalisation(theirs)}: set config.model.mean and std")
+    if ignored := surplus(fresh_shapes(experiment), weights):
+        console.print(f"{', '.join(ignored)} of these weights are ignored; a new block replaces them")
+
+
+def _normalisation(settings: Mapping[str, Any]) -> str:
+    values = {key: tuple(round(x, 4) for x in settings[key]) for key in ("mean", "std") if key in settings}
+    return "".join(f", {key} {value}" for key, value in values.items())
 
 
 def _copies(experiment: Experiment) -> Mapping[str, int]:

@@ -271,7 +271,7 @@ def load_as_configured(
     run = configs.parse(config)
     if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
         return load(workdir, temperature=temperature, replica=replica, batch_size=run.eval_batch_size)
-    weights = load_weights(run.weights)
+    weights = load_weights(run.weights, run.weights_sha256)
     computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
     return Model(
         weights._replace(settings={**weights.settings, **computation}),

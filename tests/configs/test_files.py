@@ -47,9 +47,13 @@ ARGUMENTS |= {
     "inat18": LARGE,
     "places_lt": (*LARGE, "method=reslt,runlocal", "method=drolt,model=resnet50", "method=mislas,model=vit_s16"),
     "image_folder": (
-        *LARGE,
-        "recipe=reslt+dro+smoothing,size=64",
-        "method=trades,sampler=class_aware",
+        *LARGE[:3],
+        "method=lbgat,pretrained=none",
+        "recipe=reslt+dro+smoothing,size=64,pretrained=none",
+        "method=trades,sampler=class_aware,finetune=all",
+        "method=crt,pretrained=none",
+        "method=crt,finetune=last",
+        "method=drolt,size=64",
         "method=reslt,model=clip_b16",
         "method=mislas,model=efficientnet_lite0",
         "method=lbgat,model=efficientnet_lite0,guide=efficientnet_lite0",
@@ -77,6 +81,7 @@ DATA = {
 
 def test_every_file_is_a_config_or_shared_code():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} - set(FILES) == {
+        "backbones",
         "common",
         "heads",
         "large",
@@ -170,7 +175,8 @@ def test_overriding_the_epochs_reaches_the_stages_that_share_them(name, argument
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "quickstart"])
 def test_no_new_part_of_a_network_is_frozen_in_the_first_stage_that_uses_it(name):
-    methods = (None, *(f"method={method}" for method in read_methods(name)))
+    from_scratch = {"image_folder": ",pretrained=none"}.get(name, "")
+    methods = (None, *(f"method={m}{from_scratch if m != 'lift' else ''}" for m in read_methods(name)))
     for argument in methods:
         run, stages = parsed(name, argument)
         trained = {"logit_scale", *run.weights_parts}  # the scale begins as 1, which changes nothing

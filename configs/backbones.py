@@ -1,0 +1,100 @@
+"""Pretrained backbones in the configs of large images: which one, what of it is trained, and how fast."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common, heads, recipes
+from configs.common import Text
+from ltjax.interop import pretrained
+
+FINETUNE = ("head", "last", "all", "adaptformer", "lora")
+METHODS = ("lift", *recipes.LARGE)  # with a pretrained backbone; the first is the default
+# Layers of each family of backbones from the input to the features, in three parts.
+LAYERS = {
+    "resnet": ("(conv|norm|stage[12]_.*)", "stage3_.*", "stage4_.*"),
+    "efficientnet_lite0": ("(conv|norm|stage[123]_.*)", "stage[45]_.*", "(stage[67]_.*|head|head_norm)"),
+}
+RATES = (0.01, 0.03, 0.1)  # of these parts, as factors on the classifier's
+LR = dict(head=0.3, last=0.1, all=0.1, adaptformer=0.01, lora=0.01)
+EPOCHS = dict(head=30, last=10, all=10, adaptformer=10, lora=10)
+
+
+def arguments(default: str) -> dict[str, Any]:
+    """Return the arguments, for `common.read`. default: a name, or none."""
+    return {"pretrained": Text(default, pretrained.FORMS.format(", ".join(pretrained.shipped()))), "finetune": FINETUNE}
+
+
+def implied(arg: str | None, default: str) -> str:
+    """Return the backbone that the arguments ask for: none if they name another network, or `runlocal`."""
+    given = {name: value for name, _, value in common.split(arg)}
+    return given.get("pretrained") or ("none" if {"runlocal", "model"} & set(given) else default)
+
+
+def find(args: SimpleNamespace, recipe: recipes.Recipe) -> pretrained.Backbone | None:
+    """Find the backbone, and check that the other arguments go with it. None: the network is trained from scratch.
+
+    Raises:
+      ValueError: They do not, or there is no such backbone.
+    """
+    if args.pretrained == "none":
+        if "finetune" in args.given:
+            raise ValueError(f"config argument 'finetune={args.finetune}' needs a pretrained= backbone")
+        return None
+    if args.runlocal or args.model != "auto":
+        other = "runlocal" if args.runlocal else f"model={args.model}"
+        raise ValueError(
+            f"config arguments {other} and pretrained={args.pretrained}: the network is that of the weights"
+        )
+    if args.finetune == "head":
+        try:
+            heads.check(recipe)
+        except ValueError as error:
+            raise ValueError(f"{error}; or finetune=all, or pretrained=none to train from scratch") from None
+    if recipe.adversarial and args.finetune != "all":
+        raise ValueError("config argument: adversarial training needs finetune=all, or pretrained=none")
+    backbone = pretrained.find(args.pretrained)
+    if args.finetune in ("adaptformer", "lora") and backbone.settings["name"] != "vit":
+        raise ValueError(
+            f"config argument 'finetune={args.finetune}' is for vision transformers; allowed: head, last, all"
+        )
+    return backbone
+
+
+def network(backbone: pretrained.Backbone, finetune: str) -> dict[str, Any]:
+    """Return the settings of the network, without its head and the normalisation of its images."""
+    settings = {key: value for key, value in backbone.settings.items() if key not in ("mean", "std")}
+    return {**settings, "adapter": finetune} if finetune in ("adaptformer", "lora") else settings
+
+
+def layers(settings: dict[str, Any]) -> tuple[str, str, str]:
+    """Return regular expressions for three parts of a backbone's layers, from the images to the features."""
+    if settings["name"] != "vit":
+        return LAYERS[settings["name"]]
+    blocks, third = range(1, settings["depth"] + 1), -(-settings["depth"] // 3)
+    first, second, last = (blocks[at : at + third] for at in (0, third, 2 * third))
+    early, middle, late = ("|".join(f"block{n}" for n in part) for part in (first, second, last))
+    return (
+        f"(conv|class_token|positions|registers|pre_norm|{early})",
+        f"({middle})",
+        f"({late}|norm|projection)",
+    )
+
+
+def add_groups(config: ConfigDict, finetune: str) -> None:
+    """Give the layers of the backbone their rates, in all stages that would train the whole of it.
+
+    With "last", only the last third learns; with adapters, only they do, at the classifier's rate.
+    """
+    for stage in (config[name] for name in config.stages):
+        if "backbone" not in stage.groups or not stage.groups.backbone.rate:
+            continue
+        del stage.groups["backbone"]
+        if finetune in ("adaptformer", "lora"):
+            stage.groups["adapters"] = dict(match="net/backbone/.*/adapter/.*", rate=1.0)
+            stage.groups["backbone"] = dict(match="net/backbone/(?!.*/adapter/).*", rate=0.0)
+            continue
+        rates = RATES if finetune == "all" else (0.0, 0.0, RATES[-1])
+        for name, match, rate in zip(("early", "middle", "late"), layers(config.model.to_dict()), rates, strict=True):
+            stage.groups[name] = dict(match=f"net/backbone/{match}(/.*)?", rate=rate)
