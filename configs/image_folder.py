@@ -4,13 +4,16 @@
     python run.py --config=configs/image_folder.py:method=ce,size=112 --config.data.root=DIR --config.epochs=30
 
 Classes, counts, imbalance factor and groups are shown before training. Without a folder for validation, the same number
-of training images of each class is held out. Photographs are turned upright by their EXIF orientation. Arguments:
-size=128 (pixels) and those of configs/imagenet_lt.py, such as method=mislas, model=resnet10. Weights of a network
-trained elsewhere, to begin with: --config.weights=FOLDER --config.weights_parts="('backbone',)" (see
-`python -m ltjax.interop.torch --help`).
+of training images of each class is held out. Photographs are turned upright by their EXIF orientation.
 
-23 classes of Caltech-101, 300 down to 21 training images each (2,016 in all) and 10 for testing, size=64, ResNet-10,
-last epoch, top-1 (the 17 classes with up to 100 images) / ECE in %, seed 0, two busy CPU cores, jax 0.10.2:
+A backbone that was trained on ImageNet, and comes with ltjax, computes the features of each image once; a classifier
+learns on them in seconds. Arguments: pretrained=efficientnet_lite0, another one (hub:timm/resnet50.a1_in1k, a file, a
+folder: docs/weights.md), or none; finetune=head|last|all|adaptformer|lora; size (pixels; from scratch 128); and those
+of configs/imagenet_lt.py, such as method=mislas. model=resnet10 trains that network from scratch.
+
+23 classes of Caltech-101, 300 down to 21 training images each (2,016 in all) and 10 for testing, from scratch with
+model=resnet10,size=64, last epoch, top-1 (the 17 classes with up to 100 images) / ECE in %, seed 0, two busy CPU cores,
+jax 0.10.2:
   ce, 30 epochs                  66.5 (57.6) / 8.4     commit b1eacc8, 25 images/s
   mislas, stage 1, 20 epochs     55.2 (42.9) / 8.3     commit b47a0ee, 58 images/s: faster convolutions of 2x2 maps
   mislas, stage 2, 10 epochs     62.6 (54.7) / 10.4    the same, 261 images/s

@@ -26,6 +26,7 @@ from ltjax.runs.checkpoint import read_json
 from ltjax.runs.results import percent
 
 ROOT = Path(__file__).parents[1]
+FROM_SCRATCH = {"image_folder": ",pretrained=none"}  # where that is not the default
 LONG_TAILED = ("cifar100_lt", "cifar10_lt", "imagenet_lt", "inat18", "places_lt", "image_folder")
 BALANCED = ("cifar100", "cifar10", "tiny_imagenet")
 RESULTS = ROOT / "results"
@@ -170,7 +171,7 @@ def across(text: str) -> str:
     lines.append("|---|" + "---|" * len(paths))
     for name in LONG_TAILED:
         for imbalance in (100, 50, 10) if name.startswith("cifar") else (None,):
-            arguments = f"method={method}" + (f",imbalance={imbalance}" if imbalance else "")
+            arguments = f"method={method}" + (f",imbalance={imbalance}" if imbalance else FROM_SCRATCH.get(name, ""))
             config = module(name)["get_config"](arguments).to_dict()
             title = TITLES[name] + (f", imbalance {imbalance}" if imbalance else "")
             lines.append(f"| {title} | " + " | ".join(shown(_at(config, path)) for path, _, _ in paths) + " |")

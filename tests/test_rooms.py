@@ -103,7 +103,10 @@ def test_no_room_imports_itself_through_others():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_a_config_is_data(path):
-    assert {name.partition(".")[0] for name in imports(path)} <= {"ml_collections", "configs"}
+    others = {name for name in imports(path) if name.partition(".")[0] not in ("ml_collections", "configs")}
+    assert others <= (
+        {"ltjax.interop.pretrained"} if path.stem == "backbones" else set()
+    )  # the weights say what their network is
 
 
 @pytest.mark.parametrize("package", ["methods", "models", "data"])

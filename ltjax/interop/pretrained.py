@@ -74,6 +74,11 @@ def find(name: str) -> Backbone:
     Raises:
       UserError: There is none of that name; it cannot be fetched or read; its network, or the mean and standard
         deviation of its images, are unknown.
+
+    Examples:
+      >>> backbone = pretrained.find("efficientnet_lite0")
+      >>> backbone.settings["name"], backbone.images["size"], backbone.licence
+      ('efficientnet_lite0', 224, 'Apache-2.0')
     """
     if name.startswith(HUB):
         return _of_hub(name)

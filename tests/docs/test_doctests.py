@@ -10,7 +10,7 @@ import pytest
 
 from ltjax import attacks, calibration, losses, methods, metrics, models, optim, predictor, surgery
 from ltjax.data import samplers, splits
-from ltjax.interop import export, torch, weights
+from ltjax.interop import export, pretrained, torch, weights
 from ltjax.interop.weights import Weights
 from ltjax.types import Variables
 
@@ -19,7 +19,7 @@ PRELUDE = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         *(attacks, calibration, losses, methods, metrics, models, optim, predictor, surgery),
-        *(samplers, splits, export, torch, weights),
+        *(samplers, splits, export, pretrained, torch, weights),
     )
 }
 PRELUDE |= {"jax": jax, "jnp": jnp, "np": np, "Variables": Variables, "Weights": Weights}
@@ -42,6 +42,7 @@ MODULES = (
     "ltjax.predictor",
     "ltjax.interop.torch",
     "ltjax.interop.export",
+    "ltjax.interop.pretrained",
     "ltjax.interop.weights",
 )
 PUBLIC = {  # of modules whose other functions need no example
@@ -51,6 +52,7 @@ PUBLIC = {  # of modules whose other functions need no example
     "ltjax.predictor": (),  # `Model` has an example
     "ltjax.interop.torch": ("import_state_dict", "export_state_dict"),
     "ltjax.interop.export": ("stablehlo",),
+    "ltjax.interop.pretrained": ("find",),
     "ltjax.interop.weights": ("shipped",),
 }
 

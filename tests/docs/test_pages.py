@@ -14,6 +14,7 @@ import pytest
 from configs import recipes
 from docs import figures, generate
 from ltjax import losses
+from ltjax.interop import pretrained, weights
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*generate.pages(), *(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md"))]
@@ -90,8 +91,23 @@ def understood(module, arguments):
             return "--help" in arguments
 
 
+@pytest.fixture
+def backbones_of_others(monkeypatch):
+    """Pretend that files and repositories of backbones are here: vision transformers or ResNets by their name."""
+    find = pretrained.find
+
+    def found(name):
+        if name in weights.shipped():
+            return find(name)
+        network = dict(name="vit", depth=12) if "vit" in name else dict(name="resnet", depth=50, stem="large")
+        settings = dict(**network, mean=(0.5,) * 3, std=(0.5,) * 3)
+        return pretrained.Backbone(name, "0" * 64, settings, {"size": 224, "crop": 1.0}, "")
+
+    monkeypatch.setattr(pretrained, "find", found)
+
+
 @pytest.mark.parametrize("page", [*WRITTEN, *CONFIGS], ids=name_of)
-def test_every_command_on_a_page_parses(page, known_flags):
+def test_every_command_on_a_page_parses(page, known_flags, backbones_of_others):
     for command in commands(page.read_text()):
         if command[1] == "run.py":
             check_run(command[2:], known_flags)
