@@ -1,7 +1,10 @@
-"""Your own images: DIR/train/<class>/*.jpg, and optionally DIR/validation/<class>/*.jpg.
+"""Your own images: DIR/train/<class>/*.jpg, and optionally DIR/validation/<class>/*.jpg; or DIR/<class>/*.jpg.
 
     python run.py --config=configs/image_folder.py --config.data.root=DIR
     python run.py --config=configs/image_folder.py:method=ce,size=112 --config.data.root=DIR --config.epochs=30
+    python run.py --config=configs/image_folder.py --config.data.root=DIR --config.data.labels=FILE.csv
+
+FILE.csv has the columns file and label, and optionally split (train, validation); files are relative to DIR.
 
 Classes, counts, imbalance factor and groups are shown before training. Without a folder for validation, the same number
 of training images of each class is held out. Photographs are turned upright by their EXIF orientation.

@@ -27,6 +27,9 @@ class DataConfig(NamedTuple):
     few_below: int = 20  # counts: a class is few if it has fewer images
     ranges: tuple[int, ...] = ()  # ranges and ranks: (a, b): many are the classes below a, few those from b on
     root: str = ""  # folder of an image_folder
+    labels: str = (
+        ""  # table of an image_folder's labels, a CSV or TSV file: file,label[,split]; "": folders are classes
+    )
     # For images that stay on disk, of any size:
     size: int = 224  # side of the network's square input, in pixels
     resize: int = 256  # evaluation: length of the shorter side before the central square is cropped
@@ -120,7 +123,7 @@ class RunConfig(NamedTuple):
 
 
 STAGE_DEFAULTS = {"schedule": {"kind": "constant"}, "sampler": {"name": "instance_balanced"}}
-LOCATIONS = ("root", "threads")  # keys of config.data: where the images lie, and how many threads decode them
+LOCATIONS = ("root", "labels", "threads")  # keys of config.data: where images lie, and how many threads decode them
 SET_BY_PARSE = ("name", "number")  # fields of a StageConfig
 
 

@@ -105,6 +105,35 @@ def test_a_folder_that_was_moved_holds_the_same_images(copy, mode):
     assert (workdir / "split.json").read_bytes() == before
 
 
+def in_a_table(root, change=lambda path, label: label):
+    """Move all images into one folder, with their classes in a table. Return the config."""
+    rows = ["file\tlabel"]
+    for path in sorted((root / "train").rglob("*.jpg")):
+        name = f"{path.parent.name} {path.name}"
+        rows.append(f"{name}\t{change(path, path.parent.name)}")
+        path.rename(root / name)
+    shutil.rmtree(root / "train")
+    (root / "labels.tsv").write_text("\n".join(rows))
+    config = config_of(root)
+    config["data"]["labels"] = "labels.tsv"
+    return config
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "calibrate"])
+def test_a_table_of_the_same_labels_is_the_same_data_set(copy, mode):
+    root, workdir = copy
+    before = (workdir / "split.json").read_bytes()
+    MODES[mode](in_a_table(root), workdir)
+    assert (workdir / "split.json").read_bytes() == before
+
+
+def test_a_changed_label_is_refused(copy):
+    root, workdir = copy
+    config = in_a_table(root, lambda path, label: "owl" if path.match("cat/0.jpg") else label)
+    with pytest.raises(UserError, match=r"other train images of cat \(5 then, 4 now\), (dog, )?owl \(3 then, 4 now\)"):
+        evaluate.evaluate_workdir(config, workdir)
+
+
 def test_an_added_class_is_no_matter_of_unicode(copy):
     root, workdir = copy
     shutil.copytree(root / "train" / "owl", root / "train" / "rat")

@@ -4,6 +4,7 @@ import os
 
 from ltjax import registry
 from ltjax.data.source import Images, Stored
+from ltjax.types import UserError
 
 SOURCES = {
     "cifar10": "ltjax.data.cifar",
@@ -20,6 +21,15 @@ SOURCES = {
 SIDES = {"cifar10": 32, "cifar100": 32, "fashion_mnist_lt": 28, "tiny_imagenet": 64}
 
 
-def load(name: str, data_dir: str | os.PathLike | None = None) -> Images | Stored:
-    """Load all images of a data set; UserError if it is unknown, missing or damaged."""
-    return registry.load("data set", SOURCES, name, "load")(name, data_dir)
+def load(name: str, data_dir: str | os.PathLike | None = None, labels: str = "") -> Images | Stored:
+    """Load all images of a data set; UserError if it is unknown, missing or damaged.
+
+    Args:
+      name: One of `SOURCES`.
+      data_dir: Folder of prepared data sets, or of the images of an image_folder.
+      labels: Table of the labels of an image_folder, instead of folders.
+    """
+    function = registry.load("data set", SOURCES, name, "load")
+    if labels and name != "image_folder":
+        raise UserError(f"config.data.labels = {labels!r}: {name} has labels of its own; a table is for image_folder")
+    return function(name, data_dir, labels) if labels else function(name, data_dir)

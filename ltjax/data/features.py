@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from ltjax.data.image_folder import hold_out, note
+from ltjax.data.label_table import SYNONYMS
 from ltjax.data.source import Images
 from ltjax.system import npz
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line, some
 
 TRAIN, TEST = "train", ("validation", "val", "test")  # values of `split`
-SYNONYMS = {"labels": "label", "filenames": "file", "filename": "file", "files": "file"}
 MOST_CLASSES = 1_000_000  # integer labels up to it
 
 

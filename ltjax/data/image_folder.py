@@ -1,12 +1,14 @@
 """Load the user's own images: `ROOT/train/<class>/*.jpg` and optionally `ROOT/validation/<class>/*.jpg`.
 
-Without a folder `validation` (or `val`, `test`), a class-balanced part of the training images is held out. Notes on
-stderr say what is left out and what is held out.
+Also `ROOT/<class>/*.jpg`, or images anywhere, with their classes in a table. Without a folder `validation` (or `val`,
+`test`), a class-balanced part of the training images is held out. Notes on stderr say what is left out and what is held
+out.
 """
 
 import contextlib
 import os
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ import cv2
 import jax
 import numpy as np
 
-from ltjax.data import decode, folders, identity, progress
+from ltjax.data import decode, folders, identity, label_table, progress
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.system import npz
@@ -30,6 +32,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", "
 SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".jp2")
 HELD_OUT = ("validation", "val", "test")
 SIMILAR_NAMES = (*HELD_OUT, "valid", "testing", "dev", "eval")  # other programs' names for validation, in any case
+SIMILAR_TO_TRAIN = ("train", "training")
 FEW = 5  # test images of each class, too few for a reliable accuracy
 
 
@@ -52,8 +55,29 @@ class Files:
         return self._identities[index].tobytes()
 
 
-def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> Stored:
+class _Found(NamedTuple):
+    """The images of a data set, before any is decoded.
+
+    Attributes:
+      train: {class: paths of its training images, relative to the root}. A class without any is none.
+      test: The same for testing; None if images are to be held out.
+      train_title: Where `train` comes from, for messages.
+      test_title: Where `test` comes from.
+      instead: What would name images to test on, for messages, such as "folder validation".
+    """
+
+    train: dict[str, list[str]]
+    test: dict[str, list[str]] | None
+    train_title: str
+    test_title: str
+    instead: str
+
+
+def load(name: str = "image_folder", root: str | os.PathLike | None = None, labels: str = "") -> Stored:
     """Find the images below `root`; the classes are the folders of `root/train`, in alphabetical order.
+
+    Without a folder `train`, and without one for validation, the classes are the folders of `root`. With a table of
+    `labels`, they are the labels in it, wherever the images lie.
 
     Images lie in a class's folder or deeper, and may be of any kind that OpenCV decodes, whatever their ending. A note
     counts the files of other kinds. Hidden files, hidden folders and `__MACOSX` are left out, and counted in a note.
@@ -61,38 +85,72 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None) -> S
     remembered until the files change. Without a validation folder, each class gives a fifth of the smallest class, at
     most 20 images; the choice is the same every time.
 
+    Args:
+      name: Not used.
+      root: Folder of the images. Default: that of the table.
+      labels: Path of a table, see `ltjax.data.label_table`; as it is or below `root`. Its files are relative to `root`.
+        Its splits are train, and one or more of `HELD_OUT`, of which the first is read.
+
     Raises:
       UserError: A folder is missing, a class has no images, validation has other classes than training, or images
-        cannot be read.
+        cannot be read; or the table is none, or gives an image two classes or splits.
     """
-    if not root:
+    if not root and not labels:
         raise UserError(
-            "image_folder needs the folder of the images: --config.data.root=DIR, with DIR/train/<class>/*.jpg"
+            "image_folder needs the folder of the images: --config.data.root=DIR, with DIR/train/<class>/*.jpg or "
+            "DIR/<class>/*.jpg, or a table of labels: --config.data.labels=FILE"
         )
-    root = local(root)
-    if not (root / "train").is_dir():
-        raise UserError(f"no folder {root / 'train'}: expected {root}/train/<class>/*.jpg, one folder a class")
-    class_names = _classes(root / "train")
-    if len(class_names) < 2:
-        raise UserError(f"{root / 'train'} has {len(class_names)} folder(s): a classifier needs two classes or more")
-    test_folder = next((part for part in HELD_OUT if (root / part).is_dir()), None)
+    table = _table(root, labels) if labels else None
+    root = local(root or (table.parent if table else ""))
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: --config.data.root is the folder of the images")
+    found = _in_folders(root) if table is None else _in_table(root, table)
+    class_names = _class_names(found)
     titles = tuple(map(_printable, class_names))
-    train_paths, train_labels = _find(root, "train", class_names)
-    test_paths, test_labels = _find(root, test_folder, class_names) if test_folder else ([], np.empty(0, np.int32))
-    counts = np.bincount(train_labels, minlength=len(class_names))
-    if empty := [titles[c] for c in np.flatnonzero(counts == 0)]:
-        raise UserError(f"{root / 'train'}: no images that can be decoded in {some(empty)}")
+    train_paths, train_labels = _labelled(found.train, class_names)
+    test_paths, test_labels = _labelled(found.test or {}, class_names)
     identities = _identities(root, train_paths + test_paths)
-    _note_ignored(root, test_folder)
     train = Files(root, train_paths, identities[: len(train_paths)])
-    if not test_folder:
-        kept, test = hold_out(str(root), train_labels, titles, f"folder {', '.join(HELD_OUT)}")
+    if found.test is None:
+        kept, test = hold_out(str(table or root), train_labels, titles, found.instead)
         parts = Subset(train, kept), train_labels[kept], Subset(train, test), train_labels[test]
         return Stored(*parts, titles)
     if lacking := [title for label, title in enumerate(titles) if label not in test_labels]:
-        note(f"{root / test_folder} has no images of {some(lacking)}: their accuracy will be unknown")
+        note(f"{found.test_title} has no images of {some(lacking)}: their accuracy will be unknown")
     test = Files(root, test_paths, identities[len(train_paths) :])
     return Stored(train, train_labels, test, test_labels, titles)
+
+
+def _class_names(found: _Found) -> tuple[str, ...]:
+    """Return the names of all classes with training images. UserError if they are not those of a data set."""
+    class_names = tuple(sorted(name for name, images in found.train.items() if images))
+    if not class_names:
+        raise UserError(f"no images in {found.train_title}: a classifier needs some of each class")
+    if unknown := sorted(set(found.test or {}) - set(found.train)):
+        names = some([_printable(name) for name in unknown])
+        remark = form_only(unknown, sorted(set(found.train) - set(found.test or {})))
+        raise UserError(f"{found.test_title} has classes that {found.train_title} lacks: {names}{remark}")
+    empty = sorted(set(found.train) - set(class_names))
+    if tested := [_printable(name) for name in empty if found.test and found.test.get(name)]:
+        raise UserError(f"{found.train_title} has no images of {some(tested)}, and {found.test_title} has: add some")
+    if len(class_names) < 2:
+        raise UserError(
+            f"{found.train_title} has images of one class, {_printable(class_names[0])}: a classifier needs two or "
+            "more, each with a folder or label of its own"
+        )
+    if empty:
+        names = some([_printable(name) for name in empty])
+        note(f"{found.train_title} has {len(empty)} empty folder(s), which are no classes: {names}")
+    if found.test is not None and not any(found.test.values()):
+        raise UserError(f"no images in {found.test_title}: add some for each class, or remove it")
+    return class_names
+
+
+def _labelled(images: dict[str, list[str]], class_names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+    """Return the paths of all images, class by class, and their labels [N]."""
+    counts = [len(images.get(name, ())) for name in class_names]
+    labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
+    return [path for name in class_names for path in images.get(name, ())], labels
 
 
 def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], instead: str) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +169,7 @@ def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], instead: st
     smallest = int(counts.min())
     if smallest < 2:
         single = some([titles[c] for c in np.flatnonzero(counts < 2)])
-        raise UserError(f"{what}: one image in {single}, so none can be held out: make a {instead}")
+        raise UserError(f"{what}: one image in {single}, so none can be held out: add some, or make a {instead}")
     each = min(20, max(1, smallest // 5))
     few = "" if each > FEW else ", too few for a reliable accuracy: make one if you have more images"
     note(f"{what} has no {instead}: {each} image(s) of each class are held out of train to test on{few}")
@@ -119,8 +177,112 @@ def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], instead: st
     return split.train, split.holdout
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_user_data(path.name)))
+def _in_folders(root: Path) -> _Found:
+    """Find the images of `root/train` and of validation; or those of `root`, if it has neither."""
+    test_folder = next((part for part in HELD_OUT if (root / part).is_dir()), None)
+    part, instead = "train", f"folder {', '.join(HELD_OUT)}"
+    if not (root / "train").is_dir():
+        present = _folders(root)
+        expected = f"expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg, one folder a class"
+        if training := [name for name in present if name.lower() in SIMILAR_TO_TRAIN]:
+            raise UserError(f"no folder {root / 'train'}: rename {root / training[0]}; {expected}")
+        if similar := [name for name in present if name.lower() in SIMILAR_NAMES]:
+            raise UserError(f"no folder {root / 'train'} beside {root / similar[0]}: {expected}")
+        if not present:
+            raise UserError(f"no folder {root / 'train'}: {expected}")
+        part, instead = ".", "folder train and a folder validation"
+    train = _images_of_folders(root, part)
+    test = _images_of_folders(root, test_folder) if test_folder else None
+    found = _Found(train, test, str(root / part), str(root / (test_folder or "")), instead)
+    _note_ignored(root, part, test_folder)
+    if len(train) == 1:
+        (only,) = train
+        below, folder = _folders(root / part / only), _printable(str(root / part / only))
+        if len(below) > 1 or "train" in below:
+            what = "it has a folder train" if "train" in below else f"the {len(below)} folders in it are the classes"
+            raise UserError(
+                f"{found.train_title} has one folder, and a classifier needs two classes or more; if {what}: "
+                f"--config.data.root={folder}"
+            )
+    return found
+
+
+def _in_table(root: Path, table: Path) -> _Found:
+    """Find the images that a table of labels names."""
+    below = sorted(os.path.relpath(path, root) for path in images_below(str(root), LeftOut()))
+    by_name = {unicodedata.normalize("NFC", path): path for path in below} | {path: path for path in below}
+    splits: dict[str, dict[str, list[str]]] = {}
+    seen: dict[str, label_table.Row] = {}
+    missing, repeated = [], 0
+    for row in label_table.read(table):
+        if row.split not in ("", "train", *HELD_OUT):
+            known = ", ".join(("train", *HELD_OUT))
+            raise UserError(f"{table}, line {row.line}: split {_printable(row.split)!r}; allowed: {known}")
+        path = _path_of_row(root, row.file, by_name)
+        if path is None:
+            missing.append(row)
+            continue
+        before = seen.setdefault(path, row)
+        if (before.label, before.split) != (row.label, row.split):
+            raise UserError(
+                f"{table}, lines {before.line} and {row.line}: {_printable(row.file)} has two labels or splits; an "
+                "image has one class, and is trained on or tested on"
+            )
+        if before is not row:
+            repeated += 1
+            continue
+        splits.setdefault(row.split or "train", {}).setdefault(row.label, []).append(path)
+    if not seen:
+        names = ", ".join(_printable(row.file) for row in missing[:3])
+        there = f"the images there are {some([_printable(path) for path in below])}" if below else "there are no images"
+        raise UserError(
+            f"no row of {table} names an image below {root}: {names}; {there}. Files are relative to "
+            "--config.data.root, with their endings"
+        )
+    if missing:
+        lost = sorted({row.label for row in missing}.difference(*splits.values()))
+        names = some([_printable(row.file) for row in missing])
+        remark = f"; no image remains of {some([_printable(name) for name in lost])}" if lost else ""
+        note(f"{table}: {len(missing)} row(s) name no image below {root} and are left out: {names}{remark}")
+    if repeated:
+        note(f"{table}: {repeated} row(s) repeat another one")
+    if rest := [_printable(path) for path in below if path not in seen]:
+        note(f"{root}: {len(rest)} image(s) have no row in {table} and are left out: {some(rest)}")
+    test_split = next((name for name in HELD_OUT if name in splits), None)
+    for name in sorted(set(splits) - {"train", test_split}):
+        count = sum(map(len, splits[name].values()))
+        note(f"{table}: the {count} image(s) of split {name} are not read: {test_split} is")
+    for images in splits.values():
+        for paths in images.values():
+            paths.sort()
+    test = splits[test_split] if test_split else None
+    titles = f"{table}, split train", f"{table}, split {test_split}"
+    return _Found(splits.get("train", {}), test, *titles, f"split {', '.join(HELD_OUT)}")
+
+
+def _table(root: str | os.PathLike | None, labels: str) -> Path:
+    """Return the path of a table of labels. UserError if it is no file."""
+    candidates = [local(labels), *([local(root) / labels] if root else [])]
+    if path := next((path for path in candidates if path.is_file()), None):
+        return path
+    raise UserError(
+        f"no file {' or '.join(map(str, dict.fromkeys(candidates)))}: --config.data.labels is a CSV or TSV file with "
+        "the columns file and label, and optionally split"
+    )
+
+
+def _path_of_row(root: Path, file: str, by_name: dict[str, str]) -> str | None:
+    """Return the path of the image that a table names as `file`; None if there is none."""
+    for name in (file, file.replace("\\", "/")):
+        path = os.path.relpath(name, root) if os.path.isabs(name) else os.path.normpath(name)
+        if known := by_name.get(path) or by_name.get(unicodedata.normalize("NFC", path)):
+            return known
+    path = os.path.normpath(file)  # hidden, or not below the root
+    return path if "\0" not in path and is_image(str(root / path)) and os.path.isfile(root / path) else None
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_user_data(path.name))
 
 
 def _is_user_data(name: str) -> bool:
@@ -145,24 +307,32 @@ class LeftOut:
     """Collects what `images_below` leaves out."""
 
     def __init__(self):
-        self._endings: Counter[str] = Counter()  # of files that are no images
+        self.endings: Counter[str] = Counter()  # of files that are no images
         self._hidden: list[str] = []  # names of files and folders
 
     def add(self, name: str) -> None:
         """Add a file that is no image, or a hidden file or folder."""
         if _is_user_data(name):
-            self._endings[os.path.splitext(name)[1]] += 1
+            self.endings[os.path.splitext(name)[1]] += 1
         else:
             self._hidden.append(name)
+
+    def update(self, other: "LeftOut") -> None:
+        """Add what another one has collected."""
+        self.endings += other.endings
+        self._hidden += other._hidden
+
+    def kinds(self) -> str:
+        """Count the files that are no images, by their endings: ".txt (10), .db (2)"."""
+        most_first = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
+        return some([f"{_printable(ending) or 'without an ending'} ({count})" for ending, count in most_first])
 
     def notes(self) -> list[str]:
         """Count them: "12 file(s) are no images that can be decoded and are left out: .txt (10), .db (2)"."""
         notes = []
-        if self._endings:
-            most_first = sorted(self._endings.items(), key=lambda item: (-item[1], item[0]))
-            kinds = [f"{_printable(ending) or 'without an ending'} ({count})" for ending, count in most_first]
-            total = self._endings.total()
-            notes.append(f"{total} file(s) are no images that can be decoded and are left out: {some(kinds)}")
+        if self.endings:
+            total = self.endings.total()
+            notes.append(f"{total} file(s) are no images that can be decoded and are left out: {self.kinds()}")
         if self._hidden:
             names = some(sorted({_printable(name) for name in self._hidden}))
             notes.append(f"{len(self._hidden)} hidden file(s) or folder(s) are left out: {names}")
@@ -220,35 +390,36 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _find(root: Path, part: str, class_names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
-    """Return the sorted paths, relative to `root`, of all images of a part, and their labels."""
-    present = _classes(root / part)
-    if unknown := sorted(set(present) - set(class_names)):
-        names = some([_printable(name) for name in unknown])
-        remark = form_only(unknown, sorted(set(class_names) - set(present)))
-        raise UserError(f"{root / part} has classes that {root / 'train'} lacks: {names}{remark}")
-    left_out = LeftOut()
+def _images_of_folders(root: Path, part: str) -> dict[str, list[str]]:
+    """Return the sorted paths, relative to `root`, of the images in each folder of a part.
+
+    UserError if a folder has files, and none is an image.
+    """
+    classes, left_out = _folders(root / part), LeftOut()
     for path in sorted((root / part).iterdir()):
         if path.is_dir() and not _is_user_data(path.name):
             left_out.add(path.name)
     # Do not follow links from one class to another or to a parent folder.
-    excluded = {folders.identity(folder) for folder in (root, root / part, *(root / part / name for name in present))}
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        found = images_below(str(root / part / name), left_out, excluded=excluded) if name in present else ()
-        images = sorted(os.path.relpath(path, root) for path in found)
-        paths += images
-        labels += [label] * len(images)
-    if not paths:
-        raise UserError(f"no images in {root / part}: expected {root / part}/<class>/*.jpg")
+    excluded = {folders.identity(folder) for folder in (root, root / part, *(root / part / name for name in classes))}
+    images = {}
+    for name in classes:
+        others = LeftOut()
+        found = images_below(str(root / part / name), others, excluded=excluded)
+        images[name] = sorted(os.path.relpath(path, root) for path in found)
+        if others.endings and not images[name]:
+            raise UserError(
+                f"{root / part}: no images that can be decoded in {_printable(name)}, of {others.endings.total()} "
+                f"file(s): {others.kinds()}; convert them, or move that folder away"
+            )
+        left_out.update(others)
     for text in left_out.notes():
         note(f"{root / part}: {text}")
-    return paths, np.asarray(labels, np.int32)
+    return images
 
 
-def _note_ignored(root: Path, test_folder: str | None) -> None:
+def _note_ignored(root: Path, train_folder: str, test_folder: str | None) -> None:
     """Note folders that look like validation but are not read, and images outside the classes' folders."""
-    parts = [part for part in ("train", test_folder) if part]
+    parts = [part for part in (train_folder, test_folder) if part]
     reason = f"{test_folder} is" if test_folder else "rename it to validation to use it"
     read = {folders.identity(root / part) for part in parts}
     for path in sorted(root.iterdir()):

@@ -111,7 +111,7 @@ def set_up(
     Raises:
       UserError: The config does not fit the data or the devices, or the run in the workdir began with other images.
     """
-    images = data.load(run.data.name, run.data.root or data_dir)
+    images = data.load(run.data.name, run.data.root or data_dir, run.data.labels)
     if run.data.classes:
         images = first_classes(images, run.data.classes)
     num_classes = len(images.class_names)

@@ -9,6 +9,7 @@ from typing import Any
 # Settings that a config's help page lists, in this order, if the config has them.
 OVERRIDES = {
     "data.root": "folder of the images",
+    "data.labels": "table of an image folder's labels: a CSV file with the columns file, label and optionally split",
     "epochs": "epochs of the stages that train the whole network",
     "batch_size": "images in a step, over all devices",
     "accumulate": "parts of a batch that are computed one after the other, to save memory",

@@ -157,19 +157,215 @@ def test_images_are_checked_again_only_after_a_change(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda root: shutil.rmtree(root / "train"), "no folder .*train: expected"),
-        (lambda root: shutil.rmtree(root / "train" / "b"), "has 1 folder"),
-        (lambda root: (root / "train" / "c").mkdir(), "no images that can be decoded in c"),
+        (lambda root: shutil.rmtree(root / "train"), "no folder .*train: expected .*/train/<class>/.*or"),
+        (lambda root: shutil.rmtree(root), "no folder .*images: --config.data.root is the folder"),
+        (lambda root: (root / "train").rename(root / "Training"), "no folder .*train: rename .*Training; expected"),
+        (lambda root: (root / "train").rename(root / "Test"), "no folder .*train beside .*Test: expected"),
+        (lambda root: shutil.rmtree(root / "train" / "b"), "images of one class, a: a classifier needs two"),
+        (lambda root: put_into(root / "train" / "images", root / "train"), "one folder, .*root=.*/train/images$"),
+        (lambda root: put_into(root / "photos", root), "one folder, .*has a folder train: .*root=.*/photos$"),
+        (lambda root: spoil_by_heic(root), r"no images that can be decoded in c, of 2 file.s.: .HEIC .2.; convert"),
+        (lambda root: spoil_by_a_class_to_test_alone(root), "no images of c, and .*val has: add"),
+        (lambda root: [shutil.rmtree(root / "train" / name) for name in "ab"], "no images in .*train: a classifier"),
         (lambda root: (root / "val" / "c").mkdir(parents=True), "classes that .*train lacks: c"),
         (lambda root: (root / "val").mkdir(), "no images in .*val"),
-        (lambda root: [(root / "train" / "a" / f"00{n}.jpg").unlink() for n in (1, 2)], "one image in a, so none"),
+        (
+            lambda root: [(root / "train" / "a" / f"00{n}.jpg").unlink() for n in (1, 2)],
+            "one image in a, so none can be held out: add some, or make a folder validation, val",
+        ),
     ],
 )
 def test_folders_that_are_no_data_set_are_explained(tmp_path, spoil, message):
-    make(tmp_path, (3, 3))
-    spoil(tmp_path)
-    with pytest.raises(UserError, match=message):
-        data.load("image_folder", tmp_path)
+    root = make(tmp_path / "images", (3, 3))
+    spoil(root)
+    with pytest.raises(UserError, match=message) as raised:
+        data.load("image_folder", root)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_empty_folder_is_noted_and_is_no_class(tmp_path, capsys):
+    make(make(tmp_path, (3, 0, 3)), (1, 0, 1), "val")
+    (tmp_path / "train" / "b" / "empty too").mkdir()
+    loaded = data.load("image_folder", tmp_path)
+    assert loaded.class_names == ("a", "c") and np.bincount(loaded.train_labels).tolist() == [3, 3]
+    assert np.bincount(loaded.test_labels).tolist() == [1, 1]
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == f"note: {tmp_path}/train has 1 empty folder(s), which are no classes: b"
+
+
+def test_classes_may_lie_at_the_top(tmp_path, capsys):
+    make(tmp_path, (30, 11), "photos")
+    (tmp_path / "photos" / "a" / "more").mkdir()
+    (tmp_path / "photos" / "a" / "more" / "x.png").write_bytes(photo(0, 30, 16))
+    (tmp_path / "photos" / "stray.jpg").write_bytes(photo(0, 31, 16))
+    loaded = data.load("image_folder", tmp_path / "photos")
+    assert loaded.class_names == ("a", "b")
+    assert [np.bincount(each).tolist() for each in (loaded.train_labels, loaded.test_labels)] == [[29, 9], [2, 2]]
+    stray, held_out = capsys.readouterr().err.splitlines()
+    assert stray == f"note: 1 image(s) in {tmp_path}/photos, outside the classes' folders, are ignored: stray.jpg"
+    assert held_out.startswith(
+        f"note: {tmp_path}/photos has no folder train and a folder validation: 2 image(s) of each"
+    )
+
+
+def test_three_images_in_all_are_enough_with_validation(tmp_path):
+    loaded = data.load("image_folder", make(make(tmp_path, (2, 1)), (1, 1), "val"))
+    assert (loaded.train_labels.tolist(), loaded.test_labels.tolist()) == ([0, 0, 1], [0, 1])
+
+
+def write_table(root, text, name="labels.csv", encoding="utf-8"):
+    (root / name).write_bytes(text.encode(encoding))
+    return name
+
+
+def loaded_from(root, text, **settings):
+    """{file: (its class, whether it is tested on)} of the images that a table of labels chooses."""
+    loaded = data.load("image_folder", root, write_table(root, text, **settings))
+    parts = ((loaded.train_files, loaded.train_labels, False), (loaded.test_files, loaded.test_labels, True))
+    return {
+        os.path.relpath(files.name(i), root): (loaded.class_names[label], tested)
+        for files, labels, tested in parts
+        for i, label in enumerate(labels)
+    }
+
+
+@pytest.fixture
+def loose(tmp_path):
+    """A folder with 8 images, of which two are in a folder of their own."""
+    root = tmp_path / "images"
+    (root / "more").mkdir(parents=True)
+    for number in range(8):
+        (root / ("more" if number > 5 else ".") / f"{number}.jpg").write_bytes(photo(number % 2, number, 16))
+    return root
+
+
+ROWS = "split,file,label\r\n" + "".join(
+    f"{'val' if n in (2, 3) else 'train'},{'more/' if n > 5 else ''}{n}.jpg,{'cat' if n % 2 else 'dog'}\r\n"
+    for n in range(8)
+)
+LOADED = {f"{'more/' if n > 5 else ''}{n}.jpg": ("cat" if n % 2 else "dog", n in (2, 3)) for n in range(8)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text,
+        lambda text: text.replace(",", "\t"),
+        lambda text: text.replace(",", ";"),
+        lambda text: text.replace("more/", "./more//"),
+        lambda text: text.replace("more/", "more\\"),
+        lambda text: text.replace("more/6.jpg,dog", "gone.jpg,dog\r\ntrain,more/6.jpg,dog"),
+        lambda text: text.replace("file", "File").replace("more/6.jpg,dog", "more/6.jpg,dog\r\ntrain,more/6.jpg,dog"),
+    ],
+)
+def test_a_table_gives_classes_and_splits(loose, change):
+    assert loaded_from(loose, change(ROWS)) == LOADED
+
+
+def test_files_may_have_absolute_paths_and_the_root_may_be_that_of_the_table(loose):
+    write_table(loose, ROWS.replace("more/", f"{loose}/more/"))
+    loaded = data.load("image_folder", None, str(loose / "labels.csv"))
+    assert np.bincount(loaded.train_labels).tolist() == [3, 3] and loaded.class_names == ("cat", "dog")
+    assert loaded.train_files[2] == (loose / "more" / "7.jpg").read_bytes()
+
+
+def test_a_table_may_lie_elsewhere(loose, tmp_path):
+    write_table(tmp_path, ROWS)
+    assert len(data.load("image_folder", loose, str(tmp_path / "labels.csv")).train_files) == 6
+
+
+def test_without_splits_the_same_number_of_each_class_is_held_out(loose, capsys):
+    rows = "file,label\n" + "".join(f"{n}.jpg,{'cat' if n % 2 else 'dog'}\n" for n in range(6))
+    found = loaded_from(loose, rows)
+    assert sorted(label for label, tested in found.values() if tested) == ["cat", "dog"] and len(found) == 6
+    rest, held_out = capsys.readouterr().err.splitlines()
+    assert (
+        rest == f"note: {loose}: 2 image(s) have no row in {loose}/labels.csv and are left out: more/6.jpg, more/7.jpg"
+    )
+    assert held_out.startswith(f"note: {loose}/labels.csv has no split validation, val, test: 1 image(s) of each")
+
+
+def test_accents_are_found_in_any_unicode_form(loose):
+    (loose / "0.jpg").rename(loose / "caf\u00e9.jpg")
+    found = loaded_from(loose, ROWS.replace("0.jpg", "cafe\u0301.jpg"))
+    assert found["caf\u00e9.jpg"] == ("dog", False) and len(found) == 8
+
+
+def test_rows_without_an_image_and_images_without_a_row_are_counted_and_named(loose, capsys):
+    (loose / "notes.txt").write_text("no image")
+    text = ROWS.replace("train,5.jpg,cat", "train,5.jpeg,cat").replace("train,4.jpg,dog", "train,notes.txt,owl")
+    assert len(loaded_from(loose, text)) == 6
+    missing, rest = capsys.readouterr().err.splitlines()
+    assert missing == (
+        f"note: {loose}/labels.csv: 2 row(s) name no image below {loose} and are left out: notes.txt, 5.jpeg; "
+        "no image remains of owl"
+    )
+    assert rest == f"note: {loose}: 2 image(s) have no row in {loose}/labels.csv and are left out: 4.jpg, 5.jpg"
+
+
+def test_one_split_is_tested_on_and_others_are_counted(loose, capsys):
+    found = loaded_from(loose, ROWS.replace("val,2.jpg", "test,2.jpg").replace("val,3.jpg", "VALIDATION ,3.jpg"))
+    assert found["3.jpg"] == ("cat", True) and "2.jpg" not in found
+    unread, lacking = capsys.readouterr().err.splitlines()
+    assert unread == f"note: {loose}/labels.csv: the 1 image(s) of split test are not read: validation is"
+    assert lacking.startswith(f"note: {loose}/labels.csv, split validation has no images of dog: their accuracy")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("more/6.jpg,dog", "more/6.jpg,dog\ntrain,more/6.jpg,cat"), r"lines 8 and 9: more/6.jpg has two labels or"),
+        (("more/6.jpg,dog", "more/6.jpg,dog\nval,./more/6.jpg,dog"), r"lines 8 and 9: \./more/6.jpg has two labels or"),
+        (("val", "valid"), r"line 4: split 'valid'; allowed: train, validation, val, test"),
+        (
+            (".jpg", ".png"),
+            r"no row of .*labels.csv names an image below .*: 0.png, 1.png, 2.png; the images there are 0",
+        ),
+        (("dog", "cat"), r"labels.csv, split train has images of one class, cat: a classifier needs two"),
+        (("val,3.jpg,cat", "val,3.jpg,owl"), r"split val has classes that .*split train lacks: owl"),
+        (("train,", "val,"), r"no images in .*labels.csv, split train: a classifier needs some of each class"),
+    ],
+)
+def test_a_table_that_is_no_data_set_is_explained(loose, change, message):
+    with pytest.raises(UserError, match=message) as raised:
+        loaded_from(loose, ROWS.replace("\r", "").replace(*change))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_class_with_one_row_cannot_be_held_out(loose):
+    with pytest.raises(UserError, match=r"one image in dog, so none can be held out: add some, or make a split val"):
+        loaded_from(loose, "file,label\n0.jpg,dog\n1.jpg,cat\n3.jpg,cat\n")
+
+
+def test_a_missing_table_is_named(loose):
+    with pytest.raises(
+        UserError, match=r"no file other.csv or .*images/other.csv: --config.data.labels is a CSV or TSV"
+    ):
+        data.load("image_folder", loose, "other.csv")
+
+
+def test_a_table_is_for_folders_of_images_alone():
+    with pytest.raises(UserError, match=r"config.data.labels = 'x.csv': cifar10 has labels of its own"):
+        data.load("cifar10", "", "x.csv")
+
+
+def put_into(folder, content):
+    """Move what a folder holds into a folder of it, or of another one."""
+    paths = [path for path in content.iterdir() if path != folder]
+    folder.mkdir()
+    for path in paths:
+        path.rename(folder / path.name)
+
+
+def spoil_by_a_class_to_test_alone(root):
+    (root / "train" / "c").mkdir()
+    make(root, (1, 1, 1), "val")
+
+
+def spoil_by_heic(root):
+    (root / "train" / "c").mkdir()
+    for number in range(2):
+        (root / "train" / "c" / f"{number}.HEIC").write_bytes(b"....ftypheic")
 
 
 def test_classes_that_differ_in_unicode_form_only_are_said_to(tmp_path):

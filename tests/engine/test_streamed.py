@@ -219,7 +219,7 @@ def losses(workdir):
 
 
 def test_a_run_stopped_within_an_epoch_resumes_to_the_same_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda name, where: both()[1])
+    monkeypatch.setattr(data, "load", lambda *_: both()[1])
     whole = train.train(settings(), tmp_path / "whole")
     assert losses(tmp_path / "whole")[-1][0] == 10  # 38 images: 5 steps an epoch, in dispatches of 3 and 2
 
@@ -256,14 +256,14 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_same_figures(tmp_path, mon
     ],
 )
 def test_settings_that_images_on_disk_do_not_support_are_named(monkeypatch, changes, message):
-    monkeypatch.setattr(data, "load", lambda name, where: both()[1])
+    monkeypatch.setattr(data, "load", lambda *_: both()[1])
     with pytest.raises(UserError, match=message):
         experiments.set_up(parse(settings(**changes)), None)
 
 
 def test_data_classes_keeps_only_the_first_classes(monkeypatch):
     for images in both():
-        monkeypatch.setattr(data, "load", lambda name, where, images=images: images)
+        monkeypatch.setattr(data, "load", lambda *_, images=images: images)
         few = settings()
         few["data"]["classes"] = 2
         experiment = experiments.set_up(parse(few), None)

@@ -24,7 +24,7 @@ from ltjax.types import UserError
 TESTS = ("pgd-3", "cw-3", "autoattack")
 
 
-def made_up_images(name, data_dir=None):
+def made_up_images(name, data_dir=None, labels=""):
     """A colour for each of 10 classes, with noise: 20 training and 4 test images of each."""
     rng = np.random.default_rng(0)
     colours = rng.integers(40, 216, (10, 1, 1, 3))
