@@ -211,11 +211,9 @@ def defaults() -> ConfigDict:
     config = ConfigDict(dict(name="", model={}, guide={}, batch_size=128, epochs=0, seed=0, stages=()))
     config.data = dict(name="", imbalance=1.0, profile="exp", max_count=0, classes=0, holdout=0, seed=0)
     config.data.update(groups="counts", many_above=100, few_below=20, ranges=())
-    config.data.update(
-        root="", labels="", size=224, resize=256, min_area=0.08, threads=0, upright=False
-    )  # of images on disk
+    config.data.update(root="", labels="", size=224, resize=256, min_area=0.08, threads=0, upright=False)  # on disk
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=0.0)
-    config.update(replicas=1, replicate="loop", dispatch_steps=0, gpu_graphs="default", accumulate=1)
+    config.update(replicas=1, replicate="loop", dispatch_steps=0, gpu_graphs="default", accumulate=1, class_weights="")
     config.update(eval_every=0, eval_batch_size=500, checkpoint_seconds=300.0)
     config.update(
         weights="", weights_sha256="", weights_parts=()

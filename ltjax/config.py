@@ -1,6 +1,8 @@
 """All keys of a config, with their types and defaults. `parse` checks a config against them before a run."""
 
+import ast
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -103,6 +105,9 @@ class RunConfig(NamedTuple):
     batch_size: int = 128
     seed: int = 0  # of initialisation, sampling order and augmentation
     optimizer: OptimizerConfig = OptimizerConfig()
+    # Factors on the losses of each class's images: {name: weight}, also as text, 1 for other classes; "auto": inverse
+    # to the classes' counts, with mean 1 over the training images; "": none.
+    class_weights: Mapping[str, Any] | str = ""
     guide: Mapping[str, Any] = {}  # a second network, like `model`, for methods that need one; {}: none
     attack: AttackConfig = AttackConfig()  # of --mode=attack; training does not use it
     eval_every: int = 1  # epochs between evaluations; 0: every fifth epoch and each of the last 20
@@ -149,7 +154,25 @@ def parse(config: Mapping[str, Any]) -> RunConfig:
         if name in RunConfig._fields or name not in config:
             raise UserError(f"config.stages names {name!r}, which needs settings of its own in config.{name}")
         stages[name] = _stage(run, name, config[name], stages)._replace(name=name, number=number)
-    return run._replace(stages=stages)
+    return run._replace(stages=stages, class_weights=read_class_weights(run.class_weights))
+
+
+def read_class_weights(asked: Mapping[str, Any] | str) -> dict[str, float] | str:
+    """Read `config.class_weights`: {name: weight}, "auto", or "" for none. UserError if it is anything else."""
+    if asked in ("", "auto"):
+        return asked
+    weights = asked
+    if isinstance(asked, str):
+        try:
+            weights = ast.literal_eval(asked)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            weights = None
+    numbers = [] if not isinstance(weights, Mapping) else list(weights.values())
+    if not isinstance(weights, Mapping) or not all(registry.fits(x, float) and 0 < x < math.inf for x in numbers):
+        raise UserError(
+            f"config.class_weights = {asked!r}: {{'NAME': WEIGHT, ...}} with weights above 0, or auto, or nothing"
+        )
+    return {str(name): float(weight) for name, weight in weights.items()} or ""
 
 
 def _check_run(run: RunConfig) -> None:
@@ -269,6 +292,7 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     filled["data"] = {**DataConfig._field_defaults, **config.get("data", {})}
     filled["data"] = {key: value for key, value in filled["data"].items() if key not in LOCATIONS}
     filled["optimizer"] = {**OptimizerConfig._field_defaults, **config.get("optimizer", {})}
+    filled["class_weights"] = read_class_weights(filled["class_weights"])  # as text or not
     defaults = {"optimizer": filled["optimizer"], **STAGE_DEFAULTS}
     for name in config.get("stages", ()):
         stage = {**StageConfig._field_defaults, **config.get(name, {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -27,6 +28,12 @@ def some(items: Sequence[str], separator: str = ", ") -> str:
     """Join up to 5 items and count the rest, for messages: "a, b, c, d, e and 3 more"."""
     more = f" and {len(items) - 5} more" if len(items) > 5 else ""
     return separator.join(items[:5]) + more
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Name those of `names` that a misspelt one may mean, for messages: "the nearest are cat, cart"."""
+    near = difflib.get_close_matches(name, names)
+    return f"the nearest are {', '.join(near)}" if near else f"they are {some(names)}"
 
 
 def form_only(names: Iterable[str], others: Iterable[str]) -> str:

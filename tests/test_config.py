@@ -306,6 +306,46 @@ def test_a_run_without_attack_settings_may_be_attacked(tmp_path):
     open_workdir(tmp_path, small(attack={"epsilon": "4/255"}))
 
 
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        ("", ""),
+        ("auto", "auto"),
+        ({}, ""),
+        ("{}", ""),
+        ({"cat": 2}, {"cat": 2.0}),
+        ('{"cat": 2, 7: 0.5}', {"cat": 2.0, "7": 0.5}),
+    ],
+)
+def test_class_weights_are_read_from_settings_or_text(asked, expected):
+    assert config.parse(small(class_weights=asked)).class_weights == expected
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "balanced",
+        "{'cat': 0}",
+        "{'cat': -1.0}",
+        "{'cat': 1e999}",
+        "{'cat': 'much'}",
+        "{'cat': True}",
+        "['cat']",
+        "{'cat'",
+    ],
+)
+def test_what_is_no_class_weights_is_refused(asked):
+    assert "config.class_weights = " in (message := message_of(small(class_weights=asked)))
+    assert "{'NAME': WEIGHT, ...} with weights above 0, or auto, or nothing" in message
+
+
+def test_the_same_class_weights_written_differently_are_the_same_run(tmp_path):
+    write_json(tmp_path / "config.json", small(class_weights="{'cat': 2, 'owl': 3}"))
+    open_workdir(tmp_path, small(class_weights={"owl": 3.0, "cat": 2.0}))
+    with pytest.raises(UserError, match=r"another config \(class_weights.owl: 3.0 -> 4.0\)"):
+        open_workdir(tmp_path, small(class_weights="{'cat': 2, 'owl': 4}"))
+
+
 def test_another_run_is_refused(tmp_path):
     write_json(tmp_path / "config.json", small(attack={"epsilon": "8/255"}))
     with pytest.raises(UserError) as raised:

@@ -31,6 +31,7 @@ from ltjax.engine.stage import (
     streamed_draw,
 )
 from ltjax.interop.weights import check_classifier, folder_of, hash_weights, into, is_weights, load_weights
+from ltjax.methods import criteria
 from ltjax.models import features
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.trained import is_archive, newest, read_archive, variables_of
@@ -231,8 +232,16 @@ def _initialiser(nets: dict[str, nn.Module], image_shape: tuple[int, ...], mesh:
 # Stages.
 
 
+def class_weights(experiment: Experiment) -> tuple[float, ...] | None:
+    """Return the C factors that `config.class_weights` asks for; None for none."""
+    asked, class_counts = experiment.config.class_weights, experiment.split.class_counts
+    return criteria.weights_by_name(asked, experiment.class_names, class_counts)
+
+
 def make_method(experiment: Experiment, stage: StageConfig) -> Method:
-    settings = dict(stage.method)
+    settings, weights = dict(stage.method), class_weights(experiment)
+    if weights is not None:
+        settings.setdefault("class_weights", weights)
     return methods.create(settings.pop("name", ""), experiment.split.class_counts, **settings)
 
 

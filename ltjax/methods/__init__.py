@@ -11,6 +11,12 @@ METHODS = {
     name: f"ltjax.methods.{name}"
     for name in ("erm", "mislas", "drolt", "reslt", "pgd_at", "trades", "alp", "bgat", "lbgat", "distil")
 }
+# Why the losses of other methods cannot be multiplied by weights of their images' classes.
+UNWEIGHTED = {
+    "reslt": "its branches divide the classes among themselves",
+    "bgat": "its network learns from another one's logits, not from labels",
+    "lbgat": "its network learns from another one's logits, not from labels",
+}
 
 
 def create(name: str, class_counts: np.ndarray, **settings: Any) -> Method:
@@ -19,7 +25,7 @@ def create(name: str, class_counts: np.ndarray, **settings: Any) -> Method:
     Args:
       name: One of `METHODS`.
       class_counts: [C] training images.
-      **settings: Hyper-parameters, as in a config.
+      **settings: Hyper-parameters, as in a config. `class_weights`: C factors, see `ltjax.methods.criteria.create`.
 
     Raises:
       UserError: The name or a hyper-parameter is unknown, or a value is invalid.
@@ -30,6 +36,9 @@ def create(name: str, class_counts: np.ndarray, **settings: Any) -> Method:
       Array([0.4  , 0.143, 0.1  ], dtype=float32)
     """
     function = registry.load("method", METHODS, name, "create")
+    if "class_weights" in settings and name in UNWEIGHTED:
+        weighable = ", ".join(other for other in METHODS if other not in UNWEIGHTED)
+        raise UserError(f"method {name!r} takes no class weights: {UNWEIGHTED[name]}; these take them: {weighable}")
     try:
         return registry.bind(f"method {name!r}", function, settings)(class_counts)
     except UserError:

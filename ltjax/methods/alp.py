@@ -1,5 +1,7 @@
 """Adversarial logit pairing (Kannan, Kurakin & Goodfellow, 2018)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ltjax import losses
@@ -14,6 +16,7 @@ def create(
     loss: Settings = criteria.CROSS_ENTROPY,
     attack: Settings = adversarial.PAPERS_ATTACK,
     awp: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> Method:
     """Minimise `loss(f(x), y) + loss(f(x_adv), y) + pairing_weight |f(x) - f(x_adv)|^2`; attack cross-entropy.
 
@@ -22,10 +25,11 @@ def create(
     Args:
       pairing_weight: Weight of the square, which is summed over classes and averaged over the batch.
       loss: Classification loss, see `ltjax.methods.criteria.create`.
+      class_weights: C factors on the classification losses of each class's images, not on the pairing.
     """
     if not pairing_weight >= 0:
         raise ValueError(f"pairing_weight = {pairing_weight}: from 0 up")
-    criterion = criteria.create(class_counts, loss)
+    criterion = criteria.create(class_counts, loss, class_weights)
 
     def loss_of(apply, variables, batch, images):
         clean, variables = apply(variables, batch.images)

@@ -1,16 +1,17 @@
 """Classification losses by their names in a config, for use in all methods."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ltjax import losses, registry
-from ltjax.types import Batch, Settings, UserError
+from ltjax.types import Batch, Settings, UserError, nearest
 
 CROSS_ENTROPY: Settings = MappingProxyType({"name": "cross_entropy"})
 
@@ -91,13 +92,45 @@ def class_weights(class_counts: np.ndarray, settings: Settings | None) -> jax.Ar
     return registry.bind("class_weights", _class_weights, settings)(class_counts)
 
 
-def create(class_counts: np.ndarray, settings: Settings) -> Criterion:
+def weights_by_name(
+    asked: Mapping[str, float] | str, class_names: Sequence[str], class_counts: np.ndarray
+) -> tuple[float, ...] | None:
+    """Compute what `config.class_weights` asks for: C weights, or None for equal ones.
+
+    Args:
+      asked: {name of a class: its weight}, 1 for the others. "auto": `N / (C n_c)`, N images in all, whose mean over
+        the training images is 1; scikit-learn calls these weights "balanced". "" or {}: None.
+      class_names: C names.
+      class_counts: [C] training images.
+
+    Raises:
+      UserError: A name is that of no class.
+
+    Examples:
+      >>> criteria.weights_by_name("auto", ("cat", "owl"), np.array([90, 10]))
+      (0.5555555555555556, 5.0)
+      >>> criteria.weights_by_name({"owl": 2.0}, ("cat", "owl"), np.array([90, 10]))
+      (1.0, 2.0)
+    """
+    if not asked:
+        return None
+    if asked == "auto":
+        return tuple((np.sum(class_counts) / (len(class_counts) * np.asarray(class_counts, np.float64))).tolist())
+    assert not isinstance(asked, str)  # `ltjax.config` has checked
+    for name in asked:
+        if name not in class_names:
+            raise UserError(f"config.class_weights names {name!r}, none of the classes: {nearest(name, class_names)}")
+    return tuple(float(asked.get(name, 1.0)) for name in class_names)
+
+
+def create(class_counts: np.ndarray, settings: Settings, factors: Sequence[float] | None = None) -> Criterion:
     """Create the mean loss of a batch, with or without mixup.
 
     Args:
       class_counts: [C] training images.
       settings: {"name": one of `CRITERIA`, its settings, optionally "class_weights": {"kind": ..., "beta": ...}}. With
-        class weights w, the mean is `sum_i w_yi loss_i / sum_i w_yi` over the batch, as in PyTorch.
+        these class weights v, the mean is `sum_i v_yi loss_i / sum_i v_yi` over the batch, as in PyTorch.
+      factors: C numbers, by which the losses of each class's images are multiplied. The divisor of the mean stays.
 
     Raises:
       UserError: The name or a setting is unknown.
@@ -107,17 +140,35 @@ def create(class_counts: np.ndarray, settings: Settings) -> Criterion:
     name, weighting = settings.pop("name", "cross_entropy"), settings.pop("class_weights", None)
     function = registry.choose("loss", CRITERIA, name)
     per_image, per_class = registry.bind(f"loss {name!r}", function, settings)(class_counts)
-    weights = class_weights(class_counts, weighting)
+    weights, table = class_weights(class_counts, weighting), _table(class_counts, factors)
 
     def batch_mean(logits: jax.Array, batch: Batch) -> jax.Array:
         def mean(labels):
             values = per_image(logits, labels)  # [B]
+            if table is not None:
+                values = values * _of_labels(table, labels, values.dtype)
             if weights is None:
                 return values.mean()
-            is_label = jax.nn.one_hot(labels, weights.shape[0], dtype=values.dtype)  # [B, C]
-            weight = jnp.matmul(is_label, weights.astype(values.dtype), precision="highest")  # [B]; else TPUs round it
+            weight = _of_labels(weights, labels, values.dtype)
             return (weight * values).sum() / weight.sum()
 
         return losses.mixed(mean, batch.labels, batch.partner_labels, batch.lam)
 
-    return Criterion(batch_mean, per_class if weights is None else {**per_class, "Class weight": weights})
+    if weights is None and table is None:
+        return Criterion(batch_mean, per_class)
+    product = jnp.ones(len(class_counts)) if weights is None else weights
+    return Criterion(batch_mean, {**per_class, "Class weight": product if table is None else product * table})
+
+
+def _of_labels(table: jax.Array, labels: jax.Array, dtype: Any) -> jax.Array:
+    """Look up the values [C] of labels [B]."""
+    is_label = jax.nn.one_hot(labels, table.shape[0], dtype=dtype)  # [B, C]
+    return jnp.matmul(is_label, table.astype(dtype), precision="highest")  # [B]; else TPUs round it
+
+
+def _table(class_counts: np.ndarray, factors: Sequence[float] | None) -> jax.Array | None:
+    if factors is None:
+        return None
+    if len(factors) != len(class_counts) or not all(0 < factor < math.inf for factor in factors):
+        raise UserError(f"class_weights = {tuple(factors)}: {len(class_counts)} numbers above 0, one for each class")
+    return jnp.asarray(factors, jnp.float32)

@@ -4,6 +4,8 @@ The teacher is the network `guide`, with fixed weights and batch-norm statistics
 earlier run of the same network: self-distillation.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,7 @@ def create(
     weights: str = "class",
     weights_temperature: float = 4.0,
     warmup: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> Method:
     """Minimise a classification loss and the distance to the teacher.
 
@@ -54,13 +57,14 @@ def create(
         "image": its softmax of each image.
       weights_temperature: Of these softmaxes.
       warmup: Share of the stage, from 0 to 1.
+      class_weights: C factors on the classification losses of each class's images, not on the distance to the teacher.
     """
     for name, value, known in (("kind", kind, KINDS), ("weights", weights, WEIGHTS)):
         if value not in known:
             raise UserError(f"method distil: {name} = {value!r}; allowed: {', '.join(known)}")
     if not 0 <= share <= 1 or not 0 <= warmup <= 1:
         raise UserError(f"method distil: share = {share}, warmup = {warmup}: from 0 to 1")
-    criterion, num_classes = criteria.create(class_counts, loss), len(class_counts)
+    criterion, num_classes = criteria.create(class_counts, loss, class_weights), len(class_counts)
     by_class = kind == "gkl" and weights == "class"
 
     def init(rng):

@@ -4,6 +4,7 @@ The rest of the method is in the stage's settings: a frozen classifier, a class-
 and a last stage that retrains the classifier with any loss.
 """
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +39,7 @@ def create(
     radius_size: float = 0.5,
     temperature: float = 1.0,
     layers: tuple[str, ...] = (),
+    class_weights: Sequence[float] | None = None,
 ) -> Method:
     """Minimise `loss + robust_weight * sum over layers of losses.dro_loss`.
 
@@ -55,11 +57,12 @@ def create(
       radius_size: See `radius`.
       temperature: T.
       layers: Backbone stages, such as ("stage2", "stage3"). Empty: the pooled final map.
+      class_weights: C factors on the classification losses of each class's images. The robust loss has its own.
     """
     _check(radius, radius_size, temperature, layers)
     layers = tuple(layers)
     centroids_of = layers or ("features",)  # keys of the method's arrays
-    criterion = criteria.create(class_counts, loss)
+    criterion = criteria.create(class_counts, loss, class_weights)
     weights = criteria.class_weights(class_counts, robust_class_weights)
     initial = jnp.full((len(centroids_of), len(class_counts)), 2 * radius_size, jnp.float32)  # [L, C]
     if radius == "by_count":

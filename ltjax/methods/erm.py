@@ -1,5 +1,7 @@
 """Empirical risk minimisation: the mean of a classification loss. Most baselines are this with different losses."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ltjax.methods import criteria
@@ -11,14 +13,16 @@ def create(
     *,
     loss: Settings = criteria.CROSS_ENTROPY,
     net: str = "net",
+    class_weights: Sequence[float] | None = None,
 ) -> Method:
     """Minimise cross-entropy, focal, LDAM, balanced softmax, ..., with or without class weights and mixup.
 
     Args:
       loss: See `ltjax.methods.criteria.create`.
       net: Network to train, such as the `guide` of BGAT.
+      class_weights: C factors on the losses of each class's images.
     """
-    criterion = criteria.create(class_counts, loss)
+    criterion = criteria.create(class_counts, loss, class_weights)
 
     def mean_loss(apply, variables, batch, rng):
         del rng

@@ -1,5 +1,7 @@
 """TRADES: classify clean images, and keep the prediction on attacked ones (Zhang et al., ICML 2019)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ltjax import losses
@@ -14,6 +16,7 @@ def create(
     loss: Settings = criteria.CROSS_ENTROPY,
     attack: Settings = adversarial.PAPERS_ATTACK,
     awp: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> Method:
     """Minimise `loss(f(x), y) + beta KL(f(x) || f(x_adv))`; attack the KL.
 
@@ -24,10 +27,11 @@ def create(
     Args:
       beta: Weight of the KL divergence.
       loss: Classification loss, see `ltjax.methods.criteria.create`.
+      class_weights: C factors on the classification losses of each class's images, not on the KL divergence.
     """
     if not beta >= 0:
         raise ValueError(f"beta = {beta}: from 0 up")
-    criterion = criteria.create(class_counts, loss)
+    criterion = criteria.create(class_counts, loss, class_weights)
 
     def loss_of(apply, variables, batch, images):
         clean, variables = apply(variables, batch.images)

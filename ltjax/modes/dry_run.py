@@ -14,7 +14,7 @@ from rich.table import Table
 from ltjax import optim
 from ltjax.config import StageConfig, parse
 from ltjax.engine import feed
-from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, prepare, seeds, source_shapes
+from ltjax.engine.experiment import Experiment, build_stage, class_weights, fresh_shapes, prepare, seeds, source_shapes
 from ltjax.engine.stage import CompiledStage
 from ltjax.interop.weights import Weights, is_weights, load_weights, surplus
 from ltjax.runs import logs
@@ -72,6 +72,20 @@ def _show_data(experiment: Experiment, console: Console) -> None:
     for group, member in experiment.groups.items():
         if member.any():
             console.print(f"  {group}: {_classes(np.flatnonzero(member), counts, experiment.class_names)}")
+
+    if experiment.config.class_weights:
+        console.print(f"  class weights: {_class_weights(experiment)}", highlight=False)
+
+
+def _class_weights(experiment: Experiment, shown: int = 8) -> str:
+    """Describe the factors on the losses: of named classes, or the largest and smallest of automatic ones."""
+    asked, names = experiment.config.class_weights, experiment.class_names
+    if isinstance(asked, Mapping):
+        listed = ", ".join(f"{name} {weight:g}" for name, weight in list(asked.items())[:shown])
+        return listed + (", ..." if len(asked) > shown else "") + "; 1 for other classes"
+    weights = np.array(class_weights(experiment))
+    low, high = int(weights.argmin()), int(weights.argmax())
+    return f"{asked}, from {weights[low]:.3g} ({names[low]}) to {weights[high]:.3g} ({names[high]})"
 
 
 def _show_weights(experiment: Experiment, weights: Weights, console: Console) -> None:

@@ -11,6 +11,7 @@ OVERRIDES = {
     "data.root": "folder of the images",
     "data.labels": "table of an image folder's labels: a CSV file with the columns file, label and optionally split",
     "epochs": "epochs of the stages that train the whole network",
+    "class_weights": "factors on the losses of a class's images: auto, or \"{'NAME': 2.0}\"",
     "batch_size": "images in a step, over all devices",
     "accumulate": "parts of a batch that are computed one after the other, to save memory",
     "model.remat": "true: activations are recomputed instead of stored, to save memory",

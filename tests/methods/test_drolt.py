@@ -210,7 +210,7 @@ MISTAKES = [
     (
         {"margin": 1.0},
         "method 'drolt' has no setting 'margin'; "
-        "allowed: loss, robust_weight, robust_class_weights, radius, radius_size, temperature, layers",
+        "allowed: loss, robust_weight, robust_class_weights, radius, radius_size, temperature, layers, class_weights",
     ),
 ]
 

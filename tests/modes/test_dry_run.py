@@ -47,6 +47,23 @@ def small(dry):
     return tuple(dry[2].values())
 
 
+@pytest.mark.parametrize(
+    "asked, shown",
+    [
+        ("auto", "  class weights: auto, from 0.525 (T-shirt/top) to 2.1 (Bag)"),
+        ("{'Bag': 2, 'Coat': 0.5}", "  class weights: Bag 2, Coat 0.5; 1 for other classes"),
+    ],
+)
+def test_class_weights_are_shown(tmp_path, capsys, asked, shown):
+    dry_run.dry_run(tiny_config(**SMALL, class_weights=asked), tmp_path / "run")
+    assert shown in capsys.readouterr().out.splitlines()
+
+
+def test_a_class_weight_of_no_class_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config.class_weights names 'Bags', none of the classes: the nearest are Bag"):
+        dry_run.dry_run(tiny_config(**SMALL, class_weights="{'Bags': 2}"), tmp_path / "run")
+
+
 def test_a_dry_run_writes_nothing(dry):
     assert list(dry[1].iterdir()) == []
 
