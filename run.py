@@ -52,6 +52,14 @@ MODES_OF_A_RUN = ("predict", "report", "eval", "attack")  # they can read the co
 _IMAGES = flags.DEFINE_string("images", "", "With --mode=predict: folder, or quoted pattern such as 'photos/*.jpg'.")
 _OUT = flags.DEFINE_string("out", "-", "With --mode=predict: FILE.csv or FILE.jsonl; - or -.jsonl: standard output.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "With --mode=predict: number of classes listed for each image.")
+_TARGET_PRIOR = flags.DEFINE_string(
+    "target_prior",
+    None,
+    "With --mode=predict: frequencies of the classes there: uniform, train, or FILE.csv (class,probability or count).",
+)
+_MODEL_PRIOR = flags.DEFINE_string(
+    "model_prior", None, "With --target_prior: the same for which the model was trained; default: as its method says."
+)
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
 _DRY_RUN = flags.DEFINE_boolean(
     "dry_run", False, "Print stages, parameter groups, schedules, class counts and memory; train and write nothing."
@@ -86,6 +94,10 @@ def parse_flags(arguments: list[str]) -> list[str]:
         rest = flags.FLAGS(arguments)
         if _CALIBRATE.value and _MODE.value in ("attack", "report"):
             raise ValueError("--calibrate goes with --mode=train, eval or predict")
+        if (_TARGET_PRIOR.value or _MODEL_PRIOR.value) and _MODE.value != "predict":
+            raise ValueError(f"--target_prior and --model_prior are for --mode=predict, not {_MODE.value}")
+        if _MODEL_PRIOR.value and not _TARGET_PRIOR.value:
+            raise ValueError("--model_prior goes with --target_prior, the prior of the place where the model is used")
         if _DRY_RUN.value and _MODE.value != "train":
             raise ValueError(f"--dry_run is for --mode=train, not {_MODE.value}")
         if _CONFIG.value is None and not config_is_in_workdir():
@@ -286,7 +298,8 @@ def chosen_mode(config: Mapping[str, Any]) -> Callable[[], Any]:
             predict_mode.check(_IMAGES.value, _OUT.value)
             stderr = Console(stderr=True, markup=False, emoji=False)  # predictions may go to standard output
             calibrate.calibrate_workdir(config, workdir, data_dir, stderr)
-        predict_mode.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value)
+        asked = dict(target_prior=_TARGET_PRIOR.value, model_prior=_MODEL_PRIOR.value)
+        predict_mode.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value, **asked)
 
     if _MODE.value == "predict":
         return predict

@@ -119,6 +119,9 @@ class Method(NamedTuple):
       per_class: `extra_params -> {title: [C]}`, values of each class for the report. A leading axis (replicas) stays.
       progress: Whether the loss reads `Batch.progress`.
       attacks: Whether the loss attacks its images, so that a step takes several times as long.
+      prior: [C], the prior that the network's predictions assume, divided by the frequency of the classes in its
+        batches: 1 for cross-entropy, 1 / n_c for balanced softmax; of any scale. None: unknown. Predictions for another
+        prior need it (`ltjax.predictor.priors`).
     """
 
     init: Callable[[jax.Array], tuple[dict[str, Any], dict[str, Any]]]
@@ -128,3 +131,4 @@ class Method(NamedTuple):
     per_class: Callable[[dict[str, Any]], dict[str, Any]] = lambda extra_params: {}
     progress: bool = False
     attacks: bool = False
+    prior: Any = None

@@ -46,7 +46,7 @@ ROOMS = {
         "ltjax.runs",
         "ltjax.system",
     },
-    "ltjax.predictor": {"ltjax.data", "ltjax.interop", "ltjax.interop.weights", "ltjax.models"}
+    "ltjax.predictor": {"ltjax.data", "ltjax.interop", "ltjax.interop.weights", "ltjax.methods", "ltjax.models"}
     | {"ltjax.runs", "ltjax.system"},
     "ltjax.compare": {"ltjax.report", "ltjax.runs", "ltjax.system"},
     "ltjax.modes": {"ltjax.attacks", "ltjax.data", "ltjax.engine", "ltjax.interop"}

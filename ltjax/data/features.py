@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from ltjax.data.image_folder import hold_out, note
-from ltjax.data.label_table import SYNONYMS
 from ltjax.data.source import Images
+from ltjax.data.tables import SYNONYMS
 from ltjax.system import npz
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line, some

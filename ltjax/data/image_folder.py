@@ -19,7 +19,7 @@ import cv2
 import jax
 import numpy as np
 
-from ltjax.data import decode, folders, identity, label_table, progress
+from ltjax.data import decode, folders, identity, progress, tables
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.system import npz
@@ -88,7 +88,7 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
     Args:
       name: Not used.
       root: Folder of the images. Default: that of the table.
-      labels: Path of a table, see `ltjax.data.label_table`; as it is or below `root`. Its files are relative to `root`.
+      labels: Path of a table, see `ltjax.data.tables`; as it is or below `root`. Its files are relative to `root`.
         Its splits are train, and one or more of `HELD_OUT`, of which the first is read.
 
     Raises:
@@ -212,9 +212,9 @@ def _in_table(root: Path, table: Path) -> _Found:
     below = sorted(os.path.relpath(path, root) for path in images_below(str(root), LeftOut()))
     by_name = {unicodedata.normalize("NFC", path): path for path in below} | {path: path for path in below}
     splits: dict[str, dict[str, list[str]]] = {}
-    seen: dict[str, label_table.Row] = {}
+    seen: dict[str, tables.Label] = {}
     missing, repeated = [], 0
-    for row in label_table.read(table):
+    for row in tables.labels(table):
         if row.split not in ("", "train", *HELD_OUT):
             known = ", ".join(("train", *HELD_OUT))
             raise UserError(f"{table}, line {row.line}: split {_printable(row.split)!r}; allowed: {known}")

@@ -80,6 +80,20 @@ SAMPLERS: dict[str, Callable] = {
 }
 
 
+def frequencies(name: str, class_counts: np.ndarray) -> np.ndarray:
+    """Return the frequency of each class in the batches of the sampler that a config names: [C], with sum 1.
+
+    Examples:
+      >>> samplers.frequencies("instance_balanced", np.array([6, 2]))
+      array([0.75, 0.25])
+      >>> samplers.frequencies("class_aware", np.array([6, 2]))
+      array([0.5, 0.5])
+    """
+    registry.choose("sampler", SAMPLERS, name)
+    weights = np.asarray(class_counts) if name == "instance_balanced" else np.ones(len(class_counts))
+    return weights / weights.sum()
+
+
 def create(name: str, **settings: Any) -> Callable:
     """Return the sampler that a config names.
 

@@ -239,10 +239,8 @@ def class_weights(experiment: Experiment) -> tuple[float, ...] | None:
 
 
 def make_method(experiment: Experiment, stage: StageConfig) -> Method:
-    settings, weights = dict(stage.method), class_weights(experiment)
-    if weights is not None:
-        settings.setdefault("class_weights", weights)
-    return methods.create(settings.pop("name", ""), experiment.split.class_counts, **settings)
+    asked, class_counts = experiment.config.class_weights, experiment.split.class_counts
+    return methods.of_config(stage.method, asked, experiment.class_names, class_counts)
 
 
 def steps_per_epoch(stage: StageConfig, class_counts: np.ndarray, batch_size: int) -> int:

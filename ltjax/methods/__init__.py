@@ -1,11 +1,13 @@
 """Training methods, one file each: `create(class_counts [C], *, hyper-parameters) -> ltjax.types.Method`."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ltjax import registry
-from ltjax.types import Method, UserError
+from ltjax.methods import criteria
+from ltjax.types import Method, Settings, UserError
 
 METHODS = {
     name: f"ltjax.methods.{name}"
@@ -17,6 +19,23 @@ UNWEIGHTED = {
     "bgat": "its network learns from another one's logits, not from labels",
     "lbgat": "its network learns from another one's logits, not from labels",
 }
+
+
+def of_config(
+    settings: Settings, asked: Mapping[str, float] | str, class_names: Sequence[str], class_counts: np.ndarray
+) -> Method:
+    """Create the method of a stage with the class weights of its run.
+
+    Args:
+      settings: The stage's `method`: its name and hyper-parameters. Its own `class_weights` come first.
+      asked: `config.class_weights`, see `ltjax.methods.criteria.weights_by_name`.
+      class_names: C names.
+      class_counts: [C] training images.
+    """
+    settings, weights = dict(settings), criteria.weights_by_name(asked, class_names, class_counts)
+    if weights is not None:
+        settings.setdefault("class_weights", weights)
+    return create(settings.pop("name", ""), class_counts, **settings)
 
 
 def create(name: str, class_counts: np.ndarray, **settings: Any) -> Method:

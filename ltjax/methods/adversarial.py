@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ltjax import attacks, losses, registry
 from ltjax.types import Apply, Batch, Method, Settings, Variables
@@ -64,6 +65,7 @@ def create(
     attack: Settings,
     awp: float,
     per_class: Mapping[str, jax.Array] = MappingProxyType({}),
+    prior: np.ndarray | None = None,
 ) -> Method:
     """Create a method that attacks the images of each step and trains on them.
 
@@ -78,6 +80,7 @@ def create(
         for none. The loss is evaluated with each kernel w moved by `awp |w| g / |g|`, where g is the loss's gradient on
         the same adversarial images. Biases, batch norms and networks other than `net` are not perturbed.
       per_class: Of the loss's criterion, {title: [C]}, see `ltjax.types.Method`.
+      prior: Of the loss's criterion, [C].
     """
     settings = registry.bind("attack", _attack_settings, attack)()
     if not 0 <= awp < 1:
@@ -117,4 +120,10 @@ def create(
         value, (after, metrics) = loss_of(apply, moved, batch, images)
         return value, (after._replace(params=variables.params), metrics)
 
-    return Method(init=lambda rng: ({}, {}), loss=loss, per_class=lambda extra_params: dict(per_class), attacks=True)
+    return Method(
+        init=lambda rng: ({}, {}),
+        loss=loss,
+        per_class=lambda extra_params: dict(per_class),
+        attacks=True,
+        prior=prior,
+    )

@@ -22,10 +22,12 @@ class Criterion(NamedTuple):
     Attributes:
       mean: The loss.
       per_class: {title: [C]}, see `ltjax.types.Method`.
+      prior: [C] or None, see `ltjax.types.Method`.
     """
 
     mean: Callable[[jax.Array, Batch], jax.Array]
     per_class: dict[str, jax.Array]
+    prior: np.ndarray | None = None
 
     def __call__(self, logits: jax.Array, batch: Batch) -> jax.Array:
         return self.mean(logits, batch)
@@ -69,6 +71,16 @@ CRITERIA: dict[str, Callable] = {
     "logit_adjusted": _logit_adjusted,
     "ldam": _ldam,
     "label_aware_smoothing": _label_aware_smoothing,
+}
+
+
+# {name: (class_counts, *, settings) -> `ltjax.types.Method.prior` of the loss, [C]}. With other losses, predictions are
+# no probabilities; with smoothed labels, nearly.
+PRIORS: dict[str, Callable[..., np.ndarray]] = {
+    "cross_entropy": lambda class_counts: np.ones(len(class_counts)),
+    "label_aware_smoothing": lambda class_counts, **_: np.ones(len(class_counts)),
+    "balanced_softmax": lambda class_counts: 1 / np.asarray(class_counts, np.float64),
+    "logit_adjusted": lambda class_counts, tau=1.0: np.asarray(class_counts, np.float64) ** -tau,
 }
 
 
@@ -154,10 +166,13 @@ def create(class_counts: np.ndarray, settings: Settings, factors: Sequence[float
 
         return losses.mixed(mean, batch.labels, batch.partner_labels, batch.lam)
 
+    prior = PRIORS[name](class_counts, **settings) if name in PRIORS else None
     if weights is None and table is None:
-        return Criterion(batch_mean, per_class)
+        return Criterion(batch_mean, per_class, prior)
     product = jnp.ones(len(class_counts)) if weights is None else weights
-    return Criterion(batch_mean, {**per_class, "Class weight": product if table is None else product * table})
+    product = product if table is None else product * table
+    prior = None if prior is None else prior * np.asarray(product, np.float64)
+    return Criterion(batch_mean, {**per_class, "Class weight": product}, prior)
 
 
 def _of_labels(table: jax.Array, labels: jax.Array, dtype: Any) -> jax.Array:

@@ -106,4 +106,4 @@ def create(
         del arrays
         return dict(class_means) if layers else {"features": class_means}
 
-    return Method(init=init, loss=total, refresh=refresh, layers=layers, per_class=per_class)
+    return Method(init=init, loss=total, refresh=refresh, layers=layers, per_class=per_class, prior=criterion.prior)

@@ -29,4 +29,9 @@ def create(
         outputs, variables = apply(variables, batch.images, net=net)
         return criterion(outputs.logits, batch), (variables, {})
 
-    return Method(init=lambda rng: ({}, {}), loss=mean_loss, per_class=lambda extra_params: criterion.per_class)
+    return Method(
+        init=lambda rng: ({}, {}),
+        loss=mean_loss,
+        per_class=lambda extra_params: criterion.per_class,
+        prior=criterion.prior if net == "net" else None,
+    )

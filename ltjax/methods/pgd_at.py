@@ -31,5 +31,5 @@ def create(
         outputs, variables = apply(variables, images)
         return criterion(outputs.logits, batch), (variables, {})
 
-    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class)
+    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class, prior=criterion.prior)
     return adversarial.create(loss_of, objective=adversarial.cross_entropy, **shared)

@@ -119,7 +119,14 @@ def check(images: str, out: str) -> tuple[str, Iterator[str]]:
 
 
 def predict_workdir(
-    config: Mapping[str, Any] | None, workdir: str | Path, *, images: str, out: str = "-", top_k: int = 5
+    config: Mapping[str, Any] | None,
+    workdir: str | Path,
+    *,
+    images: str,
+    out: str = "-",
+    top_k: int = 5,
+    target_prior: str | None = None,
+    model_prior: str | None = None,
 ) -> dict[str, int]:
     """Predict image files with the newest checkpoint, or with `config.weights` if the workdir holds no run.
 
@@ -129,6 +136,8 @@ def predict_workdir(
       images: A folder or a pattern, see `ltjax.predictor.files.find`.
       out: FILE.csv or FILE.jsonl; "-" or "-.jsonl" for standard output.
       top_k: Number of classes listed for each image.
+      target_prior: See `ltjax.predictor.load`.
+      model_prior: See `ltjax.predictor.load`.
 
     Returns:
       The numbers of files, {"images", "unreadable"}.
@@ -142,7 +151,7 @@ def predict_workdir(
         config = read_json(workdir / "config.json")
     else:
         check_same_config(workdir, config)
-    model = load_as_configured(config, workdir)
+    model = load_as_configured(config, workdir, target_prior=target_prior, model_prior=model_prior)
     if model.takes_features:
         from ltjax.data import features  # reads files of other kinds
 
@@ -154,7 +163,8 @@ def predict_workdir(
         batches = predictions(model, files, top_k=top_k)
     top_k = min(top_k, len(model.class_names))
     fitted = "" if model.temperature == 1 else f", temperature {model.temperature:.3f}"
-    _say(f"{model.about}: {len(model.class_names)} classes{fitted}")
+    expected = "" if target_prior is None else f", for classes as frequent as in {target_prior}"
+    _say(f"{model.about}: {len(model.class_names)} classes{fitted}{expected}")
 
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damaged files are named below
     total = unreadable = 0

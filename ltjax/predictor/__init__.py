@@ -24,8 +24,10 @@ from ltjax import config as configs
 from ltjax import data, models
 from ltjax.data.augment import as_float
 from ltjax.interop.weights import DESCRIPTION, Weights, check_classifier, hash_weights, in_our_order, load_weights
+from ltjax.predictor import priors
+from ltjax.predictor.priors import Prior
 from ltjax.runs.checkpoint import read_json
-from ltjax.runs.trained import newest, weights_of
+from ltjax.runs.trained import Trained, newest, weights_of
 from ltjax.system import parallel, xla
 from ltjax.system.devices import start_devices
 from ltjax.system.files import holding
@@ -50,6 +52,7 @@ class Model:
       channels: Of the images, 1 or 3; or the number of features.
       takes_features: Whether the network takes features [N, D] instead of images.
       temperature: Divisor of the logits before the softmax.
+      shift: [C], added to the logits after the division, see `ltjax.predictor.priors.shift`. None: nothing.
       about: Description of the checkpoint.
       network: The network: images [B, H, W, channels] in [0, 1] -> logits [B, C], a pytree for `jit`, `grad` and
         `ltjax.attacks`.
@@ -91,6 +94,7 @@ class Model:
         net = models.create(settings.pop("name", ""), weights.num_classes, **settings)
         self.class_names = class_names or tuple(f"class {c}" for c in range(weights.num_classes))
         self.view, self.temperature, self.about = view, temperature, about
+        self.shift: np.ndarray | None = None
         self._mesh = parallel.make_mesh(jax.local_devices())
         self.batch_size = self._divisible(batch_size)
         params, stats = weights.variables.params["net"], weights.variables.stats["net"]
@@ -127,10 +131,11 @@ class Model:
         Raises:
           UserError: Images have another shape, type or range.
         """
-        return np.asarray(jax.nn.softmax(self.logits(images) / np.float32(self.temperature)))
+        scores = self.logits(images) / np.float32(self.temperature)
+        return np.asarray(jax.nn.softmax(scores if self.shift is None else scores + self.shift))
 
     def logits(self, images: Any) -> np.ndarray:
-        """Compute logits [N, C], without the temperature. Arguments and errors: see `__call__`."""
+        """Compute logits [N, C], without temperature and shift. Arguments and errors: see `__call__`."""
         images = self._checked(images)
         batches: list[Any] = [np.zeros((0, len(self.class_names)), np.float32)]
         for start in range(0, len(images), self.batch_size):
@@ -213,6 +218,8 @@ def load(
     net: str | None = None,
     replica: int = 0,
     batch_size: int = 256,
+    target_prior: Prior | None = None,
+    model_prior: Prior | None = None,
 ) -> Model:
     """Load the model of a run or of a folder of weights. Needs no data set.
 
@@ -224,15 +231,21 @@ def load(
       net: "net", or "guide" if the run trains one. Default: the one that the last stage evaluates.
       replica: Which one, if the run has several.
       batch_size: Images per batch, over all devices.
+      target_prior: How frequent the classes are where the model is used: "uniform", "train" (as the training images), a
+        CSV file with the columns class and probability (or count), {name: probability or count}, or C numbers. None:
+        as the model was trained for.
+      model_prior: The same for which the model was trained. None: what `ltjax.predictor.priors.of_run` finds.
 
     Raises:
-      UserError: There is nothing to load, the temperature belongs to another checkpoint, or JAX_PLATFORMS names a
-        platform that this machine does not have.
+      UserError: There is nothing to load, the temperature belongs to another checkpoint, a prior cannot be read, the
+        prior that the model was trained for is unknown, or JAX_PLATFORMS names a platform that this machine does not
+        have.
     """
     source = local(source)
     start_devices()
     if (source / DESCRIPTION).is_file():
         weights, names, view, about, key = load_weights(source), (), None, f"weights {source}", None
+        trained = None
         _check_fit(weights, source)
     else:
         trained = newest(source)
@@ -241,7 +254,7 @@ def load(
         names, view = class_names(source, weights.num_classes), view_of(trained.run)
         about = f"{trained.stage.title}, step {trained.step} of stage {trained.stage.name}"
         key = {"stage": trained.stage.name, "step": trained.step} if net in (None, evaluated) else None
-    return Model(
+    model = Model(
         weights,
         class_names=names,
         view=_of_size(view, image_size),
@@ -249,6 +262,29 @@ def load(
         about=about,
         batch_size=batch_size,
     )
+    model.shift = _shift(source, trained if key else None, model.class_names, target_prior, model_prior)
+    return model
+
+
+def _shift(
+    workdir: Path,
+    trained: Trained | None,
+    class_names: tuple[str, ...],
+    target_prior: Prior | None,
+    model_prior: Prior | None,
+) -> np.ndarray | None:
+    """Return `priors.shift`, or None if no prior is asked for. trained: None if no run evaluates this network."""
+    if target_prior is None and model_prior is None:
+        return None
+    if target_prior is None:
+        raise UserError("model_prior goes with target_prior, the prior of the place where the model is used")
+    split = workdir / "split.json"
+    counts = read_json(split).get("class_counts") if split.is_file() else None
+    counts = None if counts is None or len(counts) != len(class_names) else np.asarray(counts)
+    known = None
+    if trained is not None and counts is not None and model_prior is None:
+        known = priors.of_run(trained.run, trained.stage, class_names, counts)
+    return priors.shift(target_prior, model_prior, known, class_names, counts)
 
 
 def _check_fit(weights: Weights, source: Path) -> None:
@@ -265,15 +301,25 @@ def _check_fit(weights: Weights, source: Path) -> None:
 
 
 def load_as_configured(
-    config: Mapping[str, Any], workdir: Path, *, temperature: float | str = FITTED, replica: int = 0
+    config: Mapping[str, Any],
+    workdir: Path,
+    *,
+    temperature: float | str = FITTED,
+    replica: int = 0,
+    target_prior: Prior | None = None,
+    model_prior: Prior | None = None,
 ) -> Model:
-    """Load the model that `--mode=eval` evaluates: the run in a workdir or, if there is none, `config.weights`."""
+    """Load the model that `--mode=eval` evaluates: the run in a workdir or, if there is none, `config.weights`.
+
+    Other arguments: see `load`.
+    """
     run = configs.parse(config)
+    asked: dict[str, Any] = dict(target_prior=target_prior, model_prior=model_prior)
     if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
-        return load(workdir, temperature=temperature, replica=replica, batch_size=run.eval_batch_size)
+        return load(workdir, temperature=temperature, replica=replica, batch_size=run.eval_batch_size, **asked)
     weights = load_weights(run.weights, run.weights_sha256)
     computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
-    return Model(
+    model = Model(
         weights._replace(settings={**weights.settings, **computation}),
         class_names=class_names(workdir, weights.num_classes),
         view=view_of(run),
@@ -281,6 +327,8 @@ def load_as_configured(
         about=f"Imported weights {run.weights}",
         batch_size=run.eval_batch_size,
     )
+    model.shift = _shift(workdir, None, model.class_names, **asked)
+    return model
 
 
 def imported_key(folder: str) -> dict[str, Any]:

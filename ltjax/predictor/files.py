@@ -35,6 +35,7 @@ class Classifier(Protocol):
     class_names: tuple[str, ...]
     batch_size: int
     temperature: float
+    shift: np.ndarray | None
 
     def start(self, images: np.ndarray) -> jax.Array: ...
 
@@ -125,7 +126,11 @@ class _Batch(NamedTuple):
     classes: jax.Array  # [B, k]
 
 
-def _ranked(logits: jax.Array, temperature: np.float32, k: int) -> tuple[jax.Array, jax.Array]:
+def _ranked(
+    logits: jax.Array, temperature: np.float32, shift: np.ndarray | None, k: int
+) -> tuple[jax.Array, jax.Array]:
+    if shift is not None:
+        logits, temperature = logits / temperature + shift, np.float32(1)
     values, classes = jax.lax.top_k(logits, k)  # of logits, because different logits may have equal probabilities
     total = jax.nn.logsumexp(logits / temperature, axis=-1, keepdims=True)
     return jnp.exp(values / temperature - total), classes
@@ -165,7 +170,7 @@ def predictions_of_rows(model: Classifier, features: np.ndarray, names: list[str
     for first in range(0, len(names), model.batch_size):
         part = slice(first, first + model.batch_size)
         logits = model.start(np.asarray(features[part], np.float32))
-        ranked = _rank(logits, np.float32(model.temperature), k=top_k)
+        ranked = _rank(logits, np.float32(model.temperature), model.shift, k=top_k)
         yield _predictions(_Batch(names[part], [""] * len(names[part]), *ranked), model.class_names)
 
 
@@ -185,7 +190,7 @@ def _stream(
             deep.add(None if isinstance(result, str) else result[1])
         images += [black] * (model.batch_size - len(names) if several else 0)  # else another size compiles
         logits = model.start(np.stack(images))
-        return _Batch(names, errors, *_rank(logits, np.float32(model.temperature), k=top_k))
+        return _Batch(names, errors, *_rank(logits, np.float32(model.temperature), model.shift, k=top_k))
 
     try:
         while True:

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltjax.data import label_table
+from ltjax.data import tables
 from ltjax.types import UserError
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
@@ -18,13 +18,13 @@ cells = cells.filter(lambda cell: cell.strip() and not cell.startswith(" "))  # 
 def read(content):
     with tempfile.NamedTemporaryFile(suffix=".csv") as file:
         Path(file.name).write_bytes(content)
-        return label_table.read(Path(file.name))
+        return tables.labels(Path(file.name))
 
 
 @given(
     st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=5),
     st.permutations(["file", "label", "other"]),
-    st.sampled_from(label_table.DELIMITERS),
+    st.sampled_from(tables.DELIMITERS),
     st.sampled_from(["\n", "\r\n", "\r"]),
     st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),

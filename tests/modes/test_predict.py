@@ -154,6 +154,7 @@ class Brightness(Model):
     def __init__(self, classes=4, batch_size=4):
         self.class_names = tuple("abcdefgh"[:classes])
         self.view, self.channels, self.temperature, self.about = View(2, 2), 1, 1.0, "brightness"
+        self.shift = None
         self.batch_size, self.sizes = batch_size, []
 
     def start(self, images):

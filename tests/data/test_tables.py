@@ -2,17 +2,17 @@
 
 import pytest
 
-from ltjax.data import label_table
-from ltjax.data.label_table import Row
+from ltjax.data import tables
+from ltjax.data.tables import Label
 from ltjax.types import UserError
 
 
 def read(tmp_path, text, encoding="utf-8"):
     (tmp_path / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
-    return label_table.read(tmp_path / "t.csv")
+    return tables.labels(tmp_path / "t.csv")
 
 
-ROWS = [Row(2, "a.jpg", "cat", ""), Row(3, "b/c d.jpg", "café", "")]
+ROWS = [Label(2, "a.jpg", "cat", ""), Label(3, "b/c d.jpg", "café", "")]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_columns_have_any_order_and_separator(tmp_path, text, encoding):
 
 def test_cells_in_quotes_hold_separators_quotes_and_lines(tmp_path):
     text = 'file,label,split\n"a, ""b"".jpg","cat\n  and dog",Train\n\n\nc.jpg,owl,val\n'
-    expected = [Row(3, 'a, "b".jpg', "cat and dog", "train"), Row(6, "c.jpg", "owl", "val")]
+    expected = [Label(3, 'a, "b".jpg', "cat and dog", "train"), Label(6, "c.jpg", "owl", "val")]
     assert read(tmp_path, text) == expected
 
 
@@ -72,5 +72,5 @@ def test_what_is_no_table_is_explained_with_its_line(tmp_path, text, message):
 
 
 def test_a_table_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read the table of labels .*x\.csv: No such file"):
-        label_table.read(tmp_path / "x.csv")
+    with pytest.raises(UserError, match=r"cannot read the table .*x\.csv: No such file"):
+        tables.labels(tmp_path / "x.csv")

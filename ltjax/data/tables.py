@@ -1,18 +1,19 @@
-"""Read a table of labels: a CSV or TSV file with the columns `file`, `label` and optionally `split`."""
+"""Read tables that users write: labels of images, frequencies of classes."""
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ltjax.types import UserError, one_line, some
 
 DELIMITERS = ",\t;"
-SYNONYMS = {"labels": "label", "filenames": "file", "filename": "file", "files": "file"}  # of the columns
+SYNONYMS = {"labels": "label", "filenames": "file", "filename": "file", "files": "file"}  # of the columns of labels
 
 
-class Row(NamedTuple):
-    """A row of a table.
+class Label(NamedTuple):
+    """A row of a table of labels.
 
     Attributes:
       line: Number of its (last) line in the file, from 1.
@@ -27,12 +28,28 @@ class Row(NamedTuple):
     split: str
 
 
-def read(path: Path) -> list[Row]:
-    """Read all rows.
+def labels(path: Path) -> list[Label]:
+    """Read a table with the columns `file`, `label` and optionally `split`. Errors: see `rows`."""
+    return [
+        Label(line, row["file"], " ".join(row["label"].split()), row.get("split", "").strip().lower())
+        for line, row in rows(path, ("file", "label"), ("split",), SYNONYMS)
+    ]
+
+
+def rows(
+    path: Path, needed: tuple[str, ...], optional: tuple[str, ...], synonyms: Mapping[str, str] | None = None
+) -> list[tuple[int, dict[str, str]]]:
+    """Read the rows of a CSV or TSV file: (number of its last line, {column: cell}).
 
     The first row names the columns, in any order and case; other columns are ignored. Commas, tabs or semicolons
     separate cells; double quotes may enclose them. Lines end in any way. The text is UTF-8, with or without a byte
     order mark, or UTF-16 with one. Bytes that are not UTF-8 stay, because names of files may have them.
+
+    Args:
+      path: The file.
+      needed: Columns that it must have.
+      optional: Columns that it may have. No cell of these columns is empty.
+      synonyms: {other name of a column: its name}.
 
     Raises:
       UserError: The file cannot be read, or is no such table; the message names the line.
@@ -42,40 +59,34 @@ def read(path: Path) -> list[Row]:
         encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
         text = content.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape")
     except OSError as error:
-        raise UserError(f"cannot read the table of labels {path}: {error.strerror or one_line(error)}") from error
+        raise UserError(f"cannot read the table {path}: {error.strerror or one_line(error)}") from error
     except UnicodeError as error:
         raise UserError(f"{path} is neither UTF-8 nor whole UTF-16 text: save it as UTF-8") from error
-    return _rows(path, text)
-
-
-def _rows(path: Path, text: str) -> list[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), skipinitialspace=True, strict=True)
     columns: list[str] | None = None
-    rows = []
+    found = []
     try:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
             if columns is None:
-                columns = _columns(path, cells)
+                columns = _columns(path, cells, needed, optional, synonyms or {})
                 continue
             if any(cells[len(columns) :]):
                 raise UserError(
                     f"{path}, line {reader.line_num}: {len(cells)} cells, and the first row has {len(columns)}: "
                     "enclose a cell that holds a separator in double quotes"
                 )
-            cell = dict(zip(columns, cells, strict=False))
-            label, split = " ".join(cell.get("label", "").split()), cell.get("split", "").strip().lower()
-            row = Row(reader.line_num, cell.get("file", ""), label, split)
-            for name in ("file", "label", "split") if "split" in columns else ("file", "label"):
-                if not getattr(row, name).strip():
-                    raise UserError(f"{path}, line {row.line}: no {name}: fill it in, or remove the row")
-            rows.append(row)
+            padded = cells + [""] * (len(columns) - len(cells))
+            row = {name: cell for name, cell in zip(columns, padded, strict=False) if name in (*needed, *optional)}
+            if empty := [name for name, cell in row.items() if not cell.strip()]:
+                raise UserError(f"{path}, line {reader.line_num}: no {empty[0]}: fill it in, or remove the row")
+            found.append((reader.line_num, row))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}: is a double quote missing?") from error
-    if not rows:
-        raise UserError(f"{path} has no rows: needed: the columns file and label, and a row for each image")
-    return rows
+    if not found:
+        raise UserError(f"{path} has no rows: needed: the columns {' and '.join(needed)}, and rows below them")
+    return found
 
 
 def _delimiter(text: str) -> str:
@@ -84,13 +95,15 @@ def _delimiter(text: str) -> str:
     return max(DELIMITERS, key=first.count)
 
 
-def _columns(path: Path, cells: list[str]) -> list[str]:
+def _columns(
+    path: Path, cells: list[str], needed: tuple[str, ...], optional: tuple[str, ...], synonyms: Mapping[str, str]
+) -> list[str]:
     columns = [cell.strip().lower() for cell in cells]
-    columns = [SYNONYMS.get(name, name) for name in columns]
-    if [columns.count(name) for name in ("file", "label")] != [1, 1] or columns.count("split") > 1:
+    columns = [synonyms.get(name, name) for name in columns]
+    if any(columns.count(name) != 1 for name in needed) or any(columns.count(name) > 1 for name in optional):
         found = some([repr(cell.strip()) for cell in cells])
         raise UserError(
-            f"the first row of {path} names the columns {found}; needed: file and label, and optionally split, each "
-            "once, with commas, tabs or semicolons between them"
+            f"the first row of {path} names the columns {found}; needed: {' and '.join(needed)}, and optionally "
+            f"{' or '.join(optional)}, each once, with commas, tabs or semicolons between them"
         )
     return columns
