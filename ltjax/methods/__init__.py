@@ -31,6 +31,11 @@ def of_config(
       asked: `config.class_weights`, see `ltjax.methods.criteria.weights_by_name`.
       class_names: C names.
       class_counts: [C] training images.
+
+    Examples:
+      >>> method = methods.of_config({"name": "erm"}, {"owl": 2.0}, ("cat", "owl"), np.array([90, 10]))
+      >>> method.per_class({})["Class weight"]
+      Array([1., 2.], dtype=float32)
     """
     settings, weights = dict(settings), criteria.weights_by_name(asked, class_names, class_counts)
     if weights is not None:
