@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import ltjax
@@ -15,7 +14,7 @@ from ltjax.data.decode import View
 from ltjax.engine.stage import TrainState
 from ltjax.interop.weights import Weights, save_weights
 from ltjax.predictor import FITTED, TEMPERATURE, Model, _temperature, imported_key, load_as_configured
-from ltjax.runs.checkpoint import write_json
+from ltjax.runs.checkpoint import Checkpoints, write_json
 from ltjax.types import UserError, Variables
 from tests.test_run import tiny_config
 
@@ -109,8 +108,8 @@ def workdir(folder, *, replicas=1, step=7, **changes):
     """Write a run's folder with random weights, and return its variables."""
     own = [variables(seed, classes=10)[1] for seed in range(replicas)]
     all_variables = jax.tree.map(lambda *leaves: np.stack(leaves), *own) if replicas > 1 else own[0]
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "checkpoints" / "ce" / str(step) / "state", TrainState(step, 0, all_variables, {}))
+    with Checkpoints(folder / "checkpoints" / "ce") as checkpoints:
+        checkpoints.save(step, TrainState(jnp.int32(step), jnp.uint32(0), all_variables, {}), {})
     model = {"model.logit_scale": False, "model.mean": (0.3,), "model.std": (0.4,), "model.width": 2}
     write_json(folder / "config.json", tiny_config(**{"stages": ("ce",), "replicas": replicas, **model, **changes}))
     return own
