@@ -269,7 +269,8 @@ def start(config: Mapping[str, Any]) -> None:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
     for warning in devices.start_devices():
         print(f"note: {warning}", file=sys.stderr)
-    deciding = (_MODE, _DRY_RUN, _CALIBRATE, _IMAGES, _OUT, _TOP_K)  # not where data lie, which machines may differ in
+    # Not where data lie, which machines may differ in.
+    deciding = (_MODE, _DRY_RUN, _CALIBRATE, _IMAGES, _OUT, _TOP_K, _TARGET_PRIOR, _MODEL_PRIOR)
     processes.agree({f"--{flag.name}": str(flag.value) for flag in deciding})
     processes.agree({"--workdir": workdir_of(config), "--config": ",".join(sorted(config))})
     compared = with_defaults(config)  # without locations, which may differ between machines

@@ -36,6 +36,11 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"the nearest are {', '.join(near)}" if near else f"they are {some(names)}"
 
 
+def plain(name: str) -> str:
+    """Return a name in one Unicode form (NFC) with single spaces, to compare names that people write with others."""
+    return unicodedata.normalize("NFC", " ".join(name.split()))
+
+
 def form_only(names: Iterable[str], others: Iterable[str]) -> str:
     """Return a remark for messages if two lists of names differ in the Unicode form of accents only, else ""."""
     first, second = ([unicodedata.normalize("NFC", name) for name in each] for each in (names, others))

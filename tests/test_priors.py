@@ -138,6 +138,12 @@ def test_a_file_has_probabilities_or_counts_in_any_order(tmp_path, text):
     np.testing.assert_allclose(np.exp(shift), [0.3, 0.6, 2.1], rtol=1e-6)
 
 
+def test_names_in_a_file_may_have_another_unicode_form(tmp_path):
+    text = "class,count\ncafe\u0301,3\nred  fox,1\n"
+    shift = priors.shift(table(tmp_path, text), "uniform", None, ("caf\u00e9", "red fox"))
+    np.testing.assert_allclose(np.exp(shift), [1.5, 0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -169,6 +175,8 @@ def test_what_is_no_prior_is_explained(tmp_path, text, message):
         ("train", "uniform", "target_prior = train: the numbers of training images are unknown"),
         ("Train", "uniform", r"target_prior: no file Train; give uniform, train .*, or a CSV file"),
         ([1, 2], "uniform", "target_prior: 3 numbers from 0 up, one for each class"),
+        (["a", "b", "c"], "uniform", "target_prior: 3 numbers from 0 up, one for each class"),
+        ({"cat": "much", "dog": 1, "owl": 1}, "uniform", "target_prior: 3 numbers from 0 up, one for each class"),
         ("uniform", [1, 0, 1], "model_prior: no probability for dog: above 0 for each class"),
     ],
 )
@@ -214,6 +222,14 @@ def test_a_run_says_for_which_prior_it_was_trained(trained):
     np.testing.assert_allclose(ltjax.load(folder, target_prior="train")(images), plain(images), rtol=1e-5)
     told = ltjax.load(folder, target_prior="train", model_prior="uniform")
     np.testing.assert_allclose(told.shift, np.log(frequencies) - np.log(0.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [["many"] * 10, [1, 2], [-1] * 10, None])
+def test_a_changed_split_is_refused_in_one_line(trained, counts):
+    write_json(trained[0] / "split.json", {"class_names": [f"c{c}" for c in range(10)], "class_counts": counts})
+    with pytest.raises(UserError, match=r"split.json does not hold what ltjax writes there") as raised:
+        ltjax.load(trained[0], target_prior="uniform")
+    assert "\n" not in str(raised.value)
 
 
 def test_without_a_target_nothing_is_added(trained):

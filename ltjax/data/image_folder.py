@@ -33,6 +33,7 @@ SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".jp2")
 HELD_OUT = ("validation", "val", "test")
 SIMILAR_NAMES = (*HELD_OUT, "valid", "testing", "dev", "eval")  # other programs' names for validation, in any case
 SIMILAR_TO_TRAIN = ("train", "training")
+TABLES = (".csv", ".tsv")  # endings of tables of labels, for messages
 FEW = 5  # test images of each class, too few for a reliable accuracy
 
 
@@ -104,8 +105,15 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
     root = local(root or (table.parent if table else ""))
     if not root.is_dir():
         raise UserError(f"no folder {root}: --config.data.root is the folder of the images")
-    found = _in_folders(root) if table is None else _in_table(root, table)
-    class_names = _class_names(found)
+    try:
+        found = _in_folders(root) if table is None else _in_table(root, table)
+        class_names = _class_names(found)
+    except UserError as error:
+        beside = () if table else sorted(path.name for path in root.iterdir() if path.suffix.lower() in TABLES)
+        if not beside:
+            raise
+        name = _printable(beside[0])
+        raise UserError(f"{error}; or, if {name} is a table of labels: --config.data.labels={name}") from error
     titles = tuple(map(_printable, class_names))
     train_paths, train_labels = _labelled(found.train, class_names)
     test_paths, test_labels = _labelled(found.test or {}, class_names)
@@ -190,7 +198,7 @@ def _in_folders(root: Path) -> _Found:
             raise UserError(f"no folder {root / 'train'} beside {root / similar[0]}: {expected}")
         if not present:
             raise UserError(f"no folder {root / 'train'}: {expected}")
-        part, instead = ".", "folder train and a folder validation"
+        part, instead = ".", "folder train beside a folder validation"
     train = _images_of_folders(root, part)
     test = _images_of_folders(root, test_folder) if test_folder else None
     found = _Found(train, test, str(root / part), str(root / (test_folder or "")), instead)
@@ -199,9 +207,9 @@ def _in_folders(root: Path) -> _Found:
         (only,) = train
         below, folder = _folders(root / part / only), _printable(str(root / part / only))
         if len(below) > 1 or "train" in below:
-            what = "it has a folder train" if "train" in below else f"the {len(below)} folders in it are the classes"
+            what = "it has a folder train" if "train" in below else f"the {len(below)} folders in it may be the classes"
             raise UserError(
-                f"{found.train_title} has one folder, and a classifier needs two classes or more; if {what}: "
+                f"{found.train_title} has one folder, and a classifier needs two classes or more; {what}: use "
                 f"--config.data.root={folder}"
             )
     return found

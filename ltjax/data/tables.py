@@ -29,11 +29,17 @@ class Label(NamedTuple):
 
 
 def labels(path: Path) -> list[Label]:
-    """Read a table with the columns `file`, `label` and optionally `split`. Errors: see `rows`."""
-    return [
-        Label(line, row["file"], " ".join(row["label"].split()), row.get("split", "").strip().lower())
-        for line, row in rows(path, ("file", "label"), ("split",), SYNONYMS)
-    ]
+    """Read a table with the columns `file`, `label` and optionally `split`.
+
+    UserError if a label is not UTF-8; for others see `rows`.
+    """
+    found = []
+    for line, row in rows(path, ("file", "label"), ("split",), SYNONYMS):
+        label = " ".join(row["label"].split())
+        if any("\udc80" <= character <= "\udcff" for character in label):  # bytes that stay
+            raise UserError(f"{path}, line {line}: the label is not UTF-8: save the table as UTF-8")
+        found.append(Label(line, row["file"], label, row.get("split", "").strip().lower()))
+    return found
 
 
 def rows(
@@ -56,6 +62,8 @@ def rows(
     """
     try:
         content = path.read_bytes()
+        if content.startswith(b"PK\x03\x04"):
+            raise UserError(f"{path} is a spreadsheet or an archive: save it as CSV in UTF-8")
         encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
         text = content.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape")
     except OSError as error:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltjax import losses, registry
-from ltjax.types import Batch, Settings, UserError, nearest
+from ltjax.types import Batch, Settings, UserError, nearest, plain
 
 CROSS_ENTROPY: Settings = MappingProxyType({"name": "cross_entropy"})
 
@@ -129,10 +129,11 @@ def weights_by_name(
     if asked == "auto":
         return tuple((np.sum(class_counts) / (len(class_counts) * np.asarray(class_counts, np.float64))).tolist())
     assert not isinstance(asked, str)  # `ltjax.config` has checked
-    for name in asked:
-        if name not in class_names:
-            raise UserError(f"config.class_weights names {name!r}, none of the classes: {nearest(name, class_names)}")
-    return tuple(float(asked.get(name, 1.0)) for name in class_names)
+    weights, names = {plain(name): float(weight) for name, weight in asked.items()}, list(map(plain, class_names))
+    for name in weights:
+        if name not in names:
+            raise UserError(f"config.class_weights names {name!r}, none of the classes: {nearest(name, names)}")
+    return tuple(weights.get(name, 1.0) for name in names)
 
 
 def create(class_counts: np.ndarray, settings: Settings, factors: Sequence[float] | None = None) -> Criterion:

@@ -279,9 +279,13 @@ def _shift(
     if target_prior is None:
         raise UserError("model_prior goes with target_prior, the prior of the place where the model is used")
     split = workdir / "split.json"
-    counts = read_json(split).get("class_counts") if split.is_file() else None
-    counts = None if counts is None or len(counts) != len(class_names) else np.asarray(counts)
-    known = None
+    counts = known = None
+    if split.is_file():
+        content = read_json(split)
+        with holding(split):
+            counts = np.asarray(content["class_counts"], np.float64)
+            if counts.shape != (len(class_names),) or not (np.isfinite(counts) & (counts >= 0)).all():
+                raise ValueError(f"class_counts of {len(class_names)} classes are needed")
     if trained is not None and counts is not None and model_prior is None:
         known = priors.of_run(trained.run, trained.stage, class_names, counts)
     return priors.shift(target_prior, model_prior, known, class_names, counts)

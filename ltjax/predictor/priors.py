@@ -5,6 +5,7 @@ is added to its logits, if images of a class look the same in both places.
 Source: Saerens et al., "Adjusting the Outputs of a Classifier to New a Priori Probabilities", Neural Computation 2002.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from ltjax import methods
 from ltjax.config import RunConfig, StageConfig
 from ltjax.data import samplers, tables
 from ltjax.system.paths import local
-from ltjax.types import UserError, nearest, some
+from ltjax.types import UserError, nearest, plain, some
 
 UNIFORM, TRAIN = "uniform", "train"
 FORMS = f"{UNIFORM}, {TRAIN} (the training images), or a CSV file with the columns class and probability (or count)"
@@ -40,6 +41,10 @@ def shift(
 
     Raises:
       UserError: A prior cannot be read, or the one of the model is unknown.
+
+    Examples:
+      >>> priors.shift([0.9, 0.1], "uniform", None, ("zebra", "lion"))
+      array([ 0.588, -1.609], dtype=float32)
     """
     there = _read("target_prior", target, class_names, class_counts)
     if model is None and known is None:
@@ -85,11 +90,12 @@ def _read(what: str, asked: Prior, class_names: Sequence[str], class_counts: Any
     if isinstance(asked, (str, os.PathLike)):
         return _of_names(what, _in_file(what, local(asked)), class_names)
     if isinstance(asked, Mapping):
-        return _of_names(what, {str(name): float(value) for name, value in asked.items()}, class_names)
-    values = np.asarray(asked, np.float64)
-    if values.shape != (len(class_names),) or not (np.isfinite(values) & (values >= 0)).all() or not values.any():
-        raise UserError(f"{what}: {len(class_names)} numbers from 0 up, one for each class; or {FORMS}")
-    return _normalised(values)
+        return _of_names(what, asked, class_names)
+    with contextlib.suppress(TypeError, ValueError):  # no numbers
+        values = np.asarray(asked, np.float64)
+        if values.shape == (len(class_names),) and (np.isfinite(values) & (values >= 0)).all() and values.any():
+            return _normalised(values)
+    raise UserError(f"{what}: {len(class_names)} numbers from 0 up, one for each class and not all 0; or {FORMS}")
 
 
 def _in_file(what: str, path: Path) -> dict[str, float]:
@@ -102,7 +108,7 @@ def _in_file(what: str, path: Path) -> dict[str, float]:
         raise UserError(f"{path} has {' and '.join(columns) or 'no numbers'}: needed: one column, probability or count")
     values: dict[str, float] = {}
     for line, row in rows:
-        name = " ".join(row["class"].split())
+        name = plain(row["class"])
         try:
             value = float(row[columns[0]])
         except ValueError:
@@ -121,7 +127,7 @@ def _in_file(what: str, path: Path) -> dict[str, float]:
 
 
 def _of_names(what: str, values: Mapping[str, float], class_names: Sequence[str]) -> np.ndarray:
-    names = [" ".join(name.split()) for name in class_names]
+    values, names = {plain(str(name)): value for name, value in values.items()}, list(map(plain, class_names))
     if unknown := [name for name in values if name not in names]:
         raise UserError(f"{what} names {unknown[0]!r}, none of the classes: {nearest(unknown[0], names)}")
     if missing := [name for name in names if name not in values]:

@@ -183,6 +183,12 @@ def test_folders_that_are_no_data_set_are_explained(tmp_path, spoil, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_table_beside_folders_that_are_no_data_set_is_named(loose):
+    (loose / "labels.csv").write_text(ROWS)
+    with pytest.raises(UserError, match=r"; or, if labels.csv is a table of labels: --config.data.labels=labels.csv$"):
+        data.load("image_folder", loose)
+
+
 def test_an_empty_folder_is_noted_and_is_no_class(tmp_path, capsys):
     make(make(tmp_path, (3, 0, 3)), (1, 0, 1), "val")
     (tmp_path / "train" / "b" / "empty too").mkdir()
@@ -204,7 +210,7 @@ def test_classes_may_lie_at_the_top(tmp_path, capsys):
     stray, held_out = capsys.readouterr().err.splitlines()
     assert stray == f"note: 1 image(s) in {tmp_path}/photos, outside the classes' folders, are ignored: stray.jpg"
     assert held_out.startswith(
-        f"note: {tmp_path}/photos has no folder train and a folder validation: 2 image(s) of each"
+        f"note: {tmp_path}/photos has no folder train beside a folder validation: 2 image(s) of each"
     )
 
 

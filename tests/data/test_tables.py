@@ -62,6 +62,8 @@ def test_names_that_are_no_utf8_stay(tmp_path):
         ("file,label\na,b.jpg,cat\n", "line 2: 3 cells, and the first row has 2: enclose .* in double quotes"),
         ('file,label\n"a.jpg,cat\nb.jpg,dog\n', "line 3: unexpected end of data: is a double quote missing"),
         ('file,label\n"a".jpg,cat\n', "line 2: ',' expected after '\"': is a double quote missing"),
+        (b"PK\x03\x04" + bytes(range(256)), "is a spreadsheet or an archive: save it as CSV in UTF-8"),
+        (b"file,label\na.jpg,cat\nb.jpg,d\xf6g\n", "line 3: the label is not UTF-8: save the table as UTF-8"),
         (b"\xff\xfef", "neither UTF-8 nor whole UTF-16 text: save it as UTF-8"),
     ],
 )

@@ -12,6 +12,8 @@ from ltjax import attacks, calibration, losses, methods, metrics, models, optim,
 from ltjax.data import samplers, splits
 from ltjax.interop import export, pretrained, torch, weights
 from ltjax.interop.weights import Weights
+from ltjax.methods import criteria
+from ltjax.predictor import priors
 from ltjax.types import Variables
 
 # the imports that docs/api/index.md lists for the examples
@@ -19,7 +21,7 @@ PRELUDE = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         *(attacks, calibration, losses, methods, metrics, models, optim, predictor, surgery),
-        *(samplers, splits, export, pretrained, torch, weights),
+        *(samplers, splits, export, pretrained, torch, weights, criteria, priors),
     )
 }
 PRELUDE |= {"jax": jax, "jnp": jnp, "np": np, "Variables": Variables, "Weights": Weights}
@@ -38,8 +40,10 @@ MODULES = (
     "ltjax.data.splits",
     "ltjax.models",
     "ltjax.methods",
+    "ltjax.methods.criteria",
     "ltjax.optim",
     "ltjax.predictor",
+    "ltjax.predictor.priors",
     "ltjax.interop.torch",
     "ltjax.interop.export",
     "ltjax.interop.pretrained",
@@ -49,6 +53,8 @@ PUBLIC = {  # of modules whose other functions need no example
     "ltjax.attacks.ball": ("radius", "radius_by_count"),
     "ltjax.surgery": ("tau_normalised", "nearest_mean", "logit_shifted"),
     "ltjax.optim": ("schedule_table",),
+    "ltjax.methods.criteria": ("weights_by_name",),
+    "ltjax.predictor.priors": ("shift",),
     "ltjax.predictor": (),  # `Model` has an example
     "ltjax.interop.torch": ("import_state_dict", "export_state_dict"),
     "ltjax.interop.export": ("stablehlo",),

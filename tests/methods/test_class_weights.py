@@ -62,6 +62,11 @@ def test_classes_that_are_not_named_have_weight_1():
     assert criteria.weights_by_name({"owl": 3.0}, ("cat", "owl", "rat"), COUNTS[:3]) == (1.0, 3.0, 1.0)
 
 
+def test_names_are_compared_in_one_unicode_form_with_single_spaces():
+    weights = criteria.weights_by_name({"cafe\u0301": 3.0, "red  fox": 2.0}, ("caf\u00e9", "red fox"), COUNTS[:2])
+    assert weights == (3.0, 2.0)
+
+
 @pytest.mark.parametrize("nothing", ["", {}])
 def test_nothing_asked_is_no_weights(nothing):
     assert criteria.weights_by_name(nothing, ("cat", "owl"), COUNTS[:2]) is None

@@ -304,16 +304,17 @@ def test_processes_with_different_commands_name_the_flag_that_differs(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "flag, name",
+    "common, flag, name",
     [
-        ("--dry_run", "--dry_run"),
-        ("--calibrate", "--calibrate"),
-        ("--mode=eval", "--mode"),
-        ("--config.batch_size=4", "config.batch_size"),
+        ((), "--dry_run", "--dry_run"),
+        ((), "--calibrate", "--calibrate"),
+        ((), "--mode=eval", "--mode"),
+        ((), "--config.batch_size=4", "config.batch_size"),
+        (("--mode=predict",), "--target_prior=uniform", "--target_prior"),
     ],
 )
-def test_processes_that_differ_in_a_flag_end_and_name_it(flag, name, folder, tmp_path):
-    codes, outputs = Launched(folder, tmp_path, count=2, devices=1, own=((), (flag,))).finish()
+def test_processes_that_differ_in_a_flag_end_and_name_it(common, flag, name, folder, tmp_path):
+    codes, outputs = Launched(folder, tmp_path, count=2, devices=1, own=(common, (*common, flag))).finish()
     assert codes == [2, 2], outputs
     assert all(f"different values of {name}: " in text for text in outputs), outputs
     assert not any("Traceback" in text for text in outputs)
