@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 ROUNDS = 32
+SMALL = 1 << 18  # elements that NumPy hashes in less time than XLA compiles the hash
 
 
 def hash32(*words: Any) -> Any:
@@ -59,14 +60,29 @@ def fingerprint(tree: Any) -> np.uint32:
 
     The hash is a sum over elements, so it does not depend on sharding.
     """
-    # One small program for each shape, not one for the tree: trees of different networks share most shapes.
     # Wait for each program: on CPUs, two programs on sharded arrays can deadlock.
     leaves = enumerate(jax.tree.leaves(tree))
-    return np.sum([np.asarray(_array_fingerprint(np.uint32(number), leaf)) for number, leaf in leaves], dtype=np.uint32)
+    return np.sum([_array_fingerprint(np.uint32(number), leaf) for number, leaf in leaves], dtype=np.uint32)
+
+
+def _array_fingerprint(number: np.uint32, array: Any) -> np.uint32:
+    """Hash an array: on the host if it is small and lies there, because XLA compiles a program for each shape."""
+    if array.size <= SMALL and is_local(array):
+        flat = np.ascontiguousarray(array).reshape(-1)
+        bits = flat if flat.dtype == bool else flat.view(f"uint{8 * flat.dtype.itemsize}")
+        return hash32(number, bits.astype(np.uint32), np.arange(flat.size, dtype=np.uint32)).sum(dtype=np.uint32)
+    return np.asarray(_on_devices(number, array))[()]
 
 
 @jax.jit
-def _array_fingerprint(number: jax.Array, array: jax.Array) -> jax.Array:
+def _on_devices(number: jax.Array, array: jax.Array) -> jax.Array:
     bits = array if array.dtype == bool else jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
     flat = bits.astype(jnp.uint32).reshape(-1)
     return hash32(number, flat, jnp.arange(flat.size, dtype=jnp.uint32)).sum(dtype=jnp.uint32)
+
+
+def is_local(array: Any) -> bool:
+    """Whether an array is NumPy's, or lies in this process's memory and not on an accelerator."""
+    if not isinstance(array, jax.Array):
+        return True
+    return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())

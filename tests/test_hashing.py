@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ltjax import hashing
 from ltjax.hashing import fingerprint, hash32, shuffled
 
 
@@ -130,6 +131,14 @@ def test_any_flipped_bit_changes_the_fingerprint(dtype):
     assert len({int(fingerprint({"x": flip})) for flip in flips}) == 3 * width + 1
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, bool], ids=lambda dtype: np.dtype(dtype).name)
+def test_host_and_devices_have_the_same_fingerprint(dtype, monkeypatch):
+    values = np.random.default_rng(0).uniform(0, 100, (3, 5, 2)).astype(dtype)
+    on_host = fingerprint([values, jnp.asarray(values)])
+    monkeypatch.setattr(hashing, "SMALL", 0)
+    assert int(fingerprint([values, jnp.asarray(values)])) == int(on_host)
+
+
 def test_a_flipped_bool_changes_the_fingerprint():
     assert int(fingerprint(np.array([True, False]))) != int(fingerprint(np.array([True, True])))
 
@@ -149,10 +158,13 @@ def test_scalars_and_empty_arrays_have_fingerprints():
 
 
 @pytest.mark.parametrize("spec", [("x", None), (None, "x"), ("x", "y")], ids=str)
-def test_the_fingerprint_does_not_depend_on_sharding(spec):
+def test_the_fingerprint_does_not_depend_on_sharding(spec, monkeypatch):
     values = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     shape = (4, 2) if "y" in spec else (8, 1)
     mesh = jax.make_mesh(shape, ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     spread = jax.device_put(values, NamedSharding(mesh, PartitionSpec(*spec)))
     assert len(spread.sharding.device_set) == 8
-    assert int(fingerprint([spread])) == int(fingerprint([values]))
+    expected = int(fingerprint([values]))
+    assert int(fingerprint([spread])) == expected
+    monkeypatch.setattr(hashing, "SMALL", 0)
+    assert int(fingerprint([spread])) == expected

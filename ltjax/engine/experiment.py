@@ -1,5 +1,6 @@
 """Set up an experiment: load a run's data, make its networks, compile its stages, restore and evaluate checkpoints."""
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -30,7 +31,16 @@ from ltjax.engine.stage import (
     steps_done,
     streamed_draw,
 )
-from ltjax.interop.weights import check_classifier, folder_of, hash_weights, into, is_weights, load_weights
+from ltjax.interop.weights import (
+    check_classifier,
+    folder_of,
+    hash_weights,
+    into,
+    is_weights,
+    load_weights,
+    taken,
+    with_zeros,
+)
 from ltjax.methods import criteria
 from ltjax.models import features
 from ltjax.runs.checkpoint import Checkpoints
@@ -216,17 +226,24 @@ def _groups(config: DataConfig, class_counts: np.ndarray) -> dict[str, np.ndarra
 
 
 def _initialiser(nets: dict[str, nn.Module], image_shape: tuple[int, ...], mesh: Mesh, replicas: int) -> Callable:
-    def initialise(seed: jax.Array, number: jax.Array) -> Variables:
-        return init_variables(nets, image_shape, jax.random.fold_in(stage_rng(seed, number), 1))
+    """Return a function of (seeds, number of a stage, names of arrays of "net" that will be replaced: they are 0)."""
 
-    # This program runs once. XLA's CPU backend compiles its random numbers in 20 s, or in 2 s at level 1.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    fast_to_compile = on_cpu and not jax.config.values["jax_disable_most_optimizations"]
-    return xla.jit(
-        jax.vmap(initialise, in_axes=(0, None)) if replicas > 1 else initialise,
-        out_shardings=parallel.state_sharding(mesh, replicas),
-        compiler_options={"xla_backend_optimization_level": 1} if fast_to_compile else None,
-    )
+    @functools.cache
+    def program(replaced: frozenset[str]) -> Callable:
+        def initialise(seed: jax.Array, number: jax.Array) -> Variables:
+            variables = init_variables(nets, image_shape, jax.random.fold_in(stage_rng(seed, number), 1))
+            return with_zeros(variables, replaced) if replaced else variables
+
+        # This program runs once. XLA's CPU backend compiles its random numbers in 20 s, or in 2 s at level 1.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        fast_to_compile = on_cpu and not jax.config.values["jax_disable_most_optimizations"]
+        return xla.jit(
+            jax.vmap(initialise, in_axes=(0, None)) if replicas > 1 else initialise,
+            out_shardings=parallel.state_sharding(mesh, replicas),
+            compiler_options={"xla_backend_optimization_level": 1} if fast_to_compile else None,
+        )
+
+    return lambda seed, number, replaced=frozenset(): program(replaced)(seed, number)
 
 
 # Stages.
@@ -354,9 +371,9 @@ def fresh_shapes(experiment: Experiment) -> Variables:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), experiment.shapes)
 
 
-def fresh_variables(experiment: Experiment, stage: StageConfig) -> Variables:
-    """Initialise the networks of every replica randomly, on the devices."""
-    return experiment.initialise(seeds(experiment.config), np.uint32(stage.number))
+def fresh_variables(experiment: Experiment, stage: StageConfig, replaced: frozenset[str] = frozenset()) -> Variables:
+    """Initialise the networks of every replica randomly, on the devices; arrays that will be `replaced` are 0."""
+    return experiment.initialise(seeds(experiment.config), np.uint32(stage.number), replaced)
 
 
 def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
@@ -364,7 +381,9 @@ def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
 
     Features are standardised by the statistics of the training images.
     """
-    variables, run = fresh_variables(experiment, stage), experiment.config
+    run = experiment.config
+    weights = load_weights(run.weights, run.weights_sha256) if run.weights else None
+    variables = fresh_variables(experiment, stage, taken(weights, run.weights_parts) if weights else frozenset())
     if run.model.get("normalise") == "standardise" and not experiment.streamed:
         fitted = xla.jit(features.fitted)(experiment.train_data.images)
         place = lambda leaf, value: jax.device_put(jnp.broadcast_to(value, leaf.shape), leaf.sharding)  # noqa: E731

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from ltjax import losses, optim, registry
 from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
 from ltjax.data.augment import as_float
-from ltjax.hashing import hash32
+from ltjax.hashing import hash32, is_local
 from ltjax.surgery import EMA
 from ltjax.system import parallel, xla
 from ltjax.types import Apply, Batch, Method, UserError, Variables
@@ -116,7 +116,11 @@ def init_variables(
 def all_finite(tree: Any) -> bool:
     """Whether no array of a pytree holds an inf or nan."""
     # One array at a time: on a CPU, two programs on split arrays could wait for each other.
-    return all(bool(_finite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
+    return all(_is_finite(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _is_finite(array: Any) -> bool:
+    return bool(np.isfinite(np.asarray(array)).all() if is_local(array) else _finite(array))
 
 
 _finite = xla.jit(lambda array: jnp.isfinite(array).all())

@@ -10,11 +10,12 @@ archive of `ltjax.archive`, which has the run's `config.json` instead, and may h
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -335,7 +336,22 @@ def into(variables: Variables, weights: Weights, parts: Sequence[str] = (), net:
             leaf = network[path]
             value = np.broadcast_to(value.astype(leaf.dtype), leaf.shape)
             network[path] = jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
-    tree = unflatten(network)
+    return _replaced(variables, network, net)
+
+
+def taken(weights: Weights, parts: Sequence[str] = ()) -> frozenset[str]:
+    """Return the paths of all arrays that `into` would take, if they fit: {"params/backbone/conv/kernel", ...}."""
+    return frozenset(path for path in _flat(weights.variables, "net") if not parts or _part(path) in parts)
+
+
+def with_zeros(variables: Variables, paths: Collection[str], net: str = "net") -> Variables:
+    """Replace arrays of one network by zeros, so that XLA need not compute them. paths: see `taken`."""
+    flat = {path: jnp.zeros_like(leaf) if path in paths else leaf for path, leaf in _flat(variables, net).items()}
+    return _replaced(variables, flat, net)
+
+
+def _replaced(variables: Variables, flat: Mapping[str, Any], net: str) -> Variables:
+    tree = unflatten(flat)
     return variables._replace(
         params={**variables.params, net: tree["params"]}, stats={**variables.stats, net: tree.get("batch_stats", {})}
     )

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ltjax import models
-from ltjax.interop.weights import Weights, in_our_order, into, load_weights, save_weights, surplus
+from ltjax.interop.weights import Weights, in_our_order, into, load_weights, save_weights, surplus, taken, with_zeros
 from ltjax.optim import flatten
 from ltjax.types import UserError
 
@@ -236,3 +236,15 @@ def test_a_projection_is_left_out_if_the_network_has_none(variables_of, same):
     expected = dict(weights.variables.params["net"]["backbone"])
     del expected["projection"]
     same(taken["backbone"], expected)
+
+
+def test_arrays_that_weights_replace_are_not_computed(variables_of):
+    weights = Weights(variables_of(models.create("resnet_cifar", 5, depth=8, width=4)), {"name": "resnet_cifar"}, 5)
+    paths = taken(weights, ("backbone",))
+    assert paths and all(path.split("/")[1] == "backbone" for path in paths) and paths < taken(weights)
+    network = models.create("resnet_cifar", 5, depth=8, width=4)
+    zeros = with_zeros(variables_of(network, seed=1), paths)
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), zeros.params["net"]["backbone"])
+    np.testing.assert_array_equal(
+        zeros.params["net"]["classifier"]["kernel"], variables_of(network, seed=1).params["net"]["classifier"]["kernel"]
+    )
