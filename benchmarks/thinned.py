@@ -43,7 +43,7 @@ def thinned(labels: np.ndarray, most: int, least: int, seed: int) -> np.ndarray:
 
 def write_table(root: Path, file: Path, chosen: np.ndarray) -> None:
     """Write the labels of a thinned folder as a table for `config.data.labels`."""
-    images = load("image_folder", root)
+    images: Any = load("image_folder", root)
     rows = [(images.train_files, images.train_labels, "train", chosen)]
     rows += [(images.test_files, images.test_labels, "validation", np.arange(len(images.test_labels)))]
     with open(file, "w", newline="", encoding="utf-8") as opened:
@@ -60,11 +60,8 @@ def figures(config: Any, root: Path, table: Path, workdir: Path) -> dict[str, fl
     with contextlib.redirect_stdout(io.StringIO()):
         stages = train.train(config.to_dict(), workdir)["stages"]
     last = stages[config.stages[-1]]
-    return {
-        "all": 100 * last["accuracy"]["all"],
-        "few": 100 * last["accuracy"]["few"],
-        "ece": 100 * last["ece"],
-    }
+    found = dict(all=last["accuracy"]["all"], few=last["accuracy"]["few"], ece=last["ece"])
+    return {key: 100 * value for key, value in found.items() if value is not None}  # nearest means have no ECE
 
 
 def measure(root: Path, methods: Sequence[str], tails: Sequence[str], draws: int) -> Iterator[dict[str, Any]]:
@@ -93,8 +90,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         for tail in tails:
             of_cell = [row for row in rows if (row["method"], row["tail"]) == (method, tail)]
             spread = f" ± {stdev(row['all'] for row in of_cell):.1f}" if len(of_cell) > 1 else ""
-            of_all, few, ece = (mean(row[key] for row in of_cell) for key in ("all", "few", "ece"))
-            cells.append(f"{of_all:.1f}{spread} / {few:.1f} / {ece:.1f}")
+            values = {key: [row[key] for row in of_cell if key in row] for key in ("all", "few", "ece")}
+            of_all, few, ece = (f"{mean(each):.1f}" if each else "-" for each in values.values())
+            cells.append(f"{of_all}{spread} / {few} / {ece}")
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -49,14 +49,14 @@ class OptimizerConfig(NamedTuple):
 class AttackConfig(NamedTuple):
     """The settings of `--mode=attack`."""
 
-    epsilon: float | str = "8/255"  # radius, in pixel units of [0, 1]
+    epsilon: float | str = "0.031"  # radius, in pixel units of [0, 1]
     norm: str = "linf"  # or "l2"
     num_images: int = 0  # attack only so many test images, spread over the classes; 0: all
     tests: tuple[str, ...] = ("pgd-20", "cw-20", "autoattack")
     step_size: float | str = "2/255"  # of pgd-N and cw-N
     batch_size: int = 500  # over all devices
     seed: int = 0
-    radii: tuple[float, ...] = ()  # extra radii for the robustness curve of PGD-20, as multiples of epsilon
+    radii: tuple[float, ...] = (0.25, 0.5, 2.0, 4.0)  # extra radii for the robustness curve of PGD-20, as multiples of epsilon
 
 
 class GroupConfig(NamedTuple):
@@ -110,7 +110,7 @@ class RunConfig(NamedTuple):
     class_weights: Mapping[str, Any] | str = ""
     guide: Mapping[str, Any] = {}  # a second network, like `model`, for methods that need one; {}: none
     attack: AttackConfig = AttackConfig()  # of --mode=attack; training does not use it
-    eval_every: int = 1  # epochs between evaluations; 0: every fifth epoch and each of the last 20
+    eval_every: int = 0  # epochs between evaluations; 0: every fifth epoch and each of the last 20
     eval_batch_size: int = 500
     replicas: int = 1  # number of runs, with seeds seed, seed + 1, ..., that train in one program
     replicate: str = "loop"  # replicas on a device: one after the other, or "vmap": in one batched step

@@ -71,7 +71,7 @@ def _array_fingerprint(number: np.uint32, array: Any) -> np.uint32:
         flat = np.ascontiguousarray(array).reshape(-1)
         bits = flat if flat.dtype == bool else flat.view(f"uint{8 * flat.dtype.itemsize}")
         return hash32(number, bits.astype(np.uint32), np.arange(flat.size, dtype=np.uint32)).sum(dtype=np.uint32)
-    return np.asarray(_on_devices(number, array))[()]
+    return np.uint32(_on_devices(number, array))
 
 
 @jax.jit

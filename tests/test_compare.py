@@ -132,7 +132,7 @@ def test_runs_on_other_folders_of_images_are_other_rows(tmp_path):
 
 def test_a_config_saved_before_a_setting_existed_has_its_default(tmp_path):
     now = {"nesterov": False, "momentum": 0.9, "weight_decay": 0.0}
-    spelt = single(tmp_path / "b", seed=1, data={"groups": "counts", "ranges": []}, eval_every=1, optimizer=now)
+    spelt = single(tmp_path / "b", seed=1, data={"groups": "counts", "ranges": []}, eval_every=0, optimizer=now)
     assert len(compare.rows([single(tmp_path / "a", seed=0), spelt])) == 1
 
 

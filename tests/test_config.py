@@ -55,7 +55,7 @@ def test_parse_fills_in_the_defaults():
 def test_the_default_attack_is_that_of_the_tables():
     run = config.parse(small(attack={"num_images": 100, "epsilon": 0.031}))
     assert run.attack == config.AttackConfig(0.031, "linf", 100, ("pgd-20", "cw-20", "autoattack"), "2/255", 500, 0)
-    assert config.parse(small()).attack.epsilon == "8/255"
+    assert config.parse(small()).attack.epsilon == "0.031"
 
 
 def test_a_stage_may_evaluate_the_guide_if_there_is_one():
@@ -297,7 +297,7 @@ def test_a_key_that_an_older_config_lacks_has_its_default(tmp_path):
 
 @pytest.mark.parametrize("attack", [{"epsilon": "4/255"}, {"num_images": 10, "tests": ("pgd-20",)}, None])
 def test_attack_settings_of_a_trained_run_may_change(tmp_path, attack):
-    write_json(tmp_path / "config.json", small(attack={"epsilon": "8/255"}))
+    write_json(tmp_path / "config.json", small(attack={"epsilon": "0.031"}))
     open_workdir(tmp_path, small(attack=attack))
 
 
@@ -347,7 +347,7 @@ def test_the_same_class_weights_written_differently_are_the_same_run(tmp_path):
 
 
 def test_another_run_is_refused(tmp_path):
-    write_json(tmp_path / "config.json", small(attack={"epsilon": "8/255"}))
+    write_json(tmp_path / "config.json", small(attack={"epsilon": "0.031"}))
     with pytest.raises(UserError) as raised:
         open_workdir(tmp_path, small(attack={"epsilon": "4/255"}, seed=1))
     assert "another config (seed: 0 -> 1)" in str(raised.value)

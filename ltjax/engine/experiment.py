@@ -3,7 +3,7 @@
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,8 @@ from ltjax.interop.weights import (
 from ltjax.methods import criteria
 from ltjax.models import features
 from ltjax.runs.checkpoint import Checkpoints
-from ltjax.runs.trained import is_archive, newest, read_archive, variables_of
-from ltjax.runs.workdir import check_same_images
+from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, newest, read_archive, variables_of
+from ltjax.runs.workdir import check_same_images, no_checkpoint
 from ltjax.system import parallel, processes, xla
 from ltjax.types import Method, UserError, Variables
 
@@ -389,9 +389,7 @@ def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
         place = lambda leaf, value: jax.device_put(jnp.broadcast_to(value, leaf.shape), leaf.sharding)  # noqa: E731
         of_net = {"backbone": jax.tree.map(place, variables.stats["net"]["backbone"], fitted)}
         variables = variables._replace(stats={**variables.stats, "net": of_net})
-    return (
-        into(variables, load_weights(run.weights, run.weights_sha256), run.weights_parts) if run.weights else variables
-    )
+    return into(variables, weights, run.weights_parts) if weights else variables
 
 
 def make_surgery(experiment: Experiment, stage: StageConfig) -> Callable:
@@ -456,6 +454,19 @@ def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restor
     return None if restored is None else Restored(compiled, *restored)
 
 
+def restored_stages(
+    experiment: Experiment, workdir: Path, *, last_first: bool = False
+) -> Iterator[tuple[StageConfig, Restored]]:
+    """Yield the stages that have a checkpoint, each with its newest one. Raises UserError if there is none."""
+    stages, found = list(experiment.config.stages.values()), False
+    for stage in reversed(stages) if last_first else stages:
+        if (restored := restore(experiment, stage, workdir)) is not None:
+            found = True
+            yield stage, restored
+    if not found:
+        raise no_checkpoint(workdir)
+
+
 class Imported(NamedTuple):
     """`config.weights`, to be evaluated in a workdir that holds no run."""
 
@@ -466,12 +477,11 @@ class Imported(NamedTuple):
 
 def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -> Imported | None:
     """Set up the evaluation of `config.weights`; None if the workdir holds a run, or the config names no weights."""
-    if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
+    if not evaluates_weights(run, workdir):
         return None
     weights = load_weights(run.weights, run.weights_sha256)
     check_classifier(weights, run.weights)
-    computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
-    experiment = set_up(run._replace(model={**weights.settings, **computation}), data_dir)
+    experiment = set_up(run._replace(model=as_computed(weights, run)), data_dir)
     note_images_of_weights(experiment)
     last = list(run.stages.values())[-1]
     stage = last._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")

@@ -17,13 +17,14 @@ from rich.console import Console
 from ltjax import attacks, surgery
 from ltjax.config import AttackConfig, RunConfig, StageConfig, parse
 from ltjax.engine import evaluate, feed
-from ltjax.engine.experiment import Experiment, import_weights, restore, seeds, set_up
+from ltjax.engine.experiment import Experiment, import_weights, restored_stages, seeds, set_up
 from ltjax.engine.stage import make_apply, steps_done
 from ltjax.hashing import hash32
 from ltjax.report import figures, page
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import read_json, write_json
-from ltjax.runs.workdir import locked, named_disk_errors, no_checkpoint, open_run
+from ltjax.runs.trained import evaluates_weights
+from ltjax.runs.workdir import locked, named_disk_errors, open_run
 from ltjax.system import parallel, processes, xla
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
@@ -80,8 +81,7 @@ def attack_workdir(
     check(run.attack)
     if processes.several():
         raise UserError("--mode=attack works in one process, with all of its devices: start it on one machine")
-    may_be_empty = bool(run.weights) and not run.weights_parts
-    open_run(workdir, config, may_be_empty=may_be_empty)
+    open_run(workdir, config, may_be_empty=evaluates_weights(run, workdir))
     with locked(workdir), named_disk_errors(workdir), StopSignals() as stop:
         began, checkpoint = time.monotonic(), _checkpoint(run, workdir, data_dir)
         experiment, stage, step, _ = checkpoint
@@ -121,18 +121,12 @@ def _checkpoint(run: RunConfig, workdir: Path, data_dir: str | Path | None) -> C
     if imported is not None:
         checkpoint = Checkpoint(imported.experiment, imported.stage._replace(name="imported"), 0, imported.variables)
     else:
-        checkpoint = newest(set_up(run, data_dir, workdir, features_as="images"), workdir)
+        experiment = set_up(run, data_dir, workdir, features_as="images")
+        stage, restored = next(restored_stages(experiment, workdir, last_first=True))
+        checkpoint = Checkpoint(experiment, stage, steps_done(restored.state), restored.state.variables)
     if checkpoint.stage.evaluate_net != "net":
         raise UserError(f"{checkpoint.stage.title} trains the guide alone: train on with --mode=train before attacking")
     return checkpoint
-
-
-def newest(experiment: Experiment, workdir: Path) -> Checkpoint:
-    """Read the newest checkpoint of the last stage that has one. Raises UserError if none has."""
-    for stage in reversed(list(experiment.config.stages.values())):
-        if (restored := restore(experiment, stage, workdir)) is not None:
-            return Checkpoint(experiment, stage, steps_done(restored.state), restored.state.variables)
-    raise no_checkpoint(workdir)
 
 
 def _targets(

@@ -17,7 +17,7 @@ from ltjax.engine.experiment import Experiment, note_images_of_weights, set_up
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import write_json
-from ltjax.runs.trained import newest
+from ltjax.runs.trained import evaluates_weights, newest
 from ltjax.runs.workdir import check_same_config, named_disk_errors
 from ltjax.system import processes
 from ltjax.system.paths import local
@@ -59,7 +59,7 @@ def calibrate_workdir(
     """
     workdir, console, run = local(workdir), console or logs.make_console(), check(config)
     check_same_config(workdir, config)
-    imported = not (workdir / "config.json").exists() and bool(run.weights)
+    imported = evaluates_weights(run, workdir)
     if imported:
         checkpoint = imported_key(run.weights)
     else:

@@ -12,12 +12,12 @@ from ltjax.engine.experiment import (
     evaluate_restored,
     evaluate_split,
     import_weights,
-    restore,
+    restored_stages,
     set_up,
 )
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import write_json
-from ltjax.runs.workdir import named_disk_errors, no_checkpoint, open_run
+from ltjax.runs.workdir import named_disk_errors, open_run
 from ltjax.system import processes
 from ltjax.system.paths import local
 
@@ -45,13 +45,9 @@ def evaluate_workdir(
         summary["weights"] = run.weights
     else:
         experiment, records = set_up(run, data_dir, workdir), {}
-        for name, stage in run.stages.items():
-            restored = restore(experiment, stage, workdir)
-            if restored is not None:
-                evaluation = evaluate_restored(experiment, stage, restored)
-                records[name] = {**restored.record, "evaluations": [evaluation]}
-        if not records:
-            raise no_checkpoint(workdir)
+        for stage, restored in restored_stages(experiment, workdir):
+            evaluation = evaluate_restored(experiment, stage, restored)
+            records[stage.name] = {**restored.record, "evaluations": [evaluation]}
         stages = {name: run.stages[name] for name in records}
         summary = results.summarise(experiment, stages, records, results.git_commit())
     with named_disk_errors(workdir):

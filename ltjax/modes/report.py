@@ -9,13 +9,13 @@ from PIL import Image
 
 from ltjax.config import parse
 from ltjax.engine import feed
-from ltjax.engine.experiment import Experiment, evaluate_restored, make_method, restore, set_up
+from ltjax.engine.experiment import Experiment, evaluate_restored, make_method, restored_stages, set_up
 from ltjax.engine.measure import Observer, learned
 from ltjax.engine.stage import steps_done
 from ltjax.report import analysis, charts, figures, files, page
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import read_json, write_json
-from ltjax.runs.workdir import named_disk_errors, no_checkpoint, open_run
+from ltjax.runs.workdir import named_disk_errors, open_run
 from ltjax.system import parallel, processes, xla
 from ltjax.system.files import holding
 from ltjax.system.paths import local
@@ -42,16 +42,12 @@ def report_workdir(
     experiment = set_up(run, data_dir, workdir)
     finished = processes.on_first((workdir / "results.json").exists)
     records, variables, epoch = {}, {}, 0.0
-    for name, stage in run.stages.items():
-        restored = restore(experiment, stage, workdir)
-        if restored is not None:
-            step, evaluations = steps_done(restored.state), restored.record["evaluations"]
-            if not finished and (not evaluations or evaluations[-1]["step"] != step):
-                evaluations = [*evaluations, evaluate_restored(experiment, stage, restored)]
-            variables[name], epoch = restored.state.variables, step / restored.compiled.steps_per_epoch
-            records[name] = {**restored.record, "evaluations": evaluations}
-    if not records:
-        raise no_checkpoint(workdir)
+    for stage, restored in restored_stages(experiment, workdir):
+        step, evaluations = steps_done(restored.state), restored.record["evaluations"]
+        if not finished and (not evaluations or evaluations[-1]["step"] != step):
+            evaluations = [*evaluations, evaluate_restored(experiment, stage, restored)]
+        variables[stage.name], epoch = restored.state.variables, step / restored.compiled.steps_per_epoch
+        records[stage.name] = {**restored.record, "evaluations": evaluations}
     if finished:
         summary = read_json(workdir / "results.json")
         with holding(workdir / "results.json"):  # found now, not after all images were looked at

@@ -27,7 +27,7 @@ from ltjax.interop.weights import DESCRIPTION, Weights, check_classifier, hash_w
 from ltjax.predictor import priors
 from ltjax.predictor.priors import Prior
 from ltjax.runs.checkpoint import read_json
-from ltjax.runs.trained import Trained, newest, weights_of
+from ltjax.runs.trained import Trained, as_computed, evaluates_weights, newest, weights_of
 from ltjax.system import parallel, xla
 from ltjax.system.devices import start_devices
 from ltjax.system.files import holding
@@ -319,12 +319,11 @@ def load_as_configured(
     """
     run = configs.parse(config)
     asked: dict[str, Any] = dict(target_prior=target_prior, model_prior=model_prior)
-    if (workdir / "config.json").exists() or not run.weights or run.weights_parts:
+    if not evaluates_weights(run, workdir):
         return load(workdir, temperature=temperature, replica=replica, batch_size=run.eval_batch_size, **asked)
     weights = load_weights(run.weights, run.weights_sha256)
-    computation = {key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}
     model = Model(
-        weights._replace(settings={**weights.settings, **computation}),
+        weights._replace(settings=as_computed(weights, run)),
         class_names=class_names(workdir, weights.num_classes),
         view=view_of(run),
         temperature=_temperature(workdir, imported_key(run.weights), 0, temperature),

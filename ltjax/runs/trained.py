@@ -47,6 +47,16 @@ def newest(workdir: Path) -> Trained:
     return Trained(run, run.stages[trained[-1]], steps[trained[-1]][-1])
 
 
+def evaluates_weights(run: RunConfig, workdir: Path) -> bool:
+    """Whether `config.weights` is evaluated, because the workdir holds no run and the weights are a whole network."""
+    return bool(run.weights) and not run.weights_parts and not (workdir / "config.json").exists()
+
+
+def as_computed(weights: Weights, run: RunConfig) -> dict[str, Any]:
+    """Return the settings of imported weights' network, with the precision and platform of a run."""
+    return {**weights.settings, **{key: run.model[key] for key in ("dtype", "platform", "remat") if key in run.model}}
+
+
 def variables_of(workdir: Path, trained: Trained) -> Variables:
     """Read the trained variables that `newest` found, onto one device."""
     if is_archive(workdir):

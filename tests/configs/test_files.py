@@ -91,6 +91,24 @@ def test_every_file_is_a_config_or_shared_code():
     }
 
 
+@pytest.mark.parametrize(
+    ("section", "kind"),
+    [
+        ("", config.RunConfig),
+        ("data", config.DataConfig),
+        ("optimizer", config.OptimizerConfig),
+        ("attack", config.AttackConfig),
+    ],
+)
+def test_the_configs_and_the_library_have_the_same_defaults(section, kind):
+    configs = common.defaults().to_dict()
+    ours = configs[section] if section else configs
+    library = {key: value for key, value in kind._field_defaults.items() if not hasattr(value, "_fields")}
+    assert {key: ours[key] for key in library if key in ours and key != "stages"} == {
+        key: value for key, value in library.items() if key in ours and key != "stages"
+    }
+
+
 def test_every_block_is_in_a_chain_that_is_tested():
     used = {block for recipe in recipes.METHODS.values() for block in recipe.blocks} | {
         b for f in FREE for b in f.split("+")
