@@ -24,6 +24,7 @@ LONGEST = (
     "system/test_processes.py",
     "modes/test_attack.py",
     "attacks/test_autoattack.py",
+    "engine/test_precision.py",
     "engine/test_golden_training.py",
 )
 MOST_MAPS = 30_000
@@ -34,8 +35,9 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 if jax.config.values["jax_platforms"] == "cpu" and not os.environ.get("LTJAX_TEST_OPTIMISED"):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of programs that tests start, too
     jax.config.update("jax_disable_most_optimizations", True)
-    if NO_EMITTERS:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    # Not in up to 32 parts side by side: other cores have other tests, and LLVM is set up for each part.
+    flags = "--xla_cpu_parallel_codegen_split_count=1" + " --xla_cpu_use_fusion_emitters=false" * NO_EMITTERS
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Where in the sources each operation of a program stands is left out, too: to find and to write it takes time.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_traceback_in_locations_limit", 0)
