@@ -79,6 +79,16 @@ def few_memory_maps():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def no_reports():
+    """Runs write no `report/`, which takes seconds: for modules that do not look at it."""
+    from ltjax import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "write_report", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     """`golden("mislas_stage1")`: the arrays of one golden file; its README says where they come from."""

@@ -12,6 +12,8 @@ from ltjax.types import UserError
 from tests.configs.reading import read
 from tests.data.miniatures import photo
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 CLASSES = ("cat", "dog", "owl")
 MODES = {
     "train": train.train,

@@ -19,6 +19,8 @@ from ltjax.types import Batch, Method, Outputs, UserError, Variables
 from tests import stages
 from tests.test_run import tiny_config
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 ALL = {"all": {"match": ".*", "rate": 1.0}}
 
 

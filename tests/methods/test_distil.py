@@ -11,6 +11,8 @@ from ltjax.engine.experiment import restore, set_up
 from ltjax.types import Batch, Outputs, UserError, Variables
 from tests.test_run import tiny_config
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 COUNTS = np.array([50, 20, 5])
 RNG = np.random.default_rng(0)
 STUDENT, TEACHER = (jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32) for _ in range(2))
