@@ -173,8 +173,9 @@ class Model:
         Padding to powers of 2 limits the number of compilations.
         """
         size = min(self.batch_size, self._divisible(1 << (len(images) - 1).bit_length()))
-        padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
-        return self._run(self.network, jax.device_put(padded, parallel.split_batch(self._mesh)))
+        if size > len(images):
+            images = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
+        return self._run(self.network, jax.device_put(images, parallel.split_batch(self._mesh)))
 
     def _divisible(self, size: int) -> int:
         """Round up to a multiple of the number of devices."""

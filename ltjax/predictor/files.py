@@ -18,6 +18,7 @@ import numpy as np
 
 from ltjax.data.decode import DeepImages, View, center_crop, read, read_file
 from ltjax.data.image_folder import LeftOut, images_below
+from ltjax.data.pipeline import TASK_ROWS
 from ltjax.system import xla
 from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
@@ -108,15 +109,31 @@ def read_image(file: str, view: View, channels: int) -> tuple[np.ndarray, int | 
     Returns:
       uint8 [size, size, channels], and the brightest value of an image of 16 bits a channel, else None.
     """
+    pixels = np.empty((view.size, view.size, channels), np.uint8)
+    error, brightest = _read_into(file, view, pixels)
+    return error or (pixels, brightest)
+
+
+def _read_into(file: str, view: View, out: np.ndarray) -> tuple[str, int | None]:
+    """Fill `out`, uint8 [size, size, 1 or 3], with the network's input from a file; black if it cannot be read.
+
+    Returns:
+      An error message, "" for none; and the brightest value of an image of 16 bits a channel, else None.
+    """
     try:
         pixels, brightest = read(read_file(file), upright=view.upright)
-        pixels = center_crop(pixels, view)
+        if out.shape[-1] == 1:
+            cv2.cvtColor(center_crop(pixels, view), cv2.COLOR_RGB2GRAY, dst=out[..., 0])
+        else:
+            center_crop(pixels, view, out)
     except OSError as error:
-        return error.strerror or one_line(error)
+        message = error.strerror or one_line(error)
     except (ValueError, MemoryError, cv2.error) as error:
-        return one_line(error)
-    pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[..., None] if channels == 1 else pixels
-    return pixels, brightest
+        message = one_line(error)
+    else:
+        return "", brightest
+    out[:] = 0
+    return message, None
 
 
 class _Batch(NamedTuple):
@@ -160,8 +177,7 @@ def predictions(
     if model.channels not in (1, 3):
         raise UserError(f"{model.about}: takes images of {model.channels} channels, and files have 1 or 3")
     cv2.setNumThreads(0)  # only our threads
-    pool = ThreadPoolExecutor(threads or num_cores())
-    return _stream(model, model.view, iter(files), min(top_k, len(model.class_names)), pool)
+    return _stream(model, model.view, iter(files), min(top_k, len(model.class_names)), threads or num_cores())
 
 
 def predictions_of_rows(model: Classifier, features: np.ndarray, names: list[str], top_k: int) -> Iterator[list[Any]]:
@@ -175,29 +191,37 @@ def predictions_of_rows(model: Classifier, features: np.ndarray, names: list[str
 
 
 def _stream(
-    model: Classifier, view: View, files: Iterator[str], top_k: int, pool: ThreadPoolExecutor
+    model: Classifier, view: View, files: Iterator[str], top_k: int, threads: int
 ) -> Iterator[list[Prediction]]:
-    black = np.zeros((view.size, view.size, model.channels), np.uint8)
-    decoding: deque[tuple[list[str], list[Future]]] = deque()
+    pool, each = ThreadPoolExecutor(threads), min(TASK_ROWS, max(1, model.batch_size // threads))
+    decoding: deque[tuple[list[str], np.ndarray, list[Future]]] = deque()
     working: _Batch | None = None
     several, deep = False, DeepImages()  # several: batches
 
-    def dispatch(names: list[str], futures: list[Future]) -> _Batch:
-        results = [future.result() for future in futures]
-        errors = [result if isinstance(result, str) else "" for result in results]
-        images = [black if isinstance(result, str) else result[0] for result in results]
-        for result in results:
-            deep.add(None if isinstance(result, str) else result[1])
-        images += [black] * (model.batch_size - len(names) if several else 0)  # else another size compiles
-        logits = model.start(np.stack(images))
-        return _Batch(names, errors, *_rank(logits, np.float32(model.temperature), model.shift, k=top_k))
+    def decode(names: list[str]) -> tuple[list[str], np.ndarray, list[Future]]:
+        size = model.batch_size if several else len(names)  # else another size compiles
+        images = np.empty((size, view.size, view.size, model.channels), np.uint8)
+        images[len(names) :] = 0
+
+        def some(part: slice) -> list[tuple[str, int | None]]:
+            return [_read_into(*file) for file in zip(names[part], itertools.repeat(view), images[part])]
+
+        parts = (slice(first, min(first + each, len(names))) for first in range(0, len(names), each))
+        return names, images, [pool.submit(some, part) for part in parts]
+
+    def dispatch(names: list[str], images: np.ndarray, tasks: list[Future]) -> _Batch:
+        results = [result for task in tasks for result in task.result()]
+        for _, brightest in results:
+            deep.add(brightest)
+        ranked = _rank(model.start(images), np.float32(model.temperature), model.shift, k=top_k)
+        return _Batch(names, [error for error, _ in results], *ranked)
 
     try:
         while True:
             names = list(itertools.islice(files, model.batch_size))
             several = several or len(names) == model.batch_size
             if names:
-                decoding.append((names, [pool.submit(read_image, name, view, model.channels) for name in names]))
+                decoding.append(decode(names))
             if not decoding:
                 break
             if len(decoding) > AHEAD or not names:

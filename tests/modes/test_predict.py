@@ -168,14 +168,25 @@ def write_levels(folder, levels):
         assert cv2.imwrite(str(folder / f"{number}.png"), np.full((2, 2), level, np.uint8))
 
 
-def test_predictions_keep_the_order_of_the_files(tmp_path):
-    levels = np.random.default_rng(0).integers(0, 4, 22)
+@pytest.mark.parametrize(("batch_size", "threads"), [(4, 1), (4, 8), (50, 2)])  # files in a task: 4, 1, 16
+def test_predictions_keep_the_order_of_the_files(tmp_path, batch_size, threads):
+    levels = np.random.default_rng(0).integers(0, 4, 2 * batch_size + 2)
     write_levels(tmp_path, levels)
-    model = Brightness()
-    predictions = list(model.predict(str(tmp_path), top_k=2))
-    assert [int(os.path.basename(each.file)[:-4]) for each in predictions] == list(range(22))
+    model = Brightness(batch_size=batch_size)
+    batches = files.predictions(model, files.find(str(tmp_path)), top_k=2, threads=threads)
+    predictions = list(itertools.chain(*batches))
+    assert [int(os.path.basename(each.file)[:-4]) for each in predictions] == list(range(len(levels)))
     assert [each.classes[0] for each in predictions] == ["abcd"[level] for level in levels]
-    assert model.sizes == [4] * 6  # one size to compile for
+    assert model.sizes == [batch_size] * 3  # one size to compile for
+
+
+def test_the_image_of_an_unreadable_file_is_black(tmp_path):
+    write_levels(tmp_path, [3, 3])
+    (tmp_path / "1.png").write_bytes(b"")
+    model, started = Brightness(), []
+    model.start = lambda images: started.append(images.copy()) or Brightness.start(model, images)
+    list(model.predict(str(tmp_path)))
+    assert [image.max() for image in started[0]] == [3, 0]
 
 
 def test_confidences_are_the_softmax_of_logits_divided_by_the_temperature(tmp_path):
