@@ -2,6 +2,7 @@
 
     python -m ltjax.interop.export WORKDIR_OR_WEIGHTS --format=safetensors --out=net.safetensors
     python -m ltjax.interop.export WORKDIR_OR_WEIGHTS --format=stablehlo --image_size=32 --out=net.stablehlo
+    python -m ltjax.interop.export WORKDIR_OR_WEIGHTS --format=onnx --image_size=32 --out=net.onnx
 
 `state_dict` (a file of `torch.save`; needs PyTorch) and `safetensors` have PyTorch's names, see
 `ltjax.interop.torch.export_state_dict`. `weights` is a folder for `config.weights`. `stablehlo` is the whole network in
@@ -13,13 +14,25 @@ one file, for cpu, cuda and tpu and batches of any size; it needs jax, but not l
     logits = network(images)  # float32 [b, H, W, channels] in [0, 1] -> [b, num_classes]
     print(logits.argmax(-1))
 
-The network of a run is that of the newest checkpoint of its last stage, as it is evaluated. Outputs of a `stablehlo`
-are in the order of our classes; the other formats keep a folder's order.
+`onnx` is the same for ONNX Runtime; writing it needs jax2onnx. Its metadata has the class names of a run:
+
+    import json, onnxruntime
+    session = onnxruntime.InferenceSession("net.onnx")
+    (logits,) = session.run(None, {"images": images})  # float32 [b, H, W, channels] in [0, 1] -> [b, num_classes]
+    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+
+With `--pixels=uint8`, both take uint8 from 0 to 255 instead. Both normalise the images themselves, and have no softmax,
+fitted temperature or prior.
+
+The network of a run is that of the newest checkpoint of its last stage, as it is evaluated. Outputs of a `stablehlo` or
+`onnx` are in the order of our classes; the other formats keep a folder's order.
 """
 
 import argparse
 import json
+import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from ltjax import models
+from ltjax.data.augment import as_float
 from ltjax.interop.torch import export_state_dict
 from ltjax.interop.weights import (
     DESCRIPTION,
@@ -38,14 +52,17 @@ from ltjax.interop.weights import (
     save_safetensors,
     save_weights,
 )
-from ltjax.runs.trained import newest, weights_of
+from ltjax.runs.trained import class_names, newest, weights_of
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
 from ltjax.system.files import replacing
 from ltjax.system.paths import local
-from ltjax.types import UserError
+from ltjax.types import UserError, one_line
 
-FORMATS = ("state_dict", "safetensors", "weights", "stablehlo")
+FORMATS = ("state_dict", "safetensors", "weights", "stablehlo", "onnx")
+WHOLE = ("stablehlo", "onnx")  # formats of the whole network, for images of one size
+PIXELS = {"float": jnp.float32, "uint8": jnp.uint8}
+OPSET = 18  # of ONNX
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -63,18 +80,40 @@ def read(source: str | Path, *, net: str = "net", replica: int = 0) -> Weights:
     return weights_of(source, newest(source), net=net, replica=replica)
 
 
-def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
+def _network(weights: Weights, kind: str, **settings: Any) -> tuple[Callable[[jax.Array], jax.Array], int]:
+    """Return images [b, H, W, channels] -> logits in our order, and the number of channels.
+
+    Args:
+      weights: Of the network. UserError if they have no classifier.
+      kind: The format, for messages.
+      **settings: Of the network, that replace its own.
+    """
+    check_classifier(weights, f"--format={kind}")
+    weights = in_our_order(weights)
+    changed: dict[str, Any] = {**weights.settings, "platform": "gpu", **settings}  # its convolution works everywhere
+    model = models.create(changed.pop("name"), weights.num_classes, **changed)
+    params, stats = weights.variables.params["net"], weights.variables.stats["net"]
+
+    def network(images: jax.Array) -> jax.Array:
+        outputs: Any = model.apply({"params": params, "batch_stats": stats}, as_float(images), False)
+        return outputs.logits
+
+    return network, models.input_channels(params)
+
+
+def stablehlo(weights: Weights, image_size: tuple[int, int], *, pixels: str = "float") -> bytes:
     """Export a network with its weights as one `jax.export` artifact.
 
-    It maps images float32 [b, H, W, channels] in [0, 1] to logits [b, num_classes], in the order of our classes, for
-    any b, on cpu, cuda and tpu, in this version of JAX or a newer one.
+    It maps images [b, H, W, channels] to logits [b, num_classes], in the order of our classes, for any b, on cpu, cuda
+    and tpu, in this version of JAX or a newer one.
 
     Args:
       weights: To export.
       image_size: H and W.
+      pixels: Of the images: "float", float32 in [0, 1]; or "uint8".
 
     Raises:
-      UserError: The package flatbuffers is missing.
+      UserError: The package flatbuffers is missing, or the weights have no classifier.
 
     Examples:
       >>> from jax.export import deserialize
@@ -87,18 +126,9 @@ def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
     """
     from jax import export
 
-    check_classifier(weights, "--format=stablehlo")
-    weights = in_our_order(weights)
-    settings: dict[str, Any] = {**weights.settings, "platform": "gpu"}  # its convolution works everywhere
-    model = models.create(settings.pop("name"), weights.num_classes, **settings)
-    params, stats = weights.variables.params["net"], weights.variables.stats["net"]
-
-    def network(images):
-        outputs: Any = model.apply({"params": params, "batch_stats": stats}, images, False)
-        return outputs.logits
-
+    network, channels = _network(weights, "stablehlo")
     (batch,) = export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *image_size, models.input_channels(params)), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, *image_size, channels), PIXELS[pixels])
     exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
     try:
         return bytes(exported.serialize())
@@ -106,18 +136,86 @@ def stablehlo(weights: Weights, image_size: tuple[int, int]) -> bytes:
         raise UserError("--format=stablehlo needs flatbuffers: pip install flatbuffers") from error
 
 
-def write(weights: Weights, kind: str, out: Path, image_size: tuple[int, int] | None = None) -> None:
-    """Write weights to `out` in a format of `FORMATS`. image_size: H and W, for "stablehlo"."""
+def onnx(
+    weights: Weights, image_size: tuple[int, int], *, pixels: str = "float", class_names: Sequence[str] = ()
+) -> bytes:
+    """Export a network with its weights as an ONNX model.
+
+    It maps "images" [b, H, W, channels] to "logits" float32 [b, num_classes], in the order of our classes, for any b. A
+    bfloat16 network computes in float32. The metadata has "class_names", a JSON list, if they are known, and "ltjax",
+    JSON of the network's settings and the type of its pixels.
+
+    Args:
+      weights: To export.
+      image_size: H and W.
+      pixels: Of the images: "float", float32 in [0, 1]; or "uint8".
+      class_names: In our order; () if unknown.
+
+    Raises:
+      UserError: The package jax2onnx is missing or cannot convert the network, or the weights have no classifier.
+    """
+    try:
+        from jax2onnx import to_onnx  # pyrefly: ignore[missing-import]
+    except ImportError as error:
+        raise UserError('--format=onnx needs jax2onnx: pip install "ltjax[onnx]"') from error
+    plain = dict(platform="onnx", dtype="float32", remat=False)
+    network, channels = _network(weights, "onnx", **plain)
+    images = jax.ShapeDtypeStruct(("b", *image_size, channels), PIXELS[pixels])
+    names = dict(model_name="ltjax", input_names=["images"], output_names=["logits"])
+    logger = logging.getLogger("onnx_ir.serde")  # warns of each intermediate shape without a type
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        model = to_onnx(network, [images], opset=OPSET, **names)
+    except Exception as error:  # an operation that it does not know raises anything
+        about = described(weights.settings, weights.num_classes)
+        raise UserError(
+            f"jax2onnx cannot convert {about} for this size ({one_line(error)}): take --format=stablehlo"
+        ) from error
+    finally:
+        logger.setLevel(level)
+    about = {"ltjax": json.dumps({"model": weights.settings, "pixels": pixels})}
+    if class_names:
+        about["class_names"] = json.dumps(list(class_names))
+    for key, value in about.items():
+        model.metadata_props.add(key=key, value=value)
+    return model.SerializeToString()
+
+
+def write(
+    weights: Weights,
+    kind: str,
+    out: Path,
+    image_size: tuple[int, int] | None = None,
+    *,
+    pixels: str = "float",
+    class_names: Sequence[str] = (),
+) -> None:
+    """Write weights to `out` in a format of `FORMATS`.
+
+    Args:
+      weights: To write.
+      kind: The format.
+      out: A file; for "weights", a folder.
+      image_size: H and W, for "stablehlo" and "onnx".
+      pixels: Of the images, for "stablehlo" and "onnx": "float" in [0, 1], or "uint8".
+      class_names: For "onnx"; () if unknown.
+    """
     if kind == "weights":
         shape = dict(num_classes=weights.num_classes, class_order=weights.class_order)
         save_weights(out, weights.variables, weights.settings, **shape, images=weights.images, licence=weights.licence)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "stablehlo":
+    if kind in WHOLE:
         if image_size is None:
-            raise UserError("--format=stablehlo needs --image_size=SIDE or HEIGHTxWIDTH of the images, such as 32")
+            raise UserError(f"--format={kind} needs --image_size=SIDE or HEIGHTxWIDTH of the images, such as 32")
+        whole = (
+            stablehlo(weights, image_size, pixels=pixels)
+            if kind == "stablehlo"
+            else onnx(weights, image_size, pixels=pixels, class_names=class_names)
+        )
         with replacing(out) as file:
-            file.write_bytes(stablehlo(weights, image_size))
+            file.write_bytes(whole)
         return
     settings = dict(weights.settings)
     model = models.create(settings.pop("name"), weights.num_classes, **settings)
@@ -155,7 +253,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="WORKDIR_OR_WEIGHTS")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--out", required=True, help="file to write; for weights, a folder")
-    parser.add_argument("--image_size", default="", help="SIDE or HEIGHTxWIDTH, for stablehlo")
+    parser.add_argument("--image_size", default="", help=f"SIDE or HEIGHTxWIDTH, for {' and '.join(WHOLE)}")
+    parser.add_argument(
+        "--pixels", choices=PIXELS, default="float", help="float in [0, 1] (default), or uint8; also for these"
+    )
     parser.add_argument("--net", default="net", help="net (default) or guide")
     parser.add_argument("--replica", type=int, default=0, help="which, if the run has several; default: 0")
 
@@ -164,7 +265,8 @@ def main(argv: list[str] | None = None) -> int:
         start_devices()
         image_size = _image_size(args.image_size)
         weights = read(args.source, net=args.net, replica=args.replica)
-        write(weights, args.format, local(args.out), image_size)
+        names = class_names(local(args.source), weights.num_classes) if args.format == "onnx" else ()
+        write(weights, args.format, local(args.out), image_size, pixels=args.pixels, class_names=names)
         print(f"{args.out}: {described(weights.settings, weights.num_classes)}, as {args.format}")
 
     return exit_code(export)

@@ -85,7 +85,8 @@ def create(
       remat: Recompute each block in the backward pass instead of storing its activations.
       dtype: Of the computation. "float32" or "bfloat16": parameters, statistics and logits are float32. "float64" needs
         JAX_ENABLE_X64=1: statistics and logits are float64, and parameters are initialised as float32.
-      platform: Build the convolutions of "cpu", "gpu" or "tpu". None: those of JAX's default backend.
+      platform: Build the layers of "cpu", "gpu" or "tpu"; or of "onnx", for `ltjax.interop.export.onnx`. None: those of
+        JAX's default backend.
       **backbone: Settings of the kind of backbone, such as `depth`.
 
     Raises:

@@ -398,7 +398,7 @@ def _affine(x, scale, bias, mean, inverse_std, residual, ceiling: float | None) 
 # The gradient is a product with 0 or 1, because XLA's CPU backend compiles `where` to branches, ten times as slow.
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _relu(x: jax.Array, ceiling: float) -> jax.Array:
-    y = jnp.maximum(x, 0)
+    y = jnp.maximum(x, 0.0)  # not 0, because jax2onnx makes float64 of float32 and an integer
     return y if ceiling == math.inf else jnp.minimum(y, ceiling)
 
 
@@ -545,8 +545,11 @@ def max_pool(x: jax.Array, platform: str | None = None) -> jax.Array:
     The gradient goes to a window's first maximum, by rows, as in PyTorch and `lax.reduce_window`.
 
     Args:
-      platform: "cpu", "gpu" or "tpu"; None: the default backend's.
+      platform: "cpu", "gpu", "tpu" or "onnx"; None: the default backend's.
     """
+    if platform == "onnx":  # jax2onnx 0.17 knows neither padding of windows nor `lax.pad` of batches of any size
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+        return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
     if (platform or jax.default_backend()) == "tpu":
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     return _max_pool_by_slices(x)

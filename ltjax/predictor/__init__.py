@@ -27,7 +27,15 @@ from ltjax.interop.weights import DESCRIPTION, Weights, check_classifier, hash_w
 from ltjax.predictor import priors
 from ltjax.predictor.priors import Prior
 from ltjax.runs.checkpoint import read_json
-from ltjax.runs.trained import Trained, as_computed, evaluates_weights, newest, weights_of
+from ltjax.runs.trained import (
+    TEMPERATURE,
+    Trained,
+    as_computed,
+    class_names,
+    evaluates_weights,
+    newest,
+    weights_of,
+)
 from ltjax.system import parallel, xla
 from ltjax.system.devices import start_devices
 from ltjax.system.files import holding
@@ -39,8 +47,6 @@ if TYPE_CHECKING:
     from ltjax.predictor.files import Prediction
 
 FITTED = "fitted"
-TEMPERATURE = "temperature.json"  # written by `ltjax.modes.calibrate`
-NAMED_IN = ("split.json", "results.json", "eval.json", TEMPERATURE)  # files that may hold the names of classes
 
 
 class Model:
@@ -349,19 +355,6 @@ def view_of(run: configs.RunConfig) -> "View | None":
     side = data.SIDES.get(run.data.name)
     size, resize = (run.data.size, run.data.resize) if side is None else (side, side)
     return View(size, resize, upright=run.data.upright)
-
-
-def class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
-    """Read the names of classes from a workdir; () if it has none."""
-    for file in NAMED_IN:
-        if (workdir / file).is_file():
-            names = read_json(workdir / file).get("class_names", [])
-            with holding(workdir / file):
-                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                    raise TypeError("class_names are no list of names")
-            if len(names) == num_classes:
-                return tuple(names)
-    return ()
 
 
 def _of_size(view: "View | None", size: int | None) -> "View | None":

@@ -17,6 +17,9 @@ from ltjax.runs.workdir import no_checkpoint
 from ltjax.system.files import holding, load_json
 from ltjax.types import UserError, Variables, one_line
 
+TEMPERATURE = "temperature.json"  # written by `ltjax.modes.calibrate`
+NAMED_IN = ("split.json", "results.json", "eval.json", TEMPERATURE)  # files that may hold the names of classes
+
 
 class Trained(NamedTuple):
     """The last stage of a run that has a checkpoint, and the step of the newest one."""
@@ -117,6 +120,19 @@ def weights_of(workdir: Path, trained: Trained, *, net: str = "net", replica: in
     params, stats = variables.params[net], variables.stats.get(net, {})
     variables = jax.tree.map(np.asarray, Variables({"net": params}, {"net": stats}, {}))
     return Weights(variables, settings, params["classifier"]["kernel"].shape[-1])
+
+
+def class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
+    """Read the names of classes from a workdir; () if it has none."""
+    for file in NAMED_IN:
+        if (workdir / file).is_file():
+            names = read_json(workdir / file).get("class_names", [])
+            with holding(workdir / file):
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise TypeError("class_names are no list of names")
+            if len(names) == num_classes:
+                return tuple(names)
+    return ()
 
 
 class Archived(NamedTuple):

@@ -136,6 +136,16 @@ def test_stablehlo_of_a_vision_transformer_takes_batches_of_any_size(variables_o
         np.testing.assert_allclose(np.asarray(loaded.call(images[:size])), expected[:size], rtol=1e-4)
 
 
+def test_a_stablehlo_may_take_pixels_of_uint8(folder, tmp_path):
+    pixels, logits = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8), {}
+    for kind in export.PIXELS:
+        command = [str(folder), "--format=stablehlo", "--image_size=8", f"--pixels={kind}"]
+        assert export.main([*command, f"--out={tmp_path / kind}"]) == 0
+        network = jax.export.deserialize(bytearray((tmp_path / kind).read_bytes())).call
+        logits[kind] = network(pixels if kind == "uint8" else pixels.astype(np.float32) / 255)
+    np.testing.assert_allclose(logits["uint8"], logits["float"], rtol=1e-5)
+
+
 def test_safetensors_hold_the_settings_of_their_model(folder, tmp_path):
     assert export.main([str(folder), "--format=safetensors", f"--out={tmp_path / 'net.safetensors'}"]) == 0
     with safe_open(tmp_path / "net.safetensors", "numpy") as file:
@@ -166,10 +176,13 @@ def test_pytorch_loads_an_exported_state_dict(folder, tmp_path):
         (["--format=stablehlo"], "needs --image_size"),
         (["--format=stablehlo", "--image_size=big"], "such as 32 or 224x224"),
         (["--format=state_dict"], "install torch"),
+        (["--format=onnx"], "--format=onnx needs --image_size"),
+        (["--format=onnx", "--image_size=8"], 'pip install "ltjax[onnx]"'),
     ],
 )
 def test_a_mistake_is_one_line(folder, tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
     assert export.main([str(folder), *arguments, f"--out={tmp_path / 'net'}"]) == 2
     error = capsys.readouterr().err
     assert message in error
