@@ -23,6 +23,8 @@ Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   Logit adjustment, paper             44.1          -             -             (its README, another ResNet-32)
   Post-hoc logit adjustment, paper    44.1          -             -             (its README, another ResNet-32)
   LDAM-DRW, paper         42.04         -             58.71         (best epoch)
+  ProCo, README, paper    52.8          57.1          65.5          (best epoch; 54.2 in 400 epochs)
+  BCL, paper              51.9          56.6          64.9
 
 Top-1 / few-shot classes / ECE of the last epoch in %, imbalance 100, budget=short (12 epochs and a few), seed 0, two
 CPU cores, drolt and reslt with precision=bf16 ("before": with other recipes, see their pages):

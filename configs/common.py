@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import recipes, robust
 
-LONG_TAILED = {"reslt", "smoothing", "balms"}  # blocks that need rare classes
+LONG_TAILED = {"reslt", "smoothing", "balms", "proco", "bcl"}  # blocks that need rare classes
 BALANCED = ("pgd_at", "trades", "alp", "bgat", "ce", "mixup")  # and lbgat: methods that need no rare classes
 
 
@@ -302,7 +302,8 @@ def classifier_init(network: dict, recipe: recipes.Recipe) -> str:
     """
     if network["name"] == "wide_resnet":
         return "torch_no_bias"
-    return "he" if network["name"] == "resnet_cifar" and not {"reslt", "balms"} & set(recipe.blocks) else "torch"
+    torch = {"reslt", "balms", "proco", "bcl"} & set(recipe.blocks)
+    return "he" if network["name"] == "resnet_cifar" and not torch else "torch"
 
 
 def nearest(table: dict, imbalance: float):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from configs import recipes, robust
 
 # Blocks that train a backbone, or change its images.
-OTHERS = ("reslt", "balms", "balanced_teacher", "student", "robust_classifier", *robust.BLOCKS)
+OTHERS = ("reslt", "balms", "balanced_teacher", "student", "proco", "bcl", "robust_classifier", *robust.BLOCKS)
 METHODS = tuple(
     name for name, recipe in recipes.METHODS.items() if not (recipe.adversarial or set(OTHERS) & set(recipe.blocks))
 )

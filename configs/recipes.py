@@ -53,6 +53,8 @@ METHODS = {
     "reslt": Recipe("ResLT", ("reslt",), weight_decay=5e-4),
     "lift": Recipe("LIFT's classifier", ("lift",), weight_decay=5e-4),
     "best": Recipe("Self-distilled balanced softmax", ("balanced_teacher", "student"), weight_decay=5e-4),
+    "proco": Recipe("ProCo", ("proco",), batch_size=256),
+    "bcl": Recipe("BCL", ("bcl",), weight_decay=5e-4, batch_size=256),
     "pgd_at": Recipe("PGD-AT", ("pgd_at",)),
     "trades": Recipe("TRADES", ("trades",)),
     "alp": Recipe("ALP", ("alp",)),
@@ -61,7 +63,8 @@ METHODS = {
 }
 
 FROM_SCRATCH = tuple(name for name in METHODS if name != "lift")  # methods that need no trained backbone
-LARGE = tuple(name for name in FROM_SCRATCH if name != "best")  # methods for images on disk
+SMALL = ("best", "proco", "bcl")  # methods for images in memory: of a second batch, or several views of each
+LARGE = tuple(name for name in FROM_SCRATCH if name not in SMALL)
 
 
 class Smoothing(NamedTuple):
@@ -121,7 +124,12 @@ EFFECTIVE_NUMBER = dict(kind="effective_number", beta=0.9999)  # class weights
 # Every key of a stage that `ltjax.config` knows, except those that `chain` writes.
 STAGE = dict(schedule=dict(kind="constant"), sampler=dict(name="instance_balanced"), augment={}, batch_norm="train")
 STAGE |= dict(keep_optimizer=False, epoch_size="images", drop_last=False, surgery={}, evaluate_net="net")
-STAGE |= dict(ema={}, sam={})
+STAGE |= dict(ema={}, sam={}, views={})
+# SimAugment, of contrastive views of small images, as ProCo has it
+SIM_AUGMENT = dict(
+    crop_padding=0, crop_area=0.08, flip=True, color_jitter=0.4, hue=0.1, jitter_probability=0.8, grey=0.2
+)
+SIM_AUGMENT |= dict(blur=0.0, auto_augment=False, rand_augment=(), cutout_size=0)
 
 
 def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers: Papers) -> None:
@@ -345,6 +353,25 @@ def student(setting: Setting) -> dict[str, Any]:
     return dict(setting.first, method=method, epochs=setting.epochs, surgery=dict(name="teacher"))
 
 
+def _contrastive(setting: Setting, method: dict[str, Any], lr: float, **view: Any) -> dict[str, Any]:
+    """Train with two views of each image beside the one that is classified. view: what differs from `SIM_AUGMENT`."""
+    stage = _scratch(setting, method, drop_last=True)
+    views = {name: dict(SIM_AUGMENT, **view) for name in ("first", "second")}
+    groups = {**stage["groups"], "method": dict(match="method/.*", rate=1.0)}  # the projections
+    return dict(stage, lr=lr, augment=augment(setting, auto=True, mixup=setting.mixup), views=views, groups=groups)
+
+
+def proco(setting: Setting) -> dict[str, Any]:
+    method = dict(name="proco", loss=dict(name="logit_adjusted", tau=1.0), weight=1.0)
+    return _contrastive(setting, dict(method, temperature=0.1, projection=(512, 128)), lr=0.3)
+
+
+def bcl(setting: Setting) -> dict[str, Any]:
+    """Train as ConCutMix's authors train BCL on CIFAR, without their CutMix."""
+    method = dict(name="bcl", loss=dict(name="logit_adjusted", tau=1.0), alpha=2.0, beta=0.6)
+    return _contrastive(setting, dict(method, temperature=0.1, projection=(512, 128)), lr=0.15, crop_area=0.2, blur=0.5)
+
+
 def balms(setting: Setting) -> dict[str, Any]:
     """Train with balanced softmax as BALMS does: a cosine from 0.1 after 800 steps of warm-up from 0.05."""
     stage = _scratch(setting, _loss("balanced_softmax"), drop_last=True)
@@ -383,6 +410,8 @@ SCRATCH: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "lift": lift,
     "balms": balms,
     "balanced_teacher": balanced_teacher,
+    "proco": proco,
+    "bcl": bcl,
     **{name: partial(adversarial, name) for name in robust.BLOCKS if name != "bgat"},
 }
 

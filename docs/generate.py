@@ -104,6 +104,7 @@ def recipe(text: str) -> str:
     row("learning rate", [_schedule(stage) for stage in every])
     row("sampler", [shown(stage.sampler) if stage.epochs else "" for stage in every])
     row("augmentation", [_augmentation(stage.augment) if stage.epochs else "" for stage in every])
+    row("views", [_views(stage.views) for stage in every])
     row("batch norm", [stage.batch_norm if stage.epochs else "" for stage in every])
     row("at evaluation", [shown(stage.eval_classifier) if stage.eval_classifier.get("tau") else "" for stage in every])
     optimizer = run.optimizer._replace(nesterov=any(stage.optimizer["nesterov"] for stage in every))
@@ -148,6 +149,12 @@ def _augmentation(settings: Mapping[str, Any]) -> str:
     return ", ".join(
         key if value is True else f"{key} {shown(value)}" for key, value in settings.items() if is_set(value)
     )
+
+
+def _views(views: Mapping[str, Mapping[str, Any]]) -> str:
+    """Describe the views of a stage; those of equal settings together: "2 x (flip, grey 0.2)"."""
+    shown = [_augmentation(views[name]) for name in sorted(views)]
+    return ", ".join(f"{shown.count(text)} x ({text})" for text in dict.fromkeys(shown))
 
 
 def _network(settings: Mapping[str, Any]) -> str:

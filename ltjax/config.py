@@ -78,6 +78,7 @@ class StageConfig(NamedTuple):
     schedule: Mapping[str, Any] = {}  # kind, warmup, decay_at, decay: see `ltjax.optim.schedule_table`
     sampler: Mapping[str, Any] = {}  # name and settings, see `ltjax.data.samplers`
     augment: Mapping[str, Any] = {}  # see `ltjax.data.augment.augment`
+    views: Mapping[str, Mapping[str, Any]] = {}  # {name: values of `augment`}: further views of each image, by name
     batch_norm: str = "train"  # or "eval"
     optimizer: Mapping[str, Any] = {}  # replaces values of the run's optimizer
     keep_optimizer: bool = False  # continue with the momentum of `start_from`, which trained the same parameters
@@ -228,6 +229,9 @@ def _stage(run: RunConfig, name: str, values: Any, earlier: Mapping[str, StageCo
     _check_optimizer(optimizer, f"{where}.optimizer")
     for group, settings in stage.groups.items():
         _check_group(settings, f"{where}.groups.{group}")
+    for view, settings in stage.views.items():
+        if not isinstance(settings, Mapping):
+            raise UserError(f"{where}.views.{view} = {settings!r}: needs settings, as {where}.augment")
     return stage._replace(
         title=stage.title or name,
         optimizer=optimizer._asdict(),

@@ -88,6 +88,8 @@ class Batch(NamedTuple):
       partner_labels: [B], int.
       lam: Scalar.
       progress: Scalar in [0, 1), the share of the stage's steps that are done, if the method reads it.
+      views: [B, V, H, W, channels], V further augmentations of each image, not mixed, if the stage has `views`. B comes
+        first, so that each device has all views of its images.
     """
 
     images: jax.Array
@@ -95,6 +97,7 @@ class Batch(NamedTuple):
     partner_labels: jax.Array | None = None
     lam: jax.Array | None = None
     progress: jax.Array | None = None
+    views: jax.Array | None = None
 
 
 Settings = Mapping[str, Any]  # of a config

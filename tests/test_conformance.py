@@ -45,6 +45,7 @@ STOPPED = (
     ("cifar10_lt:method=drolt", "dro"),
     ("cifar10_lt:method=tau_norm", "ce"),
     ("cifar10_lt:recipe=ldam+crt", "crt"),
+    ("cifar10_lt:method=proco", "proco"),
     ("cifar10_lt:recipe=reslt+dro+smoothing", "reslt"),
     (LBGAT, "lbgat"),
     (VIT, "crt"),
@@ -102,6 +103,8 @@ def tiny_config(name):
             settings.augment.cutout_size = settings.augment.cutout_size and 3
         if settings.method.name == "drolt" or stage == "drw":
             settings.lr = 0.05  # the papers' rates are for more steps
+        if settings.method.name in ("proco", "bcl"):
+            settings.lr = 0.05  # for batches of 16
         if settings.method.name == "bgat":
             settings.lr = 0.02  # its guide has learned little, and has large logits
         if settings.method.name == "reslt":  # there are fewer classes than in CIFAR-100
@@ -366,7 +369,7 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path
         before_dispatch(patch, stage, 1, stop_here)
         with pytest.raises(Interrupted):
             train.train(tiny_config(name), workdir)
-    assert steps_of(workdir, stage) == [{"reslt": 26, "dro": 24}.get(stage, 20)]
+    assert steps_of(workdir, stage) == [{"reslt": 26, "proco": 26, "dro": 24}.get(stage, 20)]
     train.train(tiny_config(name), workdir)
     for later in stages[stages.index(stage) :]:
         assert steps_of(workdir, later)[-1] == steps_of(undisturbed, later)[-1]

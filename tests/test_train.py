@@ -86,7 +86,7 @@ def test_methods_with_an_attack_set_attacks(name):
         "mislas": dict(head=0.3, tail=0.0, shape="concave"),
         "reslt": dict(medium_start=1, tail_start=2, beta=0.9),
     }
-    method = methods.create(name, np.array([9, 5, 2]), **needed.get(name, {}))
+    method = methods.create(name, np.array([9, 5, 2]), 4, **needed.get(name, {}))
     assert method.attacks == ("attack" in inspect.signature(create).parameters)
 
 

@@ -47,7 +47,7 @@ from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, newest, read_archive, variables_of
 from ltjax.runs.workdir import check_same_images, no_checkpoint
 from ltjax.system import parallel, processes, xla
-from ltjax.types import Method, UserError, Variables
+from ltjax.types import Batch, Method, Outputs, UserError, Variables
 
 
 class Experiment(NamedTuple):
@@ -79,10 +79,15 @@ class Experiment(NamedTuple):
         return self.data.class_names
 
     @property
+    def outputs(self) -> Outputs:
+        """Shapes of the network's outputs for one image."""
+        image, apply = jnp.zeros((1, *self.image_shape)), make_apply(self.nets, "eval")
+        return jax.eval_shape(lambda variables: apply(variables, image)[0], self.shapes)
+
+    @property
     def num_branches(self) -> int:
         """Number of branches whose logits the network sums; 0 if it has none."""
-        image, apply = jnp.zeros((1, *self.image_shape)), make_apply(self.nets, "eval")
-        branches = jax.eval_shape(lambda variables: apply(variables, image)[0], self.shapes).branches
+        branches = self.outputs.branches
         return 0 if branches is None else len(branches)
 
 
@@ -257,7 +262,19 @@ def class_weights(experiment: Experiment) -> tuple[float, ...] | None:
 
 def make_method(experiment: Experiment, stage: StageConfig) -> Method:
     asked, class_counts = experiment.config.class_weights, experiment.split.class_counts
-    return methods.of_config(stage.method, asked, experiment.class_names, class_counts)
+    num_features = experiment.outputs.features.shape[-1]
+    return methods.of_config(stage.method, asked, experiment.class_names, class_counts, num_features)
+
+
+def make_augmentation(stage: StageConfig) -> Callable[..., Batch]:
+    """Return the function that augments the batches of a stage, with its views."""
+    where, views = f"config.{stage.name}", []
+    for name, settings in sorted(stage.views.items()):
+        if settings.get("mixup_alpha") or settings.get("cutmix_alpha"):
+            raise UserError(f"{where}.views.{name}: views are not mixed; turn mixup_alpha and cutmix_alpha off")
+        views.append(registry.bind(f"{where}.views.{name}", augment.augment, settings))
+    first = registry.bind(f"{where}.augment", augment.augment, stage.augment)
+    return augment.with_views(first, views) if views else first
 
 
 def steps_per_epoch(stage: StageConfig, class_counts: np.ndarray, batch_size: int) -> int:
@@ -276,8 +293,10 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
     run, class_counts, where = experiment.config, experiment.split.class_counts, f"config.{stage.name}"
     method = make_method(experiment, stage)
     extra, _ = jax.eval_shape(lambda: method.init(jax.random.key(0)))
-    augmentation = registry.bind(f"{where}.augment", augment.augment, stage.augment)
+    augmentation = make_augmentation(stage)
     if experiment.streamed:
+        if stage.views:
+            raise UserError(f"{where}.views: for images in memory; those of {run.data.name!r} stay on disk")
         draw = streamed_draw(augmentation, experiment.mesh)
     else:
         draw = resident_draw(

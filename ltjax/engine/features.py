@@ -56,7 +56,7 @@ def is_fixed(run: RunConfig, params: Mapping[str, Any]) -> bool:
             group["optional"] = True  # a method's parameters are not known here
         trained = optim.assign_groups(list(optim.flatten(params)), groups) if stage.epochs else {}
         learns = [path for path, name in trained.items() if groups[name]["rate"] and path.split("/")[1] in TRAINED]
-        augmented = any(value for name, value in stage.augment.items() if name != "mixup_alpha")
+        augmented = stage.views or any(value for name, value in stage.augment.items() if name != "mixup_alpha")
         if learns or augmented or stage.batch_norm != "eval":
             return False
     return True

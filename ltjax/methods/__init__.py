@@ -1,5 +1,10 @@
-"""Training methods, one file each: `create(class_counts [C], *, hyper-parameters) -> ltjax.types.Method`."""
+"""Training methods, one file each: `create(class_counts [C], *, hyper-parameters) -> ltjax.types.Method`.
 
+A method with layers of its own on the features of the network takes their number: `create(class_counts, num_features,
+*, hyper-parameters)`.
+"""
+
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +16,10 @@ from ltjax.types import Method, Settings, UserError
 
 METHODS = {
     name: f"ltjax.methods.{name}"
-    for name in ("erm", "mislas", "drolt", "reslt", "pgd_at", "trades", "alp", "bgat", "lbgat", "distil")
+    for name in (
+        *("erm", "mislas", "drolt", "reslt", "distil", "proco", "bcl"),
+        *("pgd_at", "trades", "alp", "bgat", "lbgat"),
+    )
 }
 # Why the losses of other methods cannot be multiplied by weights of their images' classes.
 UNWEIGHTED = {
@@ -22,7 +30,11 @@ UNWEIGHTED = {
 
 
 def of_config(
-    settings: Settings, asked: Mapping[str, float] | str, class_names: Sequence[str], class_counts: np.ndarray
+    settings: Settings,
+    asked: Mapping[str, float] | str,
+    class_names: Sequence[str],
+    class_counts: np.ndarray,
+    num_features: int | None = None,
 ) -> Method:
     """Create the method of a stage with the class weights of its run.
 
@@ -31,6 +43,7 @@ def of_config(
       asked: `config.class_weights`, see `ltjax.methods.criteria.weights_by_name`.
       class_names: C names.
       class_counts: [C] training images.
+      num_features: See `create`.
 
     Examples:
       >>> method = methods.of_config({"name": "erm"}, {"owl": 2.0}, ("cat", "owl"), np.array([90, 10]))
@@ -40,19 +53,20 @@ def of_config(
     settings, weights = dict(settings), criteria.weights_by_name(asked, class_names, class_counts)
     if weights is not None:
         settings.setdefault("class_weights", weights)
-    return create(settings.pop("name", ""), class_counts, **settings)
+    return create(settings.pop("name", ""), class_counts, num_features, **settings)
 
 
-def create(name: str, class_counts: np.ndarray, **settings: Any) -> Method:
+def create(name: str, class_counts: np.ndarray, num_features: int | None = None, **settings: Any) -> Method:
     """Create the method of a stage.
 
     Args:
       name: One of `METHODS`.
       class_counts: [C] training images.
+      num_features: D of `Outputs.features`, for methods that have layers on them.
       **settings: Hyper-parameters, as in a config. `class_weights`: C factors, see `ltjax.methods.criteria.create`.
 
     Raises:
-      UserError: The name or a hyper-parameter is unknown, or a value is invalid.
+      UserError: The name or a hyper-parameter is unknown, a value is invalid, or `num_features` is needed.
 
     Examples:
       >>> method = methods.create("mislas", np.array([100, 10, 1]), head=0.4, tail=0.1)
@@ -63,8 +77,13 @@ def create(name: str, class_counts: np.ndarray, **settings: Any) -> Method:
     if "class_weights" in settings and name in UNWEIGHTED:
         weighable = ", ".join(other for other in METHODS if other not in UNWEIGHTED)
         raise UserError(f"method {name!r} takes no class weights: {UNWEIGHTED[name]}; these take them: {weighable}")
+    arguments: tuple[Any, ...] = (class_counts,)
+    if "num_features" in inspect.signature(function).parameters:
+        if num_features is None:
+            raise UserError(f"method {name!r} needs num_features, the number of the network's features")
+        arguments += (num_features,)
     try:
-        return registry.bind(f"method {name!r}", function, settings)(class_counts)
+        return registry.bind(f"method {name!r}", function, settings)(*arguments)
     except UserError:
         raise
     except ValueError as error:

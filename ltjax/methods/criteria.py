@@ -14,6 +14,7 @@ from ltjax import losses, registry
 from ltjax.types import Batch, Settings, UserError, nearest, plain
 
 CROSS_ENTROPY: Settings = MappingProxyType({"name": "cross_entropy"})
+LOGIT_ADJUSTED: Settings = MappingProxyType({"name": "logit_adjusted"})
 
 
 class Criterion(NamedTuple):

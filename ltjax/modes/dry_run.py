@@ -166,10 +166,14 @@ def _recipe(stage: StageConfig) -> str:
     settings = ", ".join(f"{key}={value}" for key, value in method.items() if not isinstance(value, Mapping))
     sampler = ", ".join(str(v) if key == "name" else f"{key} {v}" for key, v in stage.sampler.items())
     surgery = f"{stage.surgery['name']}, then " if stage.surgery else ""
-    augment = ", ".join(key if value is True else f"{key} {value}" for key, value in stage.augment.items() if value)
+    augment, *views = (
+        ", ".join(key if value is True else f"{key} {value}" for key, value in settings.items() if value)
+        for settings in (stage.augment, *(stage.views[name] for name in sorted(stage.views)))
+    )
     if not stage.epochs:
         return f"{stage.surgery['name']}, no training"
     rest = f"sampler {sampler}; batch norm {stage.batch_norm}; augmentation: {augment or 'none'}"
+    rest += "".join(f"; view: {view or 'none'}" for view in views)
     parts = {"ema": stage.ema, "sam": stage.sam}
     extra = "".join(f"; {name} {key} {value}" for name, part in parts.items() for key, value in part.items())
     return f"{surgery}{name}{f' ({settings})' if settings else ''}; {rest}{extra}"

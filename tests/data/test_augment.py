@@ -1,3 +1,4 @@
+import colorsys
 from collections import Counter
 from functools import partial
 
@@ -341,3 +342,90 @@ def test_impossible_settings_are_explained(settings, message):
 def test_colour_operations_refuse_grey_images(settings):
     with pytest.raises(UserError, match="needs RGB images, but these have 1 channel"):
         augment.augment(jax.random.key(0), jnp.zeros((2, 8, 8, 1), jnp.uint8), jnp.zeros(2, jnp.int32), **settings)
+
+
+def test_a_random_window_of_the_whole_area_is_the_image_unless_its_ratio_differs():
+    """A window has an area of 1 and a ratio of 1, or does not fit: then the image stays whole."""
+    images = jnp.asarray(photos(16, 16))
+    np.testing.assert_array_equal(augment.random_window(jax.random.key(0), images, min_area=1.0), images)
+
+
+def test_random_windows_are_pillows_enlargements_of_crops():
+    """Every result is the bilinear enlargement of one of the windows of the image, up to rounding."""
+    image = photos(12, 12)[9]
+    windows = []
+    for height in range(3, 13):
+        for width in range(3, 13):
+            for top in range(13 - height):
+                for left in range(13 - width):
+                    crop = Image.fromarray(image[top : top + height, left : left + width])
+                    windows.append(np.asarray(crop.resize((12, 12), Image.Resampling.BILINEAR)))
+    windows = np.stack(windows).astype(int)
+    made = augment.random_window(jax.random.key(0), jnp.tile(jnp.asarray(image), (30, 1, 1, 1)), min_area=0.1)
+    for each in np.asarray(made).astype(int):
+        assert np.abs(windows - each).max((1, 2, 3)).min() <= 1
+
+
+def window_area(random, side, min_area):
+    """One draw of torchvision's RandomResizedCrop: the area of its window."""
+    for _ in range(10):
+        area = side**2 * random.uniform(min_area, 1)
+        ratio = np.exp(random.uniform(-np.log(4 / 3), np.log(4 / 3)))
+        width, height = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < width <= side and 0 < height <= side:
+            return width * height
+    return side**2
+
+
+def test_windows_have_torchvisions_areas_and_lie_anywhere():
+    """A horizontal and a vertical ramp show where the window begins and ends."""
+    rows, columns = np.meshgrid(np.arange(32) * 8, np.arange(32) * 8, indexing="ij")
+    image = jnp.asarray(np.stack([rows, columns, rows], -1), jnp.uint8)
+    made = np.asarray(augment.random_window(jax.random.key(1), jnp.tile(image, (4000, 1, 1, 1)), min_area=0.08))
+    made = made.astype(float) / 8
+    height, width = (made[:, -1, 16, 0] - made[:, 0, 16, 0]), (made[:, 16, -1, 1] - made[:, 16, 0, 1])
+    random, shares = np.random.default_rng(0), [0.1, 0.25, 0.5, 0.75, 0.9]
+    expected = np.quantile([window_area(random, 32, 0.08) for _ in range(4000)], shares)
+    np.testing.assert_allclose(np.quantile((height + 1) * (width + 1), shares), expected, atol=0.025 * 32**2)
+    centres = (made[:, 0, 16, 0] + made[:, -1, 16, 0]) / 2
+    assert abs(centres.mean() - 15.5) < 0.5 and centres.std() > 3
+
+
+def test_hue_is_colorsys():
+    images = np.random.default_rng(0).uniform(size=(1, 5, 5, 3)).astype(np.float32)
+    images[0, 0] = images[0, 0, :, :1]  # greys
+    for shift in (0.0, 0.1, -0.3):
+        turned = augment._shifted_hue(jnp.asarray(images), jnp.full((1, 1, 1), shift, jnp.float32))
+        for pixel, expected in zip(images.reshape(-1, 3), np.asarray(turned).reshape(-1, 3), strict=True):
+            hue, saturation, value = colorsys.rgb_to_hsv(*pixel.astype(float))
+            np.testing.assert_allclose(expected, colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value), atol=2e-6)
+
+
+def test_jitter_with_a_hue_turns_colours_and_keeps_greys():
+    images = jnp.full((64, 2, 2, 3), 0.5).at[:, 0, 0, 0].set(0.9)
+    jittered = augment.color_jitter(jax.random.key(0), images, strength=0.0, hue=0.1)
+    np.testing.assert_allclose(jittered[:, 1], images[:, 1], atol=1e-6)
+    other = np.asarray(jittered[:, 0, 0])
+    np.testing.assert_allclose(other.max(-1), 0.9, atol=1e-6)
+    assert (other.argmax(-1) == 0).all() and 0.1 < (other[:, 1:].max(-1) - 0.5).std() < 0.2
+
+
+def test_blur_is_a_gaussian_that_repeats_the_border():
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(3, 9, 9, 3)), jnp.float32)
+    blurred = augment.gaussian_blur(jax.random.key(0), images, sigma=(1.5, 1.5))
+    padded = np.pad(images, ((0, 0), (5, 5), (5, 5), (0, 0)), "edge")
+    weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    expected = np.einsum("bijcpq,p,q->bijc", sliding_window_view(padded, (11, 11), (1, 2)), weights, weights)
+    np.testing.assert_allclose(blurred, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting, changed", [("grey", 0.2), ("blur", 0.5), ("jitter_probability", 0.8)])
+def test_a_share_of_the_images_is_grey_blurred_or_jittered(setting, changed):
+    images, labels = jnp.tile(jnp.asarray(photos()[:1]), (1000, 1, 1, 1)), jnp.zeros(1000, jnp.int32)
+    settings = dict(crop_padding=0, flip=False, color_jitter=0.4 if setting == "jitter_probability" else 0.0)
+    made = augment.augment(jax.random.key(0), images, labels, **settings, **{setting: changed}).images
+    different = np.abs(made - images.astype(jnp.float32) / 255).max((1, 2, 3)) > 1e-3
+    assert abs(different.mean() - changed) < 0.06  # a blur below 0.3 pixels changes little
+    if setting == "grey":
+        assert np.ptp(np.asarray(made)[different], -1).max() < 1e-6
