@@ -41,7 +41,7 @@ from ltjax.engine import experiment as experiments
 from ltjax.engine.stage import make_apply
 from ltjax.methods import adversarial
 from ltjax.system import devices, parallel
-from ltjax.types import Batch, Method
+from ltjax.types import Batch, Method, Variables
 
 
 class Program(NamedTuple):
@@ -79,11 +79,11 @@ def recomputing(given: adversarial.LossOf, *, objective: adversarial.Objective, 
     """`adversarial.create` whose attack predicts the clean images anew in each step."""
     inside: list[Any] = []
 
-    def anew(natural: jax.Array, logits: jax.Array, batch: Batch) -> jax.Array:
+    def anew(natural: jax.Array, logits: jax.Array, batch: Batch, variables: Variables) -> jax.Array:
         del natural
         apply, variables = inside[-1]
         images = batch.images + 0 * jax.lax.stop_gradient(logits).sum()  # else XLA would compute it once, too
-        return objective(apply(variables, images, bn="eval")[0].logits, logits, batch)
+        return objective(apply(variables, images, bn="eval")[0].logits, logits, batch, variables)
 
     method = create(given, objective=anew, **settings)
 

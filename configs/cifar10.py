@@ -9,6 +9,7 @@ Arguments: see configs/cifar100.py. method=trades has its authors' 76 epochs her
 Clean / AutoAttack in %, l-inf 0.031:
   LBGAT, beta 0, WRN-34-10, paper   88.22 / 52.86    WRN-34-20 (model=wrn34_20)   88.70 / 53.57
   TRADES, WRN-34-10, paper          84.92 / 52.64    (LBGAT's README)
+  GKL-AT, WRN-34-10, 8/255, paper   85.31 / 57.13    (its README)
   any method, ours                  not yet run
 """
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import recipes, robust
 
 LONG_TAILED = {"reslt", "smoothing", "balms", "proco", "bcl"}  # blocks that need rare classes
-BALANCED = ("pgd_at", "trades", "alp", "bgat", "ce", "mixup")  # and lbgat: methods that need no rare classes
+BALANCED = ("pgd_at", "trades", "alp", "bgat", "gkl_at", "ce", "mixup")  # and lbgat: methods that need no rare classes
 
 
 class Text(NamedTuple):
@@ -174,6 +174,8 @@ def read(text: str | None, allowed: dict, *, long_tailed: bool) -> tuple[SimpleN
         raise ValueError(f"config arguments method={args.method} and recipe={args.recipe}: give one of them")
     args.holdout = whole(args.holdout)
     recipe = recipes.parse_recipe(args.recipe) if args.recipe else recipes.METHODS[args.method]
+    if own := robust.OWN.get(recipe.blocks[0]):
+        vars(args).update({key: getattr(own, key) for key in ("epsilon", "loss", "awp") if key not in args.given})
     if not recipe.adversarial and (given := [key for key in ROBUST_ARGUMENTS if key in args.given]):
         methods = ", ".join(name for name, each in recipes.METHODS.items() if each.adversarial)
         raise ValueError(f"config argument {given[0]!r} is for adversarial training: {methods}")

@@ -60,10 +60,14 @@ METHODS = {
     "alp": Recipe("ALP", ("alp",)),
     "bgat": Recipe("BGAT", ("natural", "bgat")),
     "lbgat": Recipe("LBGAT", ("lbgat",)),
+    "gkl_at": Recipe("GKL-AT", ("gkl_at",), weight_decay=5e-4),
+    "at_bsl": Recipe("AT-BSL", ("at_bsl",), weight_decay=5e-4),
+    "best_robust": Recipe("Balanced GKL-AT", ("best_robust",), weight_decay=5e-4),
 }
 
 FROM_SCRATCH = tuple(name for name in METHODS if name != "lift")  # methods that need no trained backbone
-SMALL = ("best", "proco", "bcl")  # methods for images in memory: of a second batch, or several views of each
+# methods for images in memory, of a second batch or with several views of each, and recipes for CIFAR alone
+SMALL = ("best", "proco", "bcl", "at_bsl", "best_robust")
 LARGE = tuple(name for name in FROM_SCRATCH if name not in SMALL)
 
 
@@ -134,7 +138,8 @@ SIM_AUGMENT |= dict(blur=0.0, auto_augment=False, rand_augment=(), cutout_size=0
 
 def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers: Papers) -> None:
     """Write the stages of a recipe, and the epochs of adversarial training, into a config that has its networks."""
-    schedule = robust.SHORT if args.short else papers.schedule
+    own = robust.OWN.get(recipe.blocks[0])
+    schedule = robust.SHORT if args.short else own.schedule if own else papers.schedule
     if recipe.adversarial:
         config.epochs = schedule.epochs
     smoothing = (
@@ -384,13 +389,18 @@ def adversarial(name: str, setting: Setting) -> dict[str, Any]:
     robust_setting = setting.adversarial
     trained = {"natural": ("guide",), "bgat": ("backbone", "classifier")}.get(name, ("backbone", "classifier", "guide"))
     in_a_row = dict(in_a_row=4) if robust_setting.sampler == "class_aware" else {}
+    own = robust.OWN.get(name)
+    images = augment(setting, mixup=setting.mixup)
+    if own and own.rand_augment and setting.auto_augment is None:
+        images["rand_augment"] = own.rand_augment
     return dict(
         method=robust.BLOCKS[name](robust_setting),
         epochs=setting.epochs,
-        lr=setting.papers.lr,
+        lr=own.lr if own else setting.papers.lr,
         schedule=robust_setting.schedule.settings(),
         sampler=dict(name=robust_setting.sampler, **in_a_row),
-        augment=augment(setting, mixup=setting.mixup),
+        augment=images,
+        ema=dict(decay=own.ema) if own and own.ema else {},
         batch_norm="train",
         groups=groups(setting.parts, **dict.fromkeys(trained, 1.0)),
         evaluate_net="guide" if name == "natural" else "net",

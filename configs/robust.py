@@ -1,4 +1,4 @@
-"""The adversarial blocks of the recipes: PGD-AT, TRADES, ALP, BGAT and LBGAT, with any loss of the labels."""
+"""The adversarial blocks of the recipes: PGD-AT, TRADES, ALP, BGAT, LBGAT and others, with any loss of the labels."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,8 +15,11 @@ class Schedule(NamedTuple):
     epochs: int
     decay_at: tuple[float, ...]
     first: float = 1.0  # factor of the first epoch
+    kind: str = "step"  # or "cosine", without decays
 
     def settings(self) -> dict[str, Any]:
+        if self.kind == "cosine":
+            return dict(kind="cosine")
         warmup = dict(warmup=1 / self.epochs, warmup_start=self.first) if self.first < 1 else {}
         return dict(kind="step", **warmup, decay_at=self.decay_at, decay=0.1)
 
@@ -25,6 +28,30 @@ class Schedule(NamedTuple):
 LBGAT = Schedule(100, (0.75, 0.9), first=0.2)
 TRADES = Schedule(76, (74 / 76,))  # its authors', on CIFAR-10: epochs 75 and 76 at 0.01
 SHORT = Schedule(2, (0.5,))
+
+
+class Own(NamedTuple):
+    """What a block has instead of LBGAT's recipe."""
+
+    schedule: Schedule
+    lr: float = 0.1
+    epsilon: str = "8/255"
+    loss: str = "cross_entropy"
+    network: str = "wrn34_10"  # for small images
+    rand_augment: tuple[float, ...] = ()  # of small images
+    ema: float = 0.0  # decay of the moving average of the weights; 0: none
+    awp: str = "true"
+
+
+GKL = Schedule(200, (), kind="cosine")
+AT_BSL = Schedule(100, (0.74, 0.89))  # 0.01 from epoch 75 of 100, 0.001 from 90
+# torchvision's magnitude of 8 in its 31 bins is 2.7 here
+_RESNET18 = dict(schedule=AT_BSL, loss="balanced_softmax", network="resnet18_4x4", rand_augment=(2, 2.7))
+OWN = {
+    "gkl_at": Own(GKL, lr=0.2, ema=0.9997),  # 0.9 an epoch of 391 steps
+    "at_bsl": Own(**_RESNET18, awp="false"),
+    "best_robust": Own(**_RESNET18, ema=0.999),
+}
 # size of the adversarial weight perturbation relative to the weights: AT-AWP's, and TRADES-AWP's for all others
 AWP = {"pgd_at": 0.01}
 AWP_OTHERS = 0.005
@@ -52,7 +79,7 @@ def attack(epsilon: str, short: bool) -> dict[str, Any]:
     number = 0.031 if epsilon == "0.031" else _number(epsilon)
     step = 0.007 if epsilon == "0.031" else number / 4
     steps = dict(step_size=2 * step, num_steps=3) if short else dict(step_size=step, num_steps=10)
-    return dict(epsilon=number, **steps, norm="linf", start="gaussian", start_scale=0.001)
+    return dict(epsilon=number, **steps, norm="linf", start="gaussian", start_scale=0.001, radius_share=0.0, ramp=0.0)
 
 
 def _number(text: str) -> float:
@@ -75,6 +102,23 @@ def _block(name: str, setting: Setting, loss: str = "loss", **settings: Any) -> 
     return dict(name=name, **settings, **losses, attack=setting.attack, awp=setting.awp)
 
 
+def _gkl(setting: Setting, *, attack: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """Return GKL-AT; its attack and weights are not those of the other blocks."""
+    return {**_block("gkl_at", setting, alpha=4.0, **settings, attack_beta=1.0), "attack": {**setting.attack, **attack}}
+
+
+def gkl_at(setting: Setting) -> dict[str, Any]:
+    """Attack with 5 steps of half the radius, which rises from 0 over the whole stage."""
+    attack = dict(num_steps=5, step_size=setting.attack["epsilon"] / 2, ramp=1.0)
+    return _gkl(setting, beta=20.0, gamma=1.0, weights_temperature=4.0, attack=attack, awp_start=10 / 200)
+
+
+def best_robust(setting: Setting) -> dict[str, Any]:
+    """Add to GKL-AT RobustLT's larger radius of rare classes, which rises over half of the stage, and AWP."""
+    attack = dict(radius_share=0.3, ramp=0.5)
+    return _gkl(setting, beta=5.0, gamma=0.2, weights_temperature=1.0, attack=attack, awp_start=10 / 100)
+
+
 BLOCKS = {
     "pgd_at": lambda s: _block("pgd_at", s),
     "trades": lambda s: _block("trades", s, beta=6.0),
@@ -82,4 +126,7 @@ BLOCKS = {
     "natural": lambda s: dict(name="erm", net="guide", loss=s.loss),
     "bgat": lambda s: _block("bgat", s, loss="", beta=0.0),
     "lbgat": lambda s: _block("lbgat", s, loss="guide_loss", beta=0.0),
+    "gkl_at": gkl_at,
+    "at_bsl": lambda s: _block("pgd_at", s),
+    "best_robust": best_robust,
 }

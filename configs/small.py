@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
-from configs import common, recipes
+from configs import common, recipes, robust
 from configs.common import NETWORKS, Text
 
 CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))  # the papers', for CIFAR-100 as well
@@ -34,7 +34,9 @@ def base(file: str, args: SimpleNamespace, recipe: recipes.Recipe, *, pixels: di
     config.optimizer.weight_decay = recipe.weight_decay
     network, guide = "resnet32", "wrn10_1" if short else "resnet18"
     if recipe.adversarial:
-        network, pixels = "wrn10_1" if short else "wrn34_10", dict(mean=(0.0,), std=(1.0,))
+        own = robust.OWN.get(recipe.blocks[0])
+        network = "wrn10_1" if short else own.network if own else "wrn34_10"
+        pixels = dict(mean=(0.0,), std=(1.0,))
         config.eval_every = 1 if short else 0  # 0: every fifth epoch, and each of the last 20
     else:
         config.epochs = 12 if short else recipe.epochs

@@ -46,6 +46,7 @@ STOPPED = (
     ("cifar10_lt:method=tau_norm", "ce"),
     ("cifar10_lt:recipe=ldam+crt", "crt"),
     ("cifar10_lt:method=proco", "proco"),
+    ("cifar10_lt:method=best_robust", "best_robust"),
     ("cifar10_lt:recipe=reslt+dro+smoothing", "reslt"),
     (LBGAT, "lbgat"),
     (VIT, "crt"),
@@ -88,7 +89,7 @@ def tiny_config(name):
         if values.get(net) and values[net].name == "vit":
             values[net].update(depth=2, width=8, heads=2, patch=4, grid=2)
         elif values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training
-            common = {key: value for key, value in values[net].items() if key != "init"}
+            common = {key: value for key, value in values[net].items() if key not in ("init", "strides")}
             values[net] = {**common, "name": "wide_resnet", "depth": 10, "width": 1}
         elif values.get(net):
             values[net].update(depth=TINY["model.depth"], width=TINY["model.width"])

@@ -18,7 +18,7 @@ METHODS = {
     name: f"ltjax.methods.{name}"
     for name in (
         *("erm", "mislas", "drolt", "reslt", "distil", "proco", "bcl"),
-        *("pgd_at", "trades", "alp", "bgat", "lbgat"),
+        *("pgd_at", "trades", "alp", "bgat", "lbgat", "gkl_at"),
     )
 }
 # Why the losses of other methods cannot be multiplied by weights of their images' classes.

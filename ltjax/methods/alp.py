@@ -39,5 +39,6 @@ def create(
         metrics = {"labels_loss": labels_loss, "pairing_loss": pairing}
         return labels_loss + pairing_weight * pairing, (variables, metrics)
 
-    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class, prior=criterion.prior)
+    shared = dict(attack=attack, awp=awp, class_counts=class_counts)
+    shared |= dict(per_class=criterion.per_class, prior=criterion.prior)
     return adversarial.create(loss_of, objective=adversarial.cross_entropy, **shared)

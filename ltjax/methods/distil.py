@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltjax import losses
-from ltjax.methods import criteria
+from ltjax.methods import class_softmax, criteria
 from ltjax.types import Method, Settings, UserError
 
 KINDS = ("kl", "gkl")
@@ -68,15 +68,7 @@ def create(
     by_class = kind == "gkl" and weights == "class"
 
     def init(rng):
-        uniform = jnp.full((num_classes, num_classes), 1 / num_classes, jnp.float32)
-        return {}, {"class_means": uniform, "sums": jnp.zeros_like(uniform)} if by_class else {}
-
-    def refresh(arrays, _):
-        """Take the means of the last epoch. A class that it did not show keeps its row."""
-        totals = arrays["sums"].sum(1, keepdims=True)
-        seen = totals > 0
-        means = jnp.where(seen, arrays["sums"] / jnp.where(seen, totals, 1), arrays["class_means"])
-        return {"class_means": means, "sums": jnp.zeros_like(means)}
+        return {}, class_softmax.init(num_classes) if by_class else {}
 
     def distance(variables, student, teacher, labels):
         """Return the distance to the teacher, and the variables with another sum."""
@@ -85,11 +77,9 @@ def create(
             return temperature**2 * apart.mean(), variables
         softmax = jax.nn.softmax(teacher / weights_temperature)
         if by_class:
-            is_label = jax.nn.one_hot(labels, num_classes, dtype=softmax.dtype)  # [B, C]
-            arrays = variables.arrays
-            sums = arrays["sums"] + jnp.matmul(is_label.T, softmax, precision="highest")
-            variables = variables._replace(arrays={**arrays, "sums": sums})
-            softmax = jnp.matmul(is_label, arrays["class_means"], precision="highest")
+            weights_of_class = class_softmax.weights(variables.arrays, labels)
+            variables = variables._replace(arrays=class_softmax.add(variables.arrays, softmax, labels))
+            softmax = weights_of_class
         settings = dict(alpha=alpha, beta=beta, gamma=gamma, temperature=temperature)
         return losses.gkl(student, teacher, weights=softmax, **settings), variables
 
@@ -109,7 +99,7 @@ def create(
     return Method(
         init=init,
         loss=mean_loss,
-        refresh=refresh if by_class else None,
+        refresh=class_softmax.refresh if by_class else None,
         layers=None,
         per_class=lambda extra_params: criterion.per_class,
         progress=bool(warmup) and kind == "gkl",

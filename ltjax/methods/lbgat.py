@@ -47,5 +47,5 @@ def create(
             total += beta * metrics["robust_loss"]
         return total, (variables, metrics)
 
-    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class)
+    shared = dict(attack=attack, awp=awp, class_counts=class_counts, per_class=criterion.per_class)
     return adversarial.create(loss_of, objective=adversarial.divergence, **shared)

@@ -31,5 +31,6 @@ def create(
         outputs, variables = apply(variables, images)
         return criterion(outputs.logits, batch), (variables, {})
 
-    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class, prior=criterion.prior)
+    shared = dict(attack=attack, awp=awp, class_counts=class_counts)
+    shared |= dict(per_class=criterion.per_class, prior=criterion.prior)
     return adversarial.create(loss_of, objective=adversarial.cross_entropy, **shared)

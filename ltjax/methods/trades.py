@@ -41,5 +41,6 @@ def create(
         robust = losses.kl_divergence(clean.logits, attacked.logits).mean()
         return natural + beta * robust, (variables, {"natural_loss": natural, "robust_loss": robust})
 
-    shared = dict(attack=attack, awp=awp, per_class=criterion.per_class, prior=criterion.prior)
+    shared = dict(attack=attack, awp=awp, class_counts=class_counts)
+    shared |= dict(per_class=criterion.per_class, prior=criterion.prior)
     return adversarial.create(loss_of, objective=adversarial.divergence, **shared)

@@ -325,7 +325,7 @@ INVALID_VALUES = {
     "method=trades,guide=resnet18": "config argument 'guide' is for natural, lbgat",
     **{
         f"method=ce,{name}={value}": f"config argument '{name}' is for adversarial training: "
-        "pgd_at, trades, alp, bgat, lbgat"
+        "pgd_at, trades, alp, bgat, lbgat, gkl_at, at_bsl, best_robust"
         for name, value in dict(
             guide="resnet18", beta=6, loss="balanced_softmax", awp="true", sampler="class_aware", epsilon="8/255"
         ).items()

@@ -7,6 +7,7 @@ from ltjax import config
 from tests.configs.reading import factors_of, parsed, rates_of
 
 PAPERS_ATTACK = dict(epsilon=0.031, step_size=0.007, num_steps=10, norm="linf", start="gaussian", start_scale=0.001)
+PAPERS_ATTACK |= dict(radius_share=0.0, ramp=0.0)
 OWN = dict(attack=PAPERS_ATTACK, awp=0.0)
 PLAIN = {"name": "cross_entropy"}
 ROBUST_METHODS = {
@@ -176,3 +177,54 @@ def test_robust_classifier_trains_the_classifier_alone_on_attacked_images():
 def test_a_stage_that_trains_the_guide_has_no_nearest_mean():
     _, stages = parsed("cifar10_lt", "recipe=natural+bgat+dro")
     assert [stage.nearest_mean for stage in stages.values()] == [False, True, True]
+
+
+RESNET18_4X4 = dict(name="resnet", depth=18, strides=(1, 2, 2, 2), init="torch", mean=(0.0,), std=(1.0,))
+
+
+def test_gkl_at_has_its_authors_recipe():
+    run, stages = parsed("cifar100", "method=gkl_at")
+    stage = stages["gkl_at"]
+    attack = dict(PAPERS_ATTACK, epsilon=8 / 255, step_size=4 / 255, num_steps=5, ramp=1.0)
+    weights = dict(alpha=4.0, beta=20.0, gamma=1.0, weights_temperature=4.0, attack_beta=1.0)
+    assert stage.method == dict(name="gkl_at", loss=PLAIN, **weights, attack=attack, awp=0.005, awp_start=0.05)
+    assert (run.epochs, run.batch_size, run.attack.epsilon) == (200, 128, "8/255")
+    assert (stage.lr, stage.optimizer["weight_decay"], stage.ema) == (0.2, 5e-4, {"decay": 0.9997})
+    np.testing.assert_allclose(factors_of(stage), 0.5 * (1 + np.cos(np.pi * np.arange(200) / 200)))
+    assert {key: run.model[key] for key in ("name", "depth", "width")} == dict(name="wide_resnet", depth=34, width=10)
+
+
+def test_at_bsl_has_its_authors_recipe():
+    run, stages = parsed("cifar10_lt", "method=at_bsl,imbalance=50")
+    stage = stages["at_bsl"]
+    attack = dict(PAPERS_ATTACK, epsilon=8 / 255, step_size=2 / 255)
+    assert stage.method == dict(name="pgd_at", loss={"name": "balanced_softmax"}, attack=attack, awp=0.0)
+    assert (stage.augment["rand_augment"], stage.augment["auto_augment"]) == ((2, 2.7), False)
+    rates = stage.lr * np.array([0, *factors_of(stage)])[[1, 74, 75, 89, 90, 100]]  # epochs counted from 1
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert (stage.optimizer["weight_decay"], stage.ema) == (5e-4, {})
+    assert {key: run.model[key] for key in RESNET18_4X4} == RESNET18_4X4
+
+
+def test_best_robust_adds_the_radius_of_robustlt_awp_and_an_average():
+    run, stages = parsed("cifar10_lt", "method=best_robust,imbalance=50")
+    first, other = stages["best_robust"], parsed("cifar10_lt", "method=at_bsl,imbalance=50")[1]["at_bsl"]
+    attack = dict(other.method["attack"], radius_share=0.3, ramp=0.5)
+    weights = dict(alpha=4.0, beta=5.0, gamma=0.2, weights_temperature=1.0, attack_beta=1.0)
+    loss = {"name": "balanced_softmax"}
+    assert first.method == dict(name="gkl_at", loss=loss, **weights, attack=attack, awp=0.005, awp_start=0.1)
+    assert first.ema == {"decay": 0.999}
+    same = ("augment", "schedule", "lr", "optimizer", "epochs", "sampler")
+    assert all(getattr(first, field) == getattr(other, field) for field in same)
+    assert {key: run.model[key] for key in RESNET18_4X4} == RESNET18_4X4
+
+
+@pytest.mark.parametrize("method", ["gkl_at", "at_bsl", "best_robust"])
+def test_arguments_replace_what_a_method_has_of_its_own(method):
+    arguments = f"method={method},epsilon=4/255,loss=logit_adjusted,awp=false,augment=auto,model=preact18"
+    run, stages = parsed("cifar10_lt", arguments)
+    stage = stages[method]
+    assert stage.method["attack"]["epsilon"] == pytest.approx(4 / 255) and run.attack.epsilon == "4/255"
+    assert (stage.method["loss"], stage.method["awp"]) == ({"name": "logit_adjusted"}, 0.0)
+    assert stage.augment["auto_augment"] and not stage.augment.get("rand_augment")
+    assert run.model["name"] == "preact_resnet"
