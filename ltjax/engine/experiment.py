@@ -334,6 +334,8 @@ def _trace(experiment: Experiment, stage: StageConfig, compiled: CompiledStage, 
     if stage.epochs:
         run, rng = experiment.config, jax.random.key(0)
         batch = jax.eval_shape(draw, source_shapes(experiment), np.uint32(0), jnp.zeros((), jnp.int32), rng)
+        if method.progress:
+            batch = batch._replace(progress=jax.ShapeDtypeStruct((), jnp.float32))
         variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
         if run.replicas > 1:
             variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), variables)
