@@ -99,6 +99,7 @@ def tiny_config(name):
             settings.epochs = 2
         if "attack" in settings.method:
             settings.method.attack.num_steps = 2
+            settings.method.attack.ramp *= 0.05  # while the radius rises, so does the loss
         if settings.get("augment"):
             settings.augment.crop_padding = 1
             settings.augment.cutout_size = settings.augment.cutout_size and 3

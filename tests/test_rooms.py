@@ -30,7 +30,7 @@ TOP = {
 ROOMS = {
     "ltjax.system": set(),
     "ltjax.attacks": {"ltjax.system"},
-    "ltjax.methods": {"ltjax.attacks"},
+    "ltjax.methods": {"ltjax.attacks", "ltjax.models"},  # layers of their own
     "ltjax.models": {"ltjax.system"},
     "ltjax.data": {"ltjax.system"},
     "ltjax.interop.weights": {"ltjax.system"},  # a folder of weights
