@@ -56,7 +56,7 @@ class AttackConfig(NamedTuple):
     step_size: float | str = "2/255"  # of pgd-N and cw-N
     batch_size: int = 500  # over all devices
     seed: int = 0
-    radii: tuple[float, ...] = (0.25, 0.5, 2.0, 4.0)  # extra radii for the robustness curve of PGD-20, as multiples of epsilon
+    radii: tuple[float, ...] = (0.25, 0.5, 2.0, 4.0)  # of PGD-20's curve in the report, as multiples of epsilon
 
 
 class GroupConfig(NamedTuple):

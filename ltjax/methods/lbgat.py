@@ -1,5 +1,7 @@
 """LBGAT: a robust model learns from the logits of a natural one (Cui, Liu, Wang & Jia, ICCV 2021)."""
 
+from typing import Any
+
 import numpy as np
 
 from ltjax import losses
@@ -47,5 +49,5 @@ def create(
             total += beta * metrics["robust_loss"]
         return total, (variables, metrics)
 
-    shared = dict(attack=attack, awp=awp, class_counts=class_counts, per_class=criterion.per_class)
+    shared: dict[str, Any] = dict(attack=attack, awp=awp, class_counts=class_counts, per_class=criterion.per_class)
     return adversarial.create(loss_of, objective=adversarial.divergence, **shared)

@@ -86,25 +86,28 @@ def test_an_unknown_name_is_refused_with_the_nearest_ones(name, message):
 
 # The term of each method that has weights: the whole loss (None), or a metric.
 TERMS = {"erm": None, "mislas": None, "pgd_at": None, "drolt": "classification_loss", "distil": "label_loss"}
-TERMS |= {"trades": "natural_loss", "alp": "labels_loss"}
+TERMS |= {"trades": "natural_loss", "alp": "labels_loss", "gkl_at": "natural_loss"}
+TERMS |= {"proco": "classification_loss", "bcl": "classification_loss"}
 NEEDED = {"mislas": dict(head=0.4, tail=0.1), "reslt": dict(medium_start=1, tail_start=2, beta=0.9)}
 random = np.random.default_rng(0)
-WEIGHTS = {net: jnp.asarray(random.normal(size=(12, 3)), jnp.float32) for net in ("net", "guide")}
+WEIGHTS = {
+    net: {"classifier": {"kernel": jnp.asarray(random.normal(size=(12, 3)), jnp.float32)}} for net in ("net", "guide")
+}
 
 
 def toy(variables, images, net="net", bn=None):
     rows = images.reshape(len(images), -1)
-    return Outputs(rows @ variables.params[net], rows), variables
+    return Outputs(rows @ variables.params[net]["classifier"]["kernel"], rows), variables
 
 
 def terms(name, **settings):
     """(the term that has weights, all others together) of the loss of a batch."""
-    method = methods.create(name, np.array([50, 10, 2]), **NEEDED.get(name, {}), **settings)
+    method = methods.create(name, np.array([50, 10, 2]), 12, **NEEDED.get(name, {}), **settings)
     extra, arrays = method.init(jax.random.key(0))
     centroids = jnp.asarray(np.random.default_rng(1).normal(size=(3, 12)), jnp.float32)
     variables = Variables({**WEIGHTS, "method": extra}, {}, {**arrays, "features": centroids})
     images = jnp.asarray(np.random.default_rng(2).uniform(size=(6, 2, 2, 3)), jnp.float32)
-    some = Batch(images, jnp.asarray([0, 1, 2, 0, 0, 1]))
+    some = Batch(images, jnp.asarray([0, 1, 2, 0, 0, 1]), views=jnp.stack([images, images[::-1]], 1))
     value, (_, metrics) = method.loss(toy, variables, some, jax.random.key(3))
     term = value if TERMS[name] is None else metrics[TERMS[name]]
     return float(term), float(value) - float(term) * (0.5 if name == "distil" else 1)
