@@ -86,7 +86,7 @@ def large(*, depth: int, size: int, dtype: str, batch_size: int) -> dict[str, An
 def made_up_large(*, width: int, height: int, count: int = 64):
     """Within the block, every data set is iNaturalist 2018 with `count` different images, JPEGs in memory."""
     stored = decode.inaturalist(decode.Held(decode.made_up(count, width, height)))
-    return mock.patch.object(data, "load", lambda name, data_dir: stored)
+    return mock.patch.object(data, "load", lambda *_: stored)
 
 
 class Program(NamedTuple):

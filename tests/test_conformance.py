@@ -118,7 +118,7 @@ def tiny_config(name):
 def two_devices_and_made_up_images():
     make_mesh = parallel.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda name, data_dir=None: made_up_images())
+        patch.setattr(data, "load", lambda *_: made_up_images())
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         yield
 

@@ -34,7 +34,7 @@ def two_devices_and_made_up_images():
     make_mesh, prepare = parallel.make_mesh, functools.cache(lambda: before(config.parse(small()), None))
     before = train.prepare
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda name, where: both()[0])
+        patch.setattr(data, "load", lambda *_: both()[0])
         patch.setattr(train, "prepare", lambda run, *_: (prepare()[0]._replace(config=run), prepare()[1]))
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         patch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere

@@ -227,7 +227,7 @@ FIRST = 5  # seed
 def devices(count):
     make_mesh = parallel.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda name, data_dir=None: made_up_images())
+        patch.setattr(data, "load", lambda *_: made_up_images())
         patch.setattr(parallel, "make_mesh", lambda _=None, replicas=1: make_mesh(jax.devices()[:count], replicas))
         yield
 
