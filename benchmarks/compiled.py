@@ -255,7 +255,7 @@ class _NoFiles:
         return b"%16d" % index
 
 
-def _made_up(name: str, data_dir: object = None, labels: str = "") -> Images | Stored:
+def _made_up(name: str, *_: object) -> Images | Stored:
     """Images in the number and the shape of a data set's: white ones, or none."""
     if name == INATURALIST:
         counts = np.full(8142, 53)  # 437,513 in all
