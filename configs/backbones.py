@@ -9,7 +9,8 @@ from configs import common, heads, recipes
 from configs.common import Text
 from ltjax.interop import pretrained
 
-FINETUNE = ("head", "last", "all", "adaptformer", "lora")
+ADAPTERS = ("adaptformer", "lora")
+FINETUNE = ("head", "last", "all", *ADAPTERS)
 METHODS = ("lift", *recipes.LARGE)  # with a pretrained backbone; the first is the default
 # Layers of each family of backbones from the input to the features, in three parts.
 LAYERS = {
@@ -29,7 +30,8 @@ def arguments(default: str) -> dict[str, Any]:
 def implied(arg: str | None, default: str) -> str:
     """Return the backbone that the arguments ask for: none if they name another network, or `runlocal`."""
     given = {name: value for name, _, value in common.split(arg)}
-    return given.get("pretrained") or ("none" if {"runlocal", "model"} & set(given) else default)
+    own_network = "runlocal" in given or given.get("model", "auto") != "auto"
+    return given.get("pretrained") or ("none" if own_network else default)
 
 
 def find(args: SimpleNamespace, recipe: recipes.Recipe) -> pretrained.Backbone | None:
@@ -39,7 +41,7 @@ def find(args: SimpleNamespace, recipe: recipes.Recipe) -> pretrained.Backbone |
       ValueError: They do not, or there is no such backbone.
     """
     if args.pretrained == "none":
-        if "finetune" in args.given:
+        if "finetune" in args.changed:
             raise ValueError(f"config argument 'finetune={args.finetune}' needs a pretrained= backbone")
         return None
     if args.runlocal or args.model != "auto":
@@ -55,7 +57,7 @@ def find(args: SimpleNamespace, recipe: recipes.Recipe) -> pretrained.Backbone |
     if recipe.adversarial and args.finetune != "all":
         raise ValueError("config argument: adversarial training needs finetune=all, or pretrained=none")
     backbone = pretrained.find(args.pretrained)
-    if args.finetune in ("adaptformer", "lora") and backbone.settings["name"] != "vit":
+    if args.finetune in ADAPTERS and backbone.settings["name"] != "vit":
         raise ValueError(
             f"config argument 'finetune={args.finetune}' is for vision transformers; allowed: head, last, all"
         )
@@ -65,7 +67,7 @@ def find(args: SimpleNamespace, recipe: recipes.Recipe) -> pretrained.Backbone |
 def network(backbone: pretrained.Backbone, finetune: str) -> dict[str, Any]:
     """Return the settings of the network, without its head and the normalisation of its images."""
     settings = {key: value for key, value in backbone.settings.items() if key not in ("mean", "std")}
-    return {**settings, "adapter": finetune} if finetune in ("adaptformer", "lora") else settings
+    return {**settings, "adapter": finetune} if finetune in ADAPTERS else settings
 
 
 def layers(settings: dict[str, Any]) -> tuple[str, str, str]:
@@ -91,7 +93,7 @@ def add_groups(config: ConfigDict, finetune: str) -> None:
         if "backbone" not in stage.groups or not stage.groups.backbone.rate:
             continue
         del stage.groups["backbone"]
-        if finetune in ("adaptformer", "lora"):
+        if finetune in ADAPTERS:
             stage.groups["adapters"] = dict(match="net/backbone/.*/adapter/.*", rate=1.0)
             stage.groups["backbone"] = dict(match="net/backbone/(?!.*/adapter/).*", rate=0.0)
             continue

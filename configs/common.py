@@ -37,7 +37,7 @@ MEANINGS = {
     "ema": "decay of a moving average of the weights, which is then evaluated; auto: the method's",
     "sam": "rho of sharpness-aware minimisation; 0: none",
     "holdout": "images of each class held out of training, for selection and tuning",
-    "size": "side of the images that the network sees, in pixels",
+    "size": "side of the images that the network sees, in pixels; 0: that of the weights, or the config's own",
     "runlocal": "shrink everything to a laptop: 64 pixels, a ResNet-10, few classes, images and epochs",
     "pretrained": "the backbone, trained elsewhere; none: train from scratch",
     "finetune": "what is trained: head (features are computed once), the last third, all, or adapters of a ViT",

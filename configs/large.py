@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import backbones, common, recipes
+from configs import backbones, common, heads, recipes
 from configs.common import Text
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -30,19 +30,18 @@ def read(arg: str | None, *, size: int = 224, pretrained: str = "none") -> tuple
         "model": Text("auto", NETWORKS),
         "classifier": ("auto", "linear", "cosine"),
         **common.TRAINING_ARGUMENTS,
-        "size": float(64 if local else size),
+        "size": 0.0,
         "runlocal": False,
         **backbones.arguments(pretrained),
         **common.ROBUST_ARGUMENTS,
         "guide": Text("auto", NETWORKS),
     }
     args, recipe = common.read(arg, allowed, long_tailed=True)
-    if args.size != int(args.size) or args.size < 32:
+    if args.size and (args.size != int(args.size) or args.size < 32):
         raise ValueError(f"config argument size={args.size:g}: a whole number of pixels, 32 or more")
     args.short, args.pretrained = args.runlocal, implied
     args.backbone = backbones.find(args, recipe)
-    if args.backbone and "size" not in args.given:
-        args.size = float(args.backbone.images["size"])
+    args.size = int(args.size) or (64 if local else args.backbone.images["size"] if args.backbone else size)
     return args, recipe
 
 
@@ -77,7 +76,7 @@ def base(
     `runlocal` changes the network, lengths and sizes; adversarial training changes epochs and weight decay. A
     pretrained backbone brings its network, its normalisation, and the size and crop of its images.
     """
-    local, size, backbone = args.runlocal, int(args.size), args.backbone
+    local, size, backbone = args.runlocal, args.size, args.backbone
     config = common.base(file, args)
     config.data.update(
         name=file,
@@ -98,12 +97,15 @@ def base(
     guide = args.guide if args.guide != "auto" else "resnet10" if local else "resnet18"
     networks = dict(model=found, guide=model(guide))
     config.update(common.networks(args, recipe, **networks, **pixels, remat=False))
-    if backbone and recipe.blocks[0] == "lift":
-        config.model.cosine_scale = 28.0  # LIFT's 25 is less well calibrated: benchmarks/thinned.py
+    if backbone and args.finetune == "head":
+        config.model.linear_map = heads.needs_linear_map(recipe)
+        if recipe.blocks[0] == "lift":
+            config.model.cosine_scale = 28.0  # LIFT's 25 is less well calibrated here: benchmarks/thinned.py
     config.model.extra_block = False
     if config.model.branches:
         config.model.branch_kind = "conv"
-    config.batch_size = 64 if local else batch_size
+    adapters = args.finetune in backbones.ADAPTERS
+    config.batch_size = 64 if local else 128 if adapters else batch_size  # 128: LIFT's
     config.epochs = 6 if local else epochs
     config.eval_every = 1 if local else 5
     config.eval_batch_size = 256

@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import thinned
 from configs import common, recipes
 from ltjax import compare, optim
 from ltjax.config import RunConfig, StageConfig, parse
@@ -514,6 +515,13 @@ def _concerned(configs: Iterable[str], *, imbalance: bool = True) -> str:
     return "<br>".join(f"{', '.join(methods)}: {data}" for data, methods in of_data.items())
 
 
+def photographs(_: str) -> str:
+    """Return the table of `benchmarks.thinned`."""
+    measured = read_json(ROOT / "benchmarks" / "thinned.json")
+    about = f"{len({row['draw'] for row in measured['rows']})} draws, commit {measured['git_commit'][:7]}"
+    return f"{thinned.summary(measured['rows'])}\n\nMeans of {about}; ± is the sample standard deviation over draws."
+
+
 BLOCKS = {
     "results": results_table,
     "recipe": recipe,
@@ -525,6 +533,7 @@ BLOCKS = {
     "differences": differences,
     "values": values,
     "alone": alone,
+    "photographs": photographs,
 }
 PATTERN = re.compile(r"(<!-- (?P<kind>\w+): (?P<what>.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -36,7 +36,7 @@ ROOMS = {
     "ltjax.interop.weights": {"ltjax.system"},  # a folder of weights
     "ltjax.runs": {"ltjax.interop.weights", "ltjax.system"},
     "ltjax.report": {"ltjax.runs", "ltjax.system"},
-    "ltjax.interop": {"ltjax.interop.weights", "ltjax.models", "ltjax.runs", "ltjax.system"},
+    "ltjax.interop": {"ltjax.data", "ltjax.interop.weights", "ltjax.models", "ltjax.runs", "ltjax.system"},
     "ltjax.archive": {"ltjax.interop.weights", "ltjax.runs", "ltjax.system"},
     "ltjax.engine": {
         "ltjax.data",

@@ -66,7 +66,7 @@ def calibrate_workdir(
         trained = newest(workdir)
         checkpoint = {"stage": trained.stage.name, "step": trained.step}
 
-    experiment = set_up(run, data_dir, workdir)
+    experiment = set_up(run, data_dir, workdir, features_as="images")
     if imported:
         note_images_of_weights(experiment)
     replicas = []

@@ -61,6 +61,12 @@ def test_a_fixed_backbone_trains_with_every_method_of_classifiers(method):
     assert not any(rates_of(stage).get("backbone") for stage in stages.values())
 
 
+def test_features_for_dro_lt_are_mapped_linearly():
+    run, stages = parsed("image_folder", "method=drolt")
+    assert run.model["linear_map"] and rates_of(stages["dro"])["linear_map"] == 1.0
+    assert not parsed("image_folder", "method=drolt,finetune=all")[0].model.get("linear_map")
+
+
 LOCAL_VIT = dict(name="vit", depth=12, width=8, heads=2, patch=16, grid=14, mean=(0.5,) * 3, std=(0.5,) * 3)
 RESNET = dict(name="resnet", depth=50, stem="large", width=8, mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -108,7 +114,8 @@ def test_adapters_train_beside_a_frozen_transformer(backbone, adapter):
     found = rates(run, stages["lift"])
     assert {rate for path, rate in found.items() if "/adapter/" in path} == {1.0}
     assert {rate for path, rate in found.items() if "backbone" in path and "/adapter/" not in path} == {0.0}
-    assert (stages["lift"].lr, stages["lift"].epochs) == (0.01, 10)
+    assert (stages["lift"].lr, stages["lift"].epochs, run.batch_size) == (0.01, 10, 128)
+    assert run.model["cosine_scale"] == 25.0
 
 
 def test_the_second_stage_of_a_tuned_backbone_trains_the_classifier_alone():

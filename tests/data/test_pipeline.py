@@ -284,7 +284,10 @@ def test_threads_stop_after_an_unreadable_image(sharding, gate):
     assert files.read <= 4 + 8  # of 64; a task has the 8 of a step
 
 
-def test_ctrl_c_stops_the_threads(sharding, gate):
+def test_ctrl_c_stops_the_threads(sharding, gate, request):
+    # A shell's background jobs ignore Ctrl-C, and Python then installs no handler of its own.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     waiting = threading.Event()
 
     def press():

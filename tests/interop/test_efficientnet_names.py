@@ -73,7 +73,7 @@ def test_an_array_of_the_package_has_its_place(package, net, ours, theirs):
 
 @pytest.mark.parametrize("dialect", ["package", "timm"])
 def test_the_number_of_classes_is_that_of_the_classifier(request, dialect):
-    assert implied(request.getfixturevalue(dialect)) == {"num_classes": 10}
+    assert implied(request.getfixturevalue(dialect)) == {"name": "efficientnet_lite0", "num_classes": 10}
 
 
 @pytest.mark.parametrize("dialect", ["package", "timm"])

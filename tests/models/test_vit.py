@@ -1,6 +1,5 @@
 """Vision transformers against timm's, DINOv2's and CLIP's numbers, and their adapters and settings."""
 
-import pathlib
 import re
 from types import SimpleNamespace
 
@@ -402,8 +401,3 @@ def test_devices_and_replicas_train_as_one_device(devices, replicas, replicate):
         jax.device_get(state.variables.params),
         jax.device_get(expected.variables.params),
     )
-
-
-def test_the_documented_groups_are_these():
-    page = (pathlib.Path(__file__).parents[2] / "docs" / "weights.md").read_text()
-    assert all(f'"{name}": dict(match=' in page and group["match"] in page for name, group in FROZEN.items())

@@ -191,13 +191,17 @@ def test_report_mode_writes_the_same_report_again(trained):
     assert {name: (workdir / "report" / name).read_text() for name in before} == before
 
 
+def only_the_first_stage(experiment, restored, monkeypatch):
+    """Let stage `features` alone have a checkpoint."""
+    stage = experiment.config.stages["features"]
+    monkeypatch.setattr(report, "restored_stages", lambda *_: iter([(stage, restored)]))
+
+
 def test_the_report_of_a_stopped_run_has_its_stages_so_far(trained, experiment, checkpoints, tmp_path, monkeypatch):
     for path in ("config.json", "split.json", "metrics.jsonl"):
         (tmp_path / path).symlink_to(trained[0] / path)
     monkeypatch.setattr(report, "set_up", lambda *_: experiment)
-    monkeypatch.setattr(
-        report, "restore", lambda _, stage, *__: checkpoints["features"] if stage.name == "features" else None
-    )
+    only_the_first_stage(experiment, checkpoints["features"], monkeypatch)
     summary = report.report_workdir(quick(), tmp_path)
     assert summary["accuracy"] == trained[1]["stages"]["features"]["accuracy"]
     page = (tmp_path / "report" / "index.html").read_text()
@@ -214,7 +218,7 @@ def test_the_report_of_a_stopped_run_evaluates_its_newest_checkpoint(
     early = {"epoch": 0, "step": 1, "test": {"accuracy": {"all": 0.0}}}
     stopped = checkpoints["features"]._replace(record={**checkpoints["features"].record, "evaluations": [early]})
     monkeypatch.setattr(report, "set_up", lambda *_: experiment)
-    monkeypatch.setattr(report, "restore", lambda _, stage, *__: stopped if stage.name == "features" else None)
+    only_the_first_stage(experiment, stopped, monkeypatch)
     summary = report.report_workdir(quick(), tmp_path)
     assert summary["accuracy"] == pytest.approx(trained[1]["stages"]["features"]["accuracy"])
 
