@@ -251,9 +251,8 @@ def gaussian_blur(rng: jax.Array, images: jax.Array, *, sigma: tuple[float, floa
     def weights(size: int) -> jax.Array:  # [B, size, size]
         taps = jnp.arange(-reach, size + reach)
         distances = (taps - jnp.arange(size)[:, None]).astype(jnp.float32)
-        kernel = jnp.exp(-jnp.square(distances / sigmas) / 2) * (
-            jnp.abs(distances) <= reach
-        )  # [B, size, size + 2 reach]
+        gaussian = jnp.exp(-jnp.square(distances / sigmas) / 2)
+        kernel = jnp.where(jnp.abs(distances) <= reach, gaussian, 0)  # [B, size, size + 2 reach]
         pixel = jnp.clip(taps, 0, size - 1)[:, None] == jnp.arange(size)
         return (kernel / kernel.sum(-1, keepdims=True)) @ pixel.astype(kernel.dtype)
 
