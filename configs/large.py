@@ -100,7 +100,7 @@ def base(
     if backbone and args.finetune == "head":
         config.model.linear_map = heads.needs_linear_map(recipe)
         if recipe.blocks[0] == "lift":
-            config.model.cosine_scale = 28.0  # LIFT's 25 is less well calibrated here: benchmarks/thinned.py
+            config.model.cosine_scale = 28.0  # LIFT's 25 was less well calibrated on photographs
     config.model.extra_block = False
     if config.model.branches:
         config.model.branch_kind = "conv"

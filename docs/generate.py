@@ -518,7 +518,8 @@ def _concerned(configs: Iterable[str], *, imbalance: bool = True) -> str:
 def photographs(_: str) -> str:
     """Return the table of `benchmarks.thinned`."""
     measured = read_json(ROOT / "benchmarks" / "thinned.json")
-    about = f"{len({row['draw'] for row in measured['rows']})} draws, commit {measured['git_commit'][:7]}"
+    about = f"{len({row['draw'] for row in measured['rows']})} draws, jax {measured['versions']['jax']}, commit "
+    about += measured["git_commit"].replace(measured["git_commit"][:40], measured["git_commit"][:7])
     return f"{thinned.summary(measured['rows'])}\n\nMeans of {about}; ± is the sample standard deviation over draws."
 
 
