@@ -55,7 +55,8 @@ def show(experiment: Experiment, compiled: Mapping[str, CompiledStage], workdir:
         steps = f"{stage.epochs} epochs of {compiled[name].steps_per_epoch} steps"
         length = f"{steps}, {trained:,} of {total:,} parameters train{rest}" if stage.epochs else "no training"
         what = ", ".join(filter(None, (stage.surgery.get("name"), length)))
-        console.print(f"stage {name} ({stage.title}): {what}, from {stage.start_from}")
+        origin = f"weights {run.weights}" if run.weights and stage.start_from == "scratch" else stage.start_from
+        console.print(f"stage {name} ({stage.title}): {what}, from {origin}")
     if is_weights(run.weights):
         _show_weights(experiment, load_weights(run.weights), console)
 
