@@ -206,8 +206,8 @@ def _convolution_for(platform: str | None) -> Callable[..., jax.Array]:
     return convolution
 
 
-# XLA's CPU backend takes 13 times as long for a grouped convolution with one channel a group as for the products of one
-# tap after the other (672 channels, 14x14 pixels, 5x5 taps), and 35 times for its gradients. oneDNN computes it in
+# XLA's CPU backend takes 7 times as long for a grouped convolution with one channel a group as for the products of one
+# tap after the other (672 channels, 14x14 pixels, 5x5 taps), and 25 times for its gradients. oneDNN computes it in
 # float32 and forward alone. JAX's gradient of the products would take 6 times as long, because XLA is slow at sums over
 # whole maps, so a loop over rows sums the kernel's gradient.
 
