@@ -212,7 +212,11 @@ def feature_means(
         labels = jnp.where(index < size, source.labels[clipped], -1)
         return feature_sums(apply, variables, source.images[clipped], labels, layers)
 
-    sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_batch, jnp.arange(0, size, batch_size)))
+    def add(sums, start):
+        return jax.tree.map(jnp.add, sums, of_batch(start)), None
+
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_batch, 0))
+    sums, _ = jax.lax.scan(add, nothing, jnp.arange(0, size, batch_size))  # stacked sums would be [batches, C, D]
     return means_of(sums, layers)
 
 

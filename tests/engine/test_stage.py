@@ -76,6 +76,24 @@ def test_refresh_gets_the_mean_feature_of_each_class(source, devices):
     np.testing.assert_allclose(state.variables.arrays["centroids"], expected, rtol=1e-5)
 
 
+def test_class_means_take_no_memory_for_each_batch():
+    """Memory for sums of 200 batches is that for sums of 2 batches: [C, D] once."""
+    mesh, width = parallel.make_mesh(jax.devices()[:1]), 3000
+
+    def apply(variables, images, bn):
+        features = jnp.repeat(images.mean((1, 2)), width, axis=-1)
+        return Outputs(jnp.zeros((len(images), 3)), features), variables
+
+    def temporaries(batches):
+        size = 4 * batches
+        images = jax.ShapeDtypeStruct((size, 4, 4, 2), jnp.uint8)
+        resident = stage.Resident(images, jax.ShapeDtypeStruct((size,), jnp.int32))
+        means = jax.jit(lambda source: stage.feature_means(apply, None, source, mesh, (), 4))
+        return means.lower(resident).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(200) < 1.5 * temporaries(2)
+
+
 def test_a_method_without_refresh_has_none():
     assert build(toy_method())[0].refresh is None
 
