@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ltjax import losses
+from ltjax.losses import features
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -219,3 +220,15 @@ def test_a_sharded_batch_has_the_same_losses_and_gradient(axis_type, jitted):
         arguments = [jax.device_put(x, split) for x in (logits, labels, partners)] + [jax.device_put(smoothing, whole)]
         actual = (jax.jit(both) if jitted else both)(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)
+
+
+def test_class_means_are_the_same_on_every_platform():
+    """On CPUs they are scattered, elsewhere a product. Labels outside of the classes are left out."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(50, 3)).astype(np.float32)
+    labels = rng.integers(-1, 6, 50)  # five classes
+    expected = [values[labels == c].sum(0) for c in range(5)]
+    for ways in (features._scatter, features._product):
+        sums, counts = ways(5, jnp.asarray(values), jnp.asarray(labels))
+        np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(counts, [(labels == c).sum() for c in range(5)])

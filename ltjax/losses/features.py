@@ -1,5 +1,7 @@
 """Losses of features, and the class means that they compare features with."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -21,10 +23,23 @@ def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tup
       Array([2., 0.], dtype=float32)
     """
     features, labels = whole(features), whole(labels)
-    member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)  # [B, C]
-    counts = member.sum(0)
-    sums = jnp.matmul(member.T, features, precision="highest")  # [C, D]
+    # On a CPU a scatter is 40 times as fast for 8,142 classes. On a GPU it would add in a random order.
+    ways = {"cpu": partial(_scatter, num_classes), "default": partial(_product, num_classes)}
+    sums, counts = jax.lax.platform_dependent(features, labels, **ways)
     return sums / jnp.maximum(counts, 1)[:, None], counts
+
+
+def _scatter(num_classes: int, features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum the features of each class -> sums [C, D], counts [C]."""
+    ones = jnp.ones(labels.shape, features.dtype)
+    sums, counts = (jax.ops.segment_sum(values, labels, num_classes) for values in (features, ones))
+    return sums, counts
+
+
+def _product(num_classes: int, features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Do what `_scatter` does, by a matrix product."""
+    member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)  # [B, C]
+    return jnp.matmul(member.T, features, precision="highest"), member.sum(0)
 
 
 def running_class_means(
