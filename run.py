@@ -260,8 +260,8 @@ def workdir_of(config: Mapping[str, Any]) -> str:
 def start(config: Mapping[str, Any]) -> None:
     """Start JAX's devices. Check that all processes, if there are several, were started with the same command."""
     from ltjax.config import parse, with_defaults
-    from ltjax.interop.weights import hash_weights, is_weights
     from ltjax.modes import calibrate
+    from ltjax.runs.weights import hash_weights, is_weights
     from ltjax.system import devices, processes
 
     parse(config)

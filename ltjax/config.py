@@ -121,7 +121,7 @@ class RunConfig(NamedTuple):
     # A folder written by `python -m ltjax.interop.torch`. Stages from scratch start with its weights. --mode=eval and
     # attack evaluate it if the workdir holds no run. "": random weights.
     weights: str = ""
-    weights_sha256: str = ""  # of the arrays that `weights` must have: `ltjax.interop.weights.hash_weights`; "": any
+    weights_sha256: str = ""  # of the arrays that `weights` must have: `ltjax.runs.weights.hash_weights`; "": any
     weights_parts: tuple[str, ...] = ()  # parts of the network to load from `weights`, such as ("backbone",); (): all
     gpu_graphs: str = "default"  # which kernels become CUDA graphs, see `ltjax.system.xla.GPU_GRAPHS`
     accumulate: int = 1  # parts of a batch that are computed one after the other, to save memory

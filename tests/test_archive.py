@@ -11,10 +11,10 @@ from PIL import Image
 import ltjax
 from ltjax import archive, compare, config, train
 from ltjax.interop import export
-from ltjax.interop.weights import load_weights
 from ltjax.modes import attack, report
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs import trained
+from ltjax.runs.weights import load_weights
 from ltjax.types import UserError
 from tests.test_run import final_arrays, run, tiny_config
 

@@ -12,11 +12,11 @@ import ltjax
 from ltjax import config
 from ltjax.data import samplers
 from ltjax.interop import export
-from ltjax.interop.weights import save_weights
 from ltjax.methods import criteria
 from ltjax.modes import predict as predict_mode
 from ltjax.predictor import priors
 from ltjax.runs.checkpoint import write_json
+from ltjax.runs.weights import save_weights
 from ltjax.types import Batch, UserError
 from tests.modes.test_predict import Brightness, write_levels
 from tests.test_predictor import workdir

@@ -31,7 +31,11 @@ from ltjax.engine.stage import (
     steps_done,
     streamed_draw,
 )
-from ltjax.interop.weights import (
+from ltjax.methods import criteria
+from ltjax.models import features
+from ltjax.runs.checkpoint import Checkpoints
+from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, newest, read_archive, variables_of
+from ltjax.runs.weights import (
     check_classifier,
     folder_of,
     hash_weights,
@@ -41,10 +45,6 @@ from ltjax.interop.weights import (
     taken,
     with_zeros,
 )
-from ltjax.methods import criteria
-from ltjax.models import features
-from ltjax.runs.checkpoint import Checkpoints
-from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, newest, read_archive, variables_of
 from ltjax.runs.workdir import check_same_images, no_checkpoint
 from ltjax.system import parallel, processes, xla
 from ltjax.types import Batch, Method, Outputs, UserError, Variables

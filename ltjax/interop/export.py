@@ -42,7 +42,8 @@ import jax.numpy as jnp
 from ltjax import models
 from ltjax.data.augment import as_float
 from ltjax.interop.torch import export_state_dict
-from ltjax.interop.weights import (
+from ltjax.runs.trained import class_names, newest, weights_of
+from ltjax.runs.weights import (
     DESCRIPTION,
     Weights,
     check_classifier,
@@ -52,7 +53,6 @@ from ltjax.interop.weights import (
     save_safetensors,
     save_weights,
 )
-from ltjax.runs.trained import class_names, newest, weights_of
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
 from ltjax.system.files import replacing

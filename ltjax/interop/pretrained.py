@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ltjax import models
 from ltjax.interop import torch, vit
-from ltjax.interop.weights import (
+from ltjax.runs.weights import (
     HUB,
     described,
     folder_of,
@@ -43,9 +43,9 @@ class Backbone(NamedTuple):
 
     Attributes:
       weights: For `config.weights`: a name, a repository at a commit, or a folder.
-      sha256: Of its arrays, see `ltjax.interop.weights.hash_weights`.
+      sha256: Of its arrays, see `ltjax.runs.weights.hash_weights`.
       settings: Arguments of `ltjax.models.create`: `name`, `mean`, `std` and others.
-      images: See `ltjax.interop.weights.Weights`; `size` and `crop` are known.
+      images: See `ltjax.runs.weights.Weights`; `size` and `crop` are known.
       licence: An SPDX identifier, or what the source says. "" if it says nothing.
     """
 
@@ -122,7 +122,7 @@ def _converted(name: str) -> Path:
 
 
 def _convert(file: Path, folder: Path, digest: str, licence: str = "") -> None:
-    """Convert a file of weights, with what its folder says about it, to a folder of `ltjax.interop.weights`."""
+    """Convert a file of weights, with what its folder says about it, to a folder of `ltjax.runs.weights`."""
     beside = vit.config_beside(file)
     if beside.get("architecture") in OTHER_NETWORKS:
         raise UserError(f"{file} is timm's {beside['architecture']}: {OTHER_NETWORKS[beside['architecture']]}")

@@ -22,8 +22,8 @@ from flax import linen as nn
 
 from ltjax import models
 from ltjax.interop import checkpoints, names, resnets, vit
-from ltjax.interop.weights import Weights, described, save_weights
 from ltjax.optim import flatten, unflatten
+from ltjax.runs.weights import Weights, described, save_weights
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
 from ltjax.system.paths import local
@@ -375,7 +375,7 @@ def read_checkpoint(
 
 
 def convert(checkpoint: str, model: str, out: str, *, num_classes: int = 0, order: str = "", net: str = "") -> str:
-    """Convert a PyTorch checkpoint to a folder of `ltjax.interop.weights`, and return the text to print. See `main`."""
+    """Convert a PyTorch checkpoint to a folder of `ltjax.runs.weights`, and return the text to print. See `main`."""
     weights, placed, ignored, notes = read_checkpoint(checkpoint, read_model(model), net=net, num_classes=num_classes)
     settings, num_classes = weights.settings, weights.num_classes
     with open(checkpoint, "rb") as file:

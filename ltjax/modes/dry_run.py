@@ -16,8 +16,8 @@ from ltjax.config import StageConfig, parse
 from ltjax.engine import feed
 from ltjax.engine.experiment import Experiment, build_stage, class_weights, fresh_shapes, prepare, seeds, source_shapes
 from ltjax.engine.stage import CompiledStage
-from ltjax.interop.weights import Weights, is_weights, load_weights, surplus
 from ltjax.runs import logs
+from ltjax.runs.weights import Weights, is_weights, load_weights, surplus
 from ltjax.runs.workdir import check_workdir
 from ltjax.surgery import EMA
 from ltjax.system import parallel, processes, xla

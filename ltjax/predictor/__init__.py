@@ -23,7 +23,6 @@ from jax.tree_util import Partial
 from ltjax import config as configs
 from ltjax import data, models
 from ltjax.data.augment import as_float
-from ltjax.interop.weights import DESCRIPTION, Weights, check_classifier, hash_weights, in_our_order, load_weights
 from ltjax.predictor import priors
 from ltjax.predictor.priors import Prior
 from ltjax.runs.checkpoint import read_json
@@ -36,6 +35,7 @@ from ltjax.runs.trained import (
     newest,
     weights_of,
 )
+from ltjax.runs.weights import DESCRIPTION, Weights, check_classifier, hash_weights, in_our_order, load_weights
 from ltjax.system import parallel, xla
 from ltjax.system.devices import start_devices
 from ltjax.system.files import holding
@@ -232,7 +232,7 @@ def load(
 
     Args:
       source: A run's workdir, of which the newest checkpoint of the last stage is loaded; or a folder of
-        `ltjax.interop.weights`.
+        `ltjax.runs.weights`.
       temperature: Divisor of the logits. "fitted": that of `--calibrate`, or 1 if there is none.
       image_size: Side of the images in pixels. Default: that of the run; unknown for a folder of weights.
       net: "net", or "guide" if the run trains one. Default: the one that the last stage evaluates.

@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 from ltjax import surgery
 from ltjax.config import RunConfig, StageConfig, parse
 from ltjax.hashing import fingerprint
-from ltjax.interop.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.checkpoint import complete_steps, read_json
+from ltjax.runs.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.workdir import no_checkpoint
 from ltjax.system.files import holding, load_json
 from ltjax.types import UserError, Variables, one_line

@@ -8,7 +8,7 @@ from configs import backbones, common
 from ltjax import models, optim
 from ltjax.engine import features
 from ltjax.interop import pretrained
-from ltjax.interop.weights import hash_weights
+from ltjax.runs.weights import hash_weights
 from tests.configs.reading import parsed, rates_of, read
 
 NAME = "efficientnet_lite0"

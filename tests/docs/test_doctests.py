@@ -47,7 +47,7 @@ MODULES = (
     "ltjax.interop.torch",
     "ltjax.interop.export",
     "ltjax.interop.pretrained",
-    "ltjax.interop.weights",
+    "ltjax.runs.weights",
 )
 PUBLIC = {  # of modules whose other functions need no example
     "ltjax.attacks.ball": ("radius", "radius_by_count"),
@@ -59,7 +59,7 @@ PUBLIC = {  # of modules whose other functions need no example
     "ltjax.interop.torch": ("import_state_dict", "export_state_dict"),
     "ltjax.interop.export": ("stablehlo",),
     "ltjax.interop.pretrained": ("find",),
-    "ltjax.interop.weights": ("shipped",),
+    "ltjax.runs.weights": ("shipped",),
 }
 
 

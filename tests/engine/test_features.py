@@ -10,9 +10,9 @@ from ltjax import data, train
 from ltjax.config import parse
 from ltjax.engine import experiment as experiments
 from ltjax.engine import features
-from ltjax.interop.weights import save_weights
 from ltjax.modes import attack, dry_run
 from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs.weights import save_weights
 from ltjax.types import UserError
 from tests.engine.test_streamed import both, settings
 

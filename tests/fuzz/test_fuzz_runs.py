@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from ltjax import compare, predictor
 from ltjax.config import parse
 from ltjax.interop import torch
-from ltjax.interop.weights import load_weights
 from ltjax.report import page, panels
 from ltjax.runs import trained
 from ltjax.runs.checkpoint import read_json, write_json
+from ltjax.runs.weights import load_weights
 from ltjax.runs.workdir import check_same_config, check_same_images
 from ltjax.types import UserError
 from tests.fuzz.test_fuzz_weights import folder_of_weights, is_one_line, places, replaced

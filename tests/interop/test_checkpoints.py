@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from ltjax import models
 from ltjax.interop import checkpoints, torch
 from ltjax.interop.torch import export_state_dict
-from ltjax.interop.weights import load_weights
+from ltjax.runs.weights import load_weights
 from ltjax.system import npz
 from ltjax.types import UserError
 from tests.pytorch import pytorch

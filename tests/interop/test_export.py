@@ -12,7 +12,7 @@ from safetensors import safe_open
 from ltjax import models
 from ltjax.interop import export, names
 from ltjax.interop.torch import export_state_dict, import_state_dict
-from ltjax.interop.weights import Weights, load_weights, save_weights
+from ltjax.runs.weights import Weights, load_weights, save_weights
 from tests.pytorch import pytorch
 
 NETWORKS = {

@@ -11,8 +11,8 @@ import ltjax
 from ltjax import models
 from ltjax.interop import export, torch
 from ltjax.interop.torch import export_state_dict, read_checkpoint
-from ltjax.interop.weights import into, load_weights, save_weights
 from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs.weights import into, load_weights, save_weights
 from ltjax.types import UserError
 from tests.test_run import tiny_config
 

@@ -14,7 +14,7 @@ import pytest
 import ltjax
 from ltjax import models, predictor, train
 from ltjax.interop import export
-from ltjax.interop.weights import Weights, load_weights, save_weights
+from ltjax.runs.weights import Weights, load_weights, save_weights
 from ltjax.types import UserError, Variables
 from tests.test_run import tiny_config
 

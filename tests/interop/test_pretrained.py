@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from ltjax import models
 from ltjax.interop import pretrained
 from ltjax.interop.torch import export_state_dict
-from ltjax.interop.weights import hash_weights, load_weights, save_weights
+from ltjax.runs.weights import hash_weights, load_weights, save_weights
 from ltjax.types import UserError, Variables
 
 RESNET = dict(depth=18, stem="large", width=8)

@@ -12,10 +12,10 @@ from ltjax import config, models, surgery, train
 from ltjax.engine import experiment as experiments
 from ltjax.engine.stage import TrainState
 from ltjax.interop import export, torch
-from ltjax.interop.weights import load_weights, save_weights
 from ltjax.modes import attack
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.checkpoint import Checkpoints, write_json
+from ltjax.runs.weights import load_weights, save_weights
 from ltjax.types import UserError
 from tests.test_run import tiny_config
 

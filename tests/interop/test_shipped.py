@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from ltjax import models
 from ltjax.interop.shipped.efficientnet_lite0 import make
-from ltjax.interop.weights import ARRAYS, hash_weights, into, load_weights, shipped
 from ltjax.optim import flatten
+from ltjax.runs.weights import ARRAYS, hash_weights, into, load_weights, shipped
 from ltjax.types import UserError
 
 ROOT = Path(__file__).parents[2]

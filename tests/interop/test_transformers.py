@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from ltjax import models
 from ltjax.interop import torch, vit
 from ltjax.interop.torch import export_state_dict, implied, import_state_dict, place, read_checkpoint
-from ltjax.interop.weights import into, load_weights
+from ltjax.runs.weights import into, load_weights
 from ltjax.types import UserError
 
 TINY = dict(depth=2, width=8, heads=2, patch=4, grid=3)

@@ -9,9 +9,9 @@ import pytest
 from jax import export
 
 from ltjax import models
-from ltjax.interop.weights import load_weights, shipped
 from ltjax.models.efficientnet_lite0 import STAGES
 from ltjax.optim import flatten
+from ltjax.runs.weights import load_weights, shipped
 from ltjax.types import UserError
 from tests.conftest import optimised_programs
 from tests.jaxprs import equations

@@ -11,8 +11,8 @@ import pytest
 from ltjax import models
 from ltjax.interop.shipped.efficientnet_lite0 import make
 from ltjax.interop.torch import import_state_dict, read_checkpoint
-from ltjax.interop.weights import ARRAYS, DESCRIPTION, shipped
 from ltjax.optim import flatten
+from ltjax.runs.weights import ARRAYS, DESCRIPTION, shipped
 from tests.pytorch import pytorch
 
 torch = pytorch()

@@ -7,9 +7,9 @@ import pytest
 from ltjax import archive, compare, predictor, train
 from ltjax.data.source import resolve_data_dir
 from ltjax.interop import export
-from ltjax.interop.weights import load_weights
 from ltjax.modes import dry_run, predict
 from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs.weights import load_weights
 from ltjax.system import paths
 from ltjax.types import UserError
 from tests.test_run import run, tiny_config

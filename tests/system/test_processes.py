@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from ltjax.interop.weights import save_weights
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.checkpoint import Checkpoints
+from ltjax.runs.weights import save_weights
 from ltjax.system import processes
 from ltjax.types import UserError, Variables
 from tests.conftest import CACHE

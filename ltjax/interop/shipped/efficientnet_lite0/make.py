@@ -20,7 +20,7 @@ import numpy as np
 from ltjax import models
 from ltjax.interop import checkpoints
 from ltjax.interop.torch import NORMALISE, place
-from ltjax.interop.weights import save_weights
+from ltjax.runs.weights import save_weights
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.types import UserError, Variables
 

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ltjax import models
-from ltjax.interop.weights import Weights, in_our_order, into, load_weights, save_weights, surplus, taken, with_zeros
 from ltjax.optim import flatten
+from ltjax.runs.weights import Weights, in_our_order, into, load_weights, save_weights, surplus, taken, with_zeros
 from ltjax.types import UserError
 
 SETTINGS = dict(name="resnet_cifar", depth=8, width=4, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
