@@ -1,18 +1,17 @@
-"""Layers of all networks: convolution, batch norm, pooling, classifiers, and the network around a backbone."""
+"""Layers of all networks: convolution, batch norm, pooling, classifiers."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from ltjax.system import xla
-from ltjax.types import Outputs, UserError
+from ltjax.models.convolution import accelerator_convolution, convolution_for, depthwise_by_taps
+from ltjax.models.precision import at_least_float32, widened
 
 CLASSIFIERS = ("linear", "cosine")
 CLASSIFIER_INITS = ("he", "torch", "torch_no_bias")
@@ -30,11 +29,6 @@ def torch_kernel_init() -> Callable[..., jax.Array]:
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def at_least_float32(dtype: Any) -> Any:
-    """Return the type of statistics, means over space and logits: float64 for float64, otherwise float32."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
 def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
     """Initialise the bias of a linear layer by PyTorch's default: uniform in +-1 / sqrt(fan_in)."""
 
@@ -43,226 +37,6 @@ def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
         return jax.random.uniform(rng, shape, dtype, -bound, bound)
 
     return init
-
-
-# XLA's CPU backend runs both gradient convolutions of `lax.conv_general_dilated` 8 to 25 times slower inside a loop,
-# because it keeps their transposed dimension order there. As plain NHWC convolutions they run at full speed, with the
-# same result up to rounding, but without forward-mode differentiation.
-# The kernel's gradient of a grouped convolution is slow outside of loops, too (30 times, at 32 groups of 4 channels).
-# So zeros extend its kernel to that of a plain convolution, for `groups` times the work.
-
-
-def _dilate(x: jax.Array, strides: Sequence[int]) -> jax.Array:
-    """Insert stride - 1 zeros between the pixels of x [B, H, W, channels]."""
-    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)))
-
-
-def _padded(x: jax.Array, padding) -> jax.Array:
-    """Put zeros around the maps [B, H, W, channels]."""
-    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)))
-
-
-def _nhwc(lhs: jax.Array, rhs: jax.Array, strides, padding, precision, dilation=(1, 1)) -> jax.Array:
-    """Convolve, with sums in at least float32. dilation: of the kernel."""
-    if lhs.dtype == jnp.bfloat16 and not xla.has_onednn():
-        lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
-        return _nhwc(lhs, rhs, strides, padding, precision, dilation).astype(jnp.bfloat16)
-    if max(lhs.shape[1:3]) <= 2 and tuple(strides) == (1, 1) and tuple(dilation) == (1, 1):
-        return _by_taps(lhs, rhs, padding, precision)
-    settings = dict[str, Any](rhs_dilation=dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
-    return lax.conv_general_dilated(lhs, rhs, strides, padding, **settings)
-
-
-def _by_taps(lhs: jax.Array, rhs: jax.Array, padding, precision) -> jax.Array:
-    """Convolve with stride 1, by one matrix product for each tap.
-
-    For maps of 2x2 pixels, such as the last ones of large-image ResNets on small images, XLA's CPU convolution takes 13
-    times as long.
-    """
-    padded = _padded(lhs, padding)
-    taps_h, taps_w = rhs.shape[:2]
-    height, width = padded.shape[1] - taps_h + 1, padded.shape[2] - taps_w + 1
-    total = jnp.zeros((lhs.shape[0], height, width, rhs.shape[3]), lhs.dtype)
-    (rows, _), (columns, _) = padding  # zeros before the map; taps that cover only zeros are skipped
-    for i in range(max(0, rows - height + 1), min(taps_h, rows + lhs.shape[1])):
-        for j in range(max(0, columns - width + 1), min(taps_w, columns + lhs.shape[2])):
-            total += jnp.matmul(padded[:, i : i + height, j : j + width], rhs[i, j], precision=precision)
-    return total
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _cpu_convolution(x, kernel, strides, padding, precision):
-    return _nhwc(x, kernel, strides, padding, precision)
-
-
-def _cpu_convolution_forward(x, kernel, strides, padding, precision):
-    return _nhwc(x, kernel, strides, padding, precision), (x, kernel)
-
-
-def _cpu_convolution_backward(strides, padding, precision, residuals, dy):
-    x, kernel = residuals
-    stuffed = _dilate(dy, strides)  # [B, (Ho - 1) * s + 1, (Wo - 1) * s + 1, Cout]
-    pad_x = []
-    for axis in (0, 1):
-        size, taps, span, low = x.shape[1 + axis], kernel.shape[axis], stuffed.shape[1 + axis], padding[axis][0]
-        pad_x.append((taps - 1 - low, size - span + low))
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)  # [kh, kw, Cout, Cin]
-    dx = _nhwc(stuffed, flipped, (1, 1), pad_x, precision)
-    return dx, _kernel_gradient(x, dy, kernel.shape, strides, padding, precision)
-
-
-def _kernel_gradient(x, dy, shape, strides, padding, precision) -> jax.Array:
-    """Compute the gradient to a kernel of `shape` [kh, kw, Cin, Cout] by convolving one image of width W Cin with dy.
-
-    The image holds the input channels side by side, and taps are a whole pixel apart, so an output row has kw Cin
-    entries. Matrix units compute it twice as fast as one image of kw columns for each channel.
-    """
-    (batch, height, width, channels), (_, rows, columns, _) = x.shape, dy.shape
-    dtype = x.dtype
-    if channels == 1 and x.dtype == jnp.bfloat16:  # oneDNN 3.12 is wrong for a batch of 8
-        x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    high = [
-        taps + (count - 1) * stride - size - low
-        for taps, count, stride, size, (low, _) in zip(
-            shape[:2], (rows, columns), strides, (height, width), padding, strict=True
-        )
-    ]
-    (top, _), (left, _) = padding
-    dk = _nhwc(
-        x.transpose(1, 2, 3, 0).reshape(1, height, width * channels, batch),
-        dy.transpose(1, 2, 0, 3),  # [Ho, Wo, B, Cout]
-        (1, 1),
-        ((top, high[0]), (left * channels, high[1] * channels)),
-        precision,
-        dilation=(strides[0], strides[1] * channels),
-    )  # [1, kh, kw Cin, Cout]
-    return dk.reshape(shape).astype(dtype)
-
-
-_cpu_convolution.defvjp(_cpu_convolution_forward, _cpu_convolution_backward)
-
-
-def _ungrouped(kernel: jax.Array, groups: int) -> jax.Array:
-    """Extend a grouped kernel by zeros: [kh, kw, Cin / groups, Cout] -> [kh, kw, Cin, Cout]."""
-    height, width, group_in, out = kernel.shape
-    blocks = kernel.reshape(height, width, 1, group_in, groups, out // groups)
-    same_group = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
-    blocks = jnp.where(same_group, blocks, 0)  # [kh, kw, groups, Cin / groups, groups, Cout / groups]
-    return blocks.reshape(height, width, groups * group_in, out)
-
-
-# `jax.vmap` turns the convolutions of several replicas into one grouped convolution. It turns a kernel's gradient into
-# a forward convolution with a window as wide as the map, which is slow in cuDNN. So vmapped convolutions take the
-# gradients of the grouped one, which cuDNN computes as backward-data and backward-filter.
-
-
-def _accelerator_convolution(lhs, rhs, window_strides, padding, *, precision=None, **settings) -> jax.Array:
-    settings["precision"] = precision or jax.config.values["jax_default_matmul_precision"]  # for gradients, too
-    convolve = partial(lax.conv_general_dilated, window_strides=window_strides, padding=padding, **settings)
-
-    def transposed(convolve, x, kernel, dy):
-        (dx,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(dy)
-        (dkernel,) = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)(dy)
-        return dx, dkernel
-
-    @jax.custom_batching.custom_vmap
-    def gradients(x, kernel, dy):
-        return transposed(convolve, x, kernel, dy)
-
-    @gradients.def_vmap
-    def batched_gradients(replicas, is_batched, *operands):
-        batched = (
-            operand if has_axis else jnp.broadcast_to(operand, (replicas, *operand.shape))
-            for operand, has_axis in zip(operands, is_batched, strict=True)
-        )
-        return transposed(jax.vmap(convolve), *batched), (True, True)
-
-    @jax.custom_vjp
-    def differentiable(x, kernel):
-        return convolve(x, kernel)
-
-    differentiable.defvjp(
-        lambda x, kernel: (convolve(x, kernel), (x, kernel)), lambda residuals, dy: gradients(*residuals, dy)
-    )
-    return differentiable(lhs, rhs)
-
-
-def _convolution_for(platform: str | None) -> Callable[..., jax.Array]:
-    """Return the `conv_general_dilated` of a platform: "cpu", "gpu", "tpu" or, for None, JAX's default backend."""
-    if (platform or jax.default_backend()) != "cpu":
-        return _accelerator_convolution
-
-    def convolution(lhs, rhs, window_strides, padding, *, feature_group_count=1, precision=None, **rest):
-        if any(d != 1 for d in (*rest["lhs_dilation"], *rest["rhs_dilation"])):
-            return lax.conv_general_dilated(
-                lhs, rhs, window_strides, padding, feature_group_count=feature_group_count, precision=precision, **rest
-            )
-        if isinstance(padding, str):
-            padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-        padding = tuple((int(low), int(high)) for low, high in padding)
-        rhs = rhs if feature_group_count == 1 else _ungrouped(rhs, feature_group_count)
-        return _cpu_convolution(lhs, rhs, tuple(window_strides), padding, precision)
-
-    return convolution
-
-
-# XLA's CPU backend takes 7 times as long for a grouped convolution with one channel a group as for the products of one
-# tap after the other (672 channels, 14x14 pixels, 5x5 taps), and 25 times for its gradients. oneDNN computes it in
-# float32 and forward alone. JAX's gradient of the products would take 6 times as long, because XLA is slow at sums over
-# whole maps, so a loop over rows sums the kernel's gradient.
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Array:
-    """Convolve each channel of x [B, H, W, D] with its own kernel, of [k, k, 1, D]. Sums are at least float32."""
-    padded = lax.optimization_barrier(_padded(x, padding))  # XLA would make it anew for each tap
-    rows, columns = (_size_out(size, kernel.shape[0], stride) for size in padded.shape[1:3])
-    kernel, total = _widened(kernel), jnp.zeros((), at_least_float32(x.dtype))
-    for i, j in np.ndindex(kernel.shape[:2]):
-        pixels = padded[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
-        total = total + _widened(pixels) * kernel[i, j, 0]
-    return total.astype(x.dtype)
-
-
-def _size_out(padded: int, taps: int, stride: int) -> int:
-    """Return the number of outputs along an axis."""
-    return (padded - taps) // stride + 1
-
-
-def _depthwise_forward(x, kernel, stride, padding):
-    return _depthwise_by_taps(x, kernel, stride, padding), (x, kernel)
-
-
-def _depthwise_backward(stride, padding, residuals, dy):
-    x, kernel = residuals
-    taps, stuffed = kernel.shape[0], _dilate(dy, (stride, stride))
-    pad_x = tuple(
-        (taps - 1 - low, size - span + low)
-        for size, span, (low, _) in zip(x.shape[1:3], stuffed.shape[1:3], padding, strict=True)
-    )
-    dx = _depthwise_by_taps(stuffed, jnp.flip(kernel, (0, 1)), 1, pad_x)
-    return dx, _depthwise_kernel_gradient(x, dy, taps, stride, padding).astype(kernel.dtype)
-
-
-def _depthwise_kernel_gradient(x, dy, taps: int, stride: int, padding) -> jax.Array:
-    """Sum x [B, H, W, D] times dy [B, h, w, D] over a kernel's outputs, row by row of dy: [k, k, 1, D]."""
-    padded = _padded(x, padding)
-    (batch, rows, columns, channels), width = dy.shape, padded.shape[2]
-
-    def add_row(number, sums):
-        image, row = number // rows, number % rows
-        of_dy = _widened(lax.dynamic_slice(dy, (image, row, 0, 0), (1, 1, columns, channels))[0])
-        seen = _widened(lax.dynamic_slice(padded, (image, row * stride, 0, 0), (1, taps, width, channels))[0])
-        return tuple(
-            total + seen[:, j : j + (columns - 1) * stride + 1 : stride] * of_dy for j, total in enumerate(sums)
-        )
-
-    zeros = jnp.zeros((taps, columns, channels), at_least_float32(x.dtype))
-    sums = lax.fori_loop(0, batch * rows, add_row, (zeros,) * taps)  # of each column of the kernel
-    return jnp.stack([total.sum(1) for total in sums], axis=1)[:, :, None]
-
-
-_depthwise_by_taps.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def _initialiser(init: Init) -> Callable[..., jax.Array]:
@@ -301,7 +75,7 @@ class Conv(nn.Module):
         pad = (self.kernel_size - 1) // 2 if self.padding is None else self.padding
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", _initialiser(self.kernel_init), shape, jnp.float32)
-        return _convolution_for(self.platform)(
+        return convolution_for(self.platform)(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             (self.strides, self.strides),
@@ -338,8 +112,8 @@ class DepthwiseConv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if (self.platform or jax.default_backend()) == "cpu":
             padding = lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME")
-            return _depthwise_by_taps(x, kernel, self.strides, tuple(padding))
-        return _accelerator_convolution(
+            return depthwise_by_taps(x, kernel, self.strides, tuple(padding))
+        return accelerator_convolution(
             x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=channels
         )
 
@@ -390,8 +164,8 @@ class BatchNorm(nn.Module):
 def _affine(x, scale, bias, mean, inverse_std, residual, ceiling: float | None) -> jax.Array:
     """Normalise x, add the residual, and apply a ReLU up to `ceiling`; None: no ReLU."""
     factor = scale * inverse_std
-    y = _widened(x) * factor + (bias - mean * factor)
-    y = y if residual is None else y + _widened(residual)
+    y = widened(x) * factor + (bias - mean * factor)
+    y = y if residual is None else y + widened(residual)
     return (y if ceiling is None else _relu(y, ceiling)).astype(x.dtype)
 
 
@@ -431,13 +205,13 @@ def _batch_norm_forward(x, scale, bias, residual, ceiling, epsilon):
 def _batch_norm_backward(ceiling, epsilon, residuals, cotangents):
     (x, scale, mean, var, y, has_residual), (dy, *_) = residuals, cotangents
     if ceiling is not None:
-        dy = (_widened(dy) * _slope(_widened(y), ceiling)).astype(dy.dtype)
+        dy = (widened(dy) * _slope(widened(y), ceiling)).astype(dy.dtype)
     dy, count, inverse_std = _apart(dy, 1), x.size // x.shape[-1], lax.rsqrt(var + epsilon)
     dbias = _channel_sums(_apart(dy, 1))
     dscale = inverse_std * (_channel_sums(_apart(dy, 2), _apart(x, 3)) - mean * dbias)
     factor = scale * inverse_std
     slope = factor * inverse_std * dscale / count
-    dx = _widened(dy) * factor - _widened(x) * slope + (slope * mean - factor * dbias / count)
+    dx = widened(dy) * factor - widened(x) * slope + (slope * mean - factor * dbias / count)
     return dx.astype(x.dtype), dscale, dbias, dy if has_residual else None
 
 
@@ -452,7 +226,7 @@ def _channel_sums(x: jax.Array, times: jax.Array | None = None) -> jax.Array:
 
 # On CPUs, YNNPACK's sums read bfloat16 directly, unless something else uses the conversion to float32. XLA then stores
 # the conversion as a float32 map, and a step takes 1.5 times as long. So each sum of a map has a different number of
-# barriers, and everything else converts by `_shifted`.
+# barriers, and everything else converts by `widened`.
 
 
 def _apart(x: jax.Array, barriers: int) -> jax.Array:
@@ -461,24 +235,6 @@ def _apart(x: jax.Array, barriers: int) -> jax.Array:
         for _ in range(barriers):
             x = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
     return x
-
-
-def _widened(x: jax.Array) -> jax.Array:
-    """Convert x to float32; float64 stays."""
-    return _wide(x) if x.dtype == jnp.bfloat16 else x.astype(at_least_float32(x.dtype))
-
-
-@jax.custom_vjp
-def _wide(x: jax.Array) -> jax.Array:
-    return lax.platform_dependent(x, cpu=_shifted, default=lambda x: x.astype(jnp.float32))
-
-
-_wide.defvjp(lambda x: (_wide(x), None), lambda _, dy: (dy.astype(jnp.bfloat16),))
-
-
-def _shifted(x: jax.Array) -> jax.Array:
-    """Convert bfloat16 to float32, whose upper half it is."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
 
 
 class LinearClassifier(nn.Module):
@@ -604,74 +360,3 @@ def pool(x: jax.Array) -> jax.Array:
     if x.dtype != dtype:
         x = lax.optimization_barrier(x)  # in jax 0.11 and 0.12, XLA on CPUs makes nan of this mean and a relu
     return x.astype(dtype).mean((1, 2))
-
-
-class Network(nn.Module):
-    """Normalisation, a backbone, a classifier and, optionally, an extra block, branches, a linear map, logit scales.
-
-    The network normalises images in [0, 1] itself, so attacks work in pixels. Parameter paths begin with `backbone`,
-    `block`, `branches`, `linear_map`, `classifier` and `logit_scale`.
-
-    The output `features` is the mean over space of the final map, `layers` that of every stage's, at least float32. A
-    backbone may return features [B, D] instead of a map, which stay as they are.
-    With branches, the classifier takes their features [R, B, D]: the output `branches` holds the logits of each, and
-    `logits` their sum. `features` does not depend on the branches, so class means and losses on features keep their
-    meaning.
-
-    Attributes:
-      backbone: See `ltjax.models`.
-      block: A module of `ltjax.models.blocks` after the backbone. Its map is an additional stage, the final one. The
-        backbone is then always in evaluation mode: MiSLAS freezes it for Places-LT, including its batch norms.
-      branches: A module of `ltjax.models.branches`.
-      linear_map: A linear map of the features [D, D], initially the identity, so that losses on features can train
-        something if the backbone is frozen. The output `features` is behind it, `layers` is before it.
-      logit_scale: MiSLAS's learnable weight scaling, `logits = s * (W z + b)`, with s [C] initially 1. It applies to
-        each branch.
-    """
-
-    backbone: nn.Module
-    num_classes: int
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    block: nn.Module | None = None
-    branches: nn.Module | None = None
-    classifier: str = "linear"
-    classifier_init: str = "he"
-    cosine_scale: float = 1.0
-    logit_scale: bool = False
-    linear_map: bool = False
-    dtype: Any = jnp.float32
-
-    def setup(self):
-        if self.classifier == "cosine":
-            self.head = CosineClassifier(self.num_classes, self.cosine_scale, name="classifier")
-        else:
-            self.head = LinearClassifier(self.num_classes, self.classifier_init, name="classifier")
-        if self.logit_scale:
-            self.scale = self.param("logit_scale", nn.initializers.ones_init(), (self.num_classes,), jnp.float32)
-        if self.linear_map:
-            self.map = LinearMap(name="linear_map")
-
-    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        if len(self.mean) not in (1, images.shape[-1]):
-            raise UserError(f"model mean = {self.mean}: images have {images.shape[-1]} channels")
-        dtype = at_least_float32(self.dtype)
-        mean, std = jnp.asarray(self.mean, dtype), jnp.asarray(self.std, dtype)
-        x = ((images.astype(dtype) - mean) / std).astype(self.dtype)
-        maps = self.backbone(x, train and self.block is None)
-        if self.block is not None:
-            if list(maps.values())[-1].ndim != 4:
-                raise UserError("model extra_block = True: the backbone returns features, without a map for a block")
-            maps = {**maps, f"stage{len(maps) + 1}": self.block(list(maps.values())[-1], train)}
-        layers = {name: pool(x) for name, x in maps.items()}  # dead code if unused
-        last = list(maps)[-1]
-        if self.branches is None:
-            features = self.map(layers[last]) if self.linear_map else layers[last]
-            return Outputs(self._logits(features), features, None, layers)
-        logits = self._logits(self.branches(maps[last], train))  # [R, B, C]
-        return Outputs(logits.sum(0), layers[last], logits, layers)
-
-    def _logits(self, features: jax.Array) -> jax.Array:
-        """Classify [..., D] -> [..., C]."""
-        logits = self.head(features)
-        return logits * self.scale.astype(logits.dtype) if self.logit_scale else logits

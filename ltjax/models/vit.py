@@ -24,7 +24,8 @@ from jax import lax
 
 from ltjax import registry
 from ltjax.models.blocks import rematerialised
-from ltjax.models.layers import at_least_float32, torch_kernel_init
+from ltjax.models.layers import torch_kernel_init
+from ltjax.models.precision import at_least_float32
 from ltjax.types import UserError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 
 from ltjax import attacks
 from ltjax.attacks import slots
-from ltjax.models.layers import _convolution_for
+from ltjax.models.convolution import convolution_for
 
 ROOT = Path(__file__).parents[2]
 CLASSES, NUM = 4, 20
@@ -383,7 +383,7 @@ def test_the_bar_shows_the_robust_accuracy(capfd):
 
 def cnn(weights, x):
     """That of tests/golden/autoattack.npz, whose README describes it."""
-    conv = _convolution_for(None)
+    conv = convolution_for(None)
     for layer, stride in ((0, 1), (2, 2), (4, 2)):
         how = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))
         x = conv(x, weights[f"{layer}.weight"], (stride, stride), ((1, 1), (1, 1)), **how)

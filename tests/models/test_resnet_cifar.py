@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 from ltjax import models
-from ltjax.models import layers
+from ltjax.models import convolution, layers
 from ltjax.models.blocks import BasicBlock
 from ltjax.optim import assign_groups, flatten, unflatten
 from ltjax.types import UserError
@@ -174,7 +174,7 @@ def compare_with_lax(size, taps, strides, padding, *, came, out, groups):
         weights = np.random.default_rng(1).normal(size=value.shape).astype(np.float32)
         return value, pull_back(jnp.asarray(weights))
 
-    ours = jax.jit(partial(both, layers._convolution_for("cpu")))()
+    ours = jax.jit(partial(both, convolution.convolution_for("cpu")))()
     theirs = jax.jit(partial(both, lax.conv_general_dilated))()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
@@ -186,7 +186,7 @@ def test_dilated_convolutions_are_laxs(name):
     kernel = random.normal(size=(3, 3, 4, 6)).astype(np.float32)
     settings = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"), padding=ONE)
     settings[name] = (2, 2)
-    actual = layers._convolution_for("cpu")(x, kernel, (1, 1), **settings)
+    actual = convolution.convolution_for("cpu")(x, kernel, (1, 1), **settings)
     np.testing.assert_array_equal(actual, lax.conv_general_dilated(x, kernel, (1, 1), **settings))
 
 
@@ -199,7 +199,7 @@ def test_accelerators_run_laxs_convolution(platform):
         return convolutions(jax.jit(both).lower(*shapes))
 
     assert len(program(lax.conv_general_dilated)) == 2
-    assert set(program(layers._convolution_for(platform))) == set(program(lax.conv_general_dilated))
+    assert set(program(convolution.convolution_for(platform))) == set(program(lax.conv_general_dilated))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -217,7 +217,7 @@ def test_gradients_of_vmapped_convolutions_are_those_of_a_grouped_one(groups):
     operands = [
         random.normal(size=(5, *s)).astype(np.float32) for s in ((2, 8, 8, 4), (3, 3, 4 // groups, 6), (2, 4, 4, 6))
     ]
-    ours, laxs = gradients(layers._convolution_for("gpu")), gradients(lax.conv_general_dilated)
+    ours, laxs = gradients(convolution.convolution_for("gpu")), gradients(lax.conv_general_dilated)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours(*operands), laxs(*operands))
     (to_x, to_kernel) = sorted(
         convolutions(ours.lower(*operands)), key=lambda line: "batch_group_count = 1 " not in line
@@ -235,7 +235,7 @@ def test_one_operand_of_a_vmapped_convolution_may_be_shared(which, batched):
         loss = lambda x, kernel: jnp.sin(convolution(x, kernel, (1, 1), ONE, **NHWC)).sum()  # noqa: E731
         return jax.vmap(jax.grad(loss, (0, 1)), batched)(*operands)
 
-    ours, laxs = gradients(layers._convolution_for("gpu")), gradients(lax.conv_general_dilated)
+    ours, laxs = gradients(convolution.convolution_for("gpu")), gradients(lax.conv_general_dilated)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, laxs)
 
 
@@ -244,7 +244,7 @@ def test_gradients_have_the_precision_of_their_convolution():
 
     def loss(x, kernel):
         with jax.default_matmul_precision("float32"):
-            return jnp.sin(layers._convolution_for("gpu")(x, kernel, (1, 1), ONE, **NHWC)).sum()
+            return jnp.sin(convolution.convolution_for("gpu")(x, kernel, (1, 1), ONE, **NHWC)).sum()
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 8, 8, 4), (3, 3, 4, 6))]
     actual = convolutions(jax.jit(jax.grad(loss, (0, 1))).lower(*shapes))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ltjax.models import layers
+from ltjax.models import convolution
 from ltjax.system import xla
 from ltjax.types import UserError
 
@@ -99,7 +99,7 @@ def test_arithmetic_describes_the_computation(monkeypatch, onednn, dtype, words)
 
 def test_jit_uses_onednn_if_this_jaxlib_has_it():
     x, kernel = jnp.zeros((8, 8, 8, 16), jnp.bfloat16), jnp.zeros((3, 3, 16, 16), jnp.bfloat16)
-    function = xla.jit(lambda x, kernel: layers._cpu_convolution(x, kernel, (1, 1), ((1, 1), (1, 1)), None))
+    function = xla.jit(lambda x, kernel: convolution.cpu_convolution(x, kernel, (1, 1), ((1, 1), (1, 1)), None))
     assert (xla.CALL in function.lower(x, kernel).compile().as_text()) == xla.has_onednn()
 
 
@@ -109,8 +109,8 @@ def test_bfloat16_convolutions_sum_in_float32_without_onednn(monkeypatch, onednn
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 8, 8, 16), (3, 3, 16, 16)))
 
     def gradients(x, kernel):
-        convolution = lambda *pair: layers._cpu_convolution(*pair, (1, 1), ((1, 1), (1, 1)), None)  # noqa: E731
-        y, pull_back = jax.vjp(convolution, x, kernel)
+        convolve = lambda *pair: convolution.cpu_convolution(*pair, (1, 1), ((1, 1), (1, 1)), None)  # noqa: E731
+        y, pull_back = jax.vjp(convolve, x, kernel)
         return pull_back(y)
 
     text = jax.jit(gradients).lower(x, kernel).as_text()
