@@ -216,7 +216,7 @@ def python_seconds(content: bytes, batch_size: int, turns: int) -> float:
     images, labels = np.empty((most, VIEW.size, VIEW.size, 3), np.uint8), np.empty(most, np.int32)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "image.jpg").write_bytes(content)
-        plan = stream_plan(image_folder.Files(Path(folder), ["image.jpg"] * 437_513, np.empty(0)), batch_size)
+        plan = stream_plan(image_folder.FilesInFolder(Path(folder), ["image.jpg"] * 437_513, np.empty(0)), batch_size)
         pixels = decode.decode(content)
         with (
             mock.patch.object(simplejpeg, "decode_jpeg", lambda *_, **__: pixels),

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ltjax.data.image_folder import hold_out, note
+from ltjax.data.image_folder import hold_out
+from ltjax.data.progress import note
 from ltjax.data.source import Images
 from ltjax.data.tables import SYNONYMS
 from ltjax.system import npz

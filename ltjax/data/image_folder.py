@@ -5,31 +5,21 @@ Also `ROOT/<class>/*.jpg`, or images anywhere, with their classes in a table. Wi
 out.
 """
 
-import contextlib
 import os
-import sys
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import cv2
-import jax
 import numpy as np
 
-from ltjax.data import decode, folders, identity, progress, tables
+from ltjax.data import decode, folders, inspection, tables
+from ltjax.data.folders import LeftOut, images_below, is_image, is_user_data, printable
+from ltjax.data.progress import note
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
-from ltjax.system import npz
-from ltjax.system.files import replacing
-from ltjax.system.paths import cache_folder, local
-from ltjax.types import UserError, form_only, one_line, some
+from ltjax.system.paths import local
+from ltjax.types import UserError, form_only, some
 
-# Endings of images. Files with other endings are images if their first bytes are those of one.
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
-SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".jp2")
 HELD_OUT = ("validation", "val", "test")
 SIMILAR_NAMES = (*HELD_OUT, "valid", "testing", "dev", "eval")  # other programs' names for validation, in any case
 SIMILAR_TO_TRAIN = ("train", "training")
@@ -37,7 +27,7 @@ TABLES = (".csv", ".tsv")  # endings of tables of labels, for messages
 FEW = 5  # test images of each class, too few for a reliable accuracy
 
 
-class Files:
+class FilesInFolder:
     """Image files, by their paths relative to a root."""
 
     def __init__(self, root: Path, paths: list[str], identities: np.ndarray):
@@ -50,7 +40,7 @@ class Files:
         return decode.read_file(self._root / self._paths[index])
 
     def name(self, index: int) -> str:
-        return _printable(str(self._root / self._paths[index]))
+        return printable(str(self._root / self._paths[index]))
 
     def identity(self, index: int) -> bytes:
         return self._identities[index].tobytes()
@@ -112,20 +102,20 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
         beside = () if table else sorted(path.name for path in root.iterdir() if path.suffix.lower() in TABLES)
         if not beside:
             raise
-        name = _printable(beside[0])
+        name = printable(beside[0])
         raise UserError(f"{error}; or, if {name} is a table of labels: --config.data.labels={name}") from error
-    titles = tuple(map(_printable, class_names))
+    titles = tuple(map(printable, class_names))
     train_paths, train_labels = _labelled(found.train, class_names)
     test_paths, test_labels = _labelled(found.test or {}, class_names)
-    identities = _identities(root, train_paths + test_paths)
-    train = Files(root, train_paths, identities[: len(train_paths)])
+    identities = inspection.identities(root, train_paths + test_paths)
+    train = FilesInFolder(root, train_paths, identities[: len(train_paths)])
     if found.test is None:
         kept, test = hold_out(str(table or root), train_labels, titles, found.instead)
         parts = Subset(train, kept), train_labels[kept], Subset(train, test), train_labels[test]
         return Stored(*parts, titles)
     if lacking := [title for label, title in enumerate(titles) if label not in test_labels]:
         note(f"{found.test_title} has no images of {some(lacking)}: their accuracy will be unknown")
-    test = Files(root, test_paths, identities[len(train_paths) :])
+    test = FilesInFolder(root, test_paths, identities[len(train_paths) :])
     return Stored(train, train_labels, test, test_labels, titles)
 
 
@@ -135,19 +125,19 @@ def _class_names(found: _Found) -> tuple[str, ...]:
     if not class_names:
         raise UserError(f"no images in {found.train_title}: a classifier needs some of each class")
     if unknown := sorted(set(found.test or {}) - set(found.train)):
-        names = some([_printable(name) for name in unknown])
+        names = some([printable(name) for name in unknown])
         remark = form_only(unknown, sorted(set(found.train) - set(found.test or {})))
         raise UserError(f"{found.test_title} has classes that {found.train_title} lacks: {names}{remark}")
     empty = sorted(set(found.train) - set(class_names))
-    if tested := [_printable(name) for name in empty if found.test and found.test.get(name)]:
+    if tested := [printable(name) for name in empty if found.test and found.test.get(name)]:
         raise UserError(f"{found.train_title} has no images of {some(tested)}, and {found.test_title} has: add some")
     if len(class_names) < 2:
         raise UserError(
-            f"{found.train_title} has images of one class, {_printable(class_names[0])}: a classifier needs two or "
+            f"{found.train_title} has images of one class, {printable(class_names[0])}: a classifier needs two or "
             "more, each with a folder or label of its own"
         )
     if empty:
-        names = some([_printable(name) for name in empty])
+        names = some([printable(name) for name in empty])
         note(f"{found.train_title} has {len(empty)} empty folder(s), which are no classes: {names}")
     if found.test is not None and not any(found.test.values()):
         raise UserError(f"no images in {found.test_title}: add some for each class, or remove it")
@@ -205,7 +195,7 @@ def _in_folders(root: Path) -> _Found:
     _note_ignored(root, part, test_folder)
     if len(train) == 1:
         (only,) = train
-        below, folder = _folders(root / part / only), _printable(str(root / part / only))
+        below, folder = _folders(root / part / only), printable(str(root / part / only))
         if len(below) > 1 or "train" in below:
             what = "it has a folder train" if "train" in below else f"the {len(below)} folders in it may be the classes"
             raise UserError(
@@ -225,7 +215,7 @@ def _in_table(root: Path, table: Path) -> _Found:
     for row in tables.labels(table):
         if row.split not in ("", "train", *HELD_OUT):
             known = ", ".join(("train", *HELD_OUT))
-            raise UserError(f"{table}, line {row.line}: split {_printable(row.split)!r}; allowed: {known}")
+            raise UserError(f"{table}, line {row.line}: split {printable(row.split)!r}; allowed: {known}")
         path = _path_of_row(root, row.file, by_name)
         if path is None:
             missing.append(row)
@@ -233,7 +223,7 @@ def _in_table(root: Path, table: Path) -> _Found:
         before = seen.setdefault(path, row)
         if (before.label, before.split) != (row.label, row.split):
             raise UserError(
-                f"{table}, lines {before.line} and {row.line}: {_printable(row.file)} has two labels or splits; an "
+                f"{table}, lines {before.line} and {row.line}: {printable(row.file)} has two labels or splits; an "
                 "image has one class, and is trained on or tested on"
             )
         if before is not row:
@@ -241,20 +231,20 @@ def _in_table(root: Path, table: Path) -> _Found:
             continue
         splits.setdefault(row.split or "train", {}).setdefault(row.label, []).append(path)
     if not seen:
-        names = ", ".join(_printable(row.file) for row in missing[:3])
-        there = f"the images there are {some([_printable(path) for path in below])}" if below else "there are no images"
+        names = ", ".join(printable(row.file) for row in missing[:3])
+        there = f"the images there are {some([printable(path) for path in below])}" if below else "there are no images"
         raise UserError(
             f"no row of {table} names an image below {root}: {names}; {there}. Files are relative to "
             "--config.data.root, with their endings"
         )
     if missing:
         lost = sorted({row.label for row in missing}.difference(*splits.values()))
-        names = some([_printable(row.file) for row in missing])
-        remark = f"; no image remains of {some([_printable(name) for name in lost])}" if lost else ""
+        names = some([printable(row.file) for row in missing])
+        remark = f"; no image remains of {some([printable(name) for name in lost])}" if lost else ""
         note(f"{table}: {len(missing)} row(s) name no image below {root} and are left out: {names}{remark}")
     if repeated:
         note(f"{table}: {repeated} row(s) repeat another one")
-    if rest := [_printable(path) for path in below if path not in seen]:
+    if rest := [printable(path) for path in below if path not in seen]:
         note(f"{root}: {len(rest)} image(s) have no row in {table} and are left out: {some(rest)}")
     test_split = next((name for name in HELD_OUT if name in splits), None)
     for name in sorted(set(splits) - {"train", test_split}):
@@ -290,112 +280,7 @@ def _path_of_row(root: Path, file: str, by_name: dict[str, str]) -> str | None:
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_user_data(path.name))
-
-
-def _is_user_data(name: str) -> bool:
-    """Whether a name is user data, neither hidden nor the `__MACOSX` that macOS adds to archives."""
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def is_image(path: str) -> bool:
-    """Whether a file is an image, by its ending or else by its first bytes. Decoding may still fail."""
-    if path.lower().endswith(SUFFIXES):
-        return True
-    try:
-        if not os.path.isfile(path):
-            return False
-        with open(path, "rb") as file:
-            return decode.looks_like_image(file.read(32))
-    except OSError:
-        return False
-
-
-class LeftOut:
-    """Collects what `images_below` leaves out."""
-
-    def __init__(self):
-        self.endings: Counter[str] = Counter()  # of files that are no images
-        self._hidden: list[str] = []  # names of files and folders
-
-    def add(self, name: str) -> None:
-        """Add a file that is no image, or a hidden file or folder."""
-        if _is_user_data(name):
-            self.endings[os.path.splitext(name)[1]] += 1
-        else:
-            self._hidden.append(name)
-
-    def update(self, other: "LeftOut") -> None:
-        """Add what another one has collected."""
-        self.endings += other.endings
-        self._hidden += other._hidden
-
-    def kinds(self) -> str:
-        """Count the files that are no images, by their endings: ".txt (10), .db (2)"."""
-        most_first = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
-        return some([f"{_printable(ending) or 'without an ending'} ({count})" for ending, count in most_first])
-
-    def notes(self) -> list[str]:
-        """Count them: "12 file(s) are no images that can be decoded and are left out: .txt (10), .db (2)"."""
-        notes = []
-        if self.endings:
-            total = self.endings.total()
-            notes.append(f"{total} file(s) are no images that can be decoded and are left out: {self.kinds()}")
-        if self._hidden:
-            names = some(sorted({_printable(name) for name in self._hidden}))
-            notes.append(f"{len(self._hidden)} hidden file(s) or folder(s) are left out: {names}")
-        return notes
-
-
-def images_below(
-    root: str,
-    left_out: LeftOut,
-    *,
-    excluded: Set[folders.Identity] = frozenset(),
-    order: Callable[[str], Any] = str,
-    cannot_list: Callable[[OSError], None] = folders.fail,
-) -> Iterator[str]:
-    """Yield the paths of all images in a folder and below it. Links are followed; each folder counts once.
-
-    Args:
-      root: The folder.
-      left_out: Collects the other files, and hidden files and folders.
-      excluded: Folders that are not entered, except `root`.
-      order: Key of a name, to sort the files and folders of a folder.
-      cannot_list: Called for a folder that cannot be listed.
-    """
-    seen = set(excluded) - {folders.identity(root)}
-
-    def entries(folder: str) -> Iterator[os.DirEntry[str]]:
-        try:
-            if (identity := folders.identity(folder)) in seen:
-                return iter(())
-            seen.add(identity)
-            return iter(sorted(os.scandir(folder), key=lambda entry: order(entry.name)))
-        except OSError as error:
-            cannot_list(error)
-            return iter(())
-
-    open_folders = [entries(root)]
-    while open_folders:
-        entry = next(open_folders[-1], None)
-        if entry is None:
-            open_folders.pop()
-        elif not _is_user_data(entry.name):
-            left_out.add(entry.name)
-        elif _is_folder(entry):
-            open_folders.append(entries(entry.path))
-        elif is_image(entry.path):
-            yield entry.path
-        else:
-            left_out.add(entry.name)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself; if its name is an image's, reading it fails later
-        return False
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and is_user_data(path.name))
 
 
 def _images_of_folders(root: Path, part: str) -> dict[str, list[str]]:
@@ -405,7 +290,7 @@ def _images_of_folders(root: Path, part: str) -> dict[str, list[str]]:
     """
     classes, left_out = _folders(root / part), LeftOut()
     for path in sorted((root / part).iterdir()):
-        if path.is_dir() and not _is_user_data(path.name):
+        if path.is_dir() and not is_user_data(path.name):
             left_out.add(path.name)
     # Do not follow links from one class to another or to a parent folder.
     excluded = {folders.identity(folder) for folder in (root, root / part, *(root / part / name for name in classes))}
@@ -416,7 +301,7 @@ def _images_of_folders(root: Path, part: str) -> dict[str, list[str]]:
         images[name] = sorted(os.path.relpath(path, root) for path in found)
         if others.endings and not images[name]:
             raise UserError(
-                f"{root / part}: no images that can be decoded in {_printable(name)}, of {others.endings.total()} "
+                f"{root / part}: no images that can be decoded in {printable(name)}, of {others.endings.total()} "
                 f"file(s): {others.kinds()}; convert them, or move that folder away"
             )
         left_out.update(others)
@@ -434,110 +319,6 @@ def _note_ignored(root: Path, train_folder: str, test_folder: str | None) -> Non
         if path.is_dir() and path.name.lower() in SIMILAR_NAMES and folders.identity(path) not in read:
             note(f"{path} is not read: {reason}")
     for part in parts:
-        files = [path for path in sorted((root / part).iterdir()) if _is_user_data(path.name) and path.is_file()]
-        if strays := [_printable(path.name) for path in files if is_image(str(path))]:
+        files = [path for path in sorted((root / part).iterdir()) if is_user_data(path.name) and path.is_file()]
+        if strays := [printable(path.name) for path in files if is_image(str(path))]:
             note(f"{len(strays)} image(s) in {root / part}, outside the classes' folders, are ignored: {some(strays)}")
-
-
-def note(text: str) -> None:
-    if jax.process_index() == 0:
-        print(f"note: {text}", file=sys.stderr)
-
-
-def _printable(name: str) -> str:
-    """Replace the bytes of a file name that are not UTF-8."""
-    return os.fsencode(name).decode(errors="replace")
-
-
-class _Inspected(NamedTuple):
-    """What is remembered of N images."""
-
-    versions: np.ndarray  # uint8 [N, 16], hashes of path, size, times of change and inode
-    identities: np.ndarray  # uint8 [N, 16], hashes of the files
-    brightest: np.ndarray  # int32 [N], of images of 16 bits a channel; -1 for others
-
-
-def _identities(root: Path, paths: list[str]) -> np.ndarray:
-    """Decode every new or changed image once, and return the hash of each file, uint8 [N, 16].
-
-    UserError if images cannot be read.
-    """
-    versions = _hashes([_version(root, path) for path in paths])
-    cache = cache_folder()
-    file = cache / f"images-{identity.digest(os.fsencode(root.resolve())).hex()}.npz" if cache else None
-    known = _read_cache(file) if file else None
-    rows = {} if known is None else {version.tobytes(): row for row, version in enumerate(known.versions)}
-    new = [number for number, version in enumerate(versions) if version.tobytes() not in rows]
-    identities, brightest = np.empty_like(versions), np.empty(len(paths), np.int32)
-    identities[new], brightest[new] = _inspect(root, [paths[number] for number in new], len(paths))
-    if known is not None:
-        old = np.setdiff1d(np.arange(len(paths)), new)
-        chosen = [rows[versions[number].tobytes()] for number in old]
-        identities[old], brightest[old] = known.identities[chosen], known.brightest[chosen]
-    if file and (new or known is None or len(known.versions) != len(paths)):
-        with contextlib.suppress(OSError):  # then they are inspected again next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as part, open(part, "wb") as opened:
-                np.savez(opened, **_Inspected(versions, identities, brightest)._asdict())
-    deep = decode.DeepImages()
-    for value in brightest[brightest >= 0]:
-        deep.add(int(value))
-    if text := deep.note():
-        note(f"{root}: {text}")
-    return identities
-
-
-def _version(root: Path, path: str) -> bytes:
-    try:
-        status = (root / path).stat()
-        # Not the time of a file's content alone: two files may have the same, and exchange their names.
-        known = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-        return os.fsencode(path) + "".join(f"\0{number}" for number in known).encode()
-    except OSError:  # a broken link, which `_inspect` reports
-        return os.fsencode(path)
-
-
-def _hashes(contents: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(map(identity.digest, contents)), np.uint8).reshape(-1, identity.SIZE)
-
-
-def _read_cache(file: Path) -> _Inspected | None:
-    """Read what is remembered; None if there is nothing, or it is damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        arrays = npz.read(file)
-        known = _Inspected(*(arrays[name] for name in _Inspected._fields))
-        shape = (len(known.brightest), identity.SIZE)
-        if known.versions.shape == known.identities.shape == shape and known.identities.dtype == np.uint8:
-            return known
-    return None
-
-
-def _inspect(root: Path, paths: list[str], total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decode and hash N images, of `total` in all.
-
-    Returns:
-      The hashes uint8 [N, 16], and the brightest values int32 [N], see `_Inspected`.
-    """
-
-    def inspect(path: str) -> tuple[bytes, str, int | None]:
-        try:
-            content = decode.read_file(root / path)
-        except OSError as error:
-            return bytes(identity.SIZE), error.strerror or one_line(error), None
-        except ValueError as error:
-            return bytes(identity.SIZE), str(error), None
-        return identity.digest(content), *decode.inspect(content)
-
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damaged files are named below
-    hashes, brightest, damaged = [], [], []
-    with progress.bar(transient=True) as bar, ThreadPoolExecutor() as threads:
-        inspected = bar.track(threads.map(inspect, paths), total=len(paths), description="checking images")
-        for path, (hashed, problem, value) in zip(paths, inspected, strict=True):
-            hashes.append(hashed)
-            brightest.append(-1 if value is None else value)
-            if problem:
-                damaged.append(f"{_printable(str(root / path))} ({problem})")
-    if damaged:
-        names = some(damaged, "; ")
-        raise UserError(f"{len(damaged)} of {total} images cannot be read: {names}: replace or remove them")
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, identity.SIZE), np.array(brightest, np.int32)

@@ -1,6 +1,7 @@
-"""A progress bar on stderr; one line a minute if stderr is not a terminal, as in a job's log."""
+"""Notes and a progress bar on stderr; one line a minute if stderr is not a terminal, as in a job's log."""
 
 import datetime
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -61,3 +62,11 @@ def bar(*columns: ProgressColumn, transient: bool = False, unit: tuple[str, int]
     console = Console(stderr=True, markup=False, emoji=False)  # file names are printed literally
     shown = (TextColumn("{task.description}", markup=False), BarColumn(), *(columns or IMAGES))
     return _Bar(*shown, unit=unit, console=console, transient=transient, disable=not console.is_terminal)
+
+
+def note(text: str) -> None:
+    """Print a note on stderr, from the first process alone."""
+    import jax  # late, because preparing data needs no jax
+
+    if jax.process_index() == 0:
+        print(f"note: {text}", file=sys.stderr)

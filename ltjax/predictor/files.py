@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltjax.data.decode import DeepImages, View, center_crop, read, read_file
-from ltjax.data.image_folder import LeftOut, images_below
+from ltjax.data.folders import LeftOut, images_below
 from ltjax.data.pipeline import TASK_ROWS
 from ltjax.system import xla
 from ltjax.system.cores import num_cores

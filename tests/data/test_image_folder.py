@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ltjax import data
-from ltjax.data import identity, image_folder
+from ltjax.data import identity, inspection
 from ltjax.types import UserError
 from tests.data.miniatures import photo
 
@@ -82,8 +82,8 @@ def test_only_a_new_image_is_inspected(tmp_path, monkeypatch):
     before = data.load("image_folder", tmp_path).train_files
     (tmp_path / "train" / "a" / "1a.jpg").write_bytes(photo(0, 9, 16))
     (tmp_path / "train" / "a" / "002.jpg").unlink()
-    inspect, inspected = image_folder.decode.inspect, []
-    monkeypatch.setattr(image_folder.decode, "inspect", lambda content: inspected.append(content) or inspect(content))
+    inspect, inspected = inspection.decode.inspect, []
+    monkeypatch.setattr(inspection.decode, "inspect", lambda content: inspected.append(content) or inspect(content))
     after = data.load("image_folder", tmp_path).train_files
     assert inspected == [photo(0, 9, 16)]
     expected = [before.identity(0), before.identity(1), identity.digest(photo(0, 9, 16)), before.identity(3)]
@@ -146,7 +146,7 @@ def test_damaged_images_are_counted_and_named(tmp_path):
 def test_images_are_checked_again_only_after_a_change(tmp_path, monkeypatch):
     make(make(tmp_path, (2, 2)), (1, 1), "val")
     data.load("image_folder", tmp_path)
-    monkeypatch.setattr(image_folder.decode, "inspect", lambda content: pytest.fail("decoded again"))
+    monkeypatch.setattr(inspection.decode, "inspect", lambda content: pytest.fail("decoded again"))
     data.load("image_folder", tmp_path)
     monkeypatch.undo()
     (tmp_path / "train" / "a" / "000.jpg").write_bytes(b"no image")
