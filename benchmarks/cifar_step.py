@@ -173,7 +173,7 @@ def time_evaluation(experiment: experiments.Experiment, variables: Any, repeats:
     seconds = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
-        experiment.evaluate["net"](variables, experiment.test_set)
+        experiment.evaluators["net"](variables, experiment.test_set)
         seconds.append(time.perf_counter() - started)
     return seconds[1:]  # the first one compiles
 
@@ -281,7 +281,7 @@ def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]],
 
     def evaluate():
         started = time.perf_counter()
-        experiment.evaluate["net"](variables, experiment.test_set)
+        experiment.evaluators["net"](variables, experiment.test_set)
         return (time.perf_counter() - started) / experiment.test_set.size
 
     turns: dict[str, Callable[[], float]] = {name: partial(train_for_a_dispatch, name) for name in run.stages}

@@ -15,12 +15,13 @@ from ltjax import surgery
 from ltjax.config import StageConfig, parse
 from ltjax.engine import experiment as experiments
 from ltjax.engine import stage as stages
-from ltjax.engine.experiment import Experiment, evaluate_split, initial_variables, operate, prepare
+from ltjax.engine.experiment import Experiment, apply_surgery, evaluate_split, initial_variables, prepare
 from ltjax.engine.feed import DISPATCH_STEPS
+from ltjax.engine.restore import state_shapes
 from ltjax.engine.stage import CompiledStage, TrainState
 from ltjax.modes import dry_run, report
 from ltjax.runs import logs, results
-from ltjax.runs.checkpoint import Checkpoints, cannot_save, complete_steps, like, read_json, write_json
+from ltjax.runs.checkpoint import Checkpoints, cannot_save, complete_steps, read_json, write_json
 from ltjax.runs.workdir import locked, named_disk_errors, open_workdir
 from ltjax.system import processes
 from ltjax.system.files import holding
@@ -188,30 +189,33 @@ class StageTrainer:
         self.stopping = self.save_is_due = False
 
     def start(self, before: TrainState | None) -> None:
-        """Restore the newest checkpoint, or start from scratch or from the stage `before`, and apply the surgery."""
+        """Restore the newest checkpoint, or start from scratch or from the stage `before`."""
         self.began = time.monotonic()
-        experiment, stage, seeds = self.experiment, self.stage, experiments.seeds(self.run_config)
+        restored = self.checkpoints.restore(state_shapes(self.experiment, self.compiled))
+        if restored is None:
+            self.state = self.initial_state(before)
+        else:
+            self.state, self.record = restored
+        self.step = stages.steps_done(self.state)
+        self.began -= self.record["seconds"]
+        self.saved_at = time.monotonic()
+        self.unsaved = restored is None and bool(self.stage.surgery)
+        if self.step < self.compiled.num_steps or self.evaluation_due():
+            if restored is not None:
+                self.console.print(f"Resuming {self.stage.title} after step {self.step} of {self.compiled.num_steps}.")
+            self.log.rewind(self.stage.name, -1 if restored is None else self.step, last_evaluated(self.record))
+
+    def initial_state(self, before: TrainState | None) -> TrainState:
+        """Make the state of step 0 from scratch or from the stage `before`, with the stage's surgery."""
+        experiment, stage = self.experiment, self.stage
         if before is None:
             variables = initial_variables(experiment, stage)
         else:  # an average goes on with the optimizer, and is otherwise where the stage begins
             variables = before.variables if stage.keep_optimizer else surgery.with_ema(before.variables)
-        self.state: TrainState = self.compiled.init(seeds, variables)
-        restored = self.checkpoints.restore(like(self.state))
-        if restored is not None:
-            self.state, self.record = restored
-        elif stage.surgery:
-            variables, self.record["surgery"] = operate(experiment, stage, variables)
-            self.state = self.compiled.init(seeds, variables)
-        if restored is None and stage.keep_optimizer and before is not None:
-            self.state = stages.kept_optimizer(self.state, before)
-        self.step = stages.steps_done(self.state)
-        self.began -= self.record["seconds"]
-        self.saved_at = time.monotonic()
-        self.unsaved = restored is None and bool(stage.surgery)
-        if self.step < self.compiled.num_steps or self.evaluation_due():
-            if restored is not None:
-                self.console.print(f"Resuming {stage.title} after step {self.step} of {self.compiled.num_steps}.")
-            self.log.rewind(stage.name, -1 if restored is None else self.step, last_evaluated(self.record))
+        if stage.surgery:
+            variables, self.record["surgery"] = apply_surgery(experiment, stage, variables)
+        state: TrainState = self.compiled.init(experiments.seeds(self.run_config), variables)
+        return stages.kept_optimizer(state, before) if stage.keep_optimizer and before is not None else state
 
     def run(self) -> None:
         """Train to the end of the stage. After a signal, save and raise Interrupted."""
@@ -344,7 +348,7 @@ class StageTrainer:
         """Whether the current state has to be evaluated, and was not."""
         epoch, steps_into_epoch = divmod(self.step, self.compiled.steps_per_epoch)
         ended = steps_into_epoch == 0 and (epoch > 0 or self.stage.epochs == 0)
-        due = ended and evaluates(epoch, self.stage.epochs, self.run_config.eval_every)
+        due = ended and evaluation_follows(epoch, self.stage.epochs, self.run_config.eval_every)
         return due and self.step != last_evaluated(self.record)
 
     def evaluate(self) -> None:
@@ -417,7 +421,7 @@ def chunk_length(
     return divisor if 2 * divisor >= most else -(-steps_per_epoch // parts)
 
 
-def evaluates(epoch: int, epochs: int, every: int) -> bool:
+def evaluation_follows(epoch: int, epochs: int, every: int) -> bool:
     """Whether an evaluation follows an epoch, counted from 1. every: `config.eval_every`."""
     if every == 0:
         every = 5 if epoch <= epochs - 20 else 1

@@ -66,7 +66,7 @@ def assert_same(workdir, summary, undisturbed):
 
 
 def evaluated_epochs(epochs, every):
-    return [epoch for epoch in range(1, epochs + 1) if train.evaluates(epoch, epochs, every)]
+    return [epoch for epoch in range(1, epochs + 1) if train.evaluation_follows(epoch, epochs, every)]
 
 
 @pytest.mark.parametrize("every, expected", [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (9, [7])])

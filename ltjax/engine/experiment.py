@@ -1,9 +1,8 @@
-"""Set up an experiment: load a run's data, make its networks, compile its stages, restore and evaluate checkpoints."""
+"""Set up an experiment: load a run's data, make its networks, compile its stages, evaluate variables."""
 
 import functools
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,22 +21,18 @@ from ltjax.engine import features as fixed
 from ltjax.engine.stage import (
     Chunk,
     CompiledStage,
-    TrainState,
     build,
     init_variables,
     make_apply,
     resident_draw,
     stage_rng,
-    steps_done,
     streamed_draw,
 )
 from ltjax.methods import criteria
 from ltjax.models import features
-from ltjax.runs.checkpoint import Checkpoints
-from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, newest, read_archive, variables_of
+from ltjax.runs.checkpoint import complete_steps
+from ltjax.runs.trained import newest, variables_of
 from ltjax.runs.weights import (
-    check_classifier,
-    folder_of,
     hash_weights,
     into,
     is_weights,
@@ -45,7 +40,7 @@ from ltjax.runs.weights import (
     taken,
     with_zeros,
 )
-from ltjax.runs.workdir import check_same_images, no_checkpoint
+from ltjax.runs.workdir import check_same_images
 from ltjax.system import parallel, processes, xla
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
 
@@ -62,11 +57,12 @@ class Experiment(NamedTuple):
     mesh: Mesh
     image_shape: tuple[int, ...]  # [H, W, channels] of what `nets` take
     shapes: Variables  # shapes of the networks' variables, without an axis of replicas
+    outputs: Outputs  # shapes of the network's outputs for one image
     initialise: Callable[..., Variables]  # (seed, number of a stage) -> random variables on the devices
     train_data: Any  # stage.Resident, or evaluate.StoredSet if the images stay on disk
     test_set: evaluate.EvaluationSet | evaluate.StoredSet
     holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
-    evaluate: dict[str, Callable[..., dict[str, np.ndarray]]]  # {network: evaluator}, see `evaluate.evaluator`
+    evaluators: dict[str, Callable[..., dict[str, np.ndarray]]]  # {network: see `evaluate.evaluator`}
     class_means: Callable[..., Any]  # see `feed.class_means`
 
     @property
@@ -77,12 +73,6 @@ class Experiment(NamedTuple):
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.data.class_names
-
-    @property
-    def outputs(self) -> Outputs:
-        """Shapes of the network's outputs for one image."""
-        image, apply = jnp.zeros((1, *self.image_shape)), make_apply(self.nets, "eval")
-        return jax.eval_shape(lambda variables: apply(variables, image)[0], self.shapes)
 
     @property
     def num_branches(self) -> int:
@@ -107,9 +97,15 @@ def prepare(
                 f"config.{name}.keep_optimizer: stage {stage.start_from!r} does not train the same parameters "
                 "in the same groups"
             )
-    if run.weights:
+    if run.weights and _starts_from_weights(run, workdir):
         into(fresh_shapes(experiment), load_weights(run.weights, run.weights_sha256), run.weights_parts)
     return experiment, compiled
+
+
+def _starts_from_weights(run: RunConfig, workdir: Path | None) -> bool:
+    """Whether a stage will start from `config.weights`: one from scratch that has no checkpoint yet."""
+    from_scratch = [name for name, stage in run.stages.items() if stage.start_from == "scratch"]
+    return workdir is None or any(not complete_steps(workdir / "checkpoints" / name) for name in from_scratch)
 
 
 def set_up(
@@ -162,6 +158,7 @@ def set_up(
         image_sets = feed.stored(run, inputs, split, mesh)
     else:
         image_sets = feed.resident(run, inputs, split, mesh)
+    apply, image = make_apply(nets, "eval"), jnp.zeros((1, *image_sets.shape))
     return Experiment(
         config=run,
         data=images,
@@ -172,13 +169,14 @@ def set_up(
         mesh=mesh,
         image_shape=image_sets.shape,
         shapes=shapes,
+        outputs=jax.eval_shape(lambda variables: apply(variables, image)[0], shapes),
         initialise=initialise,
         train_data=image_sets.train,
         test_set=image_sets.test,
         holdout_set=image_sets.holdout,
-        evaluate={name: evaluate.evaluator(nets, mesh, replicas=run.replicas, net=name) for name in nets},
+        evaluators={name: evaluate.evaluator(nets, mesh, replicas=run.replicas, net=name) for name in nets},
         class_means=feed.class_means(
-            make_apply(nets, "eval"), image_sets.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
+            apply, image_sets.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
         ),
     )
 
@@ -418,7 +416,7 @@ def make_surgery(experiment: Experiment, stage: StageConfig) -> Callable:
     return surgery.create(stage.surgery, experiment.shapes.params["net"], branches=branches, holdout=holdout)
 
 
-def operate(experiment: Experiment, stage: StageConfig, variables: Variables) -> tuple[Variables, dict[str, Any]]:
+def apply_surgery(experiment: Experiment, stage: StageConfig, variables: Variables) -> tuple[Variables, dict[str, Any]]:
     """Apply the stage's surgery to variables.
 
     Returns:
@@ -428,7 +426,7 @@ def operate(experiment: Experiment, stage: StageConfig, variables: Variables) ->
     def holdout_accuracy(variables: Variables) -> np.ndarray:
         holdout = experiment.holdout_set
         assert holdout is not None
-        predictions = experiment.evaluate["net"](variables, holdout)["predictions"]
+        predictions = experiment.evaluators["net"](variables, holdout)["predictions"]
         return (predictions == holdout.host_labels).mean(-1)
 
     context = surgery.Context(
@@ -440,83 +438,6 @@ def operate(experiment: Experiment, stage: StageConfig, variables: Variables) ->
     )
     changed, note = make_surgery(experiment, stage)(variables, context)
     return jax.device_put(changed, parallel.state_sharding(experiment.mesh, experiment.config.replicas)), note
-
-
-# Checkpoints and imported weights.
-
-
-class Restored(NamedTuple):
-    """A stage with its newest checkpoint."""
-
-    compiled: CompiledStage
-    state: TrainState
-    record: dict[str, Any]  # times and evaluations of the stage, from the checkpoint
-
-
-def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restored | None:
-    """Read the newest checkpoint of a stage; None if it has none. An archive holds the last stage only."""
-    compiled, run = build_stage(experiment, stage), experiment.config
-    if is_archive(workdir):
-        archive = read_archive(workdir)
-        if stage.name != archive.stage:
-            return None
-        state = compiled.init(seeds(run), fresh_variables(experiment, stage))
-        net = surgery.EMA if stage.ema else "net"  # which one is evaluated
-        variables = into(state.variables, archive.weights, net=net)
-        extra = archive.weights.variables.params.get("method")
-        variables = variables._replace(params={**variables.params, **({"method": extra} if extra else {})})
-        state = state._replace(step=jnp.full_like(state.step, archive.step), variables=variables)
-        return Restored(compiled, state, archive.record)
-    sharding = parallel.state_sharding(experiment.mesh, run.replicas)
-    target = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment))
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), target)
-    with Checkpoints(workdir / "checkpoints" / stage.name) as checkpoints:
-        restored = checkpoints.restore(target, move_damaged=False)
-    return None if restored is None else Restored(compiled, *restored)
-
-
-def restored_stages(
-    experiment: Experiment, workdir: Path, *, last_first: bool = False
-) -> Iterator[tuple[StageConfig, Restored]]:
-    """Yield the stages that have a checkpoint, each with its newest one. Raises UserError if there is none."""
-    stages, found = list(experiment.config.stages.values()), False
-    for stage in reversed(stages) if last_first else stages:
-        if (restored := restore(experiment, stage, workdir)) is not None:
-            found = True
-            yield stage, restored
-    if not found:
-        raise no_checkpoint(workdir)
-
-
-class Imported(NamedTuple):
-    """`config.weights`, to be evaluated in a workdir that holds no run."""
-
-    experiment: Experiment  # with the network that the weights belong to
-    stage: StageConfig  # the last one, which says how to evaluate
-    variables: Variables
-
-
-def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -> Imported | None:
-    """Set up the evaluation of `config.weights`; None if the workdir holds a run, or the config names no weights."""
-    if not evaluates_weights(run, workdir):
-        return None
-    weights = load_weights(run.weights, run.weights_sha256)
-    check_classifier(weights, run.weights)
-    experiment = set_up(run._replace(model=as_computed(weights, run)), data_dir)
-    note_images_of_weights(experiment)
-    last = list(run.stages.values())[-1]
-    stage = last._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")
-    return Imported(experiment, stage, into(fresh_variables(experiment, last), weights))
-
-
-def note_images_of_weights(experiment: Experiment) -> None:
-    """Print a note if `config.weights` is an archive of a run that began with other images."""
-    archive = folder_of(experiment.config.weights)
-    if is_archive(archive):
-        try:
-            check_same_images(archive, experiment.description)
-        except UserError as error:
-            print(f"note: some test images may have been trained on: {error}", file=sys.stderr)
 
 
 # Evaluation.
@@ -546,17 +467,9 @@ def evaluate_split(
     """
     run, labels, num_classes = experiment.config, images.host_labels, len(experiment.class_names)
     variables = surgery.as_evaluated(variables, stage.eval_classifier)
-    outcome = experiment.evaluate[stage.evaluate_net](variables, images, means, go_on)
+    outcome = experiment.evaluators[stage.evaluate_net](variables, images, means, go_on)
     if run.replicas == 1:
         return evaluate.summarise(outcome, labels, experiment.groups, num_classes)
     outcomes = [{name: values[replica] for name, values in outcome.items()} for replica in range(run.replicas)]
     summaries = [evaluate.summarise(outcome, labels, experiment.groups, num_classes) for outcome in outcomes]
     return evaluate.over_seeds(summaries, seeds(run).tolist())
-
-
-def evaluate_restored(experiment: Experiment, stage: StageConfig, restored: Restored) -> dict[str, Any]:
-    """Evaluate a checkpoint on the test images: {"epoch": counted from 1, "step", "test": figures}."""
-    step, variables = steps_done(restored.state), restored.state.variables
-    means = class_means_for(experiment, stage, variables)
-    test = evaluate_split(experiment, stage, variables, experiment.test_set, means)
-    return {"epoch": -(-step // restored.compiled.steps_per_epoch), "step": step, "test": test}

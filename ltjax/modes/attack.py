@@ -17,7 +17,8 @@ from rich.console import Console
 from ltjax import attacks, surgery
 from ltjax.config import AttackConfig, RunConfig, StageConfig, parse
 from ltjax.engine import evaluate, feed
-from ltjax.engine.experiment import Experiment, import_weights, restored_stages, seeds, set_up
+from ltjax.engine.experiment import Experiment, seeds, set_up
+from ltjax.engine.restore import import_weights, restored_stages
 from ltjax.engine.stage import make_apply, steps_done
 from ltjax.hashing import hash32
 from ltjax.report import figures, page

@@ -13,7 +13,8 @@ from ltjax import metrics
 from ltjax.calibration import fit_temperature, has_minimum
 from ltjax.config import RunConfig, parse
 from ltjax.engine import evaluate
-from ltjax.engine.experiment import Experiment, note_images_of_weights, set_up
+from ltjax.engine.experiment import Experiment, set_up
+from ltjax.engine.restore import note_images_of_weights
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import write_json

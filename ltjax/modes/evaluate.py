@@ -6,15 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ltjax.config import parse
-from ltjax.engine.experiment import (
-    Imported,
-    class_means_for,
-    evaluate_restored,
-    evaluate_split,
-    import_weights,
-    restored_stages,
-    set_up,
-)
+from ltjax.engine.experiment import class_means_for, evaluate_split, set_up
+from ltjax.engine.restore import Imported, evaluate_restored, import_weights, restored_stages
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import write_json
 from ltjax.runs.workdir import named_disk_errors, open_run

@@ -9,7 +9,8 @@ from flax import linen as nn
 from ltjax import losses, optim, surgery, train
 from ltjax.config import parse
 from ltjax.engine import stage
-from ltjax.engine.experiment import restore, set_up
+from ltjax.engine.experiment import set_up
+from ltjax.engine.restore import restore
 from ltjax.modes import dry_run
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.predictor import load

@@ -9,7 +9,7 @@ import pytest
 from ltjax import data, train
 from ltjax.config import parse
 from ltjax.engine import experiment as experiments
-from ltjax.engine import features
+from ltjax.engine import features, restore
 from ltjax.modes import attack, dry_run
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.weights import save_weights
@@ -54,7 +54,7 @@ def weights(tmp_path):
 
 
 def classifier(experiment, workdir):
-    state = experiments.restore(experiment, experiment.config.stages["ce"], workdir).state
+    state = restore.restore(experiment, experiment.config.stages["ce"], workdir).state
     return np.asarray(state.variables.params["net"]["classifier"]["kernel"])
 
 
@@ -74,8 +74,8 @@ def test_features_equal_those_of_the_network(weights, images):
     experiment = experiments.set_up(parse(frozen(weights)), None)
     whole = experiments.set_up(parse(frozen(weights)), None, features_as="images")
     variables = experiments.initial_variables(whole, whole.config.stages["ce"])
-    of_images = whole.evaluate["net"](variables, whole.test_set)
-    of_features = experiment.evaluate["net"](variables, experiment.test_set)
+    of_images = whole.evaluators["net"](variables, whole.test_set)
+    of_features = experiment.evaluators["net"](variables, experiment.test_set)
     np.testing.assert_allclose(of_features["losses"], of_images["losses"], rtol=5e-3)
 
 
@@ -144,6 +144,14 @@ def test_a_finished_run_needs_its_weights_no_more(weights, tmp_path):
     shutil.rmtree(tmp_path / "cache")
     again = evaluate_workdir(frozen(weights), tmp_path / "run")
     assert again["loss"] == pytest.approx(figures["loss"], rel=1e-5)
+
+
+def test_a_stopped_run_resumes_without_its_weights(weights, tmp_path):
+    figures = train.train(frozen(weights), tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(weights)
+    again = train.train(frozen(weights), tmp_path / "run")
+    assert again["accuracy"] == figures["accuracy"]
 
 
 def test_an_attack_changes_the_images(weights, tmp_path):

@@ -118,7 +118,7 @@ def test_evaluation_equals_that_of_resident_images(pair):
     assert streamed.streamed and not resident.streamed
     run = parse(settings())
     variables = experiments.fresh_variables(resident, run.stages["dro"])
-    first, second = (experiment.evaluate["net"](variables, experiment.test_set) for experiment in pair)
+    first, second = (experiment.evaluators["net"](variables, experiment.test_set) for experiment in pair)
     assert (resident.test_set.host_labels == streamed.test_set.host_labels).all()
     for name in first:
         np.testing.assert_allclose(second[name], first[name], rtol=1e-6, err_msg=name)
@@ -149,7 +149,7 @@ def test_a_run_that_heeds_orientations_sees_the_same_images_however_the_camera_w
     variables = experiments.fresh_variables(seen, seen.config.stages["dro"])
     monkeypatch.setattr(data, "load", lambda *_: images)
     plain = experiments.set_up(parse(settings()), None)
-    first, second = (each.evaluate["net"](variables, each.test_set) for each in (seen, plain))
+    first, second = (each.evaluators["net"](variables, each.test_set) for each in (seen, plain))
     np.testing.assert_array_equal(first["confidences"], second["confidences"])
 
 

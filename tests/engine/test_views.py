@@ -10,7 +10,7 @@ from ltjax import models, train
 from ltjax.config import parse
 from ltjax.data import augment, samplers
 from ltjax.engine import experiment as experiments
-from ltjax.engine import stage
+from ltjax.engine import restore, stage
 from ltjax.methods import erm
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system import parallel
@@ -129,7 +129,7 @@ def test_the_projection_is_in_no_weights_and_in_no_later_stage(tmp_path):
     train.train(made, tmp_path / "run")
     experiment = experiments.set_up(parse(made), None)
     first, later = (
-        experiments.restore(experiment, experiment.config.stages[name], tmp_path / "run").state.variables
+        restore.restore(experiment, experiment.config.stages[name], tmp_path / "run").state.variables
         for name in made["stages"]
     )
     assert set(first.params["method"]) == {"projection"} and set(later.params) == {"net"}
@@ -144,7 +144,7 @@ def test_replicas_and_parts_of_a_batch_train_on_views(tmp_path, monkeypatch):
     results = train.train(made, tmp_path / "run")
     assert np.isfinite(results["stages"]["ce"]["accuracy"]["all"])
     experiment = experiments.set_up(parse(made), None)
-    state = experiments.restore(experiment, experiment.config.stages["ce"], tmp_path / "run").state
+    state = restore.restore(experiment, experiment.config.stages["ce"], tmp_path / "run").state
     shown = np.asarray(state.variables.arrays["next_counts"]).sum(-1)  # of each replica, in the last epoch
     np.testing.assert_array_equal(shown, 2 * 7 * made["batch_size"])  # both views, 7 steps
 

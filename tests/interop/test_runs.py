@@ -98,7 +98,7 @@ def test_a_new_head_of_surgery_is_not_the_imported_one(weights):
     stage = run.stages["ce"]._replace(surgery={"name": next(iter(surgery.SURGERIES))})
     assert stage.surgery["name"] == "new_head"
     start = experiments.initial_variables(experiment, run.stages["ce"])
-    changed, _ = experiments.operate(experiment, stage, start)
+    changed, _ = experiments.apply_surgery(experiment, stage, start)
     ours, theirs = (np.asarray(v.params["net"]["classifier"]["kernel"]) for v in (changed, start))
     assert not np.allclose(ours, theirs)
 

@@ -7,7 +7,8 @@ import pytest
 
 from ltjax import losses, methods, train
 from ltjax.config import parse
-from ltjax.engine.experiment import restore, set_up
+from ltjax.engine.experiment import set_up
+from ltjax.engine.restore import restore
 from ltjax.types import Batch, Outputs, UserError, Variables
 from tests.test_run import tiny_config
 

@@ -9,7 +9,7 @@ import pytest
 
 from ltjax import config, methods, metrics, train
 from ltjax.engine import experiment as experiments
-from ltjax.engine import feed, measure
+from ltjax.engine import feed, measure, restore
 from ltjax.engine.stage import make_apply
 from ltjax.modes import report
 from ltjax.runs.checkpoint import read_json
@@ -51,9 +51,7 @@ def experiment():
 @pytest.fixture(scope="module")
 def checkpoints(experiment, trained):
     """{stage: its newest checkpoint}."""
-    return {
-        name: experiments.restore(experiment, stage, trained[0]) for name, stage in experiment.config.stages.items()
-    }
+    return {name: restore.restore(experiment, stage, trained[0]) for name, stage in experiment.config.stages.items()}
 
 
 @pytest.fixture(scope="module")
