@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ltjax import config as configs
-from ltjax.report.seeds import Figure, mean_and_std
+from ltjax.report.seeds import MeanStd, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent, unequal_test_set
 from ltjax.system.command_line import Parser, exit_code
@@ -82,7 +82,7 @@ class FinishedRun(NamedTuple):
 
 class Row(NamedTuple):
     name: str
-    figures: dict[str, Figure]  # {key of `FIGURES`: fraction}, without what some seed lacks
+    figures: dict[str, MeanStd]  # {key of `FIGURES`: fraction}, without what some seed lacks
     seconds: float  # of a seed, mean over runs
     seeds: tuple[int, ...]
     runs: tuple[Path, ...]  # those whose seeds were counted

@@ -21,7 +21,7 @@ from ltjax.engine.restore import state_shapes
 from ltjax.engine.stage import CompiledStage, TrainState
 from ltjax.modes import dry_run, report
 from ltjax.runs import logs, results
-from ltjax.runs.checkpoint import Checkpoints, cannot_save, complete_steps, read_json, write_json
+from ltjax.runs.checkpoint import Checkpoints, StageRecord, cannot_save, complete_steps, read_json, write_json
 from ltjax.runs.workdir import locked, named_disk_errors, open_workdir
 from ltjax.system import processes
 from ltjax.system.files import holding
@@ -66,7 +66,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
 
         # Train the stages one after the other, each from its newest checkpoint.
         states: dict[str, TrainState] = {}
-        records: dict[str, dict[str, Any]] = {}
+        records: dict[str, StageRecord] = {}
         with StopSignals() as stop, _open_log(workdir, compiled) if first else logs.NoLog() as log:
             for name, stage in run.stages.items():
                 with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
@@ -158,7 +158,7 @@ class StageTrainer:
     Attributes:
       state: The state of the stage.
       step: Number of steps dispatched so far.
-      record: Times and evaluations, which a checkpoint stores with the state.
+      record: What a checkpoint stores with the state.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class StageTrainer:
             streamed=experiment.streamed,
             attacks=compiled.attacks,
         )
-        self.record: dict[str, Any] = {"seconds": 0.0, "train_seconds": 0.0, "train_steps": 0, "evaluations": []}
+        self.record: StageRecord = {"seconds": 0.0, "train_seconds": 0.0, "train_steps": 0, "evaluations": []}
         self.lengths: set[int] = set()  # lengths of dispatches that this process has compiled
         self.class_means: dict[tuple[str, ...], Any] = {}  # {layers: class means} of the current state
         self.loss: float | None = None  # mean of the last dispatch that was read
@@ -436,7 +436,7 @@ def runs_ahead() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def last_evaluated(record: Mapping[str, Any]) -> int:
+def last_evaluated(record: StageRecord) -> int:
     """Return the step of a stage's last evaluation; -1 if there is none."""
     return record["evaluations"][-1]["step"] if record["evaluations"] else -1
 

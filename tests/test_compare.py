@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from ltjax import compare
-from ltjax.compare import Cell, Figure, Row
+from ltjax.compare import Cell, MeanStd, Row
 from ltjax.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def test_seeds_of_a_config_are_one_row_with_mean_and_sample_deviation(tmp_path):
 
 def test_one_seed_has_no_deviation(tmp_path):
     (row,) = compare.rows([single(tmp_path / "run", 0.5)])
-    assert row.figures["all"] == Figure(0.5, None)
+    assert row.figures["all"] == MeanStd(0.5, None)
 
 
 def test_replicas_of_a_run_and_seeds_of_others_are_pooled(tmp_path):
@@ -235,8 +235,8 @@ def test_replicas_and_single_runs_are_comparable(tmp_path):
 
 
 ROWS = [
-    Row("a_1 & b", {"all": Figure(0.5), "many": Figure(0.7), "ece": Figure(0.1)}, 3725.4, (0,), (Path("a"),)),
-    Row("b (lr 1 -> 2)", {"all": Figure(0.6, 0.012), "ece": Figure(0.2, 0.03)}, 59.6, (0, 1), (Path("b"),)),
+    Row("a_1 & b", {"all": MeanStd(0.5), "many": MeanStd(0.7), "ece": MeanStd(0.1)}, 3725.4, (0,), (Path("a"),)),
+    Row("b (lr 1 -> 2)", {"all": MeanStd(0.6, 0.012), "ece": MeanStd(0.2, 0.03)}, 59.6, (0, 1), (Path("b"),)),
 ]
 
 
@@ -256,7 +256,7 @@ def test_cells_mark_the_best_as_shown_and_leave_gaps():
 
 def best_of(means):
     """Return which rows are marked in the column "all"."""
-    rows = [Row(str(i), {"all": Figure(mean)}, 1.0, (0,), ()) for i, mean in enumerate(means)]
+    rows = [Row(str(i), {"all": MeanStd(mean)}, 1.0, (0,), ()) for i, mean in enumerate(means)]
     return [row[1].best for row in compare.cells(rows)[1:]]
 
 

@@ -21,7 +21,7 @@ from ltjax.engine.experiment import (
     set_up,
 )
 from ltjax.engine.stage import CompiledStage, TrainState, steps_done
-from ltjax.runs.checkpoint import Checkpoints
+from ltjax.runs.checkpoint import Checkpoints, StageRecord
 from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, read_archive
 from ltjax.runs.weights import check_classifier, folder_of, into, load_weights
 from ltjax.runs.workdir import check_same_images, no_checkpoint
@@ -41,7 +41,7 @@ class Restored(NamedTuple):
 
     compiled: CompiledStage
     state: TrainState
-    record: dict[str, Any]  # times and evaluations of the stage, from the checkpoint
+    record: StageRecord
 
 
 def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restored | None:

@@ -251,13 +251,13 @@ def _over_replicas(of_replicas: list[dict], run: RunConfig) -> dict:
     return averages
 
 
-def _shown(target: Target, adversarial: np.ndarray) -> list[figures.Attacked]:
+def _shown(target: Target, adversarial: np.ndarray) -> list[figures.AttackedImage]:
     """Choose images to show: first those that the attack turned from right to wrong."""
     before, after = outcome(target, target.images), outcome(target, adversarial)
     right_before, right_after = (part["predictions"] == target.labels for part in (before, after))
     order = np.argsort(np.where(right_before & ~right_after, 0, np.where(right_before, 1, 2)), kind="stable")
     return [
-        figures.Attacked(
+        figures.AttackedImage(
             target.images[i],
             adversarial[i],
             int(target.labels[i]),

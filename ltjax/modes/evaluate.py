@@ -9,7 +9,7 @@ from ltjax.config import parse
 from ltjax.engine.experiment import class_means_for, evaluate_split, set_up
 from ltjax.engine.restore import Imported, evaluate_restored, import_weights, restored_stages
 from ltjax.runs import logs, results
-from ltjax.runs.checkpoint import write_json
+from ltjax.runs.checkpoint import StageRecord, write_json
 from ltjax.runs.workdir import named_disk_errors, open_run
 from ltjax.system import processes
 from ltjax.system.paths import local
@@ -50,10 +50,10 @@ def evaluate_workdir(
     return summary
 
 
-def _evaluate_weights(imported: Imported) -> dict[str, Any]:
+def _evaluate_weights(imported: Imported) -> StageRecord:
     """Evaluate imported weights, and make the record of a stage without training."""
     began, (experiment, stage, variables) = time.monotonic(), imported
     means = class_means_for(experiment, stage, variables)
     test = evaluate_split(experiment, stage, variables, experiment.test_set, means)
-    record = {"train_seconds": 0.0, "train_steps": 0, "evaluations": [{"epoch": 0, "step": 0, "test": test}]}
-    return {**record, "seconds": time.monotonic() - began}
+    evaluations = [{"epoch": 0, "step": 0, "test": test}]
+    return StageRecord(seconds=time.monotonic() - began, train_seconds=0.0, train_steps=0, evaluations=evaluations)

@@ -85,7 +85,7 @@ def _reliability(axes: "Axes", results: dict[str, Any]) -> None:
     axes.legend(loc="upper left", fontsize="small")
 
 
-class Attacked(NamedTuple):
+class AttackedImage(NamedTuple):
     """One image before and after an attack."""
 
     image: np.ndarray  # [H, W, channels] in [0, 1]
@@ -95,7 +95,7 @@ class Attacked(NamedTuple):
     after: tuple[int, float]
 
 
-def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> "Figure":
+def attacked(shown: Sequence[AttackedImage], class_names: Sequence[str]) -> "Figure":
     """Draw a row for each image: the image, what the attack adds (grey: nothing), and their sum, with predictions."""
     from matplotlib.figure import Figure
 
@@ -121,7 +121,7 @@ def attacked(shown: Sequence[Attacked], class_names: Sequence[str]) -> "Figure":
     return figure
 
 
-def write_attack(shown: Sequence[Attacked], class_names: Sequence[str], folder: Path) -> Path:
+def write_attack(shown: Sequence[AttackedImage], class_names: Sequence[str], folder: Path) -> Path:
     return _write(lambda: attacked(shown, class_names), folder / "attack.png")
 
 

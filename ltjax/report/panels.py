@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ltjax.report.seeds import Figure, mean_and_std, pool
+from ltjax.report.seeds import MeanStd, mean_and_std, pool
 from ltjax.runs.results import GROUPS
 
 MOST_POINTS = 160  # of a learning curve
@@ -17,10 +17,10 @@ class Panel(NamedTuple):
     """Arrays [C] have nan for classes without test images; what was not measured is empty or None."""
 
     title: str
-    accuracy: dict[str, Figure]  # of all classes and of each group
-    ece: Figure | None
-    classwise_ece: Figure | None
-    best: Figure | None  # legacy: best epoch as picked on the test set
+    accuracy: dict[str, MeanStd]  # of all classes and of each group
+    ece: MeanStd | None
+    classwise_ece: MeanStd | None
+    best: MeanStd | None  # legacy: best epoch as picked on the test set
     seconds: float
     per_class: np.ndarray
     bins: dict[str, np.ndarray]  # of calibration: accuracies, confidences, counts
@@ -59,10 +59,10 @@ def of_stage(
     classwise = observed.get("classwise_ece")
     return Panel(
         title=measured["title"],
-        accuracy={name: Figure(mean, spread["accuracy"].get(name)) for name, mean in measured["accuracy"].items()},
-        ece=Figure(measured["ece"], spread.get("ece")) if calibrated else None,
-        classwise_ece=Figure(classwise) if calibrated and classwise is not None else None,
-        best=Figure(best["accuracy"]) if best is not None and measured.get("epochs") else None,
+        accuracy={name: MeanStd(mean, spread["accuracy"].get(name)) for name, mean in measured["accuracy"].items()},
+        ece=MeanStd(measured["ece"], spread.get("ece")) if calibrated else None,
+        classwise_ece=MeanStd(classwise) if calibrated and classwise is not None else None,
+        best=MeanStd(best["accuracy"]) if best is not None and measured.get("epochs") else None,
         seconds=measured["seconds"],
         per_class=array(measured["per_class_accuracy"]),
         bins={key: array(values) for key, values in measured["calibration_bins"].items()} if calibrated else {},
@@ -83,7 +83,7 @@ def array(values: Sequence[float | None]) -> np.ndarray:
     return np.asarray([np.nan if value is None else value for value in values], np.float64)
 
 
-def pooled(title: str, panels: Sequence[Panel], seeds: Sequence[int], known: Mapping[str, Figure]) -> Panel:
+def pooled(title: str, panels: Sequence[Panel], seeds: Sequence[int], known: Mapping[str, MeanStd]) -> Panel:
     """Return one panel of several runs of a config.
 
     Args:

@@ -12,7 +12,7 @@ from PIL import Image
 from ltjax.report import charts
 from ltjax.report.charts import LEFT, RIGHT, TOP, WIDTH, Scale, line, mark, path, tag, text
 from ltjax.report.panels import Panel
-from ltjax.report.seeds import Figure
+from ltjax.report.seeds import MeanStd
 from ltjax.runs.results import GROUPS, percent
 
 BOTTOM = 196  # of a usual chart's frame
@@ -388,5 +388,5 @@ def in_255ths(epsilon: float) -> str:
     return f"{255 * epsilon:.3g}/255"
 
 
-def shown_figure(figure: Figure | None) -> str:
+def shown_figure(figure: MeanStd | None) -> str:
     return "-" if figure is None else percent(*figure)

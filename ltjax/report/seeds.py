@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Figure(NamedTuple):
+class MeanStd(NamedTuple):
     mean: float
     std: float | None = None  # over seeds, with ddof=1; None for one seed
 
 
-def mean_and_std(values: Sequence[float]) -> Figure:
+def mean_and_std(values: Sequence[float]) -> MeanStd:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
-        return Figure(mean)
-    return Figure(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)))
+        return MeanStd(mean)
+    return MeanStd(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)))
 
 
 def pool(parts: Sequence[Any], average: Callable[[Sequence[Any]], Any]) -> Any:

@@ -3,9 +3,9 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,17 @@ log = logging.getLogger(__name__)
 FIX_DISK = "free some space or fix the permissions, then run the same command again to resume"
 
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+class StageRecord(TypedDict):
+    """What a checkpoint stores beside the state of a stage, as JSON. Times are seconds."""
+
+    seconds: float  # of the stage, with evaluations
+    train_seconds: float  # of `train_steps` steps, those whose dispatch compiled nothing
+    train_steps: int
+    wait_seconds: NotRequired[float]  # part of `train_seconds` that the devices waited for data
+    evaluations: list[dict[str, Any]]  # {"epoch", "step", "holdout" and "test": figures}
+    surgery: NotRequired[dict[str, Any]]  # what the stage's surgery returned
 
 
 class Checkpoints:
@@ -44,7 +55,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Save a state in the background. Replace the checkpoint of this step if there is one.
 
         Raises:
@@ -87,7 +98,7 @@ class Checkpoints:
                 raise
             raise cannot_save(error, self.directory) from error
 
-    def restore(self, target: Any, *, move_damaged: bool = True) -> tuple[Any, dict[str, Any]] | None:
+    def restore(self, target: Any, *, move_damaged: bool = True) -> tuple[Any, Any] | None:
         """Read the newest undamaged checkpoint.
 
         Skip damaged ones with a warning. If an older one can be read, move them to `damaged/`.
@@ -126,7 +137,7 @@ class Checkpoints:
             )
         return None
 
-    def restore_step(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+    def restore_step(self, step: int, target: Any) -> tuple[Any, Any]:
         """Read one checkpoint: (state, record). ValueError if the state's fingerprint has changed."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)

@@ -17,6 +17,8 @@ from ltjax.config import RunConfig, StageConfig
 if TYPE_CHECKING:  # `ltjax.compare` starts without jax
     from jax.sharding import Mesh
 
+    from ltjax.runs.checkpoint import StageRecord
+
 GROUPS = ("all", "many", "medium", "few")
 LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
 OF_EPOCHS = ("accuracy", "ece", "loss")  # what results.json has of every evaluated epoch
@@ -130,7 +132,7 @@ def percent(value: float | None, spread: float | None = None) -> str:
 
 
 def summarise(
-    experiment: Any, stages: Mapping[str, StageConfig], records: Mapping[str, dict[str, Any]], commit: str | None
+    experiment: Any, stages: Mapping[str, StageConfig], records: Mapping[str, "StageRecord"], commit: str | None
 ) -> dict[str, Any]:
     """Make what results.json holds: every stage's last epoch, and the final stage's again at the top.
 
@@ -162,7 +164,7 @@ def summarise(
     }
 
 
-def _stage_summary(run: RunConfig, stage: StageConfig, record: Mapping[str, Any]) -> dict[str, Any]:
+def _stage_summary(run: RunConfig, stage: StageConfig, record: "StageRecord") -> dict[str, Any]:
     evaluations, seconds = record["evaluations"], record["train_seconds"]
     summary: dict[str, Any] = {
         "title": stage.title,

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from ltjax import surgery
 from ltjax.config import RunConfig, StageConfig, parse
 from ltjax.hashing import fingerprint
-from ltjax.runs.checkpoint import complete_steps, read_json
+from ltjax.runs.checkpoint import StageRecord, complete_steps, read_json
 from ltjax.runs.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.workdir import no_checkpoint
 from ltjax.system.files import holding, load_json
@@ -141,7 +141,7 @@ class Archived(NamedTuple):
     stage: str  # the last one
     step: int
     weights: Weights
-    record: dict[str, Any]  # like the record of a checkpoint
+    record: StageRecord
 
 
 def is_archive(folder: Path) -> bool:
@@ -164,5 +164,5 @@ def read_archive(folder: Path) -> Archived:
         if not isinstance(stage, str) or not isinstance(step, int):
             raise TypeError("final_stage is no name, or step no number")
         seconds = float(summary["seconds"])
-    record = {"seconds": seconds, "train_seconds": 0.0, "train_steps": 0, "evaluations": evaluations}
+    record: StageRecord = {"seconds": seconds, "train_seconds": 0.0, "train_steps": 0, "evaluations": evaluations}
     return Archived(stage, step, load_weights(folder), record)

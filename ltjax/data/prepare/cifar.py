@@ -68,7 +68,7 @@ CIFAR100 = CifarArchive(
 )
 
 
-class Split(NamedTuple):
+class RawSplit(NamedTuple):
     """N images and their labels, one column per `CifarArchive.labels`."""
 
     images: np.ndarray  # [N, 32, 32, 3], uint8, RGB
@@ -108,7 +108,7 @@ def _difference(archive: CifarArchive, path: Path) -> str:
     return "" if sha256 == archive.sha256 else f"its SHA-256 is {sha256}, not {archive.sha256}"
 
 
-def _parse(archive: CifarArchive, path: Path) -> tuple[dict[str, list[str]], dict[str, Split]]:
+def _parse(archive: CifarArchive, path: Path) -> tuple[dict[str, list[str]], dict[str, RawSplit]]:
     """Return {label feature: class names} and {split: its images and labels}."""
     record_files = [file for files in archive.splits.values() for file in files]
     files = {*record_files, *(label.file for label in archive.labels)}
@@ -137,7 +137,7 @@ def _class_names(label: LabelFile, content: bytes) -> list[str]:
     return names
 
 
-def _split(archive: CifarArchive, files: tuple[str, ...], contents: dict[str, bytes]) -> Split:
+def _split(archive: CifarArchive, files: tuple[str, ...], contents: dict[str, bytes]) -> RawSplit:
     num_labels = len(archive.labels)
     record_size = num_labels + 3 * 32 * 32
     for file in files:
@@ -151,7 +151,7 @@ def _split(archive: CifarArchive, files: tuple[str, ...], contents: dict[str, by
         if highest >= label.num_classes:
             raise ValueError(f"it has a {label.feature} {highest}, but there are {label.num_classes} classes")
     planes = records[:, num_labels:].reshape(-1, 3, 32, 32)
-    return Split(planes.transpose(0, 2, 3, 1), labels)
+    return RawSplit(planes.transpose(0, 2, 3, 1), labels)
 
 
 def _read_files(path: Path, files: set[str], archive: CifarArchive) -> dict[str, bytes]:
@@ -179,7 +179,9 @@ def _read_files(path: Path, files: set[str], archive: CifarArchive) -> dict[str,
     return contents
 
 
-def write(archive: CifarArchive, data_dir: Path, class_names: dict[str, list[str]], splits: dict[str, Split]) -> None:
+def write(
+    archive: CifarArchive, data_dir: Path, class_names: dict[str, list[str]], splits: dict[str, RawSplit]
+) -> None:
     """Write `<data_dir>/<name>/<version>` with TFDS' own builder; encode the images here, without TensorFlow."""
     import tensorflow_datasets as tfds
 

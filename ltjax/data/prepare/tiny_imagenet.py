@@ -48,14 +48,14 @@ OFFICIAL = Archive(
 )
 
 
-class Split(NamedTuple):
+class EncodedSplit(NamedTuple):
     """N encoded images and their labels."""
 
     images: list[bytes]
     labels: list[int]
 
 
-class Files(NamedTuple):
+class ArchiveFiles(NamedTuple):
     """The files of an archive."""
 
     names: set[str]  # relative to the archive's folder
@@ -102,12 +102,12 @@ def _difference(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _open(path: Path, archive: Archive) -> Generator[Files]:
+def _open(path: Path, archive: Archive) -> Generator[ArchiveFiles]:
     """Open a zip archive, or the folder that it unpacks to."""
     if path.is_dir():
         root = path / archive.folder if (path / archive.folder).is_dir() else path
         names = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
-        yield Files(names, lambda name: (root / name).read_bytes())
+        yield ArchiveFiles(names, lambda name: (root / name).read_bytes())
         return
     with contextlib.ExitStack() as stack:
         try:
@@ -129,10 +129,10 @@ def _open(path: Path, archive: Archive) -> Generator[Files]:
                 raise zipfile.BadZipFile(f"it declares more than {MAX_IMAGE_BYTES} bytes")
             return unpacked.read(member)
 
-        yield Files(names, read)
+        yield ArchiveFiles(names, read)
 
 
-def _parse(title: str, files: Files, archive: Archive) -> tuple[list[str], dict[str, Split]]:
+def _parse(title: str, files: ArchiveFiles, archive: Archive) -> tuple[list[str], dict[str, EncodedSplit]]:
     """Read class names and splits; ValueError if a file or image is missing, damaged or superfluous."""
     wnids = _lines(files, archive, "wnids.txt")
     if not len(set(wnids)) == len(wnids) == archive.num_classes:
@@ -158,11 +158,11 @@ def _parse(title: str, files: Files, archive: Archive) -> tuple[list[str], dict[
     if any(counts[label] != archive.test_per_class for label in range(archive.num_classes)):
         raise ValueError(f"val_annotations.txt does not give every class {archive.test_per_class} images")
     images = _read_images(title, files, expected, archive.size)
-    splits = {split: Split([images[name] for name in of], list(of.values())) for split, of in labels.items()}
+    splits = {split: EncodedSplit([images[name] for name in of], list(of.values())) for split, of in labels.items()}
     return class_names, splits
 
 
-def _lines(files: Files, archive: Archive, name: str) -> list[str]:
+def _lines(files: ArchiveFiles, archive: Archive, name: str) -> list[str]:
     if name not in files.names:
         raise ValueError(f"it lacks {archive.folder}/{name}")
     try:
@@ -171,7 +171,7 @@ def _lines(files: Files, archive: Archive, name: str) -> list[str]:
         raise ValueError(f"{name} cannot be read ({one_line(error)})") from error
 
 
-def _test_labels(files: Files, archive: Archive, wnids: list[str]) -> dict[str, int]:
+def _test_labels(files: ArchiveFiles, archive: Archive, wnids: list[str]) -> dict[str, int]:
     """Return {file name: label} of the test images."""
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     labels: dict[str, int] = {}
@@ -192,7 +192,7 @@ def _class_names(wnids: list[str], lines: list[str]) -> list[str]:
     return [f"{name} ({wnid})" if name in repeated else name for name, wnid in zip(names, wnids, strict=True)]
 
 
-def _read_images(title: str, files: Files, names: set[str], size: int) -> dict[str, bytes]:
+def _read_images(title: str, files: ArchiveFiles, names: set[str], size: int) -> dict[str, bytes]:
     """Read the image files; decode each once as a check."""
     images, problems = {}, []
     with progress.bar() as bar:
@@ -227,7 +227,7 @@ def _problem(content: bytes | None, size: int) -> str:
     return "" if height == width == size else f"{width} x {height} pixels, not {size} x {size}"
 
 
-def _write(archive: Archive, data_dir: Path, class_names: list[str], splits: dict[str, Split]) -> None:
+def _write(archive: Archive, data_dir: Path, class_names: list[str], splits: dict[str, EncodedSplit]) -> None:
     """Write `<data_dir>/tiny_imagenet/1.0.0`; the ids keep the order of the images."""
     import tensorflow_datasets as tfds
 
