@@ -12,6 +12,7 @@ Exit code 2: a mistake, described in one line.
 import json
 import logging
 import os
+import pkgutil
 import re
 import runpy
 import signal
@@ -39,7 +40,16 @@ from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from configs.common import Help  # noqa: E402
-from ltjax.modes import help as usage  # noqa: E402
+from ltjax.modes import usage  # noqa: E402
+
+MODES = {  # what each value of --mode calls with (config, workdir, data_dir); predict takes other arguments
+    "train": "ltjax.train:train",
+    "eval": "ltjax.modes.evaluate:evaluate_workdir",
+    "attack": "ltjax.modes.attack:attack_workdir",
+    "report": "ltjax.modes.report:report_workdir",
+    "predict": "ltjax.modes.predict:predict_workdir",
+}
+MODES_OF_A_RUN = tuple(MODES)[1:]  # they can read the config from the workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments after a colon; :help lists them."
@@ -47,8 +57,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; default: runs/NAME-seedSEED (-seedsFIRST-LAST with replicas)."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "attack", "report", "predict"], "What to do.")
-MODES_OF_A_RUN = ("predict", "report", "eval", "attack")  # they can read the config from the workdir
+_MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 _IMAGES = flags.DEFINE_string("images", "", "With --mode=predict: folder, or quoted pattern such as 'photos/*.jpg'.")
 _OUT = flags.DEFINE_string("out", "-", "With --mode=predict: FILE.csv or FILE.jsonl; - or -.jsonl: standard output.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "With --mode=predict: number of classes listed for each image.")
@@ -206,7 +215,7 @@ def main(_: list[str]) -> None:
     try:
         config = run_config()
         start(config)
-        chosen_mode(config)()
+        run_mode(config)
     except UserError as error:
         fail(error)
         if processes.several():
@@ -281,42 +290,27 @@ def start(config: Mapping[str, Any]) -> None:
         calibrate.check(config)
 
 
-def chosen_mode(config: Mapping[str, Any]) -> Callable[[], Any]:
-    """Return the function that does what --mode and --dry_run ask for."""
-    from ltjax import train
-    from ltjax.modes import attack, calibrate, dry_run, evaluate, report
+def run_mode(config: Mapping[str, Any]) -> None:
+    """Do what --mode, --dry_run and --calibrate ask for."""
+    from ltjax.modes import calibrate
 
-    workdir, data_dir = workdir_of(config), _DATA_DIR.value
-
-    def predict() -> None:
+    run: Callable = pkgutil.resolve_name("ltjax.modes.dry_run:dry_run" if _DRY_RUN.value else MODES[_MODE.value])
+    where = workdir_of(config), _DATA_DIR.value
+    if _MODE.value != "predict":
+        run(config, *where)
+        if _CALIBRATE.value and not _DRY_RUN.value:
+            calibrate.calibrate_workdir(config, *where)
+        return
+    if _CALIBRATE.value:
         from rich.console import Console
 
-        from ltjax.modes import predict as predict_mode  # loads OpenCV, which training does not need
+        from ltjax.modes import predict  # loads OpenCV, which training does not need
 
-        if _CALIBRATE.value:
-            predict_mode.check(_IMAGES.value, _OUT.value)
-            stderr = Console(stderr=True, markup=False, emoji=False)  # predictions may go to standard output
-            calibrate.calibrate_workdir(config, workdir, data_dir, stderr)
-        asked = dict(target_prior=_TARGET_PRIOR.value, model_prior=_MODEL_PRIOR.value)
-        predict_mode.predict_workdir(config, workdir, images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value, **asked)
-
-    if _MODE.value == "predict":
-        return predict
-    if _DRY_RUN.value:
-        return lambda: dry_run.dry_run(config, workdir, data_dir)
-    modes: dict[str, Callable] = {
-        "train": train.train,
-        "eval": evaluate.evaluate_workdir,
-        "attack": attack.attack_workdir,
-        "report": report.report_workdir,
-    }
-
-    def run_mode() -> None:
-        modes[_MODE.value](config, workdir, data_dir)
-        if _CALIBRATE.value:
-            calibrate.calibrate_workdir(config, workdir, data_dir)
-
-    return run_mode
+        predict.check(_IMAGES.value, _OUT.value)
+        stderr = Console(stderr=True, markup=False, emoji=False)  # predictions may go to standard output
+        calibrate.calibrate_workdir(config, *where, stderr)
+    priors = dict(target_prior=_TARGET_PRIOR.value, model_prior=_MODEL_PRIOR.value)
+    run(config, where[0], images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value, **priors)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,24 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from rich.console import Console
 
 from ltjax import surgery
 from ltjax.config import StageConfig, parse
-from ltjax.engine import experiment as experiments
-from ltjax.engine import stage as stages
-from ltjax.engine.experiment import Experiment, apply_surgery, evaluate_split, initial_variables, prepare
+from ltjax.engine.experiment import (
+    Experiment,
+    apply_surgery,
+    batches,
+    class_means_for,
+    evaluate_split,
+    initial_variables,
+    prepare,
+    seeds,
+)
 from ltjax.engine.feed import DISPATCH_STEPS
 from ltjax.engine.restore import state_shapes
-from ltjax.engine.stage import CompiledStage, TrainState
+from ltjax.engine.stage import CompiledStage, TrainState, all_finite, kept_optimizer, steps_done
 from ltjax.modes import dry_run, report
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import Checkpoints, StageRecord, cannot_save, complete_steps, read_json, write_json
@@ -102,7 +110,8 @@ def _describe(
         write_json(workdir / "config.json", config)
         if not (workdir / "split.json").exists():  # later, other images are refused
             write_json(workdir / "split.json", experiment.description)
-        dry_run.write_parameters(experiment, workdir / "parameters.txt")
+        parameters = parameter_overview.get_parameter_overview(experiment.shapes.params, include_stats=False)
+        (workdir / "parameters.txt").write_text(parameters + "\n")
         dry_run.show(experiment, compiled, workdir, console)
         console.print("Compiling the first steps; this is slower than running them.")
 
@@ -128,7 +137,7 @@ def write_report(
 
     variables = {name: state.variables for name, state in states.items()}
     try:
-        report.write_report(experiment, variables, summary, workdir, go_on)
+        report.make_report(experiment, variables, summary, workdir, go_on)
     except (Interrupted, OSError):
         raise
     except Exception as error:
@@ -196,7 +205,7 @@ class StageTrainer:
             self.state = self.initial_state(before)
         else:
             self.state, self.record = restored
-        self.step = stages.steps_done(self.state)
+        self.step = steps_done(self.state)
         self.began -= self.record["seconds"]
         self.saved_at = time.monotonic()
         self.unsaved = restored is None and bool(self.stage.surgery)
@@ -214,15 +223,15 @@ class StageTrainer:
             variables = before.variables if stage.keep_optimizer else surgery.with_ema(before.variables)
         if stage.surgery:
             variables, self.record["surgery"] = apply_surgery(experiment, stage, variables)
-        state: TrainState = self.compiled.init(experiments.seeds(self.run_config), variables)
-        return stages.kept_optimizer(state, before) if stage.keep_optimizer and before is not None else state
+        state: TrainState = self.compiled.init(seeds(self.run_config), variables)
+        return kept_optimizer(state, before) if stage.keep_optimizer and before is not None else state
 
     def run(self) -> None:
         """Train to the end of the stage. After a signal, save and raise Interrupted."""
         end, together = self.compiled.num_steps, self.run_config.batch_size * self.run_config.replicas
         with (
             logs.StageProgress(self.console, self.stage.title, end, self.step, together, self.stage.epochs) as self.bar,
-            experiments.batches(self.experiment, self.stage, end) as self.feed,
+            batches(self.experiment, self.stage, end) as self.feed,
         ):
             try:
                 running: Dispatch | None = None
@@ -356,7 +365,7 @@ class StageTrainer:
         experiment, stage, epoch = self.experiment, self.stage, self.step // self.compiled.steps_per_epoch
         means = self.means_of() if stage.nearest_mean and not stage.ema else None
         if stage.nearest_mean and stage.ema:
-            means = experiments.class_means_for(experiment, stage, self.state.variables)
+            means = class_means_for(experiment, stage, self.state.variables)
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):
             if images is not None:
@@ -390,7 +399,7 @@ class StageTrainer:
     def save(self) -> None:
         """Save the current state, unless it is saved already. Raise UserError if a parameter is inf or nan."""
         if self.unsaved:
-            if self.stage.epochs and not stages.all_finite(self.state):
+            if self.stage.epochs and not all_finite(self.state):
                 epoch = -(-self.step // self.compiled.steps_per_epoch)
                 raise self.non_finite(epoch, self.step, "a parameter is no longer finite")
             self.record["seconds"] = time.monotonic() - self.began

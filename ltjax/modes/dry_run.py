@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from jax.extend import core
 from rich.console import Console
 from rich.table import Table
@@ -130,11 +129,6 @@ def _classes(members: np.ndarray, counts: np.ndarray, names: tuple[str, ...], sh
     largest = members[np.argsort(-counts[members], kind="stable")][:shown]
     listed = ", ".join(f"{names[c]} {counts[c]}" for c in largest) + (", ..." if len(members) > shown else "")
     return f"{len(members):,} classes, {counts[members].sum():,} images: {listed}"
-
-
-def write_parameters(experiment: Experiment, path: Path) -> None:
-    """Write every parameter's path, shape and size."""
-    path.write_text(parameter_overview.get_parameter_overview(experiment.shapes.params, include_stats=False) + "\n")
 
 
 def show_details(experiment: Experiment, compiled: Mapping[str, CompiledStage], console: Console) -> None:

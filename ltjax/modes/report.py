@@ -62,12 +62,12 @@ def report_workdir(
         # The command of this process is not the one that trained.
         summary |= {"command": None, "unfinished": {**reached, "epoch": round(epoch, 1), "epochs": last.epochs}}
     with named_disk_errors(workdir):
-        write_report(experiment, variables, summary, workdir)
+        make_report(experiment, variables, summary, workdir)
     console.print(f"The report is in {workdir / 'report' / 'index.html'}")
     return summary
 
 
-def write_report(
+def make_report(
     experiment: Experiment,
     variables: Mapping[str, Variables],
     summary: dict[str, Any],

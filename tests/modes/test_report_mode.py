@@ -244,7 +244,7 @@ def test_a_failing_report_does_not_fail_the_run(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no pictures today")
 
-    monkeypatch.setattr(report, "write_report", fail)
+    monkeypatch.setattr(report, "make_report", fail)
     train.write_report(None, {}, {}, None, train.logs.make_console(), None)
     assert "no pictures today" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from configs import common
-from ltjax.modes import help as usage
+from ltjax.modes import usage
 from tests.configs.reading import ROOT, read
 from tests.configs.test_files import FILES
 
