@@ -253,7 +253,7 @@ def quieten() -> None:
 
 def run_config() -> dict[str, Any]:
     """Return the config that the flags give, or the one in the workdir."""
-    from ltjax.runs.checkpoint import read_json
+    from ltjax.system.files import read_json
 
     if config_is_in_workdir():
         return read_json(home(_WORKDIR.value or "") / "config.json")

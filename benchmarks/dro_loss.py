@@ -35,7 +35,7 @@ from rich.table import Table
 
 from benchmarks import provenance
 from ltjax.runs import results
-from ltjax.runs.checkpoint import write_json
+from ltjax.system.files import write_json
 
 TEMPERATURE = 1.0
 CLOSE = 1e-4  # of loss and gradients, relative to the largest number of each: float32 in another order of sums

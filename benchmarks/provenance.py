@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ltjax.runs import results
-from ltjax.runs.checkpoint import write_json
+from ltjax.system.files import write_json
 
 
 def of(benchmark: str, arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from configs import common, recipes
 from ltjax import compare, optim
 from ltjax.config import RunConfig, StageConfig, parse
 from ltjax.report.tables import markdown
-from ltjax.runs.checkpoint import read_json
 from ltjax.runs.results import percent
+from ltjax.system.files import read_json
 
 ROOT = Path(__file__).parents[1]
 FROM_SCRATCH = {"image_folder": ",pretrained=none"}  # where that is not the default

@@ -15,12 +15,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import newest, variables_of
 from ltjax.runs.weights import ARRAYS, DESCRIPTION, save_arrays
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
-from ltjax.system.files import holding, replacing
+from ltjax.system.files import holding, read_json, replacing
 from ltjax.system.paths import local
 from ltjax.types import UserError
 

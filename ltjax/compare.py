@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ltjax import config as configs
-from ltjax.report.seeds import MeanStd, mean_and_std
 from ltjax.report.tables import Cell, latex, markdown, plain
 from ltjax.runs.results import GROUPS, LEGACY_BEST, percent, unequal_test_set
+from ltjax.runs.seeds import MeanStd, mean_and_std
 from ltjax.system.command_line import Parser, exit_code
-from ltjax.system.files import holding, load_json
+from ltjax.system.files import holding, read_json
 from ltjax.system.paths import local
-from ltjax.types import UserError, one_line
+from ltjax.types import UserError
 
 # Settings in which runs of one row may differ: the seeds, and what changes no trained number.
 WITHIN_A_ROW = (
@@ -164,10 +164,11 @@ def read_run(path: Path) -> FinishedRun:
       UserError: Naming the file that is not what ltjax writes.
     """
     again = "move it away and run the training command again, which rewrites it"
-    results = _read_json(path, again) or {}
+    results = read_json(path, again)
     alone = "repair it, or copy results.json to an empty folder and name the copy"
-    config = _read_json(path.with_name("config.json"), alone, optional=True)
-    split = _read_json(path.with_name("split.json"), alone, optional=True) or {}
+    files = [path.with_name(name) for name in ("config.json", "split.json")]
+    config, split = (read_json(file, alone) if file.exists() else None for file in files)
+    split = split or {}
     with holding(path, again):
         stages = {name: _stage(name, stage, results) for name, stage in results["stages"].items()}
         final = results["final_stage"]
@@ -197,18 +198,6 @@ def read_run(path: Path) -> FinishedRun:
             run.facts["data set"] = _text(config["data"]["name"])
             run = run._replace(settings=trained_settings(config))
     return run
-
-
-def _read_json(path: Path, remedy: str, *, optional: bool = False) -> dict[str, Any] | None:
-    if optional and not path.exists():
-        return None
-    try:
-        value = load_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({one_line(error)}): {remedy}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold what ltjax writes there: {remedy}")
-    return value
 
 
 def _text(value: Any) -> str | None:

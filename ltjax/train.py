@@ -29,10 +29,10 @@ from ltjax.engine.restore import state_shapes
 from ltjax.engine.stage import CompiledStage, TrainState, all_finite, kept_optimizer, steps_done
 from ltjax.modes import dry_run, report
 from ltjax.runs import logs, results
-from ltjax.runs.checkpoint import Checkpoints, StageRecord, cannot_save, complete_steps, read_json, write_json
+from ltjax.runs.checkpoint import Checkpoints, StageRecord, cannot_save, complete_steps
 from ltjax.runs.workdir import locked, named_disk_errors, open_workdir
 from ltjax.system import processes
-from ltjax.system.files import holding
+from ltjax.system.files import holding, read_json, write_json
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
 from ltjax.types import UserError, one_line

@@ -3,8 +3,8 @@
 import pytest
 
 from ltjax import config
-from ltjax.runs.checkpoint import write_json
 from ltjax.runs.workdir import open_workdir
+from ltjax.system.files import write_json
 from ltjax.types import UserError
 
 

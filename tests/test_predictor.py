@@ -13,8 +13,9 @@ from ltjax import data, models
 from ltjax.data.decode import View
 from ltjax.engine.stage import TrainState
 from ltjax.predictor import FITTED, TEMPERATURE, Model, _temperature, imported_key, load_as_configured
-from ltjax.runs.checkpoint import Checkpoints, write_json
+from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.weights import Weights, save_weights
+from ltjax.system.files import write_json
 from ltjax.types import UserError, Variables
 from tests.test_run import tiny_config
 

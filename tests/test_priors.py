@@ -15,8 +15,8 @@ from ltjax.interop import export
 from ltjax.methods import criteria
 from ltjax.modes import predict as predict_mode
 from ltjax.predictor import priors
-from ltjax.runs.checkpoint import write_json
 from ltjax.runs.weights import save_weights
+from ltjax.system.files import write_json
 from ltjax.types import Batch, UserError
 from tests.modes.test_predict import Brightness, write_levels
 from tests.test_predictor import workdir

@@ -8,7 +8,7 @@ import pytest
 from ltjax import data
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs import trained
-from ltjax.runs.checkpoint import read_json
+from ltjax.system.files import read_json
 from ltjax.types import UserError
 
 ARCHIVES = sorted(path.parent for path in (Path(__file__).parents[1] / "results").glob("*/results.json"))

@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from ltjax import losses, metrics
 from ltjax.data.augment import as_float
 from ltjax.engine.stage import make_apply
+from ltjax.runs.seeds import pool, pooled_bins
 from ltjax.system import xla
 from ltjax.system.parallel import BATCH_AXIS, over_replicas, put, replicated, split_batch
 from ltjax.types import Variables
 
 
 class EvaluationSet(NamedTuple):
-    """N images in full batches, the last one padded with zeros."""
+    """N images in full batches, the last one padded with black images of label -1."""
 
     images: jax.Array  # uint8 [batches, B, H, W, channels], each batch split over the devices
     labels: jax.Array  # int32 [batches, B]
@@ -49,12 +50,12 @@ def place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh) -
     batches = -(-len(images) // batch_size)
     pad = batches * batch_size - len(images)
 
-    def batched(values):
-        values = np.pad(values, ((0, pad), *((0, 0),) * (values.ndim - 1)))
+    def batched(values: np.ndarray, padding: int) -> jax.Array:
+        values = np.pad(values, ((0, pad), *((0, 0),) * (values.ndim - 1)), constant_values=padding)
         return put(values.reshape(batches, batch_size, *values.shape[1:]), split_batch(mesh, axis=1))
 
     labels = labels.astype(np.int32)
-    return EvaluationSet(batched(images), batched(labels), len(images), labels)
+    return EvaluationSet(batched(images, 0), batched(labels, -1), len(images), labels)
 
 
 def shared_batch(batch_size: int, size: int, mesh: Mesh) -> int:
@@ -75,50 +76,91 @@ def outcome(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def evaluator(
-    nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1, net: str = "net"
-) -> Callable[..., dict[str, np.ndarray]]:
-    """`evaluate(variables, evaluation_set, means=None, go_on) -> {"predictions", "confidences", "losses": [N]}`; one
-    dispatch where the images are on the devices.
+def over_batches(
+    nets: Mapping[str, nn.Module],
+    mesh: Mesh,
+    figures: Callable[[Any, jax.Array, Any], dict[str, jax.Array]],
+    *,
+    replicas: int = 1,
+    net: str = "net",
+) -> Callable[..., list[dict[str, jax.Array]]]:
+    """Make a function that runs a network on a set of images, one dispatch for each of its `parts`.
 
     Products of float32 are float32's on every platform (`xla.float32_products`).
-    With means, those of the training images' features of each class [C, D], also "nearest": the class of the nearest.
-    net: which network. Several replicas: a leading axis in variables, means and everything returned.
-    go_on: called before each dispatch; may raise to stop.
+
+    Args:
+      figures: `(outputs, labels, means) -> {name: array}` of a batch. Padding has the label -1.
+      replicas: With several, variables, means and all results have a leading axis.
+      net: Which network.
+
+    Returns:
+      `(variables, images, means=None, go_on) -> [{name: [batches, ...]}]`, on all devices. `go_on` is called before
+      each dispatch; it may raise to stop.
     """
     apply, platform = make_apply(nets, "eval"), mesh.devices.flat[0].platform
 
-    def run(own: tuple[Variables, jax.Array | None], data: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
-        variables, means = own
+    def of_replica(arguments: tuple[Variables, Any], part: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        variables, means = arguments
 
-        def batch(image_batch, label_batch):
+        def of_batch(batch: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+            images, labels = batch
             with xla.float32_products(platform):
-                outputs, _ = apply(variables, as_float(image_batch), net=net)
-            found = outcome(outputs.logits, label_batch)
-            if means is not None:  # |z - m|^2 without |z|^2, which all classes share
-                product = jnp.matmul(outputs.features, means.T, precision="highest")
-                found["nearest"] = (product - jnp.square(means).sum(-1) / 2).argmax(-1)
-            return found
+                outputs, _ = apply(variables, as_float(images), net=net)
+            return figures(outputs, labels, means)
 
-        return jax.lax.map(lambda pair: batch(*pair), data)
+        return jax.lax.map(of_batch, part)
 
-    compiled = xla.jit(over_replicas(run, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
+    compiled = xla.jit(over_replicas(of_replica, replicas=replicas, mesh=mesh), out_shardings=replicated(mesh))
 
-    def evaluate(
+    def run(
         variables: Variables,
-        data: EvaluationSet | StoredSet,
-        means: jax.Array | None = None,
+        images: EvaluationSet | StoredSet,
+        means: Any = None,
         go_on: Callable[[], None] = lambda: None,
-    ) -> dict[str, np.ndarray]:
-        leading, found = (replicas,) if replicas > 1 else (), []
-        for part in data.parts():
+    ) -> list[dict[str, jax.Array]]:
+        parts = []
+        for part in images.parts():
             go_on()
-            found.append(compiled((variables, means), part))
-            jax.block_until_ready(found[-2:-1])  # one batch in work, one on its way, and no more
-        each = [{name: np.asarray(value).reshape(*leading, -1) for name, value in one.items()} for one in found]
-        return {name: np.concatenate([one[name] for one in each], -1)[..., : data.size] for name in each[0]}
+            parts.append(compiled((variables, means), part))
+            jax.block_until_ready(parts[-2:-1])  # at most two batches on the devices
+        return parts
 
-    return evaluate
+    return run
+
+
+def joined(parts: Sequence[Mapping[str, Any]], size: int, replicas: int) -> dict[str, np.ndarray]:
+    """Join the figures of parts [batches, B] to those of `size` images, [N] or [replicas, N]."""
+    leading = (replicas,) if replicas > 1 else ()
+    each = [{name: np.asarray(value).reshape(*leading, -1) for name, value in part.items()} for part in parts]
+    return {name: np.concatenate([part[name] for part in each], -1)[..., :size] for name in each[0]}
+
+
+def evaluator(
+    nets: Mapping[str, nn.Module], mesh: Mesh, *, replicas: int = 1, net: str = "net"
+) -> Callable[..., dict[str, np.ndarray]]:
+    """Make a function that computes the `outcome` of each image.
+
+    Args:
+      replicas: See `over_batches`.
+      net: Which network.
+
+    Returns:
+      `(variables, images, means=None, go_on) -> {"predictions", "confidences", "losses": [N]}`. With means, the class
+      means [C, D] of the training images' features, also "nearest": the class of the nearest mean.
+    """
+
+    def figures(outputs: Any, labels: jax.Array, means: jax.Array | None) -> dict[str, jax.Array]:
+        nearest = {} if means is None else {"nearest": closeness(outputs.features, means).argmax(-1)}
+        return {**outcome(outputs.logits, labels), **nearest}
+
+    run = over_batches(nets, mesh, figures, replicas=replicas, net=net)
+    return lambda variables, images, *more: joined(run(variables, images, *more), images.size, replicas)
+
+
+def closeness(features: jax.Array, means: jax.Array) -> jax.Array:
+    """Compute -|z - m|^2 / 2 without |z|^2, which all classes share: features [B, D], means [C, D] -> [B, C]."""
+    product = jnp.matmul(features, means.T, precision="highest")
+    return product - jnp.square(means).sum(-1) / 2
 
 
 _calibration = jax.jit(metrics.calibration)  # one program instead of twenty
@@ -171,28 +213,15 @@ def over_seeds(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> 
     Calibration bins are those of all replicas' predictions together.
     """
 
-    def combined(combine: Callable) -> dict[str, Any]:
-        def by_key(part: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
-            return {key: combine([part(s)[key] for s in summaries]) for key in part(summaries[0])}
-
-        scalars = (*_BINNED, *METRICS)
-        result = {"accuracy": by_key(lambda s: s["accuracy"]), **by_key(lambda s: {key: s[key] for key in scalars})}
-        if "nearest_mean" in summaries[0]:
-            result["nearest_mean"] = {"accuracy": by_key(lambda s: s["nearest_mean"]["accuracy"])}
-        return result
-
-    bins = {name: np.stack([s["calibration_bins"][name] for s in summaries]) for name in _OF_BINS}  # [replicas, bins]
-    counts = bins["counts"].sum(0)
-    pooled = {
-        name: ((bins[name] * bins["counts"]).sum(0) / np.maximum(counts, 1)).tolist()
-        for name in ("accuracies", "confidences")
-    }
+    keys = ("accuracy", *_BINNED, *METRICS, "nearest_mean")
+    figures = [{key: summary[key] for key in keys if key in summary} for summary in summaries]
+    bins = pooled_bins([summary["calibration_bins"] for summary in summaries])
     return {
-        **combined(_mean),
+        **pool(figures, _mean),
         "num_images": summaries[0]["num_images"],
         "per_class_accuracy": [_mean(each) for each in zip(*(s["per_class_accuracy"] for s in summaries), strict=True)],
-        "calibration_bins": {**pooled, "counts": counts.tolist()},
-        "std": combined(_deviation),
+        "calibration_bins": {name: values.tolist() for name, values in bins.items()},
+        "std": pool(figures, _deviation),
         "replicas": [{"seed": seed, **summary} for seed, summary in zip(seeds, summaries, strict=True)],
     }
 

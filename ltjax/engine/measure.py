@@ -8,11 +8,9 @@ import numpy as np
 
 from ltjax import metrics, surgery
 from ltjax.config import StageConfig
-from ltjax.data.augment import as_float
-from ltjax.engine import feed
+from ltjax.engine import evaluate, feed
 from ltjax.engine import stage as stages
 from ltjax.engine.experiment import Experiment
-from ltjax.system import parallel, xla
 from ltjax.types import Method, Variables
 
 SAMPLED = 20_000  # about so many training images give the class means if they have to be decoded
@@ -40,65 +38,33 @@ class Observer:
           the nearest other class. They are absent if the stage evaluates the guide. "gaps": see
           `ltjax.metrics.classwise_gaps`.
         """
-        net = stage.evaluate_net
-        variables = surgery.as_evaluated(variables, stage.eval_classifier)
-        means = self._means(variables) if net == "net" else None
+        experiment, net = self._experiment, stage.evaluate_net
+        replicas, test_set = experiment.config.replicas, experiment.test_set
         if net not in self._compiled:
-            self._compiled[net] = self._compile(net)
-        test_set, replicas = self._experiment.test_set, self._experiment.config.replicas
-        everywhere, outcomes, first = parallel.replicated(self._experiment.mesh), [], 0
-        for images, labels in test_set.parts():
-            starts = first + labels.shape[1] * np.arange(labels.shape[0], dtype=np.int32)
-            part = images, labels, parallel.put(starts, everywhere)
-            outcomes.append(self._compiled[net]((variables, means), part))
-            jax.block_until_ready(outcomes[-2:-1])  # at most two batches on the devices
-            first += labels.size
+            self._compiled[net] = evaluate.over_batches(
+                experiment.nets, experiment.mesh, _figures, replicas=replicas, net=net
+            )
+        variables = surgery.as_evaluated(variables, stage.eval_classifier)
+        parts = self._compiled[net](variables, test_set, self._means(variables) if net == "net" else None)
+        gaps = np.sum([np.asarray(part.pop("gaps"), np.float64).sum(-3) for part in parts], axis=0)
+        observed = {**evaluate.joined(parts, test_set.size, replicas), "gaps": gaps}
         if replicas == 1:
-            return [_joined(outcomes, test_set.size)]
-        return [
-            _joined([jax.tree.map(lambda x, r=replica: x[r], part) for part in outcomes], test_set.size)
-            for replica in range(replicas)
-        ]
-
-    def _compile(self, net: str) -> Any:
-        apply, size = stages.make_apply(self._experiment.nets, "eval"), self._experiment.test_set.size
-        platform = self._experiment.mesh.devices.flat[0].platform
-
-        def observe(
-            per_replica: tuple[Variables, jax.Array | None], batches: tuple[jax.Array, jax.Array, jax.Array]
-        ) -> dict[str, jax.Array]:
-            variables, means = per_replica
-
-            def of_batch(batch):
-                images, labels, start = batch
-                with xla.float32_products(platform):
-                    outputs, _ = apply(variables, as_float(images), net=net)
-                probabilities = jax.nn.softmax(outputs.logits)  # [B, C]
-                counted = jnp.where(start + jnp.arange(labels.shape[0]) < size, labels, -1)  # without padding
-                outcome = {"predictions": outputs.logits.argmax(-1), "confidences": probabilities.max(-1)}
-                if means is not None:
-                    outcome["own"], outcome["wrong"] = distances(outputs.features, labels, means)
-                return {**outcome, "gaps": metrics.classwise_gaps(probabilities, counted)}
-
-            return jax.lax.map(of_batch, batches)
-
-        mesh = self._experiment.mesh
-        function = parallel.over_replicas(observe, replicas=self._experiment.config.replicas, mesh=mesh)
-        return xla.jit(function, out_shardings=parallel.replicated(mesh))
+            return [observed]
+        return [{name: values[replica] for name, values in observed.items()} for replica in range(replicas)]
 
 
-def _joined(outcomes: list[dict[str, Any]], size: int) -> dict[str, np.ndarray]:
-    """Join the outcomes of batches to those of `size` images. Sum the gaps."""
-    gaps = np.sum([np.asarray(part["gaps"], np.float64).sum(0) for part in outcomes], axis=0)
-    names = [name for name in outcomes[0] if name != "gaps"]
-    joined = {name: np.concatenate([np.asarray(part[name]).reshape(-1) for part in outcomes]) for name in names}
-    return {"gaps": gaps, **{name: values[:size] for name, values in joined.items()}}
+def _figures(outputs: Any, labels: jax.Array, means: jax.Array | None) -> dict[str, jax.Array]:
+    """Compute what `Observer.observe` returns of a batch."""
+    probabilities = jax.nn.softmax(outputs.logits)  # [B, C]
+    figures = {"predictions": outputs.logits.argmax(-1), "confidences": probabilities.max(-1)}
+    if means is not None:
+        figures["own"], figures["wrong"] = distances(outputs.features, labels, means)
+    return {**figures, "gaps": metrics.classwise_gaps(probabilities, labels)}
 
 
 def distances(features: jax.Array, labels: jax.Array, means: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Distances [B] of features [B, D] to the mean of their class, and [B] to the nearest other mean; means [C, D]."""
-    product = jnp.matmul(features, means.T, precision="highest")
-    closeness = product - jnp.square(means).sum(-1) / 2  # [B, C]: -|z - m|^2 / 2, without |z|^2, which is constant
+    closeness = evaluate.closeness(features, means)  # [B, C]
     nearest = jnp.where(jnp.arange(means.shape[0]) == labels[:, None], -jnp.inf, closeness).argmax(-1)
 
     def distance(centre: jax.Array) -> jax.Array:

@@ -23,10 +23,11 @@ from ltjax.engine.stage import make_apply, steps_done
 from ltjax.hashing import hash32
 from ltjax.report import figures, page
 from ltjax.runs import logs, results
-from ltjax.runs.checkpoint import read_json, write_json
+from ltjax.runs.seeds import pool
 from ltjax.runs.trained import evaluates_weights
 from ltjax.runs.workdir import locked, named_disk_errors, open_run
 from ltjax.system import parallel, processes, xla
+from ltjax.system.files import read_json, write_json
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
 from ltjax.types import UserError, Variables
@@ -243,10 +244,8 @@ def _over_replicas(of_replicas: list[dict], run: RunConfig) -> dict:
         same_test = [tests[key] for tests in of_replicas]
         averages[key] = {"title": first["title"], "seconds": sum(test["seconds"] for test in same_test)}
         if "robust_after" in first:
-            averages[key]["robust_after"] = {
-                name: float(np.mean([test["robust_after"][name] for test in same_test]))
-                for name in first["robust_after"]
-            }
+            after = [test["robust_after"] for test in same_test]
+            averages[key]["robust_after"] = pool(after, lambda shares: float(np.mean(shares)))
         averages[key] |= evaluate.over_seeds(same_test, seeds(run).tolist())
     return averages
 

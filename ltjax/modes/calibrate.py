@@ -17,10 +17,10 @@ from ltjax.engine.experiment import Experiment, set_up
 from ltjax.engine.restore import note_images_of_weights
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.runs import logs, results
-from ltjax.runs.checkpoint import write_json
 from ltjax.runs.trained import evaluates_weights, newest
 from ltjax.runs.workdir import check_same_config, named_disk_errors
 from ltjax.system import processes
+from ltjax.system.files import write_json
 from ltjax.system.paths import local
 from ltjax.types import UserError
 

@@ -9,9 +9,10 @@ from ltjax.config import parse
 from ltjax.engine.experiment import class_means_for, evaluate_split, set_up
 from ltjax.engine.restore import Imported, evaluate_restored, import_weights, restored_stages
 from ltjax.runs import logs, results
-from ltjax.runs.checkpoint import StageRecord, write_json
+from ltjax.runs.checkpoint import StageRecord
 from ltjax.runs.workdir import named_disk_errors, open_run
 from ltjax.system import processes
+from ltjax.system.files import write_json
 from ltjax.system.paths import local
 
 

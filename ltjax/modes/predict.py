@@ -19,9 +19,9 @@ from rich.progress import TextColumn, TimeElapsedColumn
 from ltjax.data import progress
 from ltjax.predictor import load_as_configured
 from ltjax.predictor.files import Prediction, find, predictions, predictions_of_rows
-from ltjax.runs.checkpoint import read_json
 from ltjax.runs.workdir import check_same_config, named_disk_errors
 from ltjax.system import processes
+from ltjax.system.files import read_json
 from ltjax.system.paths import local
 from ltjax.system.signals import StopSignals
 from ltjax.types import UserError

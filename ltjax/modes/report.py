@@ -15,10 +15,9 @@ from ltjax.engine.restore import evaluate_restored, restored_stages
 from ltjax.engine.stage import steps_done
 from ltjax.report import analysis, charts, figures, files, page
 from ltjax.runs import logs, results
-from ltjax.runs.checkpoint import read_json, write_json
 from ltjax.runs.workdir import named_disk_errors, open_run
 from ltjax.system import parallel, processes, xla
-from ltjax.system.files import holding
+from ltjax.system.files import holding, read_json, write_json
 from ltjax.system.paths import local
 from ltjax.types import Variables
 

@@ -25,7 +25,6 @@ from ltjax import data, models
 from ltjax.data.augment import as_float
 from ltjax.predictor import priors
 from ltjax.predictor.priors import Prior
-from ltjax.runs.checkpoint import read_json
 from ltjax.runs.trained import (
     TEMPERATURE,
     Trained,
@@ -38,7 +37,7 @@ from ltjax.runs.trained import (
 from ltjax.runs.weights import DESCRIPTION, Weights, check_classifier, hash_weights, in_our_order, load_weights
 from ltjax.system import parallel, xla
 from ltjax.system.devices import start_devices
-from ltjax.system.files import holding
+from ltjax.system.files import holding, read_json
 from ltjax.system.paths import local
 from ltjax.types import UserError
 

@@ -8,9 +8,8 @@ from markupsafe import Markup
 
 from ltjax.report import page, panels, sections
 from ltjax.report.sections import Attacked, Content, Table
-from ltjax.report.seeds import mean_and_std, pool
-from ltjax.runs.checkpoint import read_json, write_atomic
-from ltjax.system.files import holding
+from ltjax.runs.seeds import mean_and_std, pool
+from ltjax.system.files import holding, read_json, write_atomic
 
 MOST_PAIRS = 3  # of confused classes, in each list of a run: a page may have many rows
 

@@ -11,9 +11,8 @@ from PIL import Image
 
 from ltjax.report import charts, panels, plots, sections
 from ltjax.report.sections import Attacked, Content, Table
-from ltjax.runs.checkpoint import read_json, write_atomic
 from ltjax.runs.results import COLUMNS, GROUPS, LEGACY_BEST, percent
-from ltjax.system.files import holding
+from ltjax.system.files import holding, read_json, write_atomic
 
 PICTURE_WIDTH = 640  # of the attack's picture, in pixels
 

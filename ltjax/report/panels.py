@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ltjax.report.seeds import MeanStd, mean_and_std, pool
 from ltjax.runs.results import GROUPS
+from ltjax.runs.seeds import MeanStd, mean_and_std, pool, pooled_bins
 
 MOST_POINTS = 160  # of a learning curve
 
@@ -104,22 +104,13 @@ def pooled(title: str, panels: Sequence[Panel], seeds: Sequence[int], known: Map
         ece=known.get("ece"),
         classwise_ece=mean_and_std(classwise) if len(classwise) == len(panels) else None,
         best=known.get("best"),
-        bins=_pooled_bins([panel.bins for panel in panels]),
+        bins=pooled_bins([panel.bins for panel in panels]) if all(panel.bins for panel in panels) else {},
         curves=[curve for panel in panels for curve in panel.curves],
         **{
             name: pool([getattr(panel, name) for panel in panels], mean)
             for name in ("per_class", "scores", "errors", "own", "wrong", "nearest_is_own", "learned")
         },
     )
-
-
-def _pooled_bins(bins: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the bins over the images of all runs; {} if a run has none."""
-    if not all(bins):
-        return {}
-    counts = np.sum([each["counts"] for each in bins], axis=0)
-    sums = {key: np.sum([each[key] * each["counts"] for each in bins], axis=0) for key in ("accuracies", "confidences")}
-    return {key: total / np.maximum(counts, 1) for key, total in sums.items()} | {"counts": counts}
 
 
 def read_curves(path: Path) -> dict[str, dict[str, list]]:

@@ -12,8 +12,8 @@ from PIL import Image
 from ltjax.report import charts
 from ltjax.report.charts import LEFT, RIGHT, TOP, WIDTH, Scale, line, mark, path, tag, text
 from ltjax.report.panels import Panel
-from ltjax.report.seeds import MeanStd
 from ltjax.runs.results import GROUPS, percent
+from ltjax.runs.seeds import MeanStd
 
 BOTTOM = 196  # of a usual chart's frame
 GREY, ORANGE = (128, 136, 146), (222, 94, 20)  # of pixels, on light and dark pages

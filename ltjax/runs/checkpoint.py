@@ -1,6 +1,5 @@
 """Checkpoints of one stage: saved in the background, read back, the two latest kept, damaged ones skipped."""
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +13,6 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from ltjax.hashing import fingerprint
 from ltjax.system import processes
-from ltjax.system.files import ANOTHER, load_json, replacing
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError, one_line
 
@@ -181,25 +179,3 @@ def cannot_save(error: Exception, directory: Path) -> UserError:
     steps = complete_steps(directory)
     last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
     return UserError(f"cannot write to {directory}: {one_line(error)} ({last}); {FIX_DISK}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. UserError if the file cannot be read or holds no JSON object."""
-    try:
-        value = load_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({one_line(error)}): {ANOTHER}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold what ltjax writes there: {ANOTHER}")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_atomic(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_atomic(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Write a text file in UTF-8, atomically. errors: of `str.encode`."""
-    with replacing(path) as file:
-        file.write_text(text, encoding="utf-8", errors=errors)

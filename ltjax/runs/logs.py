@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
-from ltjax.runs.checkpoint import write_atomic
+from ltjax.system.files import write_atomic
 
 LINE_SECONDS = 30.0  # between lines about progress if there is no terminal for a bar
 

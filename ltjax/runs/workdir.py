@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ltjax.config import differences, with_defaults
-from ltjax.runs.checkpoint import FIX_DISK, read_json
+from ltjax.runs.checkpoint import FIX_DISK
 from ltjax.system import locks
-from ltjax.system.files import holding
+from ltjax.system.files import holding, read_json
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError, form_only, some
 

@@ -1,4 +1,4 @@
-"""Write files atomically, and read JSON files that others wrote."""
+"""Write files atomically, and read and write JSON files."""
 
 import contextlib
 import json
@@ -65,3 +65,25 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path, remedy: str = ANOTHER) -> dict[str, Any]:
+    """Read what `write_json` wrote. UserError, which ends with `remedy`, if the file holds no JSON object."""
+    try:
+        value = load_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold what ltjax writes there: {remedy}")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_atomic(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a text file in UTF-8, atomically. errors: of `str.encode`."""
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8", errors=errors)

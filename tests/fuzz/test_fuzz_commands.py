@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ltjax import archive, compare
 from ltjax.data.prepare import __main__ as prepare
 from ltjax.interop import export, torch
-from ltjax.runs.checkpoint import write_json
+from ltjax.system.files import write_json
 from tests.fuzz.test_fuzz_runs import files
 from tests.fuzz.test_fuzz_weights import folder_of_weights, state_dict_files
 

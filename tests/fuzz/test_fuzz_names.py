@@ -22,8 +22,9 @@ from ltjax.predictor import files
 from ltjax.predictor.files import Prediction
 from ltjax.report import page
 from ltjax.runs import results
-from ltjax.runs.checkpoint import Checkpoints, like, write_json
+from ltjax.runs.checkpoint import Checkpoints, like
 from ltjax.runs.workdir import check_workdir
+from ltjax.system.files import write_json
 from ltjax.system.paths import local
 from ltjax.types import UserError
 from tests.data.miniatures import photo

@@ -15,9 +15,9 @@ from ltjax.config import parse
 from ltjax.interop import torch
 from ltjax.report import page, panels
 from ltjax.runs import trained
-from ltjax.runs.checkpoint import read_json, write_json
 from ltjax.runs.weights import load_weights
 from ltjax.runs.workdir import check_same_config, check_same_images
+from ltjax.system.files import read_json, write_json
 from ltjax.types import UserError
 from tests.fuzz.test_fuzz_weights import folder_of_weights, is_one_line, places, replaced
 from tests.report import made_up

@@ -19,8 +19,8 @@ import ltjax
 from ltjax import compare, models
 from ltjax.data.index import make_index, read_index, write_index
 from ltjax.interop import checkpoints, torch
-from ltjax.runs.checkpoint import read_json, write_json
 from ltjax.runs.weights import load_weights, save_weights
+from ltjax.system.files import read_json, write_json
 from ltjax.types import UserError, Variables
 from tests.report import made_up
 

@@ -14,8 +14,9 @@ from ltjax.engine.stage import TrainState
 from ltjax.interop import export, torch
 from ltjax.modes import attack
 from ltjax.modes.evaluate import evaluate_workdir
-from ltjax.runs.checkpoint import Checkpoints, write_json
+from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.weights import load_weights, save_weights
+from ltjax.system.files import write_json
 from ltjax.types import UserError
 from tests.test_run import tiny_config
 

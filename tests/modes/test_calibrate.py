@@ -10,8 +10,8 @@ import pytest
 from ltjax import data, metrics
 from ltjax.calibration import fit_temperature
 from ltjax.modes import calibrate
-from ltjax.runs.checkpoint import write_json
 from ltjax.runs.weights import ARRAYS
+from ltjax.system.files import write_json
 from ltjax.types import UserError
 from tests.test_run import ROOT, environment, tiny_config
 

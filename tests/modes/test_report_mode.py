@@ -12,8 +12,8 @@ from ltjax.engine import experiment as experiments
 from ltjax.engine import feed, measure, restore
 from ltjax.engine.stage import make_apply
 from ltjax.modes import report
-from ltjax.runs.checkpoint import read_json
 from ltjax.system import parallel
+from ltjax.system.files import read_json
 from ltjax.types import UserError
 from tests.test_run import tiny_config
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class MeanStd(NamedTuple):
     mean: float
@@ -23,3 +25,14 @@ def pool(parts: Sequence[Any], average: Callable[[Sequence[Any]], Any]) -> Any:
         return average(parts)
     keys = [key for key in parts[0] if all(key in part for part in parts)]
     return {key: pool([part[key] for part in parts], average) for key in keys}
+
+
+def pooled_bins(bins: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return the calibration bins of all predictions together: {"accuracies", "confidences", "counts": [bins]}."""
+    counts = np.stack([each["counts"] for each in bins])  # [seeds, bins]
+    total = counts.sum(0)
+    means = {
+        name: (np.stack([each[name] for each in bins]) * counts).sum(0) / np.maximum(total, 1)
+        for name in ("accuracies", "confidences")
+    }
+    return {**means, "counts": total}
