@@ -69,6 +69,21 @@ def _attack_settings(
     return dict(moves=moves, start=start_settings, share=radius_share, ramp=ramp)
 
 
+def _check_awp(awp: float, awp_start: float) -> None:
+    if not 0 <= awp < 1:
+        raise ValueError(f"awp = {awp}: a share of the weights' length, from 0 to below 1, such as 0.005")
+    if not 0 <= awp_start <= 1:
+        raise ValueError(f"awp_start = {awp_start}: a share of the stage, from 0 to 1")
+
+
+def _move(share: Any, weight: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Return the move of a kernel along its gradient, a `share` of its length; other parameters do not move."""
+    if weight.ndim < 2:
+        return jnp.zeros_like(weight)
+    length, steepness = (jnp.sqrt(jnp.square(x).sum()) for x in (weight, gradient))
+    return share * length * gradient / jnp.maximum(steepness, 1e-12)
+
+
 def create(
     loss_of: LossOf,
     *,
@@ -100,10 +115,7 @@ def create(
       prior: Of the loss's criterion, [C].
     """
     settings = registry.bind("attack", _attack_settings, attack)()
-    if not 0 <= awp < 1:
-        raise ValueError(f"awp = {awp}: a share of the weights' length, from 0 to below 1, such as 0.005")
-    if not 0 <= awp_start <= 1:
-        raise ValueError(f"awp_start = {awp_start}: a share of the stage, from 0 to 1")
+    _check_awp(awp, awp_start)
     share, ramp = settings["share"], settings["ramp"]
     factors = None  # [C], on the radius
     if share:
@@ -142,15 +154,8 @@ def create(
         def loss_at(net):
             return loss_of(apply, fixed._replace(params={**fixed.params, "net": net}), batch, images)[0]
 
-        def move(weight, gradient):
-            if weight.ndim < 2:
-                return jnp.zeros_like(weight)
-            length, steepness = (jnp.sqrt(jnp.square(x).sum()) for x in (weight, gradient))
-            return share_now * length * gradient / jnp.maximum(steepness, 1e-12)
-
         share_now = jnp.where(_progress(batch) >= awp_start, awp, 0.0) if awp_start else awp
-
-        moves = jax.tree.map(move, fixed.params["net"], jax.grad(loss_at)(fixed.params["net"]))
+        moves = jax.tree.map(partial(_move, share_now), fixed.params["net"], jax.grad(loss_at)(fixed.params["net"]))
         net = jax.tree.map(jnp.add, variables.params["net"], jax.lax.stop_gradient(moves))
         return variables._replace(params={**variables.params, "net": net})
 
