@@ -84,6 +84,19 @@ def _move(share: Any, weight: jax.Array, gradient: jax.Array) -> jax.Array:
     return share * length * gradient / jnp.maximum(steepness, 1e-12)
 
 
+def _moves(batch: Batch, moves: dict[str, Any], factors: jax.Array | None, ramp: float) -> dict[str, Any]:
+    """Give each image its radius and step, [B, 1, 1, 1], if they are not the same for all. factors: [C], or None."""
+    if factors is None and not ramp:
+        return moves
+    factor = jnp.ones(len(batch.images), batch.images.dtype)
+    if factors is not None:
+        of_labels = lambda labels: jax.nn.one_hot(labels, len(factors), dtype=factors.dtype) @ factors  # noqa: E731
+        factor = losses.mixed(of_labels, batch.labels, batch.partner_labels, batch.lam).astype(factor.dtype)
+    if ramp:
+        factor = factor * jnp.minimum(_progress(batch) / ramp, 1).astype(factor.dtype)
+    return {**moves, **{key: moves[key] * per_image(factor, batch.images) for key in ("epsilon", "step_size")}}
+
+
 def create(
     loss_of: LossOf,
     *,
@@ -123,19 +136,6 @@ def create(
             raise ValueError(f"attack radius_share = {share} needs the class counts")
         factors = attacks.radius_by_count(class_counts, epsilon=1.0, share=share)
 
-    def moves_for(batch: Batch) -> dict[str, Any]:
-        """Return the attack's radius and step for each image, [B, 1, 1, 1], if they are not the same for all."""
-        moves = dict(settings["moves"])
-        if factors is None and not ramp:
-            return moves
-        factor = jnp.ones(len(batch.images), batch.images.dtype)
-        if factors is not None:
-            of_labels = lambda labels: jax.nn.one_hot(labels, len(factors), dtype=factors.dtype) @ factors  # noqa: E731
-            factor = losses.mixed(of_labels, batch.labels, batch.partner_labels, batch.lam).astype(factor.dtype)
-        if ramp:
-            factor = factor * jnp.minimum(_progress(batch) / ramp, 1).astype(factor.dtype)
-        return {**moves, **{key: moves[key] * per_image(factor, batch.images) for key in ("epsilon", "step_size")}}
-
     def adversarial(apply: Apply, variables: Variables, batch: Batch, rng: jax.Array) -> jax.Array:
         variables = jax.lax.stop_gradient(variables)
 
@@ -144,7 +144,9 @@ def create(
 
         natural = predict(batch.images)  # dead code if the objective does not use it
         start = attacks.random_start(rng, batch.images, **settings["start"])
-        pgd = partial(attacks.pgd, **moves_for(batch), unroll=False)  # our convolutions are fast in a loop
+        pgd = partial(
+            attacks.pgd, **_moves(batch, settings["moves"], factors, ramp), unroll=False
+        )  # our convolutions are fast in a loop
         return pgd(batch.images, start, lambda x: objective(natural, predict(x), batch, variables))
 
     def perturbed(apply: Apply, variables: Variables, batch: Batch, images: jax.Array) -> Variables:
