@@ -276,7 +276,9 @@ def model(text: str, argument: str = "model") -> dict:
     raise ValueError(f"config argument '{argument}={text}': {NETWORKS}")
 
 
-def networks(args: SimpleNamespace, recipe: recipes.Recipe, *, model: dict, guide: dict, **pixels) -> dict:
+def networks(
+    args: SimpleNamespace, recipe: recipes.Recipe, *, model: dict, guide: dict, fixed: bool = False, **pixels
+) -> dict:
     """Return `model`, with the head that the recipe needs, and `guide` if the recipe has one.
 
     Args:
@@ -284,10 +286,11 @@ def networks(args: SimpleNamespace, recipe: recipes.Recipe, *, model: dict, guid
       recipe: Its blocks decide on the head.
       model: Settings of the network, without its head.
       guide: Those of the natural network.
+      fixed: Whether the backbone keeps pretrained weights.
       **pixels: `mean`, `std` and other settings of both.
     """
     pixels["dtype"] = PRECISIONS[args.precision]
-    head = recipes.head(recipe.blocks)
+    head = recipes.head(recipe.blocks, fixed)
     head["classifier"] = head["classifier"] if args.classifier == "auto" else args.classifier
     made = dict(model=dict(**model, **pixels, **head, classifier_init=classifier_init(model, recipe)))
     if {"natural", "lbgat"} & set(recipe.blocks):

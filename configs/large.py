@@ -96,11 +96,10 @@ def base(
         found = model(args.model if args.model != "auto" else "resnet10" if local else network)
     guide = args.guide if args.guide != "auto" else "resnet10" if local else "resnet18"
     networks = dict(model=found, guide=model(guide))
-    config.update(common.networks(args, recipe, **networks, **pixels, remat=False))
-    if backbone and args.finetune == "head":
+    fixed = bool(backbone) and args.finetune == "head"
+    config.update(common.networks(args, recipe, **networks, fixed=fixed, **pixels, remat=False))
+    if fixed:
         config.model.linear_map = heads.needs_linear_map(recipe)
-        if recipe.blocks[0] == "lift":
-            config.model.cosine_scale = 28.0  # LIFT's 25 was less well calibrated on photographs
     config.model.extra_block = False
     if config.model.branches:
         config.model.branch_kind = "conv"

@@ -249,12 +249,13 @@ def parse_recipe(text: str) -> Recipe:
     return known[0] if known else Recipe("", blocks, weight_decay=first.weight_decay)
 
 
-def head(blocks: tuple[str, ...]) -> dict[str, Any]:
-    """Return the settings of the network's head that a chain of blocks needs."""
+def head(blocks: tuple[str, ...], fixed: bool = False) -> dict[str, Any]:
+    """Return the settings of the network's head that a chain of blocks needs. fixed: on a backbone of photographs."""
+    lifts = 28.0 if fixed else 25.0  # 25 is LIFT's; on fixed backbones it was less well calibrated
     return dict(
         # logits are many times a cosine, so that the softmax can become confident
         classifier="cosine" if {"ldam", "lift"} & set(blocks) else "linear",
-        cosine_scale=25.0 if "lift" in blocks else 30.0,
+        cosine_scale=lifts if "lift" in blocks else 30.0,
         logit_scale=bool({"lws", "smoothing"} & set(blocks)),
         branches=3 if "reslt" in blocks else 0,
     )

@@ -144,9 +144,8 @@ def create(
 
         natural = predict(batch.images)  # dead code if the objective does not use it
         start = attacks.random_start(rng, batch.images, **settings["start"])
-        pgd = partial(
-            attacks.pgd, **_moves(batch, settings["moves"], factors, ramp), unroll=False
-        )  # our convolutions are fast in a loop
+        moves = _moves(batch, settings["moves"], factors, ramp)
+        pgd = partial(attacks.pgd, **moves, unroll=False)  # our convolutions are fast in a loop
         return pgd(batch.images, start, lambda x: objective(natural, predict(x), batch, variables))
 
     def perturbed(apply: Apply, variables: Variables, batch: Batch, images: jax.Array) -> Variables:
