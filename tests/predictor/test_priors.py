@@ -19,7 +19,7 @@ from ltjax.runs.weights import save_weights
 from ltjax.system.files import write_json
 from ltjax.types import Batch, UserError
 from tests.modes.test_predict import Brightness, write_levels
-from tests.test_predictor import workdir
+from tests.predictor.test_predictor import workdir
 from tests.test_run import run as run_command
 from tests.test_run import tiny_config
 
