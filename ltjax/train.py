@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ltjax import surgery
 from ltjax.config import StageConfig, parse
+from ltjax.engine import describe
 from ltjax.engine.experiment import (
     Experiment,
     apply_surgery,
@@ -27,7 +28,7 @@ from ltjax.engine.experiment import (
 from ltjax.engine.feed import DISPATCH_STEPS
 from ltjax.engine.restore import state_shapes
 from ltjax.engine.stage import CompiledStage, TrainState, all_finite, kept_optimizer, steps_done
-from ltjax.modes import dry_run, report
+from ltjax.modes import report
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import Checkpoints, StageRecord, cannot_save, complete_steps
 from ltjax.runs.workdir import locked, named_disk_errors, open_workdir
@@ -112,7 +113,7 @@ def _describe(
             write_json(workdir / "split.json", experiment.description)
         parameters = parameter_overview.get_parameter_overview(experiment.shapes.params, include_stats=False)
         (workdir / "parameters.txt").write_text(parameters + "\n")
-        dry_run.show(experiment, compiled, workdir, console)
+        describe.show(experiment, compiled, workdir, console)
         console.print("Compiling the first steps; this is slower than running them.")
 
 

@@ -1,5 +1,6 @@
-"""The table that a run ends with, and the results.json behind it."""
+"""Make results.json, and the table that a run ends with."""
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -26,17 +27,15 @@ PACKAGES = ("ltjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def git_commit() -> str | None:
-    """The commit of the ltjax checkout, with "-dirty" where files differ from it; None outside a checkout."""
+    """Return the commit of the ltjax checkout, with "-dirty" if files differ from it; None outside a checkout."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -52,17 +51,17 @@ def git_commit() -> str | None:
 
 
 def command() -> str:
-    """The command line of this process."""
+    """Return the command line of this process."""
     return shlex.join(["python", *sys.argv])
 
 
 def in_words(ranges: Mapping[str, Sequence[int]]) -> str:
-    """{group: (fewest, most training images of a class)} -> "many 359 to 1,000, medium 77 to 215, few 10"."""
+    """Format {group: (fewest, most images of a class)}, such as "many 359 to 1,000, medium 77 to 215, few 10"."""
     return ", ".join(f"{group} {low:,}" + f" to {high:,}" * (low < high) for group, (low, high) in ranges.items())
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """One row a stage: accuracy overall and by group, ECE, in %, at the stage's last epoch."""
+    """Print a row for each stage: its figures at its last epoch, in %."""
     console.print(table(results))
     best, epochs = results["best_on_test"], results["stages"][results["final_stage"]]["epochs"]
     if epochs:
@@ -125,7 +124,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def percent(value: float | None, spread: float | None = None) -> str:
-    """ "47.3", "47.3 ± 0.4" or "-", in %."""
+    """Format a share in %: "47.3", "47.3 ± 0.4", or "-" for None."""
     if value is None:
         return "-"
     return f"{100 * value:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
@@ -134,12 +133,12 @@ def percent(value: float | None, spread: float | None = None) -> str:
 def summarise(
     experiment: Any, stages: Mapping[str, StageConfig], records: Mapping[str, "StageRecord"], commit: str | None
 ) -> dict[str, Any]:
-    """Make what results.json holds: every stage's last epoch, and the final stage's again at the top.
+    """Make the content of results.json: every stage's last epoch, and the final stage's again at the top.
 
     Args:
       experiment: An `ltjax.engine.experiment.Experiment`.
-      stages: Those that have come to something.
-      records: {stage: what its checkpoint keeps beside the state}.
+      stages: Those that have a checkpoint.
+      records: {stage: its record}.
       commit: Of ltjax, when the process started.
     """
     run, counts = experiment.config, experiment.split.class_counts
@@ -202,7 +201,7 @@ def _best_on_test(evaluations: Sequence[Mapping[str, Any]], part: Callable[[Any]
 
 
 def provenance(mesh: "Mesh", commit: str | None) -> dict[str, Any]:
-    """What made the figures. commit: of ltjax, when the process started."""
+    """Return what computed the figures. commit: of ltjax, when the process started."""
     device = mesh.devices.flat[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",
@@ -214,19 +213,19 @@ def provenance(mesh: "Mesh", commit: str | None) -> dict[str, Any]:
 
 
 def robustness_table(name: str, summary: dict[str, Any]) -> Table:
-    """One row a test of `--mode=attack`, and one for what AutoAttack left standing after each of its attacks."""
+    """Make a table with a row for each test of `--mode=attack`, and for each of AutoAttack's attacks."""
     where = f"{summary['norm']} radius {summary['epsilon']:.4g}, {summary['num_images']:,} test images"
-    made = Table(title=f"{name}: accuracy and calibration under attack (%), {where}")
-    made.add_column("")
+    table = Table(title=f"{name}: accuracy and calibration under attack (%), {where}")
+    table.add_column("")
     for group in GROUPS:
-        made.add_column(group, justify="right")
-    made.add_column("ECE", justify="right")
-    made.add_column("seconds", justify="right")
+        table.add_column(group, justify="right")
+    table.add_column("ECE", justify="right")
+    table.add_column("seconds", justify="right")
     for test in summary["tests"].values():
         spread = test.get("std", {"accuracy": {}})
         cells = [percent(test["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
         after = list(test.get("robust_after", {}).items())[:-1]
         for attack, accuracy in after:
-            made.add_row(f"  after {attack.upper()}", percent(accuracy), *[""] * (len(GROUPS) + 1), style="dim")
-        made.add_row(test["title"], *cells, percent(test["ece"], spread.get("ece")), f"{test['seconds']:.0f}")
-    return made
+            table.add_row(f"  after {attack.upper()}", percent(accuracy), *[""] * (len(GROUPS) + 1), style="dim")
+        table.add_row(test["title"], *cells, percent(test["ece"], spread.get("ece")), f"{test['seconds']:.0f}")
+    return table
