@@ -28,7 +28,6 @@ def bind(what: str, function: Callable, settings: Mapping[str, Any]) -> Callable
     Args:
       what: Name of the thing in messages, such as "method 'mislas'".
       function: Whose keyword-only arguments are the settings.
-      settings: {name: value}.
 
     Raises:
       UserError: A setting is unknown or of another type than the function's annotation, or a required one is missing.

@@ -202,8 +202,6 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
     Args:
       settings: `name`, one of `SURGERIES`, and its settings.
       params: The network's parameters, or their shapes.
-      branches: Number of the network's branches.
-      holdout: Whether there is a hold-out.
 
     Raises:
       UserError: A name or setting is unknown, or the surgery does not apply to the network.

@@ -39,7 +39,6 @@ def look_for_trouble(predict: Partial, images: np.ndarray, labels: np.ndarray, c
     and the last.
 
     Args:
-      predict: The model.
       images: [N, ...].
       labels: [N].
       clean: Logits of the images, [N, C].

@@ -317,7 +317,6 @@ def run(
     The many parameters are the attack's input, its layout on the devices, and two settings for tests.
 
     Args:
-      attack: The attack.
       predict: A `jax.tree_util.Partial`.
       images: [N, H, W, channels], on the host.
       labels: [N], on the host.

@@ -76,7 +76,6 @@ def decode(encoded: bytes, *, upright: bool = False) -> np.ndarray:
     `DeepImages`.
 
     Args:
-      encoded: The content of the file.
       upright: Turn the image as its orientation tag says, like Pillow's `ImageOps.exif_transpose`. Otherwise the tag is
         ignored in every format, as in the papers' code.
 

@@ -106,7 +106,6 @@ def images_below(
     """Yield the paths of all images in a folder and below it. Links are followed; each folder counts once.
 
     Args:
-      root: The folder.
       left_out: Collects the other files, and hidden files and folders.
       excluded: Folders that are not entered, except `root`.
       order: Key of a name, to sort the files and folders of a folder.

@@ -77,7 +77,6 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
     most 20 images; the choice is the same every time.
 
     Args:
-      name: Not used.
       root: Folder of the images. Default: that of the table.
       labels: Path of a table, see `ltjax.data.tables`; as it is or below `root`. Its files are relative to `root`.
         Its splits are train, and one or more of `HELD_OUT`, of which the first is read.
@@ -157,7 +156,6 @@ def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], instead: st
     Args:
       what: Names the data set in messages.
       labels: [N].
-      titles: Names of the classes.
       instead: What would name images to test on, for messages.
 
     Returns:

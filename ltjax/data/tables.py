@@ -52,7 +52,6 @@ def rows(
     order mark, or UTF-16 with one. Bytes that are not UTF-8 stay, because names of files may have them.
 
     Args:
-      path: The file.
       needed: Columns that it must have.
       optional: Columns that it may have. No cell of these columns is empty.
       synonyms: {other name of a column: its name}.

@@ -91,7 +91,6 @@ def over_batches(
     Args:
       figures: `(outputs, labels, means) -> {name: array}` of a batch. Padding has the label -1.
       replicas: With several, variables, means and all results have a leading axis.
-      net: Which network.
 
     Returns:
       `(variables, images, means=None, go_on) -> [{name: [batches, ...]}]`, on all devices. `go_on` is called before
@@ -142,7 +141,6 @@ def evaluator(
 
     Args:
       replicas: See `over_batches`.
-      net: Which network.
 
     Returns:
       `(variables, images, means=None, go_on) -> {"predictions", "confidences", "losses": [N]}`. With means, the class

@@ -114,7 +114,6 @@ def set_up(
     """Load the data, choose the long-tailed training set, make the networks, and put resident images on the devices.
 
     Args:
-      run: The config.
       data_dir: Folder of prepared data sets.
       workdir: Folder of the run, if its images have to be those that it began with.
       features_as: If the backbone is fixed (`ltjax.engine.features`): "compute" the features of all images. "shapes":

@@ -74,9 +74,7 @@ def features(
 
     Args:
       split: Its training and held-out images.
-      net: The network.
       variables: Its variables, of one replica. None: return ones, to describe a run.
-      mesh: The devices.
 
     Returns:
       Features float16 [N, 1, 1, D] in the place of images; those of images that the run does not use are 0.

@@ -190,8 +190,6 @@ class Feed:
         """Return what the next dispatch draws its batches from.
 
         Args:
-          step: The first step of the dispatch.
-          num_steps: Its number of steps.
           then: The number of steps in the dispatch after it; 0 if there is none.
           busy: Whether the devices are still at work. Waiting counts from the moment when they are not.
         """

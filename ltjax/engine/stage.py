@@ -238,8 +238,6 @@ def build(
     Tests and other trainers call this without data sets; therefore it has more than 8 parameters.
 
     Args:
-      nets: {name: network}.
-      method: The loss to minimise.
       draw: Makes the batches, see `resident_draw` and `streamed_draw`.
       params: All parameters, arrays or their shapes; only their paths matter.
       stage: The stage's groups, batch_norm, lr, optimizer and number are used. A frozen group (rate 0) has no backward
@@ -247,7 +245,6 @@ def build(
       run: The run's replicas, replicate, accumulate and gpu_graphs are used. With `accumulate`, loss and gradient are
         means over the parts of a batch, and batch norm normalises each part by its own statistics.
       factors: Factors on the learning rate in each epoch, [epochs]. Nothing trains if there are no epochs.
-      steps_per_epoch: Number of steps in an epoch.
       mesh: The devices, see `parallel.make_mesh`.
       image_shape: [H, W, channels].
 

@@ -189,7 +189,6 @@ def choose(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
 
     Args:
       labels: [N].
-      most: Number of images.
       seed: It determines the choice, on every machine.
     """
     if not 0 < most < len(labels):

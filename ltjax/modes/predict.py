@@ -132,7 +132,6 @@ def predict_workdir(
 
     Args:
       config: The config of the run, to be checked; None: the one in the workdir.
-      workdir: Folder of the run.
       images: A folder or a pattern, see `ltjax.predictor.files.find`.
       out: FILE.csv or FILE.jsonl; "-" or "-.jsonl" for standard output.
       top_k: Number of classes listed for each image.

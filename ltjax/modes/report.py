@@ -77,7 +77,6 @@ def make_report(
 
     Args:
       variables: The variables at the end of each stage.
-      summary: The content of results.json.
       go_on: Called before each stage; may raise to stop.
     """
     stages = {name: experiment.config.stages[name] for name in variables}
@@ -132,8 +131,6 @@ def write_tables(
       observed: The final stage's observations, for each replica.
       cells: Of the confusion matrix, over all replicas.
       mistakes: Test images that the first replica has wrong, in the order of the table.
-      summary: The content of results.json.
-      folder: Of the page.
     """
     labels, names, counts = experiment.test_set.host_labels, experiment.class_names, experiment.split.class_counts
     scores = analysis.scores_by_class(observed, labels, len(names))

@@ -34,10 +34,6 @@ def flags_page(heading: str, flags: Iterable[Any]) -> str:
     """Make the page of `--help`.
 
     Flags whose text begins like "With several processes: ..." have a section of their own, "Several processes".
-
-    Args:
-      heading: The text above the list.
-      flags: absl's flags.
     """
     sections: dict[str, list[str]] = {"": []}
     for flag in flags:
@@ -69,8 +65,6 @@ def config_page(
     """Make the page of `--config=FILE:help`.
 
     Args:
-      path: The config file.
-      heading: The first line of the page.
       arguments: {name: (default, allowed values, meaning)}.
       config: The config, as nested dicts.
     """

@@ -162,9 +162,6 @@ def predictions(
     """Predict files in batches, in their order. `AHEAD` batches are decoded while the device works.
 
     Args:
-      model: The network.
-      files: Paths.
-      top_k: Number of classes.
       threads: That decode. 0: one for each core.
 
     Raises:

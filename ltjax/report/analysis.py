@@ -78,7 +78,6 @@ def scores_by_class(
     Args:
       observed: For each replica, {"predictions": [N]}.
       labels: [N].
-      num_classes: C.
 
     Returns:
       {"images", "predicted", "precision", "recall", "f1": [C]}.
@@ -136,7 +135,6 @@ def confusion_numbers(cells: Confusions, order: np.ndarray) -> dict[str, Any]:
     """Return what the page shows of a confusion matrix. Many classes are summed to ranges of classes.
 
     Args:
-      cells: Of all classes.
       order: The classes in the order of rows and columns, [C].
 
     Returns:

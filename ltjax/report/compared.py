@@ -33,12 +33,9 @@ def write(
     """Write the page.
 
     Args:
-      file: The page.
       header: First row of `ltjax.compare.cells`, as text.
       body: The other rows: (text, whether it is the best of its column).
       rows: A `ltjax.compare.Row` for each row of `body`.
-      notes: Lines shown with the table.
-      command: The command that makes the page.
     """
     cells = [[Markup("<strong>{}</strong>").format(text) if best else text for text, best in row] for row in body]
     loaded = [{run: load(run, row.stage, row.name) for run in row.runs} for row in rows]

@@ -22,11 +22,7 @@ COLOURS = (
 
 
 def summary(results: dict[str, Any]) -> "Figure":
-    """Draw accuracy of each class, most frequent first, and accuracy against confidence, by stage.
-
-    Args:
-      results: What results.json holds.
-    """
+    """Draw accuracy of each class, most frequent first, and accuracy against confidence, by stage."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")

@@ -22,8 +22,6 @@ def write_classes(folder: Path, stage: str, classes: Mapping[str, Sequence[Any]]
     """Write `classes.csv` and the same as `classes.json`, a row for each class.
 
     Args:
-      folder: Of the page.
-      stage: Title of the stage.
       classes: {column: [C]}.
     """
     rows = list(zip(*classes.values(), strict=True))

@@ -69,11 +69,9 @@ def of_run(
     """Return the page of one run as HTML.
 
     Args:
-      results: What results.json holds.
       groups: {name: bool [C]}.
       numbers: What report/numbers.json holds; may be {}.
       curves: What `ltjax.report.panels.read_curves` returns.
-      image: Picture of the attack, a data URI.
     """
     stages = [panels.of_stage(results, name, groups, numbers, curves) for name in results["stages"]]
     attacked = []

@@ -46,8 +46,6 @@ def of_stage(
     """Return the panel of one stage of one run.
 
     Args:
-      results: What results.json holds.
-      stage: Its name.
       groups: {name: bool [C]}.
       numbers: What report/numbers.json holds, or {}.
       curves: What `read_curves` returns, or {}.
@@ -87,8 +85,6 @@ def pooled(title: str, panels: Sequence[Panel], seeds: Sequence[int], known: Map
     """Return one panel of several runs of a config.
 
     Args:
-      title: The panel's title.
-      panels: One panel of each run.
       seeds: Number of seeds of each run.
       known: Figures over all seeds.
     """

@@ -138,7 +138,6 @@ def summarise(
     Args:
       experiment: An `ltjax.engine.experiment.Experiment`.
       stages: Those that have a checkpoint.
-      records: {stage: its record}.
       commit: Of ltjax, when the process started.
     """
     run, counts = experiment.config, experiment.split.class_counts

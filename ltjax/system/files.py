@@ -45,7 +45,6 @@ def holding(path: Path, remedy: str = ANOTHER) -> Generator[None]:
     Put nothing else into the block: any error is taken for one of the file, except OSError and MemoryError.
 
     Args:
-      path: Of the file.
       remedy: What to do, for the message.
     """
     try:

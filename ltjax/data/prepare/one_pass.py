@@ -85,14 +85,12 @@ def prepare(
     the shards (`ltjax.data.index`).
 
     Args:
-      name: the data set.
       data_dir: the folder of all prepared data sets; made if missing.
       source: the folder with the official files.
       read_spec: reads the lists in `source`.
       pieces: names of official files, for messages.
       skip_damaged: leave out missing and damaged images and list them in `skipped.txt`. If False, list them in
         `problems.txt` and raise UserError.
-      shard_bytes: the size of a full shard.
 
     Raises:
       UserError: an existing data set is damaged; official files are missing, damaged or different; or `data_dir`
