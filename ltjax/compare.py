@@ -137,11 +137,7 @@ def compare(paths: Iterable[str | Path], *, stages: bool = False) -> Comparison:
 
 
 def results_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Return the results.json files of a path, and the unfinished runs in it if it is a folder of runs.
-
-    Raises:
-      UserError: If there is no results.json.
-    """
+    """Return the results.json files of a path, and the unfinished runs in it. UserError if there is no results.json."""
     if path.is_file():
         return [path], []
     if not path.is_dir():
@@ -158,11 +154,7 @@ def results_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def read_run(path: Path) -> FinishedRun:
-    """Read a run from its results.json, with config.json and split.json if they lie beside it.
-
-    Raises:
-      UserError: Naming the file that is not what ltjax writes.
-    """
+    """Read a run from its results.json, with config.json and split.json beside it. UserError names a wrong file."""
     again = "move it away and run the training command again, which rewrites it"
     results = read_json(path, again)
     alone = "repair it, or copy results.json to an empty folder and name the copy"

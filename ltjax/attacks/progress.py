@@ -90,11 +90,7 @@ class ProgressFile:
         self.hint = f"delete {path}, or give another progress_file"
 
     def load(self, suite: Suite) -> None:
-        """Load the file into a new suite, if the file exists.
-
-        Raises:
-          ValueError: The file is damaged, or of other images, labels, settings, or another model.
-        """
+        """Load the file into a new suite, if it exists. ValueError if it is damaged, or of another attack or model."""
         if not self.path.exists():
             return
         try:

@@ -81,11 +81,7 @@ def _read_cache(file: Path) -> _Inspected | None:
 
 
 def _inspect(root: Path, paths: list[str], total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decode and hash N images, of `total` in all.
-
-    Returns:
-      The hashes uint8 [N, 16], and the brightest values int32 [N], see `_Inspected`.
-    """
+    """Decode and hash N images, of `total` in all: the `identities` and `brightest` of `_Inspected`."""
 
     def inspect(path: str) -> tuple[bytes, str, int | None]:
         try:

@@ -88,11 +88,7 @@ class Subset:
 
 
 def first_classes(data: Images | Stored, count: int) -> Images | Stored:
-    """Keep the images of classes 0 to `count` - 1, or all if there are fewer classes.
-
-    Raises:
-      UserError: `count` is below 2.
-    """
+    """Keep the images of classes 0 to `count` - 1, or all if there are fewer classes. UserError if it is below 2."""
     if count < 2:
         raise UserError(f"config.data.classes = {count}: 2 or more, or 0 for all")
     train, test = (np.flatnonzero(labels < count) for labels in (data.train_labels, data.test_labels))
@@ -114,10 +110,7 @@ def resolve_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
 def newest_version(data_dir: Path, name: str) -> Path | None:
     """Return the folder `<data_dir>/<name>/<major.minor.patch>` of the highest version; None if there is none.
 
-    Folders of interrupted preparations have other names and are never returned.
-
-    Raises:
-      UserError: the folder cannot be listed.
+    Folders of interrupted preparations have other names. UserError if the folder cannot be listed.
     """
     directory = data_dir / name
     try:

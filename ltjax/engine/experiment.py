@@ -84,11 +84,7 @@ class Experiment(NamedTuple):
 def prepare(
     run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None, features_as: str = "compute"
 ) -> tuple[Experiment, dict[str, CompiledStage]]:
-    """Set up an experiment, see `set_up`, and build and trace the jitted functions of all its stages.
-
-    Raises:
-      UserError: For any mistake that can be found before the first step.
-    """
+    """Set up an experiment and build all its stages. UserError for any mistake that shows before the first step."""
     experiment = set_up(run, data_dir, workdir, features_as)
     compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
     for name, stage in run.stages.items():
@@ -282,11 +278,7 @@ def steps_per_epoch(stage: StageConfig, class_counts: np.ndarray, batch_size: in
 
 
 def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
-    """Build the jitted functions of a stage, and trace them once to check its config.
-
-    Raises:
-      UserError: The stage's config is wrong.
-    """
+    """Build the jitted functions of a stage, and trace them once. UserError if its config is wrong."""
     run, class_counts, where = experiment.config, experiment.split.class_counts, f"config.{stage.name}"
     method = make_method(experiment, stage)
     extra, _ = jax.eval_shape(lambda: method.init(jax.random.key(0)))
@@ -416,11 +408,7 @@ def make_surgery(experiment: Experiment, stage: StageConfig) -> Callable:
 
 
 def apply_surgery(experiment: Experiment, stage: StageConfig, variables: Variables) -> tuple[Variables, dict[str, Any]]:
-    """Apply the stage's surgery to variables.
-
-    Returns:
-      The new variables, and the surgery's entry in the stage's record.
-    """
+    """Apply the stage's surgery. Return the new variables, and the surgery's entry in the stage's record."""
 
     def holdout_accuracy(variables: Variables) -> np.ndarray:
         holdout = experiment.holdout_set
@@ -457,12 +445,11 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """Evaluate a stage's variables on a set of images.
 
+    Return the figures of `evaluate.summarise`; with several replicas, of `evaluate.over_seeds`.
+
     Args:
       means: From `class_means_for`.
       go_on: Called before each dispatch; may raise to stop.
-
-    Returns:
-      The figures of `evaluate.summarise`; with several replicas, of `evaluate.over_seeds`.
     """
     run, labels, num_classes = experiment.config, images.host_labels, len(experiment.class_names)
     variables = surgery.as_evaluated(variables, stage.eval_classifier)

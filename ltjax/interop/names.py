@@ -182,8 +182,7 @@ def prepared(state_dict: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray
 def normalisation(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[float, ...]]]:
     """Find the normalisation of images in [0, 1] in a state_dict.
 
-    Returns:
-      {"mean" and "std": (its name, a value of each input channel)}; {} if there is none.
+    Return {"mean" and "std": (its name, a value of each input channel)}; {} if there is none.
     """
     first = [value for key, value in arrays.items() if path_of(bare(key), value.ndim) == "backbone/conv/kernel"]
     constants = {}

@@ -62,9 +62,7 @@ def forward(apply: Apply, variables: Variables, batch: Batch) -> tuple[Outputs, 
     """Run the network on the images and all their views, in one batch of (1 + V) B images.
 
     Rows of the outputs come image by image: those of image i begin at (1 + V) i. The batch norms see all views.
-
-    Raises:
-      UserError: The stage has no views.
+    UserError if the stage has none.
     """
     if batch.views is None:
         raise UserError("the method compares views of an image: give the stage `views`, such as {'first': {...}}")

@@ -302,13 +302,10 @@ def attack(target: Target, file: Path) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def curve(target: Target, figures_of_tests: Mapping[str, Any]) -> dict[float, Any]:
-    """Attack with the test `OF_CURVE` at the radii of `config.attack.radii`; l-inf radii above 1 are left out.
+    """Attack with `OF_CURVE` at `config.attack.radii`, l-inf up to 1: {radius: figures}; {} if not asked for.
 
     Args:
       figures_of_tests: From `attack`.
-
-    Returns:
-      {radius: figures}; {} if `OF_CURVE` is no test of the config, or `config.attack.radii` is empty.
     """
     settings = target.settings
     if not settings.radii or OF_CURVE not in figures_of_tests:

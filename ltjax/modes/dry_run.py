@@ -25,11 +25,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> None:
-    """Print what `train` will do, and how much memory it needs. Train and write nothing.
-
-    Raises:
-      UserError: The same errors that `train` raises before its first step.
-    """
+    """Print what `train` will do, and how much memory it needs. Write nothing. UserError as in `train`."""
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run = parse(config)
     processes.on_first(lambda: check_workdir(workdir, config))

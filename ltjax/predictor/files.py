@@ -104,11 +104,7 @@ def _natural_path(path: str) -> list[Any]:
 
 
 def read_image(file: str, view: View, channels: int) -> tuple[np.ndarray, int | None] | str:
-    """Read the network's input from a file, or return an error message.
-
-    Returns:
-      uint8 [size, size, channels], and the brightest value of an image of 16 bits a channel, else None.
-    """
+    """Do what `_read_into` does with a new array: return it and the brightest value, or an error message."""
     pixels = np.empty((view.size, view.size, channels), np.uint8)
     error, brightest = _read_into(file, view, pixels)
     return error or (pixels, brightest)

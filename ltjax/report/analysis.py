@@ -94,11 +94,7 @@ def scores_by_class(
 def errors_by_group(
     predictions: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
-    """Return where the test images of each group go, as shares with sum 1.
-
-    Returns:
-      {group: {"right": share, and for each group the share of images wrongly predicted as a class of it}}.
-    """
+    """Return {group: {"right": share, group: share of its test images that are taken for a class of that group}}."""
     errors = {}
     for name, member in groups.items():
         inside = member[labels]

