@@ -46,7 +46,7 @@ class FilesInFolder:
         return self._identities[index].tobytes()
 
 
-class _Found(NamedTuple):
+class _Listed(NamedTuple):
     """The images of a data set, before any is decoded.
 
     Attributes:
@@ -95,8 +95,8 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
     if not root.is_dir():
         raise UserError(f"no folder {root}: --config.data.root is the folder of the images")
     try:
-        found = _in_folders(root) if table is None else _in_table(root, table)
-        class_names = _class_names(found)
+        listed = _in_folders(root) if table is None else _in_table(root, table)
+        class_names = _class_names(listed)
     except UserError as error:
         beside = () if table else sorted(path.name for path in root.iterdir() if path.suffix.lower() in TABLES)
         if not beside:
@@ -104,42 +104,42 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
         name = printable(beside[0])
         raise UserError(f"{error}; or, if {name} is a table of labels: --config.data.labels={name}") from error
     titles = tuple(map(printable, class_names))
-    train_paths, train_labels = _labelled(found.train, class_names)
-    test_paths, test_labels = _labelled(found.test or {}, class_names)
+    train_paths, train_labels = _labelled(listed.train, class_names)
+    test_paths, test_labels = _labelled(listed.test or {}, class_names)
     identities = inspection.identities(root, train_paths + test_paths)
     train = FilesInFolder(root, train_paths, identities[: len(train_paths)])
-    if found.test is None:
-        kept, test = hold_out(str(table or root), train_labels, titles, found.instead)
+    if listed.test is None:
+        kept, test = hold_out(str(table or root), train_labels, titles, listed.instead)
         parts = Subset(train, kept), train_labels[kept], Subset(train, test), train_labels[test]
         return Stored(*parts, titles)
     if lacking := [title for label, title in enumerate(titles) if label not in test_labels]:
-        note(f"{found.test_title} has no images of {some(lacking)}: their accuracy will be unknown")
+        note(f"{listed.test_title} has no images of {some(lacking)}: their accuracy will be unknown")
     test = FilesInFolder(root, test_paths, identities[len(train_paths) :])
     return Stored(train, train_labels, test, test_labels, titles)
 
 
-def _class_names(found: _Found) -> tuple[str, ...]:
+def _class_names(listed: _Listed) -> tuple[str, ...]:
     """Return the names of all classes with training images. UserError if they are not those of a data set."""
-    class_names = tuple(sorted(name for name, images in found.train.items() if images))
+    class_names = tuple(sorted(name for name, images in listed.train.items() if images))
     if not class_names:
-        raise UserError(f"no images in {found.train_title}: a classifier needs some of each class")
-    if unknown := sorted(set(found.test or {}) - set(found.train)):
+        raise UserError(f"no images in {listed.train_title}: a classifier needs some of each class")
+    if unknown := sorted(set(listed.test or {}) - set(listed.train)):
         names = some([printable(name) for name in unknown])
-        remark = form_only(unknown, sorted(set(found.train) - set(found.test or {})))
-        raise UserError(f"{found.test_title} has classes that {found.train_title} lacks: {names}{remark}")
-    empty = sorted(set(found.train) - set(class_names))
-    if tested := [printable(name) for name in empty if found.test and found.test.get(name)]:
-        raise UserError(f"{found.train_title} has no images of {some(tested)}, and {found.test_title} has: add some")
+        remark = form_only(unknown, sorted(set(listed.train) - set(listed.test or {})))
+        raise UserError(f"{listed.test_title} has classes that {listed.train_title} lacks: {names}{remark}")
+    empty = sorted(set(listed.train) - set(class_names))
+    if tested := [printable(name) for name in empty if listed.test and listed.test.get(name)]:
+        raise UserError(f"{listed.train_title} has no images of {some(tested)}, and {listed.test_title} has: add some")
     if len(class_names) < 2:
         raise UserError(
-            f"{found.train_title} has images of one class, {printable(class_names[0])}: a classifier needs two or "
+            f"{listed.train_title} has images of one class, {printable(class_names[0])}: a classifier needs two or "
             "more, each with a folder or label of its own"
         )
     if empty:
         names = some([printable(name) for name in empty])
-        note(f"{found.train_title} has {len(empty)} empty folder(s), which are no classes: {names}")
-    if found.test is not None and not any(found.test.values()):
-        raise UserError(f"no images in {found.test_title}: add some for each class, or remove it")
+        note(f"{listed.train_title} has {len(empty)} empty folder(s), which are no classes: {names}")
+    if listed.test is not None and not any(listed.test.values()):
+        raise UserError(f"no images in {listed.test_title}: add some for each class, or remove it")
     return class_names
 
 
@@ -173,7 +173,7 @@ def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], instead: st
     return split.train, split.holdout
 
 
-def _in_folders(root: Path) -> _Found:
+def _in_folders(root: Path) -> _Listed:
     """Find the images of `root/train` and of validation; or those of `root`, if it has neither."""
     test_folder = next((part for part in HELD_OUT if (root / part).is_dir()), None)
     part, instead = "train", f"folder {', '.join(HELD_OUT)}"
@@ -189,7 +189,7 @@ def _in_folders(root: Path) -> _Found:
         part, instead = ".", "folder train beside a folder validation"
     train = _images_of_folders(root, part)
     test = _images_of_folders(root, test_folder) if test_folder else None
-    found = _Found(train, test, str(root / part), str(root / (test_folder or "")), instead)
+    listed = _Listed(train, test, str(root / part), str(root / (test_folder or "")), instead)
     _note_ignored(root, part, test_folder)
     if len(train) == 1:
         (only,) = train
@@ -197,13 +197,13 @@ def _in_folders(root: Path) -> _Found:
         if len(below) > 1 or "train" in below:
             what = "it has a folder train" if "train" in below else f"the {len(below)} folders in it may be the classes"
             raise UserError(
-                f"{found.train_title} has one folder, and a classifier needs two classes or more; {what}: use "
+                f"{listed.train_title} has one folder, and a classifier needs two classes or more; {what}: use "
                 f"--config.data.root={folder}"
             )
-    return found
+    return listed
 
 
-def _in_table(root: Path, table: Path) -> _Found:
+def _in_table(root: Path, table: Path) -> _Listed:
     """Find the images that a table of labels names."""
     below = sorted(os.path.relpath(path, root) for path in images_below(str(root), LeftOut()))
     by_name = {unicodedata.normalize("NFC", path): path for path in below} | {path: path for path in below}
@@ -253,7 +253,7 @@ def _in_table(root: Path, table: Path) -> _Found:
             paths.sort()
     test = splits[test_split] if test_split else None
     titles = f"{table}, split train", f"{table}, split {test_split}"
-    return _Found(splits.get("train", {}), test, *titles, f"split {', '.join(HELD_OUT)}")
+    return _Listed(splits.get("train", {}), test, *titles, f"split {', '.join(HELD_OUT)}")
 
 
 def _table(root: str | os.PathLike | None, labels: str) -> Path:
@@ -295,8 +295,8 @@ def _images_of_folders(root: Path, part: str) -> dict[str, list[str]]:
     images = {}
     for name in classes:
         others = LeftOut()
-        found = images_below(str(root / part / name), others, excluded=excluded)
-        images[name] = sorted(os.path.relpath(path, root) for path in found)
+        paths = images_below(str(root / part / name), others, excluded=excluded)
+        images[name] = sorted(os.path.relpath(path, root) for path in paths)
         if others.endings and not images[name]:
             raise UserError(
                 f"{root / part}: no images that can be decoded in {printable(name)}, of {others.endings.total()} "

@@ -33,13 +33,13 @@ def labels(path: Path) -> list[Label]:
 
     UserError if a label is not UTF-8; for others see `rows`.
     """
-    found = []
+    labelled = []
     for line, row in rows(path, ("file", "label"), ("split",), SYNONYMS):
         label = " ".join(row["label"].split())
         if any("\udc80" <= character <= "\udcff" for character in label):  # bytes that stay
             raise UserError(f"{path}, line {line}: the label is not UTF-8: save the table as UTF-8")
-        found.append(Label(line, row["file"], label, row.get("split", "").strip().lower()))
-    return found
+        labelled.append(Label(line, row["file"], label, row.get("split", "").strip().lower()))
+    return labelled
 
 
 def rows(
@@ -71,7 +71,7 @@ def rows(
         raise UserError(f"{path} is neither UTF-8 nor whole UTF-16 text: save it as UTF-8") from error
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), skipinitialspace=True, strict=True)
     columns: list[str] | None = None
-    found = []
+    numbered = []
     try:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
@@ -88,12 +88,12 @@ def rows(
             row = {name: cell for name, cell in zip(columns, padded, strict=False) if name in (*needed, *optional)}
             if empty := [name for name, cell in row.items() if not cell.strip()]:
                 raise UserError(f"{path}, line {reader.line_num}: no {empty[0]}: fill it in, or remove the row")
-            found.append((reader.line_num, row))
+            numbered.append((reader.line_num, row))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}: is a double quote missing?") from error
-    if not found:
+    if not numbered:
         raise UserError(f"{path} has no rows: needed: the columns {' and '.join(needed)}, and rows below them")
-    return found
+    return numbered
 
 
 def _delimiter(text: str) -> str:
@@ -108,9 +108,9 @@ def _columns(
     columns = [cell.strip().lower() for cell in cells]
     columns = [synonyms.get(name, name) for name in columns]
     if any(columns.count(name) != 1 for name in needed) or any(columns.count(name) > 1 for name in optional):
-        found = some([repr(cell.strip()) for cell in cells])
+        names = some([repr(cell.strip()) for cell in cells])
         raise UserError(
-            f"the first row of {path} names the columns {found}; needed: {' and '.join(needed)}, and optionally "
+            f"the first row of {path} names the columns {names}; needed: {' and '.join(needed)}, and optionally "
             f"{' or '.join(optional)}, each once, with commas, tabs or semicolons between them"
         )
     return columns

@@ -67,12 +67,12 @@ def restored_stages(
     experiment: Experiment, workdir: Path, *, last_first: bool = False
 ) -> Iterator[tuple[StageConfig, Restored]]:
     """Yield the stages that have a checkpoint, each with its newest one. Raises UserError if there is none."""
-    stages, found = list(experiment.config.stages.values()), False
+    stages, has_checkpoint = list(experiment.config.stages.values()), False
     for stage in reversed(stages) if last_first else stages:
         if (restored := restore(experiment, stage, workdir)) is not None:
-            found = True
+            has_checkpoint = True
             yield stage, restored
-    if not found:
+    if not has_checkpoint:
         raise no_checkpoint(workdir)
 
 

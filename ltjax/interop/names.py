@@ -156,7 +156,7 @@ def _our_numbers(parts: Mapping[str, str | None]) -> dict[str, str | int]:
 
 
 def prepared(state_dict: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Return the arrays of the network alone, and the names that are passed over.
+    """Return the arrays of the network alone, and the names that are ignored.
 
     Passed over are `IGNORED`, and whatever stands beside CLIP's `visual.`, such as its tower for text. The position of
     a class token is added to the token, so positions are those of the patches.

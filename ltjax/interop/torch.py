@@ -127,12 +127,12 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module, parts: Sequenc
                 f"state_dict normalises images: {key} is {values}, and the model's {kind} is {ours}: give the model "
                 f"{kind}={values}"
             )
-    found = {key: names.path_of(names.bare(key), value.ndim) for key, value in arrays.items()}
+    path_of = {key: names.path_of(names.bare(key), value.ndim) for key, value in arrays.items()}
     ignored = (*unused, *(key for key, _ in normalisation.values()))
-    ignored += tuple(key for key, path in found.items() if path and parts and path.split("/")[0] not in parts)
+    ignored += tuple(key for key, path in path_of.items() if path and parts and path.split("/")[0] not in parts)
     if "backbone/projection" not in shapes:  # a network without CLIP's last layer, such as LIFT's
-        ignored += tuple(key for key, path in found.items() if path == "backbone/projection")
-    paths = {key: path for key, path in found.items() if key not in ignored}
+        ignored += tuple(key for key, path in path_of.items() if path == "backbone/projection")
+    paths = {key: path for key, path in path_of.items() if key not in ignored}
     if "branches/conv/kernel" in shapes:
         left = {key: arrays[key] for key, path in paths.items() if path not in shapes}
         paths |= names.branches_by_shape(left, shapes["branches/conv/kernel"].shape[2])
@@ -349,17 +349,17 @@ def read_checkpoint(
     state_dict, left_out = checkpoints.network(checkpoints.read(local(file)), net)
     config = vit.config_beside(local(file)) if config is None else config
     arrays, _ = names.prepared(state_dict)
-    found = implied(state_dict, config)
-    if settings.get("name", found.get("name")) != found.get("name"):
-        if found.get("name") == "vit":
+    inferred = implied(state_dict, config)
+    if settings.get("name", inferred.get("name")) != inferred.get("name"):
+        if inferred.get("name") == "vit":
             raise UserError(f"{file} holds a vision transformer, not a {settings['name']}: set the model to vit")
         of_network = resnets.implied(arrays)
-        found = {key: value for key, value in found.items() if key not in of_network}
-    if not {"name"} & {*found, *settings}:
+        inferred = {key: value for key, value in inferred.items() if key not in of_network}
+    if not {"name"} & {*inferred, *settings}:
         raise UserError(f"{file} is of no network that ltjax recognises by its arrays: name it with --model=NAME,...")
     if backbone:
-        found = {key: value for key, value in found.items() if key not in OF_OTHER_PARTS}
-    merged = {**found, **settings}
+        inferred = {key: value for key, value in inferred.items() if key not in OF_OTHER_PARTS}
+    merged = {**inferred, **settings}
     assumed = {key: reason for key, reason in vit.implied(arrays, config)[1].items() if key not in settings}
     notes = tuple(
         f"{key}={merged[key]} is assumed ({reason}): give {key}= if it is another" for key, reason in assumed.items()

@@ -46,14 +46,14 @@ def shift(
       >>> priors.shift([0.9, 0.1], "uniform", None, ("zebra", "lion"))
       array([ 0.588, -1.609], dtype=float32)
     """
-    there = _read("target_prior", target, class_names, class_counts)
+    new = _read("target_prior", target, class_names, class_counts)
     if model is None and known is None:
         raise UserError(f"it is unknown which prior the model was trained for, so --model_prior is needed: {FORMS}")
-    here = known if model is None else _read("model_prior", model, class_names, class_counts)
-    if not here.all():
-        raise UserError(f"model_prior: no probability for {some(_zeros(here, class_names))}: above 0 for each class")
+    old = known if model is None else _read("model_prior", model, class_names, class_counts)
+    if not old.all():
+        raise UserError(f"model_prior: no probability for {some(_zeros(old, class_names))}: above 0 for each class")
     with np.errstate(divide="ignore"):  # log 0 = -inf
-        return (np.log(there) - np.log(here)).astype(np.float32)
+        return (np.log(new) - np.log(old)).astype(np.float32)
 
 
 def of_run(
