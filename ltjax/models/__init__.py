@@ -82,7 +82,7 @@ def create(
       branch_kind: "norm" (batch norms; the authors on CIFAR), "conv" (a 1x1 convolution, batch norm and ReLU; the
         authors on larger images, with 2 branches on iNaturalist) or "pooled_conv" (the same after pooling; the authors
         with ResNet-10). See `ltjax.models.branches`.
-      linear_map: Add a linear map of the features before the classifier, see `ltjax.models.layers.Network`.
+      linear_map: Add a linear map of the features before the classifier, see `ltjax.models.network.Network`.
       remat: Recompute each block in the backward pass instead of storing its activations.
       dtype: Of the computation. "float32" or "bfloat16": parameters, statistics and logits are float32. "float64" needs
         JAX_ENABLE_X64=1: statistics and logits are float64, and parameters are initialised as float32.
