@@ -26,7 +26,7 @@ def written(tmp_path_factory):
     splits = {}
     for split, count in (("train", 40), ("test", 12)):
         labels = np.stack([rng.integers(20, size=count), rng.integers(100, size=count)], axis=1).astype(np.uint8)
-        splits[split] = preparation.Split(rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), labels)
+        splits[split] = preparation.RawSplit(rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), labels)
     names = {"coarse_label": [f"group {i}" for i in range(20)], "label": [f"class_{i}" for i in range(100)]}
     data_dir = tmp_path_factory.mktemp("written")
     preparation.write(preparation.CIFAR100, data_dir, names, splits)
