@@ -294,10 +294,10 @@ def run_mode(config: Mapping[str, Any]) -> None:
     """Do what --mode, --dry_run and --calibrate ask for."""
     from ltjax.modes import calibrate
 
-    run: Callable = pkgutil.resolve_name("ltjax.modes.dry_run:dry_run" if _DRY_RUN.value else MODES[_MODE.value])
+    mode: Callable = pkgutil.resolve_name("ltjax.modes.dry_run:dry_run" if _DRY_RUN.value else MODES[_MODE.value])
     where = workdir_of(config), _DATA_DIR.value
     if _MODE.value != "predict":
-        run(config, *where)
+        mode(config, *where)
         if _CALIBRATE.value and not _DRY_RUN.value:
             calibrate.calibrate_workdir(config, *where)
         return
@@ -310,7 +310,7 @@ def run_mode(config: Mapping[str, Any]) -> None:
         stderr = Console(stderr=True, markup=False, emoji=False)  # predictions may go to standard output
         calibrate.calibrate_workdir(config, *where, stderr)
     priors = dict(target_prior=_TARGET_PRIOR.value, model_prior=_MODEL_PRIOR.value)
-    run(config, where[0], images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value, **priors)
+    mode(config, where[0], images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value, **priors)
 
 
 if __name__ == "__main__":
