@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ltjax import losses, metrics
 from ltjax.data.augment import as_float
 from ltjax.engine.stage import make_apply
-from ltjax.runs.seeds import pool, pooled_bins
+from ltjax.runs.seeds import mean_and_std, pool, pooled_bins
 from ltjax.system import xla
 from ltjax.system.parallel import BATCH_AXIS, over_replicas, put, replicated, split_batch
 from ltjax.types import Variables
@@ -210,23 +210,16 @@ def over_seeds(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> 
 
     Calibration bins are those of all replicas' predictions together.
     """
-
     keys = ("accuracy", *_BINNED, *METRICS, "nearest_mean")
     figures = [{key: summary[key] for key in keys if key in summary} for summary in summaries]
+    mean, std = (pool(figures, lambda values, k=k: mean_and_std(values)[k]) for k in range(2))
     bins = pooled_bins([summary["calibration_bins"] for summary in summaries])
+    of_classes = zip(*(summary["per_class_accuracy"] for summary in summaries), strict=True)
     return {
-        **pool(figures, _mean),
+        **mean,
         "num_images": summaries[0]["num_images"],
-        "per_class_accuracy": [_mean(each) for each in zip(*(s["per_class_accuracy"] for s in summaries), strict=True)],
+        "per_class_accuracy": [None if values[0] is None else mean_and_std(values).mean for values in of_classes],
         "calibration_bins": {name: values.tolist() for name, values in bins.items()},
-        "std": pool(figures, _deviation),
+        "std": std,
         "replicas": [{"seed": seed, **summary} for seed, summary in zip(seeds, summaries, strict=True)],
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    return None if values[0] is None else float(np.mean(np.asarray(values, np.float64)))
-
-
-def _deviation(values: Sequence[float | None]) -> float | None:
-    return None if values[0] is None else float(np.std(np.asarray(values, np.float64), ddof=1))
