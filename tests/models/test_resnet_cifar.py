@@ -1,4 +1,4 @@
-"""CIFAR ResNets and the layers under them: sizes, initial weights, and each layer against another way to compute it."""
+"""CIFAR ResNets and their layers: sizes, initial weights, and each layer against another implementation."""
 
 import re
 from functools import partial
@@ -28,7 +28,7 @@ def shapes(net):
 
 
 def some_variables(net, seed=1):
-    """Arbitrary weights and statistics, variances above 0: no compiling, and nothing at its initial value."""
+    """Return arbitrary weights and statistics, variances above 0: no compiling, and nothing at its initial value."""
     random = np.random.default_rng(seed)
     like = flatten(shapes(net))
     draw = {path: random.normal(0.3, 0.5, leaf.shape).astype(np.float32) for path, leaf in like.items()}
@@ -40,7 +40,7 @@ def num_parameters(net):
 
 
 def count_by_hand(depth, num_classes, width=16):
-    """3x3 convolutions without bias, two numbers a channel for each batch norm, and a linear layer."""
+    """Count 3x3 convolutions without bias, two numbers a channel for each batch norm, and a linear layer."""
     blocks = (depth - 2) // 6
     convolutions = [(3, width)]
     for channels, before in ((width, width), (2 * width, width), (4 * width, 2 * width)):
@@ -68,7 +68,7 @@ def test_width_multiplies_the_channels_of_every_stage(width):
 
 @pytest.fixture(scope="module")
 def fresh():
-    """{path: array} of a newly initialised network, and with another key."""
+    """Return {path: array} of a newly initialised network, and with another key."""
     init = jax.jit(make(num_classes=100, width=16, logit_scale=True).init)
     return [flatten(init(jax.random.key(seed), IMAGES)) for seed in (0, 1)]
 
@@ -240,7 +240,7 @@ def test_one_operand_of_a_vmapped_convolution_may_be_shared(which, batched):
 
 
 def test_gradients_have_the_precision_of_their_convolution():
-    """The precision is that of the context of the call, not of the gradient."""
+    """Check that the precision is that of the forward call's context."""
 
     def loss(x, kernel):
         with jax.default_matmul_precision("float32"):
@@ -263,7 +263,7 @@ def convolutions(lowered):
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 6), (2, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_max_pool_and_its_gradient_are_flaxs(size, dtype):
-    """To the bit in front. The gradients of a pixel that is the maximum of several windows are summed in float32."""
+    """The forward pass is bit-identical. Gradients of a pixel in several windows are summed in float32."""
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (2, *size, 5)), dtype)  # many are equal
         ours, pull_back = jax.vjp(layers.max_pool, x)
@@ -277,7 +277,7 @@ def test_max_pool_and_its_gradient_are_flaxs(size, dtype):
 
 
 @pytest.mark.parametrize("platform, scatters", [("cpu", False), ("gpu", False), ("tpu", True)])
-def test_max_pools_gradient_scatters_on_a_tpu_alone(platform, scatters):
+def test_max_pools_gradient_scatters_only_on_a_tpu(platform, scatters):
     x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.bfloat16)
     program = jax.jit(jax.grad(lambda x: layers.max_pool(x, platform).sum())).lower(x).as_text()
     assert ("select_and_scatter" in program) == scatters
@@ -291,7 +291,7 @@ def test_convolutions_are_padded_as_in_pytorch(kernel_size, strides, size):
 
 
 def batch_norm(x, *, scale=1.0, bias=0.0, mean=0.0, var=1.0, train=True, steps=1):
-    """The output and the running statistics after some steps on the same x."""
+    """Return the output and the running statistics after some steps on the same x."""
     width = x.shape[-1]
     scale, bias, mean, var = (np.full(width, v, np.float32) for v in (scale, bias, mean, var))
     params, stats = {"scale": scale, "bias": bias}, {"mean": mean, "var": var}
@@ -314,7 +314,7 @@ def test_batch_norm_is_pytorchs():
     np.testing.assert_allclose(stats["var"], 0.9**2 + (1 - 0.9**2) * flat.var(0, ddof=1), rtol=1e-5)
 
 
-def test_batch_norm_in_evaluation_uses_the_running_statistics_and_leaves_them():
+def test_batch_norm_in_evaluation_uses_and_keeps_running_statistics():
     x = np.random.default_rng(0).normal(size=(2, 3, 3, 2)).astype(np.float32)
     settings = {"scale": [1.0, 3.0], "bias": [0.5, 0.0], "mean": [1.0, -2.0], "var": [4.0, 0.25]}
     scale, bias, mean, var = (np.array(v, np.float32) for v in settings.values())
@@ -444,7 +444,7 @@ def test_cosine_logits_stay_within_the_scale(length):
 
 
 def test_cosine_weights_begin_with_length_1():
-    """As the authors' of LDAM do: the longer they are, the less a step turns them."""
+    """LDAM's authors do so, too: a step turns longer vectors less."""
     kernel = layers.CosineClassifier(5).init(jax.random.key(0), jnp.zeros((1, 64)))["params"]["kernel"]
     np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), np.ones(5), rtol=1e-6)
 
