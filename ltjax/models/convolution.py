@@ -182,7 +182,7 @@ def convolution_for(platform: str | None) -> Callable[..., jax.Array]:
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_by_taps(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Array:
     """Convolve each channel of x [B, H, W, D] with its own kernel, of [k, k, 1, D]. Sums are at least float32."""
-    padded = lax.optimization_barrier(_padded(x, padding))  # XLA would make it anew for each tap
+    padded = lax.optimization_barrier(_padded(x, padding))  # otherwise XLA would compute it for each tap
     rows, columns = (_size_out(size, kernel.shape[0], stride) for size in padded.shape[1:3])
     kernel, total = widened(kernel), jnp.zeros((), at_least_float32(x.dtype))
     for i, j in np.ndindex(kernel.shape[:2]):

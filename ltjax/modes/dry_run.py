@@ -26,7 +26,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> None:
-    """Print what `train` will do, and how much memory it needs. Train and write nothing.
+    """Print the stages that `train` will run, and their memory. Train and write nothing.
 
     Raises:
       UserError: The same errors that `train` raises before its first step.

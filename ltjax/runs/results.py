@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # `ltjax.compare` starts without jax
 
 GROUPS = ("all", "many", "medium", "few")
 LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
-OF_EPOCHS = ("accuracy", "ece", "loss")  # what results.json has of every evaluated epoch
+OF_EPOCHS = ("accuracy", "ece", "loss")  # stored in results.json for every evaluated epoch
 PACKAGES = ("ltjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the ltjax checkout, with "-dirty" where files differ from it; None outside a checkout."""
+    """Return the commit of the checkout, with "-dirty" if files differ from it; None outside a checkout."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -52,12 +52,12 @@ def git_commit() -> str | None:
 
 
 def command() -> str:
-    """The command line of this process."""
+    """Return the command line of this process."""
     return shlex.join(["python", *sys.argv])
 
 
 def in_words(ranges: Mapping[str, Sequence[int]]) -> str:
-    """{group: (fewest, most training images of a class)} -> "many 359 to 1,000, medium 77 to 215, few 10"."""
+    """Format {group: (fewest, most training images of a class)} as "many 359 to 1,000, medium 77 to 215, few 10"."""
     return ", ".join(f"{group} {low:,}" + f" to {high:,}" * (low < high) for group, (low, high) in ranges.items())
 
 
@@ -74,7 +74,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 
 class Column(NamedTuple):
-    """A figure of each stage in the table, beside the accuracies of groups."""
+    """A column of the table, in addition to the accuracies of groups."""
 
     heading: str
     figure: Callable[[Mapping[str, Any]], float | None]  # of a stage's summary, or of its "std"
@@ -138,7 +138,7 @@ def summarise(
 
     Args:
       experiment: An `ltjax.engine.experiment.Experiment`.
-      stages: Those that have come to something.
+      stages: Those with results.
       records: {stage: what its checkpoint keeps beside the state}.
       commit: Of ltjax, when the process started.
     """
@@ -202,7 +202,7 @@ def _best_on_test(evaluations: Sequence[Mapping[str, Any]], part: Callable[[Any]
 
 
 def provenance(mesh: "Mesh", commit: str | None) -> dict[str, Any]:
-    """What made the figures. commit: of ltjax, when the process started."""
+    """Describe the origin of figures. `commit` is that of ltjax when the process started."""
     device = mesh.devices.flat[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",
