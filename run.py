@@ -80,7 +80,7 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With several processes: number of processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With several processes: number of this process, from 0.")
 _PATIENCE = flags.DEFINE_integer(
-    "patience", 60, "With several processes: another one counts as lost after so many seconds without a heartbeat."
+    "patience", 60, "With several processes: seconds without a heartbeat after which a process counts as lost."
 )
 
 
@@ -125,7 +125,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 
 def config_is_in_workdir() -> bool:
-    """Whether the config comes from the run in the workdir, so that --config is not needed."""
+    """Return whether the config comes from the run in the workdir, so that --config is not needed."""
     if _CONFIG.value is not None or _MODE.value not in MODES_OF_A_RUN:
         return False
     return (home(_WORKDIR.value or "") / "config.json").is_file()
@@ -278,7 +278,7 @@ def start(config: Mapping[str, Any]) -> None:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
     for warning in devices.start_devices():
         print(f"note: {warning}", file=sys.stderr)
-    # Not where data lie, which machines may differ in.
+    # without the location of data, which may differ between machines
     deciding = (_MODE, _DRY_RUN, _CALIBRATE, _IMAGES, _OUT, _TOP_K, _TARGET_PRIOR, _MODEL_PRIOR)
     processes.agree({f"--{flag.name}": str(flag.value) for flag in deciding})
     processes.agree({"--workdir": workdir_of(config), "--config": ",".join(sorted(config))})
@@ -291,7 +291,7 @@ def start(config: Mapping[str, Any]) -> None:
 
 
 def run_mode(config: Mapping[str, Any]) -> None:
-    """Do what --mode, --dry_run and --calibrate ask for."""
+    """Run the mode, with --dry_run and --calibrate."""
     from ltjax.modes import calibrate
 
     mode: Callable = pkgutil.resolve_name("ltjax.modes.dry_run:dry_run" if _DRY_RUN.value else MODES[_MODE.value])

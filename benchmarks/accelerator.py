@@ -1,20 +1,19 @@
-"""What is measured on a machine with an accelerator and no internet, in one call of nine minutes:
+"""Run all measurements on a machine with an accelerator and no internet, in one call of nine minutes.
 
     python -m benchmarks.accelerator --pack=build/pack                  # from the root of the copied checkout
-    python -m benchmarks.accelerator --pack=build/pack --list           # what is done, what is left
+    python -m benchmarks.accelerator --pack=build/pack --list           # finished and remaining pieces
     python -m benchmarks.accelerator --tiny                             # the same pieces, tiny, on any machine
 
-The pieces stand in the order of what is learnt from them (`measured`), each with a limit in seconds: then it gets
-SIGTERM, is killed if that does not end it, and the next one begins. The first full-length run of
-`benchmarks/reproduce.toml` goes on in the background, with a third of the memory, while such pieces run that time
-nothing. The other runs of that list follow the measured pieces, as far as `--seconds` go. A run that is stopped saves
-itself, and the same command goes on with it as long as `--workdir` is still there; it tries again what failed or was
-stopped, the latter for twice as long, and leaves out what is done.
+The most informative pieces run first (`measured`). Each has a limit in seconds: it then gets SIGTERM, is killed if it
+does not end, and the next one starts. The first full-length run of `benchmarks/reproduce.toml` runs in the background,
+with a third of the memory, during the pieces that measure no time. The other runs of that list follow, until
+`--seconds` are over. A stopped run saves its state. The same command resumes it if `--workdir` still exists, and
+retries failed and stopped pieces, the latter with twice the limit.
 
-Each piece leaves `<out>/<device>/<piece>.json` when it ends: status (done, failed or stopped), device, versions,
-commit, command, when it ran, what it printed last, and its result as far as it came. Finished runs are archived
-beside that. All that a piece printed is in `<workdir>/logs`. `--pack` is the folder that `benchmarks/pack.py` made;
-without it the packages are those of this Python, and the images those of `--data_dir`. Exit code 1: a piece failed.
+Each piece writes `<out>/<device>/<piece>.json` when it ends: status (done, failed or stopped), device, versions,
+commit, command, start times, the end of its output, and its result as far as it got. Finished runs are archived in the
+same folder. The whole output of a piece is in `<workdir>/logs`. `--pack` is the folder that `benchmarks/pack.py` made;
+without it, this Python's packages and the images of `--data_dir` are used. Exit code 1: a piece failed.
 """
 
 import argparse
@@ -37,31 +36,31 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 540.0  # of a call
-SAVING = 20.0  # seconds that a stopped run gets to save, within the call's
-KILLED = 2.0  # seconds after SIGTERM that anything else is killed
-LEAST = 5.0  # seconds; with less left, no piece is begun
-RESULTS = {  # of a run's parts
+SAVING = 20.0  # seconds that a stopped run gets to save; part of `--seconds`
+KILLED = 2.0  # seconds from SIGTERM to SIGKILL for all other pieces
+LEAST = 5.0  # seconds; with less time left, no piece starts
+RESULTS = {  # files of a run's parts
     "train": "runs/{}/results.json",
     "attack": "runs/{}/attack.json",
     "archive": "results/{}/results.json",
 }
-BEHIND, BESIDE = "0.33", "0.5"  # shares of the device's memory, in the background and in front of that
+BACKGROUND, FOREGROUND = "0.33", "0.5"  # shares of the device's memory while two pieces run at once
 
 
 class Piece(NamedTuple):
     name: str
     command: Sequence[str]  # after `python`, in the workdir
-    result: str  # the file that it leaves there: JSON, or pytest's XML
+    result: str  # the file that it writes there: JSON, or pytest's XML
     limit: float = math.inf  # seconds; then it gets SIGTERM
     environment: Mapping[str, str] = MappingProxyType({})
-    background: bool = False  # the pieces after it begin at once
-    beside: bool = False  # may run beside what is in the background; all others wait for the end of that
-    goes_on: bool = False  # from where it was stopped
-    after: str = ""  # a piece that has to be done first
+    background: bool = False  # the next pieces start without waiting for it
+    parallel: bool = False  # may run during the background piece; the others wait for its end
+    resumes: bool = False  # continues after a stop
+    after: str = ""  # a piece that must be done first
 
 
 def bench(name: str, limit: float, module: str, *flags: str, **fields: Any) -> Piece:
-    """A benchmark of this folder."""
+    """Return the piece that runs a benchmark of this folder."""
     result = f"pieces/{name}.json"
     return Piece(name, ("-m", f"benchmarks.{module}", *flags, f"--out={result}"), result, limit, **fields)
 
@@ -75,22 +74,22 @@ ENVIRONMENT = Piece(
 
 
 def measured(platform_name: str, data_dir: Path | None, first_run: Piece, tiny: bool) -> list[Piece]:
-    """What is measured, in order; the limits of all that run one after the other are at most `SECONDS` together.
+    """Return the measurements in order; the limits of sequential pieces add up to at most `SECONDS`.
 
-    platform_name: JAX's, such as "gpu". first_run: a full-length run for the background.
+    `platform_name` is JAX's, such as "gpu". `first_run` is a full-length run for the background.
     """
 
     def small(*flags: str) -> tuple[str, ...]:
         return flags if tiny else ()
 
     platforms = {"gpu": "cuda,cpu", "cpu": "cpu"}.get(platform_name, f"{platform_name},cpu")
-    tests = {  # float32 is compared with float32, and what is resumed has to repeat itself bit for bit
+    tests = {  # full float32 products, and resumed runs must be bit-identical
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", platforms),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip(),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": BESIDE}
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": FOREGROUND}
     pytest = ("-m", "pytest", "checkout/tests/gpu", "-c", "checkout/pyproject.toml", "--rootdir=checkout", "-vv")
     pytest += ("-W", "default", "-p", "no:cacheprovider", "--junitxml=pieces/tests.xml")
     exact = {**share, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
@@ -111,20 +110,20 @@ def measured(platform_name: str, data_dir: Path | None, first_run: Piece, tiny: 
         ),
         first_run._replace(
             limit=175 - SAVING,
-            environment={**first_run.environment, "XLA_PYTHON_CLIENT_MEM_FRACTION": BEHIND},
+            environment={**first_run.environment, "XLA_PYTHON_CLIENT_MEM_FRACTION": BACKGROUND},
             background=True,
         ),
-        Piece("tests", pytest, "pieces/tests.xml", limit=90, environment={**share, **tests}, beside=True),
+        Piece("tests", pytest, "pieces/tests.xml", limit=90, environment={**share, **tests}, parallel=True),
         bench(
             *("gradients", 45, "gradients", *cifar),
             *small("--batch=16", "--depth=10", "--size=64", "--nets", "resnet50"),
             environment=exact,
-            beside=True,
+            parallel=True,
         ),
         bench(
             *("resume", 40, "resume", *small("--depth=8", "--width=4", "--batch_size=16", "--steps=2")),
             environment=share,
-            beside=True,
+            parallel=True,
         ),
         bench("step", 60, "device_step", *both, *sizes, "--flags", "default", "deterministic", "--trace", *step),
         bench("step-graphs", 40, "device_step", *both, "--flags", "step", "dispatch", *step, *sizes[:2]),
@@ -141,29 +140,29 @@ def measured(platform_name: str, data_dir: Path | None, first_run: Piece, tiny: 
 
 
 def full_length(packed: bool, tiny: bool) -> list[Piece]:
-    """The parts of the runs of `benchmarks/reproduce.toml`, in order. packed: of those that a pack has images for."""
+    """Return the parts of the runs of `benchmarks/reproduce.toml`; with `packed`, of those whose images are packed."""
     from benchmarks import reproduce
 
     runs = [(run, reproduce.describe(run.config, run.seed)) for run in reproduce.read_list(reproduce.LIST)]
     if packed:
-        runs = [(run, one) for run, one in runs if re.match(r"cifar100_lt-.*-if100-", one.name)]
-    if tiny:  # the first one, and the first that begins with another, with that
+        runs = [pair for pair in runs if re.match(r"cifar100_lt-.*-if100-", pair[1].name)]
+    if tiny:  # the first run, and the first that starts from another run, with that run
         begun = next(run for run, _ in runs if run.begin)
         other = f"{begun.begin}-seed{begun.seed}"
         runs = [pair for number, pair in enumerate(runs) if number == 0 or pair[0] == begun or pair[1].name == other]
-    found = []
-    for run, one in runs:
+    pieces = []
+    for run, described in runs:
         before = f"{run.begin}-seed{run.seed}-archive" if run.begin else ""
-        for part, command in reproduce.commands(run, one).items():
-            own = tiny_flags(one.stages) if tiny and part != "archive" else []
+        for part, command in reproduce.commands(run, described).items():
+            flags = tiny_flags(described.stages) if tiny and part != "archive" else []
             file = {"train": "runs/{}/results.json", "attack": "runs/{}/attack.json"}.get(
                 part, "results/{}/results.json"
             )
-            name = one.name + ("" if part == "train" else f"-{part}")
-            result = file.format(one.name)
-            found.append(Piece(name, (*command, *own), result, after=before, goes_on=part == "train"))
+            name = described.name + ("" if part == "train" else f"-{part}")
+            result = file.format(described.name)
+            pieces.append(Piece(name, (*command, *flags), result, after=before, resumes=part == "train"))
             before = name
-    return found
+    return pieces
 
 
 def tiny_flags(stages: Sequence[str]) -> list[str]:
@@ -173,21 +172,21 @@ def tiny_flags(stages: Sequence[str]) -> list[str]:
 
 
 def all_pieces(platform_name: str, data_dir: Path | None, packed: bool, tiny: bool) -> list[Piece]:
-    """The measured pieces, then the runs; the first of these is in both."""
+    """Return the measurements, then the runs; the first run is in both."""
     runs = full_length(packed, tiny)
     return [*measured(platform_name, data_dir, runs[0], tiny), *runs]
 
 
 def read_result(path: Path) -> Any:
-    """A piece's result, JSON-ready."""
+    """Read a piece's result as JSON values."""
     if path.suffix != ".xml":
         return json.loads(path.read_text())
-    found = {}
+    tests = {}
     for case in ElementTree.parse(path).iter("testcase"):
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         name = f"{case.get('classname')}::{case.get('name')}"
-        found[name] = {"outcome": outcome, "seconds": float(case.get("time", 0))}
-    return found
+        tests[name] = {"outcome": outcome, "seconds": float(case.get("time", 0))}
+    return tests
 
 
 def now() -> str:
@@ -208,7 +207,7 @@ def tail(log: Path, size: int = 3000) -> str:
 
 
 def report() -> dict[str, Any]:
-    """What this machine is, as JAX and the system see it. For a process of its own: it takes the device."""
+    """Describe this machine. Call it in a separate process, because it claims the device."""
     import jax
     import jax.numpy as jnp
     from jax.extend import backend
@@ -239,11 +238,11 @@ def report() -> dict[str, Any]:
 
 
 class Place(NamedTuple):
-    """Where pieces run, and where their records go."""
+    """The folders of runs and records, and the processes' environment."""
 
     workdir: Path
     folder: Path
-    common: Mapping[str, Any]  # what every record says of the machine and the code
+    common: Mapping[str, Any]  # machine and code, in every record
     environment: Mapping[str, str]
 
     def record(self, name: str) -> dict[str, Any]:
@@ -254,9 +253,9 @@ class Place(NamedTuple):
 
 
 class Child:
-    """A piece under way, for at most `seconds`.
+    """A running piece, for at most `seconds`.
 
-    Its process group is its own, so that Ctrl-C comes to this process alone: a second signal would stop a run of ltjax
+    It has a separate process group, so that only this process gets Ctrl-C: a second signal would stop a run of ltjax
     without saving.
     """
 
@@ -264,7 +263,7 @@ class Child:
         self.piece, self.place, self.log = piece, place, place.workdir / "logs" / f"{piece.name}.txt"
         for path in (self.log, place.workdir / piece.result):
             path.parent.mkdir(parents=True, exist_ok=True)
-        if not piece.goes_on:
+        if not piece.resumes:
             (place.workdir / piece.result).unlink(missing_ok=True)
         self.started, self.began, self.until = now(), time.monotonic(), time.monotonic() + seconds
         with open(self.log, "wb") as output:
@@ -278,7 +277,7 @@ class Child:
             )
 
     def wait(self) -> str:
-        """Wait for its end or its limit, and write its record -> its status. Ctrl-C or SIGTERM stops it, too."""
+        """Wait for its end or its limit, write its record, and return its status. Ctrl-C and SIGTERM also stop it."""
         try:
             self.process.wait(max(0.0, self.until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -289,7 +288,7 @@ class Child:
         return self.end(stopped=False)
 
     def end(self, *, stopped: bool) -> str:
-        """End it if it runs, and write its record -> "done", "failed" or "stopped"."""
+        """End it, write its record, and return "done", "failed" or "stopped"."""
         self.stop()
         code = self.process.returncode
         status = "done" if code == 0 else "stopped" if stopped else "failed"
@@ -297,15 +296,15 @@ class Child:
         return status
 
     def stop(self) -> None:
-        """End its processes, by SIGTERM where that helps."""
+        """End its processes, first by SIGTERM."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(SAVING if self.piece.goes_on else KILLED)
+                self.process.wait(SAVING if self.piece.resumes else KILLED)
             except subprocess.TimeoutExpired:
                 pass
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
+            os.killpg(self.process.pid, signal.SIGKILL)  # also its children
         except ProcessLookupError:
             pass
         self.process.wait()
@@ -331,38 +330,38 @@ class Child:
 
 
 def work(pieces: Sequence[Piece], place: Place, deadline: float) -> dict[str, str]:
-    """Do what is not done yet -> {piece: status}, "left" where it was not begun. deadline: by `time.monotonic`."""
-    found: dict[str, str] = {}
-    behind: Child | None = None
+    """Run the remaining pieces until `deadline` by `time.monotonic`. Return {piece: status}; "left": not started."""
+    statuses: dict[str, str] = {}
+    background: Child | None = None
     try:
         for piece in pieces:
-            if behind and not piece.beside:
-                found[behind.piece.name] = behind.wait()
-                behind = None
+            if background and not piece.parallel:
+                statuses[background.piece.name] = background.wait()
+                background = None
             if place.done(piece.name):
                 continue
             stops = sum(session["status"] == "stopped" for session in place.record(piece.name).get("sessions", []))
-            rest = deadline - time.monotonic() - (SAVING if piece.goes_on else KILLED)
+            rest = deadline - time.monotonic() - (SAVING if piece.resumes else KILLED)
             seconds = min(piece.limit * 2**stops, rest)
             if seconds < LEAST or (piece.after and not place.done(piece.after)):
-                found.setdefault(piece.name, "left")
+                statuses.setdefault(piece.name, "left")
                 continue
             child = Child(piece, place, seconds)
             if piece.background:
-                behind = child
+                background = child
             else:
-                found[piece.name] = child.wait()
-        if behind:
-            found[behind.piece.name] = behind.wait()
+                statuses[piece.name] = child.wait()
+        if background:
+            statuses[background.piece.name] = background.wait()
     except BaseException:
-        if behind and behind.process.returncode is None:
-            behind.end(stopped=True)
+        if background and background.process.returncode is None:
+            background.end(stopped=True)
         raise
-    return found
+    return statuses
 
 
 def show_list(out: Path, names: Sequence[str]) -> None:
-    """What is done and what is left, for each device that has records."""
+    """Print the status of every piece, for each device that has records."""
     folders = sorted(path.parent for path in out.glob("*/environment.json")) or [out / "no device yet"]
     for folder in folders:
         print(f"{folder}:")
@@ -377,21 +376,21 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=SECONDS,
-        help="for this call (default: %(default)g); more: each limit longer by as much",
+        help="for this call (default: %(default)g); a longer call lengthens each limit in proportion",
     )
     parser.add_argument("--out", type=Path, help="records and archives (default: results; tiny: <workdir>/kept)")
     parser.add_argument("--workdir", type=Path, help="runs and logs (default: runs/accelerator; tiny: with -tiny)")
     parser.add_argument("--pack", type=Path, help="folder that benchmarks/pack.py made")
     parser.add_argument("--data_dir", type=Path, help="prepared data sets (default: the pack's, else $TFDS_DATA_DIR)")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="PREFIX", help="pieces whose name begins so")
-    parser.add_argument("--tiny", action="store_true", help="tiny settings, for checking the procedure; a CPU will do")
-    parser.add_argument("--list", action="store_true", help="show what is done and what is left")
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # the child that looks at the machine
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PREFIX", help="pieces whose names start with this")
+    parser.add_argument("--tiny", action="store_true", help="tiny settings that check the procedure; a CPU suffices")
+    parser.add_argument("--list", action="store_true", help="show finished and remaining pieces")
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # for the child that describes the machine
     return parser
 
 
 def link(name: Path, target: Path) -> None:
-    """By which commands name the code and the archives, without a path of this machine."""
+    """Link a folder, so that commands name no path of this machine."""
     name.parent.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
     name.unlink(missing_ok=True)
@@ -437,10 +436,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline, slower = began + args.seconds, max(1.0, args.seconds / SECONDS)
     place = Place(workdir, workdir / "machine", common, environment)
     Child(ENVIRONMENT, place, slower * ENVIRONMENT.limit).wait()
-    looked = place.record(ENVIRONMENT.name)
-    machine = looked["result"]
-    if looked["status"] != "done" or machine is None:
-        print(f"error: cannot look at this machine:\n{looked['output']}")
+    described = place.record(ENVIRONMENT.name)
+    machine = described["result"]
+    if described["status"] != "done" or machine is None:
+        print(f"error: cannot describe this machine:\n{described['output']}")
         return 1
     print(f"{machine['num_devices']} x {machine['device']}, jax {machine['versions'].get('jax')}")
     if machine["platform"] == "cpu" and not args.tiny:
@@ -453,18 +452,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = out / re.sub(r"[^a-z0-9]+", "-", machine["device"].partition(": ")[2].lower()).strip("-")
     link(workdir / "results", folder)
     place = place._replace(folder=folder)
-    write(folder / "environment.json", {**looked, **common})
+    write(folder / "environment.json", {**described, **common})
     pieces = all_pieces(machine["platform"], data_dir and data_dir.absolute(), packed, args.tiny)
-    chosen = [one._replace(limit=slower * one.limit) for one in pieces if one.name.startswith(tuple(args.only))]
+    chosen = [piece._replace(limit=slower * piece.limit) for piece in pieces if piece.name.startswith(tuple(args.only))]
     try:
-        found = work(chosen, place, deadline)
+        statuses = work(chosen, place, deadline)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on. Records in {folder}")
+        print(f"stopped; the same command continues. Records in {folder}")
         return 130
     for status in ("failed", "stopped", "left"):
-        print(f"{status}: {', '.join(name for name, of in found.items() if of == status) or 'none'}")
+        print(f"{status}: {', '.join(name for name, each in statuses.items() if each == status) or 'none'}")
     print(f"records in {folder}")
-    return 1 if "failed" in found.values() else 0
+    return 1 if "failed" in statuses.values() else 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""What a step of adversarial training costs: PGD alone, PGD-AT and LBGAT. From the root of the checkout:
+"""Measure a step of adversarial training: PGD alone, PGD-AT and LBGAT. From the root of the checkout:
 
     python -m benchmarks.adversarial_step                              # WRN-10-1 on a CPU, WRN-34-10 on an accelerator
     python -m benchmarks.adversarial_step --batch_size=16 --attack_steps=2 --repeats=2                # a quick look
     python -m benchmarks.adversarial_step --dtype=bfloat16 --no_flops --out=step.json
-    python -m benchmarks.adversarial_step --model=wrn34_10 --guide=resnet18 --repeats=0    # operations alone, anywhere
+    python -m benchmarks.adversarial_step --model=wrn34_10 --guide=resnet18 --repeats=0    # count operations only
 
-The images are random, in the shape of CIFAR-100. Programs, by their names in the table:
+The images are random, in the shape of CIFAR-100. The programs are
 
-- pgd: the attack of TRADES and LBGAT by itself, uphill on the KL from the natural prediction;
+- pgd: the attack of TRADES and LBGAT alone, which maximises the KL from the natural prediction;
 - pgd_at, lbgat-0, lbgat-6: the training step of PGD-AT, and of LBGAT with beta 0 and 6;
-- lbgat-0-recomputed: as lbgat-0, with the natural prediction anew in each step of the attack, as the authors' code has
-  it. What that takes over what lbgat-0 takes is saved by computing it once.
+- lbgat-0-recomputed: lbgat-0, but each step of the attack computes the natural prediction, as in the authors' code.
+  Computing it once saves the difference.
 
-Of each, milliseconds and images a second, by the median of `--repeats` timings in turns, so that other load on the
-machine meets all of them; evaluations of a network for an image (forward passes, with or without a backward one); and
-operations an image as XLA counts them beside the least that will do, see `benchmarks/flops.py`.
+The table has milliseconds and images a second, by the median of `--repeats` timings in turns, so that other load on the
+machine affects all programs; evaluations of a network for each image (forward passes, with or without a backward pass);
+and operations for each image, by XLA and the minimum, see `benchmarks/flops.py`.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from ltjax.types import Batch, Method, Variables
 class Program(NamedTuple):
     method: str  # "pgd" for the attack alone
     beta: float = 0.0
-    recomputes: bool = False  # the natural prediction, in each step of the attack
+    recomputes: bool = False  # each step of the attack computes the natural prediction
 
 
 PROGRAMS = {
@@ -63,29 +63,29 @@ create = adversarial.create
 def config(
     program: Program, *, model: str, guide: str, batch_size: int, attack_steps: int, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """`configs/cifar100.py` with one epoch."""
+    """Return `configs/cifar100.py` with one epoch."""
     method = "lbgat" if program.method == "pgd" else program.method
-    own = f",guide={guide},beta={program.beta:g}" if method == "lbgat" else ""
-    made = cifar100.get_config(f"method={method},model={model}{own}")
-    made.update(batch_size=batch_size, epochs=1)
-    made.model.dtype = dtype
-    if made.guide:
-        made.guide.dtype = dtype
-    made[method].method.attack.num_steps = attack_steps
-    return made.to_dict()
+    extra = f",guide={guide},beta={program.beta:g}" if method == "lbgat" else ""
+    values = cifar100.get_config(f"method={method},model={model}{extra}")
+    values.update(batch_size=batch_size, epochs=1)
+    values.model.dtype = dtype
+    if values.guide:
+        values.guide.dtype = dtype
+    values[method].method.attack.num_steps = attack_steps
+    return values.to_dict()
 
 
 def recomputing(given: adversarial.LossOf, *, objective: adversarial.Objective, **settings: Any) -> Method:
-    """`adversarial.create` whose attack predicts the clean images anew in each step."""
+    """Replace `adversarial.create`: each step of its attack predicts the clean images."""
     inside: list[Any] = []
 
-    def anew(natural: jax.Array, logits: jax.Array, batch: Batch, variables: Variables) -> jax.Array:
+    def recomputed(natural: jax.Array, logits: jax.Array, batch: Batch, variables: Variables) -> jax.Array:
         del natural
         apply, variables = inside[-1]
-        images = batch.images + 0 * jax.lax.stop_gradient(logits).sum()  # else XLA would compute it once, too
+        images = batch.images + 0 * jax.lax.stop_gradient(logits).sum()  # otherwise XLA would compute it once
         return objective(apply(variables, images, bn="eval")[0].logits, logits, batch, variables)
 
-    method = create(given, objective=anew, **settings)
+    method = create(given, objective=recomputed, **settings)
 
     def loss(apply, variables, batch, rng):
         inside.append((apply, jax.lax.stop_gradient(variables)))
@@ -95,13 +95,13 @@ def recomputing(given: adversarial.LossOf, *, objective: adversarial.Objective, 
 
 
 def attack_alone(stage: StageConfig, nets: Any) -> Callable[..., jax.Array]:
-    """(variables, images, rng) -> adversarial images, by the attack that the stage's method has."""
+    """Return the attack of a stage's method: (variables, images, rng) -> adversarial images."""
 
     def given(apply, variables, batch, images):
         return images.sum(), (variables, {"images": images})
 
-    own = dict(objective=adversarial.divergence, attack=stage.method["attack"], awp=0.0)
-    method, apply = adversarial.create(given, **own), make_apply(nets, "train")
+    settings = dict(objective=adversarial.divergence, attack=stage.method["attack"], awp=0.0)
+    method, apply = adversarial.create(given, **settings), make_apply(nets, "train")
 
     def attack(variables, images, rng):
         batch = Batch(images, jnp.zeros(len(images), jnp.int32))
@@ -115,14 +115,14 @@ def steps_of(program: Program):
 
 
 def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
-    """(the run's config, its stage's, the experiment). shape: keywords of `config`."""
+    """Return the configs of the run and of its stage, and the experiment. `shape` has keywords of `config`."""
     run = parse(config(program, **shape))
     (stage,) = run.stages.values()
     return run, stage, experiments.set_up(run, data_dir)
 
 
 def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> Callable[[], Any]:
-    """call(), which runs `steps` training steps or attacks and waits for the device."""
+    """Return a function that runs `steps` training steps or attacks and waits for the device."""
     run, stage, experiment = prepare(program, data_dir, shape)
     variables = experiments.initial_variables(experiment, stage)
     if program.method == "pgd":
@@ -145,7 +145,7 @@ def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) 
 
 
 def operations(program: Program, data_dir: Path, shape: dict[str, Any]) -> float:
-    """For one image by XLA; compiles, and runs nothing."""
+    """Count operations for one image by XLA. Compile, but run nothing."""
 
     def count(num_steps: int) -> float:
         run, stage, experiment = prepare(program, data_dir, {**shape, "attack_steps": num_steps})
@@ -163,19 +163,19 @@ def operations(program: Program, data_dir: Path, shape: dict[str, Any]) -> float
 
 
 def least(program: Program, shape: dict[str, Any]) -> int:
-    """Operations for one image."""
+    """Count the minimum of operations for one image."""
     net, guide = (flops.network(common.model(shape[key]), 100) for key in ("model", "guide"))
     return flops.of_step(program.method, net, guide, num_steps=shape["attack_steps"], beta=program.beta)
 
 
 def evaluations(program: Program, attack_steps: int) -> int:
-    """Forward passes of a network for an image: the attack's, then the training's."""
+    """Count forward passes of a network for an image: the attack's, then the training's."""
     natural = 0 if program.method == "pgd_at" else attack_steps if program.recomputes else 1
     return natural + attack_steps + {"pgd": 0, "pgd_at": 1, "lbgat": 3}[program.method]
 
 
 def measure(args: argparse.Namespace, data_dir: Path) -> dict[str, Any]:
-    """The numbers of all programs."""
+    """Return the numbers of all programs."""
     shape = {key: getattr(args, key) for key in ("model", "guide", "batch_size", "attack_steps", "dtype")}
     rows: dict[str, Any] = {}
     chosen = {name: PROGRAMS[name] for name in args.only}
@@ -200,11 +200,11 @@ def measure(args: argparse.Namespace, data_dir: Path) -> dict[str, Any]:
         row["images_per_second"] = args.batch_size / median(row)
     saved = {}
     if rows.keys() >= {"lbgat-0", "lbgat-0-recomputed"}:
-        once, anew = rows["lbgat-0"], rows["lbgat-0-recomputed"]
+        once, recomputed = rows["lbgat-0"], rows["lbgat-0-recomputed"]
         if args.repeats:
-            saved["seconds"] = median(anew) / median(once)
+            saved["seconds"] = median(recomputed) / median(once)
         if not args.no_flops:
-            saved["flops"] = anew["flops_per_image"]["by_xla"] / once["flops_per_image"]["by_xla"]
+            saved["flops"] = recomputed["flops_per_image"]["by_xla"] / once["flops_per_image"]["by_xla"]
     return {"programs": rows, "recomputed_over_lbgat_0": saved}
 
 
@@ -213,40 +213,42 @@ def median(row: dict[str, Any]) -> float:
 
 
 def table(numbers: dict[str, Any]) -> Table:
-    made = Table(
+    grid = Table(
         title="{model}, guide {guide}, batch {batch_size}, {attack_steps} attack steps, {dtype}, {num_devices} x "
         "{device}".format_map(numbers)
     )
-    for head in ("", "ms", "images/s", "evaluations", "MFLOP an image, XLA", "the least", "XLA over it"):
-        made.add_column(head, justify="right")
+    for head in ("", "ms", "images/s", "evaluations", "MFLOP an image, XLA", "minimum", "ratio"):
+        grid.add_column(head, justify="right")
     for name, row in numbers["programs"].items():
         speed, counts = ["-", "-"], ["-", "-", "-"]
-        if found := row.get("flops_per_image"):
-            counts = [f"{found['by_xla'] / 1e6:,.1f}", f"{found['least'] / 1e6:,.1f}", f"{found['xla_over_least']:.3f}"]
+        if flop := row.get("flops_per_image"):
+            counts = [f"{flop['by_xla'] / 1e6:,.1f}", f"{flop['least'] / 1e6:,.1f}", f"{flop['xla_over_least']:.3f}"]
         if "images_per_second" in row:
             speed = [f"{1e3 * median(row):,.1f}", f"{row['images_per_second']:,.1f}"]
-        made.add_row(name, *speed, str(row["evaluations_per_image"]), *counts)
+        grid.add_row(name, *speed, str(row["evaluations_per_image"]), *counts)
     saved = numbers["recomputed_over_lbgat_0"]
     if saved:
-        made.caption = "natural prediction in each attack step instead of once: " + ", ".join(
+        grid.caption = "natural prediction in each attack step instead of once: " + ", ".join(
             f"{saved[key]:.3f} times the {what}"
             for key, what in (("seconds", "time"), ("flops", "FLOP"))
             if key in saved
         )
-    return made
+    return grid
 
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adversarial_step", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="such as wrn10_1 (a CPU's default), wrn34_10 (an accelerator's) or preact18")
-    parser.add_argument("--guide", help="of LBGAT: wrn10_1, or resnet18")
+    parser.add_argument("--guide", help="natural network of LBGAT: wrn10_1, or resnet18")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--attack_steps", type=int, default=10)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=1, help="training steps to a timing, one dispatch")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each; 0: count operations alone")
+    parser.add_argument("--steps", type=int, default=1, help="training steps in a timing, one dispatch")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each program; 0: only count operations")
     parser.add_argument("--no_flops", action="store_true", help="skip counting operations, which compiles for a CPU")
-    parser.add_argument("--only", nargs="+", choices=tuple(PROGRAMS), default=list(PROGRAMS), help="of the programs")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(PROGRAMS), default=list(PROGRAMS), help="programs to measure"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
 

@@ -1,24 +1,24 @@
-"""AutoAttack on the CNN of tests/golden/autoattack.npz, beside what the authors' code found there. From the root:
+"""Measure AutoAttack on the CNN of tests/golden/autoattack.npz, compared with the authors' code. From the root:
 
     python -m benchmarks.autoattack                                          # 256 images: long on a CPU
     python -m benchmarks.autoattack --attacks=apgd-ce --images=32            # a quick look
-    python -m benchmarks.autoattack --attacks=standard --repeats=3           # beside the authors' code, in turns
+    python -m benchmarks.autoattack --attacks=standard --repeats=3           # alternating with the authors' code
     python -m benchmarks.autoattack --out=autoattack.json
 
-Each attack alone on all images, then `standard`, the suite, each attack on what the ones before it left standing. Of
-each: who is robust, and whether the reference says so too; time; and evaluations of the model, a forward pass with or
-without a backward one:
+Each attack runs alone on all images. Then `standard`, the suite, runs each attack on the images that are still robust.
+The table has robust images, here and by the reference, the time, and evaluations of the model. An evaluation is a
+forward pass, with or without a backward pass:
 
-- done: of images that were not settled yet; per image that the attack was given;
-- slots: of the whole batches, idle places included, which is what the device spends;
-- reference: what the authors' code spends on the images it is given, `REFERENCE` each. Square stops there as it does
-  here, so its number is an upper bound;
-- whole batches: slots without compaction within an attack, each image it is given to the attack's end;
-- every attack on all: slots without any, all images through every attack to its end.
+- done: of images that are not decided yet, also for each image that the attack starts with;
+- slots: of whole batches, with idle places, as the device computes them;
+- reference: `REFERENCE` for each image that an attack starts with. The authors' Square also stops on fooled images, so
+  its number is an upper bound;
+- whole batches: slots without compaction inside an attack, so that every image runs to the attack's end;
+- every attack on all: slots without any compaction, so that all images run through every attack.
 
-The network is as somebody ports it from PyTorch who does not know ltjax: NCHW, `lax.conv_general_dilated`. An attack's
-seconds include compilation, unless a run before has compiled the same. Where PyTorch and pyautoattack (PyPI) are
-installed, the authors' suite runs beside `standard`, in turns, with as many threads as there are cores.
+The network is a plain port from PyTorch: NCHW, `lax.conv_general_dilated`. An attack's seconds include compilation,
+unless an earlier run has compiled it. If PyTorch and pyautoattack (PyPI) are installed, the authors' suite alternates
+with `standard`, with a thread for each core.
 """
 
 import argparse
@@ -39,14 +39,14 @@ from ltjax import attacks
 from ltjax.system.cores import num_cores
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "autoattack.npz"
-WHOLE = {"apgd-ce": 101, "apgd-t": 9 * 101, "fab-t": 9 * 2 * 101, "square": 5000}  # evaluations of an image that stands
+WHOLE = {"apgd-ce": 101, "apgd-t": 9 * 101, "fab-t": 9 * 2 * 101, "square": 5000}  # evaluations of a robust image
 REFERENCE = {"apgd-ce": 100, "apgd-t": 9 * 100, "fab-t": 9 * (100 + 100), "square": 5000}  # FAB-T: half forward only
 RUNS = (*attacks.STANDARD, "standard")
 CONVOLUTIONS = ((0, 1), (2, 2), (4, 2))  # number of the layer, strides
 
 
 def logits(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-    """The golden CNN: images [B, 32, 32, 3] -> [B, 10]. weights: as PyTorch has them."""
+    """Compute logits [B, 10] of images [B, 32, 32, 3] by the golden CNN, with PyTorch's weights."""
     x = images.transpose(0, 3, 1, 2)
     for number, strides in CONVOLUTIONS:
         how = dict(padding=((1, 1), (1, 1)), dimension_numbers=("NCHW", "OIHW", "NCHW"))
@@ -58,7 +58,7 @@ def logits(weights: dict[str, jax.Array], images: jax.Array) -> jax.Array:
 
 
 def golden(num_images: int) -> tuple[jax.tree_util.Partial, np.ndarray, np.ndarray, dict[str, np.ndarray], float]:
-    """The model, images [N, 32, 32, 3], labels [N], the reference's {attack or "standard": bool [N]}, epsilon."""
+    """Return model, images [N, 32, 32, 3], labels [N], the reference's {attack: robust [N]} and epsilon."""
     kept = dict(np.load(GOLDEN))
     weights = {name[8:]: jnp.asarray(array) for name, array in kept.items() if name.startswith("weights/")}
     images = (kept["images"][:num_images] / 255).astype(np.float32)
@@ -67,7 +67,7 @@ def golden(num_images: int) -> tuple[jax.tree_util.Partial, np.ndarray, np.ndarr
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """Of bool [N] each: how many are robust, and which images only one of them says are."""
+    """Compare two results, bool [N]: counts of robust images, and the images on which they differ."""
     return {
         "robust": int(ours.sum()),
         "reference": int(theirs.sum()),
@@ -77,7 +77,7 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
 
 
 def work(now: attacks.Progress, num_images: int) -> dict[str, Any]:
-    """An attack's evaluations beside those that it saves. now: its last report."""
+    """Count an attack's evaluations, and those that it saves, from its last progress report."""
     given = now.total
     return {
         "given": given,
@@ -97,7 +97,7 @@ def work(now: attacks.Progress, num_images: int) -> dict[str, Any]:
 
 
 def measure(name: str, num_images: int, batch_size: int) -> dict[str, Any]:
-    """One attack alone, or "standard"."""
+    """Run one attack alone, or "standard"."""
     predict, images, labels, theirs, epsilon = golden(num_images)
     last: dict[str, attacks.Progress] = {}
 
@@ -108,24 +108,24 @@ def measure(name: str, num_images: int, batch_size: int) -> dict[str, Any]:
     chosen = attacks.STANDARD if name == "standard" else (name,)
     settings: dict[str, Any] = dict(epsilon=epsilon, attacks=chosen, batch_size=batch_size, progress=follow)
     started = time.perf_counter()
-    found = attacks.autoattack(predict, images, labels, jax.random.key(0), **settings)
+    result = attacks.autoattack(predict, images, labels, jax.random.key(0), **settings)
     seconds = time.perf_counter() - started
     rows = {attack: work(now, len(images)) for attack, now in last.items()}
     totals = {key: sum(row["evaluations"][key] for row in rows.values()) for key in rows[chosen[0]]["evaluations"]}
     return {
-        **agreement(found.robust, theirs[name]),
+        **agreement(result.robust, theirs[name]),
         "seconds": seconds,
         "images_per_second": len(images) / seconds,
         "evaluations": totals,
         "evaluations_per_image": totals["done"] / len(images),
-        "evaluations_per_standing_image": totals["done"] / max(1, int(found.robust.sum())),
+        "evaluations_per_standing_image": totals["done"] / max(1, int(result.robust.sum())),
         "slots_saved": {key: totals[key] / totals["slots"] for key in ("whole_batches", "every_attack_on_all")},
         "attacks": rows,
     }
 
 
 def of_the_authors(num_images: int, batch_size: int) -> dict[str, Any] | None:
-    """Their suite on the same images; None where it is not installed."""
+    """Run the authors' suite on the same images; return None if it is not installed."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "pyautoattack")):
         return None
     pyautoattack, torch = (importlib.import_module(name) for name in ("pyautoattack", "torch"))
@@ -150,11 +150,11 @@ def of_the_authors(num_images: int, batch_size: int) -> dict[str, Any] | None:
 
 
 def table(numbers: dict[str, Any]) -> Table:
-    made = Table(title=f"{numbers['num_images']} images, batch {numbers['batch_size']}, {numbers['device']}")
+    grid = Table(title=f"{numbers['num_images']} images, batch {numbers['batch_size']}, {numbers['device']}")
     for head in ("", "robust", "reference", "here / there only", "s", "evaluations an image given", "reference's"):
-        made.add_column(head, justify="right")
+        grid.add_column(head, justify="right")
     for head in ("done", "slots", "whole batches", "every attack on all"):
-        made.add_column(head, justify="right")
+        grid.add_column(head, justify="right")
 
     def add(title, row, shares, *work):
         counts = [f"{row['evaluations'][k]:,}" for k in ("done", "slots")]
@@ -162,7 +162,7 @@ def table(numbers: dict[str, Any]) -> Table:
             f"{row['evaluations'][k]:,} ({row['evaluations'][k] / row['evaluations']['slots']:.2f})"
             for k in ("whole_batches", "every_attack_on_all")
         ]
-        made.add_row(title, *shares, f"{row['seconds']:.0f}", *work, *counts)
+        grid.add_row(title, *shares, f"{row['seconds']:.0f}", *work, *counts)
 
     for name, row in numbers["runs"].items():
         only = f"{len(row['robust_here_only'])} / {len(row['robust_there_only'])}"
@@ -177,16 +177,16 @@ def table(numbers: dict[str, Any]) -> Table:
             add(name, row, shares, f"{row['evaluations_per_image']:.1f}", "")
     for seconds, theirs in numbers["turns"]:
         again = f"{theirs['seconds']:.0f} s ({seconds / theirs['seconds']:.2f})" if theirs else "not installed"
-        made.add_row("standard", "", "", "", f"{seconds:.0f}", "the authors':", again)
-    return made
+        grid.add_row("standard", "", "", "", f"{seconds:.0f}", "the authors':", again)
+    return grid
 
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.autoattack", description=__doc__.splitlines()[0])
-    parser.add_argument("--attacks", default=",".join(RUNS), help="alone, or the suite (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=256, help="the first of the golden images")
-    parser.add_argument("--batch_size", type=int, default=128, help="images to an evaluation, over all devices")
-    parser.add_argument("--repeats", type=int, default=1, help="of the suite and, where it is installed, the authors'")
+    parser.add_argument("--attacks", default=",".join(RUNS), help="default: %(default)s; standard is the suite")
+    parser.add_argument("--images", type=int, default=256, help="number of golden images")
+    parser.add_argument("--batch_size", type=int, default=128, help="images in an evaluation, on all devices together")
+    parser.add_argument("--repeats", type=int, default=1, help="timings of the suite, and of the authors' if installed")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
 
@@ -201,7 +201,7 @@ def main() -> None:
         "num_images": min(args.images, len(np.load(GOLDEN)["labels"])),
         "batch_size": args.batch_size,
         "runs": {},
-        "turns": [],  # seconds of the suite, and what the authors' took
+        "turns": [],  # seconds of the suite, and the authors' result
     }
     for name in args.attacks.split(","):
         for _ in range(args.repeats if name == "standard" else 1):
@@ -209,7 +209,7 @@ def main() -> None:
             if name == "standard":
                 theirs = of_the_authors(args.images, args.batch_size)
                 numbers["turns"].append((numbers["runs"][name]["seconds"], theirs))
-            provenance.write(args.out, numbers)  # after each: they take long
+            provenance.write(args.out, numbers)
     Console(width=None if sys.stdout.isatty() else 160).print(table(numbers))
 
 

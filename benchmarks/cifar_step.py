@@ -1,26 +1,26 @@
-"""The training step of CIFAR-100-LT in numbers, for both stages of MiSLAS. From the root of the checkout:
+"""Measure the training step of both stages of MiSLAS on CIFAR-100-LT. From the root of the checkout:
 
     python -m benchmarks.cifar_step                                         # ResNet-32, batch 128: minutes on a CPU
     python -m benchmarks.cifar_step --depth=8 --batch_size=32 --max_count=50        # a quick look
     python -m benchmarks.cifar_step --dtype=bfloat16 --out=step.json
-    python -m benchmarks.cifar_step --torch                         # beside PyTorch, both on this machine's CPU
-    python -m benchmarks.cifar_step --torch=PYTHON                  # which another Python has
+    python -m benchmarks.cifar_step --torch                         # compared with PyTorch, on a CPU
+    python -m benchmarks.cifar_step --torch=PYTHON                  # PyTorch in another Python
 
-The images are random: the speed does not depend on what they show. Per stage it measures
+The images are random, because the speed does not depend on their content. For each stage it measures
 
 - images a second: steps in the compiled loop that training dispatches, over the time until the device is done;
-- that step beside the same step dispatched alone, in turns, by the median of `--repeats`. XLA makes of a loop of one
-  step the step itself, so `run(state, source, 1)` is it. A dispatch waits for no other, only the last for the device;
-- dispatches of an epoch: calls of the compiled function while `ltjax.train.train` trains one;
-- image bytes from host to device between the epoch's first dispatch and the end of its last, as `jax.transfer_guard`
-  reports them, for implicit and explicit transfers alike. Before, a deliberate transfer must show up in that report;
-- operations an image, by XLA and by hand: see `benchmarks/flops.py`.
+- that step compared with the same step dispatched alone, in turns, by the median of `--repeats`. XLA compiles a loop of
+  one step as the step, so this is `run(state, source, 1)`. Only the last dispatch waits for the device;
+- dispatches of an epoch: calls of the compiled function while `ltjax.train.train` trains an epoch;
+- image bytes from host to device between the epoch's first dispatch and the end of its last, implicit and explicit, as
+  `jax.transfer_guard` reports them. The benchmark first checks that a deliberate transfer is reported;
+- operations for each image, by XLA and by hand: see `benchmarks/flops.py`.
 
-Evaluation of the test images is timed as well, by `--repeats` calls of what training evaluates with.
+It also times the training's evaluation function on the test images, `--repeats` times.
 
-With `--torch` it measures images a second alone, of both stages and of evaluating 10,000 images, five times over: by
-ltjax in float32 and in bfloat16, and in three ways by `benchmarks/torch_step.py`, a plain PyTorch network in a process
-of its own. They take turns, `--repeats` of them, so that other load on the machine meets all.
+With `--torch` it measures only images a second of both stages and of evaluating 10,000 images, for five programs: ltjax
+in float32 and bfloat16, and three variants of `benchmarks/torch_step.py`, a plain PyTorch network in its own process.
+They take `--repeats` turns, so that other load on the machine affects all.
 """
 
 import argparse
@@ -63,7 +63,7 @@ PYTHON_HAS_TORCH = "import importlib.util as u; raise SystemExit(u.find_spec('to
 
 
 def write_random_images(data_dir: Path, *, per_class: int, num_classes: int = 100, num_test: int = 1000) -> None:
-    """`<data_dir>/cifar100.npz` as `ltjax.data.cifar` reads it: noise in the shape of CIFAR-100."""
+    """Write noise in the shape of CIFAR-100 to `<data_dir>/cifar100.npz`, which `ltjax.data.cifar` reads."""
     rng = np.random.default_rng(0)
 
     def pixels(count):
@@ -87,7 +87,7 @@ def one_epoch_config(
     max_count: int = 500,
     gpu_graphs: str = "default",
 ) -> dict[str, Any]:
-    """`configs/cifar100_lt.py:method=mislas` with one epoch of each stage; arguments as on the command line."""
+    """Return `configs/cifar100_lt.py:method=mislas` with one epoch for each stage."""
     config = cifar100_lt.get_config(f"method=mislas,imbalance={min(100, max_count)}")  # no class is empty
     config.model.update(depth=depth, width=width, dtype=dtype)
     config.update(batch_size=batch_size, dispatch_steps=steps, epochs=1, gpu_graphs=gpu_graphs)
@@ -97,24 +97,24 @@ def one_epoch_config(
 
 class Transfer(NamedTuple):
     shape: tuple[int, ...]
-    size: int | None  # bytes; None where the guard does not say what it saw
+    size: int | None  # bytes; None if the guard reports none
 
 
 @contextlib.contextmanager
 def host_to_device() -> Iterator[list[Transfer]]:
-    """Within the block, what goes from host to device, implicitly or by `device_put`; the list fills at its end.
+    """Record transfers from host to device, implicit and by `device_put`, inside the block; fill the list at its end.
 
-    `jax.transfer_guard` writes a line on the process's stderr for each transfer to each device, whole sizes where a
-    transfer is split: an upper bound.
+    `jax.transfer_guard` writes a line to the process's stderr for each transfer to each device. A split transfer is
+    counted whole on each device, so sizes are upper bounds.
     """
-    found: list[Transfer] = []
+    transfers: list[Transfer] = []
     sys.stderr.flush()
     with tempfile.TemporaryFile() as log:
         stderr = os.dup(2)
         os.dup2(log.fileno(), 2)
         try:
             with jax.transfer_guard_host_to_device("log_explicit"):
-                yield found
+                yield transfers
         finally:
             sys.stderr.flush()
             os.dup2(stderr, 2)
@@ -125,13 +125,13 @@ def host_to_device() -> Iterator[list[Transfer]]:
                     print(line, file=sys.stderr)
                 elif match := re.search(r"ShapedArray\((\w+)\[([\d,]*)\]", line):
                     shape = tuple(int(n) for n in match[2].split(",") if n)
-                    found.append(Transfer(shape, jnp.dtype(match[1]).itemsize * math.prod(shape)))
+                    transfers.append(Transfer(shape, jnp.dtype(match[1]).itemsize * math.prod(shape)))
                 else:
-                    found.append(Transfer((), None))
+                    transfers.append(Transfer((), None))
 
 
 def check_the_guard(image_shape: tuple[int, ...], batch_size: int) -> None:
-    """Raises RuntimeError where a batch of images can go to the device without being reported."""
+    """Raise RuntimeError if a batch of images can be sent to the device without a report."""
     batch = np.zeros((batch_size, *image_shape), np.uint8)
     with host_to_device() as put:
         jax.device_put(batch).block_until_ready()
@@ -139,13 +139,11 @@ def check_the_guard(image_shape: tuple[int, ...], batch_size: int) -> None:
     with host_to_device() as passed:
         first(batch).block_until_ready()
     if not passed or sum(t.size or 0 for t in put) < batch.nbytes:
-        raise RuntimeError(
-            f"this JAX does not report transfers as it should: {put}, {passed}, {batch.nbytes} bytes each"
-        )
+        raise RuntimeError(f"this JAX does not report all transfers: {put}, {passed}, {batch.nbytes} bytes each")
 
 
 def time_steps(compiled: CompiledStage, state: TrainState, source: Resident, steps: int, repeats: int):
-    """Seconds a step, [repeats] each: of a dispatch of `steps`, and of `steps` dispatches of one."""
+    """Time a step, [repeats] seconds each: in a dispatch of `steps`, and in `steps` dispatches of one."""
 
     def scanned(state):
         return compiled.run(state, source, steps)
@@ -169,7 +167,7 @@ def time_steps(compiled: CompiledStage, state: TrainState, source: Resident, ste
 
 
 def time_evaluation(experiment: experiments.Experiment, variables: Any, repeats: int) -> list[float]:
-    """Seconds to evaluate all test images, [repeats]."""
+    """Time the evaluation of all test images, [repeats] seconds."""
     seconds = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
@@ -179,22 +177,22 @@ def time_evaluation(experiment: experiments.Experiment, variables: Any, repeats:
 
 
 def train_one_epoch(config, data_dir: Path, compiled: dict[str, CompiledStage]):
-    """Train one epoch of each stage, by `ltjax.train.train` -> {stage: (dispatches, transfers to the device)}.
+    """Train one epoch of each stage with `ltjax.train.train`. Return {stage: (dispatches, transfers to the device)}.
 
     Transfers are those from the start of a stage's first dispatch to the end of its last.
     """
-    found: dict[str, tuple[list[int], list[Transfer]]] = {}
+    stages: dict[str, tuple[list[int], list[Transfer]]] = {}
     with contextlib.ExitStack() as capture:
 
         def counted_stage(_, stage):
             name = stage.name
 
             def counted(state, source, num_steps):
-                if name not in found:
-                    found[name] = ([], capture.enter_context(host_to_device()))
-                found[name][0].append(num_steps)
+                if name not in stages:
+                    stages[name] = ([], capture.enter_context(host_to_device()))
+                stages[name][0].append(num_steps)
                 state, metrics = compiled[name].run(state, source, num_steps)
-                if sum(found[name][0]) == compiled[name].num_steps:
+                if sum(stages[name][0]) == compiled[name].num_steps:
                     jax.block_until_ready(metrics)
                     capture.close()
                 return state, metrics
@@ -207,11 +205,11 @@ def train_one_epoch(config, data_dir: Path, compiled: dict[str, CompiledStage]):
             contextlib.redirect_stdout(io.StringIO()),
         ):
             train.train(config, workdir, data_dir)
-    return found
+    return stages
 
 
 def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[str, Any]:
-    """The numbers of both stages, {stage: {...}}, of evaluation, and what they were measured on."""
+    """Measure both stages and evaluation."""
     run = parse(config)
     experiment, compiled = experiments.prepare(run, data_dir)
     check_the_guard(experiment.image_shape, run.batch_size)
@@ -265,7 +263,7 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
 
 
 def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int], RunConfig]:
-    """{stage, or "evaluation": turn() -> seconds an image}, steps of a turn of each stage, and the run."""
+    """Return {stage, or "evaluation": turn() -> seconds an image}, steps of a turn of each stage, and the run."""
     run = parse(config)
     experiment, compiled = experiments.prepare(run, data_dir)
     states, steps = {}, {}
@@ -289,7 +287,7 @@ def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]],
 
 
 def has_torch(python: str) -> bool:
-    """Whether the interpreter `python` runs, and has PyTorch."""
+    """Return whether the interpreter `python` has PyTorch."""
     try:
         return subprocess.run([python, "-c", PYTHON_HAS_TORCH], capture_output=True, check=False).returncode == 0
     except OSError:
@@ -297,9 +295,9 @@ def has_torch(python: str) -> bool:
 
 
 class TorchProcess(contextlib.AbstractContextManager):
-    """`benchmarks/torch_step.py`, run by the interpreter `python`; it waits without work between questions.
+    """`benchmarks/torch_step.py` in the interpreter `python`; it is idle between requests.
 
-    settings: of its `Runner`. Has `version`, `threads` and `ways`, {name: title}.
+    `settings` are those of its `Runner`. Attributes are `version`, `threads` and `ways`, {name: title}.
     """
 
     def __init__(self, python: str, settings: Mapping[str, int]):
@@ -315,16 +313,16 @@ class TorchProcess(contextlib.AbstractContextManager):
         return json.loads(line)
 
     def seconds(self, way: str, what: str, count: int) -> float:
-        """Of `count` steps of a stage, or of evaluating `count` images."""
+        """Time `count` steps of a stage, or the evaluation of `count` images."""
         print(json.dumps([way, what, count]), file=self.process.stdin, flush=True)
         return self._read()["seconds"]
 
     def __exit__(self, *error) -> None:
-        self.process.communicate()  # it ends with its input
+        self.process.communicate()  # it ends when its input closes
 
 
 def compare(configs: Mapping[str, dict[str, Any]], data_dir: Path, python: str, repeats: int) -> dict[str, Any]:
-    """ltjax by each config, {dtype: config}, beside PyTorch in the interpreter `python`, in turns."""
+    """Time ltjax with each config, {dtype: config}, and PyTorch in the interpreter `python`, in turns."""
     turns, titles, steps, run = {}, {}, {}, None
     for dtype, config in configs.items():
         turns[f"ltjax_{dtype}"], steps, run = ltjax_turns(config, data_dir)
@@ -346,9 +344,9 @@ def compare(configs: Mapping[str, dict[str, Any]], data_dir: Path, python: str, 
                 for row in turns if number % 2 else reversed(turns):
                     seconds[row][what].append(turns[row][what]())
         # the first turn compiles and warms up
-        measured = {row: {what: each[1:] for what, each in found.items()} for row, found in seconds.items()}
+        measured = {row: {what: each[1:] for what, each in times.items()} for row, times in seconds.items()}
         return {
-            "rows": {row: {"title": titles[row], **found} for row, found in with_ratios(measured).items()},
+            "rows": {row: {"title": titles[row], **figures} for row, figures in with_ratios(measured).items()},
             "steps_per_turn": steps,
             "evaluated_images": NUM_TEST,
             "torch": {"version": torch.version, "threads": torch.threads},
@@ -356,19 +354,19 @@ def compare(configs: Mapping[str, dict[str, Any]], data_dir: Path, python: str, 
 
 
 def with_ratios(seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, Any]]:
-    """Figures of {row: {what: seconds an image}}, by the median of the turns and by the shortest.
+    """Return figures of {row: {what: seconds an image}}, by the median of the turns and by the shortest.
 
-    Ratios are of images a second, over the first row of PyTorch's, NCHW float32, and over the best of all of them.
+    Ratios are of images a second, to PyTorch's NCHW float32 and to PyTorch's best.
     """
     figures: dict[str, dict[str, Any]] = {}
-    for row, found in seconds.items():
-        figures[row] = {what: {"seconds_per_image": list(each)} for what, each in found.items()}
+    for row, times in seconds.items():
+        figures[row] = {what: {"seconds_per_image": list(each)} for what, each in times.items()}
     torch_rows = [row for row in seconds if row.startswith("torch_")]
     for name, choose in (("median", statistics.median), ("minimum", min)):
-        for row, found in seconds.items():
-            for what in found:
+        for row, times in seconds.items():
+            for what in times:
                 torch = [choose(seconds[other][what]) for other in torch_rows]
-                chosen = choose(found[what])
+                chosen = choose(times[what])
                 figures[row][what][name] = {
                     "seconds_per_image": chosen,
                     "images_per_second": 1 / chosen,
@@ -380,35 +378,35 @@ def with_ratios(seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[st
 
 def compared_table(numbers: dict[str, Any]) -> Table:
     model, torch = numbers["config"]["model"], numbers["torch"]
-    made = Table(
+    grid = Table(
         title=f"Images/s: ResNet-{model['depth']}, batch {numbers['config']['batch_size']}, "
         f"{numbers['num_devices']} x {numbers['device']}; PyTorch {torch['version']}, threads: {torch['threads']}",
-        caption="In brackets: over PyTorch, NCHW float32; over the best of PyTorch's in the column.",
+        caption="In brackets: ratio to PyTorch's NCHW float32; ratio to PyTorch's best in the column.",
     )
-    made.add_column("")
+    grid.add_column("")
     columns = [*numbers["steps_per_turn"], EVALUATION]
     for what in columns:
-        made.add_column(EVALUATION if what == EVALUATION else numbers["config"][what]["title"], justify="right")
+        grid.add_column(EVALUATION if what == EVALUATION else numbers["config"][what]["title"], justify="right")
     for row in numbers["rows"].values():
-        found = [row[what]["median"] for what in columns]
+        medians = [row[what]["median"] for what in columns]
         cell = "{images_per_second:,.0f} ({over_torch_nchw_float32:.2f}, {over_best_torch:.2f})"
-        made.add_row(row["title"], *(cell.format(**each) for each in found))
-    return made
+        grid.add_row(row["title"], *(cell.format(**each) for each in medians))
+    return grid
 
 
 def table(numbers: dict[str, Any]) -> Table:
     model = numbers["config"]["model"]
-    made = Table(
+    grid = Table(
         title=f"ResNet-{model['depth']}, batch {numbers['config']['batch_size']}, {model['dtype']}, "
         f"{numbers['num_devices']} x {numbers['device']}"
     )
-    made.add_column("")
+    grid.add_column("")
     rows = list(numbers["stages"].values())
     for row in rows:
-        made.add_column(row["title"], justify="right")
+        grid.add_column(row["title"], justify="right")
 
     def add(label, show):
-        made.add_row(label, *(show(row) for row in rows))
+        grid.add_row(label, *(show(row) for row in rows))
 
     def milliseconds(key):
         return lambda row: f"{1e3 * statistics.median(row[key]):.2f}"
@@ -422,36 +420,36 @@ def table(numbers: dict[str, Any]) -> Table:
     add("image bytes to the device an epoch", lambda row: str(row["image_bytes_to_device_per_epoch"]))
     add("other transfers to the device", lambda row: str(row["other_transfers_to_device_per_epoch"]))
     evaluated = numbers[EVALUATION]
-    made.add_row(f"images/s, evaluating {evaluated['num_images']:,}", f"{evaluated['images_per_second']:,.0f}")
+    grid.add_row(f"images/s, evaluating {evaluated['num_images']:,}", f"{evaluated['images_per_second']:,.0f}")
     if all("flops_per_image" in row for row in rows):
         add("MFLOP an image, by XLA", lambda row: f"{row['flops_per_image']['by_xla'] / 1e6:.1f}")
         add("MFLOP an image, by hand", lambda row: f"{row['flops_per_image']['by_hand'] / 1e6:.1f}")
-        add("XLA over hand", lambda row: f"{row['flops_per_image']['xla_over_hand']:.3f}")
-    return made
+        add("ratio", lambda row: f"{row['flops_per_image']['xla_over_hand']:.3f}")
+    return grid
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cifar_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, default=32, help="of the ResNet: 6 n + 2")
+    parser.add_argument("--depth", type=int, default=32, help="depth of the ResNet: 6 n + 2")
     parser.add_argument("--width", type=int, default=16, help="channels of its first stage")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="with --torch: both")
-    parser.add_argument("--steps", type=int, default=0, help="to a dispatch; 0: what training takes")
+    parser.add_argument("--steps", type=int, default=0, help="steps in a dispatch; 0: as in training")
     parser.add_argument("--gpu_graphs", choices=tuple(xla.GPU_GRAPHS), default="default", help="config.gpu_graphs")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each kind")
-    parser.add_argument("--max_count", type=int, default=500, help="images of the largest class: shorter epochs")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each program")
+    parser.add_argument("--max_count", type=int, default=500, help="images of the largest class")
     parser.add_argument("--no_flops", action="store_true", help="skip counting operations, which compiles for a CPU")
     parser.add_argument(
         "--torch",
         nargs="?",
         const=sys.executable,
         metavar="PYTHON",
-        help="images a second beside PyTorch's, on a CPU; PYTHON: the interpreter that has it, this one by default",
+        help="compare with PyTorch on a CPU; PYTHON: an interpreter with PyTorch (default: this one)",
     )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
     if args.torch and not has_torch(args.torch):
-        parser.error(f'--torch: {args.torch} has no PyTorch; pip install -e ".[torch]", or --torch=PYTHON that has it')
+        parser.error(f'--torch: {args.torch} has no PyTorch; pip install -e ".[torch]", or name another interpreter')
     devices.use_cpu_cores(args.batch_size)
     if args.torch and jax.default_backend() != "cpu":
         parser.error("--torch compares on a CPU; set JAX_PLATFORMS=cpu")
@@ -478,8 +476,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             write_random_images(data_dir, per_class=args.max_count)
             numbers |= measure(numbers["config"], data_dir, repeats=args.repeats, with_flops=not args.no_flops)
-    made = compared_table(numbers) if args.torch else table(numbers)
-    Console(width=None if sys.stdout.isatty() else 120).print(made)
+    grid = compared_table(numbers) if args.torch else table(numbers)
+    Console(width=None if sys.stdout.isatty() else 120).print(grid)
     provenance.write(args.out, numbers)
 
 

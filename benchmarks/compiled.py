@@ -1,14 +1,14 @@
-"""What XLA makes of the training steps for a TPU v5e and for an H100, of which neither has to be there.
+"""Compile the training steps for a TPU v5e and for an H100, without either, and check the programs.
 
-    pip install -e ".[aot]"                                 # XLA for TPU and for CUDA, in an environment of its own
-    python -m benchmarks.compiled                           # all programs, for both: half an hour on a core
+    pip install -e ".[aot]"                                 # XLA for TPU and CUDA, in a separate environment
+    python -m benchmarks.compiled                           # all programs, for both: three quarters of an hour
     python -m benchmarks.compiled --platform=gpu --only=mislas1 --only=reslt
-    python -m benchmarks.compiled --tiny                    # the same with tiny networks, against the bounds of all
+    python -m benchmarks.compiled --tiny                    # tiny networks, against the common bounds
 
-Every program is lowered as a run lowers it, compiled for a mesh of devices that are descriptions only, and read
-(`benchmarks/hlo.py`). Figures are of one step: collectives, kernels, what the host of a GPU starts, scatters, sums in
-bfloat16, transfers from and to the host, loops that the data ends, operations, bytes, and a lower bound of the time.
-`COMMON` and `BOUNDS` have the most that each may be, and why. Nothing runs, so nothing here is measured.
+Every program is lowered as in a run, compiled for a mesh of device descriptions, and read (`benchmarks/hlo.py`).
+Figures are of one step: collectives, kernels, launches by a GPU's host, scatters, sums in bfloat16, transfers from and
+to the host, loops that data end, operations, bytes, and a lower bound of the time. `COMMON` and `BOUNDS` have the
+bounds and their reasons. No program runs, so nothing here is measured.
 
 Exit code 1: a figure is above its bound; each such line names the program, the figure and the bound. 2: a compiler is
 missing, or the arguments are wrong.
@@ -44,7 +44,7 @@ from ltjax.engine import evaluate
 from ltjax.engine import experiment as experiments
 from ltjax.system import parallel, xla
 
-STEPS = 3  # to a dispatch: XLA writes a loop of one step out
+STEPS = 3  # in a dispatch; XLA unrolls a loop of one step
 PLATFORMS = ("tpu", "gpu")
 TARGET = Path(__file__).with_name("h100.txtpb")
 CHIPS = {"tpu": hlo.V5E, "gpu": hlo.H100}
@@ -54,13 +54,13 @@ PACKAGES = {"tpu": "libtpu", "gpu": "jax-cuda13-pjrt"}
 
 
 class Program(NamedTuple):
-    """A stage's step as a config has it, or evaluation."""
+    """A stage's step, or evaluation."""
 
     name: str
     config: str  # "file:arguments", as after --config=configs/
     stage: str  # "": evaluation
-    settings: Mapping[str, Any] = {}  # of the config, that differ
-    chips: Mapping[str, int] = {"tpu": 8, "gpu": 1}  # by platform; not compiled for others
+    settings: Mapping[str, Any] = {}  # changes of the config
+    chips: Mapping[str, int] = {"tpu": 8, "gpu": 1}  # by platform; others are left out
 
 
 MISLAS = "cifar100_lt:method=mislas,imbalance=100"
@@ -108,34 +108,34 @@ class Bound(NamedTuple):
     why: str
 
 
-# Of every program on every platform, tiny ones too.
+# Bounds of every program on every platform, also with --tiny.
 COMMON = {
-    "other_collectives": Bound(0, "each device has all parameters, and works on its own part of the batch"),
+    "other_collectives": Bound(0, "each device has all parameters and a part of the batch"),
     "bf16_sums": Bound(0, "8 bits cannot hold a sum over a batch: gradients point elsewhere"),
-    "scatters": Bound(0, "an accelerator does one update after the other, and in any order"),
-    "host_transfers": Bound(0, "a step waits for no host"),
-    "dynamic_loops": Bound(0, "a GPU's host would wait for the end of each turn"),
+    "scatters": Bound(0, "an accelerator applies the updates sequentially, in any order"),
+    "host_transfers": Bound(0, "a step must not wait for the host"),
+    "dynamic_loops": Bound(0, "a GPU's host would wait for each iteration"),
     "wide_windows": Bound(
-        0, "weight gradients go to cuDNN as such, not as convolutions with a window as wide as the map"
+        0, "weight gradients go to cuDNN as backward-filter convolutions, without windows as wide as the map"
     ),
 }
-# Instead of these.
+# Exceptions.
 EXCEPT: dict[tuple[str, str], dict[str, Bound]] = {
     ("drolt2", "tpu"): {
         "other_collectives": Bound(1, "the loss compares the batch's features, 32 KB, with each other")
     },
     ("resnet50", "tpu"): {
-        "scatters": Bound(1, "max-pooling's, over windows: slices take a TPU more memory and, by XLA's estimate, time")
+        "scatters": Bound(1, "max-pooling by windows: slices take a TPU more memory and, by XLA's estimate, more time")
     },
 }
 WHY = {
-    "all_reduces": "devices wait for each other each time: once a batch norm and direction, once for all gradients",
+    "all_reduces": "devices wait for each other: once for each batch norm and direction, once for all gradients",
     "all_reduce_mb": "gradients cross the links once, statistics are small",
-    "kernels": "a small step takes as long as its kernels are many",
-    "launches": "a GPU waits for its host as often",
-    "temporaries_mb": "what the largest batch leaves on a device",
+    "kernels": "the time of a small step is proportional to its kernels",
+    "launches": "a GPU waits for its host at each launch",
+    "temporaries_mb": "limits the batch on a device",
 }
-# Most of the figures of WHY, in that order; what was compiled when the bound was set, and a tenth more or so.
+# Bounds of the figures of WHY, in that order: about a tenth above the compiled program when the bound was set.
 MOST: dict[tuple[str, str], tuple[float | None, ...]] = {
     ("mislas1", "tpu"): (67, 2.1, 580, None, 250),
     ("mislas1-bf16", "tpu"): (67, 1.1, 550, None, 170),
@@ -145,7 +145,7 @@ MOST: dict[tuple[str, str], tuple[float | None, ...]] = {
     ("mislas2-bf16", "tpu"): (36, 0.04, 360, None, 160),
     ("reslt", "tpu"): (69, 2.1, 630, None, 250),
     ("drolt2", "tpu"): (73, 2.1, 860, None, 260),
-    ("trades", "tpu"): (60, 50, 3400, None, 1400),  # a guess after lbgat: not compiled within ten minutes
+    ("trades", "tpu"): (60, 50, 3400, None, 1400),  # a guess from lbgat; it did not compile within ten minutes
     ("lbgat", "tpu"): (67, 130, 3400, None, 1400),
     ("resnet50", "tpu"): (103, 130, 2500, None, 5100),
     ("evaluation", "tpu"): (0, 0, 83, None, 10),
@@ -178,7 +178,7 @@ class Missing(Exception):
 
 
 def devices(platform: str, count: int) -> list[jax.Device]:
-    """Descriptions of devices to compile for. Raises: Missing."""
+    """Describe devices to compile for. Raise Missing if there is no compiler."""
     if not installed(platform):
         raise Missing(f'no XLA for {platform} here ({PACKAGES[platform]}): pip install -e ".[aot]"')
     if platform == "tpu":
@@ -193,19 +193,19 @@ def installed(platform: str) -> bool:
 
 
 def set_up() -> None:
-    """To be done before JAX starts: nothing runs but on a CPU, and the TPU's compiler looks for no TPU."""
+    """Let JAX run on a CPU, and the TPU's compiler look for no TPU. Call it before JAX starts."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two that compile disturb nobody
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # half of the plugin is for running programs
+    logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # it warns that it cannot run programs
 
 
 def settings_of(program: Program, platform: str, tiny: bool) -> dict[str, Any]:
-    """The config of a program."""
+    """Return the config of a program."""
     file, _, arguments = program.config.partition(":")
     config = importlib.import_module(f"configs.{file}").get_config(arguments)
     with config.unlocked():
@@ -213,8 +213,8 @@ def settings_of(program: Program, platform: str, tiny: bool) -> dict[str, Any]:
         for net in ("model", "guide"):
             if config.get(net):
                 config[net].platform = platform
-    made = config.to_dict()
-    return _shrunk(made) if tiny else made
+    values = config.to_dict()
+    return _shrunk(values) if tiny else values
 
 
 def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class _NoFiles:
-    """Stands for files that nobody reads."""
+    """Files that are never read."""
 
     def __init__(self, count: int):
         self._count = count
@@ -246,7 +246,7 @@ class _NoFiles:
         return self._count
 
     def __getitem__(self, index: int) -> bytes:
-        raise OSError("made up")
+        raise OSError("these files are never read")
 
     def name(self, index: int) -> str:
         return str(index)
@@ -256,9 +256,9 @@ class _NoFiles:
 
 
 def _made_up(name: str, *_: object) -> Images | Stored:
-    """Images in the number and the shape of a data set's: white ones, or none."""
+    """Return white images, or files that are never read, with the counts and shape of a data set."""
     if name == INATURALIST:
-        counts = np.full(8142, 53)  # 437,513 in all
+        counts = np.full(8142, 53)  # sums to 437,513
         counts[0] += 1000 - 53
         counts[-1] = 2
         counts[1 : 1 + 437_513 - counts.sum()] += 1
@@ -273,7 +273,7 @@ def _made_up(name: str, *_: object) -> Images | Stored:
 
 @contextlib.contextmanager
 def traced_for(platform: str) -> Iterator[None]:
-    """What is traced in here is what a process whose devices are of `platform` traces; its images are made up."""
+    """Trace inside the block as on devices of `platform`, with made-up images."""
     with (
         mock.patch.object(jax, "default_backend", lambda: platform),
         mock.patch.object(xla, "cpu_options", dict),
@@ -283,12 +283,12 @@ def traced_for(platform: str) -> Iterator[None]:
 
 
 def lower(program: Program, platform: str, *, tiny: bool = False) -> jax.stages.Lowered:
-    """A program for its devices. Raises: Missing."""
-    found = devices(platform, program.chips[platform])
+    """Lower a program for its devices. Raise Missing if there is no compiler."""
+    described = devices(platform, program.chips[platform])
     with traced_for(platform):
         run = parse(settings_of(program, platform, tiny))
         experiment = experiments.set_up(run, None)
-        mesh = parallel.make_mesh(found, replicas=run.replicas)
+        mesh = parallel.make_mesh(described, replicas=run.replicas)
         experiment = experiment._replace(mesh=mesh)
         if not program.stage:
             return _evaluation(run, experiment)
@@ -299,12 +299,12 @@ def lower(program: Program, platform: str, *, tiny: bool = False) -> jax.stages.
 
 
 def _evaluation(run: RunConfig, experiment: experiments.Experiment) -> jax.stages.Lowered:
-    """The dispatch that evaluates the test images on the device."""
-    made: list[Any] = []
+    """Lower the dispatch that evaluates the test images on the device."""
+    functions: list[Any] = []
 
     def keep(function: Any, **settings: Any) -> Any:
-        made.append(jax.jit(function, **settings))
-        return made[-1]
+        functions.append(jax.jit(function, **settings))
+        return functions[-1]
 
     with mock.patch.object(xla, "jit", keep):
         evaluate.evaluator(experiment.nets, experiment.mesh)
@@ -314,7 +314,7 @@ def _evaluation(run: RunConfig, experiment: experiments.Experiment) -> jax.stage
     shape, split = (-(-size // batch), batch), parallel.split_batch(experiment.mesh, axis=1)
     images = jax.ShapeDtypeStruct((*shape, *experiment.image_shape), jnp.uint8, sharding=split)
     labels = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
-    return made[0].lower((variables, None), (images, labels))
+    return functions[0].lower((variables, None), (images, labels))
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
@@ -322,20 +322,20 @@ def _placed(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def _placed_on(mesh: Mesh, tree: Any) -> Any:
-    """Shapes as they are placed on `mesh`, or on all of its devices."""
+    """Keep shardings on `mesh`; place all other shapes on each of its devices."""
 
-    def one(x: Any) -> jax.ShapeDtypeStruct:
-        there = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if there else parallel.replicated(mesh))
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        is_placed = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if is_placed else parallel.replicated(mesh))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(placed, tree)
 
 
 class Compiled(NamedTuple):
     stablehlo: str
     hlo: str
     temporaries: int  # bytes
-    thunks: str  # of a GPU's program, else ""
+    thunks: str  # of a GPU's program; else ""
     thunk_metadata: str
     seconds: float
 
@@ -343,20 +343,20 @@ class Compiled(NamedTuple):
 def compile_it(lowered: jax.stages.Lowered, platform: str) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        made = lowered.compile(compiler_options={"xla_dump_to": folder} if platform == "gpu" else None)
+        program = lowered.compile(compiler_options={"xla_dump_to": folder} if platform == "gpu" else None)
         seconds = time.monotonic() - began
         thunks, metadata = (
             "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{name}.txt")))
             for name in ("thunk_sequence_after_thunk_passes", "thunk_metadata")
         )
-    memory: Any = made.memory_analysis()
-    return Compiled(lowered.as_text(), made.as_text() or "", memory.temp_size_in_bytes, thunks, metadata, seconds)
+    memory: Any = program.memory_analysis()
+    return Compiled(lowered.as_text(), program.as_text() or "", memory.temp_size_in_bytes, thunks, metadata, seconds)
 
 
 def figures(found: Compiled, platform: str, chips: int, batch_size: int) -> dict[str, Any]:
-    """{figure: number} of a step, None where a platform has none, and "collectives" one by one.
+    """Return {figure: number} of a step, None if the platform has none, and details of "collectives".
 
-    batch_size: of all devices together; a sum over as many numbers or more is one over a batch.
+    `batch_size` is that of all devices; a sum over at least as many numbers counts as a sum over a batch.
     """
     module = hlo.parse(found.hlo)
     step = hlo.step(module)
@@ -387,9 +387,9 @@ def figures(found: Compiled, platform: str, chips: int, batch_size: int) -> dict
 
 
 def broken(name: str, platform: str, numbers: Mapping[str, Any], *, tiny: bool = False) -> list[str]:
-    """A line for each figure of a program that is above its bound."""
-    of_all, own = {**COMMON, **EXCEPT.get((name, platform), {})}, {} if tiny else BOUNDS.get((name, platform), {})
-    bounds = {**of_all, **own}
+    """Return a line for each figure of a program that is above its bound."""
+    bounds = {**COMMON, **EXCEPT.get((name, platform), {})}
+    bounds |= {} if tiny else BOUNDS.get((name, platform), {})
     return [
         f"{name} on {platform}: {HEADINGS[figure]} = {numbers[figure]:g}, bound {bound.most:g}: {bound.why}"
         for figure, bound in bounds.items()
@@ -398,15 +398,15 @@ def broken(name: str, platform: str, numbers: Mapping[str, Any], *, tiny: bool =
 
 
 def table(platform: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    made = Table(title=f"a step, for {TOPOLOGIES[platform]}, each figure of one device")
-    made.add_column("program")
-    made.add_column("chips", justify="right")
+    grid = Table(title=f"a step, for {TOPOLOGIES[platform]}, each figure of one device")
+    grid.add_column("program")
+    grid.add_column("chips", justify="right")
     shown = [figure for figure in HEADINGS if any(row["figures"][figure] is not None for row in rows)]
     for figure in shown:
-        made.add_column(HEADINGS[figure], justify="right")
+        grid.add_column(HEADINGS[figure], justify="right")
     for row in rows:
-        made.add_row(row["program"], str(row["chips"]), *(_short(row["figures"][figure]) for figure in shown))
-    return made
+        grid.add_row(row["program"], str(row["chips"]), *(_short(row["figures"][figure]) for figure in shown))
+    return grid
 
 
 def _short(number: float | None) -> str:
@@ -420,9 +420,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.splitlines()[0])
     names = [program.name for program in PROGRAMS]
-    parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=f"of {', '.join(names)}; again")
-    parser.add_argument("--platform", choices=PLATFORMS, help="else both")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks, in a minute or two each")
+    parser.add_argument(
+        "--only", action="append", choices=names, metavar="NAME", help=f"may be repeated: {', '.join(names)}"
+    )
+    parser.add_argument("--platform", choices=PLATFORMS, help="default: both")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, a minute or two each")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--keep", type=Path, help="folder for the compiled programs' text")
     args = parser.parse_args(argv)
@@ -450,8 +452,8 @@ def main(argv: list[str] | None = None) -> int:
             failed += above
             provenance.write(args.json, {**origin, "tiny": args.tiny, "programs": rows})
     for platform in PLATFORMS:
-        if own := [row for row in rows if row["platform"] == platform]:
-            console.print(table(platform, own))
+        if compiled := [row for row in rows if row["platform"] == platform]:
+            console.print(table(platform, compiled))
     for line in failed:
         console.print(line, highlight=False, soft_wrap=True)
     return 1 if failed else 0

@@ -1,28 +1,27 @@
-"""Images for each second of CPU time that are decoded and cut for training, several ways. From the checkout's root:
+"""Measure images decoded and cropped for each second of CPU time, in several ways. From the checkout's root:
 
     python -m benchmarks.decode --root=DIR            # a folder of images with DIR/train/<class>/*.jpg
     python -m benchmarks.decode --made_up             # 500x375 JPEGs of smooth noise, 95 KB each
     python -m benchmarks.decode --made_up=800x600     # 245 KB each, near iNaturalist's 260 KB
-    python -m benchmarks.decode --stream              # what the pipeline itself takes, by batch size
+    python -m benchmarks.decode --stream              # the pipeline's own cost, by batch size
 
-Six ways from the bytes of a file to a square of 224 pixels, a random window of the image:
+There are six ways from the bytes of a file to a square of 224 pixels, a random window of the image:
 
 - ltjax: simplejpeg and OpenCV, see `ltjax.data.decode`;
-- upright: the same, with a look for an orientation tag, as for folders of images;
+- upright: the same, and reads the orientation tag, as for folders of images;
 - opencv: the same windows, decoded by OpenCV alone;
-- torchvision: its RandomResizedCrop where it can be imported, else the same steps: Pillow's decoder, `crop`, `resize`;
-- pillow: its decoder and `resize(box=...)`, which filters the window alone;
-- decoding alone: by simplejpeg, without cutting.
+- torchvision: its RandomResizedCrop if it is installed; otherwise Pillow's decoder, `crop` and `resize`;
+- pillow: its decoder and `resize(box=...)`, which filters only the window;
+- decoding alone: by simplejpeg, without cropping.
 
-They take turns, a chunk of images each, on one thread; the table has medians over the turns, and ratios to ltjax's.
-Seconds are those that the thread was computing, so that other work on the machine counts little: it shares caches and
-memory, and no more. Then `ltjax.data.pipeline` with a thread for each core: what training gets.
+They take turns on one thread, with a chunk of images each. The table has medians over the turns, and ratios to ltjax's.
+It counts the thread's CPU time, so other work on the machine matters little: it only shares caches and memory. Then
+`ltjax.data.pipeline` is measured with a thread for each core, as in training.
 
---stream: JPEGs that take next to no time to decode, 64x64, through `ltjax.data.pipeline` as training has it: 437,513
-images, random windows blown up to 224 pixels, chunks of four batches. Images for each second of CPU time of all
-threads. And the part of that which is Python: reading a file, drawing a window, calling decoder and resizing, which
-themselves are left out. The threads of a process take turns at it, so its inverse bounds what a process delivers with
-any number of cores.
+--stream passes 64x64 JPEGs, which decode in almost no time, through `ltjax.data.pipeline` as in training: 437,513
+images, random windows enlarged to 224 pixels, chunks of four batches. It counts images for each second of CPU time of
+all threads, and the time in Python: reading a file, drawing a window, and calling decoder and resizing, without their
+own time. Threads do this part one at a time, so it bounds the speed of a process with any number of cores.
 """
 
 import argparse
@@ -63,7 +62,7 @@ BATCH_SIZE = 64
 
 
 def made_up(count: int, width: int, height: int) -> list[bytes]:
-    """JPEGs of half a byte a pixel: noise in patches of 4 pixels and of 31, smoothed."""
+    """Make JPEGs of half a byte a pixel: smoothed noise in patches of 4 and of 31 pixels."""
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         patches = ((-(-height // size), -(-width // size), 3) for size in (31, 4))
@@ -99,7 +98,7 @@ def by_pillow(content: bytes, key: np.uint32) -> np.ndarray:
 
 
 def window(image: Image.Image, key: np.uint32) -> tuple[int, int, int, int]:
-    """A random window as torchvision draws it: left, top, right, bottom."""
+    """Draw a random window like torchvision: left, top, right, bottom."""
     rng = np.random.default_rng(int(key))
     for _ in range(decode.ATTEMPTS):
         area = rng.uniform(VIEW.min_area, 1) * image.width * image.height
@@ -129,7 +128,7 @@ WAYS: dict[str, Callable[[bytes, np.uint32], np.ndarray]] = {
 
 
 def rates(files: list[bytes], *, turns: int, chunk: int) -> dict[str, float]:
-    """{way: images for each second of CPU time}."""
+    """Return {way: images for each second of CPU time}."""
     cv2.setNumThreads(0)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for turn in range(turns + 1):  # the first one warms up
@@ -142,7 +141,7 @@ def rates(files: list[bytes], *, turns: int, chunk: int) -> dict[str, float]:
 
 
 class Held:
-    """Files in memory, for the pipeline; after the last one comes the first again."""
+    """Files in memory, for the pipeline, in a cycle."""
 
     def __init__(self, files: list[bytes]):
         self._files = files
@@ -161,7 +160,7 @@ class Held:
 
 
 def pipeline_rates(files: list[bytes], batches: int) -> tuple[float, float]:
-    """Images that arrive on the device, for each second and for each second of CPU time of all threads."""
+    """Count images on the device for each second, and for each second of CPU time of all threads."""
     labels = np.zeros(len(files), np.int32)
 
     def positions(step: int) -> np.ndarray:
@@ -182,7 +181,7 @@ def pipeline_rates(files: list[bytes], batches: int) -> tuple[float, float]:
 
 
 def inaturalist(files: Any) -> Stored:
-    """As many images and classes as iNaturalist 2018 has for training; `files` for each of them."""
+    """Return iNaturalist 2018's numbers of images and classes, with `files` as its images."""
     counts = np.full(8142, 53)
     counts[0] += 437_513 - counts.sum()
     labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
@@ -197,7 +196,7 @@ def stream_plan(files: Any, batch_size: int) -> pipeline.Plan:
 
 
 def stream_rates(content: bytes, batch_size: int, images: int) -> tuple[float, float]:
-    """As `pipeline_rates`, of about so many images with the same content, in chunks as training takes them."""
+    """Measure `pipeline_rates` for about `images` images of the same content, in chunks as in training."""
     steps, plan = feed.DISPATCH_STEPS, stream_plan(Held([content]), batch_size)
     chunks = max(2, images // (batch_size * steps))
     with pipeline.Stream(plan, parallel.split_batch(parallel.make_mesh(jax.devices()[:1]), axis=1)) as stream:
@@ -210,7 +209,7 @@ def stream_rates(content: bytes, batch_size: int, images: int) -> tuple[float, f
 
 
 def python_seconds(content: bytes, batch_size: int, turns: int) -> float:
-    """An image's share of what a thread does in Python, the median over turns of a batch each."""
+    """Time a thread's work in Python for an image, by the median over turns of a batch each."""
     tasks = np.split(np.arange(batch_size), range(pipeline.TASK_ROWS, batch_size, pipeline.TASK_ROWS))
     seconds, most = [], len(tasks[0])
     images, labels = np.empty((most, VIEW.size, VIEW.size, 3), np.uint8), np.empty(most, np.int32)
@@ -232,14 +231,14 @@ def python_seconds(content: bytes, batch_size: int, turns: int) -> float:
 
 
 def stream(console: Console, batch_sizes: list[int], images: int, turns: int) -> dict[str, Any]:
-    """Print and return what --stream measures; batch sizes take turns."""
+    """Measure --stream, with batch sizes in turns; print and return the figures."""
     content = made_up(1, 64, 64)[0]
-    found: dict[int, list[tuple[float, float]]] = {size: [] for size in batch_sizes}
+    turns_of: dict[int, list[tuple[float, float]]] = {size: [] for size in batch_sizes}
     for _ in range(turns):
         for size in batch_sizes:
-            found[size].append(stream_rates(content, size, images))
+            turns_of[size].append(stream_rates(content, size, images))
     python = python_seconds(content, max(batch_sizes), turns)
-    rates = {size: [statistics.median(each) for each in zip(*rates, strict=True)] for size, rates in found.items()}
+    rates = {size: [statistics.median(each) for each in zip(*rates, strict=True)] for size, rates in turns_of.items()}
     table = Table()
     for column in ("batch", "images/s", "images/CPU s"):
         table.add_column(column, justify="right")
@@ -257,13 +256,13 @@ def stream(console: Console, batch_sizes: list[int], images: int, turns: int) ->
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, help="a folder of images, as configs/image_folder.py takes it")
-    parser.add_argument("--made_up", nargs="?", const="500x375", metavar="WIDTHxHEIGHT", help="made-up images instead")
-    parser.add_argument("--stream", action="store_true", help="what the pipeline itself takes")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[256, 1024], help="of --stream")
+    parser.add_argument("--root", type=Path, help="a folder of images, as for configs/image_folder.py")
+    parser.add_argument("--made_up", nargs="?", const="500x375", metavar="WIDTHxHEIGHT", help="synthetic images")
+    parser.add_argument("--stream", action="store_true", help="the pipeline's own cost")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[256, 1024], help="with --stream")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--chunk", type=int, default=100, help="images a turn")
-    parser.add_argument("--batches", type=int, default=20, help="of 64 images, through the pipeline")
+    parser.add_argument("--batches", type=int, default=20, help="batches of 64 images through the pipeline")
     parser.add_argument("--out", type=Path)
     return parser
 

@@ -1,18 +1,17 @@
-"""The training step as an accelerator runs it: by data type, batch size and XLA's flags. From the root of the checkout:
+"""Measure the training step on an accelerator, by data type, batch size and XLA's flags. From the checkout's root:
 
     python -m benchmarks.device_step --dtype float32 bfloat16 --batch_size 128 512 --flags default deterministic --trace
     python -m benchmarks.device_step --net=resnet50 --dtype=bfloat16 --batch_size=256 --stream=20
     python -m benchmarks.device_step --depth=8 --width=8 --batch_size=32 --steps=2                  # a quick look
 
---net=resnet32: the first stage of MiSLAS on CIFAR-100-LT, images on the device. resnet50: cross-entropy on as many
-images and classes as iNaturalist 2018 has, 224 pixels; first on batches that stay on the device, then, with --stream,
-on JPEGs of 800x600 that are decoded meanwhile. All images are made up.
+--net=resnet32 is the first stage of MiSLAS on CIFAR-100-LT, with images on the device. resnet50 is cross-entropy on
+iNaturalist 2018's numbers of images and classes, 224 pixels; first on batches that stay on the device, then, with
+--stream, on JPEGs of 800x600 that are decoded during training. All images are synthetic.
 
-Programs that differ in data type and batch size alone are compiled side by side and timed in turns; then come those of
-the next --flags. Of each: seconds to compile, images a second by the median dispatch (streamed: over all of them),
-memory by XLA's plan, by `--dry_run` and, where the device says, as it was at most. That is of the process: for one
-program alone. --trace: the time that the kernels of one dispatch take, of the first program. --out is written after
-each part.
+Programs of the same --flags are compiled in parallel and timed in turns. The table has seconds to compile, images a
+second by the median dispatch (streamed: over all dispatches), and memory by XLA's plan, by `--dry_run` and, if the
+device reports it, at the peak. The peak is the process's, so it is only shown for a single program. --trace sums up the
+kernels of one dispatch of the first program. --out is written after each part.
 """
 
 import argparse
@@ -43,10 +42,10 @@ from ltjax.engine.stage import Chunk, CompiledStage, TrainState
 from ltjax.modes import dry_run
 from ltjax.system import devices, xla
 
-# XLA's, by a name: those of `config.gpu_graphs`, and one that repeats itself bit for bit
+# XLA's flags by name: those of `config.gpu_graphs`, and one for bit-identical runs
 FLAGS: dict[str, dict[str, Any]] = {**xla.GPU_GRAPHS, "deterministic": {"xla_gpu_deterministic_ops": True}}
-STEPS = {"resnet32": 85, "resnet50": 4}  # to a dispatch: an epoch of CIFAR-100-LT, and what training takes of a stream
-KERNELS = 25  # of a trace that are kept
+STEPS = {"resnet32": 85, "resnet50": 4}  # in a dispatch: an epoch of CIFAR-100-LT; a chunk of a stream
+KERNELS = 25  # kept of a trace
 
 
 class Prepared(NamedTuple):
@@ -64,7 +63,7 @@ class Prepared(NamedTuple):
         return experiments.batches(self.experiment, self.stage, num_steps)
 
     def expected_bytes(self) -> int:
-        """What `--dry_run` says."""
+        """Return the memory that `--dry_run` expects."""
         run = self.experiment.config._replace(stages={self.stage.name: self.stage})
         return dry_run.expected_memory(self.experiment._replace(config=run)).peak()[0]
 
@@ -76,7 +75,7 @@ def prepare(values: Mapping[str, Any], data_dir: Path | None) -> Prepared:
 
 
 def large(*, depth: int, size: int, dtype: str, batch_size: int) -> dict[str, Any]:
-    """`configs/inat18.py:method=ce`, on a ResNet of so many layers."""
+    """Return `configs/inat18.py:method=ce` for a ResNet of `depth` layers."""
     config = inat18.get_config(f"method=ce,model=resnet{depth},size={size}")
     config.model.dtype = dtype
     config.batch_size = batch_size
@@ -84,13 +83,13 @@ def large(*, depth: int, size: int, dtype: str, batch_size: int) -> dict[str, An
 
 
 def made_up_large(*, width: int, height: int, count: int = 64):
-    """Within the block, every data set is iNaturalist 2018 with `count` different images, JPEGs in memory."""
+    """Replace every data set inside the block by iNaturalist 2018 with `count` different JPEGs in memory."""
     stored = decode.inaturalist(decode.Held(decode.made_up(count, width, height)))
     return mock.patch.object(data, "load", lambda *_: stored)
 
 
 class Program(NamedTuple):
-    """A compiled dispatch, and what was measured of it."""
+    """A compiled dispatch and its measurements."""
 
     prepared: Prepared
     compiled: Any
@@ -98,21 +97,21 @@ class Program(NamedTuple):
     row: dict[str, Any]
 
     def dispatch(self, source: Any) -> float:
-        """-> seconds until the device is done."""
+        """Run a dispatch; return the seconds until the device is done."""
         began = time.perf_counter()
         self.carried[0], _ = jax.block_until_ready(self.compiled(self.carried[0], source))
         self.carried[1] += self.row["steps"]
         return time.perf_counter() - began
 
     def held(self, source: Any) -> Any:
-        """A source whose batches are those of the next dispatch."""
+        """Return a source with the batches of the next dispatch."""
         if not isinstance(source, Chunk):
             return source
         return source._replace(first=jnp.asarray(self.carried[1], jnp.int32))
 
 
 def compile_all(prepared: Sequence[Prepared], flags: str, steps: int) -> list[Program]:
-    """Programs of the same flags; they are traced one after the other and compiled side by side."""
+    """Trace programs of the same flags one after the other, and compile them in parallel."""
 
     def compiled(lowered: Any) -> tuple[Any, float]:
         began = time.perf_counter()
@@ -125,8 +124,8 @@ def compile_all(prepared: Sequence[Prepared], flags: str, steps: int) -> list[Pr
     ]
     programs = []
     with ThreadPoolExecutor(len(lowered)) as pool:
-        for each, state, (made, seconds) in zip(prepared, states, pool.map(compiled, lowered), strict=True):
-            memory = made.memory_analysis()
+        for each, state, (executable, seconds) in zip(prepared, states, pool.map(compiled, lowered), strict=True):
+            memory = executable.memory_analysis()
             row = {
                 "dtype": each.experiment.config.model["dtype"],
                 "batch_size": each.experiment.config.batch_size,
@@ -135,12 +134,12 @@ def compile_all(prepared: Sequence[Prepared], flags: str, steps: int) -> list[Pr
                 "compile_seconds": seconds,
                 "bytes_by_xla": memory and memory.temp_size_in_bytes + memory.argument_size_in_bytes,
             }
-            programs.append(Program(each, made, [state, 0], row))
+            programs.append(Program(each, executable, [state, 0], row))
     return programs
 
 
 def measure(programs: Sequence[Program], repeats: int) -> list[Any]:
-    """Time them in turns -> their sources, kept on the device."""
+    """Time programs in turns. Return their sources, which stay on the device."""
     sources = []
     for program in programs:
         with program.prepared.batches(program.row["steps"]) as feed:
@@ -158,13 +157,13 @@ def measure(programs: Sequence[Program], repeats: int) -> list[Any]:
 
 
 def memory(prepared: Prepared) -> dict[str, int | None]:
-    """Bytes on a device: what `--dry_run` says, and the most that this process has had so far."""
+    """Return bytes on a device: `--dry_run`'s estimate, and the peak of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return {"bytes_by_dry_run": prepared.expected_bytes(), "peak_bytes": stats.get("peak_bytes_in_use")}
 
 
 def streamed(program: Program, dispatches: int) -> dict[str, Any]:
-    """Images a second as training gets them, after two dispatches that fill the stream."""
+    """Measure images a second through the stream, after two dispatches that fill it."""
     steps, seconds, before = program.row["steps"], [], 0.0
     total = program.carried[1] + (dispatches + 2) * steps
     with program.prepared.batches(total) as feed:
@@ -184,7 +183,7 @@ def streamed(program: Program, dispatches: int) -> dict[str, Any]:
 
 
 def traced(call: Callable[[], Any]) -> dict[str, Any]:
-    """Kernels of a call by the time that they take: of the device's own streams, on a CPU of XLA's threads."""
+    """Sum up the kernels of a call by time: of the device's streams, or on a CPU of XLA's threads."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             call()
@@ -200,8 +199,7 @@ def traced(call: Callable[[], Any]) -> dict[str, Any]:
 
 
 def summarise(events: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
-    """Of (name, start, duration) in ns: the time from the first to the last, the share of it in which one ran, and the
-    names that take most of it."""
+    """Sum up events (name, start, duration in ns): their span, its busy share, and the names with the most time."""
     busy = until = 0.0
     for _, start, duration in sorted(events, key=lambda event: event[1]):
         busy += max(0.0, start + duration - max(start, until))
@@ -220,12 +218,12 @@ def summarise(events: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
 
 
 def table(numbers: Mapping[str, Any]) -> Table:
-    made = Table(title=f"{numbers['net']}, {numbers['num_devices']} x {numbers['device']}")
+    grid = Table(title=f"{numbers['net']}, {numbers['num_devices']} x {numbers['device']}")
     for head in ("data type", "batch", "flags", "compiled in s", "ms a step", "images/s", "streamed", "MB at most"):
-        made.add_column(head, justify="right")
+        grid.add_column(head, justify="right")
     for row in numbers["programs"]:
         flow, most = row.get("streamed"), row.get("peak_bytes")
-        made.add_row(
+        grid.add_row(
             row["dtype"],
             str(row["batch_size"]),
             row["flags"],
@@ -235,22 +233,22 @@ def table(numbers: Mapping[str, Any]) -> Table:
             f"{flow['images_per_second']:,.0f}" if flow else "-",
             f"{most / 1e6:,.0f} (--dry_run: {row['bytes_by_dry_run'] / 1e6:,.0f})" if most else "-",
         )
-    return made
+    return grid
 
 
 @contextlib.contextmanager
 def prepared_programs(args: argparse.Namespace) -> Iterator[list[Prepared]]:
-    """One for each data type and batch size."""
+    """Prepare a run for each data type and batch size."""
     shapes = [dict(dtype=dtype, batch_size=size) for dtype in args.dtype for size in args.batch_size]
     if args.net == "resnet50":
         width, height = map(int, args.jpegs.split("x"))
         with made_up_large(width=width, height=height):
             yield [prepare(large(depth=args.depth or 50, size=args.size, **shape), None) for shape in shapes]
     else:
-        own = dict(depth=args.depth or 32, width=args.width)
+        size = dict(depth=args.depth or 32, width=args.width)
         with tempfile.TemporaryDirectory() as folder:
             cifar_step.write_random_images(Path(folder), per_class=500)
-            yield [prepare(cifar_step.one_epoch_config(**own, **shape), Path(folder)) for shape in shapes]
+            yield [prepare(cifar_step.one_epoch_config(**size, **shape), Path(folder)) for shape in shapes]
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -259,14 +257,14 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
     parser.add_argument("--batch_size", type=int, nargs="+", default=[128])
     parser.add_argument("--flags", choices=tuple(FLAGS), nargs="+", default=["default"])
-    parser.add_argument("--steps", type=int, default=0, help="to a dispatch; 0: 85, of resnet50 4")
-    parser.add_argument("--repeats", type=int, default=5, help="dispatches that are timed")
-    parser.add_argument("--stream", type=int, default=0, metavar="N", help="of resnet50: dispatches of decoded JPEGs")
-    parser.add_argument("--jpegs", default="800x600", help="their size")
+    parser.add_argument("--steps", type=int, default=0, help="steps in a dispatch; 0: 85, or 4 of resnet50")
+    parser.add_argument("--repeats", type=int, default=5, help="timed dispatches")
+    parser.add_argument("--stream", type=int, default=0, metavar="N", help="resnet50: dispatches of decoded JPEGs")
+    parser.add_argument("--jpegs", default="800x600", help="size of the JPEGs")
     parser.add_argument("--trace", action="store_true", help="sum up one dispatch's kernels")
-    parser.add_argument("--depth", type=int, default=0, help="of the network, instead of 32 or 50")
-    parser.add_argument("--width", type=int, default=16, help="of resnet32: channels of its first stage")
-    parser.add_argument("--size", type=int, default=224, help="of resnet50: pixels")
+    parser.add_argument("--depth", type=int, default=0, help="depth of the network, instead of 32 or 50")
+    parser.add_argument("--width", type=int, default=16, help="resnet32: channels of its first stage")
+    parser.add_argument("--size", type=int, default=224, help="resnet50: side of the images in pixels")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
 

@@ -1,18 +1,18 @@
-"""DRO-LT's loss over many classes: forward and backward of one batch, in time and memory. From the checkout's root:
+"""Measure time and memory of DRO-LT's loss and its gradient over many classes. From the root of the checkout:
 
     python -m benchmarks.dro_loss                                # 1,000 and 8,142 classes: minutes on a CPU
     python -m benchmarks.dro_loss --num_classes 100 --dim=64 --batch_size=32           # a quick look
     python -m benchmarks.dro_loss --out=dro_loss.json
 
-Three ways to the loss and its gradient to features and margins:
+Three implementations compute the loss and its gradient to features and margins:
 
-- ltjax: `ltjax.losses.dro_loss`, the distances of the batch to its own centroids from a matrix product, [B, B];
-- naive: the formula as written, in JAX: the differences of every centroid and every example, [C, B, D];
-- torch: the distances of every centroid and every example by `torch.cdist`, [C, B]; where torch can be imported.
+- ltjax: `ltjax.losses.dro_loss`, distances of the batch to its classes' centroids by a matrix product, [B, B];
+- naive: the formula as written, in JAX: differences of every centroid and every example, [C, B, D];
+- torch: distances of every centroid and every example by `torch.cdist`, [C, B]; if PyTorch is installed.
 
-Each runs in a fresh process, one after the other. Per way and number of classes: the median time of a call; the
-device's memory by XLA's own plan; on Linux how far the process's resident memory peaks above where it was before the
-first call, which is all that can be seen of torch on a CPU; and how far loss and gradients are from the naive ones.
+Each runs in a new process, one after the other. The table has the median time of a call, the device's memory by XLA's
+plan, on Linux the growth of the process's peak resident memory in the first call (the only figure for torch on a CPU),
+and the largest difference of loss and gradients from the naive ones.
 """
 
 import argparse
@@ -38,24 +38,24 @@ from ltjax.runs import results
 from ltjax.system.files import write_json
 
 TEMPERATURE = 1.0
-CLOSE = 1e-4  # of loss and gradients, relative to the largest number of each: float32 in another order of sums
+CLOSE = 1e-4  # tolerance of loss and gradients, relative to their largest number; float32 sums in another order
 MEMORY = {"plan_bytes": "XLA's plan", "resident_growth_bytes": "resident growth"}
 
 
 def batch(batch_size: int, num_classes: int, dim: int) -> tuple[np.ndarray, ...]:
-    """features [B, D], labels [B], centroids [C, D], margins [C]; float32.
+    """Draw features [B, D], labels [B], centroids [C, D] and margins [C], in float32.
 
-    Centroids lie closer together than features do: were the classes far apart, gradients would be rounding alone.
+    Centroids are closer together than features: with distant classes, gradients would be rounding noise.
     """
     rng = np.random.default_rng(0)
     centroids = rng.standard_normal((num_classes, dim), np.float32) / 10
-    labels = rng.integers(num_classes, size=batch_size // 4).repeat(4)  # 4 images a class, as the method samples
+    labels = rng.integers(num_classes, size=batch_size // 4).repeat(4)  # 4 images of a class in a row, as in the method
     features = centroids[labels] + rng.standard_normal((len(labels), dim), np.float32)
     return features, labels, centroids, rng.uniform(0, 2, num_classes).astype(np.float32)
 
 
 def naive(features, labels, centroids, *, margins, temperature):
-    """The loss as the paper writes it, but for the sum of exponentials, which is kept from underflowing."""
+    """Compute the loss as in the paper, but with a sum of exponentials that cannot underflow."""
     import jax
     import jax.numpy as jnp
 
@@ -68,7 +68,7 @@ def naive(features, labels, centroids, *, margins, temperature):
 
 
 def with_jax(loss, features, labels, centroids, margins):
-    """-> call() -> (loss, gradient to features, to margins), the device, and XLA's plan of memory in bytes."""
+    """Return call() -> (loss, gradient to features, to margins), the device, and XLA's plan of memory in bytes."""
     import jax
 
     def both(features, labels, centroids, margins):
@@ -89,7 +89,7 @@ def with_jax(loss, features, labels, centroids, margins):
 
 
 def with_torch(features, labels, centroids, margins):
-    """As `with_jax`, without a plan."""
+    """Return the same as `with_jax`, without a plan."""
     import torch  # pyrefly: ignore[missing-import]
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,18 +109,18 @@ def with_torch(features, labels, centroids, margins):
 
 
 def resident(field: str) -> int | None:
-    """VmRSS or VmHWM (its peak) of this process in bytes; None where the system does not say."""
+    """Read VmRSS or VmHWM (its peak) of this process in bytes; return None if the system has no such file."""
     try:
-        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return 1024 * int(found[1]) if found else None
+    return 1024 * int(match[1]) if match else None
 
 
 def peak_growth(call) -> int | None:
-    """Bytes that the peak of resident memory during call() lies above what was resident before."""
+    """Return the growth of peak resident memory during call(), in bytes."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         call()
         return None
@@ -130,15 +130,15 @@ def peak_growth(call) -> int | None:
     return None if before is None or after is None else max(0, after - before)
 
 
-def measure_here(way: str, repeats: int, found: Path, *shape: int) -> dict[str, Any]:
-    """The numbers of one way in this process; loss and gradients go to the npz file `found`."""
+def measure_here(way: str, repeats: int, arrays: Path, *shape: int) -> dict[str, Any]:
+    """Measure one implementation in this process; write loss and gradients to the npz file `arrays`."""
     if way == "torch":
         build = with_torch
     else:
         from ltjax import losses
 
         build = functools.partial(with_jax, naive if way == "naive" else losses.dro_loss)
-    build(*batch(4, 2, 2))[0]()  # starts the threads and whatever else a first call starts
+    build(*batch(4, 2, 2))[0]()  # a first call starts threads
     call, device, plan = build(*batch(*shape))
     growth = peak_growth(call)
     seconds, numbers = [], ()
@@ -147,7 +147,7 @@ def measure_here(way: str, repeats: int, found: Path, *shape: int) -> dict[str, 
         numbers = call()
         seconds.append(time.perf_counter() - started)
     loss, to_features, to_margins = map(np.asarray, numbers)
-    np.savez(found, loss=loss, features=to_features, margins=to_margins)
+    np.savez(arrays, loss=loss, features=to_features, margins=to_margins)
     return {
         "device": device,
         "seconds": seconds,
@@ -158,19 +158,19 @@ def measure_here(way: str, repeats: int, found: Path, *shape: int) -> dict[str, 
 
 
 def measure(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """{way: numbers} at (batch size, classes, dimensions), each from a process of its own."""
+    """Return {implementation: numbers} at (batch size, classes, dimensions), each from its own process."""
     ways = ["ltjax", "naive"] + (["torch"] if importlib.util.find_spec("torch") else [])
     numbers, arrays = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for way in ways:
-            found, told = Path(folder) / f"{way}.npz", Path(folder) / f"{way}.json"
-            child = [way, str(repeats), str(found), str(told), *map(str, shape)]
+            npz_file, json_file = Path(folder) / f"{way}.npz", Path(folder) / f"{way}.json"
+            child = [way, str(repeats), str(npz_file), str(json_file), *map(str, shape)]
             subprocess.run([sys.executable, "-m", "benchmarks.dro_loss", "--child", *child], check=True)
-            numbers[way], arrays[way] = json.loads(told.read_text()), dict(np.load(found))
+            numbers[way], arrays[way] = json.loads(json_file.read_text()), dict(np.load(npz_file))
     for way in ways:
         numbers[way]["difference_from_naive"] = {
-            name: float(np.abs(arrays[way][name] - wanted).max() / np.abs(wanted).max())
-            for name, wanted in arrays["naive"].items()
+            name: float(np.abs(arrays[way][name] - expected).max() / np.abs(expected).max())
+            for name, expected in arrays["naive"].items()
         }
         numbers[way]["over_ltjax"] = {
             key: ratio(numbers[way][key], numbers["ltjax"][key]) for key in ("median_seconds", *MEMORY)
@@ -183,15 +183,15 @@ def ratio(theirs: float | None, ours: float | None) -> float | None:
 
 
 def table(shape: tuple[int, int, int], numbers: dict[str, Any]) -> Table:
-    made = Table(title="batch {}, {:,} classes, {} dimensions".format(*shape))
+    grid = Table(title="batch {}, {:,} classes, {} dimensions".format(*shape))
     for name in ("", "ms a call", *(f"MB, {title}" for title in MEMORY.values()), "difference from naive"):
-        made.add_column(name, justify="right")
+        grid.add_column(name, justify="right")
     for way, row in numbers.items():
         times = {key: "" if r is None else f" ({r:,.1f}x)" for key, r in row["over_ltjax"].items()}
         memory = ["-" if row[key] is None else f"{row[key] / 1e6:.1f}{times[key]}" for key in MEMORY]
         milliseconds = f"{1e3 * row['median_seconds']:.2f}{times['median_seconds']}"
-        made.add_row(f"{way}, {row['device']}", milliseconds, *memory, f"{farthest(row):.1e}")
-    return made
+        grid.add_row(f"{way}, {row['device']}", milliseconds, *memory, f"{farthest(row):.1e}")
+    return grid
 
 
 def farthest(row: dict[str, Any]) -> float:
@@ -201,14 +201,14 @@ def farthest(row: dict[str, Any]) -> float:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--child"]:
-        way, repeats, found, told, *shape = argv[1:]
-        write_json(Path(told), measure_here(way, int(repeats), Path(found), *map(int, shape)))
+        way, repeats, npz_file, json_file, *shape = argv[1:]
+        write_json(Path(json_file), measure_here(way, int(repeats), Path(npz_file), *map(int, shape)))
         return 0
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dro_loss", description=__doc__.splitlines()[0])
     parser.add_argument("--num_classes", type=int, nargs="+", default=[1000, 8142], help="ImageNet-LT's, iNaturalist's")
     parser.add_argument("--batch_size", type=int, default=128, help="a multiple of 4")
-    parser.add_argument("--dim", type=int, default=2048, help="of the features")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each")
+    parser.add_argument("--dim", type=int, default=2048, help="dimensions of the features")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each implementation")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     commit, sizes = results.git_commit(), []
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(table(shape, ways))
         sizes.append({"num_classes": num_classes, "ways": ways})
     same = all(farthest(row) < CLOSE for size in sizes for row in size["ways"].values())
-    print(f"the same numbers: {'yes' if same else 'NO'}, to {CLOSE:g}")
+    print(f"numbers agree to {CLOSE:g}: {'yes' if same else 'NO'}")
     if args.out:
         numbers = {
             "benchmark": "dro_loss",

@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step: counted by hand, and by XLA. Used by cifar_step and adversarial_step.
+"""Count a training step's floating-point operations, by hand and by XLA, for cifar_step and adversarial_step.
 
 A multiplication and an addition are two operations. As in XLA's count, products with the zeros of padding, and with
-those between the pixels of a strided convolution's input gradient, do not count. The count by hand has convolutions and
-the classifier only; XLA's also has batch norm, the loss, the optimizer, drawing and augmenting the batch.
+those between the pixels of a strided convolution's input gradient, do not count. The count by hand has only
+convolutions and the classifier; XLA's also has batch norm, the loss, the optimizer, sampling and augmentation.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from ltjax.system import parallel
 
 
 class Convolution(NamedTuple):
-    """Padded by (kernel - 1) / 2 pixels on each side."""
+    """A convolution, padded by (kernel - 1) / 2 pixels on each side."""
 
-    came: int  # channels in
+    channels_in: int
     out: int
-    size: int  # pixels along a side that come in
+    size: int  # pixels along a side of the input
     kernel: int = 3
     strides: int = 1
 
@@ -34,45 +34,46 @@ class Convolution(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """Of one image, forward; the gradient to the kernel, and that to the input, takes as many."""
-        padding = (self.kernel - 1) // 2  # along one axis, pairs of an output and a tap that meet a pixel:
+        """Count operations of a forward pass of one image; each of the two gradients takes as many."""
+        padding = (self.kernel - 1) // 2  # along one axis, count pairs of an output and a tap on a pixel:
         pixels = [self.strides * y + tap - padding for y in range(self.size_out) for tap in range(self.kernel)]
-        return 2 * sum(0 <= pixel < self.size for pixel in pixels) ** 2 * self.came * self.out
+        return 2 * sum(0 <= pixel < self.size for pixel in pixels) ** 2 * self.channels_in * self.out
 
 
 class Network(NamedTuple):
     """Operations for one image."""
 
     forward: int
-    first: int  # the first convolution's part of it
+    first: int  # those of the first convolution
     classifier: int
 
     @property
     def ascent(self) -> int:
-        """A step of an attack: forward, and the gradient to the image."""
+        """Count a step of an attack: forward, and the gradient to the image."""
         return 2 * self.forward
 
     @property
     def training(self) -> int:
-        """Forward and both gradients of every layer, but no gradient to the image."""
+        """Count forward and both gradients of every layer, but no gradient to the image."""
         return 3 * self.forward - self.first
 
 
 def network(model: Mapping[str, Any], num_classes: int, *, size: int = 32, channels: int = 3) -> Network:
-    """model: as in a config: name (any of `ltjax.models.MODELS`), depth, width and what else there is.
+    """Count the operations of a network, given its settings `config.model`.
 
-    Raises: ValueError for bottlenecks and the stem for large images, which are not counted here.
+    Raises:
+        ValueError: For bottlenecks and the stem for large images, which are not counted here.
     """
     if model.get("stem", "small") != "small" or (model["name"] == "resnet" and model["depth"] >= 50):
-        raise ValueError(f"no count by hand for {dict(model)}: basic blocks and the small stem alone")
+        raise ValueError(f"no count by hand for {dict(model)}: only basic blocks and the small stem are counted")
     layers = convolutions(size=size, channels=channels, **{key: model[key] for key in ("name", "depth", "width")})
     classifier = 2 * layers[-1].out * num_classes
     return Network(sum(layer.operations for layer in layers) + classifier, layers[0].operations, classifier)
 
 
 def convolutions(*, name: str, depth: int, width: int, size: int = 32, channels: int = 3) -> list[Convolution]:
-    """Those of a network of `ltjax.models` with its default strides, the first one first and one of the last last."""
-    projects = name != "resnet_cifar"  # a 1x1 convolution where a shortcut changes the shape
+    """List a network's convolutions with its default strides; the first is first, one of the last stage is last."""
+    projects = name != "resnet_cifar"  # a 1x1 convolution if a shortcut changes the shape
     if name in ("resnet_cifar", "wide_resnet"):
         stem, features = (width, width) if name == "resnet_cifar" else (16, 16 * width)
         blocks, strides = 3 * [(depth - (2 if name == "resnet_cifar" else 4)) // 6], (1, 2, 2)
@@ -91,20 +92,20 @@ def convolutions(*, name: str, depth: int, width: int, size: int = 32, channels:
 
 
 def by_hand(depth: int, *, width: int, num_classes: int, backbone_trains: bool = True, **shape: int) -> int:
-    """Operations for one image of a step of `ltjax.models.resnet_cifar`.
+    """Count operations for one image of a step of `ltjax.models.resnet_cifar`.
 
-    backbone_trains: every convolution also has a gradient for its kernel and, but for the first, for its input: as many
-    products again, each. Frozen: the backbone runs forward only, and only the classifier's own weights have a gradient.
+    If the backbone trains, each convolution has two gradients (the first has one), with as many products each. If it is
+    frozen, it only runs forward, and only the classifier's weights have a gradient.
     """
     net = network(dict(name="resnet_cifar", depth=depth, width=width), num_classes, **shape)
     return net.training if backbone_trains else net.forward + net.classifier
 
 
 def of_step(method: str, net: Network, guide: Network | None, *, num_steps: int, beta: float = 0.0) -> int:
-    """The least operations for one image of a step of "pgd" (the attack alone, on the KL), "pgd_at" or "lbgat".
+    """Count the minimum of operations for one image of a step of "pgd" (the attack alone), "pgd_at" or "lbgat".
 
-    The natural prediction is one forward pass, an attack's step a forward pass and a gradient to the image. LBGAT at
-    beta = 0 needs of the clean images no more than the batch norms' statistics: a forward pass without the classifier.
+    The natural prediction is one forward pass, and an attack's step a forward pass and a gradient to the image. With
+    beta = 0, LBGAT needs only the batch norms' statistics of clean images: a forward pass without the classifier.
     """
     attack = num_steps * net.ascent
     if method == "pgd_at":
@@ -117,7 +118,7 @@ def of_step(method: str, net: Network, guide: Network | None, *, num_steps: int,
 
 
 def by_xla(experiment: Experiment, stage: StageConfig) -> float:
-    """Operations for one image of a stage's step as XLA counts them."""
+    """Count operations for one image of a stage's step by XLA."""
     return operations(step_program(experiment, stage)) / experiment.config.batch_size
 
 
@@ -126,12 +127,12 @@ def operations(program: jax.stages.Compiled) -> float:
 
 
 def with_attack(count: Callable[[int], float], num_steps: int) -> float:
-    """XLA's count of a program with an attack of `num_steps` steps. count: of one with so many steps -> its operations.
+    """Count, by XLA, a program with an attack of `num_steps` steps; `count` does so for unrolled attacks.
 
-    XLA counts a loop's body once, however often it runs. So programs of one and of two steps are written out, and each
-    further step takes as many operations as the second.
+    XLA counts a loop's body once. So programs of one and of two steps are unrolled and counted, and each further step
+    takes as many operations as the second.
     """
-    with written_out():
+    with unrolled():
         if num_steps <= 2:
             return count(num_steps)
         one = count(1)
@@ -139,20 +140,20 @@ def with_attack(count: Callable[[int], float], num_steps: int) -> float:
 
 
 @contextlib.contextmanager
-def written_out():
-    """What is traced in here has attacks without a loop."""
+def unrolled():
+    """Trace attacks inside the block without a loop."""
     looped = attacks.pgd
 
-    def unrolled(*given: Any, **how: Any) -> Any:
-        how["unroll"] = True
-        return looped(*given, **how)
+    def pgd(*args: Any, **settings: Any) -> Any:
+        settings["unroll"] = True
+        return looped(*args, **settings)
 
-    with mock.patch.object(attacks, "pgd", unrolled):
+    with mock.patch.object(attacks, "pgd", pgd):
         yield
 
 
 def plain_nets(run: RunConfig, num_classes: int) -> dict[str, Any]:
-    """A run's networks with the convolution of accelerators: ours for CPU writes zeros out and multiplies with them."""
+    """Return a run's networks with the convolutions of accelerators; those for CPUs multiply with zeros."""
     nets = {}
     for name, settings in (("net", run.model), ("guide", run.guide)):
         if settings:
@@ -162,9 +163,9 @@ def plain_nets(run: RunConfig, num_classes: int) -> dict[str, Any]:
 
 
 def step_program(experiment: Experiment, stage: StageConfig, num_steps: int = 1) -> jax.stages.Compiled:
-    """A stage's step with the plain convolution of accelerators, compiled for one CPU device and not run.
+    """Compile a stage's step for one CPU device, with the convolutions of accelerators.
 
-    One step, because XLA counts a loop's body once; of a scan of one step it makes the step alone.
+    There is one step, because XLA counts a loop's body once; XLA compiles a scan of one step as the step.
     """
     cpu = jax.devices("cpu")[0]
     nets = plain_nets(experiment.config, len(experiment.class_names))
@@ -177,5 +178,5 @@ def step_program(experiment: Experiment, stage: StageConfig, num_steps: int = 1)
 
 
 def compile_to_count(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """All that XLA does to the operations, and little of what comes after, since nothing is run."""
+    """Compile with XLA's passes on operations, but with few later ones, since the program never runs."""
     return lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})

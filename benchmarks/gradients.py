@@ -1,11 +1,11 @@
-"""How far bfloat16 turns the gradients of convolution kernels, beside float32. From the root of the checkout:
+"""Compare the gradients of convolution kernels in bfloat16 and float32. From the root of the checkout:
 
-    python -m benchmarks.gradients --data_dir=DATA          # CIFAR-100, ResNet-32; ResNet-50 on made-up images
+    python -m benchmarks.gradients --data_dir=DATA          # CIFAR-100, ResNet-32; ResNet-50 on synthetic images
     python -m benchmarks.gradients --nets resnet32 --depth=8
 
-Of the first batch of a new network, without augmentation. A step of plain gradient descent at rate 1 takes the gradient
-away from the kernel. Of each kernel the cosine of both gradients, and the length of their difference over that of
-float32's. Set JAX_DEFAULT_MATMUL_PRECISION=highest on an accelerator, where float32 is less by default.
+The gradients are of the first batch of a new network, without augmentation: a step of plain gradient descent at rate 1
+subtracts the gradient from the kernel. For each kernel, it computes the cosine of both gradients, and the length of
+their difference relative to float32's. On an accelerator, set JAX_DEFAULT_MATMUL_PRECISION=highest for full float32.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NETS = ("resnet32", "resnet50")
 
 
 def kernel_gradients(values: Mapping[str, Any], data_dir: Path | None = None) -> dict[str, np.ndarray]:
-    """{path: gradient of a convolution kernel} on the first batch of a config's first stage."""
+    """Return {path: gradient of a convolution kernel} on the first batch of a config's first stage."""
     first = values["stages"][0]
     plain = dict(lr=1.0, schedule=dict(kind="constant"), augment={}, optimizer=dict(momentum=0.0))
     still = dict(momentum=0.0, nesterov=False, weight_decay=0.0)
@@ -42,21 +42,21 @@ def kernel_gradients(values: Mapping[str, Any], data_dir: Path | None = None) ->
         state, metrics = prepared.compiled.run(state, feed.take(0, 1, 0), 1)
     kept = jax.tree.leaves((state.variables, state.opt_state, metrics))
     if others := {x.dtype.name for x in kept} - {"float32", "int32", "uint32"}:
-        raise RuntimeError(f"a step keeps {min(others)}: only what is inside a network may be narrow")
+        raise RuntimeError(f"a step stores {min(others)}: only activations may have less precision")
     after = optim.flatten(state.variables.params)
     return {path: before[path] - np.asarray(after[path]) for path in before if before[path].ndim == 4}
 
 
 def compare(exact: Mapping[str, np.ndarray], rounded: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """{path: {"cosine", "relative_error"}} of the kernels whose gradient is not zero."""
-    found = {}
+    """Return {path: {"cosine", "relative_error"}} of the kernels with a non-zero gradient."""
+    differences = {}
     for path, gradient in exact.items():
         length, other = np.linalg.norm(gradient), rounded[path]
         if length:
             cosine = (gradient * other).sum() / (length * max(np.linalg.norm(other), np.finfo(np.float32).tiny))
             error = np.linalg.norm(other - gradient) / length
-            found[path] = {"cosine": float(cosine), "relative_error": float(error)}
-    return found
+            differences[path] = {"cosine": float(cosine), "relative_error": float(error)}
+    return differences
 
 
 def measure(net: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def measure(net: str, args: argparse.Namespace) -> dict[str, Any]:
                 args.data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 cifar_step.write_random_images(args.data_dir, per_class=500)
         both = [{**values, "model": {**values["model"], "dtype": dtype}} for dtype in ("float32", "bfloat16")]
-        with ThreadPoolExecutor(len(both)) as pool:  # they are compiled side by side
+        with ThreadPoolExecutor(len(both)) as pool:  # they compile in parallel
             kernels = compare(*pool.map(partial(kernel_gradients, data_dir=args.data_dir), both))
     cosines = [each["cosine"] for each in kernels.values()]
     return {"median_cosine": statistics.median(cosines), "smallest_cosine": min(cosines), "kernels": kernels}
@@ -82,9 +82,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gradients", description=__doc__.splitlines()[0])
     parser.add_argument("--nets", choices=NETS, nargs="+", default=list(NETS))
     parser.add_argument("--batch", type=int, default=128, help="images")
-    parser.add_argument("--data_dir", type=Path, help="prepared CIFAR-100 (default: made-up images)")
-    parser.add_argument("--depth", type=int, default=0, help="of both networks, instead of 32 and 50")
-    parser.add_argument("--size", type=int, default=224, help="of resnet50: pixels")
+    parser.add_argument("--data_dir", type=Path, help="prepared CIFAR-100 (default: synthetic images)")
+    parser.add_argument("--depth", type=int, default=0, help="depth of both networks, instead of 32 and 50")
+    parser.add_argument("--size", type=int, default=224, help="resnet50: side of the images in pixels")
     parser.add_argument("--out", type=Path, help="JSON file to write, after each network")
     return parser
 
@@ -94,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     devices.use_cpu_cores(args.batch)
     numbers: dict[str, Any] = {**provenance.of("gradients", arguments), "batch_size": args.batch, "nets": {}}
     for net in args.nets:
-        found = numbers["nets"][net] = measure(net, args)
+        figures = numbers["nets"][net] = measure(net, args)
         provenance.write(args.out, numbers)
         print(
-            f"{net}: cosine of bfloat16's and float32's gradient of {len(found['kernels'])} kernels: "
-            f"{found['median_cosine']:.4f} by the median, {found['smallest_cosine']:.4f} at least",
+            f"{net}: cosine of bfloat16's and float32's gradient of {len(figures['kernels'])} kernels: "
+            f"{figures['median_cosine']:.4f} by the median, {figures['smallest_cosine']:.4f} at least",
             flush=True,
         )
 

@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its text: XLA's optimised HLO, StableHLO as it is lowered, and GPU thunks.
+"""Read the text of a compiled program for `benchmarks.compiled`: optimised HLO, lowered StableHLO, and GPU thunks.
 
-Used by `benchmarks.compiled`. Nothing here starts JAX.
+Nothing here starts JAX.
 """
 
 import math
@@ -19,7 +19,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# What moves no data, or is counted where its work is: a loop's in its body, an asynchronous operation's at its start.
+# Operations that move no data, or are counted elsewhere: loops in their body, asynchronous operations at their start.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"),
     *("partition-id", "replica-id", "add-dependency", "opt-barrier", "async-start", "async-update", "domain"),
@@ -27,7 +27,7 @@ FREE = {
 # Custom calls of the TPU's compiler that only name memory.
 NAMES_MEMORY = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding")
 HOST = ("infeed", "outfeed", "send", "recv")
-FAST_MEMORY = "S(1)"  # in a layout: the TPU's vector memory; no mark is HBM, S(5) the host's
+FAST_MEMORY = "S(1)"  # in a layout: the TPU's vector memory; no mark is HBM, S(5) is the host's memory
 
 
 class Instruction(NamedTuple):
@@ -35,7 +35,7 @@ class Instruction(NamedTuple):
     shape: str  # such as "f32[128,64]{1,0}", or a tuple of them
     opcode: str
     operands: tuple[str, ...]  # names
-    attributes: str  # the rest of the line; of a constant or a parameter, with its value or number in brackets
+    attributes: str  # the rest of the line; it starts with the value of a constant, or the number of a parameter
 
 
 Computation = dict[str, Instruction]
@@ -47,7 +47,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """XLA's text of a module, as of `jax.stages.Compiled.as_text()`. Raises: ValueError if it has no entry."""
+    """Parse XLA's text of a module, from `jax.stages.Compiled.as_text()`. Raise ValueError if it has no entry."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -56,31 +56,31 @@ def parse(text: str) -> Module:
             entry = opened[2] if opened[1] else entry
         elif line.startswith("}"):
             current = None
-        elif current is not None and (found := _instruction(line)):
-            current[found.name] = found
+        elif current is not None and (instruction := _instruction(line)):
+            current[instruction.name] = instruction
     if entry not in computations:
         raise ValueError("this is no HLO module: it has no ENTRY computation")
     return Module(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
-    found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
-    if not found:
+    match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+    if not match:
         return None
-    rest = line[found.end() :]
+    rest = line[match.end() :]
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = re.sub(r"/\*.*?\*/", "", rest[:end]), rest[end:].lstrip()
     opcode, _, _ = rest.partition("(")
     end = _closing(rest, len(opcode))
     if opcode in ("constant", "parameter"):
-        return Instruction(found[1], shape, opcode, (), rest[len(opcode) :])
+        return Instruction(match[1], shape, opcode, (), rest[len(opcode) :])
     inside = re.sub(r"/\*.*?\*/", "", rest[len(opcode) + 1 : end])
     names = tuple(part.split()[-1].lstrip("%") for part in _split(inside))
-    return Instruction(found[1], shape, opcode, names, rest[end + 1 :])
+    return Instruction(match[1], shape, opcode, names, rest[end + 1 :])
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Find the end of the parenthesis that opens at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -90,7 +90,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside of brackets."""
+    """Split at commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -102,44 +102,44 @@ def _split(text: str) -> list[str]:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """(type, dimensions, layout) of each array in the text of a shape."""
-    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?", shape)
-    return [(kind, tuple(int(x) for x in dims.split(",") if x), layout) for kind, dims, layout in found]
+    """Return (type, dimensions, layout) of each array in the text of a shape."""
+    matches = re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?", shape)
+    return [(kind, tuple(int(x) for x in dims.split(",") if x), layout) for kind, dims, layout in matches]
 
 
 def size(shape: str, *, outside: str = "") -> int:
-    """Bytes of a shape. outside: leave out arrays whose layout has this mark."""
+    """Count the bytes of a shape, without arrays whose layout has the mark `outside`."""
     counted = [(kind, dims) for kind, dims, layout in arrays(shape) if not outside or outside not in layout]
     return sum(BYTES.get(kind, 4) * math.prod(dims) for kind, dims in counted)
 
 
 def step_loop(module: Module) -> Instruction | None:
-    """The loop over steps: the entry's largest."""
+    """Return the loop over steps: the entry's largest."""
     loops = [each for each in module.computations[module.entry].values() if each.opcode == "while"]
     return max(loops, key=lambda loop: sum(1 for _ in executed(module, _called(loop, "body"))), default=None)
 
 
 def step(module: Module) -> str:
-    """The computation that runs once for each step; where there is no loop over steps, the entry."""
+    """Return the computation of a step; without a loop over steps, the entry."""
     loop = step_loop(module)
     return module.entry if loop is None else _called(loop, "body")
 
 
 def _called(instruction: Instruction, key: str) -> str:
-    found = re.search(rf"\b{key}=%?([\w.\-]+)", instruction.attributes)
-    return found[1] if found else ""
+    match = re.search(rf"\b{key}=%?([\w.\-]+)", instruction.attributes)
+    return match[1] if match else ""
 
 
 class Executed(NamedTuple):
     """One instruction of a computation, or of a loop, branch or call within it."""
 
     instruction: Instruction
-    computation: Computation  # that it stands in
-    times: int  # that it runs, as far as loops say; a loop that does not say counts once
+    computation: Computation  # around it
+    times: int  # executions; loops of unknown length count once
 
 
 def executed(module: Module, name: str, times: int = 1) -> Iterator[Executed]:
-    """All that a computation runs, with what its loops, branches and calls run. Not the insides of fusions."""
+    """Yield the instructions of a computation, its loops, branches and calls, but not of its fusions."""
     for each in module.computations[name].values():
         yield Executed(each, module.computations[name], times)
         if each.opcode == "while":
@@ -153,21 +153,21 @@ def executed(module: Module, name: str, times: int = 1) -> Iterator[Executed]:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often a `while` runs: XLA's note, else the bound of a counter from 0; None if it depends on data."""
+    """Return the iterations of a `while`, from XLA's note or a counter's bound; None if they depend on data."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = module.computations.get(_called(loop, "condition"), {})
     within = [part for each in condition.values() for part, _ in _parts(module, each, condition)]
     compares = [each for each in within if each.opcode == "compare"]
     constants = [each for each in within if each.opcode == "constant"]
-    bounds = [int(found[1]) for each in constants if (found := re.match(r"\((\d+)\)", each.attributes))]
+    bounds = [int(match[1]) for each in constants if (match := re.match(r"\((\d+)\)", each.attributes))]
     if len(compares) == 1 and "direction=LT" in compares[0].attributes and len(bounds) == 1:
         return bounds[0]
     return None
 
 
 def _inside(module: Module, instruction: Instruction) -> Computation:
-    """The computation of a fusion; {} of anything else."""
+    """Return the computation of a fusion; {} for other instructions."""
     if instruction.opcode != "fusion":
         return {}
     return module.computations.get(_called(instruction, "calls"), {})
@@ -176,7 +176,7 @@ def _inside(module: Module, instruction: Instruction) -> Computation:
 def _parts(
     module: Module, instruction: Instruction, computation: Computation
 ) -> Iterator[tuple[Instruction, Computation]]:
-    """An instruction and, of a fusion, all that is inside, fusions in fusions too; each with what stands around it."""
+    """Yield an instruction and, recursively, all instructions of a fusion, each with the computation around it."""
     yield instruction, computation
     inside = _inside(module, instruction)
     for each in inside.values():
@@ -184,25 +184,25 @@ def _parts(
 
 
 class Moved(NamedTuple):
-    """What collectives of one kind move."""
+    """The collectives of one kind."""
 
     count: int
-    size: int  # bytes of what each device gives; of a gather, of what it has afterwards
+    size: int  # bytes that each device sends; of a gather, bytes that it has afterwards
     types: tuple[str, ...]
 
 
 def collectives(module: Module, name: str) -> dict[str, Moved]:
-    """{kind: what it moves} of all collectives that a computation runs, those in fusions included."""
+    """Return {kind: bytes and types} of all collectives of a computation, also in fusions."""
     count: Counter[str] = Counter()
     moved: Counter[str] = Counter()
     types: dict[str, set[str]] = {}
     for each, computation, times in executed(module, name):
-        for one, within in _parts(module, each, computation):
-            kind = one.opcode.removesuffix("-start")
+        for part, within in _parts(module, each, computation):
+            kind = part.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                given = _operands(one, within)
-                # what starts a gather names its operand, too
-                gathered = size(one.shape) - (size(given) if one.opcode != kind else 0)
+                given = _operands(part, within)
+                # the shape of an asynchronous gather includes its operand
+                gathered = size(part.shape) - (size(given) if part.opcode != kind else 0)
                 count[kind] += times
                 moved[kind] += times * (gathered if kind == "all-gather" else size(given))
                 types.setdefault(kind, set()).update(array[0] for array in arrays(given))
@@ -214,10 +214,10 @@ def _operands(instruction: Instruction, computation: Computation) -> str:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Whether an instruction outside of fusions does work of its own: a kernel of a GPU, a fusion or so of a TPU.
+    """Return whether an instruction outside of fusions is a kernel.
 
-    Not: scalars, which a TPU computes beside its vectors, copies between its memories, and the ends of what is
-    asynchronous.
+    Not counted are scalars, which a TPU computes in parallel to its vectors, copies between its memories, and the ends
+    of asynchronous operations.
     """
     if instruction.opcode in FREE or instruction.opcode.endswith("-done") or instruction.opcode == "copy-start":
         return False
@@ -231,7 +231,7 @@ def kernels(module: Module, name: str) -> int:
 
 
 def host_transfers(module: Module, name: str) -> int:
-    """Transfers from or to the host, and calls of it, while a computation runs."""
+    """Count transfers from or to the host, and callbacks, in a computation."""
 
     def counts(each: Instruction) -> bool:
         calls = each.opcode == "custom-call" and re.search(r'target="[^"]*(callback|Host)', each.attributes)
@@ -242,17 +242,17 @@ def host_transfers(module: Module, name: str) -> int:
 
 
 def dynamic_loops(module: Module, name: str) -> int:
-    """Loops within a computation that end when the data says so: on a GPU the host waits for each of their turns."""
+    """Count loops whose length depends on data: a GPU's host waits for each of their iterations."""
     loops = [each for each, _, _ in executed(module, name) if each.opcode == "while"]
     return sum(trip_count(module, each) is None for each in loops)
 
 
 def wide_windows(module: Module, name: str, least: int = 8) -> int:
-    """Convolutions whose kernel is at least `least` pixels wide: weight gradients written as forward convolutions."""
+    """Count convolutions with a kernel of `least` pixels or more: weight gradients as forward convolutions."""
 
     def wide(each: Instruction) -> bool:
-        found = re.search(r"window=\{size=([\dx]+)", each.attributes)
-        return found is not None and max(map(int, found[1].split("x"))) >= least
+        match = re.search(r"window=\{size=([\dx]+)", each.attributes)
+        return match is not None and max(map(int, match[1].split("x"))) >= least
 
     return sum(times for each, _, times in executed(module, name) if each.opcode == "custom-call" and wide(each))
 
@@ -263,11 +263,11 @@ def wide_windows(module: Module, name: str, least: int = 8) -> int:
 class Work(NamedTuple):
     operations: float
     bytes: float  # read from and written to the device's memory
-    type: str  # that the products are of: "bf16", or "f32" for all others
+    type: str  # of the products: "bf16", or "f32" for all others
 
 
 def work(module: Module, instruction: Instruction, computation: Computation) -> Work:
-    """What one instruction outside of fusions does; of a fusion, all that is inside."""
+    """Count the work of one instruction outside of fusions, with all instructions of a fusion."""
     inside = _inside(module, instruction)
     parts = list(_parts(module, instruction, computation))
     counts = [_products(each, within) for each, within in parts]
@@ -279,7 +279,7 @@ def work(module: Module, instruction: Instruction, computation: Computation) -> 
 
 
 def _read(inside: Computation, number: int, operand: Instruction) -> float:
-    """Bytes of operand `number`; of one that a fusion only cuts from, those of the pieces."""
+    """Count the bytes read of operand `number`; if a fusion only slices it, those of the slices."""
     whole = size(operand.shape, outside=FAST_MEMORY)
     parameters = [each for each in inside.values() if each.opcode == "parameter"]
     names = [each.name for each in parameters if each.attributes.startswith(f"({number})")]
@@ -291,7 +291,7 @@ def _read(inside: Computation, number: int, operand: Instruction) -> float:
 
 
 def _written(instruction: Instruction, inside: Computation) -> float:
-    """Bytes of the result; of one that is changed in place, those of the change."""
+    """Count the bytes of the result; if it is changed in place, those of the change."""
     whole = size(instruction.shape, outside=FAST_MEMORY)
     changes = [each for each in inside.values() if each.opcode == "dynamic-update-slice"]
     if len(changes) == 1 and changes[0].operands[1] in inside and size(changes[0].shape) >= whole:
@@ -300,14 +300,14 @@ def _written(instruction: Instruction, inside: Computation) -> float:
 
 
 def _products(instruction: Instruction, computation: Computation) -> float:
-    """Operations of a convolution or a matrix product, 0 of anything else; those with zeros left out."""
+    """Count operations of a convolution or a matrix product, without products with zeros; 0 for all others."""
     given = [computation[name] for name in instruction.operands if name in computation]
     text, results = instruction.attributes, arrays(instruction.shape)
     if len(given) < 2 or not results:
         return 0.0
     left, right, out = (arrays(shape)[0][1] for shape in (given[0].shape, given[1].shape, instruction.shape))
     if instruction.opcode == "convolution" or "__cudnn$conv" in text:
-        # cuDNN's gradients are named like the forward convolution, whose operand or result is given in their place
+        # cuDNN's gradients have the labels of the forward convolution, so put operands and result in its order
         if "convBackwardFilter" in text:
             return _convolution(left, out, right, text)
         if "convBackwardInput" in text:
@@ -319,22 +319,22 @@ def _products(instruction: Instruction, computation: Computation) -> float:
     return 0.0
 
 
-def _convolution(came: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...], text: str) -> float:
-    """Operations of a convolution, without those with padding and with zeros between pixels. text: its attributes."""
+def _convolution(x: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...], text: str) -> float:
+    """Count operations of a convolution with attributes `text`, without padding and zeros between pixels."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
     assert labels is not None
-    of_came, of_kernel, of_out = (part.index for part in labels.groups())
+    of_x, of_kernel, of_out = (part.index for part in labels.groups())
     axes = sum(letter.isdigit() for letter in labels[1])
     window = re.search(r"window=\{([^}]*)\}", text)
-    said = dict(part.split("=") for part in window[1].split()) if window else {}
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
 
-    def along(name: str, otherwise: str) -> list[str]:
-        return said[name].split("x") if name in said else [otherwise] * axes
+    def along(name: str, default: str) -> list[str]:
+        return fields[name].split("x") if name in fields else [default] * axes
 
-    pairs = 1  # of a pixel that comes out and a tap that meets one that came in
+    pairs = 1  # of an output pixel and a tap on an input pixel
     numbers = zip(*(along(name, "1") for name in ("size", "stride", "lhs_dilate", "rhs_dilate")), strict=True)
     for axis, ((taps, stride, apart, spread), pad) in enumerate(zip(numbers, along("pad", "0_0"), strict=True)):
-        last, before = (came[of_came(str(axis))] - 1) * int(apart), int(pad.split("_")[0])
+        last, before = (x[of_x(str(axis))] - 1) * int(apart), int(pad.split("_")[0])
         starts = [place * int(stride) - before for place in range(out[of_out(str(axis))])]
         meets = [start + tap * int(spread) for start in starts for tap in range(int(taps))]
         pairs *= sum(0 <= place <= last and place % int(apart) == 0 for place in meets)
@@ -342,17 +342,17 @@ def _convolution(came: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int,
 
 
 class Chip(NamedTuple):
-    """What its vendor says it can do."""
+    """A chip by its vendor's specification."""
 
     name: str
-    products: Mapping[str, float]  # operations a second of products, by type, as JAX multiplies by default
+    products: Mapping[str, float]  # operations a second of products, by type, with JAX's default precision
     memory: float  # bytes a second
-    cache: float  # bytes a second, of what fits there
+    cache: float  # bytes a second, for data that fits there
     cache_size: int
-    kernel: float  # seconds that the least kernel takes: our assumption
-    links: float  # bytes a second out of a chip, to all others together
-    collective: float  # seconds that the least collective takes: our assumption
-    clock: float = 0.0  # of the cycles in which XLA estimates
+    kernel: float  # minimum seconds of a kernel: our assumption
+    links: float  # bytes a second from a chip to all others
+    collective: float  # minimum seconds of a collective: our assumption
+    clock: float = 0.0  # Hz, for XLA's estimated cycles
 
 
 H100 = Chip("H100", {"f32": 494.7e12, "bf16": 989.4e12}, 3.35e12, 5.5e12, 30_000_000, 2e-6, 450e9, 12e-6)
@@ -361,21 +361,21 @@ V5E = Chip("TPU v5e", {"f32": 197e12, "bf16": 197e12}, 819e9, 819e9, 0, 0.0, 90e
 
 
 class Estimate(NamedTuple):
-    """Of one device, for one run of a computation."""
+    """Estimates for one run of a computation on one device."""
 
     operations: float
     bytes: float
-    seconds: float  # roofline, a lower bound: each kernel at the chip's peak or at its memory's, or its least time
-    collectives: float  # seconds of that, likewise
-    cycles: float  # seconds by XLA's own estimate, where it leaves one (TPU), and those of the collectives; else 0
+    seconds: float  # a lower bound: each kernel at the chip's peak, at its memory's bandwidth, or its minimum
+    collectives: float  # their part of `seconds`
+    cycles: float  # seconds by XLA's estimate, with those of the collectives; 0 without one (GPU)
 
 
 def estimate(module: Module, name: str, chip: Chip, devices: int) -> Estimate:
     operations = moved = busy = cycles = 0.0
     for each, computation, times in executed(module, name):
-        if found := re.search(r'estimated_cycles":"(\d+)"', each.attributes):
-            cycles += times * int(found[1])
-        if each.opcode == "copy-start":  # between the memories of a TPU, beside the work
+        if match := re.search(r'estimated_cycles":"(\d+)"', each.attributes):
+            cycles += times * int(match[1])
+        if each.opcode == "copy-start":  # between the memories of a TPU, in parallel to kernels
             moved += times * size(each.shape.rpartition(", ")[0], outside=FAST_MEMORY)
         elif is_kernel(each) and each.opcode.removesuffix("-start") not in COLLECTIVES:
             done = work(module, each, computation)
@@ -384,38 +384,38 @@ def estimate(module: Module, name: str, chip: Chip, devices: int) -> Estimate:
             operations += times * done.operations
             moved += times * done.bytes
     shares = {"all-reduce": 2.0}  # there and back
-    found = collectives(module, name) if devices > 1 else {}
+    sums = collectives(module, name) if devices > 1 else {}
     among = sum(
         each.count * chip.collective + shares.get(kind, 1.0) * each.size * (devices - 1) / devices / chip.links
-        for kind, each in found.items()
+        for kind, each in sums.items()
     )
     busy = max(busy, moved / chip.memory) if chip.clock else busy
     return Estimate(operations, moved, busy + among, among, cycles / chip.clock + among if cycles else 0.0)
 
 
-# As it is lowered
+# Lowered StableHLO
 
 
 def narrow_sums(stablehlo: str, least: int) -> int:
-    """Sums of bfloat16 over `least` numbers or more: eight bits are too few for them. stablehlo: of a lowered step."""
+    """Count sums of bfloat16 over `least` numbers or more: eight bits are too few for them."""
     pattern = r"stablehlo\.reduce\(.*applies stablehlo\.add across dimensions = \[([\d, ]*)\] : \(tensor<([\dx]+)xbf16>"
-    found = 0
+    count = 0
     for axes, shape in re.findall(pattern, stablehlo):
         dims = [int(x) for x in shape.split("x")]
-        found += math.prod(dims[int(axis)] for axis in axes.split(",")) >= least
-    return found
+        count += math.prod(dims[int(axis)] for axis in axes.split(",")) >= least
+    return count
 
 
 def scatters(stablehlo: str) -> int:
-    """Scatters, which accelerators do one update after the other, or in any order."""
+    """Count scatters, which accelerators apply sequentially, or in any order."""
     return len(re.findall(r"\bstablehlo\.(?:scatter|select_and_scatter)\b", stablehlo))
 
 
-# Thunks: what the host of a GPU starts, one after the other
+# Thunks: the launches of a GPU's host, in order
 
 
 class Launches(NamedTuple):
-    """Of one step."""
+    """The launches of one step."""
 
     graphs: int  # CUDA graphs
     nodes: int  # kernels and copies in them
@@ -427,18 +427,20 @@ class Launches(NamedTuple):
 
 
 def launches(module: Module, thunks: str, metadata: str) -> Launches:
-    """What the host starts for a step. thunks, metadata: XLA's dumps `thunk_sequence_after_thunk_passes` and
-    `thunk_metadata`, of which the second names the loops of the first."""
+    """Count the host's launches for a step, from XLA's dumps `thunk_sequence_after_thunk_passes` and `thunk_metadata`.
+
+    The second dump names the loops of the first.
+    """
     loops = re.findall(r'profile_annotation: "([^"]*)"[^{}]*\}\s*thunk_kind: "kWhile"', metadata)
     known = {each.name: each for computation in module.computations.values() for each in computation.values()}
     steps = step_loop(module)
     graphs = nodes = alone = seen = 0
-    around: list[tuple[int, str, int]] = []  # (indentation, kind, how often it runs: 0 outside of the steps)
+    around: list[tuple[int, str, int]] = []  # (indentation, kind, executions; 0 outside of the steps)
     for line in thunks.splitlines():
-        found = re.match(r"(\s*)\d+: (k\w+)", line)
-        if not found:
+        match = re.match(r"(\s*)\d+: (k\w+)", line)
+        if not match:
             continue
-        indentation, kind = len(found[1]), found[2]
+        indentation, kind = len(match[1]), match[2]
         around = [each for each in around if each[0] < indentation]
         times = around[-1][2] if around else int(steps is None)
         if kind == "kWhile":

@@ -3,9 +3,9 @@
     python -m benchmarks.kills                          # 100 kills
     python -m benchmarks.kills --kills=6 --tasks=train,predict
 
-Each round starts a command again and again, and kills it (SIGKILL or SIGTERM) after a random time, or lets it run into
-a full disk (a limit on file sizes, at a random size), up to 4 times. Then it lets the command end, and compares the
-files. A stopped command must not print a traceback, and a partial file must not be accepted as complete.
+A round starts a command up to 4 times. It kills it (SIGKILL or SIGTERM) after a random time, or fills its disk (a limit
+on file sizes, at a random size). Then it lets the command end, and compares the files. A stopped command must not print
+a traceback, and a partial file must not be accepted as complete.
 
 The tasks: train (saves after every dispatch), attack (AutoAttack), predict, export, archive, report, and prepare
 (a miniature of iNaturalist).
@@ -64,10 +64,10 @@ class Task(NamedTuple):
     """A command to disturb.
 
     Attributes:
-      inputs: Copies what the command needs to a new folder.
+      inputs: Copies the command's inputs to a new folder.
       arguments: folder -> arguments of Python.
-      outcome: folder -> what has to be equal, after the command has ended.
-      partial: folder -> raises if what a killed command left is neither absent nor whole.
+      outcome: folder -> the output to compare, after the command has ended.
+      partial: folder -> raises if a killed command left a partial output.
     """
 
     inputs: Callable[[Path], Any]
@@ -94,7 +94,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """The final variables, all metrics and the results of a run, without durations."""
+    """Hash the final variables and all metrics of a run; add its results, without durations."""
     workdir = folder / "run"
     leaves = jax.tree.leaves(variables_of(workdir, newest(workdir)))
     lines = [without_times(json.loads(line)) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -112,7 +112,7 @@ def json_or_absent(path: Path) -> None:
 
 
 def tasks(template: Path) -> dict[str, Task]:
-    """All tasks. template: a folder with a finished run, `run`, test images, `photos`, and a miniature, `source`."""
+    """Return all tasks. `template` is a folder with a finished run `run`, images `photos`, and a miniature `source`."""
 
     def copy_run(folder: Path) -> None:
         shutil.copytree(template / "run", folder / "run")
@@ -130,7 +130,7 @@ def tasks(template: Path) -> dict[str, Task]:
         return files(folder / "out")
 
     def exported(folder: Path) -> dict[str, Any]:
-        """The arrays and the metadata, which safetensors writes in an order that changes from process to process."""
+        """Hash the arrays, and add the metadata, which safetensors writes in a random order."""
         with safe_open(folder / "out" / "net.safetensors", "numpy") as file:
             arrays = {key: digest(file.get_tensor(key).tobytes()) for key in file.keys()}
             return {"arrays": arrays, "metadata": file.metadata()}
@@ -227,7 +227,7 @@ def environment(template: Path) -> dict[str, str]:
 
 
 def start(arguments: Sequence[str], template: Path, most_bytes: int | None = None) -> subprocess.Popen:
-    """Start a command. most_bytes: the size at which writing a file fails."""
+    """Start a command. Writing a file fails at `most_bytes`."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -276,7 +276,7 @@ def disturb(arguments: Sequence[str], template: Path, kind: str, seconds: float,
 
 
 def measure(names: Sequence[str], kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Disturb the tasks in turn until there were `kills` signals. Return counts by task, and all faults."""
+    """Disturb the tasks in turn until `kills` signals were sent. Return counts by task, and all faults."""
     rng, template = random.Random(seed), folder / "template"
     make_template(template)
     known = tasks(template)
@@ -310,15 +310,15 @@ def measure(names: Sequence[str], kills: int, seed: int, folder: Path) -> dict[s
             try:
                 task.partial(place)
             except Exception as error:
-                faults.append(f"{name}, {kind}: what is left cannot be read: {error}")
+                faults.append(f"{name}, {kind}: its partial output cannot be read: {error}")
         try:
             to_the_end(task.arguments(place), template)
-            found = json.loads(json.dumps(task.outcome(place)))
-            equal = found == expected[name]
+            outcome = json.loads(json.dumps(task.outcome(place)))
+            equal = outcome == expected[name]
             counts[name]["rounds"] += 1
             counts[name]["equal"] += equal
             if not equal:
-                faults.append(f"{name}: another end: {different(expected[name], found)}")
+                faults.append(f"{name}: another end: {different(expected[name], outcome)}")
         except Exception as error:
             faults.append(f"{name}: no end: {error}")
         shutil.rmtree(place)
@@ -326,11 +326,11 @@ def measure(names: Sequence[str], kills: int, seed: int, folder: Path) -> dict[s
     return {"counts": {name: dict(each) for name, each in counts.items()}, "faults": faults, "seconds": seconds}
 
 
-def different(expected: Any, found: Any) -> str:
-    if isinstance(expected, dict) and isinstance(found, dict):
-        keys = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+def different(expected: Any, actual: Any) -> str:
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        keys = [key for key in {**expected, **actual} if expected.get(key) != actual.get(key)]
         return ", ".join(keys[:10])
-    return f"{str(expected)[:200]} and {str(found)[:200]}"
+    return f"{str(expected)[:200]} and {str(actual)[:200]}"
 
 
 def make_template(template: Path) -> None:

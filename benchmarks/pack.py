@@ -1,22 +1,21 @@
-"""Packs what a machine without internet lacks, to run `benchmarks/accelerator.py` there. Here, with internet:
+"""Pack the wheels and images that `benchmarks/accelerator.py` needs on a machine without internet. With internet:
 
     python -m benchmarks.pack --out=build/pack --python=3.12 --have=packages-there.txt
 
-`packages-there.txt` is what `pip freeze` prints there, or just names. Afterwards `build/pack` holds
+`packages-there.txt` is the output of `pip freeze` there, or a list of names. The command makes, in `build/pack`,
 
-    wheels/      packages that ltjax needs and that are not there, for that Python and platform
-    images.npz   CIFAR-100: the training images kept at imbalance 100 (exponential profile, data seed 0), 10 to hold
-                 out of each class, and all test images, without loss
-    pack.json    the commit, and a digest of the code, by which a copy without .git knows what it is
+    wheels/      missing packages, for that Python and platform
+    images.npz   CIFAR-100, lossless: the training images kept at imbalance 100 (exponential profile, data seed 0), 10
+                 to hold out of each class, and all test images
+    pack.json    the commit, and a digest of the code, which identify a copy without .git
 
-and the command fails if the folder and the checkout together pass `--limit_mb`. There, with both copied
-(accelerator.py does this by itself, with --pack):
+It fails if the folder and the checkout together exceed `--limit_mb`. Copy both, then run (accelerator.py --pack does):
 
     python -m benchmarks.pack --unpack=build/pack --to=runs/unpacked
 
-makes `runs/unpacked/site`, for PYTHONPATH, and `runs/unpacked/data/cifar100.npz`, for `run.py --data_dir`. That file
-has all 50,000 positions of the training set, so that a split is the same as with all of CIFAR-100, down to its SHA-256;
-but images that imbalance 100 never shows are black: it is for that, with 10 images of each class held out or none.
+This makes `runs/unpacked/site`, for PYTHONPATH, and `runs/unpacked/data/cifar100.npz`, for `run.py --data_dir`. The
+file has all 50,000 positions of the training set, so a split and its SHA-256 equal those of CIFAR-100. All images that
+imbalance 100 does not use are black, so use no other imbalance, and hold out 10 images of each class or none.
 """
 
 import argparse
@@ -42,12 +41,12 @@ from ltjax.types import UserError, one_line
 ROOT = Path(__file__).parents[1]
 CODE = ("run.py", "configs/*.py", "ltjax/**/*.py", "benchmarks/*.py")
 KEPT = {"imbalance": 100.0, "profile": "exp", "seed": 0}
-HOLDOUT = 10  # images of each class that may be held out of it: tau is chosen there
-NOT_NEEDED = ("tensorflow-datasets", "importlib-resources")  # the images come decoded
+HOLDOUT = 10  # images of each class that may be held out, to choose tau on
+NOT_NEEDED = ("tensorflow-datasets", "importlib-resources")  # the packed images are decoded
 
 
 def code_digest() -> str:
-    """SHA-256 of this checkout's code, names and contents."""
+    """Return the SHA-256 of this checkout's code, names and contents."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
         digest.update(f"{path.relative_to(ROOT)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
@@ -55,21 +54,21 @@ def code_digest() -> str:
 
 
 def commit(pack: Path | None) -> str | None:
-    """The checkout's commit, "-dirty" where files differ from it.
+    """Return the checkout's commit, with "-dirty" if files differ from it.
 
-    In a copy without .git it is the pack's, and "-changed" where the code is no longer that.
+    In a copy without .git, return the pack's commit, with "-changed" if the code differs from it.
     """
-    from ltjax.runs import results  # here, because unpacking does without its packages
+    from ltjax.runs import results  # imported here, because unpacking does not need it
 
-    found = results.git_commit()
-    if found is None and pack is not None:
+    name = results.git_commit()
+    if name is None and pack is not None:
         packed = read_pack(pack)
-        found = packed["commit"] + ("" if packed["code_sha256"] == code_digest() else "-changed")
-    return found
+        name = packed["commit"] + ("" if packed["code_sha256"] == code_digest() else "-changed")
+    return name
 
 
 def read_pack(pack: Path) -> dict[str, Any]:
-    """What pack.json says. Raises: UserError where the folder holds no finished pack."""
+    """Read pack.json. Raise UserError if the folder holds no finished pack."""
     try:
         return json.loads((pack / "pack.json").read_text())
     except (OSError, ValueError) as error:
@@ -78,12 +77,12 @@ def read_pack(pack: Path) -> dict[str, Any]:
         ) from error
 
 
-# Images: green, red - green and blue - green, each less what its left and upper neighbours predict, then xz. CIFAR's
-# PNGs take 2.3 KB an image; this takes 1.7, and needs numpy alone.
+# Images are stored as green, red - green and blue - green, minus their prediction from the left and upper neighbours,
+# with xz. This takes 1.7 KB an image (CIFAR's PNGs 2.3), and needs only numpy.
 
 
 def compress_images(images: np.ndarray) -> bytes:
-    """uint8 [N, H, W, 3], without loss."""
+    """Compress images, uint8 [N, H, W, 3], without loss."""
     red, green, blue = (images[..., channel] for channel in range(3))
     planes = np.stack([green, red - green + np.uint8(128), blue - green + np.uint8(128)], axis=1)  # modulo 256
     padded = np.pad(planes.astype(np.int16), ((0, 0), (0, 0), (1, 0), (1, 0)))
@@ -94,7 +93,7 @@ def compress_images(images: np.ndarray) -> bytes:
 
 
 def decompress_images(data: bytes, shape: tuple[int, int, int, int]) -> np.ndarray:
-    """The images [N, H, W, 3] that `compress_images` took."""
+    """Restore the images [N, H, W, 3] that `compress_images` compressed."""
     count, height, width, _ = shape
     folded = np.frombuffer(lzma.decompress(data), np.uint8).reshape(count, 3, height, width)
     error = (folded >> 1) ^ -(folded & 1)  # modulo 256
@@ -108,7 +107,7 @@ def decompress_images(data: bytes, shape: tuple[int, int, int, int]) -> np.ndarr
 
 
 def _predict(left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    """The median of left, up and their plane through the corner: JPEG-LS's predictor."""
+    """Return the median of left, up, and left + up - corner: JPEG-LS's predictor."""
     return np.clip(left + up - corner, np.minimum(left, up), np.maximum(left, up))
 
 
@@ -137,9 +136,10 @@ def _held_out(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def unpack_images(path: Path) -> Images:
-    """The packed images, black at the positions that were left out.
+    """Return the packed images, black at all other positions.
 
-    Raises: UserError where a pixel differs from what was packed, or the split is another one than then.
+    Raises:
+        UserError: If a pixel or the split differs from the packed one.
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as packed:
@@ -148,23 +148,23 @@ def unpack_images(path: Path) -> Images:
             shape = (len(kept) + len(test_labels), 32, 32, 3)
             pixels = decompress_images(packed["pixels"].tobytes(), shape)
             pixels_sha256, split_sha256 = str(packed["pixels_sha256"]), str(packed["split_sha256"])
-        found = hashlib.sha256(pixels.tobytes()).hexdigest()
-        if found != pixels_sha256:
-            raise ValueError(f"its pixels have the SHA-256 {found}, not {pixels_sha256}")
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        if digest != pixels_sha256:
+            raise ValueError(f"its pixels have the SHA-256 {digest}, not {pixels_sha256}")
     except (OSError, ValueError, KeyError, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or incomplete ({one_line(error)}): copy or pack it anew") from error
+        raise UserError(f"{path} is damaged or incomplete ({one_line(error)}): copy or pack it again") from error
     split = splits.long_tailed_split(labels, len(class_names), **KEPT)
-    found = splits.describe(split, seed=KEPT["seed"], groups={})["sha256"]
-    if found != split_sha256 or not np.isin(split.train, kept).all():
-        raise UserError(f"{path} was packed for another split (SHA-256 {split_sha256}, here {found}): pack it anew")
+    digest = splits.describe(split, seed=KEPT["seed"], groups={})["sha256"]
+    if digest != split_sha256 or not np.isin(split.train, kept).all():
+        raise UserError(f"{path} was packed for another split (SHA-256 {split_sha256}, here {digest}): pack it again")
     train_images = np.zeros((len(labels), 32, 32, 3), np.uint8)
     train_images[kept] = pixels[: len(kept)]
     return Images(train_images, labels, pixels[len(kept) :], test_labels, class_names)
 
 
 def parse_have(text: str) -> dict[str, str | None]:
-    """{normalised name: version or None} from a file of `pip freeze`, or a list of names."""
-    if "," not in text and Path(text).is_file():  # a long list would be no name of a file
+    """Read a file of `pip freeze`, or a list of names: {normalised name: version or None}."""
+    if "," not in text and Path(text).is_file():  # a list is no file name
         text = Path(text).read_text()
     have = {}
     for entry in filter(None, re.split(r"[,\s]+", text)):
@@ -180,10 +180,12 @@ def _normalised(name: str) -> str:
 def fetch_wheels(
     have: dict[str, str | None], folder: Path, *, python: str, platform: str, carry: tuple[str, ...]
 ) -> list[str]:
-    """Download what ltjax needs and `have` lacks, with what that needs in turn -> names of the files.
+    """Download the dependencies of ltjax that `have` lacks, with their dependencies; return the file names.
 
-    carry: names to take along even if they are there. A package of unknown version counts as new enough.
-    Raises: UserError where there is no wheel, or two packages want different versions of one.
+    `carry` names packages to download even if they are there. A package of unknown version counts as new enough.
+
+    Raises:
+        UserError: If there is no wheel, or two packages need different versions of a third.
     """
     from packaging.requirements import Requirement
 
@@ -202,7 +204,7 @@ def fetch_wheels(
     taken: dict[str, str] = {}
     folder.mkdir(parents=True)
     while asked:
-        text, wanted_by, extras = asked.pop(0)
+        text, needed_by, extras = asked.pop(0)
         requirement = Requirement(text)
         name = _normalised(requirement.name)
         if name in NOT_NEEDED:
@@ -212,7 +214,7 @@ def fetch_wheels(
         if name in taken:
             if not requirement.specifier.contains(taken[name], prereleases=True):
                 raise UserError(
-                    f"{wanted_by} needs {requirement}, but {name} {taken[name]} was taken for another package"
+                    f"{needed_by} needs {requirement}, but {name} {taken[name]} was taken for another package"
                 )
             continue
         version = have.get(name)
@@ -225,14 +227,14 @@ def fetch_wheels(
             metadata = message_from_bytes(archive.read(inside))
         taken[name] = metadata["Version"]
         why = "" if name not in have else " (asked for)" if name in carry else f" (there: {version})"
-        print(f"{metadata['Name']} {metadata['Version']}, needed by {wanted_by}{why}")
+        print(f"{metadata['Name']} {metadata['Version']}, needed by {needed_by}{why}")
         needs = metadata.get_all("Requires-Dist") or []
         asked += [(need, metadata["Name"], ("", *requirement.extras)) for need in needs]
     return sorted(path.name for path in folder.iterdir())
 
 
 def _download(requirement: str, folder: Path, *, python: str, platform: str) -> Path:
-    """One wheel, without what it needs."""
+    """Download one wheel, without its dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}", f"--dest={folder}"]
     command += [f"--platform={tag}" for tag in _platforms(platform)]
@@ -240,13 +242,13 @@ def _download(requirement: str, folder: Path, *, python: str, platform: str) -> 
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
     new = set(folder.iterdir()) - before
     if done.returncode or len(new) != 1:
-        reason = done.stderr.strip().splitlines()[-1:] or ["pip said nothing"]
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip printed nothing"]
         raise UserError(f"pip finds no wheel of {requirement} for Python {python} on {platform}: {reason[0]}")
     return new.pop()
 
 
 def _platforms(platform: str) -> list[str]:
-    """A platform tag and the older ones that it runs as well: pip takes each only where it is named."""
+    """List a platform tag and the compatible older ones, because pip takes only tags that are named."""
     match = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
     if not match:
         return [platform]
@@ -257,10 +259,10 @@ def _platforms(platform: str) -> list[str]:
 def pack(args: argparse.Namespace) -> None:
     out: Path = args.out
     if out.exists() and any(out.iterdir()) and not (out / "wheels").is_dir():
-        raise UserError(f"{out} is not empty and no pack: name another folder")
-    found = commit(None)
-    if found is None:
-        raise UserError("no git checkout here: a pack is made where the commit is known")
+        raise UserError(f"{out} is not empty and is not a pack: name another folder")
+    name = commit(None)
+    if name is None:
+        raise UserError("no git checkout here: make the pack in a clone, whose commit is known")
     shutil.rmtree(out, ignore_errors=True)
     have = parse_have(args.have)
     carry = tuple(_normalised(name) for name in args.carry.split(",") if name)
@@ -279,21 +281,21 @@ def pack(args: argparse.Namespace) -> None:
     print(", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()) + f": {total:.2f} MB")
     if total > args.limit_mb:
         raise UserError(f"{total:.2f} MB in all, above --limit_mb={args.limit_mb:g}: the pack in {out} is not finished")
-    about = {"commit": found, "code_sha256": code_digest(), "python": args.python, "platform": args.platform}
+    about = {"commit": name, "code_sha256": code_digest(), "python": args.python, "platform": args.platform}
     about |= {"wheels": wheels, "bytes": sizes, "split": KEPT}
     (out / "pack.json").write_text(json.dumps(about, indent=1) + "\n")
-    print(f"packed {found} into {out}")
+    print(f"packed {name} into {out}")
 
 
 def unpack(pack: Path, to: Path) -> None:
-    """Install the wheels below `to/site` and write `to/data/cifar100.npz`, unless that was done before."""
+    """Install the wheels in `to/site` and write `to/data/cifar100.npz`, unless they are there already."""
     about = read_pack(pack)
     marker = to / "pack.json"
     if marker.exists() and json.loads(marker.read_text()) == about:
         return
     here = "{}.{}".format(*sys.version_info)
     if here != about["python"]:
-        raise UserError(f"{pack} is for Python {about['python']}, this is {here}: pack it anew with --python={here}")
+        raise UserError(f"{pack} is for Python {about['python']}, this is {here}: pack it again with --python={here}")
     shutil.rmtree(to, ignore_errors=True)
     (to / "data").mkdir(parents=True)
     (to / "site").mkdir()
@@ -313,13 +315,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/pack"), help="folder to make (default: build/pack)")
     parser.add_argument("--python", default="{}.{}".format(*sys.version_info), help="version there (default: this one)")
     parser.add_argument(
-        "--platform", default="manylinux_2_28_x86_64", help="there, or an older one (default: %(default)s)"
+        "--platform", default="manylinux_2_28_x86_64", help="platform tag there, or an older one (default: %(default)s)"
     )
     parser.add_argument("--have", default="", help="packages there: a file of `pip freeze`, or names with commas")
-    parser.add_argument("--carry", default="", help="names to take along even if they are there, for a newer version")
+    parser.add_argument("--carry", default="", help="packages to download even if they are there, for a newer version")
     parser.add_argument("--data_dir", help="prepared data sets (default: $TFDS_DATA_DIR)")
     parser.add_argument(
-        "--limit_mb", type=float, default=64.0, help="of pack and checkout together (default: %(default)g)"
+        "--limit_mb", type=float, default=64.0, help="limit of pack and checkout together (default: %(default)g)"
     )
     parser.add_argument("--unpack", type=Path, metavar="PACK", help="unpack this folder instead")
     parser.add_argument("--to", type=Path, help="where to unpack")

@@ -1,18 +1,18 @@
-"""How fast `--mode=predict` is, compared with decoding its images alone.
+"""Measure the speed of `--mode=predict`, compared with decoding its images alone.
 
     python -m benchmarks.predict                      # 10,000 photographs of 500x375, 95 KB each, and a tiny network
     python -m benchmarks.predict --images=1000 --turns=1
 
-The photographs are made up (see `benchmarks.decode`): 200 files under 10,000 names. The network is a ResNet-8 of width
-2 on 16 pixels, so that decoding is the limit. In turns:
+The photographs are synthetic (see `benchmarks.decode`): 200 files under 10,000 names. The network is a ResNet-8 of
+width 2 on 16 pixels, so that decoding is the limit. Four programs run in turns:
 
-- decoding: a thread for each core reads, decodes and crops all files, and does nothing else;
-- prediction: what `--mode=predict` does with their folder, up to the rows of the table, once the network is compiled;
+- decoding: a thread for each core reads, decodes and crops all files;
+- prediction: `--mode=predict` on their folder, up to the rows of the table, with a compiled network;
 - network alone: the same number of batches, sent to the device, classified and ranked;
 - rows alone: the rows of the table, formatted and written.
 
-Images/s are by the clock, and CPU time is that of all threads of the process, which other work on the machine changes
-less. Both are medians over the turns. The ratio is 1 if prediction costs nothing but decoding.
+Images/s are by the clock. CPU time is that of all threads of the process; other work on the machine affects it less.
+Both are medians over the turns. The ratio is 1 if only decoding takes time.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def write_rows(batch: Sequence[files.Prediction], times: int, out: Path) -> None
 
 
 def seconds(work: Callable[[], None]) -> tuple[float, float]:
-    """Time `work`: by the clock, and of all threads' computing."""
+    """Time `work`: by the clock, and in CPU time of all threads."""
     began = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - began[0], time.process_time() - began[1]
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--width", type=int, default=500, help="of a photograph")
+    parser.add_argument("--width", type=int, default=500, help="width of a photograph")
     parser.add_argument("--height", type=int, default=375)
     parser.add_argument("--size", type=int, default=16, help="side of the network's images")
     parser.add_argument("--batch_size", type=int, default=256)
@@ -135,23 +135,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "network alone": lambda: classify(batches, model, view.size),
             "rows alone": lambda: write_rows(batch, batches, table),
         }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        timings: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(args.turns):
             for name, work in ways.items():
-                found[name].append(seconds(work))
+                timings[name].append(seconds(work))
         kilobytes = statistics.median(os.path.getsize(path) for path in paths) / 1000
-    medians = {name: [statistics.median(each) for each in zip(*turns, strict=True)] for name, turns in found.items()}
+    medians = {name: [statistics.median(each) for each in zip(*turns, strict=True)] for name, turns in timings.items()}
     rates = {name: args.images / clock for name, (clock, _) in medians.items()}
     cpu = {name: 1e6 * cpu / args.images for name, (_, cpu) in medians.items()}
-    made = Table("", "images/s", "ratio", "CPU µs an image", "ratio")
+    grid = Table("", "images/s", "ratio", "CPU µs an image", "ratio")
     for name in ways:
         by_clock, by_cpu = rates[name] / rates["decoding"], cpu[name] / cpu["decoding"]
-        made.add_row(name, f"{rates[name]:,.0f}", f"{by_clock:.2f}", f"{cpu[name]:,.0f}", f"{by_cpu:.3f}")
+        grid.add_row(name, f"{rates[name]:,.0f}", f"{by_clock:.2f}", f"{cpu[name]:,.0f}", f"{by_cpu:.3f}")
     console.print(f"{args.images:,} JPEGs of {args.width}x{args.height}, {kilobytes:.0f} KB; {num_cores()} threads")
-    console.print(made)
+    console.print(grid)
     console.print(f"compiling and the first {2 * args.batch_size} images: {startup:.1f} s")
     numbers = {"images": args.images, "median_kilobytes": kilobytes, "threads": num_cores(), "startup_seconds": startup}
-    numbers |= {"images_per_second": rates, "cpu_microseconds_per_image": cpu, "turns": found}
+    numbers |= {"images_per_second": rates, "cpu_microseconds_per_image": cpu, "turns": timings}
     provenance.write(args.out, {**origin, **numbers})
 
 

@@ -1,4 +1,4 @@
-"""Where a benchmark's figures come from, in the JSON file that it writes."""
+"""Write a benchmark's JSON file, with device, versions, commit and command."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ from ltjax.system.files import write_json
 
 
 def of(benchmark: str, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """To be asked before measuring, so that the commit is that of the code which runs. arguments: sys.argv's."""
+    """Describe device, versions, commit and command. Call it before measuring, because the commit may change."""
     arguments, device = sys.argv[1:] if arguments is None else arguments, jax.devices()[0]
     return {
         "benchmark": benchmark,
@@ -28,7 +28,7 @@ def of(benchmark: str, arguments: Sequence[str] | None = None) -> dict[str, Any]
 
 
 def write(out: Path | None, numbers: Mapping[str, Any]) -> None:
-    """Write a JSON file where one is wanted."""
+    """Write a JSON file, unless `out` is None."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, json.loads(json.dumps(numbers)))

@@ -1,13 +1,12 @@
-"""Many seeds in one program: images a second in total for 1, 2, 4 and 8 replicas of cross-entropy on CIFAR-100-LT.
+"""Measure total images a second of 1, 2, 4 and 8 seeds of cross-entropy on CIFAR-100-LT in one program.
 
     python -m benchmarks.replicas                                 # from the checkout's root; long on a CPU
     python -m benchmarks.replicas --depth=8 --batch_size=32       # a quick look
     python -m benchmarks.replicas --out=replicas.json
 
-Each number of replicas runs as training does it (`ltjax.system.parallel`), both ways: "loop", one replica after the
-other inside the program, and "vmap", all in one batched step, whose convolutions become grouped ones. Images are made
-up: the speed does not depend on what they show. The programs are timed in turns, so that other load on the machine
-meets all.
+Each number of replicas runs as in training (`ltjax.system.parallel`), in two ways: "loop", one replica after the other
+inside the program, and "vmap", all in one batched step with grouped convolutions. Images are random, because the speed
+does not depend on their content. The programs are timed in turns, so that other load on the machine affects all.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from ltjax.system import devices, parallel
 
 
 def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate: str) -> tuple[Any, Any, Any, Any]:
-    """(compiled stage, state, images on the device, mesh) of a run with so many replicas."""
+    """Return compiled stage, state, images on the device and mesh of a run with `replicas` replicas."""
     config = cifar100_lt.get_config(f"method=ce,imbalance={min(100, args.max_count)}")
     config.model.update(depth=args.depth, width=args.width, dtype=args.dtype)
     config.update(batch_size=args.batch_size, epochs=1, replicas=replicas, replicate=replicate)
@@ -44,8 +43,10 @@ def prepared(args: argparse.Namespace, data_dir: Path, replicas: int, replicate:
 
 
 def measure(args: argparse.Namespace, data_dir: Path, write: Callable[[list[dict[str, Any]]], None]):
-    """A row of figures for each program -> rows. Each is timed once as soon as it is compiled, and written by `write`;
-    then all in turns, until each has `args.repeats` timings."""
+    """Return a row of figures for each program.
+
+    Each program is timed and written by `write` once it is compiled; then all are timed in turns, `args.repeats` times.
+    """
     rows, programs = [], []
 
     def turn(row: dict[str, Any], program: list[Any]) -> None:
@@ -83,24 +84,31 @@ def measure(args: argparse.Namespace, data_dir: Path, write: Callable[[list[dict
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
-    made = Table(title=title)
-    for name in ("replicas", "how", "groups of devices", "images/s in total", "over the first row", "first call, s"):
-        made.add_column(name, justify="right")
+    grid = Table(title=title)
+    for name in (
+        "replicas",
+        "how",
+        "groups of devices",
+        "images/s in total",
+        "ratio to the first row",
+        "first call, s",
+    ):
+        grid.add_column(name, justify="right")
     for row in rows:
         numbers = (f"{row['images_per_second']:,.0f}", f"{row['over_first']:.2f}", f"{row['first_call_seconds']:.0f}")
-        made.add_row(str(row["replicas"]), row["replicate"], str(row["device_groups"]), *numbers)
-    return made
+        grid.add_row(str(row["replicas"]), row["replicate"], str(row["device_groups"]), *numbers)
+    return grid
 
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas", description=__doc__.splitlines()[0])
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--depth", type=int, default=32, help="of the ResNet: 6 n + 2")
+    parser.add_argument("--depth", type=int, default=32, help="depth of the ResNet: 6 n + 2")
     parser.add_argument("--width", type=int, default=16, help="channels of its first stage")
-    parser.add_argument("--batch_size", type=int, default=128, help="of each replica")
+    parser.add_argument("--batch_size", type=int, default=128, help="batch of each replica")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=0, help="to a dispatch; 0: 50, on a CPU 2")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each")
+    parser.add_argument("--steps", type=int, default=0, help="steps in a dispatch; 0: 50, on a CPU 2")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each program")
     parser.add_argument("--max_count", type=int, default=500, help="images of the largest class")
     parser.add_argument("--out", type=Path, help="JSON file to write, after each program")
     return parser

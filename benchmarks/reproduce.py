@@ -1,15 +1,15 @@
-"""Full-length runs, one after the other, beside other work, until all of benchmarks/reproduce.toml are in `results/`.
+"""Make the full-length runs of benchmarks/reproduce.toml, one after the other, and archive them in `results/`.
 
     python -m benchmarks.reproduce --folder=../reproduce --python=python3.12 --data_dir=DIR
-    python -m benchmarks.reproduce --folder=../reproduce --list     # what is done, running and left, and when
+    python -m benchmarks.reproduce --folder=../reproduce --list     # finished, running and remaining runs
 
-The same command goes on where the last one was ended, by Ctrl-C, SIGTERM or kill -9. Everything lies in `--folder`,
-outside the repository: a `git worktree` of the commit that was HEAD when the folder was made, an environment with that
-checkout, and the workdirs. So work on the code changes no run under way. `--update` moves the checkout to today's HEAD
-before the next run that has not begun. Runs have the lowest priority.
+After Ctrl-C, SIGTERM or kill -9, the same command resumes. `--folder`, outside the repository, has a `git worktree` of
+the commit that was HEAD when the folder was made, an environment with that checkout, and the workdirs. So changes of
+the code affect no running run. `--update` moves the checkout to HEAD before the next run starts. Runs have the lowest
+priority.
 
-Each finished run is archived in `--results` (see `python -m ltjax.archive --help`): commit what is new there.
-Exit code 1: a run failed, `<folder>/<run>.log` says why; the next command tries it again.
+Each finished run is archived in `--results` (see `python -m ltjax.archive --help`): commit the new archives. Exit code
+1: a run failed. `<folder>/<run>.log` has the reason, and the next command tries it again.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).with_suffix(".toml")
 SAVING = 180.0  # seconds that a stopped run gets to save
 CIFAR = {"cifar10": (10, 5000), "cifar100": (100, 500)}  # classes, training images of each
-FROZEN = 0.2  # time of a step that trains the classifier alone, over that of a step that trains everything
+FROZEN = 0.2  # time of a step that trains only the classifier, relative to one that trains all
 
 
 class Run(NamedTuple):
@@ -43,19 +43,19 @@ class Run(NamedTuple):
     seed: int
     begin: str = ""  # name of the run whose archive is the first stage, without its seed
     flags: tuple[str, ...] = ()
-    attack: tuple[str, ...] = ()  # none: no attack
+    attack: tuple[str, ...] = ()  # (): no attack
 
 
 class Described(NamedTuple):
-    """What the checkout says of a run."""
+    """A run's name, stages and work."""
 
     name: str  # of its workdir and its archive
     stages: tuple[str, ...]
-    work: float  # images that its training passes through the network, as time goes
+    work: float  # images through the network in training, in proportion to the time
 
 
 def read_list(path: Path) -> list[Run]:
-    """The runs of a TOML file, in order. Raises: ValueError naming an unknown key."""
+    """Read the runs of a TOML file, in order. Raise ValueError for an unknown key."""
     runs = []
     for entry in tomllib.loads(path.read_text())["run"]:
         known = ("config", "seeds", "precision", "begin", "flags", "attack")
@@ -69,7 +69,7 @@ def read_list(path: Path) -> list[Run]:
 
 
 def describe(config: str, seed: int) -> Described:
-    """Of a config of this checkout."""
+    """Describe a run, by a config of this checkout."""
     from ltjax.config import parse
     from ltjax.data import splits
     from ltjax.engine.experiment import steps_per_epoch
@@ -90,7 +90,7 @@ def describe(config: str, seed: int) -> Described:
 
 
 def command(run: Run, described: Described) -> list[str]:
-    """After `python`, in the queue's folder: no path of this machine, since results.json has it."""
+    """Return the command after `python`. It has no path of this machine, because results.json stores it."""
     file, colon, arguments = run.config.partition(":")
     flags = ["checkout/run.py", f"--config=checkout/configs/{file}.py{colon}{arguments}", f"--config.seed={run.seed}"]
     flags += [f"--workdir=runs/{described.name}", *run.flags]
@@ -106,7 +106,7 @@ def command(run: Run, described: Described) -> list[str]:
 
 
 def commands(run: Run, described: Described) -> dict[str, list[str]]:
-    """{part of a run: its command after `python`}, in order: train, attack where the list asks for that, archive."""
+    """Return {part: its command after `python`}: train, attack if the list has its flags, archive."""
     train = command(run, described)
     attack = {"attack": [*train, "--mode=attack", *run.attack]} if run.attack else {}
     archive = ["-m", "ltjax.archive", f"runs/{described.name}", f"results/{described.name}"]
@@ -114,7 +114,7 @@ def commands(run: Run, described: Described) -> dict[str, list[str]]:
 
 
 def finished(run: Run, archive: Path) -> bool:
-    """Whether an archive has all that the list asks of a run."""
+    """Return whether an archive has weights, results and, if listed, the attack's."""
     results = archive / "results.json"
     if not results.is_file() or not (archive / "weights.safetensors").is_file():
         return False
@@ -125,7 +125,7 @@ class Queue(NamedTuple):
     folder: Path
     results: Path
     data_dir: str
-    base: str  # the Python that makes the environment
+    base: str  # the Python of the environment
 
     @property
     def checkout(self) -> Path:
@@ -138,15 +138,15 @@ class Queue(NamedTuple):
     def workdir(self, described: Described) -> Path:
         return self.folder / "runs" / described.name
 
-    def begun(self, described: Described) -> bool:
+    def started(self, described: Described) -> bool:
         return (self.workdir(described) / "config.json").exists()
 
 
 def make_ready(queue: Queue, update: bool) -> None:
-    """Checkout and environment, as they are or, with `update`, of today's HEAD."""
+    """Make checkout and environment if they are missing; with `update`, move them to HEAD."""
     queue.folder.mkdir(parents=True, exist_ok=True)
     queue.results.mkdir(parents=True, exist_ok=True)
-    link = queue.folder / "results"  # so that config.weights names archives as it does in the repository
+    link = queue.folder / "results"  # so that config.weights has the same paths as in the repository
     if not link.exists():
         link.symlink_to(queue.results.resolve())
 
@@ -159,39 +159,41 @@ def make_ready(queue: Queue, update: bool) -> None:
         git("worktree", "add", "--detach", str(queue.checkout.resolve()), "HEAD")
     elif update:
         git("checkout", "--detach", git("rev-parse", "HEAD"), at=queue.checkout)
-    wanted = hashlib.sha256((queue.checkout / "pyproject.toml").read_bytes()).hexdigest()
-    made = queue.folder / "environment" / "made_for"
-    if not made.exists() or made.read_text() != wanted:
+    digest = hashlib.sha256((queue.checkout / "pyproject.toml").read_bytes()).hexdigest()
+    marker = queue.folder / "environment" / "made_for"
+    if not marker.exists() or marker.read_text() != digest:
         subprocess.run([queue.base, "-m", "venv", str(queue.folder / "environment")], check=True)
         pip = [str(queue.python), "-m", "pip", "install", "--quiet", "--upgrade-strategy", "only-if-needed"]
         subprocess.run([*pip, "-e", str(queue.checkout)], check=True)
-        made.write_text(wanted)
+        marker.write_text(digest)
 
 
 def descriptions(queue: Queue, runs: Sequence[Run]) -> list[Described]:
-    """What the checkout says of all runs, in one process of its own."""
-    asked = json.dumps([[run.config, run.seed] for run in runs])
+    """Describe all runs by the checkout's configs, in a separate process."""
+    pairs = json.dumps([[run.config, run.seed] for run in runs])
     process = subprocess.run(
-        [str(queue.python), "-m", "benchmarks.reproduce", "--describe", asked],
+        [str(queue.python), "-m", "benchmarks.reproduce", "--describe", pairs],
         cwd=queue.checkout,
         env=environment(queue),
         capture_output=True,
         text=True,
     )
     if process.returncode:
-        raise SystemExit(f"the checkout in {queue.folder} does not know a run of the list:\n{process.stderr[-2000:]}")
+        raise SystemExit(f"the checkout in {queue.folder} cannot describe a run of the list:\n{process.stderr[-2000:]}")
     return [Described(name, tuple(stages), work) for name, stages, work in json.loads(process.stdout)]
 
 
 def environment(queue: Queue) -> dict[str, str]:
-    """Of a run: this checkout alone, and the devices that it chooses itself."""
-    ours = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XLA_FLAGS", "VIRTUAL_ENV")}
-    ours |= {"TFDS_DATA_DIR": queue.data_dir} if queue.data_dir else {}
-    return {**ours, "PYTHONPATH": str(queue.checkout)}
+    """Return a run's environment: the checkout, and no flags for devices."""
+    variables = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XLA_FLAGS", "VIRTUAL_ENV")
+    }
+    variables |= {"TFDS_DATA_DIR": queue.data_dir} if queue.data_dir else {}
+    return {**variables, "PYTHONPATH": str(queue.checkout)}
 
 
 class Stopped(Exception):
-    """A signal came; what was running has saved itself. number: of the signal."""
+    """The signal `number` stopped this process; the run has saved its state."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -199,7 +201,7 @@ class Stopped(Exception):
 
 
 def child(queue: Queue, arguments: Sequence[str], log: Path) -> int:
-    """Run Python on `arguments` in the queue's folder at the lowest priority -> its exit code. Raises: Stopped."""
+    """Run Python in the queue's folder at the lowest priority; return its exit code. Raise Stopped on a signal."""
     with open(log, "ab") as output:
         output.write(f"\n$ {shlex.join(['python', *arguments])}\n".encode())
         output.flush()
@@ -209,9 +211,9 @@ def child(queue: Queue, arguments: Sequence[str], log: Path) -> int:
             env=environment(queue),
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes here alone
+            start_new_session=True,  # only this process gets Ctrl-C
         )
-        with contextlib.suppress(OSError):  # Linux may weigh sessions, and "nice" only within one
+        with contextlib.suppress(OSError):  # with autogroup, Linux applies "nice" only within a session
             Path(f"/proc/{process.pid}/autogroup").write_text("19")
         try:
             return process.wait()
@@ -226,44 +228,44 @@ def child(queue: Queue, arguments: Sequence[str], log: Path) -> int:
 
 
 def make(queue: Queue, run: Run, described: Described) -> bool:
-    """Train, attack where asked, and archive one run -> whether that worked. Raises: Stopped."""
+    """Train, attack and archive one run; return whether all succeeded. Raise Stopped on a signal."""
     log = queue.folder / f"{described.name}.log"
     return all(child(queue, part, log) == 0 for part in commands(run, described).values())
 
 
 def speed(queue: Queue, described: Sequence[Described]) -> float | None:
-    """Images a second of the runs that have ended in this folder, by `Described.work`."""
+    """Return images a second of the finished runs in this folder, by `Described.work`."""
     work = seconds = 0.0
-    for one in described:
-        file = queue.workdir(one) / "results.json"
+    for run in described:
+        file = queue.workdir(run) / "results.json"
         if file.exists():
-            work, seconds = work + one.work, seconds + json.loads(file.read_text())["seconds"]
+            work, seconds = work + run.work, seconds + json.loads(file.read_text())["seconds"]
     return work / seconds if seconds else None
 
 
-def progress(queue: Queue, one: Described) -> str:
-    """Where a run under way stands: the last line of its log that has a step in it."""
-    log = queue.folder / f"{one.name}.log"
+def progress(queue: Queue, run: Described) -> str:
+    """Return the progress of a started run: the last line of its log with a step or an epoch."""
+    log = queue.folder / f"{run.name}.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return next((line.strip() for line in reversed(lines) if " step " in line or " epoch " in line), "begun")
 
 
 def show(queue: Queue, runs: Sequence[Run], described: Sequence[Described]) -> None:
-    """Print a line for each run, with hours where they are known."""
+    """Print a line for each run, with hours if they are known."""
     rate, ahead, busy = speed(queue, described), 0.0, running(queue)
-    for run, one in zip(runs, described, strict=True):
-        if finished(run, queue.results / one.name):
-            print(f"done     {one.name}")
+    for run, about in zip(runs, described, strict=True):
+        if finished(run, queue.results / about.name):
+            print(f"done     {about.name}")
             continue
-        ahead += one.work
-        when = f", {one.work / rate / 3600:.1f} h, ends in about {ahead / rate / 3600:.1f} h" if rate else ""
-        begun = queue.begun(one)
-        state = "running" if one.name == busy else "begun" if begun else "left"
-        print(f"{state:8} {one.name}{when}" + (f": {progress(queue, one)}" if begun else ""))
+        ahead += about.work
+        when = f", {about.work / rate / 3600:.1f} h, ends in about {ahead / rate / 3600:.1f} h" if rate else ""
+        started = queue.started(about)
+        state = "running" if about.name == busy else "begun" if started else "left"
+        print(f"{state:8} {about.name}{when}" + (f": {progress(queue, about)}" if started else ""))
 
 
 def running(queue: Queue) -> str:
-    """The name of the run that a queue in this folder is making now; "" where none is at work."""
+    """Return the name of the run that a queue in this folder makes now; "" if none does."""
     file = queue.folder / "lock"
     if not file.exists():
         return ""
@@ -277,13 +279,13 @@ def running(queue: Queue) -> str:
 
 @contextlib.contextmanager
 def locked(queue: Queue) -> Iterator[Any]:
-    """One queue in a folder; what is written to it is read by `running`. Raises: SystemExit."""
+    """Lock the folder for one queue, with a file for `running`. Raise SystemExit if it is locked."""
     queue.folder.mkdir(parents=True, exist_ok=True)
     with open(queue.folder / "lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SystemExit(f"another queue is at work in {queue.folder}: --list shows what it does") from None
+            raise SystemExit(f"another queue runs in {queue.folder}: --list shows its progress") from None
         yield lock
 
 
@@ -293,54 +295,54 @@ def note(lock: Any, name: str) -> None:
     lock.flush()
 
 
-def say(one: Described, what: str) -> None:
-    print(f"{time.strftime('%d %b %H:%M')} {one.name}: {what}", flush=True)
+def say(run: Described, text: str) -> None:
+    print(f"{time.strftime('%d %b %H:%M')} {run.name}: {text}", flush=True)
 
 
 def work_through(queue: Queue, read: Path, update: bool) -> int:
-    """Make what is left of the list -> the exit code."""
+    """Make the remaining runs of the list; return the exit code."""
     failed: set[str] = set()
     with locked(queue) as lock:
         make_ready(queue, update=False)
         while True:
-            runs = read_list(read)  # again, for it may have grown
+            runs = read_list(read)  # again, because it may have changed
             described = descriptions(queue, runs)
             left = [
-                (run, one)
-                for run, one in zip(runs, described, strict=True)
-                if one.name not in failed and not finished(run, queue.results / one.name)
+                (run, about)
+                for run, about in zip(runs, described, strict=True)
+                if about.name not in failed and not finished(run, queue.results / about.name)
             ]
             if not left:
                 break
-            under_way = [pair for pair in left if queue.begun(pair[1])]
-            if update and not under_way:
+            started = [pair for pair in left if queue.started(pair[1])]
+            if update and not started:
                 make_ready(queue, update=True)
                 update = False
                 continue
-            run, one = (under_way or left)[0]
+            run, about = (started or left)[0]
             if run.begin and not (queue.results / f"{run.begin}-seed{run.seed}" / "results.json").exists():
-                failed.add(one.name)
-                say(one, f"left out: it begins with {run.begin}-seed{run.seed}, which is not there")
+                failed.add(about.name)
+                say(about, f"left out: it begins with {run.begin}-seed{run.seed}, which is not there")
                 continue
-            note(lock, one.name)
-            say(one, f"python {shlex.join(command(run, one))}")
-            if make(queue, run, one):
-                say(one, f"done; now git add {queue.results / one.name}")
+            note(lock, about.name)
+            say(about, f"python {shlex.join(command(run, about))}")
+            if make(queue, run, about):
+                say(about, f"done; now git add {queue.results / about.name}")
             else:
-                failed.add(one.name)
-                say(one, f"failed, see {queue.folder / one.name}.log")
+                failed.add(about.name)
+                say(about, f"failed, see {queue.folder / about.name}.log")
     return 1 if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="of checkout, environment and workdirs; outside the repository")
+    parser.add_argument("--folder", type=Path, help="of checkout, environment and workdirs, outside the repository")
     parser.add_argument("--runs", type=Path, default=LIST, help="the list (benchmarks/reproduce.toml)")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="where archives go (results/)")
-    parser.add_argument("--python", default=sys.executable, help="makes the environment (this one); 3.12 is fastest")
-    parser.add_argument("--data_dir", default="", help="prepared data; default: as run.py's")
-    parser.add_argument("--update", action="store_true", help="take today's HEAD for runs that have not begun")
-    parser.add_argument("--list", action="store_true", help="only say what is done, running and left")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the archives (results/)")
+    parser.add_argument("--python", default=sys.executable, help="Python of the environment (default: this one)")
+    parser.add_argument("--data_dir", default="", help="prepared data (default: that of run.py)")
+    parser.add_argument("--update", action="store_true", help="move the checkout to HEAD before the next run")
+    parser.add_argument("--list", action="store_true", help="only list finished, running and remaining runs")
     parser.add_argument("--describe", help=argparse.SUPPRESS)  # [[config, seed], ...] as JSON, of this checkout
     args = parser.parse_args(argv)
     if args.describe:
@@ -366,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return work_through(queue, args.runs, args.update)
     except Stopped as stopped:
-        print("Stopped; the run has saved itself. The same command goes on.", flush=True)
+        print("Stopped; the run has saved itself. The same command continues.", flush=True)
         return 128 + stopped.number
 
 

@@ -1,11 +1,11 @@
-"""Methods on a fixed backbone, for photographs thinned to a long tail: accuracy and calibration.
+"""Compare methods on a fixed backbone, for photographs thinned to a long tail: accuracy and calibration.
 
     python -m benchmarks.thinned DIR --out=FILE.json
     python -m benchmarks.thinned DIR --methods=lift,ncm --draws=1 --tails=100-1
 
 DIR is a folder of images as for `configs/image_folder.py`, with a part for validation. Its training images are thinned,
-so that counts fall exponentially from the largest class to the smallest: 300 to 3 images, and 100 to 1. A class keeps
-all of its images if it has fewer. Few are the classes with fewer than 20 training images.
+so that counts fall exponentially from the largest class to the smallest: 300 to 3 images, and 100 to 1. A class with
+fewer images keeps all. "Few" classes have fewer than 20 training images.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def thinned(labels: np.ndarray, most: int, least: int, seed: int) -> np.ndarray:
     counts, rng = np.bincount(labels), np.random.default_rng(seed)
     chosen = []
     for rank, c in enumerate(np.argsort(-counts, kind="stable")):
-        wanted = round(most * (least / most) ** (rank / (len(counts) - 1)))
-        chosen.append(rng.choice(np.flatnonzero(labels == c), min(counts[c], max(wanted, 1)), replace=False))
+        count = round(most * (least / most) ** (rank / (len(counts) - 1)))
+        chosen.append(rng.choice(np.flatnonzero(labels == c), min(counts[c], max(count, 1)), replace=False))
     return np.sort(np.concatenate(chosen))
 
 
@@ -60,8 +60,8 @@ def figures(config: Any, root: Path, table: Path, workdir: Path) -> dict[str, fl
     with contextlib.redirect_stdout(io.StringIO()):
         stages = train.train(config.to_dict(), workdir)["stages"]
     last = stages[config.stages[-1]]
-    found = dict(all=last["accuracy"]["all"], few=last["accuracy"]["few"], ece=last["ece"])
-    return {key: 100 * value for key, value in found.items() if value is not None}  # nearest means have no ECE
+    shares = dict(all=last["accuracy"]["all"], few=last["accuracy"]["few"], ece=last["ece"])
+    return {key: 100 * value for key, value in shares.items() if value is not None}  # nearest means have no ECE
 
 
 def measure(root: Path, methods: Sequence[str], tails: Sequence[str], draws: int) -> Iterator[dict[str, Any]]:
@@ -75,8 +75,8 @@ def measure(root: Path, methods: Sequence[str], tails: Sequence[str], draws: int
                 write_table(root, table, chosen)
                 for method in methods:
                     config = image_folder.get_config(f"method={method}")
-                    found = figures(config, root, table, Path(folder) / f"{tail}-{draw}-{method}")
-                    yield dict(tail=tail, draw=draw, method=method, images=len(chosen), **found)
+                    percents = figures(config, root, table, Path(folder) / f"{tail}-{draw}-{method}")
+                    yield dict(tail=tail, draw=draw, method=method, images=len(chosen), **percents)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, metavar="DIR")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--tails", default=",".join(TAILS), help="of " + ", ".join(TAILS))
+    parser.add_argument("--tails", default=",".join(TAILS), help="among " + ", ".join(TAILS))
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()

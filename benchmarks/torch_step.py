@@ -1,11 +1,11 @@
-"""The same training steps and evaluation in plain PyTorch, for `benchmarks.cifar_step --torch`, which starts this file.
+"""Time the same training steps and evaluation in plain PyTorch; `benchmarks.cifar_step --torch` starts this file.
 
-It may run in another Python than ltjax, so it imports PyTorch, NumPy and the standard library alone. Its argument is
-the size as JSON; it writes a line about itself, and for each line [way, what, count] on its standard input a line
-{"seconds": ...}: of `count` steps of a stage, or of evaluating `count` images. Each is a JSON document.
+It may run in another Python than ltjax, so it only imports PyTorch, NumPy and the standard library. Its argument is the
+size as JSON. It writes a line about itself, and for each line [way, what, count] of its standard input a line
+{"seconds": ...}: the time of `count` steps of a stage, or of evaluating `count` images. All lines are JSON.
 
-The network is ltjax's ResNet for CIFAR, with the names that `ltjax.interop` knows. Images are ready in memory as the
-network takes them: loading, cropping and mirroring, which are part of ltjax's steps, take no time here.
+The network is ltjax's ResNet for CIFAR, with names that `ltjax.interop` imports. Images are in memory in the network's
+layout, so loading, cropping and mirroring, which are part of ltjax's steps, take no time here.
 """
 
 import json
@@ -34,15 +34,15 @@ WAYS = {
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions. The shortcut takes every `stride`-th pixel, and zeros for channels that are new."""
+    """Two 3x3 convolutions. The shortcut takes every `stride`-th pixel, and pads new channels with zeros."""
 
-    def __init__(self, came: int, out: int, stride: int):
+    def __init__(self, channels: int, out: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(came, out, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
-        self.stride, self.new = stride, (out - came) // 2
+        self.stride, self.new = stride, (out - channels) // 2
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """[B, 3, 32, 32] -> logits [B, C]. depth: 6 n + 2. width: channels of the first stage."""
+    """A ResNet of depth 6 n + 2: images [B, 3, 32, 32] -> logits [B, C]."""
 
     def __init__(self, depth: int = 32, width: int = 16, num_classes: int = 100):
         super().__init__()
@@ -66,8 +66,8 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(4 * width, num_classes)
 
     @staticmethod
-    def _stage(came: int, out: int, stride: int, blocks: int) -> nn.Sequential:
-        return nn.Sequential(Block(came, out, stride), *(Block(out, out, 1) for _ in range(blocks - 1)))
+    def _stage(channels: int, out: int, stride: int, blocks: int) -> nn.Sequential:
+        return nn.Sequential(Block(channels, out, stride), *(Block(out, out, 1) for _ in range(blocks - 1)))
 
     def features(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
@@ -78,7 +78,7 @@ class ResNet(nn.Module):
 
 
 class Runner:
-    """One network with its batch of images, and what is timed of it."""
+    """One network with its batch of images, and its timed functions."""
 
     def __init__(self, way: Way, *, depth: int, width: int, num_classes: int, batch_size: int, eval_batch_size: int):
         self.way, self.rng = way, np.random.default_rng(0)
@@ -98,7 +98,7 @@ class Runner:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.way.bfloat16)
 
     def features(self) -> None:
-        """A step of stage 1: mixup, cross-entropy, and SGD of the whole network."""
+        """Run a step of stage 1: mixup, cross-entropy, and SGD of the whole network."""
         images, labels = self.batch
         share, order = self.rng.beta(1.0, 1.0), torch.randperm(len(labels))
         mixed = share * images + (1 - share) * images[order]
@@ -110,7 +110,7 @@ class Runner:
         self.optimizer.step()
 
     def classifier(self) -> None:
-        """A step of stage 2: the backbone is frozen, its batch norms see the batch; classifier and scale train."""
+        """Run a step of stage 2: train classifier and scale; the frozen backbone's batch norms are in training mode."""
         images, labels = self.batch
         with self.autocast():
             with torch.no_grad():
@@ -121,21 +121,21 @@ class Runner:
         self.classifier_optimizer.step()
 
     def evaluate(self, count: int) -> list[np.ndarray]:
-        """Predictions, confidences and losses of `count` images, [count] each, as ltjax's evaluation returns them."""
+        """Return predictions, confidences and losses of `count` images, [count] each, like ltjax's evaluation."""
         images, labels = self.eval_batch
-        found = []
+        outcomes = []
         self.net.eval()
         with torch.inference_mode(), self.autocast():
             for start in range(0, count, len(labels)):
                 size = min(len(labels), count - start)
                 logits = self.net(images[:size]).float()
                 losses = F.cross_entropy(logits, labels[:size], reduction="none")
-                found.append((logits.argmax(-1), logits.softmax(-1).amax(-1), losses))
+                outcomes.append((logits.argmax(-1), logits.softmax(-1).amax(-1), losses))
         self.net.train()
-        return [torch.cat(values).numpy() for values in zip(*found, strict=True)]
+        return [torch.cat(values).numpy() for values in zip(*outcomes, strict=True)]
 
     def seconds(self, what: str, count: int) -> float:
-        """what: "features" or "classifier", of `count` steps, or "evaluation", of `count` images."""
+        """Time `count` steps of "features" or "classifier", or "evaluation" of `count` images."""
         started = time.perf_counter()
         if what == "evaluation":
             self.evaluate(count)

@@ -1,4 +1,4 @@
-"""Pretrained backbones in the configs of large images: which one, what of it is trained, and how fast."""
+"""Pretrained backbones in the configs of large images: arguments, trained layers and learning rates."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,34 +11,34 @@ from ltjax.interop import pretrained
 
 ADAPTERS = ("adaptformer", "lora")
 FINETUNE = ("head", "last", "all", *ADAPTERS)
-METHODS = ("lift", *recipes.LARGE)  # with a pretrained backbone; the first is the default
-# Layers of each family of backbones from the input to the features, in three parts.
+METHODS = ("lift", *recipes.LARGE)  # methods for a pretrained backbone; the first is the default
+# The layers of each family of backbones in three parts, from the input to the features.
 LAYERS = {
     "resnet": ("(conv|norm|stage[12]_.*)", "stage3_.*", "stage4_.*"),
     "efficientnet_lite0": ("(conv|norm|stage[123]_.*)", "stage[45]_.*", "(stage[67]_.*|head|head_norm)"),
 }
-RATES = (0.01, 0.03, 0.1)  # of these parts, as factors on the classifier's
+RATES = (0.01, 0.03, 0.1)  # learning rates of these parts, relative to the classifier's
 LR = dict(head=0.3, last=0.1, all=0.1, adaptformer=0.01, lora=0.01)
 EPOCHS = dict(head=30, last=10, all=10, adaptformer=10, lora=10)
 
 
 def arguments(default: str) -> dict[str, Any]:
-    """Return the arguments, for `common.read`. default: a name, or none."""
+    """Return the arguments, for `common.read`. `default` is a name, or "none"."""
     return {"pretrained": Text(default, pretrained.FORMS.format(", ".join(pretrained.shipped()))), "finetune": FINETUNE}
 
 
 def implied(arg: str | None, default: str) -> str:
-    """Return the backbone that the arguments ask for: none if they name another network, or `runlocal`."""
+    """Return the backbone that the arguments choose: none if they name another network, or `runlocal`."""
     given = {name: value for name, _, value in common.split(arg)}
-    own_network = "runlocal" in given or given.get("model", "auto") != "auto"
-    return given.get("pretrained") or ("none" if own_network else default)
+    other_network = "runlocal" in given or given.get("model", "auto") != "auto"
+    return given.get("pretrained") or ("none" if other_network else default)
 
 
 def find(args: SimpleNamespace, recipe: recipes.Recipe) -> pretrained.Backbone | None:
-    """Find the backbone, and check that the other arguments go with it. None: the network is trained from scratch.
+    """Find the backbone, and check the other arguments. Return None if the network trains from scratch.
 
     Raises:
-      ValueError: They do not, or there is no such backbone.
+      ValueError: If arguments exclude each other, or there is no such backbone.
     """
     if args.pretrained == "none":
         if "finetune" in args.changed:
@@ -65,7 +65,7 @@ def find(args: SimpleNamespace, recipe: recipes.Recipe) -> pretrained.Backbone |
 
 
 def network(backbone: pretrained.Backbone, finetune: str) -> dict[str, Any]:
-    """Return the settings of the network, without its head and the normalisation of its images."""
+    """Return the settings of the network, without its head and its images' normalisation."""
     settings = {key: value for key, value in backbone.settings.items() if key not in ("mean", "std")}
     return {**settings, "adapter": finetune} if finetune in ADAPTERS else settings
 
@@ -85,9 +85,9 @@ def layers(settings: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def add_groups(config: ConfigDict, finetune: str) -> None:
-    """Give the layers of the backbone their rates, in all stages that would train the whole of it.
+    """Set the rates of the backbone's layers, in all stages that would train the whole backbone.
 
-    With "last", only the last third learns; with adapters, only they do, at the classifier's rate.
+    With "last", only the last third trains; with adapters, only the adapters, at the classifier's rate.
     """
     for stage in (config[name] for name in config.stages):
         if "backbone" not in stage.groups or not stage.groups.backbone.rate:

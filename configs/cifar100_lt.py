@@ -5,14 +5,14 @@
     python run.py --config=configs/cifar100_lt.py:method=drolt --config.replicas=5    # five seeds in one program
     python run.py --config=configs/cifar100_lt.py:recipe=reslt+dro+smoothing          # blocks of configs/recipes.py
 
-Arguments: method, or recipe; imbalance (10, 50 and 100 are the papers'), profile=exp|step, budget=full|short (200
-epochs and what follows, or 12 and a few), augment=paper|plain|auto (auto: AutoAugment and Cutout), mixup (Beta(a, a) in
-stages that train the whole network), holdout (images of each class, taken from the training set; tau_norm
+Arguments (:help lists all): method, or recipe; imbalance (10, 50 and 100 are the papers'), profile=exp|step,
+budget=full|short (200 epochs and more, or 12 and a few), augment=paper|plain|auto (auto: AutoAugment and Cutout), mixup
+(Beta(a, a) in stages that train the whole network), holdout (images of each class, held out of training; tau_norm
 chooses tau on them and takes 10 by default: compare it with runs that have holdout=10).
-method=balms is balanced softmax as BALMS trains it: 13,000 steps of 512 images at imbalance 100, AutoAugment, Cutout.
-The MiSLAS authors recommend --config.optimizer.weight_decay=5e-4: it gives better figures than their paper's.
+method=balms is balanced softmax in BALMS's recipe: 13,000 steps of 512 images at imbalance 100, AutoAugment, Cutout.
+MiSLAS's authors recommend --config.optimizer.weight_decay=5e-4: it gives better figures than their paper's.
 
-Our own figures at full length are in results/; docs/reproduction.md has them beside the papers'.
+Our figures at full length are in results/; docs/reproduction.md compares them with the papers'.
 
 Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   MiSLAS, paper           47.0 / 4.83   52.3 / 2.25   63.2 / 1.73   (after stage 1 alone: 39.5, 45.4, 59.1)
@@ -41,7 +41,7 @@ from configs import recipes, small
 from configs.common import nearest
 from configs.recipes import ResLT, Smoothing
 
-# by imbalance factor
+# by imbalance
 SMOOTHING = {
     10: Smoothing(head=0.2, tail=0.0, classifier_rate=0.1, shifted_batch_norm=True),
     50: Smoothing(head=0.3, tail=0.0, classifier_rate=0.1, shifted_batch_norm=True),
@@ -57,7 +57,7 @@ def get_config(arg=None):
         name="cifar100",
         imbalance=args.imbalance,
         profile=args.profile,
-        ranges=(36, 71),  # MiSLAS's and ResLT's groups, with --config.data.groups=ranges
+        ranges=(36, 71),  # MiSLAS's and ResLT's groups, for --config.data.groups=ranges
     )
     papers = recipes.Papers(
         smoothing=nearest(SMOOTHING, args.imbalance),

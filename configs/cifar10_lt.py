@@ -5,7 +5,7 @@
 
 Arguments: those of configs/cifar100_lt.py. MiSLAS's shifted batch norm is off here, as in the paper.
 
-Our own figures at full length are in results/; docs/reproduction.md has them beside the papers'.
+Our figures at full length are in results/; docs/reproduction.md compares them with the papers'.
 
 Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
   MiSLAS, paper           82.1 / 3.70   85.7 / 2.17   90.0 / 1.20   (after stage 1 alone: 72.8, 78.1, 87.6)
@@ -22,7 +22,7 @@ from configs import recipes, small
 from configs.common import nearest
 from configs.recipes import ResLT, Smoothing
 
-# by imbalance factor
+# by imbalance
 SMOOTHING = {
     10: Smoothing(head=0.1, tail=0.0, classifier_rate=0.2, shifted_batch_norm=False),
     50: Smoothing(head=0.2, tail=0.0, classifier_rate=0.2, shifted_batch_norm=False),
@@ -38,7 +38,7 @@ def get_config(arg=None):
         name="cifar10",
         imbalance=args.imbalance,
         profile=args.profile,
-        ranges=(3, 7),  # MiSLAS's groups; ResLT has (3, 6), with --config.data.groups=ranges
+        ranges=(3, 7),  # MiSLAS's groups, for --config.data.groups=ranges; ResLT has (3, 6)
     )
     papers = recipes.Papers(
         smoothing=nearest(SMOOTHING, args.imbalance),

@@ -1,4 +1,4 @@
-"""What the configs share: arguments after the colon, the defaults of a run, and networks by name."""
+"""Arguments after the colon, the defaults of a run, and networks by name, for all configs."""
 
 import math
 import re
@@ -10,14 +10,14 @@ from ml_collections import ConfigDict
 from configs import recipes, robust
 
 LONG_TAILED = {"reslt", "smoothing", "balms", "proco", "bcl"}  # blocks that need rare classes
-BALANCED = ("pgd_at", "trades", "alp", "bgat", "gkl_at", "ce", "mixup")  # and lbgat: methods that need no rare classes
+BALANCED = ("pgd_at", "trades", "alp", "bgat", "gkl_at", "ce", "mixup")  # and lbgat: methods for balanced classes
 
 
 class Text(NamedTuple):
     """An argument of any text."""
 
     default: str
-    form: str  # what is allowed, in words
+    form: str  # the allowed values, in words
 
 
 # The meaning of each argument, for `:help`.
@@ -31,16 +31,16 @@ MEANINGS = {
     "classifier": "the network's last layer; auto: the method's",
     "augment": "paper: the recipe's own; plain: crops and flips; auto: AutoAugment and Cutout, or RandAugment",
     "mixup": "a of Beta(a, a), in stages that train the whole network; 0: the recipe's own",
-    "precision": "of the network's body; parameters, statistics, logits and optimizer stay float32",
-    "normalise": "of features: none, unit (length 1), standardise (mean 0, variance 1 of each dimension)",
-    "cutmix": "where CutMix takes boxes from; auto: the method's",
-    "ema": "decay of a moving average of the weights, which is then evaluated; auto: the method's",
+    "precision": "dtype of the network's activations; parameters, statistics, logits and optimizer stay float32",
+    "normalise": "normalisation of features: none, unit (length 1), standardise (mean 0, variance 1 of each dimension)",
+    "cutmix": "source of CutMix's boxes; auto: the method's",
+    "ema": "decay of a moving average of the weights, for evaluation; auto: the method's",
     "sam": "rho of sharpness-aware minimisation; 0: none",
     "holdout": "images of each class held out of training, for selection and tuning",
     "size": "side of the images that the network sees, in pixels; 0: that of the weights, or the config's own",
-    "runlocal": "shrink everything to a laptop: 64 pixels, a ResNet-10, few classes, images and epochs",
-    "pretrained": "the backbone, trained elsewhere; none: train from scratch",
-    "finetune": "what is trained: head (features are computed once), the last third, all, or adapters of a ViT",
+    "runlocal": "make the run small enough for a laptop: 64 pixels, a ResNet-10, few classes, images and epochs",
+    "pretrained": "the pretrained backbone; none: train from scratch",
+    "finetune": "the trained parts: head (features are computed once), the last third, all, or adapters of a ViT",
     "guide": "adversarial training, lbgat and bgat: the natural network; auto: the recipe's",
     "beta": "adversarial training: weight of the KL divergence, 0 or more; default: the method's own",
     "loss": "adversarial training: loss of the labels (lbgat: of the guide)",
@@ -50,7 +50,7 @@ MEANINGS = {
 }
 PRECISIONS = {"float32": "float32", "bf16": "bfloat16"}  # {argument: the model's dtype}
 NETWORKS = "such as resnet32, wrn34_10, wrn10_1, resnet18, resnet18_4x4, preact18, vit_ti16 or efficientnet_lite0"
-# Every setting of a vision transformer, so that --config.model.KEY=VALUE can change it; and those of networks by name.
+# All settings of vision transformers, so that --config.model.KEY=VALUE can change them; then networks by name.
 VIT = dict(depth=12, width=768, heads=0, mlp_width=0, patch=16, grid=14, registers=0, layer_scale=False, pre_norm=False)
 VIT |= dict(qkv_bias=True, epsilon=1e-6, activation="gelu", projection=0, features="class", adapter="none", rank=0)
 _SIZES = dict(ti=dict(width=192), s=dict(width=384), b=dict(width=768), l=dict(width=1024, depth=24))
@@ -65,7 +65,7 @@ VITS |= dict(
     clip_b32=dict(_SIZES["b"], **_CLIP, patch=32, grid=7),
     clip_l14=dict(_SIZES["l"], **_CLIP, patch=14, grid=16),
 )
-# of stages that train the whole network, with any method
+# arguments of stages that train the whole network, for any method
 TRAINING_ARGUMENTS = {
     "augment": ("paper", "plain", "auto"),
     "mixup": 0.0,
@@ -77,7 +77,7 @@ TRAINING_ARGUMENTS = {
 }
 ROBUST_ARGUMENTS = {
     "guide": Text("auto", NETWORKS),
-    "beta": -1.0,  # the method's own
+    "beta": -1.0,  # the method's default
     "loss": robust.LOSSES,
     "awp": ("false", "true"),
     "sampler": ("instance_balanced", "class_aware", "class_balanced"),
@@ -89,7 +89,7 @@ class Help(Exception):
     """The arguments of a config contain `help`.
 
     Attributes:
-      arguments: {name: (default, what is allowed, meaning)}.
+      arguments: {name: (default, allowed values, meaning)}.
     """
 
     def __init__(self, allowed: dict):
@@ -98,7 +98,7 @@ class Help(Exception):
 
 
 def _in_words(choice) -> tuple[str, str]:
-    """Return the default of an argument, and what is allowed."""
+    """Return the default of an argument, and its allowed values."""
     if isinstance(choice, Text):
         return choice
     if isinstance(choice, tuple):
@@ -143,7 +143,7 @@ def read_arguments(text: str | None, allowed: dict) -> SimpleNamespace:
 
 
 def _value(name: str, part: str, value: str, choice):
-    """Check one argument. Raises: ValueError."""
+    """Check one argument. Raise ValueError if it is wrong."""
     if isinstance(choice, Text):
         return value
     if isinstance(choice, tuple):
@@ -164,18 +164,18 @@ def _value(name: str, part: str, value: str, choice):
 
 
 def read(text: str | None, allowed: dict, *, long_tailed: bool) -> tuple[SimpleNamespace, recipes.Recipe]:
-    """Read the arguments of a config, and look up the recipe that they name.
+    """Read the arguments of a config, and look up their recipe.
 
     Raises:
-      ValueError: For arguments that do not go together.
+      ValueError: For a wrong argument, or two that exclude each other.
     """
     args = read_arguments(text, allowed)
     if args.recipe and "method" in args.given:
         raise ValueError(f"config arguments method={args.method} and recipe={args.recipe}: give one of them")
     args.holdout = whole(args.holdout)
     recipe = recipes.parse_recipe(args.recipe) if args.recipe else recipes.METHODS[args.method]
-    if own := robust.OWN.get(recipe.blocks[0]):
-        vars(args).update({key: getattr(own, key) for key in ("epsilon", "loss", "awp") if key not in args.given})
+    if special := robust.OWN.get(recipe.blocks[0]):
+        vars(args).update({key: getattr(special, key) for key in ("epsilon", "loss", "awp") if key not in args.given})
     if not recipe.adversarial and (given := [key for key in ROBUST_ARGUMENTS if key in args.given]):
         methods = ", ".join(name for name, each in recipes.METHODS.items() if each.adversarial)
         raise ValueError(f"config argument {given[0]!r} is for adversarial training: {methods}")
@@ -202,14 +202,14 @@ def chains(*, long_tailed: bool) -> Text:
 
 
 def whole(holdout: float) -> int:
-    """Check the argument `holdout`. Raises: ValueError for a fraction."""
+    """Check the argument `holdout`. Raise ValueError for a fraction."""
     if holdout != int(holdout):
         raise ValueError(f"config argument holdout={holdout}: a whole number of images of each class")
     return int(holdout)
 
 
 def defaults() -> ConfigDict:
-    """Return every setting of a run that `ltjax.config` knows; a config changes what differs."""
+    """Return all settings of a run with their defaults; configs change some."""
     config = ConfigDict(dict(name="", model={}, guide={}, batch_size=128, epochs=0, seed=0, stages=()))
     config.data = dict(name="", imbalance=1.0, profile="exp", max_count=0, classes=0, holdout=0, seed=0)
     config.data.update(groups="counts", many_above=100, few_below=20, ranges=())
@@ -222,12 +222,12 @@ def defaults() -> ConfigDict:
     )  # imported, see `python -m ltjax.interop.torch --help`
     config.attack = dict(epsilon="0.031", norm="linf", num_images=0, tests=("pgd-20", "cw-20", "autoattack"))
     config.attack.update(step_size="2/255", batch_size=500, seed=0)
-    config.attack.radii = (0.25, 0.5, 2.0, 4.0)  # of the curve in the report, as multiples of epsilon
+    config.attack.radii = (0.25, 0.5, 2.0, 4.0)  # extra radii for the report's curve, as multiples of epsilon
     return config
 
 
 def run_name(file: str, args: SimpleNamespace) -> str:
-    """Join the file's name, the method, and what the arguments change."""
+    """Join the file's name, the method, and the changed arguments."""
     words = dict(profile="{}", model="{}", guide="{}-guide", classifier="{}", loss="{}", sampler="{}", precision="{}")
     words |= dict(beta="beta{:g}", epsilon="eps{}", awp="awp", augment="{}-augment", mixup="mixup{:g}", size="{:g}px")
     words |= dict(cutmix="{}-cutmix", ema="ema{}", sam="sam{:g}")
@@ -245,7 +245,7 @@ def _short(value):
 
 
 def base(file: str, args: SimpleNamespace) -> ConfigDict:
-    """Return the defaults, with the arguments that all configs take."""
+    """Return the defaults, changed by the common arguments."""
     config = defaults()
     config.name = run_name(file, args)
     config.data.holdout = args.holdout
@@ -257,8 +257,8 @@ def model(text: str, argument: str = "model") -> dict:
     """Return the settings of a network's name.
 
     Names are resnet32 (any 6 n + 2), wrn34_10, resnet18 and preact18 (or 34), efficientnet_lite0, and those of `VITS`.
-    resnet18 is LBGAT's, which ends in maps of 8x8 pixels; resnet18_4x4 is the usual one for CIFAR. Their authors keep
-    the initial weights of PyTorch, and so do those of preact18.
+    resnet18 is LBGAT's, with last maps of 8x8 pixels; resnet18_4x4 is the usual one for CIFAR. These networks and
+    preact18 start with PyTorch's initial weights, like their authors'.
     """
     if text in VITS:
         return dict(name="vit", **{**VIT, **VITS[text]})
@@ -279,31 +279,31 @@ def model(text: str, argument: str = "model") -> dict:
 def networks(
     args: SimpleNamespace, recipe: recipes.Recipe, *, model: dict, guide: dict, fixed: bool = False, **pixels
 ) -> dict:
-    """Return `model`, with the head that the recipe needs, and `guide` if the recipe has one.
+    """Return `model` with the recipe's head, and `guide` if the recipe has one.
 
     Args:
-      args: `classifier` and `precision` are read.
-      recipe: Its blocks decide on the head.
+      args: Only `classifier` and `precision` are used.
+      recipe: Its blocks determine the head.
       model: Settings of the network, without its head.
-      guide: Those of the natural network.
+      guide: Settings of the natural network.
       fixed: Whether the backbone keeps pretrained weights.
       **pixels: `mean`, `std` and other settings of both.
     """
     pixels["dtype"] = PRECISIONS[args.precision]
     head = recipes.head(recipe.blocks, fixed)
     head["classifier"] = head["classifier"] if args.classifier == "auto" else args.classifier
-    made = dict(model=dict(**model, **pixels, **head, classifier_init=classifier_init(model, recipe)))
+    settings = dict(model=dict(**model, **pixels, **head, classifier_init=classifier_init(model, recipe)))
     if {"natural", "lbgat"} & set(recipe.blocks):
-        made["guide"] = dict(**guide, **pixels, classifier="linear", classifier_init=classifier_init(guide, recipe))
+        settings["guide"] = dict(**guide, **pixels, classifier="linear", classifier_init=classifier_init(guide, recipe))
     elif "student" in recipe.blocks:
-        made["guide"] = dict(made["model"])  # its teacher
-    return made
+        settings["guide"] = dict(settings["model"])  # the teacher
+    return settings
 
 
 def classifier_init(network: dict, recipe: recipes.Recipe) -> str:
-    """Return how the authors initialise the classifier.
+    """Return the authors' initialisation of the classifier.
 
-    He-normal in the small ResNets of LDAM, MiSLAS and DRO-LT, else as PyTorch; a wide ResNet's bias is 0.
+    It is He-normal in the small ResNets of LDAM, MiSLAS and DRO-LT, else PyTorch's; a wide ResNet's bias is 0.
     """
     if network["name"] == "wide_resnet":
         return "torch_no_bias"
@@ -312,5 +312,5 @@ def classifier_init(network: dict, recipe: recipes.Recipe) -> str:
 
 
 def nearest(table: dict, imbalance: float):
-    """Return the entry of {imbalance factor: settings} whose factor is nearest to `imbalance` by ratio."""
+    """Return the entry of {imbalance: settings} with the nearest imbalance by ratio."""
     return table[min(table, key=lambda key: abs(math.log(key) - math.log(max(imbalance, 1.0))))]

@@ -1,11 +1,11 @@
-"""Features that any model has computed, such as embeddings of CLIP or DINOv2. A classifier is trained on them.
+"""Train a classifier on features of any model, such as embeddings of CLIP or DINOv2.
 
     python run.py --config=configs/features.py --config.data.root=FILE.npz
     python run.py --config=configs/features.py:method=balanced_softmax,normalise=unit --config.data.root=FILE.npz
     python run.py --workdir=WORKDIR --mode=predict --images=OTHERS.npz --out=FILE.csv
 
-FILE.npz holds `features` [N, D] and `labels` [N], and perhaps `split` ("train" or "validation"); .npy, .parquet and
-.csv are read, too (`ltjax/data/features.py`). Arguments: method, or recipe; classifier, mixup, holdout;
+FILE.npz holds `features` [N, D] and `labels` [N], and optionally `split` ("train" or "validation"); .npy, .parquet and
+.csv are also read (`ltjax/data/features.py`). Arguments: method, or recipe; classifier, mixup, holdout;
 normalise=none|unit|standardise (divide a row by its length, or each dimension by its standard deviation).
 """
 

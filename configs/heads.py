@@ -1,4 +1,4 @@
-"""What the configs of fixed features share: the methods that train nothing but a classifier, and their arguments."""
+"""Methods that only train a classifier, on fixed features, and their arguments."""
 
 from types import SimpleNamespace
 
@@ -21,17 +21,17 @@ def check(recipe: recipes.Recipe) -> None:
 
 
 def papers(**settings) -> recipes.Papers:
-    """Return what all data sets of fixed features have: a cosine from a higher rate, and no augmentation."""
+    """Return the settings of fixed features: a cosine schedule, and no augmentation."""
     return recipes.Papers(cosine=True, crop_padding=0, balanced_epochs=False, fixed=True, **settings)
 
 
 def complete(args: SimpleNamespace) -> None:
-    """Add the arguments of training on images, with values that change nothing."""
+    """Add the other configs' arguments, with values that have no effect."""
     vars(args).update(augment="plain", short=False, epsilon="0.031", beta=-1.0, awp="false")
     vars(args).update(loss=robust.LOSSES[0], sampler="instance_balanced")
     args.changed -= {"augment", "epsilon", "beta", "awp", "loss", "sampler"}
 
 
 def needs_linear_map(recipe: recipes.Recipe) -> bool:
-    """Whether a recipe trains features, so that a linear map of the fixed ones is needed."""
+    """Return whether a recipe trains features, and so needs a linear map of the fixed ones."""
     return "dro" in recipe.blocks

@@ -6,10 +6,10 @@
 
 FILE.csv has the columns file and label, and optionally split (train, validation); files are relative to DIR.
 
-Classes, counts, imbalance factor and groups are shown before training. Without a folder for validation, the same number
-of training images of each class is held out. Photographs are turned upright by their EXIF orientation.
+The run prints classes, counts, imbalance factor and groups before training. Without a folder for validation, the same
+number of training images of each class is held out. Photographs are turned by their EXIF orientation.
 
-A backbone that was trained on ImageNet, and comes with ltjax, computes the features of each image once; a classifier
+A backbone that was trained on ImageNet, shipped with ltjax, computes the features of each image once; a classifier
 learns on them in seconds. Arguments: pretrained=efficientnet_lite0, another one (hub:timm/resnet50.a1_in1k, a file, a
 folder: docs/weights.md), or none; finetune=head|last|all|adaptformer|lora; size (pixels; from scratch 128); and those
 of configs/imagenet_lt.py, such as method=mislas. model=resnet10 trains that network from scratch.
@@ -20,7 +20,7 @@ jax 0.10.2:
   ce, 30 epochs                  66.5 (57.6) / 8.4     commit b1eacc8, 25 images/s
   mislas, stage 1, 20 epochs     55.2 (42.9) / 8.3     commit b47a0ee, 58 images/s: faster convolutions of 2x2 maps
   mislas, stage 2, 10 epochs     62.6 (54.7) / 10.4    the same, 261 images/s
-So few epochs are too few for mixup. Training waited for its images for less than 0.2 % of the time.
+These are too few epochs for mixup. Training waited for its images for less than 0.2 % of the time.
 """
 
 from configs import large

@@ -7,9 +7,9 @@
 
 Arguments: method, or recipe; model (resnet10, 50, ..., resnext50, resnext101; vit_s16, vit_b16, dinov2_s14, clip_b16,
 ...), size=224, augment=paper|auto (auto: RandAugment), mixup, holdout, and those of adversarial training
-(configs/cifar100.py). On a small accelerator: --config.accumulate=4 --config.model.remat=true, and with the argument
-precision=bf16. Vision transformers are for imported weights: docs/weights.md.
-With ResLT, the papers' batches and rates are model=resnext101 --config.batch_size=128 --config.reslt.lr=0.05.
+(configs/cifar100.py). On a small accelerator, use precision=bf16, --config.accumulate=4 and --config.model.remat=true.
+Vision transformers are for imported weights: docs/weights.md. The paper's batch and rate of ResLT with model=resnext101
+are --config.batch_size=128 --config.reslt.lr=0.05.
 
 Top-1 / ECE in %, last epoch, full length:
   MiSLAS, ResNet-50, paper      52.7 / 1.78
@@ -31,9 +31,9 @@ def get_config(arg=None):
     reslt = "reslt" in recipe.blocks
     network = "resnext50" if reslt else "resnet50"
     config = large.base("imagenet_lt", args, recipe, network=network, epochs=180, weight_decay=5e-4)
-    config.data.ranges = (390, 835)  # some papers' groups, by rank of count, with --config.data.groups=ranks
+    config.data.ranges = (390, 835)  # some papers' groups by rank of count, for --config.data.groups=ranks
     if reslt and config.model.depth == 10:
-        config.model.branch_kind = "pooled_conv"  # these branches see features, not maps
+        config.model.branch_kind = "pooled_conv"  # the branches' input is pooled features, not maps
     papers = large.papers(
         args,
         warmup=5 / 180,

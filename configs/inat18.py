@@ -4,7 +4,7 @@
     python run.py --config=configs/inat18.py:method=mislas
     python run.py --config=configs/inat18.py:method=mislas,runlocal    # on a laptop
 
-Arguments: as in configs/imagenet_lt.py. Several machines: docs/launch.md.
+Arguments: as in configs/imagenet_lt.py. For several machines, see docs/launch.md.
 
 Top-1 / ECE in %, last epoch, ResNet-50, full length:
   MiSLAS, paper     71.6 / 7.67
@@ -28,7 +28,7 @@ def get_config(arg=None):
         args,
         warmup=0.0,
         mixup=0.2,
-        color_jitter=0.4 if {"mixup", "smoothing"} & set(recipe.blocks) else 0.0,  # MiSLAS's alone
+        color_jitter=0.4 if {"mixup", "smoothing"} & set(recipe.blocks) else 0.0,  # only MiSLAS's
         smoothing=Smoothing(head=0.3, tail=0.0, classifier_rate=0.05, shifted_batch_norm=True),
         # the second branch is for the 6,600 rarest species
         reslt=ResLT(beta=0.85, medium_start=1542, tail_start=None, tau=0.3),

@@ -1,4 +1,4 @@
-"""What the configs of large images share: arguments, images on disk, ResNets for 224 pixels, the papers' recipes."""
+"""Arguments, images on disk, ResNets for 224 pixels and the papers' recipes, for the configs of large images."""
 
 import re
 from types import SimpleNamespace
@@ -17,10 +17,10 @@ NETWORKS = f"one of {', '.join(_RESNETS + _OTHERS)}"
 
 
 def read(arg: str | None, *, size: int = 224, pretrained: str = "none") -> tuple[SimpleNamespace, recipes.Recipe]:
-    """Read the arguments, of which `backbone` is a `ltjax.interop.pretrained.Backbone`, or None.
+    """Read the arguments; `backbone` becomes a `ltjax.interop.pretrained.Backbone`, or None.
 
-    `runlocal` (an argument without a value) shrinks any run to a laptop: 64 pixels, a ResNet-10, batches of 64, few
-    epochs, at most 100 images of each of the first 50 classes, and no network that was trained elsewhere.
+    `runlocal` (an argument without a value) makes a run small enough for a laptop: 64 pixels, a ResNet-10, batches of
+    64, few epochs, at most 100 images of each of the first 50 classes, and no pretrained network.
     """
     local = any(name == "runlocal" for name, *_ in common.split(arg))
     implied = backbones.implied(arg, pretrained)
@@ -49,7 +49,7 @@ def model(text: str) -> dict[str, Any]:
     """Return the settings of a network's name.
 
     Names are resnet10, 18, 34, 50, 101 and 152; resnext50 and 101 (32x4d); efficientnet_lite0; and those of `VITS`.
-    Sides of the images are multiples of a vision transformer's patch, the last number of its name: 14, 16 or 32.
+    Image sides are multiples of a vision transformer's patch, the last number of its name: 14, 16 or 32.
     """
     if text in _OTHERS:
         return common.model(text)
@@ -74,7 +74,7 @@ def base(
     """Return a run without its stages, on images that stay on disk.
 
     `runlocal` changes the network, lengths and sizes; adversarial training changes epochs and weight decay. A
-    pretrained backbone brings its network, its normalisation, and the size and crop of its images.
+    pretrained backbone sets the network, the normalisation, and the size and crop of the images.
     """
     local, size, backbone = args.runlocal, args.size, args.backbone
     config = common.base(file, args)
@@ -87,15 +87,15 @@ def base(
         resize=round(size / (backbone.images["crop"] if backbone else 224 / 256)),
     )
     if backbone:
-        found = backbones.network(backbone, args.finetune)
+        settings = backbones.network(backbone, args.finetune)
         pixels = {key: backbone.settings[key] for key in ("mean", "std")}
         config.update(weights=backbone.weights, weights_sha256=backbone.sha256, weights_parts=("backbone",))
         epochs = backbones.EPOCHS[args.finetune]
         config.data.min_area = 1.0 if args.finetune == "head" else config.data.min_area
     else:
-        found = model(args.model if args.model != "auto" else "resnet10" if local else network)
+        settings = model(args.model if args.model != "auto" else "resnet10" if local else network)
     guide = args.guide if args.guide != "auto" else "resnet10" if local else "resnet18"
-    networks = dict(model=found, guide=model(guide))
+    networks = dict(model=settings, guide=model(guide))
     fixed = bool(backbone) and args.finetune == "head"
     config.update(common.networks(args, recipe, **networks, fixed=fixed, **pixels, remat=False))
     if fixed:
@@ -115,9 +115,9 @@ def base(
 def papers(
     args: SimpleNamespace, *, reslt: recipes.ResLT, color_jitter: float = 0.4, **settings: Any
 ) -> recipes.Papers:
-    """Return what the papers have on large images: windows of any size, a cosine, and these settings.
+    """Return the papers' settings on large images: windows of any size, a cosine, and the given ones.
 
-    With `runlocal`, ResLT's branches begin at shares of the classes. A pretrained backbone has rates of its own.
+    With `runlocal`, ResLT's branches start at shares of the classes. A pretrained backbone has other rates.
     """
     if args.backbone:
         settings |= dict(lr=backbones.LR[args.finetune], fixed=args.finetune == "head", warmup=0.0)
@@ -129,7 +129,7 @@ def papers(
         color_jitter=color_jitter,
         cosine=True,
         crop_padding=0,
-        balanced_epochs=False,  # DRO-LT has none of these data sets; balanced ones would be up to 19 times as long
+        balanced_epochs=False,  # a balanced epoch would be up to 19 times as long; DRO-LT's code has no large images
         **settings,
     )
 

@@ -5,10 +5,10 @@
     python run.py --config=configs/places_lt.py:method=mislas
 
 As in MiSLAS, a ResNet-152 trained on ImageNet is frozen, a new block replaces its last one, and the new block and the
-classifier learn. config.weights names the folder of its weights, resnet152 by default: torchvision's whole network; the
-run ignores the last block's and says so. Any other network trained on ImageNet works: model=resnet50, with its weights;
-the new block then follows its last one. Adversarial training freezes nothing and starts from scratch. Arguments: as in
-configs/imagenet_lt.py.
+classifier train. config.weights names the folder of its weights, resnet152 by default. It may hold torchvision's whole
+network: the run ignores the last block, with a note. Other networks trained on ImageNet also work, such as
+model=resnet50 with its weights; the new block then follows the last one. Adversarial training freezes nothing and
+starts from scratch. Arguments: as in configs/imagenet_lt.py.
 
 Top-1 / ECE in %, last epoch, ResNet-152, full length:
   MiSLAS, paper     40.4 / 3.41
@@ -24,8 +24,8 @@ def get_config(arg=None):
     args, recipe = large.read(arg)
     config = large.base("places_lt", args, recipe, network="resnet152", epochs=90, weight_decay=5e-4)
     config.data.ranges = (131, 288)
-    # Adversarial training trains the whole network: a frozen backbone keeps the features of clean images.
-    # An extra block follows a ResNet's maps.
+    # Adversarial training trains the whole network, because a frozen backbone keeps the features of clean images.
+    # An extra block needs a ResNet's maps.
     if not (recipe.adversarial or args.runlocal or args.backbone or config.model.name == "vit"):
         config.model.extra_block = True
         config.weights, config.weights_parts = f"resnet{config.model.depth}", ("backbone",)

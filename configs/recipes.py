@@ -1,8 +1,8 @@
 """Recipes as chains of stages: `METHODS` has the papers', `recipe=reslt+dro+smoothing` makes any other.
 
-A chain begins with a block of `SCRATCH`, which trains a whole network, and goes on with blocks of `NEXT`, each from
-where the one before it ended. Lengths are those of 200 epochs, or of a short run of 12; adversarial training, which is
-in `configs/robust.py`, has 100 or 2.
+A chain starts with a block of `SCRATCH`, which trains a whole network. Each further block, of `NEXT`, continues from
+the previous one. Lengths are for 200 epochs, or a short run of 12; for adversarial training (`configs/robust.py`), 100
+or 2.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,15 +19,15 @@ class Recipe(NamedTuple):
     title: str  # "": the blocks' names
     blocks: tuple[str, ...]
     stages: tuple[str, ...] = ()  # names in the config; (): the blocks'
-    weight_decay: float = 2e-4  # on small images, as are the next two
-    epochs: int = 200  # of the first part; adversarial training: see `configs/robust.py`
+    weight_decay: float = 2e-4  # for small images, like the next two
+    epochs: int = 200  # of the first part; for adversarial training, see `configs/robust.py`
     batch_size: int = 128
-    decay: float = 0.1  # of the rate, twice
+    decay: float = 0.1  # factor on the rate, twice
     auto_augment: bool = False  # AutoAugment and Cutout in every stage
 
     @property
     def adversarial(self) -> bool:
-        """Whether the first part trains on attacked images."""
+        """Return whether the first part trains on attacked images."""
         return bool(set(self.blocks) & set(robust.BLOCKS))
 
 
@@ -48,7 +48,7 @@ METHODS = {
     "lws": Recipe("LWS", ("ce", "lws")),
     "tau_norm": Recipe("tau-normalisation", ("ce", "tau_norm")),
     "ncm": Recipe("Nearest class mean", ("ce", "ncm")),
-    # the only decay in DRO-LT's code is LDAM's, 0.01; nothing there calls it
+    # the only decay in DRO-LT's code is LDAM's, 0.01, in an unused function
     "drolt": Recipe("DRO-LT", ("ce", "dro", "ce_classifier"), weight_decay=1e-4, auto_augment=True, decay=0.01),
     "reslt": Recipe("ResLT", ("reslt",), weight_decay=5e-4),
     "lift": Recipe("LIFT's classifier", ("lift",), weight_decay=5e-4),
@@ -65,8 +65,8 @@ METHODS = {
     "best_robust": Recipe("Balanced GKL-AT", ("best_robust",), weight_decay=5e-4),
 }
 
-FROM_SCRATCH = tuple(name for name in METHODS if name != "lift")  # methods that need no trained backbone
-# methods for images in memory, of a second batch or with several views of each, and recipes for CIFAR alone
+FROM_SCRATCH = tuple(name for name in METHODS if name != "lift")  # methods without a pretrained backbone
+# methods that need images in memory (a second batch, or several views of each), and recipes only for CIFAR
 SMALL = ("best", "proco", "bcl", "at_bsl", "best_robust")
 LARGE = tuple(name for name in FROM_SCRATCH if name not in SMALL)
 
@@ -83,53 +83,53 @@ class Smoothing(NamedTuple):
 class ResLT(NamedTuple):
     beta: float
     medium_start: float  # first class of the second branch: its rank by count, or a share of the classes below 1
-    tail_start: float | None  # of the third branch; None: there are two
-    warmup_start: float = 7 / 15  # the rate of the first epoch; 0: the first step of an even rise
+    tail_start: float | None  # first class of the third branch; None: there are two branches
+    warmup_start: float = 7 / 15  # rate of the first epoch; 0: a linear rise from 0
     nesterov: bool = True
     tau: float = 0.0  # at evaluation, the paper's gamma: exponent of the norms that divide the class weights
-    bias: bool = True  # at evaluation
+    bias: bool = True  # whether evaluation adds the bias
 
 
 class Papers(NamedTuple):
-    """What depends on the data set in the papers' training; by default that of small images."""
+    """The papers' settings that depend on the data set; the defaults are for small images."""
 
     smoothing: Smoothing = Smoothing(head=0.1, tail=0.1, classifier_rate=1.0, shifted_batch_norm=False)
     reslt: ResLT | None = None  # None: not for this data
     lr: float = 0.1
-    warmup: float = 5 / 200  # share of the epochs; with the cosine, of ResLT and before deferred re-weighting alone
+    warmup: float = 5 / 200  # share of the epochs; with a cosine, only for ResLT and before deferred re-weighting
     cosine: bool = False  # instead of two decays
-    crop_padding: int = 4  # 0: random windows of another size are cut on the host
+    crop_padding: int = 4  # 0: the host crops random windows of any size
     color_jitter: float = 0.0
     mixup: float = 1.0  # MiSLAS's a of Beta(a, a)
-    fixed: bool = False  # the backbone keeps the weights that it came with, and sees each image in one way
-    balanced_epochs: bool = True  # DRO-LT's stages count draws, not images: see `ltjax.config.StageConfig.epoch_size`
+    fixed: bool = False  # the backbone keeps its initial weights, without augmentation
+    balanced_epochs: bool = True  # epochs of DRO-LT's later stages, see `ltjax.config.StageConfig.epoch_size`
     schedule: robust.Schedule = robust.LBGAT  # of adversarial training
 
 
 class Setting(NamedTuple):
-    """What the blocks read."""
+    """The input of a block."""
 
-    parts: tuple[str, ...]  # of the network that have parameters
+    parts: tuple[str, ...]  # the network's parts with parameters
     papers: Papers = Papers()
-    epochs: Any = 0  # a reference to config.epochs, the length of the whole first part
+    epochs: Any = 0  # a reference to config.epochs, the length of the first part
     short: bool = False
-    auto_augment: bool | None = None  # None: where the recipe has it
+    auto_augment: bool | None = None  # None: the recipe's own
     mixup: float = 0.0  # a of Beta(a, a) in stages that train the whole network; 0: the recipe's own
     changed: Mapping[str, Any] = MappingProxyType(
         {}
     )  # cutmix, ema, sam of the same stages, instead of the recipe's own
-    deferred: bool = False  # the last fifth of the first part is a stage of its own, with class weights
-    decay: float = 0.1  # of the rate, twice, in the first part
+    deferred: bool = False  # the last fifth of the first part is a separate stage, with class weights
+    decay: float = 0.1  # factor on the rate, twice, in the first part
     adversarial: robust.Setting = robust.Setting()
-    first: Mapping[str, Any] = MappingProxyType({})  # the first stage, for the later ones
+    first: Mapping[str, Any] = MappingProxyType({})  # the first stage, read by later ones
 
 
 EFFECTIVE_NUMBER = dict(kind="effective_number", beta=0.9999)  # class weights
-# Every key of a stage that `ltjax.config` knows, except those that `chain` writes.
+# The defaults of a stage, without the keys that `chain` writes.
 STAGE = dict(schedule=dict(kind="constant"), sampler=dict(name="instance_balanced"), augment={}, batch_norm="train")
 STAGE |= dict(keep_optimizer=False, epoch_size="images", drop_last=False, surgery={}, evaluate_net="net")
 STAGE |= dict(ema={}, sam={}, views={})
-# SimAugment, of contrastive views of small images, as ProCo has it
+# ProCo's SimAugment, for contrastive views of small images
 SIM_AUGMENT = dict(
     crop_padding=0, crop_area=0.08, flip=True, color_jitter=0.4, hue=0.1, jitter_probability=0.8, grey=0.2
 )
@@ -138,8 +138,8 @@ SIM_AUGMENT |= dict(blur=0.0, auto_augment=False, rand_augment=(), cutout_size=0
 
 def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers: Papers) -> None:
     """Write the stages of a recipe, and the epochs of adversarial training, into a config that has its networks."""
-    own = robust.OWN.get(recipe.blocks[0])
-    schedule = robust.SHORT if args.short else own.schedule if own else papers.schedule
+    special = robust.OWN.get(recipe.blocks[0])
+    schedule = robust.SHORT if args.short else special.schedule if special else papers.schedule
     if recipe.adversarial:
         config.epochs = schedule.epochs
     smoothing = (
@@ -176,7 +176,7 @@ def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers
 
 
 def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
-    """Write the stages of a recipe into a config; epochs and optimizer follow those of the run."""
+    """Write the stages of a recipe into a config; epochs and optimizer refer to the run's."""
     config.stages = recipe.stages or recipe.blocks
     before = "scratch"
     for number, (block, name) in enumerate(zip(recipe.blocks, config.stages, strict=True)):
@@ -195,22 +195,22 @@ def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
             "start_from": before,
             "optimizer": {**optimizer, **stage.get("optimizer", {})},
             "eval_classifier": setting.first.get("eval_classifier", {}),
-            "nearest_mean": "dro" in recipe.blocks and block != "natural",  # DRO-LT evaluates its features as well
+            "nearest_mean": "dro" in recipe.blocks and block != "natural",  # DRO-LT also evaluates its features
         }
         before = name
 
 
 def changed(stage: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stage with the arguments `cutmix`, `ema` and `sam` that were given.
+    """Return a stage changed by the arguments `cutmix`, `ema` and `sam`.
 
     Raises:
-      ValueError: `ema` is no number below 1.
+      ValueError: If `ema` is no number below 1.
     """
     stage = dict(stage)
     if "cutmix" in values:
-        own = {key: value for key, value in stage["augment"].items() if not key.startswith("cutmix")}
+        others = {key: value for key, value in stage["augment"].items() if not key.startswith("cutmix")}
         cutmix = dict(cutmix_alpha=1.0, cutmix_probability=0.5, cutmix_partner=values["cutmix"])
-        stage["augment"] = own if values["cutmix"] == "none" else {**own, **cutmix}
+        stage["augment"] = others if values["cutmix"] == "none" else {**others, **cutmix}
     if "ema" in values:
         try:
             decay = float(values["ema"])
@@ -228,7 +228,7 @@ def parse_recipe(text: str) -> Recipe:
     """Read "ce+dro+smoothing".
 
     Raises:
-      ValueError: Naming the blocks that are allowed there.
+      ValueError: For an invalid block; it lists the valid ones.
     """
     blocks = tuple(text.split("+"))
     for number, block in enumerate(blocks):
@@ -253,7 +253,7 @@ def head(blocks: tuple[str, ...], fixed: bool = False) -> dict[str, Any]:
     """Return the settings of the network's head that a chain of blocks needs. fixed: on a backbone of photographs."""
     lifts = 28.0 if fixed else 25.0  # 25 is LIFT's; on fixed backbones it was less well calibrated
     return dict(
-        # logits are many times a cosine, so that the softmax can become confident
+        # logits are multiples of a cosine, so that the softmax can become confident
         classifier="cosine" if {"ldam", "lift"} & set(blocks) else "linear",
         cosine_scale=lifts if "lift" in blocks else 30.0,
         logit_scale=bool({"lws", "smoothing"} & set(blocks)),
@@ -262,7 +262,7 @@ def head(blocks: tuple[str, ...], fixed: bool = False) -> dict[str, Any]:
 
 
 def groups(parts: tuple[str, ...], **rates: float) -> dict[str, dict[str, Any]]:
-    """Return parameter groups: for each part of the network a factor on the learning rate, 0 (frozen) by default."""
+    """Return parameter groups: a factor on the learning rate for each part, by default 0 (frozen)."""
     paths = {"logit_scale": "net/logit_scale", "guide": "guide/.*"}
     return {part: dict(match=paths.get(part, f"net/{part}/.*"), rate=rates.get(part, 0.0)) for part in parts}
 
@@ -275,16 +275,16 @@ def augment(setting: Setting, *, auto: bool = False, mixup: float = 0.0) -> dict
     if padding:
         return dict(crop_padding=padding, flip=True, auto_augment=auto, cutout_size=16 if auto else 0, **mixing)
     jitter = 0.0 if auto else setting.papers.color_jitter
-    rand = (2, 9.0) if auto else ()  # AutoAugment's policy is for small images
+    rand = (2, 9.0) if auto else ()  # AutoAugment's policy is only for small images
     return dict(crop_padding=0, flip=True, rand_augment=rand, color_jitter=jitter, **mixing)
 
 
 def _scratch(
     setting: Setting, method: dict, *, mixup: float = 0.0, decay: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Train the whole network: 5 epochs of warm-up, two decays after 160 and 180 of 200; 2, 10 and 11 of 12 if short.
+    """Train the whole network: 5 epochs of warm-up, decays after 160 and 180 of 200; 2, 10 and 11 of 12 if short.
 
-    Large images have a cosine instead, without warm-up.
+    Large images have a cosine without warm-up.
     """
     papers, epochs = setting.papers, setting.epochs
     schedule: dict[str, Any] = dict(kind="step", warmup=2 / 12 if setting.short else papers.warmup)
@@ -308,13 +308,13 @@ def _scratch(
 
 
 def whole(setting: Setting) -> dict[str, float]:
-    """Return the rates of a stage that trains the whole network; an extra block is trained on a frozen backbone."""
+    """Return the rates of a stage that trains the whole network; with an extra block, the backbone is frozen."""
     frozen = setting.papers.fixed or "block" in setting.parts
     return dict(backbone=0.0 if frozen else 1.0, block=1.0, branches=1.0, linear_map=1.0, classifier=1.0)
 
 
 def batch_norm(setting: Setting, train: bool = True) -> str:
-    """Return a stage's mode of batch norm; that of a fixed backbone keeps its statistics."""
+    """Return a stage's mode of batch norm; a fixed backbone keeps its statistics."""
     return "train" if train and not setting.papers.fixed else "eval"
 
 
@@ -337,7 +337,7 @@ def reslt(setting: Setting) -> dict[str, Any]:
 
 
 def lift(setting: Setting) -> dict[str, Any]:
-    """Train the classifier as LIFT does (Shi et al., ICML 2024): it starts from class means, with adjusted logits."""
+    """Train LIFT's classifier (Shi et al., ICML 2024) from class means, with adjusted logits."""
     stage = _scratch(setting, _loss("logit_adjusted", tau=1.0), surgery=dict(name="class_means"))
     return dict(stage, schedule=dict(kind="cosine"))
 
@@ -353,14 +353,14 @@ def balanced_teacher(setting: Setting) -> dict[str, Any]:
 
 
 def student(setting: Setting) -> dict[str, Any]:
-    """Train a new network as the first one, on its average's logits as well: self-distillation, as in DiVE."""
+    """Train a new network like the first one, also on the logits of its average: self-distillation, as in DiVE."""
     loss = setting.first["method"]["loss"]
     method = dict(name="distil", loss=loss, kind="kl", temperature=2.0, share=0.5, power=0.5)
     return dict(setting.first, method=method, epochs=setting.epochs, surgery=dict(name="teacher"))
 
 
 def _contrastive(setting: Setting, method: dict[str, Any], lr: float, **view: Any) -> dict[str, Any]:
-    """Train with two views of each image beside the one that is classified. view: what differs from `SIM_AUGMENT`."""
+    """Train with two more views of each image. `view` has changes of `SIM_AUGMENT`."""
     stage = _scratch(setting, method, drop_last=True)
     views = {name: dict(SIM_AUGMENT, **view) for name in ("first", "second")}
     groups = {**stage["groups"], "method": dict(match="method/.*", rate=1.0)}  # the projections
@@ -373,35 +373,35 @@ def proco(setting: Setting) -> dict[str, Any]:
 
 
 def bcl(setting: Setting) -> dict[str, Any]:
-    """Train as ConCutMix's authors train BCL on CIFAR, without their CutMix."""
+    """Train BCL with ConCutMix's recipe for CIFAR, without its CutMix."""
     method = dict(name="bcl", loss=dict(name="logit_adjusted", tau=1.0), alpha=2.0, beta=0.6)
     return _contrastive(setting, dict(method, temperature=0.1, projection=(512, 128)), lr=0.15, crop_area=0.2, blur=0.5)
 
 
 def balms(setting: Setting) -> dict[str, Any]:
-    """Train with balanced softmax as BALMS does: a cosine from 0.1 after 800 steps of warm-up from 0.05."""
+    """Train with balanced softmax in BALMS's recipe: a cosine from 0.1 after 800 steps of warm-up from 0.05."""
     stage = _scratch(setting, _loss("balanced_softmax"), drop_last=True)
     stage["schedule"] = dict(kind="cosine", warmup=2 / 12 if setting.short else 37 / 591, warmup_start=0.5)
     return stage
 
 
 def adversarial(name: str, setting: Setting) -> dict[str, Any]:
-    """Train a block of `configs/robust.py`, with its own schedule; it trains both networks if there are two."""
+    """Train a block of `configs/robust.py` with its schedule; if there are two networks, train both."""
     robust_setting = setting.adversarial
     trained = {"natural": ("guide",), "bgat": ("backbone", "classifier")}.get(name, ("backbone", "classifier", "guide"))
     in_a_row = dict(in_a_row=4) if robust_setting.sampler == "class_aware" else {}
-    own = robust.OWN.get(name)
+    special = robust.OWN.get(name)
     images = augment(setting, mixup=setting.mixup)
-    if own and own.rand_augment and setting.auto_augment is None:
-        images["rand_augment"] = own.rand_augment
+    if special and special.rand_augment and setting.auto_augment is None:
+        images["rand_augment"] = special.rand_augment
     return dict(
         method=robust.BLOCKS[name](robust_setting),
         epochs=setting.epochs,
-        lr=own.lr if own else setting.papers.lr,
+        lr=special.lr if special else setting.papers.lr,
         schedule=robust_setting.schedule.settings(),
         sampler=dict(name=robust_setting.sampler, **in_a_row),
         augment=images,
-        ema=dict(decay=own.ema) if own and own.ema else {},
+        ema=dict(decay=special.ema) if special and special.ema else {},
         batch_norm="train",
         groups=groups(setting.parts, **dict.fromkeys(trained, 1.0)),
         evaluate_net="guide" if name == "natural" else "net",
@@ -411,7 +411,7 @@ def adversarial(name: str, setting: Setting) -> dict[str, Any]:
 SCRATCH: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "ce": lambda s: _scratch(s, _loss("cross_entropy")),
     "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=s.papers.mixup),
-    "focal": lambda s: _scratch(s, _loss("focal", gamma=1.0)),  # LDAM's comparison; Lin et al. have 2
+    "focal": lambda s: _scratch(s, _loss("focal", gamma=1.0)),  # as in LDAM's comparison; Lin et al. have 2
     "cb_ce": lambda s: _scratch(s, _loss("cross_entropy", class_weights=EFFECTIVE_NUMBER)),
     # margins of 0.5 in cosine, on logits that are 30 cosines; its authors decay by 0.01
     "ldam": lambda s: _scratch(s, _loss("ldam", max_margin=15.0, scale=1.0), decay=0.01),
@@ -428,7 +428,7 @@ SCRATCH: dict[str, Callable[[Setting], dict[str, Any]]] = {
 
 
 def _later(setting: Setting, method: dict, *, epochs: int, short: int, lr: float, **more: Any) -> dict[str, Any]:
-    """Train on from a trained network, for about 1/20 of the first stage's length. short: epochs of a short run."""
+    """Continue from a trained network, for about 1/20 of the first stage's length; `short` epochs in a short run."""
     stage = dict(
         method=method,
         epochs=short if setting.short else epochs,
@@ -442,7 +442,7 @@ def _later(setting: Setting, method: dict, *, epochs: int, short: int, lr: float
 
 
 def smoothing(setting: Setting) -> dict[str, Any]:
-    """MiSLAS's second stage: label-aware smoothing, learnable weight scaling, shifted batch norm."""
+    """Return MiSLAS's second stage: label-aware smoothing, learnable weight scaling, shifted batch norm."""
     paper = setting.papers.smoothing
     return _later(
         setting,
@@ -457,7 +457,7 @@ def smoothing(setting: Setting) -> dict[str, Any]:
 
 
 def drw(setting: Setting) -> dict[str, Any]:
-    """Deferred re-weighting: the first stage continues at a lower rate, its loss now with class weights."""
+    """Return deferred re-weighting: the first stage continues at a lower rate, with class weights."""
     first = setting.first
     decay = first["schedule"]["decay"]
     loss = dict(first["method"]["loss"], class_weights=EFFECTIVE_NUMBER)
@@ -485,22 +485,22 @@ def _drolt(setting: Setting, method: dict, **more: Any) -> dict[str, Any]:
 
 
 def dro(setting: Setting) -> dict[str, Any]:
-    """DRO-LT's second stage: the features learn, the classifier is frozen."""
+    """Return DRO-LT's second stage: train the features, freeze the classifier."""
     method: dict[str, Any] = dict(name="drolt", loss=dict(name="cross_entropy", class_weights=dict(kind="count")))
     method.update(robust_weight=1.0, radius="learned", radius_size=0.5, temperature=1.0, layers=())
     trained = groups(setting.parts, **{**whole(setting), "classifier": 0.0})
-    trained["margins"] = dict(match="method/margins", rate=1.0, optional=True)  # learned radii only
+    trained["margins"] = dict(match="method/margins", rate=1.0, optional=True)  # only learned radii
     return _drolt(setting, method, epochs=80, short=3, lr=0.005, batch_norm=batch_norm(setting), groups=trained)
 
 
 def ce_classifier(setting: Setting) -> dict[str, Any]:
-    """DRO-LT's third stage: the classifier alone, batch norm in evaluation mode."""
+    """Return DRO-LT's third stage: train only the classifier, with batch norm in evaluation mode."""
     trained = groups(setting.parts, classifier=1.0)
     return _drolt(setting, _loss("cross_entropy"), epochs=20, short=1, lr=0.01, groups=trained)
 
 
 def robust_classifier(setting: Setting) -> dict[str, Any]:
-    """Train the classifier alone, on the features of attacked images and class-balanced batches."""
+    """Train only the classifier, on features of attacked images and class-balanced batches."""
     method = robust.BLOCKS["pgd_at"](setting.adversarial._replace(awp=0.0))
     return _later(setting, method, epochs=10, short=1, lr=0.01, groups=groups(setting.parts, classifier=1.0))
 

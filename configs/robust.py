@@ -24,31 +24,31 @@ class Schedule(NamedTuple):
         return dict(kind="step", **warmup, decay_at=self.decay_at, decay=0.1)
 
 
-# LBGAT's, also for the methods it is compared with: first epoch at 0.02; 0.01 from epoch 76 of 100, 0.001 from 91
+# LBGAT's, also for its baselines: first epoch at 0.02; 0.01 from epoch 76 of 100, 0.001 from 91
 LBGAT = Schedule(100, (0.75, 0.9), first=0.2)
 TRADES = Schedule(76, (74 / 76,))  # its authors', on CIFAR-10: epochs 75 and 76 at 0.01
 SHORT = Schedule(2, (0.5,))
 
 
 class Own(NamedTuple):
-    """What a block has instead of LBGAT's recipe."""
+    """The settings of a block that differ from LBGAT's recipe."""
 
     schedule: Schedule
     lr: float = 0.1
     epsilon: str = "8/255"
     loss: str = "cross_entropy"
     network: str = "wrn34_10"  # for small images
-    rand_augment: tuple[float, ...] = ()  # of small images
+    rand_augment: tuple[float, ...] = ()  # for small images
     ema: float = 0.0  # decay of the moving average of the weights; 0: none
     awp: str = "true"
 
 
 GKL = Schedule(200, (), kind="cosine")
 AT_BSL = Schedule(100, (0.74, 0.89))  # 0.01 from epoch 75 of 100, 0.001 from 90
-# torchvision's magnitude of 8 in its 31 bins is 2.7 here
+# magnitude 8 of torchvision's 31 bins equals 2.7 here
 _RESNET18 = dict(schedule=AT_BSL, loss="balanced_softmax", network="resnet18_4x4", rand_augment=(2, 2.7))
 OWN = {
-    "gkl_at": Own(GKL, lr=0.2, ema=0.9997),  # 0.9 an epoch of 391 steps
+    "gkl_at": Own(GKL, lr=0.2, ema=0.9997),  # 0.9 for an epoch of 391 steps
     "at_bsl": Own(**_RESNET18, awp="false"),
     "best_robust": Own(**_RESNET18, ema=0.999),
 }
@@ -58,10 +58,10 @@ AWP_OTHERS = 0.005
 
 
 class Setting(NamedTuple):
-    """What the blocks read."""
+    """The input of a block."""
 
-    attack: Mapping[str, Any] = MappingProxyType({})  # in training, see `ltjax.methods.adversarial.create`
-    beta: float = -1.0  # weight of the KL; below 0: the method's own
+    attack: Mapping[str, Any] = MappingProxyType({})  # see `ltjax.methods.adversarial.create`
+    beta: float = -1.0  # weight of the KL; below 0: the method's default
     loss: Mapping[str, Any] = MappingProxyType({"name": "cross_entropy"})  # of the labels; LBGAT: of the guide
     awp: float = 0.0
     sampler: str = "instance_balanced"
@@ -71,7 +71,7 @@ class Setting(NamedTuple):
 def attack(epsilon: str, short: bool) -> dict[str, Any]:
     """Return the attack in training: 10 steps of 0.007 within 0.031, as in the papers.
 
-    Steps are a quarter of any other epsilon. short: 3 steps, twice as long.
+    For another epsilon, steps are a quarter of it. If `short`, there are 3 steps, twice as large.
 
     Raises:
       ValueError: If epsilon is not a number above 0 and up to 1.
@@ -95,7 +95,7 @@ def _number(text: str) -> float:
 
 
 def _block(name: str, setting: Setting, loss: str = "loss", **settings: Any) -> dict[str, Any]:
-    """Return a method with an attack. loss: the key of the labels' loss; "": none."""
+    """Return a method with an attack. `loss` is the key of the labels' loss; "": none."""
     if "beta" in settings and setting.beta >= 0:
         settings["beta"] = setting.beta
     losses = {loss: setting.loss} if loss else {}
@@ -103,7 +103,7 @@ def _block(name: str, setting: Setting, loss: str = "loss", **settings: Any) -> 
 
 
 def _gkl(setting: Setting, *, attack: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
-    """Return GKL-AT; its attack and weights are not those of the other blocks."""
+    """Return GKL-AT, whose attack and weights differ from the other blocks'."""
     return {**_block("gkl_at", setting, alpha=4.0, **settings, attack_beta=1.0), "attack": {**setting.attack, **attack}}
 
 
@@ -114,7 +114,7 @@ def gkl_at(setting: Setting) -> dict[str, Any]:
 
 
 def best_robust(setting: Setting) -> dict[str, Any]:
-    """Add to GKL-AT RobustLT's larger radius of rare classes, which rises over half of the stage, and AWP."""
+    """Add to GKL-AT RobustLT's larger radius for rare classes, which rises over half of the stage, and AWP."""
     attack = dict(radius_share=0.3, ramp=0.5)
     return _gkl(setting, beta=5.0, gamma=0.2, weights_temperature=1.0, attack=attack, awp_start=10 / 100)
 

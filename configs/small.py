@@ -1,4 +1,4 @@
-"""What the configs of CIFAR and Tiny ImageNet share: arguments, networks, lengths and the optimizer."""
+"""Arguments, networks, lengths and the optimizer, for the configs of CIFAR and Tiny ImageNet."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))  # the
 
 
 def read(arg: str | None, *, long_tailed: bool) -> tuple[SimpleNamespace, recipes.Recipe]:
-    """Read the arguments. long_tailed: take the imbalance and all methods."""
+    """Read the arguments; with `long_tailed`, also the imbalance and all methods."""
     allowed: dict = {
         "method": recipes.FROM_SCRATCH if long_tailed else ("lbgat", *common.BALANCED),
         "recipe": common.chains(long_tailed=long_tailed),
@@ -28,14 +28,14 @@ def read(arg: str | None, *, long_tailed: bool) -> tuple[SimpleNamespace, recipe
 
 
 def base(file: str, args: SimpleNamespace, recipe: recipes.Recipe, *, pixels: dict = CIFAR) -> ConfigDict:
-    """Return a run without its stages. pixels: mean and std of the images; adversarial training normalises none."""
+    """Return a run without its stages. `pixels` has mean and std; adversarial training does not normalise."""
     config, short = common.base(file, args), args.short
     config.batch_size = recipe.batch_size
     config.optimizer.weight_decay = recipe.weight_decay
     network, guide = "resnet32", "wrn10_1" if short else "resnet18"
     if recipe.adversarial:
-        own = robust.OWN.get(recipe.blocks[0])
-        network = "wrn10_1" if short else own.network if own else "wrn34_10"
+        special = robust.OWN.get(recipe.blocks[0])
+        network = "wrn10_1" if short else special.network if special else "wrn34_10"
         pixels = dict(mean=(0.0,), std=(1.0,))
         config.eval_every = 1 if short else 0  # 0: every fifth epoch, and each of the last 20
     else:

@@ -4,7 +4,7 @@
     python run.py --config=configs/tiny_imagenet.py:method=lbgat,beta=6
     python run.py --config=configs/tiny_imagenet.py:method=lbgat,beta=6 --mode=attack
 
-The images (1.2 GB) live on the device; the 10,000 official validation images are the test set.
+The images (1.2 GB) are on the device; the 10,000 official validation images are the test set.
 Arguments: see configs/cifar100.py. Any method, ours: not yet run.
 """
 

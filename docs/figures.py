@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from docs import generate
+from docs import settings
 from ltjax import attacks, losses, optim, registry, surgery
 from ltjax.data import samplers, splits
 
@@ -77,7 +77,7 @@ def ldam() -> Figure:
         loss.plot(ahead, values, color=colour, label=f"{COUNTS[c]} images")
     label(loss, "label's cosine minus the others'", "loss")
     legend(loss)
-    stages = generate.load("cifar100_lt:method=ldam_drw").stages
+    stages = settings.load("cifar100_lt:method=ldam_drw").stages
     started = 0
     for stage, colour, name in zip(stages.values(), (BLUE, ORANGE), ("no class weights", "class weights"), strict=True):
         drw.semilogy(started + np.arange(stage.epochs), _rates(stage), color=colour, label=name)
@@ -184,7 +184,7 @@ def drolt() -> Figure:
 def reslt() -> Figure:
     """Draw the classes of each branch, and each class's share of the branches' loss."""
     figure, (masks, weight) = canvas()
-    stages = generate.load("cifar100_lt:method=reslt,imbalance=100").stages
+    stages = settings.load("cifar100_lt:method=reslt,imbalance=100").stages
     method = stages["reslt"].method
     starts = dict(medium_start=method["medium_start"], tail_start=method["tail_start"])
     answers = np.asarray(losses.branch_masks(COUNTS, **starts))  # [3, C]
@@ -261,14 +261,14 @@ def combinations() -> Figure:
     figure, panels = canvas(height=3.0)
     colours = {"backbone": BLUE, "classifier": ORANGE, "logit_scale": PINK, "branches": GREEN, "margins": GREY}
     for axes, name in zip(panels, ("method=mislas", "recipe=reslt+dro+smoothing"), strict=True):
-        stages = generate.load(f"cifar100_lt:{name}").stages
+        stages = settings.load(f"cifar100_lt:{name}").stages
         started = 0
         for stage in stages.values():
             x = started + np.arange(stage.epochs)
-            for group, settings in stage.groups.items():
-                if settings["rate"]:
-                    moved = 1 + 0.06 * list(colours).index(group)  # side by side where rates are the same
-                    axes.semilogy(x, moved * settings["rate"] * _rates(stage), color=colours[group], linewidth=1.6)
+            for group, group_rates in stage.groups.items():
+                if group_rates["rate"]:
+                    moved = 1 + 0.06 * list(colours).index(group)  # side by side if rates are equal
+                    axes.semilogy(x, moved * group_rates["rate"] * _rates(stage), color=colours[group], linewidth=1.6)
             started += stage.epochs
             axes.axvline(started, color=GREY, linewidth=0.5)
         label(axes, "epoch", "learning rate", name)

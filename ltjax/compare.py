@@ -28,7 +28,7 @@ from ltjax.system.files import holding, read_json
 from ltjax.system.paths import local
 from ltjax.types import UserError
 
-# Settings in which runs of one row may differ: the seeds, and what changes no trained number.
+# Settings in which runs of one row may differ: the seeds, and those that change no trained number.
 WITHIN_A_ROW = (
     "seed",
     "replicas",
@@ -67,7 +67,7 @@ NOT_COMPARABLE = "warning: not comparable"
 class FinishedStage(NamedTuple):
     title: str
     seconds: float
-    seeds: dict[int, dict[str, float]]  # {seed: {key of `FIGURES`: fraction}}, without what was not measured
+    seeds: dict[int, dict[str, float]]  # {seed: {key of `FIGURES`: fraction}}, measured ones only
 
 
 class FinishedRun(NamedTuple):
@@ -82,7 +82,7 @@ class FinishedRun(NamedTuple):
 
 class Row(NamedTuple):
     name: str
-    figures: dict[str, MeanStd]  # {key of `FIGURES`: fraction}, without what some seed lacks
+    figures: dict[str, MeanStd]  # {key of `FIGURES`: fraction}, those of all seeds
     seconds: float  # of a seed, mean over runs
     seeds: tuple[int, ...]
     runs: tuple[Path, ...]  # those whose seeds were counted
@@ -91,7 +91,7 @@ class Row(NamedTuple):
 
 class Comparison(NamedTuple):
     rows: list[Row]
-    notes: list[str]  # a line each: what was left out or counted once, and warnings
+    notes: list[str]  # a line each: runs left out or counted once, and warnings
 
 
 def rows(paths: Iterable[str | Path], *, stages: bool = False) -> list[Row]:
@@ -108,7 +108,7 @@ def rows(paths: Iterable[str | Path], *, stages: bool = False) -> list[Row]:
 
 
 def compare(paths: Iterable[str | Path], *, stages: bool = False) -> Comparison:
-    """Return `rows`, and notes on what was left out, counted once, or is not comparable."""
+    """Return `rows`, and notes on runs left out, counted once, or not comparable."""
     files, notes, refused = [], [], []
     for path in map(local, paths):
         try:
@@ -240,7 +240,7 @@ def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:
-    """Group runs of the same settings, whatever their seeds, in the order of their first."""
+    """Group runs of the same settings and any seeds, in the order of their first."""
     groups: list[list[FinishedRun]] = []
     for run in runs:
         same = next((members for members in groups if _same(members[0], run)), None)

@@ -51,7 +51,7 @@ class AttackConfig(NamedTuple):
 
     epsilon: float | str = "0.031"  # radius, in pixel units of [0, 1]
     norm: str = "linf"  # or "l2"
-    num_images: int = 0  # attack only so many test images, spread over the classes; 0: all
+    num_images: int = 0  # test images to attack, spread over the classes; 0: all
     tests: tuple[str, ...] = ("pgd-20", "cw-20", "autoattack")
     step_size: float | str = "2/255"  # of pgd-N and cw-N
     batch_size: int = 500  # over all devices

@@ -82,7 +82,7 @@ def _on_devices(number: jax.Array, array: jax.Array) -> jax.Array:
 
 
 def is_local(array: Any) -> bool:
-    """Whether an array is NumPy's, or lies in this process's memory and not on an accelerator."""
+    """Return whether an array is NumPy's, or lies in this process's memory and not on an accelerator."""
     if not isinstance(array, jax.Array):
         return True
     return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())

@@ -1,4 +1,4 @@
-"""Look up what a config names, and check its settings before use."""
+"""Look up the names of a config, and check their settings before use."""
 
 import importlib
 import inspect
@@ -57,7 +57,7 @@ def check_types(what: str, function: Callable, settings: Mapping[str, Any]) -> N
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a config has an annotated type.
+    """Return whether a value of a config has an annotated type.
 
     A list counts as a tuple, and an int as a float; nan is no number. Any value has a type that no config can hold.
     """

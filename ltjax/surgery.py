@@ -19,7 +19,7 @@ METRICS = ("cosine", "euclidean")
 
 
 class Context(NamedTuple):
-    """Inputs of a surgery beside the variables.
+    """Inputs of a surgery, in addition to the variables.
 
     Attributes:
       class_counts: [C].

@@ -220,7 +220,7 @@ class StageTrainer:
         experiment, stage = self.experiment, self.stage
         if before is None:
             variables = initial_variables(experiment, stage)
-        else:  # an average goes on with the optimizer, and is otherwise where the stage begins
+        else:  # an average continues with the optimizer; otherwise it starts at the stage's variables
             variables = before.variables if stage.keep_optimizer else surgery.with_ema(before.variables)
         if stage.surgery:
             variables, self.record["surgery"] = apply_surgery(experiment, stage, variables)
@@ -270,7 +270,7 @@ class StageTrainer:
         return self.compiled.refresh is not None and self.step % self.compiled.steps_per_epoch == 0
 
     def may_run_ahead(self) -> bool:
-        """Whether the next steps may be dispatched before the metrics of the last ones are read.
+        """Return whether the next steps may be dispatched before the metrics of the last ones are read.
 
         Not if they have to be compiled: that time must not count as time of the last steps.
         """
@@ -293,7 +293,7 @@ class StageTrainer:
         return Dispatch(self.step, num_steps, metrics, began, waited, processes.ask(self.flags))
 
     def flags(self) -> tuple[bool, bool]:
-        """Whether this process has to stop, and to save."""
+        """Return whether this process has to stop, and to save."""
         due = time.monotonic() - self.saved_at > self.run_config.checkpoint_seconds
         return self.stop.requested is not None, due
 
@@ -355,7 +355,7 @@ class StageTrainer:
             raise Interrupted(self.stop.requested or signal.SIGTERM)
 
     def evaluation_due(self) -> bool:
-        """Whether the current state has to be evaluated, and was not."""
+        """Return whether the current state has to be evaluated, and was not."""
         epoch, steps_into_epoch = divmod(self.step, self.compiled.steps_per_epoch)
         ended = steps_into_epoch == 0 and (epoch > 0 or self.stage.epochs == 0)
         due = ended and evaluation_follows(epoch, self.stage.epochs, self.run_config.eval_every)
@@ -432,14 +432,14 @@ def chunk_length(
 
 
 def evaluation_follows(epoch: int, epochs: int, every: int) -> bool:
-    """Whether an evaluation follows an epoch, counted from 1. every: `config.eval_every`."""
+    """Return whether an evaluation follows an epoch, counted from 1. every: `config.eval_every`."""
     if every == 0:
         every = 5 if epoch <= epochs - 20 else 1
     return epoch % every == 0 or epoch == epochs
 
 
 def runs_ahead() -> bool:
-    """Whether the next steps are dispatched before the metrics of the last ones are read, so that devices never wait.
+    """Return whether to dispatch steps before the last metrics are read, so that devices never wait.
 
     Not on CPUs: they would gain nothing, and the collectives of two programs at once may wait for each other.
     """

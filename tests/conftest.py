@@ -1,7 +1,7 @@
 """Every test runs on 8 virtual CPU devices, with strict dtype promotion and a shared compilation cache.
 
-Compiling is most of what the tests do, so on a CPU they leave out what makes programs fast and not right: a quarter of
-the time. LTJAX_TEST_OPTIMISED=1 compiles as users do; tests whose point is the optimised program ask for `optimised`.
+Tests mainly compile, so on a CPU they leave out XLA's optimisations, and take a quarter of the time.
+LTJAX_TEST_OPTIMISED=1 compiles like users; tests of the optimised program use the fixture `optimised`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-# Of all clones: most of what a suite takes is compiling. Delete it when it has grown too large.
+# Shared by all clones, because compiling takes most of a suite's time. Delete it if it grows too large.
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ltjax" / "tests"
 NO_EMITTERS = jax.__version_info__ < (0, 11)  # later versions have no flag for that
 LONGEST = (
@@ -58,7 +58,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that at the end no process waits long for another one."""
+    """Run the slowest files first, so that at the end no process waits long for another one."""
 
     def place(item):
         name = item.nodeid.partition("::")[0].removeprefix("tests/")
@@ -81,7 +81,7 @@ def few_memory_maps():
 
 @pytest.fixture(scope="module")
 def no_reports():
-    """Runs write no `report/`, which takes seconds: for modules that do not look at it."""
+    """Let runs write no `report/`, which takes seconds, in modules that do not need it."""
     from ltjax import train
 
     with pytest.MonkeyPatch.context() as patch:
@@ -91,15 +91,15 @@ def no_reports():
 
 @pytest.fixture(scope="session")
 def golden():
-    """`golden("mislas_stage1")`: the arrays of one golden file; its README says where they come from."""
+    """Return `golden("mislas_stage1")`: the arrays of one golden file, see its README."""
     return lambda name: dict(np.load(GOLDEN / f"{name}.npz"))
 
 
 @contextlib.contextmanager
 def optimised_programs():
-    """Compile as users do, all but in full: for that, give `jax.jit` the options that this yields.
+    """Compile almost like users; for all optimisations, pass the yielded options to `jax.jit`.
 
-    For programs that run long, and where a test is about rounding or about what XLA's optimisations do.
+    It is for long-running programs, and for tests of rounding or of XLA's optimisations.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
@@ -111,7 +111,7 @@ def optimised_programs():
 
 @pytest.fixture
 def optimised():
-    """`optimised_programs` for one test."""
+    """Apply `optimised_programs` to one test."""
     with optimised_programs() as options:
         yield options
 

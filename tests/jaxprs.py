@@ -1,4 +1,4 @@
-"""What a traced function consists of."""
+"""The equations of traced functions."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import jax
 
 
 def equations(jaxpr) -> Iterator:
-    """All equations of a jaxpr, at any depth."""
+    """Return all equations of a jaxpr, at any depth."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):

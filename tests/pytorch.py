@@ -7,7 +7,7 @@ import pytest
 
 
 def pytorch() -> Any:
-    """The module `torch`; without it a test is skipped, or fails where LTJAX_REQUIRE_TORCH says that it has to run."""
+    """Return the module `torch`; without it a test is skipped, or fails if LTJAX_REQUIRE_TORCH is set."""
     if os.environ.get("LTJAX_REQUIRE_TORCH"):
         import torch
 

@@ -24,7 +24,7 @@ ATTACK = {"attack.num_images": 16, "attack.batch_size": 16, "attack.tests": ("pg
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """The workdir of a finished run."""
+    """Return the workdir of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     train.train(tiny_config(**STAGES), folder)
     return folder
@@ -134,7 +134,7 @@ def test_an_unfinished_run_is_refused(workdir, tmp_path, capsys):
 
 
 def test_a_single_changed_bit_of_a_checkpoint_is_noticed(workdir, tmp_path):
-    """Orbax reads such a checkpoint without a word."""
+    """Change a bit that Orbax does not notice."""
     shutil.copytree(workdir, tmp_path / "run")
     step, state = final_arrays(tmp_path / "run")
     counters = state["opt_state"]["inner_states"]["classifier"]["inner_state"][1][1]

@@ -21,7 +21,7 @@ every_loss = pytest.mark.parametrize("name", OURS)
 
 
 def random_batch(seed, batch=16, classes=7, spread=2.0):
-    """logits [B, C], labels [B], class_counts [C]."""
+    """Return logits [B, C], labels [B], class_counts [C]."""
     random = np.random.default_rng(seed)
     logits = random.normal(0, spread, (batch, classes)).astype(np.float32)
     return logits, random.integers(0, classes, batch), random.integers(1, 500, classes)
@@ -33,7 +33,7 @@ def softmax(z):
 
 
 def the_papers(name, logits, labels, class_counts):
-    """The equation as printed, example by example, float64."""
+    """Return the equation as printed, example by example, float64."""
     values, n = [], class_counts.astype(np.float64)
     for z, y in zip(logits.astype(np.float64), labels, strict=True):
         match name:
@@ -150,7 +150,7 @@ def test_ldam_scales_logits_as_scaled_logits_with_a_scaled_margin():
     np.testing.assert_allclose(ours, scaled, rtol=1e-5, atol=1e-5)
 
 
-def test_focal_is_exact_where_p_is_near_1():
+def test_focal_is_exact_if_p_is_near_1():
     logits, labels = np.array([[12.0, 0.0, 0.0]], np.float32), np.array([0])
     with jax.enable_x64(True):
         expected = value_and_gradient(lambda z: losses.focal(z, labels), jnp.asarray(logits, jnp.float64))[1]

@@ -25,7 +25,7 @@ def nll(logits, labels, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_no_temperature_of_a_search_is_better(temperature):
+def test_no_other_temperature_is_better(temperature):
     logits, labels = sample(temperature)
     fitted = float(fit_temperature(logits, labels))
     tried = np.geomspace(LOWEST, HIGHEST, 4_001)
@@ -34,7 +34,7 @@ def test_no_temperature_of_a_search_is_better(temperature):
     assert nll(logits, labels, fitted) <= min(losses) + 1e-9
 
 
-def test_the_temperature_of_many_labels_is_the_one_they_were_drawn_with():
+def test_the_temperature_of_drawn_labels_is_found():
     logits, labels = sample(2.5, size=20_000)
     assert float(fit_temperature(logits, labels)) == pytest.approx(2.5, rel=0.05)
 
@@ -75,7 +75,7 @@ def all_wrong():
 
 
 @pytest.mark.parametrize("degenerate", [all_right, all_wrong, lambda: (np.zeros((4, 3), np.float32), np.zeros(4, int))])
-def test_without_a_best_temperature_the_fit_is_bounded_and_has_no_minimum(degenerate):
+def test_a_fit_without_a_minimum_is_bounded(degenerate):
     logits, labels = degenerate()
     assert LOWEST * 0.999 <= float(fit_temperature(logits, labels)) <= HIGHEST * 1.001
     assert not has_minimum(logits, labels)

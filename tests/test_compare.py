@@ -144,7 +144,7 @@ def test_a_config_without_a_stages_optimizer_has_that_of_the_run(tmp_path):
     assert len(compare.rows(paths)) == 1
 
 
-def test_rows_of_one_name_say_what_differs_from_the_first(tmp_path):
+def test_rows_of_one_name_show_differences_from_the_first(tmp_path):
     paths = [
         single(tmp_path / "a"),
         single(tmp_path / "b", lr=0.05),
@@ -199,7 +199,7 @@ def test_a_folder_of_runs_means_the_finished_ones(tmp_path):
     assert notes == [f"note: {tmp_path / 'unfinished'} is left out: no results.json, not trained to the end"]
 
 
-def test_results_without_a_config_are_a_row_of_their_own(tmp_path):
+def test_results_without_a_config_are_a_separate_row(tmp_path):
     lone = tmp_path / "lone.json"
     lone.write_text(json.dumps(results({"train": stage(0.5)})))
     rows, notes = compare.compare([single(tmp_path / "run", seed=1), lone])
@@ -286,7 +286,7 @@ def test_ncm_and_the_legacy_best_have_columns_on_demand(tmp_path):
     assert [cell.text for cell in second][6:8] == ["-", "51.0"]
 
 
-def test_without_demand_there_is_no_legacy_best(tmp_path):
+def test_the_legacy_best_is_only_shown_on_demand(tmp_path):
     header, row = compare.cells(compare.rows([single(tmp_path / "a")]))
     assert "legacy best" not in [cell.text for cell in header]
     assert "51.0" not in [cell.text for cell in row]
@@ -296,9 +296,9 @@ def test_without_demand_there_is_no_legacy_best(tmp_path):
 def test_means_over_classes_have_columns_if_the_test_classes_are_unequal(tmp_path, test_counts, shown):
     made = results({"train": stage(0.5, balanced_accuracy=0.4, macro_f1=0.3)}, test_class_counts=test_counts)
     header, row = compare.cells(compare.rows([write(tmp_path / "a", made, config())]))
-    found = {name.text: cell.text for name, cell in zip(header, row, strict=True)}
+    actual = {name.text: cell.text for name, cell in zip(header, row, strict=True)}
     expected = {"balanced": "40.0", "macro F1": "30.0"} if shown else {}
-    assert {name: text for name, text in found.items() if name in ("balanced", "macro F1")} == expected
+    assert {name: text for name, text in actual.items() if name in ("balanced", "macro F1")} == expected
 
 
 TABLE = [[Cell("run"), Cell("all")], [Cell("a_1 & b|c"), Cell("5.0")], [Cell("d -> [e]"), Cell("6.0 ± 0.1", best=True)]]
@@ -355,7 +355,7 @@ def test_a_piped_table_is_whole_and_says_which_epoch(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("format", ["markdown", "latex"])
-def test_a_table_to_paste_is_alone_on_stdout(tmp_path, capsys, format):
+def test_stdout_has_only_the_table(tmp_path, capsys, format):
     paths = [single(tmp_path / "a", name="a"), single(tmp_path / "b", name="b", sha256="6b")]
     code, out, err = run_main(capsys, *paths, f"--format={format}")
     assert code == 0 and out == getattr(compare, format)(compare.cells(compare.rows(paths), comparable=False))
@@ -473,7 +473,7 @@ def attacked_run(folder, value, **also):
     return path
 
 
-def test_robust_accuracies_are_columns_where_some_run_was_attacked(tmp_path):
+def test_robust_accuracies_are_columns_if_a_run_was_attacked(tmp_path):
     one, other = attacked_run(tmp_path / "robust", 0.4), single(tmp_path / "natural", 0.6, name="natural")
     header, first, second = compare.cells(compare.rows([one, other]))
     shown = dict(zip((cell.text for cell in header), first, strict=True))
@@ -491,8 +491,8 @@ def test_attacks_of_other_radii_are_not_comparable(tmp_path):
 def test_seeds_with_different_attacks_have_no_robust_mean(tmp_path):
     made = [single(tmp_path / str(seed), 0.5, seed=seed) for seed in (0, 1)]
     for path, epsilon in zip(made, (0.031, 0.062), strict=True):
-        found = json.loads((path / "results.json").read_text())
-        (path / "results.json").write_text(json.dumps({**found, "robustness": attacked(0.4, epsilon=epsilon)}))
+        actual = json.loads((path / "results.json").read_text())
+        (path / "results.json").write_text(json.dumps({**actual, "robustness": attacked(0.4, epsilon=epsilon)}))
     (row,) = compare.rows(made)
     assert row.seeds == (0, 1) and "all" in row.figures
     assert not set(row.figures) & set(compare.ATTACKED)

@@ -9,7 +9,7 @@ from ltjax.types import UserError
 
 
 def small(**changes):
-    """A minimal config of two stages; None removes a key."""
+    """Return a minimal config of two stages; None removes a key."""
     stage = {"method": {"name": "erm"}, "epochs": 2, "lr": 0.1, "groups": {"all": {"match": ".*", "rate": 1.0}}}
     whole = {
         "name": "small",
@@ -284,7 +284,7 @@ def test_stages_as_a_string_are_refused():
 
 
 def test_a_key_that_an_older_config_lacks_has_its_default(tmp_path):
-    """A run goes on after an update of ltjax that added keys."""
+    """Check that a run resumes after an update of ltjax that added keys."""
     write_json(tmp_path / "config.json", small())
     newer = {**changed_stage(optimizer={"momentum": 0.9}, schedule={"kind": "constant"}), "accumulate": 1}
     open_workdir(tmp_path, newer)
@@ -334,7 +334,7 @@ def test_class_weights_are_read_from_settings_or_text(asked, expected):
         "{'cat'",
     ],
 )
-def test_what_is_no_class_weights_is_refused(asked):
+def test_invalid_class_weights_are_refused(asked):
     assert "config.class_weights = " in (message := message_of(small(class_weights=asked)))
     assert "{'NAME': WEIGHT, ...} with weights above 0, or auto, or nothing" in message
 

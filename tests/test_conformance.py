@@ -67,7 +67,7 @@ TINY = {
 
 
 def made_up_images(num_classes=10, size=8):
-    """A colour for each class, with noise: 125 training and 6 test images of each."""
+    """Make a colour for each class, with noise: 125 training and 6 test images of each."""
     rng = np.random.default_rng(0)
     colours = rng.integers(40, 216, (num_classes, 1, 1, 3))
 
@@ -161,7 +161,7 @@ def steps_of(workdir, stage):
 
 
 def saved(workdir, stage):
-    """The newest checkpoint's state, as nested dicts of NumPy arrays."""
+    """Return the newest checkpoint's state, as nested dicts of NumPy arrays."""
     step = steps_of(workdir, stage)[-1]
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore((workdir / "checkpoints" / stage / str(step) / "state").absolute())

@@ -23,13 +23,13 @@ def units(random, *shape):
 
 
 def random_batch(seed, views=2, batch=8, classes=5, size=6):
-    """features [V, B, P], labels [B], centres [C, P]."""
+    """Return features [V, B, P], labels [B], centres [C, P]."""
     random = np.random.default_rng(seed)
     return units(random, views, batch, size), random.integers(0, classes, batch), units(random, classes, size)
 
 
 def contrast_by_loops(features, labels, centres, temperature=0.1):
-    """The equation as printed in the docstring, anchor by anchor, float64."""
+    """Return the equation as printed in the docstring, anchor by anchor, float64."""
     views, batch, size = features.shape
     columns = np.concatenate([features.reshape(-1, size), centres]).astype(np.float64)
     label = np.concatenate([np.tile(labels, views), np.arange(len(centres))])
@@ -44,7 +44,7 @@ def contrast_by_loops(features, labels, centres, temperature=0.1):
 
 
 def hard_batch(case):
-    """-> features, labels, centres, temperature."""
+    """Return features, labels, centres, temperature."""
     features, labels, centres = random_batch(0)
     match case:
         case "one class":

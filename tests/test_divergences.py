@@ -1,5 +1,5 @@
 """GKL and distillation against the authors' numbers (source: tests/golden/README.md), sums over pairs of classes in
-float64, and what the equations promise."""
+float64, and properties of the equations."""
 
 import functools
 
@@ -35,7 +35,7 @@ DIVE = {"cifar100": (2, 0.5, 0.5), "T3_no_power": (3, 1, 0.5), "kd_only": (2, 0.
 
 
 def random_batch(seed, batch=6, classes=7, spread=2.0):
-    """student [B, C], teacher [B, C], weights [B, C]: a softmax of other logits."""
+    """Return student [B, C], teacher [B, C], weights [B, C]: a softmax of other logits."""
     random = np.random.default_rng(seed)
     student, teacher, other = random.normal(0, spread, (3, batch, classes)).astype(np.float32)
     return student, teacher, np.array(jax.nn.softmax(other))
@@ -51,7 +51,7 @@ def log_softmax(z):
 
 
 def gkl_by_pairs(student, teacher, weights, alpha, beta, gamma, temperature):
-    """The equation as printed in the docstring, over all pairs of classes, float64."""
+    """Return the equation as printed in the docstring, over all pairs of classes, float64."""
     a, t, w = (x.astype(np.float64) for x in (student, teacher, weights))
     pairs = (w**gamma)[:, :, None] * (w**gamma)[:, None]  # [B, C, C]
     differences = (t[:, :, None] - t[:, None]) - (a[:, :, None] - a[:, None])
@@ -61,7 +61,7 @@ def gkl_by_pairs(student, teacher, weights, alpha, beta, gamma, temperature):
 
 @functools.partial(jax.jit, static_argnames=("gamma",))
 def gkl_and_gradients(student, teacher, weights, *, alpha=1.0, beta=1.0, gamma=1.0, temperature=1.0):
-    """-> loss, (its gradient to the student, to the teacher, to the weights)."""
+    """Return loss, (its gradient to the student, to the teacher, to the weights)."""
     return jax.value_and_grad(
         lambda a, t, w: losses.gkl(a, t, weights=w, alpha=alpha, beta=beta, gamma=gamma, temperature=temperature),
         argnums=(0, 1, 2),
@@ -69,7 +69,7 @@ def gkl_and_gradients(student, teacher, weights, *, alpha=1.0, beta=1.0, gamma=1
 
 
 def of_kind(kind, student, teacher, weights):
-    """-> the loss and its gradients to student and teacher."""
+    """Return the loss and its gradients to student and teacher."""
     return jax.value_and_grad(
         lambda a, t: {
             "gkl": lambda: losses.gkl(a, t, weights=weights, gamma=0.5, temperature=2.0, **PLAIN),
@@ -167,7 +167,7 @@ def test_with_the_softmax_as_weights_the_gradient_to_the_teacher_is_kls():
     assert np.abs(to_student - kl[0]).max() > 0.1 * np.abs(kl[0]).max()
 
 
-def test_the_square_with_a_constant_student_and_the_cross_entropy_make_kls_gradients():
+def test_the_two_terms_of_gkl_have_the_gradients_of_the_kl():
     student, teacher, _ = random_batch(1)
     settings = dict(weights=jax.nn.softmax(teacher))
 
@@ -204,7 +204,7 @@ def test_an_example_without_weights_is_left_out_of_the_square():
     np.testing.assert_allclose(gradients[0][:2], expected[0], rtol=1e-5, atol=1e-7)
 
 
-def test_without_any_weights_the_cross_entropy_is_left():
+def test_without_weights_only_the_cross_entropy_remains():
     student, teacher, weights = random_batch(4)
     value, gradients = gkl_and_gradients(student, teacher, 0 * weights, beta=5.0)
     alone, expected = gkl_and_gradients(student, teacher, weights, beta=0.0)
@@ -266,7 +266,7 @@ def test_extreme_temperatures_have_a_finite_loss_and_gradient(temperature):
 
 
 @pytest.mark.parametrize("temperature, power", [(1.0, 1.0), (2.0, 0.5), (3.0, 2.0)])
-def test_distillation_is_the_divergence_from_the_teachers_softmax_to_a_power(temperature, power):
+def test_distillation_is_the_kl_from_the_teachers_softmax_to_a_power(temperature, power):
     student, teacher, _ = random_batch(9)
     q = np.exp(log_softmax(teacher / temperature)) ** power
     q /= q.sum(-1, keepdims=True)
@@ -276,7 +276,7 @@ def test_distillation_is_the_divergence_from_the_teachers_softmax_to_a_power(tem
     assert_close(ours, expected)
 
 
-def test_a_student_like_its_teacher_has_nothing_to_learn():
+def test_a_student_equal_to_its_teacher_has_no_gradient():
     _, teacher, _ = random_batch(10)
     value, gradient = jax.value_and_grad(lambda s: losses.distillation(s, teacher, temperature=2.0).sum())(teacher)
     np.testing.assert_allclose(value, 0, atol=1e-6)

@@ -22,7 +22,7 @@ loss_and_gradients = jax.jit(
 
 
 def random_batch(seed, batch=16, classes=10, size=5, spread=1.0, offset=0.0):
-    """features [B, D], labels [B], centroids [C, D], margins [C], in no order of classes."""
+    """Return features [B, D], labels [B], centroids [C, D], margins [C], in no order of classes."""
     random = np.random.default_rng(seed)
     features = random.normal(offset, spread, (batch, size)).astype(np.float32)
     centroids = random.normal(offset, spread, (classes, size)).astype(np.float32)
@@ -50,7 +50,7 @@ def bound(features, labels, centroids, margins, temperature=1.0):
 
 
 def hard_batch(case):
-    """-> the arrays of a batch, and a temperature."""
+    """Return the arrays of a batch, and a temperature."""
     features, labels, centroids, margins = random_batch(0)
     match case:
         case "on its centroid":
@@ -88,7 +88,7 @@ CASES = (
 
 @pytest.fixture
 def numbers(golden):
-    """The golden file, and `numbers.loss(variant)`: (features, epsilons) -> scalar, by our kernel."""
+    """Return the golden file, and `numbers.loss(variant)`: (features, epsilons) -> scalar, by our kernel."""
     z = golden("dro_loss")
 
     def loss(variant):
@@ -153,7 +153,7 @@ def test_class_weights_are_summed_over_all_classes():
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
-def test_one_margin_for_all_is_that_margin_for_each():
+def test_a_shared_margin_equals_equal_margins():
     features, labels, centroids, _ = random_batch(5)
     each = bound(features, labels, centroids, np.full(10, 0.7, np.float32))
     np.testing.assert_allclose(bound(features, labels, centroids, 0.7), each, rtol=1e-6)
@@ -241,7 +241,7 @@ def test_float32_far_from_the_origin_is_float64_to_1e_4(offset):
     np.testing.assert_allclose(bound(*arrays), bound_by_loops(*arrays), rtol=1e-4)
 
 
-def test_a_feature_close_to_its_centroid_keeps_the_digits_of_its_distance():
+def test_a_small_distance_to_the_centroid_keeps_its_digits():
     _, _, centroids, _ = random_batch(15, size=64)
     labels, margins = np.arange(10), np.full(10, 11, np.float32)  # about as far as the other classes
     features = centroids + np.float32(1e-3) * random_batch(16, batch=10, size=64)[0]
@@ -302,7 +302,7 @@ def mesh_of_8(axis_type):
 
 
 def split(arrays, mesh):
-    """features and labels over the devices, centroids and margins on each."""
+    """Return features and labels over the devices, centroids and margins on each."""
     return [
         jax.device_put(array, NamedSharding(mesh, spec))
         for array, spec in zip(arrays, [PartitionSpec("data")] * 2 + [PartitionSpec()] * 2, strict=True)

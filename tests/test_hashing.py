@@ -1,4 +1,4 @@
-"""Hashes and permutations: uniform enough, the same on host and device, and the same for ever."""
+"""Hashes and permutations: uniform enough, equal on host and device, and frozen."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What holds for each of the losses that compare features with class models, or a student with a teacher."""
+"""Common properties of the losses that compare features with class models, or a student with a teacher."""
 
 import functools
 
@@ -67,7 +67,7 @@ def arrays_of(name, seed=0):
 
 
 def value_and_gradient(name):
-    """-> jitted function of the arrays: the kernel's values, and the gradient of their sum to the first array."""
+    """Return a jitted function of the arrays: the kernel's values, and the gradient of their sum to the first array."""
     kernel = KERNELS[name][0]
 
     def both(first, *rest):
@@ -134,7 +134,7 @@ def test_a_kernel_lowers_for_accelerators(name, platform):
 
 
 def largest(function, *arrays):
-    """Numbers in the largest array of a function's gradient."""
+    """Count the numbers in the largest array of a function's gradient."""
     jaxpr = jax.make_jaxpr(jax.grad(lambda *x: function(*x).sum()))(*arrays)
     return max(variable.aval.size for equation in equations(jaxpr.jaxpr) for variable in equation.outvars)
 

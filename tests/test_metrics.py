@@ -9,7 +9,7 @@ from ltjax import metrics
 
 
 def bin_of(confidence, num_bins=10):
-    """The bin that one confidence falls in."""
+    """Return the bin that one confidence falls in."""
     counts = metrics.calibration(np.asarray([confidence], np.float32), np.array([True]), num_bins=num_bins).counts
     assert counts.sum() == 1
     return int(np.argmax(counts))
@@ -64,7 +64,7 @@ def test_bins_are_closed_on_the_right():
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("num_bins", [1, 7, 10, 15, 20, 25, 50, 100])
-def test_k_nths_are_edges_to_the_last_bit(num_bins, jitted):
+def test_k_nths_are_exact_edges(num_bins, jitted):
     confidences = (np.arange(1, num_bins + 1) / num_bins).astype(np.float32)
 
     def ours(confidences):
@@ -150,7 +150,7 @@ def test_recall_is_the_accuracy_of_the_class():
     np.testing.assert_array_equal(scores.recall, accuracies)
 
 
-def test_images_predicted_as_a_class_without_images_are_errors_of_their_own_class():
+def test_predictions_of_a_class_without_images_are_errors():
     assert metrics.class_scores([7, 0], [0, 0]).f1.tolist() == [pytest.approx(2 / 3)]
 
 

@@ -80,7 +80,7 @@ def torch_linear_lr(epoch, start_factor, total_iters):
     return start_factor + (1 - start_factor) * min(epoch, total_iters) / total_iters
 
 
-def test_a_start_of_the_warmup_is_pytorchs_linear_lr_up_to_its_last_epoch():
+def test_a_start_of_the_warmup_is_pytorchs_linear_lr():
     factors = optim.schedule_table(200, **CIFAR_STEPS, warmup_start=1 / 3)
     expected = [torch_linear_lr(epoch, 1 / 3, 4) for epoch in range(160)]
     np.testing.assert_allclose(factors[:160], expected, rtol=1e-12)
@@ -152,7 +152,7 @@ def test_an_optional_group_may_match_nothing():
     assert set(optim.assign_groups(PATHS, groups).values()) == {"all"}
 
 
-def test_an_optional_group_takes_what_it_matches():
+def test_an_optional_group_has_its_matches():
     groups = {"all": {"match": "net/.*"}, "margins": {"match": "method/margins", "optional": True}}
     assert optim.assign_groups([*PATHS, "method/margins"], groups)["method/margins"] == "margins"
 

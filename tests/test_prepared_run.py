@@ -1,4 +1,4 @@
-"""From official files to a trained network: what `prepare` writes is what a config for large images trains on."""
+"""From official files to a trained network: a config for large images trains on the output of `prepare`."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.data import miniatures
 COUNTS = (12, 7, 4, 3)
 
 
-def test_runlocal_trains_on_inat18_as_prepared_from_the_official_layout(tmp_path):
+def test_runlocal_trains_on_inat18_of_the_official_layout(tmp_path):
     source = miniatures.inat18(tmp_path / "source", counts=COUNTS, validation=2, size=40)
     assert main(["inat18", f"--source={source}", f"--data_dir={tmp_path / 'data'}"]) == 0
     config = read("inat18", "method=ce,runlocal")

@@ -1,4 +1,4 @@
-"""What other projects import: names, order of arguments and defaults stay. New keywords need a default."""
+"""The public functions keep names, order of arguments and defaults. New keywords need a default."""
 
 import importlib
 import inspect

@@ -13,7 +13,7 @@ residual_fusion = jax.jit(losses.residual_fusion)
 
 
 def random_batch(seed, batch=16, classes=9, branches=3, spread=3.0):
-    """branch_logits [R, B, C], labels [B], masks [R, C]."""
+    """Return branch_logits [R, B, C], labels [B], masks [R, C]."""
     random = np.random.default_rng(seed)
     logits = random.normal(0, spread, (branches, batch, classes)).astype(np.float32)
     masks = np.asarray(losses.branch_masks(random.permutation(classes), medium_start=classes // 3, tail_start=6))
@@ -38,7 +38,7 @@ def fusion_by_loops(logits, labels, masks, beta):
 
 
 def authors_terms(logits, labels, masks):
-    """The authors' two terms; the branches' has their `log(softmax + 1e-7)`."""
+    """Return the authors' two terms; the branches' has their `log(softmax + 1e-7)`."""
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     pairs = masks[:, labels].astype(logits.dtype)  # [R, B]
     branch = (pairs * -(is_label * jnp.log(jax.nn.softmax(logits) + 1e-7)).sum(-1)).sum() / pairs.sum()
@@ -47,7 +47,7 @@ def authors_terms(logits, labels, masks):
 
 @pytest.fixture
 def numbers(golden):
-    """The golden file, with the masks of its 100 classes, numbered from the most frequent one."""
+    """Return the golden file, with the masks of its 100 classes, numbered from the most frequent one."""
     actual = golden("reslt_loss")
     starts = {name: int(actual[name]) for name in ("medium_start", "tail_start")}
     return {
@@ -59,7 +59,7 @@ def numbers(golden):
 
 @pytest.fixture
 def authors(numbers):
-    """The authors' form in float64: the branches' term, the fusion's, and the gradient of the loss."""
+    """Return the authors' form in float64: the branches' term, the fusion's, and the gradient of the loss."""
     with jax.enable_x64(True):
         logits, beta = jnp.asarray(numbers["branch_logits"], jnp.float64), numbers["beta"]
 
@@ -143,7 +143,7 @@ def test_renaming_the_classes_changes_nothing():
     np.testing.assert_allclose(renamed, before, rtol=1e-6)
 
 
-def test_a_batch_that_no_branch_is_responsible_for_is_the_fusion_alone():
+def test_a_batch_without_branches_has_only_the_fusions_loss():
     logits, labels, masks = random_batch(6)
     ours = losses.residual_fusion(logits, labels, masks=np.zeros_like(masks), beta=0.9)
     np.testing.assert_allclose(ours, fusion_by_loops(logits, labels, masks, 0.0) / 10, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Which room may import which, read off the imports themselves; and what a user of one loss has to load."""
+"""The imports that each folder may have, and the modules that a loss loads."""
 
 import ast
 import graphlib
@@ -14,7 +14,7 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "ltjax").rglob("*.py"))
 }
-# What lies at the top and may be imported from everywhere, with the packages that each needs.
+# Modules at the top, which all others may import, with the packages that each needs.
 TOP = {
     "ltjax.types": {"jax"},
     "ltjax.hashing": {"jax", "numpy"},
@@ -26,7 +26,7 @@ TOP = {
     "ltjax.config": set(),
     "ltjax.surgery": {"jax", "numpy"},
 }
-# What the modules of a room may import of ltjax besides TOP and the room itself.
+# The parts of ltjax that a folder's modules may import, besides TOP and the folder.
 ROOMS = {
     "ltjax.system": set(),
     "ltjax.attacks": {"ltjax.system"},
@@ -52,7 +52,7 @@ def inside(name, package):
 
 
 def imports(path):
-    """Names of all that a file imports, wherever in the file: `from ltjax import losses` is `ltjax.losses`."""
+    """Return the names of all imports anywhere in a file: `from ltjax import losses` is `ltjax.losses`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -65,28 +65,28 @@ def imports(path):
 
 
 def room(module):
-    """The entry of ROOMS or TOP that a module belongs to."""
+    """Return the entry of ROOMS or TOP that a module belongs to."""
     return next(name for name in (*TOP, *ROOMS) if inside(module, name))
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_a_module_imports_only_the_rooms_that_its_own_may(module):
-    own = room(module)
-    allowed = {own, *TOP, *ROOMS.get(own, ())}
-    found = {name for name in imports(FILES[module]) if inside(name, "ltjax")}
-    foreign = sorted(name for name in found if not any(inside(name, package) for package in allowed - {"ltjax"}))
-    assert not foreign, f"{module} imports {foreign}; its room may import {sorted(allowed)}"
+def test_a_module_imports_only_the_allowed_folders(module):
+    folder = room(module)
+    allowed = {folder, *TOP, *ROOMS.get(folder, ())}
+    imported = {name for name in imports(FILES[module]) if inside(name, "ltjax")}
+    foreign = sorted(name for name in imported if not any(inside(name, package) for package in allowed - {"ltjax"}))
+    assert not foreign, f"{module} imports {foreign}; its folder may import {sorted(allowed)}"
 
 
 @pytest.mark.parametrize("module", TOP)
 def test_a_module_at_the_top_needs_few_packages(module):
     files = [path for name, path in FILES.items() if inside(name, module)]
-    found = {name.partition(".")[0] for path in files for name in imports(path)} - {"ltjax"}
-    assert found <= TOP[module]
+    packages = {name.partition(".")[0] for path in files for name in imports(path)} - {"ltjax"}
+    assert packages <= TOP[module]
 
 
 def folder(module):
-    """The folder of ltjax that a module lies in, or the file at the top."""
+    """Return a module's folder of ltjax, or the file at the top."""
     return ".".join(module.split(".")[:2])
 
 
@@ -118,18 +118,18 @@ def test_a_config_is_data(path):
     others = {name for name in imports(path) if name.partition(".")[0] not in ("ml_collections", "configs")}
     assert others <= (
         {"ltjax.interop.pretrained"} if path.stem == "backbones" else set()
-    )  # the weights say what their network is
+    )  # weights determine their network
 
 
 @pytest.mark.parametrize("package", ["methods", "models", "data"])
-def test_what_a_config_chooses_by_name_lies_in_its_package(package):
+def test_modules_chosen_by_name_are_in_their_package(package):
     tables = {"methods": "METHODS", "models": "MODELS", "data": "SOURCES"}
     table = getattr(__import__(f"ltjax.{package}", fromlist=[package]), tables[package])
     assert set(table.values()) <= {module for module in FILES if inside(module, f"ltjax.{package}")}
 
 
 def loaded_by(statement):
-    """Top-level packages in a fresh interpreter after one statement."""
+    """Return top-level packages in a fresh interpreter after one statement."""
     code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -137,12 +137,12 @@ def loaded_by(statement):
     return set(ran.stdout.split())
 
 
-def test_ltjax_alone_loads_nothing():
+def test_importing_ltjax_loads_no_library():
     assert not loaded_by("import ltjax") & {"jax", "numpy", "flax", "optax"}
 
 
 @pytest.mark.parametrize("module", ["losses", "metrics", "calibration", "hashing", "attacks"])
-def test_a_loss_costs_jax_alone(module):
+def test_a_loss_loads_only_jax(module):
     loaded = loaded_by(f"import ltjax.{module}")
     assert "jax" in loaded
     assert not loaded & {"flax", "optax", "orbax", "tensorflow_datasets", "tensorflow", "cv2", "rich", "clu"}

@@ -41,7 +41,7 @@ LONG = ("--config.epochs=2000", "--config.stages=('ce',)", OFTEN)  # for runs th
 
 
 def tiny_config(**changes):
-    """The config of `TINY` as nested dicts. changes: {"data.max_count": 10, ...}."""
+    """Return the config of `TINY` as nested dicts, with `changes` such as {"data.max_count": 10}."""
     sys.path.insert(0, str(ROOT))
     from configs import quickstart
 
@@ -113,7 +113,7 @@ def final_arrays(workdir, stage="classifier"):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The workdir and the output of an undisturbed run."""
+    """Return the workdir and the output of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     code, out, error = run(*TINY, f"--workdir={workdir}")
     assert code == 0, error
@@ -192,7 +192,7 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(finished, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_after_a_signal_the_state_is_saved_and_the_output_says_how_to_resume(tmp_path, number):
+def test_a_signal_saves_the_state_and_prints_how_to_resume(tmp_path, number):
     workdir = tmp_path / "run"
     process = start(*TINY, *LONG, f"--workdir={workdir}")
     wait_until(lambda: checkpoint_saved(workdir, "ce"), process)

@@ -1,4 +1,4 @@
-"""A run goes on, and is evaluated, only with the images that it began with, wherever they lie."""
+"""A run is only resumed and evaluated with the images that it started with, in any folder."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, tmp_path, monkeypatch):
-    """Copies of both, to spoil."""
+    """Copy both, to spoil them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return shutil.copytree(trained[0], tmp_path / "moved"), shutil.copytree(trained[1], tmp_path / "run")
 
@@ -136,7 +136,7 @@ def test_a_changed_label_is_refused(copy):
         evaluate.evaluate_workdir(config, workdir)
 
 
-def test_an_added_class_is_no_matter_of_unicode(copy):
+def test_an_added_class_is_not_called_a_unicode_change(copy):
     root, workdir = copy
     shutil.copytree(root / "train" / "owl", root / "train" / "rat")
     with pytest.raises(UserError, match=r"different class_names; ") as raised:
@@ -144,7 +144,7 @@ def test_an_added_class_is_no_matter_of_unicode(copy):
     assert "Unicode" not in str(raised.value)
 
 
-def test_names_in_another_unicode_form_are_said_to_be(copy, tmp_path):
+def test_names_in_another_unicode_form_are_reported(copy, tmp_path):
     root, _ = copy
     (root / "train" / "owl").rename(root / "train" / "caf\u00e9")
     train.train(config_of(root), tmp_path / "accents")
@@ -153,7 +153,7 @@ def test_names_in_another_unicode_form_are_said_to_be(copy, tmp_path):
         evaluate.evaluate_workdir(config_of(root), tmp_path / "accents")
 
 
-def test_an_older_run_is_said_not_to_identify_its_images(copy, capsys):
+def test_an_older_run_gets_a_note_on_its_images(copy, capsys):
     root, workdir = copy
     split = json.loads((workdir / "split.json").read_text())
     del split["images"]

@@ -1,4 +1,4 @@
-"""Classifiers made without training, against NumPy and against their expected predictions."""
+"""Classifiers without training, against NumPy and against their expected predictions."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ COUNTS = np.array([50, 20, 7, 1])
 
 
 def linear(*leading, seed=0, bias=True, **more):
-    """The parameters of a network of 3 features and 4 classes; leading: axes of replicas."""
+    """Return the parameters of a network of 3 features and 4 classes; leading: axes of replicas."""
     random = np.random.default_rng(seed)
     classifier = {"kernel": random.normal(size=(*leading, 3, 4)), "bias": random.normal(size=(*leading, 4))}
     params = {"backbone": {"conv": random.normal(size=(*leading, 2))}, "classifier": classifier, **more}
@@ -95,7 +95,7 @@ def test_tau_normalised_treats_replicas_apart(tau):
 
 
 def nearest_by_search(features, means, metric):
-    """The class of the nearest mean, feature by feature."""
+    """Return the class of the nearest mean, feature by feature."""
     if metric == "euclidean":
         return np.array([np.argmin([np.linalg.norm(z - m) for m in means]) for z in features])
     cosines = [[z @ m / np.linalg.norm(z) / np.linalg.norm(m) for m in means] for z in features]
@@ -103,7 +103,7 @@ def nearest_by_search(features, means, metric):
 
 
 def features_and_means():
-    """[200, 3], [4, 3], away from the origin."""
+    """Return features [200, 3] and means [4, 3], away from the origin."""
     random = np.random.default_rng(0)
     return random.normal(0.5, 1, (200, 3)), random.normal(0.5, 1, (4, 3))
 
@@ -179,7 +179,7 @@ def no(*_):
 
 
 def operate(settings, params, *, class_means=no, fresh=no, holdout_accuracy=None):
-    """Apply a surgery as a stage does -> the network's parameters, the note."""
+    """Apply a surgery like a stage; return the network's parameters and the note."""
     context = surgery.Context(COUNTS, 0, fresh, class_means, holdout_accuracy)
     function = surgery.create(settings, params, branches=0, holdout=holdout_accuracy is not None)
     before = variables_of(params)
@@ -318,7 +318,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("settings, params, message", MISTAKES, ids=[str(settings) for settings, _, _ in MISTAKES])
-def test_a_mistake_is_one_line_that_names_what_is_allowed(settings, params, message):
+def test_a_mistake_is_one_line_with_the_allowed_values(settings, params, message):
     with pytest.raises(UserError) as raised:
         surgery.create(settings, params, branches=0, holdout=False)
     assert str(raised.value) == message

@@ -30,7 +30,7 @@ def small(**changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def two_devices_and_made_up_images():
-    """All runs share one experiment, which is compiled once."""
+    """Let all runs share one experiment, which is compiled once."""
     make_mesh, prepare = parallel.make_mesh, functools.cache(lambda: before(config.parse(small()), None))
     before = train.prepare
     with pytest.MonkeyPatch.context() as patch:
@@ -43,14 +43,14 @@ def two_devices_and_made_up_images():
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The workdir and the results of an undisturbed run."""
+    """Return the workdir and the results of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     return workdir, train.train(small(), workdir)
 
 
 @pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
 def ahead(request, monkeypatch):
-    """Whether steps are dispatched before the metrics of the last ones are read, as on accelerators."""
+    """Return whether steps are dispatched before the metrics of the last ones are read, as on accelerators."""
     monkeypatch.setattr(train, "runs_ahead", lambda: request.param)
     return request.param
 
@@ -127,7 +127,7 @@ def test_running_ahead_changes_no_result(tmp_path, monkeypatch, undisturbed):
 
 
 def test_steps_are_dispatched_before_the_last_metrics_are_read(tmp_path, monkeypatch, ahead):
-    """Except at the end of an epoch, which needs the state, and for a new length, which is compiled first."""
+    """The exceptions are the end of an epoch, which needs the state, and a new length, which is compiled first."""
     events, take, write = [], feed.Feed.take, train.logs.RunLog.write
 
     def given(self, step, num_steps, *arguments):

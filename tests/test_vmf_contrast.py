@@ -19,7 +19,7 @@ vmf_contrast = jax.jit(losses.vmf_contrast)
 
 
 def log_scaled(order, x):
-    """log(I(x) / x^order) in float64: the power series, and SciPy where that needs too many terms."""
+    """Compute log(I(x) / x^order) in float64 by the power series, or by SciPy if that needs too many terms."""
     if x < max(1e3, order**2 / 100):
         k = np.arange(int(2 * x + 400))
         terms = 2 * k * np.log(x / 2) if x > 0 else np.where(k == 0, 0, -np.inf)
@@ -28,7 +28,7 @@ def log_scaled(order, x):
 
 
 def random_batch(seed, batch=6, classes=5, size=16):
-    """features [B, P] of length 1, means [C, P] of any length, kappas [C]."""
+    """Return features [B, P] of length 1, means [C, P] of any length, kappas [C]."""
     random = np.random.default_rng(seed)
     features, means = (random.normal(size=(number, size)).astype(np.float32) for number in (batch, classes))
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
@@ -36,7 +36,7 @@ def random_batch(seed, batch=6, classes=5, size=16):
 
 
 def around(size, kappas=KAPPAS):
-    """Features at all angles to the mean of every class: [B, P], means [C, P], kappas [C]."""
+    """Return features at all angles to the mean of every class: [B, P], means [C, P], kappas [C]."""
     angles = np.linspace(0, np.pi, 9) if size > 1 else np.array([0, np.pi])
     features = np.zeros((len(angles), size), np.float32)
     features[:, 0] = np.cos(angles)
@@ -48,7 +48,7 @@ def around(size, kappas=KAPPAS):
 
 
 def exact_logits(features, means, kappas, temperature):
-    """The closed form in float64, pair by pair, and its derivative to q."""
+    """Return the closed form in float64, pair by pair, and its derivative to q."""
     z, m, k = (x.astype(np.float64) for x in (features, means, kappas))
     m /= np.linalg.norm(m, axis=-1, keepdims=True)
     order = z.shape[-1] / 2 - 1
@@ -64,7 +64,7 @@ def exact_logits(features, means, kappas, temperature):
 
 @jax.jit
 def logits_and_gradients(features, means, kappas, *, temperature):
-    """-> logits [B, C], the gradient of each to its feature [B, C, P]."""
+    """Return logits [B, C], the gradient of each to its feature [B, C, P]."""
 
     def one(feature):
         return losses.vmf_contrast(feature[None], means, kappas, temperature=temperature)[0]
@@ -77,7 +77,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name, step", STEPS)
-def test_logits_loss_and_gradient_are_the_exact_ones_of_the_authors_statistics(golden, name, step):
+def test_logits_loss_and_gradient_are_exact_for_the_authors_statistics(golden, name, step):
     z = golden(name)
     features, labels = z["features"][step - 1], z["labels"][step - 1]
 
@@ -111,7 +111,7 @@ def test_running_means_and_kappas_are_the_authors(golden, name):
 
 
 @pytest.mark.parametrize("size", [16, 128, 1024])
-def test_the_ratio_of_bessel_functions_and_its_derivative_have_the_exact_values(golden, size):
+def test_ratios_of_bessel_functions_and_their_derivatives_are_exact(golden, size):
     z = golden("proco_kernel")
     kappa = z[f"p{size}_kappa"].astype(np.float64)
     q = z["kappa_new"].astype(np.float64)
@@ -141,7 +141,7 @@ def test_float32_logits_are_scipys(size, temperature):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("size", SIZES)
 def test_float32_gradients_are_scipys(size, temperature):
-    """The gradient is I'(q) / I(q), of which 1 is the most, along q and over T."""
+    """The gradient is I'(q) / I(q), at most 1, along q and over T."""
     features, means, kappas = around(size)
     _, ours = logits_and_gradients(features, means, kappas, temperature=temperature)
     _, slopes = exact_logits(features, means, kappas, temperature)
@@ -196,7 +196,7 @@ def test_the_length_of_the_means_does_not_matter():
     np.testing.assert_allclose(ours, vmf_contrast(features, means, kappas, temperature=0.1), rtol=1e-5, atol=1e-6)
 
 
-def test_a_class_without_concentration_or_direction_has_one_logit_for_all_features():
+def test_a_class_without_concentration_has_a_constant_logit():
     features, means, kappas = random_batch(4)
     kappas[0] = 0
     means[1] = 0
@@ -215,7 +215,7 @@ def test_extremes_have_finite_logits_and_gradients(size, temperature):
     assert all(np.isfinite(value).all() for value in values)
 
 
-def test_where_q_is_0_the_gradient_is_0():
+def test_the_gradient_at_q_0_is_0():
     features, means, _ = random_batch(5, batch=1, size=16)
     means[0] = -features[0]
     ours, gradients = logits_and_gradients(features, means[:1], np.float32([10]), temperature=0.1)

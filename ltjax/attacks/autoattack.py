@@ -144,7 +144,7 @@ def autoattack(
 def _report(
     updates: Iterator[Progress], progress: Callable[[Progress], None] | None, save: Callable[[], None], seconds: float
 ) -> None:
-    """Pass each update on, and save every so many seconds."""
+    """Pass each update on, and save after an interval in seconds."""
     saved_at = time.monotonic()
     for now in updates:
         if progress:

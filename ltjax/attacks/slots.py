@@ -190,7 +190,7 @@ def _step(attack: Attack, predict: Any, task: Task, state: Any):
 
 
 def _advance_from_host(step: Any, stop: threading.Event, predict: Any, task: Task, state: Any, most: int, least: int):
-    """Do what `_advance` does, with calls of a compiled `_step`."""
+    """Do the same as `_advance`, with calls of a compiled `_step`."""
     steps, evaluations, counts = 0, 0, None  # counts are read while the next step runs, so one step more is done
     while steps < most and not stop.is_set():
         state, *latest = step(predict, task, state)

@@ -55,7 +55,7 @@ class View(NamedTuple):
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Whether a file's first 32 bytes are those of an image that OpenCV decodes."""
+    """Return whether a file's first 32 bytes are those of an image that OpenCV decodes."""
     return any(signature.match(head) for signature in SIGNATURES)
 
 
@@ -100,12 +100,12 @@ def read(encoded: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | No
 
 
 def problem(content: bytes) -> str:
-    """Say what is wrong with an image file; "" if nothing is."""
+    """Return the error of an image file, "" for none."""
     return inspect(content)[0]
 
 
 def inspect(content: bytes) -> tuple[str, int | None]:
-    """Say what is wrong with an image file ("" if nothing is), and the brightest value if it has 16 bits a channel.
+    """Return the error of an image file ("" for none), and the brightest value if it has 16 bits a channel.
 
     libjpeg decodes a JPEG at an eighth of its size and warns if it invents pixels. Other files are decoded in full.
     """

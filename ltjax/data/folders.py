@@ -42,12 +42,12 @@ def walk(root: str | Path, excluded: Set[Identity] = frozenset()) -> Iterator[tu
 
 
 def is_user_data(name: str) -> bool:
-    """Whether a name is user data, neither hidden nor the `__MACOSX` that macOS adds to archives."""
+    """Return whether a name is user data, neither hidden nor the `__MACOSX` that macOS adds to archives."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is an image, by its ending or else by its first bytes. Decoding may still fail."""
+    """Return whether a file is an image, by its ending or else by its first bytes. Decoding may still fail."""
     if path.lower().endswith(SUFFIXES):
         return True
     try:
@@ -60,7 +60,7 @@ def is_image(path: str) -> bool:
 
 
 class LeftOut:
-    """Collects what `images_below` leaves out."""
+    """The files and folders that `images_below` leaves out."""
 
     def __init__(self):
         self.endings: Counter[str] = Counter()  # of files that are no images
@@ -74,7 +74,7 @@ class LeftOut:
             self._hidden.append(name)
 
     def update(self, other: "LeftOut") -> None:
-        """Add what another one has collected."""
+        """Add those of another one."""
         self.endings += other.endings
         self._hidden += other._hidden
 

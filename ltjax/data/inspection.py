@@ -18,7 +18,7 @@ from ltjax.types import UserError, one_line, some
 
 
 class _Inspected(NamedTuple):
-    """What is remembered of N images."""
+    """The cached inspection of N images."""
 
     versions: np.ndarray  # uint8 [N, 16], hashes of path, size, times of change and inode
     identities: np.ndarray  # uint8 [N, 16], hashes of the files
@@ -70,7 +70,7 @@ def _hashes(contents: list[bytes]) -> np.ndarray:
 
 
 def _read_cache(file: Path) -> _Inspected | None:
-    """Read what is remembered; None if there is nothing, or it is damaged."""
+    """Read the cache; None if there is none, or it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         arrays = npz.read(file)
         known = _Inspected(*(arrays[name] for name in _Inspected._fields))

@@ -25,7 +25,7 @@ WAIT_SECONDS = 0.01  # between checks whether the devices are busy, while waitin
 
 
 class Plan(NamedTuple):
-    """What a stream of batches consists of."""
+    """The images, labels and order of a stream of batches."""
 
     files: ImageFiles
     labels: np.ndarray  # [N]

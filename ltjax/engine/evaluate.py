@@ -28,7 +28,7 @@ class EvaluationSet(NamedTuple):
     host_labels: np.ndarray  # int32 [N]
 
     def parts(self) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Images and labels, with the leading axis of batches."""
+        """Yield images and labels, with the leading axis of batches."""
         yield self.images, self.labels
 
 
@@ -59,8 +59,10 @@ def place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh) -
 
 
 def shared_batch(batch_size: int, size: int, mesh: Mesh) -> int:
-    """About `batch_size`, not much above `size`, and a share for each device. On a CPU a share is at most 100 images,
-    so that their maps stay in its cache."""
+    """Return about `batch_size`, not much above `size`, and divisible by the devices.
+
+    On a CPU a device has at most 100 images, so that their maps fit its cache.
+    """
     devices = mesh.shape[BATCH_AXIS]
     if mesh.devices.flat[0].platform == "cpu":
         batch_size = min(batch_size, 100 * devices)
@@ -68,7 +70,7 @@ def shared_batch(batch_size: int, size: int, mesh: Mesh) -> int:
 
 
 def outcome(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """Compute what figures are made of: logits [B, C], labels [B] -> {"predictions", "confidences", "losses": [B]}."""
+    """Compute the inputs of figures: logits [B, C], labels [B] -> {"predictions", "confidences", "losses": [B]}."""
     return {
         "predictions": logits.argmax(-1),
         "confidences": jax.nn.softmax(logits).max(-1),

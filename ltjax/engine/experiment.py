@@ -99,7 +99,7 @@ def prepare(
 
 
 def _starts_from_weights(run: RunConfig, workdir: Path | None) -> bool:
-    """Whether a stage will start from `config.weights`: one from scratch that has no checkpoint yet."""
+    """Return whether a stage will start from `config.weights`: one from scratch that has no checkpoint yet."""
     from_scratch = [name for name, stage in run.stages.items() if stage.start_from == "scratch"]
     return workdir is None or any(not complete_steps(workdir / "checkpoints" / name) for name in from_scratch)
 

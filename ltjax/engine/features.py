@@ -37,7 +37,7 @@ DTYPE = np.dtype("<f2")
 
 
 def is_fixed(run: RunConfig, params: Mapping[str, Any]) -> bool:
-    """Whether all stages see the same features of an image.
+    """Return whether all stages see the same features of an image.
 
     Args:
       run: The backbone must come from `config.weights`.
@@ -63,7 +63,7 @@ def is_fixed(run: RunConfig, params: Mapping[str, Any]) -> bool:
 
 
 def head(net: nn.Module) -> nn.Module:
-    """Return the network without what computes its features."""
+    """Return the network without its backbone."""
     return net.clone(backbone=FeaturesBackbone(), block=None, mean=(0.0,), std=(1.0,))
 
 
@@ -114,7 +114,7 @@ def _width(net: nn.Module, run: RunConfig) -> int:
 
 
 def _key(run: RunConfig, collections: Mapping[str, Any]) -> str:
-    """Hash what the features of an image depend on: backbone, its weights and settings, and the image's crop."""
+    """Hash the inputs of an image's features: backbone, its weights and settings, and the image's crop."""
     arrays = optim.flatten(collections)
     digest = hashlib.sha256()
     for path in sorted(path for path in arrays if path.split("/")[1] in TRAINED):

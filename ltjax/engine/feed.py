@@ -131,7 +131,7 @@ def class_means(
     """Make the function that computes class means of training images' features.
 
     Args:
-      batch_size: About so many images at a time, over all devices, if they are on the devices. See
+      batch_size: Approximate images at a time, over all devices, if they are on the devices. See
         `evaluate.shared_batch`.
 
     Returns:
@@ -187,7 +187,7 @@ class Feed:
     def take(
         self, step: int, num_steps: int, then: int, busy: Callable[[], bool] = lambda: False
     ) -> stage.Resident | stage.Chunk:
-        """Return what the next dispatch draws its batches from.
+        """Return the source of the next dispatch's batches.
 
         Args:
           then: The number of steps in the dispatch after it; 0 if there is none.

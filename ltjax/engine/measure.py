@@ -13,7 +13,7 @@ from ltjax.engine import stage as stages
 from ltjax.engine.experiment import Experiment
 from ltjax.types import Method, Variables
 
-SAMPLED = 20_000  # about so many training images give the class means if they have to be decoded
+SAMPLED = 20_000  # approximate number of training images for class means if they must be decoded
 LEAST_SAMPLED = 4  # images of each class
 
 

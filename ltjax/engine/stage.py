@@ -114,7 +114,7 @@ def init_variables(
 
 
 def all_finite(tree: Any) -> bool:
-    """Whether no array of a pytree holds an inf or nan."""
+    """Return whether no array of a pytree holds an inf or nan."""
     # One array at a time: on a CPU, two programs on split arrays could wait for each other.
     return all(_is_finite(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
 

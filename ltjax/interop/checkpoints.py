@@ -101,7 +101,7 @@ class _NumpyKind:
 
 
 def _numpy_scalar(kind: _NumpyKind, data: bytes) -> float:
-    """Replacement for the function that unpickles a NumPy number, which can only make numbers."""
+    """Replace the function that unpickles a NumPy number by one that can only make numbers."""
     if not isinstance(kind, _NumpyKind) or kind.code not in ("f2", "f4", "f8", "i4", "i8", "u1", "b1"):
         raise ValueError("a NumPy object that is not a number")
     return np.frombuffer(data, kind.code)[0].item()

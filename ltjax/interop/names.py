@@ -19,7 +19,7 @@ _FIRST, _LATER, _ANY = (_TIMM.format(stages=stages) for stages in ("0", "[1-9]",
 _OURS_FIRST, _TIMMS = "backbone/stage1_block{block}/", "blocks.{timm_stage}.{block}."
 _LITE_BLOCKS = tuple((stage, block) for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1), 1) for block in range(blocks))
 # Names without use for a network: PyTorch's batch counts, the unused stage of LBGAT's wide ResNets, DRO-LT's margins,
-# and what DINOv2 puts in the place of masked patches.
+# and DINOv2's token of masked patches.
 IGNORED = r"(?:.*\.)?num_batches_tracked|sub_block1\..*|(?:.*\.)?(?:learnable_)?epsilons|mask_token"
 
 
@@ -156,10 +156,10 @@ def _our_numbers(parts: Mapping[str, str | None]) -> dict[str, str | int]:
 
 
 def prepared(state_dict: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Return the arrays of the network alone, and the names that are ignored.
+    """Return the network's arrays, and the ignored names.
 
-    Passed over are `IGNORED`, and whatever stands beside CLIP's `visual.`, such as its tower for text. The position of
-    a class token is added to the token, so positions are those of the patches.
+    Ignored are `IGNORED`, and names outside of CLIP's `visual.`, such as its text tower. The position of a class token
+    is added to the token, so positions are those of the patches.
     """
     inside = re.compile(r"(?:(?:module|model|_orig_mod)\.)*visual\.")
     visual = any(inside.match(key) for key in state_dict)

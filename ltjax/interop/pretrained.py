@@ -1,6 +1,6 @@
-"""Pretrained backbones by name: those that come with ltjax, repositories of the Hugging Face Hub, files and folders.
+"""Pretrained backbones by name: shipped ones, repositories of the Hugging Face Hub, files and folders.
 
-    python -m ltjax.interop.pretrained                                   lists what comes with ltjax
+    python -m ltjax.interop.pretrained                                   lists the shipped backbones
     python -m ltjax.interop.pretrained hub:timm/resnet50.a1_in1k         fetches, for a machine without a network
 
 A config's argument `pretrained=NAME` takes the same names. `hub:REPOSITORY@REVISION` names a branch, a tag or a commit;

@@ -57,7 +57,7 @@ class Placed(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A file of somebody else's weights.
+    """The weights of a file.
 
     Attributes:
       weights: Ours. `num_classes` is 0 if they have no classifier.
@@ -332,12 +332,12 @@ def read_checkpoint(
     backbone: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Read somebody else's weights from a file.
+    """Read the weights of a file.
 
     Args:
       file: See `ltjax.interop.checkpoints.read`.
-      settings: Of the model, see `ltjax.models.create`. They win over those that the file implies, see `implied`. If it
-        implies no network, at least `name`.
+      settings: Of the model, see `ltjax.models.create`. They override those that the file implies, see `implied`. If it
+        implies no network, at least `name` is needed.
       net: Which network, if there are several.
       num_classes: Default: that of the classifier; without a classifier, the weights are those of the other parts.
       backbone: Take the backbone alone, whatever the classifier.

@@ -1,4 +1,4 @@
-"""What the kernels share: labels, counts, lengths, types."""
+"""Labels, counts, lengths and types for all kernels."""
 
 import math
 

@@ -37,7 +37,7 @@ def _scatter(num_classes: int, features: jax.Array, labels: jax.Array) -> tuple[
 
 
 def _product(num_classes: int, features: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Do what `_scatter` does, by a matrix product."""
+    """Do the same as `_scatter`, by a matrix product."""
     member = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)  # [B, C]
     return jnp.matmul(member.T, features, precision="highest"), member.sum(0)
 

@@ -108,7 +108,7 @@ def class_weights(class_counts: np.ndarray, settings: Settings | None) -> jax.Ar
 def weights_by_name(
     asked: Mapping[str, float] | str, class_names: Sequence[str], class_counts: np.ndarray
 ) -> tuple[float, ...] | None:
-    """Compute what `config.class_weights` asks for: C weights, or None for equal ones.
+    """Compute the weights of `config.class_weights`: C weights, or None for equal ones.
 
     Args:
       asked: {name of a class: its weight}, 1 for the others. "auto": `N / (C n_c)`, N images in all, whose mean over

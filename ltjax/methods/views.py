@@ -1,4 +1,4 @@
-"""What contrastive methods share: one pass over all views of the images, and heads that project features.
+"""One pass over all views of the images, and heads that project features, for contrastive methods.
 
 A head is part of the method, `method/...` in the parameters: it is trained and resumed with it, and no evaluation,
 export or later stage has it.

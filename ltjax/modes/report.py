@@ -125,7 +125,7 @@ def write_tables(
     summary: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    """Write the tables beside the page, about the final stage: its classes, how often it confuses them, its mistakes.
+    """Write the final stage's tables to the report's folder: classes, confusions and mistakes.
 
     Args:
       observed: The final stage's observations, for each replica.

@@ -23,7 +23,7 @@ OVERRIDES = {
     "data.groups": "which classes are many, medium and few: by counts, ranges or ranks",
     "weights": "folder of imported weights to start from",
     "attack.epsilon": "radius of --mode=attack",
-    "attack.num_images": "--mode=attack uses so many images, spread over classes; 0: all",
+    "attack.num_images": "number of images for --mode=attack, spread over classes; 0: all",
 }
 
 INDENT = 28  # columns before the texts

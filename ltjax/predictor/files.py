@@ -84,7 +84,7 @@ def find(images: str) -> Iterator[str]:
 
 
 def _images_below(folder: str) -> Iterator[str]:
-    """Yield the images in and below a folder, then print notes about what is left out."""
+    """Yield the images in and below a folder, then print notes on the files left out."""
 
     def say(error: OSError) -> None:
         print(f"cannot list {error.filename}: {error.strerror}", file=sys.stderr)

@@ -29,7 +29,7 @@ Prior = str | os.PathLike[str] | Mapping[str, float] | Sequence[float] | np.ndar
 def shift(
     target: Prior, model: Prior | None, known: np.ndarray | None, class_names: Sequence[str], class_counts: Any = None
 ) -> np.ndarray:
-    """Compute what is added to the logits, float32 [C]: `log target - log model`.
+    """Compute the shift of the logits, float32 [C]: `log target - log model`.
 
     Args:
       target: The prior where the model is used: "uniform", "train", a CSV file, {name: probability or count}, or C

@@ -12,7 +12,7 @@ from ltjax import metrics
 
 PAIRS = 6  # classes shown as most confused, in the tail and elsewhere
 SAMPLES = 3  # images of each
-MOST_CELLS = 400  # up to so many classes have a row each in the confusion matrix
+MOST_CELLS = 400  # classes with a row each in the confusion matrix; more are summed to ranges
 RANGES = 100  # rows of the confusion matrix if there are more
 MISTAKES = 24  # pictures of images that are wrong with the highest confidence
 LISTED_PAIRS = 200  # of classes, in the table of those confused most often
@@ -42,7 +42,7 @@ def stage_numbers(
     groups: Mapping[str, np.ndarray],
     learned: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Return what the page shows of one stage, averaged over replicas.
+    """Return the page's numbers of one stage, averaged over replicas.
 
     Args:
       observed: For each replica, see `ltjax.engine.measure.Observer`.
@@ -128,7 +128,7 @@ def confusions(predictions: np.ndarray, labels: np.ndarray, num_classes: int) ->
 
 
 def confusion_numbers(cells: Confusions, order: np.ndarray) -> dict[str, Any]:
-    """Return what the page shows of a confusion matrix. Many classes are summed to ranges of classes.
+    """Return the page's numbers of a confusion matrix. Many classes are summed to ranges of classes.
 
     Args:
       order: The classes in the order of rows and columns, [C].

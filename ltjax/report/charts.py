@@ -15,7 +15,7 @@ from PIL import Image
 
 WIDTH = 340
 LEFT, RIGHT, TOP = 38, 12, 17
-MOST_DOTS = 150  # up to so many classes have a mark each; more share marks by ranges of counts
+MOST_DOTS = 150  # classes with a mark each; more share marks by ranges of counts
 BINS = 24  # ranges of counts
 
 

@@ -15,9 +15,9 @@ MOST_PAIRS = 3  # of confused classes, in each list of a run: a page may have ma
 
 
 class Loaded(NamedTuple):
-    """What the page takes from a run."""
+    """The contents of a run for the page."""
 
-    results: Mapping[str, Any]  # what results.json holds
+    results: Mapping[str, Any]  # the contents of results.json
     panel: panels.Panel  # of one stage
     pairs: list[dict[str, Any]]  # classes that the final stage confuses, see `ltjax.report.page.confused`
 
@@ -105,7 +105,7 @@ def attacked_alike(stage: str | None, runs: Mapping[Path, Loaded]) -> tuple[list
 
 
 def pooled(attacked: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Average what `--mode=attack` measured for several seeds; deviations if there are two or more.
+    """Average the results of `--mode=attack` over seeds; deviations if there are two or more.
 
     A test that some seed lacks is left out, and so is the curve if radii differ.
 

@@ -1,4 +1,4 @@
-"""Tables beside the page, for spreadsheets and scripts."""
+"""Tables in the report's folder, for spreadsheets and scripts."""
 
 import csv
 import io

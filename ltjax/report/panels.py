@@ -1,4 +1,4 @@
-"""What one panel of a figure shows: a stage of a run, or the same stage of several runs with other seeds."""
+"""The contents of one panel of a figure: a stage of a run, or the same stage of several runs with other seeds."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ from ltjax.report.panels import Panel
 from ltjax.runs.results import GROUPS, in_words, percent
 
 MOST_ROWS = 200  # of a table of classes
-MOST_NUMBERS = 30  # up to so many classes have a confusion matrix with numbers
+MOST_NUMBERS = 30  # classes of a confusion matrix with numbers; for more it is a picture
 WORST = 50  # classes to name if there are too many for a mark each
 
 
@@ -36,11 +36,11 @@ class Section(NamedTuple):
 class Attacked(NamedTuple):
     key: str  # unique on the page
     title: str  # of the stage, or of the row
-    results: Mapping[str, Any]  # what attack.json holds
+    results: Mapping[str, Any]  # the contents of attack.json
 
 
 class Content(NamedTuple):
-    """What the sections read."""
+    """The input of all sections."""
 
     panels: Sequence[Panel]  # stages of a run, or rows of a comparison
     ends: Sequence[Panel]  # their worst classes are named if there are many: the final stage, or all rows
@@ -130,7 +130,7 @@ def errors(content: Content) -> Section:
 
 
 def confusion(content: Content) -> Section:
-    """The confusion matrix of the final stage of a run: with numbers, as a picture, or summed over many classes."""
+    """Show a run's final confusion matrix: with numbers, as a picture, or summed over ranges of classes."""
     figures, listings, about = [], [], []
     if content.confusion:
         panel, cells = content.ends[0], content.confusion
@@ -159,7 +159,7 @@ def confusion(content: Content) -> Section:
 
 
 def mistakes(content: Content) -> Section:
-    """The wrong test images of which the final stage of a run is most sure."""
+    """Show the wrong test images with the highest confidences in a run's final stage."""
     pictures, about = [], ""
     if content.mistakes and content.mistakes["shown"]:
         panel, shown = content.ends[0], content.mistakes["shown"]
@@ -208,7 +208,7 @@ def learned(content: Content) -> Section:
 
 
 def robustness(content: Content) -> Section:
-    """What `--mode=attack` measured, by group, and accuracy against the radius."""
+    """Show the results of `--mode=attack` by group, and accuracy against the radius."""
     figures, tables, abouts = [], [], []
     for attacked in content.attacked:
         title, results = attacked.title or "Attacked", attacked.results

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder: checkpoints, logs, results."""
+"""The contents of a run's folder: checkpoints, logs, results."""

@@ -23,7 +23,7 @@ _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 class StageRecord(TypedDict):
-    """What a checkpoint stores beside the state of a stage, as JSON. Times are seconds."""
+    """The JSON that a checkpoint stores with the state of a stage. Times are seconds."""
 
     seconds: float  # of the stage, with evaluations
     train_seconds: float  # of `train_steps` steps, those whose dispatch compiled nothing

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # `ltjax.compare` starts without jax
 
 GROUPS = ("all", "many", "medium", "few")
 LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
-OF_EPOCHS = ("accuracy", "ece", "loss")  # what results.json has of every evaluated epoch
+OF_EPOCHS = ("accuracy", "ece", "loss")  # stored in results.json for every evaluated epoch
 PACKAGES = ("ltjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -56,7 +56,7 @@ def command() -> str:
 
 
 def in_words(ranges: Mapping[str, Sequence[int]]) -> str:
-    """Format {group: (fewest, most images of a class)}, such as "many 359 to 1,000, medium 77 to 215, few 10"."""
+    """Format {group: (fewest, most training images of a class)} as "many 359 to 1,000, medium 77 to 215, few 10"."""
     return ", ".join(f"{group} {low:,}" + f" to {high:,}" * (low < high) for group, (low, high) in ranges.items())
 
 
@@ -73,7 +73,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 
 class Column(NamedTuple):
-    """A figure of each stage in the table, beside the accuracies of groups."""
+    """A column of the table, in addition to the accuracies of groups."""
 
     heading: str
     figure: Callable[[Mapping[str, Any]], float | None]  # of a stage's summary, or of its "std"
@@ -200,7 +200,7 @@ def _best_on_test(evaluations: Sequence[Mapping[str, Any]], part: Callable[[Any]
 
 
 def provenance(mesh: "Mesh", commit: str | None) -> dict[str, Any]:
-    """Return what computed the figures. commit: of ltjax, when the process started."""
+    """Describe the origin of figures. `commit` is that of ltjax when the process started."""
     device = mesh.devices.flat[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",

@@ -47,7 +47,7 @@ def newest(workdir: Path) -> Trained:
 
 
 def evaluates_weights(run: RunConfig, workdir: Path) -> bool:
-    """Whether `config.weights` is evaluated, because the workdir holds no run and the weights are a whole network."""
+    """Return whether to evaluate `config.weights`: the workdir holds no run, and the weights are a whole network."""
     return bool(run.weights) and not run.weights_parts and not (workdir / "config.json").exists()
 
 
@@ -141,7 +141,7 @@ class Archived(NamedTuple):
 
 
 def is_archive(folder: Path) -> bool:
-    """Whether `ltjax.archive` wrote a folder. A workdir is no archive."""
+    """Return whether `ltjax.archive` wrote a folder. A workdir is no archive."""
     return (
         all((folder / name).is_file() for name in ("config.json", "results.json", ARRAYS))
         and not (folder / "checkpoints").exists()

@@ -244,7 +244,7 @@ def shipped() -> dict[str, Path]:
 
 
 def is_weights(name: str | Path) -> bool:
-    """Whether a name of `folder_of` stands for arrays of weights."""
+    """Return whether a name of `folder_of` stands for arrays of weights."""
     return bool(name) and (folder_of(name) / ARRAYS).is_file()
 
 

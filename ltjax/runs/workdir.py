@@ -52,7 +52,7 @@ def no_checkpoint(workdir: Path) -> UserError:
 
 
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Check what `open_workdir` checks, without writing anything."""
+    """Do the checks of `open_workdir`, without writing anything."""
     check_checkpoints(workdir)
     try:
         existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())

@@ -1,4 +1,4 @@
-"""What every `python -m ltjax...` command shares: the parser of its arguments, and how it ends."""
+"""Common parts of the `python -m ltjax...` commands: the parser of its arguments, and how it ends."""
 
 import argparse
 import sys

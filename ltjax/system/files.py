@@ -40,9 +40,9 @@ def replacing(path: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def holding(path: Path, remedy: str = ANOTHER) -> Generator[None]:
-    """Raise UserError if the block cannot use what was read from a file that somebody may have changed.
+    """Raise UserError if the block cannot use the contents of a file, because it was changed.
 
-    Put nothing else into the block: any error is taken for one of the file, except OSError and MemoryError.
+    Put nothing else into the block: all errors except OSError and MemoryError count as the file's.
 
     Args:
       remedy: What to do, for the message.
@@ -67,7 +67,7 @@ def load_json(path: Path) -> Any:
 
 
 def read_json(path: Path, remedy: str = ANOTHER) -> dict[str, Any]:
-    """Read what `write_json` wrote. UserError, which ends with `remedy`, if the file holds no JSON object."""
+    """Read a file of `write_json`. UserError, which ends with `remedy`, if the file holds no JSON object."""
     try:
         value = load_json(path)
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ltjax.types import one_line
 
-COMPRESSION = 100  # an archive may hold so many times its size; arrays of numbers stay far below
+COMPRESSION = 100  # largest ratio of contents to an archive's size; arrays of numbers stay far below
 SMALL = 1 << 30  # bytes that every archive may hold
 
 

@@ -135,7 +135,7 @@ def several() -> bool:
 
 
 def first() -> bool:
-    """Whether this process is the one that prints, logs and writes."""
+    """Return whether this process is the one that prints, logs and writes."""
     return not several() or jax.process_index() == 0
 
 
@@ -220,7 +220,7 @@ def leave_lost(reason: str) -> None:
 
 
 def lost(error: BaseException | None) -> bool:
-    """Whether an exception or its cause means that another process went away. JAX has no exception type for this."""
+    """Return whether an exception or its cause means a lost process. JAX has no exception type for this."""
     while several() and error is not None:
         text = str(error).lower()
         if any(sign in text for sign in _SIGNS_OF_LOSS):

@@ -1,4 +1,4 @@
-"""On Ctrl-C or SIGTERM, finish the steps under way and save."""
+"""On Ctrl-C or SIGTERM, finish the running steps and save."""
 
 import os
 import signal

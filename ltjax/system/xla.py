@@ -49,7 +49,7 @@ def cpu_options() -> dict[str, Any]:
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether oneDNN computes bfloat16 convolutions, summing in float32. Without it, XLA sums in bfloat16 on a CPU."""
+    """Return whether oneDNN computes bfloat16 convolutions, with sums in float32. XLA's CPU sums are in bfloat16."""
     return CALL in _compiled_convolution(cpu_options())
 
 

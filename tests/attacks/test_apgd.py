@@ -19,7 +19,7 @@ CHECKPOINTS = {8: 8, 15: 7, 21: 6, 26: 5, 30: 4, 33: 3, 35: 2, 37: 2, 39: 2}  # 
 
 
 def net(x):
-    """A smooth net of two layers with fixed random weights, in the precision of x."""
+    """Return a smooth net of two layers with fixed random weights, in the precision of x."""
     rng = np.random.default_rng(0)
     first = jnp.asarray(rng.normal(size=(32, 24)) / 4, x.dtype)
     second = jnp.asarray(rng.normal(size=(24, CLASSES)), x.dtype)
@@ -36,7 +36,7 @@ def task_of(dtype, count=6):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def history(attack, predict, steps, task):
-    """The state after each of `steps` evaluations, whether or not the model has been fooled by then."""
+    """Return the state after each of `steps` evaluations, also of fooled images."""
 
     def step(state, _):
         state = attack.step(predict, task, state)
@@ -83,7 +83,7 @@ def algorithm_1(start, image, value_and_slope, epsilon, norm):
 
 @pytest.mark.parametrize("norm, epsilon, loss", [("linf", 0.1, "dlr"), ("l2", 0.6, "ce")])
 def test_every_step_is_that_of_the_paper(norm, epsilon, loss):
-    """In float64, so that rounding does not flip signs of gradients."""
+    """Compute in float64, so that rounding does not flip signs of gradients."""
     with jax.enable_x64():
         task = task_of(jnp.float64)
         ours = history(Apgd(epsilon, norm, loss, STEPS), net, STEPS + 1, task)

@@ -52,7 +52,7 @@ def reports_that_no_clock_decides():
 
 @pytest.fixture(scope="module")
 def whole():
-    """The standard suite without interruption, and its progress."""
+    """Return the standard suite without interruption, and its progress."""
     updates = []
     return attack(progress=updates.append), updates
 
@@ -339,7 +339,7 @@ def test_float64_images_and_raw_keys_are_accepted(whole):
 
 @pytest.mark.parametrize("given, chosen", [(np.float64, attacks.STANDARD), (np.float32, ("apgd-ce",))])
 def test_attacks_run_with_x64(whole, given, chosen):
-    """Computations are in float64 if the images or the logits are."""
+    """Check that computations are in float64 if the images or the logits are."""
     with jax.enable_x64(True):
         predict = Partial(apply, [weights.astype(np.float64) for weights in WEIGHTS])
         result = attack(lambda x: predict(x.astype(jnp.float64)), images=IMAGES.astype(given), attacks=chosen)
@@ -357,7 +357,7 @@ def test_a_suite_on_bfloat16_images_is_resumed(tmp_path):
 
 
 def test_an_image_does_not_depend_on_the_others_with_any_kind_of_key():
-    """JAX draws for a batch of "rbg" keys all from the first, so that they would make images depend on each other."""
+    """JAX draws from the first key of a batch of "rbg" keys, so images could depend on each other."""
     rng, labels = jax.random.key(0, impl="unsafe_rbg"), LABELS.copy()
     labels[2:12] = (labels[2:12] + 1) % CLASSES  # wrong already: these are not attacked
     some, every = (attack(rng=rng, labels=chosen, attacks=("apgd-ce",)) for chosen in (labels, LABELS))
@@ -382,7 +382,7 @@ def test_the_bar_shows_the_robust_accuracy(capfd):
 
 
 def cnn(weights, x):
-    """That of tests/golden/autoattack.npz, whose README describes it."""
+    """Return the model of tests/golden/autoattack.npz, see its README."""
     conv = convolution_for(None)
     for layer, stride in ((0, 1), (2, 2), (4, 2)):
         how = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -40,7 +40,7 @@ def drive(attack, predict, task, wait=0):
 
 @pytest.fixture(scope="module")
 def net():
-    """A random net of two layers, and 24 images that it classifies right, with many pixels at 0 and 1."""
+    """Return a random net of two layers, and 24 images that it classifies right, with many pixels at 0 and 1."""
     rng = np.random.default_rng(0)
     size = int(np.prod(SHAPE))
     first = jnp.asarray(rng.normal(size=(size, 32)) / size**0.5, jnp.float32)
@@ -55,7 +55,7 @@ def net():
 
 
 def cases(rng, count, size):
-    """Images with entries at 0 and 1, weights with zeros, and how much is missing: from nothing to out of reach."""
+    """Draw images with entries at 0 and 1, weights with zeros, and distances from 0 to out of reach."""
     x = np.clip(rng.normal(0.5, 0.5, (count, size)), 0, 1)
     weights = rng.normal(size=(count, size)) * (rng.random((count, size)) < 0.7)
     weights[:3] = [np.zeros(size), np.eye(size)[1], np.ones(size)]
@@ -92,7 +92,7 @@ def test_projection_fulfils_the_conditions_of_optimality(norm, size):
 
 @pytest.mark.parametrize("norm", ball.NORMS)
 def test_projection_is_the_shortest_move(norm):
-    """In two dimensions, all ways can be tried: the points of the line inside the box."""
+    """Search all points of the line inside the box, in two dimensions."""
     x, weights, missing = cases(np.random.default_rng(2), 60, 2)
     move = np.asarray(jax.jit(functools.partial(to_hyperplane, norm=norm))(x, weights, missing))
     for x_i, (a, b), rest, actual in zip(x, weights, missing, move, strict=True):
@@ -168,7 +168,7 @@ def test_an_image_does_not_depend_on_its_batch_or_its_first_step(net, norm, epsi
     assert alone.fooled == whole.fooled[5:6]
 
 
-def test_an_image_that_is_wrong_to_begin_with_is_settled_by_the_first_evaluation(net):
+def test_a_misclassified_image_is_settled_by_the_first_evaluation(net):
     predict, task = net
     task = task_of(task.images, (task.labels + 1) % CLASSES)
     state, steps = drive(Fab(0.0), predict, task)
@@ -176,7 +176,7 @@ def test_an_image_that_is_wrong_to_begin_with_is_settled_by_the_first_evaluation
 
 
 def test_without_a_useful_gradient_every_target_takes_exactly_its_steps(net):
-    """A constant model with a gradient of nan, a logit of -inf, and only nan, which fools it, for one image each."""
+    """Attack constant models: a gradient of nan, a logit of -inf, and only nan, which counts as fooled."""
     _, task = net
     task = task_of(task.images[:4], np.zeros(4))
 
@@ -192,7 +192,7 @@ def test_without_a_useful_gradient_every_target_takes_exactly_its_steps(net):
     assert jnp.isfinite(state.point).all()
 
 
-def test_a_step_evaluates_the_model_as_often_as_it_says_and_keeps_the_state_small(net):
+def test_a_step_has_the_declared_evaluations_and_a_small_state(net):
     predict, task = net
     calls = []
 

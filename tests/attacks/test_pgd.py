@@ -29,7 +29,7 @@ def cross_entropy(images):
 
 
 def by_hand(start, *, epsilon, step_size, num_steps, norm):
-    """The attack on cross-entropy of the linear model, in float64."""
+    """Return the attack on cross-entropy of the linear model, in float64."""
     x, images = start.astype(float), IMAGES.astype(float)
     for _ in range(num_steps):
         logits = x.reshape(len(x), -1) @ WEIGHTS

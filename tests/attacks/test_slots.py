@@ -1,4 +1,4 @@
-"""The loop that drives attacks, with an attack that takes as many steps as its image says."""
+"""The loop that drives attacks, with an attack whose steps are set by the image."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 
 class Countdown(NamedTuple):
-    """Image i ends at step `labels[i]`, as `images[i]` plus a random number per step; targets say whether fooled."""
+    """An attack that ends image i at step `labels[i]`, as `images[i]` plus random numbers, fooled by `targets`."""
 
     evaluations_a_step = 1
 
@@ -72,7 +72,7 @@ def three_cores(monkeypatch):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The pixel that each image ends with, computed without the loop."""
+    """Return the pixel that each image ends with, computed without the loop."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(NUM, dtype=jnp.int32))
     bits = np.asarray(jax.random.key_data(keys))[:, 0] % 1000
     return np.arange(NUM) + STEPS * bits + STEPS * (STEPS + 1) / 2
@@ -108,7 +108,7 @@ def test_evaluations_count_no_settled_image(batch_size, dispatch, looped, three_
 
 @pytest.mark.parametrize("looped", [True, False])
 def test_slots_are_refilled(looped):
-    """Steps run from 1 to 89: batches that wait for their slowest would keep about half of the slots idle."""
+    """Attack with 1 to 89 steps: without refilling, about half of the slots would be idle."""
     reports, *_ = drive(np.arange(NUM), batch_size=16, looped=looped)
     waiting = NUM - np.cumsum([len(report.index) for report in reports]) > 16
     full = [report for report, more in zip(reports, waiting, strict=True) if more]
@@ -172,7 +172,7 @@ MACHINES = {
 
 
 def small_cnn(weights, images):
-    """A network without ltjax, in PyTorch's order of dimensions."""
+    """Return a network without ltjax, in PyTorch's order of dimensions."""
     how = dict(window_strides=(2, 2), padding="SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
     x = jax.nn.relu(jax.lax.conv_general_dilated(images.transpose(0, 3, 1, 2), weights[0], **how))
     return x.reshape(len(x), -1) @ weights[1]
@@ -180,7 +180,7 @@ def small_cnn(weights, images):
 
 @pytest.fixture(scope="module")
 def small():
-    """predict, images [40, 8, 8, 3], labels, targets; the smaller the margin, the earlier an image falls."""
+    """Return predict, images [40, 8, 8, 3], labels, targets; images with smaller margins are fooled earlier."""
     rng = np.random.default_rng(1)
     weights = [rng.normal(size=shape).astype(np.float32) / 5 for shape in ((8, 3, 3, 3), (128, 4))]
     images = rng.random((40, 8, 8, 3), dtype=np.float32)
@@ -205,7 +205,7 @@ def test_loops_on_host_and_device_give_the_same_result(small, name, three_cores)
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_no_convolution_is_in_a_loop_on_a_cpu(small, name, monkeypatch):
-    """XLA's are several times as slow there. Other arithmetic of an attack may loop."""
+    """Convolutions are several times as slow in loops there. Other arithmetic may loop."""
     predict, images, labels, targets = small
     steps = []
 
@@ -227,7 +227,7 @@ def test_no_convolution_is_in_a_loop_on_a_cpu(small, name, monkeypatch):
 
 
 def loops(jaxpr):
-    """All `while` and `scan` below a jaxpr."""
+    """Return all `while` and `scan` below a jaxpr."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("while", "scan"):
             yield eqn
@@ -247,7 +247,7 @@ def test_sizes_of_batches_divide_by_the_devices():
 
 
 def test_few_images_share_compiled_sizes():
-    """Two attacks that leave different numbers standing run the same programs."""
+    """Run two attacks with different numbers of robust images by the same programs."""
     drive(np.arange(9), batch_size=64)
     before = slots._advance._cache_size()
     drive(np.arange(16), batch_size=64)

@@ -38,7 +38,7 @@ def drive(attack, predict, task, wait=0):
 
 @functools.cache
 def net_of(shape, num_classes=CLASSES, count=16):
-    """A random net of two layers, and images that it classifies right, some pixels at 0 and 1."""
+    """Return a random net of two layers, and images that it classifies right, some pixels at 0 and 1."""
     rng = np.random.default_rng(0)
     size = int(np.prod(shape))
     first = jnp.asarray(rng.normal(size=(size, 32)) / size**0.5, jnp.float32)
@@ -53,7 +53,7 @@ def net_of(shape, num_classes=CLASSES, count=16):
 
 
 def test_window_sides_of_32_x_32_images():
-    """Shares 0.8, 0.4, ... of 1024 pixels, as a hand with a calculator finds them."""
+    """Compare with shares 0.8, 0.4, ... of 1024 pixels, computed by hand."""
     assert window_sides(32, 32, p_init=0.8, norm="linf") == (29, 20, 14, 10, 7, 5, 4, 3, 2, 1)
     assert window_sides(32, 32, p_init=0.8, norm="l2") == (29, 21, 15, 11, 7, 5, 5, 3, 3, 3)
     assert len(HALVINGS) == 9
@@ -207,7 +207,7 @@ def test_logits_of_nan_or_infinity_end_the_search_in_time():
     assert jnp.isfinite(state.adversarial).all()
 
 
-def test_a_step_evaluates_the_model_once_and_keeps_the_state_small():
+def test_a_step_has_one_evaluation_and_a_small_state():
     predict, task = net_of((4, 4, 3))
     calls = []
 

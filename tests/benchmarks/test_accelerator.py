@@ -1,4 +1,4 @@
-"""The order of things on a machine that is lent for minutes: pieces have limits, go on, and leave one record each."""
+"""Measurements on a machine for a few minutes: pieces have limits, resume, and write one record each."""
 
 import json
 import re
@@ -57,8 +57,8 @@ def work(place, *pieces, seconds=60.0):
     return accelerator.work(pieces, place, time.monotonic() + seconds)
 
 
-def test_a_run_past_its_limit_is_stopped_by_sigterm_saves_and_goes_on(place):
-    one = piece("run", SAVES, limit=2.0, goes_on=True)
+def test_a_run_past_its_limit_gets_sigterm_saves_and_resumes(place):
+    one = piece("run", SAVES, limit=2.0, resumes=True)
     assert work(place, one) == {"run": "stopped"}
     assert place.record("run")["result"] is None
     assert work(place, one) == {"run": "done"}
@@ -68,20 +68,20 @@ def test_a_run_past_its_limit_is_stopped_by_sigterm_saves_and_goes_on(place):
     assert work(place, one) == {}
 
 
-def test_a_piece_past_its_limit_is_killed_and_recorded_and_the_next_one_runs(place):
-    found = work(place, piece("a", HANGS, "partial.json", limit=1.5), piece("b", ENDS.format("b.json"), "b.json"))
-    assert found == {"a": "stopped", "b": "done"}
+def test_a_piece_past_its_limit_is_killed_and_the_next_one_runs(place):
+    actual = work(place, piece("a", HANGS, "partial.json", limit=1.5), piece("b", ENDS.format("b.json"), "b.json"))
+    assert actual == {"a": "stopped", "b": "done"}
     record = place.record("a")
     assert record["output"] == "compiling\n" and record["result"] == [0.5]
     assert record["sessions"][0]["exit_code"] == -9
 
 
-def test_what_was_stopped_gets_twice_as_long_the_next_time(place):
+def test_a_stopped_piece_gets_twice_its_limit_next_time(place):
     one = piece("a", f"import time; time.sleep(3); {ENDS.format('result.json')}", limit=2.0)
     assert [work(place, one) for _ in range(2)] == [{"a": "stopped"}, {"a": "done"}]
 
 
-def test_what_a_piece_has_started_ends_with_it(place):
+def test_the_children_of_a_stopped_piece_end(place):
     child = f"import time; time.sleep(3); {ENDS.format('late.json')}"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     assert work(place, piece("a", code, limit=1.0)) == {"a": "stopped"}
@@ -89,32 +89,32 @@ def test_what_a_piece_has_started_ends_with_it(place):
     assert not (place.workdir / "late.json").exists()
 
 
-def test_a_failed_piece_says_what_it_printed(place):
+def test_a_failed_pieces_record_has_its_output(place):
     assert work(place, piece("a", "print('no such device'); raise SystemExit(3)")) == {"a": "failed"}
     assert place.record("a")["output"] == "no such device\n"
 
 
-def test_the_background_runs_beside_and_is_stopped_before_what_has_to_be_alone(place):
+def test_the_background_is_stopped_before_a_piece_that_runs_alone(place):
     waits = "import pathlib, time\nwhile not pathlib.Path('{}').exists(): time.sleep(0.02)\n"
     begun = "open('begun', 'w')\n"
-    found = work(
+    actual = work(
         place,
-        piece("behind", begun + SAVES, limit=2.0, goes_on=True, background=True),
-        piece("beside", waits.format("begun") + ENDS.format("1.json"), "1.json", beside=True),
+        piece("behind", begun + SAVES, limit=2.0, resumes=True, background=True),
+        piece("beside", waits.format("begun") + ENDS.format("1.json"), "1.json", parallel=True),
         piece("alone", f"assert open('saved')\n{ENDS.format('2.json')}", "2.json"),
     )
-    assert found == {"behind": "stopped", "beside": "done", "alone": "done"}
+    assert actual == {"behind": "stopped", "beside": "done", "alone": "done"}
 
 
-def test_the_background_is_stopped_and_saves_at_the_end_of_a_call(place, monkeypatch):
+def test_the_background_saves_at_the_end_of_a_call(place, monkeypatch):
     monkeypatch.setattr(accelerator, "SAVING", 1.0)
-    behind = piece("behind", SAVES, limit=50.0, goes_on=True, background=True)
+    behind = piece("behind", SAVES, limit=50.0, resumes=True, background=True)
     assert work(place, behind, seconds=3.0) == {"behind": "stopped"}
     assert (place.workdir / "saved").exists()
 
 
-def test_the_background_is_stopped_and_saves_where_the_call_is_interrupted(place, monkeypatch):
-    behind = piece("behind", SAVES, goes_on=True, background=True)
+def test_the_background_saves_if_the_call_is_interrupted(place, monkeypatch):
+    behind = piece("behind", SAVES, resumes=True, background=True)
     start = accelerator.Child.__init__
 
     def interrupted(child, one, *rest):
@@ -126,7 +126,7 @@ def test_the_background_is_stopped_and_saves_where_the_call_is_interrupted(place
 
     monkeypatch.setattr(accelerator.Child, "__init__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        work(place, behind, piece("front", "", beside=True))
+        work(place, behind, piece("front", "", parallel=True))
     assert (place.workdir / "saved").exists()
     assert place.record("behind")["status"] == "stopped"
 
@@ -140,7 +140,7 @@ def test_a_piece_waits_for_the_one_before_it_and_for_time(place, monkeypatch):
     assert work(place, early, late) == {"early": "done", "late": "done"}
 
 
-def test_the_list_shows_what_is_done_and_what_is_left(tmp_path, capsys):
+def test_the_list_shows_finished_and_remaining_pieces(tmp_path, capsys):
     for name, status in (("environment", "done"), ("tests", "stopped")):
         record = {"status": status, "sessions": [{"started": "today"}]}
         accelerator.write(tmp_path / "some-gpu" / f"{name}.json", record)
@@ -156,7 +156,7 @@ def measured(tmp_path, tiny=False):
     return accelerator.measured("gpu", tmp_path, first, tiny)
 
 
-def test_the_order_is_that_of_what_is_learnt(tmp_path):
+def test_the_most_informative_pieces_are_first(tmp_path):
     names = [one.name for one in measured(tmp_path)]
     background = "cifar100_lt-mislas-if100-bf16-seed0"
     assert names[:6] == ["environment", "pipeline", background, "tests", "gradients", "resume"]
@@ -170,7 +170,7 @@ def test_the_limits_fit_into_a_call(tmp_path):
     pieces = measured(tmp_path)
     (behind,) = (one for one in pieces if one.background)
     assert sum(one.limit for one in pieces if not one.background) <= accelerator.SECONDS <= 540
-    assert behind.limit + accelerator.SAVING <= sum(one.limit for one in pieces if one.beside)
+    assert behind.limit + accelerator.SAVING <= sum(one.limit for one in pieces if one.parallel)
 
 
 def test_the_readme_has_the_pieces_with_their_limits(tmp_path):
@@ -181,12 +181,12 @@ def test_the_readme_has_the_pieces_with_their_limits(tmp_path):
     assert listed == {one.name: one.limit for one in measured(tmp_path)}
 
 
-def test_those_side_by_side_share_the_memory_and_the_others_have_all_of_it(tmp_path):
+def test_parallel_pieces_share_the_memory(tmp_path):
     key = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     pieces = measured(tmp_path)
     behind = next(float(one.environment[key]) for one in pieces if one.background)
-    assert all(behind + float(one.environment[key]) < 0.9 for one in pieces if one.beside)
-    assert not any(key in one.environment for one in pieces if not (one.beside or one.background))
+    assert all(behind + float(one.environment[key]) < 0.9 for one in pieces if one.parallel)
+    assert not any(key in one.environment for one in pieces if not (one.parallel or one.background))
 
 
 @pytest.mark.parametrize("tiny", [True, False])
@@ -200,10 +200,10 @@ def test_every_benchmark_takes_its_command_line(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-def test_runs_are_those_of_the_list_as_its_queue_makes_them(tiny):
+def test_full_length_pieces_are_the_commands_of_the_queue(tiny):
     pieces = {one.name: one for one in accelerator.full_length(False, tiny)}
     listed = [(run, reproduce.describe(run.config, run.seed)) for run in reproduce.read_list(reproduce.LIST)]
-    trained = {name: one for name, one in pieces.items() if one.goes_on}
+    trained = {name: one for name, one in pieces.items() if one.resumes}
     assert list(trained) == [one.name for _, one in listed if one.name in trained]
     assert len(trained) == (3 if tiny else len(listed))
     for run, one in listed:
@@ -223,8 +223,8 @@ def test_runs_are_those_of_the_list_as_its_queue_makes_them(tiny):
             assert list(pieces).index(begins_with) < list(pieces).index(one.name)
 
 
-def test_of_packed_images_come_only_the_runs_that_see_no_black_ones():
-    trained = [one for one in accelerator.full_length(True, tiny=False) if one.goes_on]
+def test_a_pack_is_only_for_runs_that_use_no_black_image():
+    trained = [one for one in accelerator.full_length(True, tiny=False) if one.resumes]
     assert len(trained) > 10
     assert all("cifar100_lt.py:" in one.command[1] and "imbalance=100" in one.command[1] for one in trained)
 
@@ -232,7 +232,7 @@ def test_of_packed_images_come_only_the_runs_that_see_no_black_ones():
 def test_run_py_takes_the_flags_of_tiny_runs(monkeypatch):
     monkeypatch.chdir(accelerator.ROOT)
     for one in accelerator.full_length(True, tiny=True):
-        if one.goes_on:
+        if one.resumes:
             run_module.check_overrides([word.replace("checkout/", "") for word in one.command])
 
 
@@ -242,5 +242,5 @@ def test_results_of_pytest_are_read_from_its_xml(tmp_path):
         '<testsuites><testsuite><testcase classname="a" name="b" time="0.5"/>'
         '<testcase classname="a" name="c" time="1"><failure message="m">t</failure></testcase></testsuite></testsuites>'
     )
-    found = json.loads(json.dumps(accelerator.read_result(path)))
-    assert found == {"a::b": {"outcome": "passed", "seconds": 0.5}, "a::c": {"outcome": "failure", "seconds": 1.0}}
+    actual = json.loads(json.dumps(accelerator.read_result(path)))
+    assert actual == {"a::b": {"outcome": "passed", "seconds": 0.5}, "a::c": {"outcome": "failure", "seconds": 1.0}}

@@ -1,4 +1,4 @@
-"""The training step beside PyTorch's: the same network, every way timed, ratios that mean what the table says."""
+"""The comparison with PyTorch: the same network, timings of every program, and correct ratios."""
 
 import sys
 
@@ -37,11 +37,11 @@ def test_the_pytorch_network_with_our_weights_gives_our_logits():
     theirs = torch_step.ResNet(8)
     theirs.load_state_dict({key: torch.from_numpy(value) for key, value in state_dict.items()})
     with torch.no_grad():
-        found = theirs.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
-    np.testing.assert_allclose(found, net.apply(made, images, False).logits, rtol=1e-4, atol=1e-4 * abs(found).max())
+        actual = theirs.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(actual, net.apply(made, images, False).logits, rtol=1e-4, atol=1e-4 * abs(actual).max())
 
 
-def test_every_way_of_pytorch_is_timed_in_a_process_of_its_own():
+def test_every_pytorch_program_is_timed_in_a_separate_process():
     pytorch()
     with cifar_step.TorchProcess(sys.executable, SIZE) as torch:
         for way in torch.ways:
@@ -50,7 +50,7 @@ def test_every_way_of_pytorch_is_timed_in_a_process_of_its_own():
     assert torch.process.returncode == 0
 
 
-def test_stage_2_trains_the_classifier_and_the_scale_alone():
+def test_stage_2_trains_only_classifier_and_scale():
     torch = pytorch()
     from benchmarks import torch_step
 
@@ -64,7 +64,7 @@ def test_stage_2_trains_the_classifier_and_the_scale_alone():
     assert [values.shape for values in runner.evaluate(6)] == 3 * [(6,)]
 
 
-def test_ratios_are_over_pytorch_as_the_authors_run_it_and_over_its_best():
+def test_ratios_are_to_pytorchs_nchw_float32_and_to_its_best():
     seconds = {
         "ltjax_float32": {"features": [0.002, 0.001, 0.004]},
         "torch_nchw_float32": {"features": [0.006, 0.008, 0.005]},

@@ -1,6 +1,6 @@
-"""Programs compiled for a TPU and an H100 that are not there, and the bounds that they are held to.
+"""Programs compiled for a TPU and an H100, without either, and their bounds.
 
-What needs the compilers (`pip install -e ".[aot]"`) is skipped without them, or fails with LTJAX_REQUIRE_AOT=1.
+Tests that need the compilers (`pip install -e ".[aot]"`) are skipped without them, or fail with LTJAX_REQUIRE_AOT=1.
 """
 
 import json
@@ -34,7 +34,7 @@ def test_every_program_is_a_stage_of_a_config(program, tiny):
     assert not any(run.batch_size % chips for chips in program.chips.values())
 
 
-def test_programs_have_names_of_their_own():
+def test_program_names_are_unique():
     names = [program.name for program in compiled.PROGRAMS]
     assert len(set(names)) == len(names)
 
@@ -48,7 +48,7 @@ def test_every_bound_is_of_a_program_and_a_figure_and_has_a_reason():
         assert all(bound.why for bound in bounds.values())
 
 
-def test_a_programs_own_bound_takes_the_place_of_that_of_all():
+def test_a_programs_bound_overrides_the_common_one():
     assert compiled.broken("drolt2", "tpu", figures(other_collectives=1), tiny=True) == []
     assert len(compiled.broken("drolt2", "tpu", figures(other_collectives=2), tiny=True)) == 1
     assert len(compiled.broken("mislas1", "tpu", figures(other_collectives=1), tiny=True)) == 1
@@ -56,15 +56,15 @@ def test_a_programs_own_bound_takes_the_place_of_that_of_all():
 
 def test_a_figure_above_its_bound_is_named_with_program_and_bound():
     assert compiled.broken("mislas1", "gpu", figures()) == []
-    found = compiled.broken("mislas1", "gpu", figures(scatters=3))
-    assert len(found) == 1 and found[0].startswith("mislas1 on gpu: scatters = 3, bound 0: ")
+    actual = compiled.broken("mislas1", "gpu", figures(scatters=3))
+    assert len(actual) == 1 and actual[0].startswith("mislas1 on gpu: scatters = 3, bound 0: ")
 
 
 def test_a_figure_that_a_platform_does_not_have_is_within_its_bound():
     assert compiled.broken("mislas1", "tpu", figures(dynamic_loops=None)) == []
 
 
-def test_a_tiny_program_is_held_to_the_bounds_of_all_alone(monkeypatch):
+def test_a_tiny_program_has_only_the_common_bounds(monkeypatch):
     monkeypatch.setitem(compiled.BOUNDS, ("mislas1", "gpu"), {"kernels": compiled.Bound(5, "few")})
     numbers = figures(kernels=6, scatters=1)
     assert len(compiled.broken("mislas1", "gpu", numbers)) == 2
@@ -73,13 +73,13 @@ def test_a_tiny_program_is_held_to_the_bounds_of_all_alone(monkeypatch):
 
 @pytest.fixture
 def without_compiling(monkeypatch):
-    """`main` reads made-up figures: `without_compiling(scatters=1)`."""
+    """Let `main` read made-up figures: `without_compiling(scatters=1)`."""
 
     def given(**changed):
-        found = compiled.Compiled("", "", 0, "", "", 1.0)
+        actual = compiled.Compiled("", "", 0, "", "", 1.0)
         monkeypatch.setattr(compiled, "set_up", lambda: None)
         monkeypatch.setattr(compiled, "lower", lambda *_, **__: None)
-        monkeypatch.setattr(compiled, "compile_it", lambda *_: found)
+        monkeypatch.setattr(compiled, "compile_it", lambda *_: actual)
         monkeypatch.setattr(compiled, "figures", lambda *_: figures(**changed))
 
     return given
@@ -92,7 +92,7 @@ def test_the_command_fails_if_a_figure_is_above_its_bound(without_compiling, cap
     assert compiled.main(arguments) == 0
     without_compiling(host_transfers=2)
     assert compiled.main(arguments) == 1
-    assert "reslt on gpu: host transfers = 2, bound 0: a step waits for no host" in capsys.readouterr().out
+    assert "reslt on gpu: host transfers = 2, bound 0: a step must not wait for the host" in capsys.readouterr().out
     written = json.loads(out.read_text())
     assert [row["program"] for row in written["programs"]] == ["reslt", "evaluation"]
     assert all(row["figures"]["host_transfers"] == 2 and len(row["broken"]) == 1 for row in written["programs"])
@@ -107,23 +107,23 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch, capsys):
     assert 'no XLA for tpu here (libtpu): pip install -e ".[aot]"' in capsys.readouterr().err
 
 
-def test_the_images_made_up_for_inaturalist_are_as_many_as_it_has():
-    found = compiled._made_up("i_naturalist2018")
-    counts = [int(n) for n in jax.numpy.bincount(found.train_labels)]
+def test_the_made_up_inaturalist_has_the_official_counts():
+    actual = compiled._made_up("i_naturalist2018")
+    counts = [int(n) for n in jax.numpy.bincount(actual.train_labels)]
     assert (len(counts), sum(counts), max(counts), min(counts)) == (8142, 437_513, 1000, 2)
-    assert len(found.train_files) == 437_513 and len(found.test_files) == 24_426
+    assert len(actual.train_files) == 437_513 and len(actual.test_files) == 24_426
 
 
 @pytest.fixture
 def lowered(monkeypatch):
-    """`lowered(program)`: its tiny step as it is lowered, which needs no compiler: for CPU devices."""
+    """Return `lowered(program)`: its tiny step lowered for CPU devices, without a compiler."""
     monkeypatch.setattr(compiled, "devices", lambda platform, count: jax.devices()[:count])
 
     def text(name):
         program = next(each for each in compiled.PROGRAMS if each.name == name)
-        found = compiled.lower(program, "gpu", tiny=True).as_text()
-        assert "stablehlo.convolution" in found and "xbf16>" in found
-        return found, compiled.settings_of(program, "gpu", True)["batch_size"]
+        actual = compiled.lower(program, "gpu", tiny=True).as_text()
+        assert "stablehlo.convolution" in actual and "xbf16>" in actual
+        return actual, compiled.settings_of(program, "gpu", True)["batch_size"]
 
     return text
 
@@ -139,7 +139,7 @@ def test_a_lowered_step_on_small_images_scatters_nothing(lowered):
 
 @pytest.fixture(scope="module", params=compiled.PLATFORMS)
 def made(request, tmp_path_factory):
-    """(platform, exit code, what it printed, {program: its record}) of the small programs, compiled."""
+    """Compile the small programs; return (platform, exit code, output, {program: its record})."""
     platform = request.param
     if not compiled.installed(platform) and not os.environ.get("LTJAX_REQUIRE_AOT"):
         pytest.skip(f'no XLA for {platform}: pip install -e ".[aot]" in an environment of its own')
@@ -154,7 +154,7 @@ def made(request, tmp_path_factory):
     return platform, ran.returncode, ran.stdout + ran.stderr, {row["program"]: row for row in written["programs"]}
 
 
-def test_small_programs_keep_the_bounds_of_all(made):
+def test_small_programs_are_within_the_common_bounds(made):
     _, code, printed, rows = made
     assert set(rows) == set(STEPS), printed
     assert code == 0 and not any(row["broken"] for row in rows.values()), printed
@@ -164,8 +164,8 @@ def test_operations_of_small_programs_are_those_by_hand(made):
     *_, rows = made
     for name, trains in zip(STEPS, (True, False), strict=True):
         by_hand = flops.by_hand(8, width=8, num_classes=100, backbone_trains=trains)
-        found = 1e9 * rows[name]["figures"]["gflop"] * rows[name]["chips"] / 64
-        assert found == pytest.approx(by_hand, rel=0.01)
+        actual = 1e9 * rows[name]["figures"]["gflop"] * rows[name]["chips"] / 64
+        assert actual == pytest.approx(by_hand, rel=0.01)
 
 
 def test_small_programs_have_the_figures_of_their_platform(made):

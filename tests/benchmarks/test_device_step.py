@@ -1,4 +1,4 @@
-"""The benchmarks of a device at a small size: what a step takes, how gradients turn, whether bits repeat."""
+"""The benchmarks of a device at a small size: times of a step, gradients in bfloat16, bit-identical resuming."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_each_data_type_and_flag_is_a_row_and_the_first_one_is_traced(tmp_path):
     assert numbers["trace"]["events"] > 0 and 0 < numbers["trace"]["busy_share"] <= 1
 
 
-def test_what_was_measured_before_an_error_is_written(tmp_path, monkeypatch):
+def test_measurements_before_an_error_are_written(tmp_path, monkeypatch):
     def fails(prepared, flags, steps, compile_all=device_step.compile_all):
         if flags == "dispatch":
             raise RuntimeError("no such graph")
@@ -43,7 +43,7 @@ def test_what_was_measured_before_an_error_is_written(tmp_path, monkeypatch):
     assert [row["flags"] for row in kept["programs"]] == ["default"]
 
 
-def test_images_on_disk_are_timed_on_the_device_and_as_they_come(tmp_path, monkeypatch):
+def test_images_on_disk_are_timed_on_the_device_and_streamed(tmp_path, monkeypatch):
     first = []
     dispatch = device_step.Program.dispatch
 
@@ -65,7 +65,7 @@ def test_xla_knows_the_flags(flags):
     assert lowered.compile(compiler_options=device_step.FLAGS[flags] or None)(2.0) == 3.0
 
 
-def test_kernels_are_summed_up_by_name_and_the_gaps_between_them_are_idle():
+def test_kernels_are_summed_by_name_and_gaps_are_idle():
     found = device_step.summarise([("a", 0, 2e6), ("b", 1e6, 2e6), ("a", 6e6, 4e6)])
     assert found["span_ms"] == 10 and found["busy_share"] == pytest.approx(0.7) and found["events"] == 3
     assert found["kernels"] == [{"name": "a", "count": 2, "ms": 6.0}, {"name": "b", "count": 1, "ms": 2.0}]
@@ -77,19 +77,19 @@ def test_gradients_are_compared_by_direction_and_length():
     assert found == {"cosine": pytest.approx(0), "relative_error": pytest.approx(2**0.5)}
 
 
-def test_a_process_that_goes_on_is_compared_bit_by_bit(tmp_path, capsys):
+def test_a_resumed_process_is_compared_bit_by_bit(tmp_path, capsys):
     cifar_step.write_random_images(tmp_path, per_class=500, num_test=100)
     args = resume.arguments_parser().parse_args(["--depth=8", "--width=4", "--batch_size=16", "--steps=2"])
     folder = tmp_path / "none"
     folder.mkdir()
     resume.part("saves", folder, args)
-    resume.part("goes_on", folder, args)
+    resume.part("resumes", folder, args)
     assert json.loads(capsys.readouterr().out)["summary"]["equal"]
     changed = dict(np.load(folder / "expected.npz"))
     last = max((name for name in changed if changed[name].dtype == np.float32), key=lambda name: changed[name].size)
     changed[last].view(np.uint32).reshape(-1)[0] ^= 1  # the last bit of one number
     np.savez(folder / "expected.npz", **changed)
-    resume.part("goes_on", folder, args)
+    resume.part("resumes", folder, args)
     summary = json.loads(capsys.readouterr().out)["summary"]
     assert not summary["equal"] and summary["differ"] == 1 and summary["arrays"] == len(changed)
 
@@ -109,7 +109,7 @@ def test_each_way_has_its_flags_and_no_compilation_cache(tmp_path, monkeypatch, 
         return
     for way, flags in resume.WAYS.items():
         assert resume.attempt(way, ["--depth=8"], tmp_path) == {"summary": {"equal": True}}
-        for (command, environment), which in zip(asked[-2:], ("saves", "goes_on"), strict=True):
+        for (command, environment), which in zip(asked[-2:], ("saves", "resumes"), strict=True):
             assert command[3:] == ["--depth=8", f"--part={which}", f"--folder={Path(tmp_path) / way}"]
             assert environment["XLA_FLAGS"] == f"--xla_own=1 {flags.format(folder=tmp_path / way)}".strip()
             assert environment["JAX_ENABLE_COMPILATION_CACHE"] == "false"

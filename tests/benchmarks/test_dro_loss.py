@@ -1,4 +1,4 @@
-"""The benchmark of DRO-LT's loss at a small size: every way agrees, and its JSON says what was measured."""
+"""The benchmark of DRO-LT's loss at a small size: implementations agree, and its JSON has the settings."""
 
 import json
 
@@ -15,7 +15,7 @@ def numbers(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-def test_all_ways_give_the_same_numbers(numbers):
+def test_all_implementations_compute_the_same_numbers(numbers):
     (size,) = numbers["sizes"]
     assert numbers["same_numbers"]
     for row in size["ways"].values():
@@ -23,7 +23,7 @@ def test_all_ways_give_the_same_numbers(numbers):
         assert max(row["difference_from_naive"].values()) < dro_loss.CLOSE
 
 
-def test_json_says_what_was_measured_on_what(numbers):
+def test_json_has_device_and_settings(numbers):
     said = {"benchmark", "batch_size", "dim", "sizes", "device", "versions", "git_commit", "command"}
     assert said <= numbers.keys() and numbers["device"] == "cpu: cpu"
     ways = numbers["sizes"][0]["ways"]
@@ -33,9 +33,9 @@ def test_json_says_what_was_measured_on_what(numbers):
     assert ways["naive"]["over_ltjax"]["plan_bytes"] == ways["naive"]["plan_bytes"] / ways["ltjax"]["plan_bytes"]
 
 
-def test_numbers_that_differ_are_said_to(monkeypatch, capsys):
+def test_different_numbers_are_reported(monkeypatch, capsys):
     way = {"device": "cpu", "median_seconds": 1.0, "plan_bytes": None, "resident_growth_bytes": None}
     way |= {"over_ltjax": dict.fromkeys(("median_seconds", *dro_loss.MEMORY)), "difference_from_naive": {"loss": 0.1}}
     monkeypatch.setattr(dro_loss, "measure", lambda *_: {"ltjax": way})
     assert dro_loss.main(["--num_classes", "9"]) == 1
-    assert "the same numbers: NO" in capsys.readouterr().out
+    assert "numbers agree to 0.0001: NO" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Operations of a training step, by XLA's count, against the count by hand. Compiles, and runs nothing."""
+"""Operations of a training step, by XLA's count and by hand. Nothing runs."""
 
 import re
 
@@ -13,7 +13,7 @@ from ltjax.engine import experiment as experiments
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """`stages(depth)`: {stage: arguments of `flops.by_xla`} of MiSLAS on CIFAR-100's shape."""
+    """Return `stages(depth)`: {stage: arguments of `flops.by_xla`} of MiSLAS on CIFAR-100's shape."""
     data_dir = tmp_path_factory.mktemp("images")
     cifar_step.write_random_images(data_dir, per_class=2, num_test=100)
 
@@ -30,7 +30,7 @@ def by_hand(depth, **settings):
 
 
 @pytest.mark.parametrize("depth", [8, 20])
-def test_operations_are_those_of_the_convolutions_and_a_frozen_backbone_has_no_backward_pass(stages, depth):
+def test_counted_operations_are_those_of_the_convolutions(stages, depth):
     both = stages(depth)
     training, frozen = flops.by_xla(*both["features"]), flops.by_xla(*both["classifier"])
     assert training == pytest.approx(by_hand(depth), rel=0.05)
@@ -67,16 +67,16 @@ def variables_of(net):
 
 
 @pytest.mark.parametrize("settings", [dict(depth=50), dict(depth=18, stem="large")])
-def test_what_is_not_counted_by_hand_is_refused(settings):
+def test_other_networks_are_not_counted_by_hand(settings):
     with pytest.raises(ValueError, match="basic blocks and the small stem alone"):
         flops.network(dict(name="resnet", width=64, **settings), 100)
 
 
 @pytest.mark.parametrize("model", NETWORKS, ids=lambda model: "{name}-{depth}-{width}".format(**model))
-def test_the_convolutions_counted_are_those_of_the_network(model):
+def test_the_counted_convolutions_are_those_of_the_network(model):
     params = jax.tree.leaves(variables_of(models.create(**model, num_classes=100))["params"])
     kernels = sorted(x.shape for x in params if x.ndim == 4)
-    assert sorted((c.kernel, c.kernel, c.came, c.out) for c in flops.convolutions(**model)) == kernels
+    assert sorted((c.kernel, c.kernel, c.channels_in, c.out) for c in flops.convolutions(**model)) == kernels
 
 
 @pytest.mark.parametrize("size, kernel, strides", [(5, 3, 1), (6, 3, 2), (5, 3, 2), (6, 1, 2), (5, 1, 1)])
@@ -108,7 +108,7 @@ def test_a_pass_of_a_wide_resnet_forward_and_to_the_image():
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """`counted(program)`: operations an image of a program of `adversarial_step`, by XLA and the least that will do."""
+    """Return `counted(program)`: operations for an image of a program of `adversarial_step`, by XLA and the minimum."""
     data_dir = tmp_path_factory.mktemp("images")
     cifar_step.write_random_images(data_dir, per_class=2, num_test=100)
     shape = dict(model="wrn10_1", guide="wrn10_1", batch_size=8, attack_steps=2)
@@ -120,14 +120,14 @@ def counted(tmp_path_factory):
     return count
 
 
-def test_a_step_of_lbgat_does_little_more_than_it_must(counted):
-    found, least = counted("lbgat-0")
-    assert found == pytest.approx(least, rel=0.08)
+def test_a_step_of_lbgat_is_close_to_the_minimum(counted):
+    actual, least = counted("lbgat-0")
+    assert actual == pytest.approx(least, rel=0.08)
     again, _ = counted("lbgat-0-recomputed")
     forward = flops.network(NETWORKS[0], 100).forward
-    assert again - found == pytest.approx(forward, rel=0.08)  # the second of two steps
+    assert again - actual == pytest.approx(forward, rel=0.08)  # the second of two steps
 
 
-def test_attack_steps_beyond_the_second_are_as_many_operations_as_the_second():
+def test_each_further_attack_step_has_as_many_operations_as_the_second():
     assert flops.with_attack(lambda steps: 5 + 3 * steps, 10) == 35
     assert flops.with_attack(lambda steps: 5 + 3 * steps, 1) == 8

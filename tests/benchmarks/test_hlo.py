@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs, on small ones written for it in XLA's form."""
+"""Reading the text of compiled programs, on small ones in XLA's form."""
 
 import pytest
 
@@ -82,13 +82,13 @@ def loops():
 
 
 def program(*lines, before=""):
-    """A module of one computation, whose step that is."""
+    """Return a module whose step is one computation."""
     body = "\n".join(f"  {line}" for line in lines)
     return hlo.parse(f"{before}\nENTRY %main (a: f32[1]) -> f32[1] {{\n{body}\n}}\n")
 
 
 def last(module):
-    """The last instruction of the entry, and what stands around it."""
+    """Return the last instruction of the entry, and its computation."""
     around = module.computations[module.entry]
     return list(around.values())[-1], around
 
@@ -99,9 +99,9 @@ def test_text_that_is_no_module_is_refused():
 
 
 def test_an_instruction_is_read_with_tuples_layouts_and_comments(loops):
-    found = loops.computations["step"]["sum.1"]
-    assert (found.opcode, found.operands) == ("all-reduce", ("fusion.1", "b.3"))
-    assert hlo.arrays(found.shape) == [("f32", (8,), "{0}"), ("bf16", (4, 2), "{1,0}")]
+    actual = loops.computations["step"]["sum.1"]
+    assert (actual.opcode, actual.operands) == ("all-reduce", ("fusion.1", "b.3"))
+    assert hlo.arrays(actual.shape) == [("f32", (8,), "{0}"), ("bf16", (4, 2), "{1,0}")]
     tiled, _ = last(program('%x = bf16[16,32]{1,0:T(8,128)(2,1)S(1)} copy-done(%y), metadata={op_name="a(b)"}'))
     assert (tiled.opcode, tiled.operands, hlo.size(tiled.shape)) == ("copy-done", ("y",), 16 * 32 * 2)
 
@@ -166,11 +166,11 @@ def test_kernels_count_as_often_as_their_loop_runs(loops):
         ('%x = f32[8]{0} custom-call(%a), custom_call_target="__cublas$gemm"', True),
     ],
 )
-def test_what_is_a_kernel(line, counts):
+def test_kernels_are_distinguished_from_other_instructions(line, counts):
     assert hlo.is_kernel(last(program(line))[0]) is counts
 
 
-def test_what_starts_a_sum_names_its_operand_twice():
+def test_an_asynchronous_sum_counts_its_operand_once():
     module = program(
         "%a = f32[32]{0} parameter(0)",
         "%start = ((f32[32]{0}), f32[32]{0}) all-reduce-start(%a), replica_groups={{0,1}}, to_apply=%add",
@@ -274,8 +274,8 @@ def test_operations_with_zeros_do_not_count(came, kernel, out, attributes, pairs
 )
 def test_operations_of_a_product(line):
     module = program("%a = bf16[6,7]{1,0} parameter(0)", "%b = bf16[7,2]{1,0} parameter(1)", line)
-    found = hlo.work(module, *last(module))
-    assert (found.operations, found.type) == (2 * 6 * 7 * 2, "bf16")
+    actual = hlo.work(module, *last(module))
+    assert (actual.operations, actual.type) == (2 * 6 * 7 * 2, "bf16")
 
 
 def test_a_product_in_a_fusion_in_a_fusion_counts():
@@ -346,7 +346,7 @@ def test_a_fusion_that_changes_a_part_in_place_writes_that_part():
 CHIP = hlo.Chip("made up", {"f32": 1e9, "bf16": 2e9}, 1e6, 1e7, 1000, kernel=1e-6, links=1e6, collective=1e-3)
 
 
-def test_a_kernel_takes_the_longest_of_products_memory_and_its_least_time():
+def test_a_kernels_time_is_bound_by_products_memory_or_a_minimum():
     module = program(
         "%a = f32[1000]{0} parameter(0)",
         "%large = f32[1000]{0} negate(%a)",  # 8,000 bytes at 1e6 a second
@@ -357,24 +357,24 @@ def test_a_kernel_takes_the_longest_of_products_memory_and_its_least_time():
         "%one = f32[1]{0} parameter(3)",
         "%least = f32[1]{0} negate(%one)",
     )
-    found = hlo.estimate(module, "main", CHIP, 1)
-    assert found.seconds == pytest.approx(8e-3 + 4.4e-3 + 80e-6 + 1e-6)
-    assert (found.bytes, found.collectives, found.cycles) == (8000 + 4400 + 800 + 8, 0, 0)
+    actual = hlo.estimate(module, "main", CHIP, 1)
+    assert actual.seconds == pytest.approx(8e-3 + 4.4e-3 + 80e-6 + 1e-6)
+    assert (actual.bytes, actual.collectives, actual.cycles) == (8000 + 4400 + 800 + 8, 0, 0)
 
 
-def test_collectives_take_a_share_of_their_bytes_and_a_least_time(loops):
-    found = hlo.estimate(loops, "step", CHIP, 2)
-    assert found.collectives == pytest.approx(3 * 1e-3 + 2 * 80 / 2 / 1e6 + 64 / 2 / 1e6)
+def test_collectives_take_a_minimum_and_a_share_of_their_bytes(loops):
+    actual = hlo.estimate(loops, "step", CHIP, 2)
+    assert actual.collectives == pytest.approx(3 * 1e-3 + 2 * 80 / 2 / 1e6 + 64 / 2 / 1e6)
     assert hlo.estimate(loops, "step", CHIP, 1).collectives == 0
 
 
-def test_cycles_that_xla_expects_are_added_up_over_loops():
+def test_xlas_cycles_are_summed_over_loops():
     text = LOOPS.replace("copy(%v)", 'copy(%v), backend_config={"window_config":{"estimated_cycles":"150"}}')
-    found = hlo.estimate(hlo.parse(text), "step", CHIP._replace(clock=1e6), 1)
-    assert found.cycles == pytest.approx((10 + 1) * 150 / 1e6)
+    actual = hlo.estimate(hlo.parse(text), "step", CHIP._replace(clock=1e6), 1)
+    assert actual.cycles == pytest.approx((10 + 1) * 150 / 1e6)
 
 
-def test_convolutions_with_windows_as_wide_as_the_map_are_found():
+def test_convolutions_with_wide_windows_are_found():
     call = '%c{0} = f32[1]{{0}} custom-call(%a), window={{size={0}x{0}}}, custom_call_target="__cudnn$convForward"'
     assert hlo.wide_windows(program(*(call.format(size) for size in (3, 7, 32))), "main") == 1
 
@@ -398,7 +398,7 @@ def test_sums_of_bfloat16_over_a_batch(text, count):
     assert hlo.narrow_sums(SUM.format(**{"op": "add", **text}), 128) == count
 
 
-def test_scatters_as_they_are_lowered():
+def test_scatters_of_lowered_text():
     text = '%1 = "stablehlo.scatter"(%0)\n%2 = "stablehlo.select_and_scatter"(%1)\n%3 = "stablehlo.gather"(%2)\n'
     assert hlo.scatters(text + "%4 = stablehlo.reduce_scatter") == 2
 
@@ -435,14 +435,14 @@ METADATA = "".join(
 )
 
 
-def test_what_the_host_starts_for_a_step(loops):
-    found = hlo.launches(loops, THUNKS, METADATA)
+def test_launches_of_a_step(loops):
+    actual = hlo.launches(loops, THUNKS, METADATA)
     # graphs: one, and one in each of ten turns; alone: a condition, a convolution, and in each turn one of each
-    assert found == hlo.Launches(graphs=1 + 10, nodes=2 + 10, alone=2 + 10 * 2)
-    assert found.all == 33
+    assert actual == hlo.Launches(graphs=1 + 10, nodes=2 + 10, alone=2 + 10 * 2)
+    assert actual.all == 33
 
 
-def test_a_graph_around_the_loop_leaves_the_host_nothing_to_start(loops):
+def test_a_graph_around_the_loop_has_no_launches_in_a_step(loops):
     whole = "000: kCommandBuffer [source | sink]\n" + "".join(f"    {line}\n" for line in THUNKS.splitlines()[2:])
-    found = hlo.launches(loops, whole, METADATA)
-    assert (found.graphs, found.alone) == (0, 0) and found.nodes > 0
+    actual = hlo.launches(loops, whole, METADATA)
+    assert (actual.graphs, actual.alone) == (0, 0) and actual.nodes > 0

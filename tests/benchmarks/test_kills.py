@@ -1,4 +1,4 @@
-"""What `benchmarks.kills` takes for a fault of a disturbed command."""
+"""The faults that `benchmarks.kills` finds in disturbed commands."""
 
 import random
 
@@ -19,7 +19,7 @@ def disturbed(code, kind, tmp_path, seconds=3.0):
 
 
 @pytest.mark.parametrize("kind", kills.SIGNALS)
-def test_a_command_that_a_signal_ends_without_a_word_has_no_fault(tmp_path, kind):
+def test_a_command_that_ends_silently_after_a_signal_has_no_fault(tmp_path, kind):
     assert disturbed("import time; time.sleep(60)", kind, tmp_path) == kind
 
 
@@ -28,7 +28,7 @@ def test_a_traceback_after_a_signal_is_a_fault(tmp_path):
     assert disturbed(code, "SIGTERM", tmp_path).startswith("fault: code 1, Traceback")
 
 
-def test_a_command_that_ends_before_its_signal_is_not_counted_as_a_kill(tmp_path):
+def test_a_command_that_ends_before_its_signal_is_no_kill(tmp_path):
     assert disturbed("pass", "SIGKILL", tmp_path, 60.0) == "ended"
 
 
@@ -60,7 +60,7 @@ def test_the_task_that_predicts_accepts_all_rows_or_none(tmp_path):
         partial(tmp_path)
 
 
-def test_durations_are_not_compared_and_figures_are():
+def test_figures_are_compared_and_durations_are_not():
     nested = {"stages": [{"seconds": 1.0, "loss": 2.0}], "versions": {"jax": "0"}}
     assert kills.without_times(nested) == {"stages": [{"loss": 2.0}]}
     assert kills.different({"loss": 1, "step": 2}, {"loss": 2, "step": 2}) == "loss"

@@ -1,4 +1,4 @@
-"""What a machine without internet is given: pixels without loss, the same split, the wheels that it lacks."""
+"""The pack for a machine without internet: lossless pixels, the same split, the missing wheels."""
 
 import hashlib
 import subprocess
@@ -18,7 +18,7 @@ SPLIT = {"imbalance": 100.0, "profile": "exp", "seed": 0}
 
 @pytest.fixture(scope="module")
 def images():
-    """Ten classes of 100 training images, shuffled: half noise, half smooth."""
+    """Return ten classes of 100 training images, shuffled: half noise, half smooth."""
     rng = np.random.default_rng(0)
     noise = rng.integers(256, size=(1020, 32, 32, 3), dtype=np.uint8)
     smooth = (np.add.outer(np.arange(32), np.arange(32))[..., None] * np.array([1, 3, 5]) + 200).astype(np.uint8)
@@ -30,14 +30,14 @@ def images():
 
 @pytest.fixture
 def finished(images, tmp_path, monkeypatch):
-    """`finished(*flags)` packs those images, without wheels, as commit "abc" -> exit code."""
+    """Return `finished(*flags)`: pack those images without wheels, as commit "abc"; return the exit code."""
     monkeypatch.setattr(pack, "fetch_wheels", lambda have, folder, **_: folder.mkdir(parents=True) or [])
     monkeypatch.setattr(cifar, "load", lambda *_: images)
     monkeypatch.setattr(pack, "commit", lambda folder: "abc")
     return lambda *flags: pack.main([f"--out={tmp_path / 'pack'}", *flags])
 
 
-def test_images_come_back_as_they_were(images):
+def test_images_are_restored_exactly(images):
     data = pack.compress_images(images.train_images)
     np.testing.assert_array_equal(pack.decompress_images(data, images.train_images.shape), images.train_images)
     assert len(pack.compress_images(images.train_images[::2])) < images.train_images[::2].nbytes / 100
@@ -46,16 +46,16 @@ def test_images_come_back_as_they_were(images):
 def test_unpacked_images_give_the_same_split_and_are_black_elsewhere(images, finished, tmp_path):
     assert finished() == 0
     assert pack.main([f"--unpack={tmp_path / 'pack'}", f"--to={tmp_path / 'to'}"]) == 0
-    found = cifar._read_npz(tmp_path / "to" / "data" / "cifar100.npz")
-    ours, theirs = (splits.long_tailed_split(i.train_labels, 10, **SPLIT) for i in (found, images))
+    actual = cifar._read_npz(tmp_path / "to" / "data" / "cifar100.npz")
+    ours, theirs = (splits.long_tailed_split(i.train_labels, 10, **SPLIT) for i in (actual, images))
     np.testing.assert_array_equal(ours.train, theirs.train)
     held = splits.long_tailed_split(images.train_labels, 10, imbalance=9.0, seed=0, holdout=10)
     shown = np.union1d(ours.train, held.holdout)
-    np.testing.assert_array_equal(found.train_images[shown], images.train_images[shown])
-    assert not np.delete(found.train_images, shown, axis=0).any()
-    for a, b in zip(found[1:4], images[1:4], strict=True):
+    np.testing.assert_array_equal(actual.train_images[shown], images.train_images[shown])
+    assert not np.delete(actual.train_images, shown, axis=0).any()
+    for a, b in zip(actual[1:4], images[1:4], strict=True):
         np.testing.assert_array_equal(a, b, strict=True)
-    assert found.class_names == images.class_names
+    assert actual.class_names == images.class_names
 
 
 def test_the_npz_is_read_without_tfds_and_opencv(images, tmp_path):
@@ -113,7 +113,7 @@ def test_a_pack_for_another_python_is_refused(finished, tmp_path, capsys):
     assert "is for Python 3.0" in capsys.readouterr().err
 
 
-def test_a_copy_knows_its_commit_and_whether_it_was_changed(finished, tmp_path, monkeypatch):
+def test_a_copy_without_git_knows_its_commit_and_changes(finished, tmp_path, monkeypatch):
     from ltjax.runs import results
 
     finished()
@@ -126,7 +126,7 @@ def test_a_copy_knows_its_commit_and_whether_it_was_changed(finished, tmp_path, 
 
 @pytest.fixture
 def index(monkeypatch):
-    """A package index in place of pip: {name: (version, needs)}; notes what was asked for."""
+    """Return a package index instead of pip: {name: (version, dependencies)}; it records the requests."""
     known = {
         "ml-collections": ("1.1.0", ["PyYAML", "absl-py", 'dataclasses; python_version < "3.7"']),
         "tensorboardX": ("2.6.5", ["protobuf>=3.20", 'imageio; extra == "video"']),
@@ -150,7 +150,7 @@ def index(monkeypatch):
     return asked
 
 
-def test_wheels_are_those_that_are_missing_or_too_old_with_what_they_need(index, tmp_path):
+def test_missing_and_old_wheels_are_packed_with_their_dependencies(index, tmp_path):
     here = (
         "absl_py,clu,flax,jax,jinja2,matplotlib,numpy,opencv-python-headless,optax,orbax.checkpoint,pillow,rich,"
         "safetensors,pytest,PyYAML,protobuf==3.19"
@@ -164,7 +164,7 @@ def test_wheels_are_those_that_are_missing_or_too_old_with_what_they_need(index,
     assert "flax>=0.12.9" in index  # the marker was that of the Python there
 
 
-def test_what_is_there_is_read_from_a_list_or_a_file(tmp_path):
+def test_packages_there_are_read_from_a_list_or_a_file(tmp_path):
     expected = {"jax": "0.11.2", "ml-dtypes": None}
     (tmp_path / "freeze.txt").write_text("jax==0.11.2\nML_dtypes\n")
     assert pack.parse_have("jax==0.11.2, ML_dtypes") == pack.parse_have(str(tmp_path / "freeze.txt")) == expected

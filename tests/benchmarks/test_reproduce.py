@@ -1,4 +1,4 @@
-"""The queue of full-length runs: what it asks for, that it goes on, and that nothing ends it half done."""
+"""The queue of full-length runs: its commands, its order, and resuming."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from benchmarks import reproduce
 from configs import cifar100_lt
 from ltjax.config import parse
 
-# A repository whose runs take a moment, save themselves when they are asked to end, and go on.
+# A repository whose runs take a moment, save on SIGTERM, and resume.
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 flags = dict(flag.lstrip("-").partition("=")[::2] for flag in sys.argv[1:])
@@ -49,7 +49,7 @@ print(json.dumps([[name, ["ce", "crt"], 100.0] for name in names]))
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    """A queue over a made-up repository, with this Python as its environment."""
+    """Return a queue over a made-up repository, with this Python as its environment."""
     root = tmp_path / "repository"
     for file, text in {
         "run.py": PROGRAM,
@@ -79,14 +79,14 @@ def commit(root, *arguments):
 
 
 def listed(tmp_path, *entries):
-    """A list of runs of float32 by name: ("name", "more TOML lines")."""
+    """Return a list of runs of float32 by name: ("name", "more TOML lines")."""
     path = tmp_path / "list.toml"
     texts = [f'[[run]]\nconfig = "file:method={name}"\nprecision = "float32"\n{more}\n' for name, more in entries]
     path.write_text("\n".join(texts))
     return path
 
 
-def test_every_run_of_the_list_is_one_that_its_config_takes():
+def test_every_listed_run_is_valid_and_named_once():
     runs = reproduce.read_list(reproduce.LIST)
     names = [reproduce.describe(run.config, run.seed).name for run in runs]
     assert len(set(names)) == len(names) > 30
@@ -95,7 +95,7 @@ def test_every_run_of_the_list_is_one_that_its_config_takes():
         assert not run.begin or run.begin in known[:number], run
 
 
-def test_the_list_begins_in_the_order_of_what_matters_most():
+def test_the_list_starts_with_the_most_important_runs():
     runs = reproduce.read_list(reproduce.LIST)
     first = [run.config.split("method=")[1].split(",")[0] for run in runs[:5]]
     assert first == ["mislas", "reslt", "balanced_softmax", "ce", "drolt"]
@@ -119,7 +119,7 @@ def test_a_later_stage_begins_with_the_archive_of_the_first():
 
 
 def test_a_run_counts_the_images_of_all_its_stages():
-    """DRO-LT: 17,000 steps and 31,280 of the whole network, 7,820 of the classifier; TRADES: 11 passes a step."""
+    """DRO-LT has 17,000 + 31,280 steps of the whole network, 7,820 of the classifier; TRADES 11 passes a step."""
     drolt = reproduce.describe("cifar100_lt:method=drolt", 0)
     assert drolt.work == pytest.approx(128 * (17_000 + 31_280 + reproduce.FROZEN * 7_820))
     trades, ce = (reproduce.describe(f"cifar10_lt:method={m}", 0).work for m in ("trades", "ce"))
@@ -131,7 +131,7 @@ def test_an_unknown_key_of_the_list_is_named(tmp_path):
         reproduce.read_list(listed(tmp_path, ("a", "seedz = [1]")))
 
 
-def test_all_of_a_list_is_made_in_order_at_the_lowest_priority(queue, tmp_path):
+def test_a_list_is_made_in_order_at_the_lowest_priority(queue, tmp_path):
     path = listed(tmp_path, ("a", "seeds = [0, 1]"), ("b", 'attack = ["--config.attack.num_images=5"]'))
     assert reproduce.work_through(queue, path, update=False) == 0
     assert sorted(folder.name for folder in queue.results.iterdir()) == ["a-seed0", "a-seed1", "b-seed0"]
@@ -144,34 +144,34 @@ AUTOGROUP = Path("/proc/self/autogroup")
 
 
 @pytest.mark.skipif(not AUTOGROUP.exists(), reason="this system weighs processes, not sessions")
-def test_a_run_gives_way_to_other_sessions_too(queue, tmp_path):
-    said = tmp_path / "said"
+def test_a_run_has_the_lowest_priority_among_sessions(queue, tmp_path):
+    output = tmp_path / "output"
     wait = f"""
 import pathlib, time
 own, until = pathlib.Path("/proc/self/autogroup"), time.monotonic() + 10
 while "nice 19" not in own.read_text() and time.monotonic() < until:
     time.sleep(0.01)
-pathlib.Path({str(said)!r}).write_text(own.read_text())
+pathlib.Path({str(output)!r}).write_text(own.read_text())
 """
     queue.folder.joinpath("log").touch()
     assert reproduce.child(queue, ["-c", wait], queue.folder / "log") == 0
-    assert "nice 19" in said.read_text()
+    assert "nice 19" in output.read_text()
 
 
-def test_what_is_done_is_not_done_again(queue, tmp_path):
+def test_a_finished_run_is_not_repeated(queue, tmp_path):
     path = listed(tmp_path, ("a", ""))
     for _ in range(2):
         reproduce.work_through(queue, path, update=False)
     assert (queue.folder / "a-seed0.log").read_text().count("$ python checkout/run.py") == 1
 
 
-def test_a_run_that_fails_does_not_keep_the_others(queue, tmp_path, capsys):
+def test_a_failed_run_does_not_stop_the_others(queue, tmp_path, capsys):
     assert reproduce.work_through(queue, listed(tmp_path, ("fails", ""), ("a", "")), update=False) == 1
     assert [folder.name for folder in queue.results.iterdir()] == ["a-seed0"]
     assert f"failed, see {queue.folder}/fails-seed0.log" in capsys.readouterr().out
 
 
-def test_a_run_whose_beginning_is_not_there_waits(queue, tmp_path, capsys):
+def test_a_run_waits_for_the_run_it_begins_with(queue, tmp_path, capsys):
     path = listed(tmp_path, ("a", 'begin = "b"'), ("b", ""))
     assert reproduce.work_through(queue, path, update=False) == 1
     assert "a-seed0: left out: it begins with b-seed0, which is not there" in capsys.readouterr().out
@@ -179,7 +179,7 @@ def test_a_run_whose_beginning_is_not_there_waits(queue, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_run_save_itself_and_the_next_command_goes_on(queue, tmp_path, number):
+def test_after_a_signal_the_run_saves_and_the_next_command_resumes(queue, tmp_path, number):
     path = listed(tmp_path, ("waits", ""))
     script = f"""
 import sys
@@ -200,7 +200,7 @@ sys.exit(reproduce.main(["--folder={queue.folder}", "--runs={path}", "--results=
     assert reproduce.running(queue) == "waits-seed0"
     os.kill(process.pid, number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "The same command goes on." in out
+    assert process.returncode == 128 + number and "The same command continues." in out
     assert (workdir / "saved").exists() and not (queue.results / "waits-seed0").exists()
     assert reproduce.running(queue) == ""
     assert reproduce.work_through(queue, path, update=False) == 0
@@ -220,7 +220,7 @@ def test_a_checkout_stays_at_its_commit_until_it_is_updated(queue, tmp_path):
     assert "step 4/6" in (queue.folder / "c-seed0.log").read_text()
 
 
-def test_the_list_says_what_is_done_running_and_left(queue, tmp_path, capsys):
+def test_the_list_shows_finished_running_and_remaining_runs(queue, tmp_path, capsys):
     path = listed(tmp_path, ("a", ""), ("b", ""))
     reproduce.work_through(queue, path, update=False)
     path = listed(tmp_path, ("a", ""), ("b", ""), ("c", ""))
@@ -233,7 +233,7 @@ def test_the_list_says_what_is_done_running_and_left(queue, tmp_path, capsys):
 
 
 def test_a_second_queue_in_a_folder_is_refused(queue):
-    with reproduce.locked(queue), pytest.raises(SystemExit, match="another queue is at work"):
+    with reproduce.locked(queue), pytest.raises(SystemExit, match="another queue runs"):
         reproduce.work_through(queue, reproduce.LIST, update=False)
 
 

@@ -1,4 +1,4 @@
-"""Read configs, and look up what several tests compare."""
+"""Read configs for several tests."""
 
 import runpy
 from pathlib import Path

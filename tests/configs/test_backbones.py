@@ -47,7 +47,7 @@ def test_every_config_of_large_images_takes_a_backbone(name):
     assert run.name == f"{name}-lift-{NAME}-backbone"
 
 
-def test_a_size_that_was_given_wins_and_keeps_the_crop():
+def test_a_given_size_has_priority_and_keeps_the_crop():
     run, _ = parsed("image_folder", "size=160")
     assert (run.data.size, run.data.resize) == (160, 183)
 
@@ -61,7 +61,7 @@ def test_a_fixed_backbone_trains_with_every_method_of_classifiers(method):
     assert not any(rates_of(stage).get("backbone") for stage in stages.values())
 
 
-def test_features_for_dro_lt_are_mapped_linearly():
+def test_dro_lt_maps_fixed_features_linearly():
     run, stages = parsed("image_folder", "method=drolt")
     assert run.model["linear_map"] and rates_of(stages["dro"])["linear_map"] == 1.0
     assert not parsed("image_folder", "method=drolt,finetune=all")[0].model.get("linear_map")
@@ -73,11 +73,11 @@ RESNET = dict(name="resnet", depth=50, stem="large", width=8, mean=(0.5,) * 3, s
 
 @pytest.fixture
 def backbone(monkeypatch):
-    """Put a backbone of these settings in the place of every name."""
+    """Replace every name by a backbone of these settings."""
 
     def put(settings):
-        found = pretrained.Backbone("weights", "0" * 64, settings, {"size": 64, "crop": 1.0}, "mit")
-        monkeypatch.setattr(pretrained, "find", lambda name: found)
+        actual = pretrained.Backbone("weights", "0" * 64, settings, {"size": 64, "crop": 1.0}, "mit")
+        monkeypatch.setattr(pretrained, "find", lambda name: actual)
 
     return put
 
@@ -97,28 +97,28 @@ def rates(run, stage):
     ],
 )
 @pytest.mark.parametrize("finetune, expected", [("all", (0.01, 0.03, 0.1)), ("last", (0.0, 0.0, 0.1))])
-def test_earlier_layers_learn_more_slowly(backbone, settings, first, middle, last, finetune, expected):
+def test_earlier_layers_have_a_lower_rate(backbone, settings, first, middle, last, finetune, expected):
     backbone(settings)
     run, stages = parsed("image_folder", f"finetune={finetune}")
-    found = rates(run, stages["lift"])
+    actual = rates(run, stages["lift"])
     for part, rate in zip((first, middle, last), expected, strict=True):
-        assert {value for path, value in found.items() if path.startswith(f"net/backbone/{part}")} == {rate}
-    assert found["net/classifier/kernel"] == 1.0
+        assert {value for path, value in actual.items() if path.startswith(f"net/backbone/{part}")} == {rate}
+    assert actual["net/classifier/kernel"] == 1.0
     assert stages["lift"].batch_norm == "eval" and run.data.min_area < 1
 
 
 @pytest.mark.parametrize("adapter", ["adaptformer", "lora"])
-def test_adapters_train_beside_a_frozen_transformer(backbone, adapter):
+def test_adapters_train_with_a_frozen_transformer(backbone, adapter):
     backbone(LOCAL_VIT)
     run, stages = parsed("image_folder", f"finetune={adapter}")
-    found = rates(run, stages["lift"])
-    assert {rate for path, rate in found.items() if "/adapter/" in path} == {1.0}
-    assert {rate for path, rate in found.items() if "backbone" in path and "/adapter/" not in path} == {0.0}
+    actual = rates(run, stages["lift"])
+    assert {rate for path, rate in actual.items() if "/adapter/" in path} == {1.0}
+    assert {rate for path, rate in actual.items() if "backbone" in path and "/adapter/" not in path} == {0.0}
     assert (stages["lift"].lr, stages["lift"].epochs, run.batch_size) == (0.01, 10, 128)
     assert run.model["cosine_scale"] == 25.0
 
 
-def test_the_second_stage_of_a_tuned_backbone_trains_the_classifier_alone():
+def test_stage_2_of_a_finetuned_backbone_trains_only_the_classifier():
     _, stages = parsed("image_folder", "method=crt,finetune=all")
     assert rates_of(stages["crt"])["backbone"] == 0.0 and "late" in rates_of(stages["ce"])
 
@@ -136,7 +136,7 @@ def test_the_second_stage_of_a_tuned_backbone_trains_the_classifier_alone():
         ("finetune=most", r"allowed values of finetune: head, last, all, adaptformer, lora"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused(argument, message):
+def test_exclusive_arguments_are_refused(argument, message):
     with pytest.raises(ValueError, match=message):
         read("image_folder", argument)
 

@@ -1,4 +1,4 @@
-"""Every file in configs/, as `run.py` reads it: arguments, run names, and settings that the library accepts."""
+"""Every file in configs/: arguments, run names, and settings that the library accepts."""
 
 import functools
 import json
@@ -118,7 +118,7 @@ def test_every_block_is_in_a_chain_that_is_tested():
 
 @functools.cache
 def parameters(num_classes, settings, channels):
-    """Shapes of a model's parameters."""
+    """Return shapes of a model's parameters."""
     model = json.loads(settings)
     net = models.create(model.pop("name"), num_classes, **model)
     return jax.eval_shape(net.init, jax.random.key(0), models.example(net, channels))["params"]
@@ -126,7 +126,7 @@ def parameters(num_classes, settings, channels):
 
 @functools.cache
 def augmented(settings, size, channels):
-    """Shapes of what a stage's augmentation makes of two images."""
+    """Return the shapes of two augmented images of a stage."""
     bound = registry.bind("augment", augment.augment, json.loads(settings))
     images, labels = jnp.zeros((2, size, size, channels), jnp.uint8), jnp.zeros(2, jnp.int32)
     others = (images, labels) if json.loads(settings).get("cutmix_partner", "batch") != "batch" else None
@@ -193,7 +193,7 @@ def test_overriding_the_epochs_reaches_the_stages_that_share_them(name, argument
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "quickstart"])
-def test_no_new_part_of_a_network_is_frozen_in_the_first_stage_that_uses_it(name):
+def test_a_new_part_of_a_network_trains_in_its_first_stage(name):
     from_scratch = {"image_folder": ",pretrained=none"}.get(name, "")
     methods = (None, *(f"method={m}{from_scratch if m != 'lift' else ''}" for m in read_methods(name)))
     for argument in methods:
@@ -212,7 +212,7 @@ def test_no_new_part_of_a_network_is_frozen_in_the_first_stage_that_uses_it(name
 
 
 def read_methods(name):
-    """The methods that a config allows."""
+    """Return the methods that a config allows."""
     with pytest.raises(common.Help) as asked:
         read(name, "help")
     return asked.value.arguments["method"][1].split(", ")
@@ -238,7 +238,7 @@ def test_defaults_are_the_parsers():
 
 
 def overridden(monkeypatch, name, argument, *overrides):
-    """The config of a file, as `run.py` reads it from the command line."""
+    """Return the config of a file, as `run.py` reads it from the command line."""
     path = ROOT / "configs" / f"{name}.py"
     line = ["run.py", f"--config={path}:{argument}", *(f"--config.{override}" for override in overrides)]
     monkeypatch.syspath_prepend(str(ROOT))
@@ -263,7 +263,7 @@ def test_flags_override_the_epochs_and_a_stages_own_settings(monkeypatch):
 
 @from_command_line
 @pytest.mark.parametrize("name", FILES)
-def test_flags_override_accumulation_and_the_optimizer_of_all_stages_or_of_one(monkeypatch, name):
+def test_flags_override_the_optimizer_of_all_stages_or_one(monkeypatch, name):
     first, *_ = parsed(name)[0].stages
     changes = ("accumulate=2", "optimizer.weight_decay=0.125", f"{first}.optimizer.momentum=0.5")
     run, stages = overridden(monkeypatch, name, "", *changes)
@@ -274,7 +274,7 @@ def test_flags_override_accumulation_and_the_optimizer_of_all_stages_or_of_one(m
 
 
 @from_command_line
-def test_flags_override_the_epochs_of_one_stage_alone(monkeypatch):
+def test_flags_override_the_epochs_of_only_one_stage(monkeypatch):
     run, stages = overridden(monkeypatch, "cifar100", "method=bgat", "natural.epochs=3")
     assert (run.epochs, stages["natural"].epochs, stages["bgat"].epochs) == (100, 3, 100)
 
@@ -352,7 +352,7 @@ INVALID_CHAINS = {
 
 
 @pytest.mark.parametrize("name", ["cifar10_lt", "cifar100_lt"])
-def test_an_invalid_argument_is_named_with_what_is_allowed(name):
+def test_an_invalid_argument_is_named_with_the_allowed_values(name):
     for argument, message in {**INVALID_VALUES, **INVALID_CHAINS}.items():
         with pytest.raises(ValueError) as raised:
             read(name, argument)
@@ -360,7 +360,7 @@ def test_an_invalid_argument_is_named_with_what_is_allowed(name):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
-def test_balanced_data_refuses_what_needs_long_tailed_data(name):
+def test_balanced_data_refuses_long_tailed_methods(name):
     methods = ", ".join(("lbgat", *common.BALANCED))
     mistakes = {
         "method=reslt": f"config argument 'method=reslt': allowed values of method: {methods}",
@@ -375,7 +375,7 @@ def test_balanced_data_refuses_what_needs_long_tailed_data(name):
         assert str(raised.value) == message
 
 
-def test_each_block_of_a_chain_is_a_stage_that_starts_from_the_one_before():
+def test_each_block_is_a_stage_that_starts_from_the_previous_one():
     run, stages = parsed("cifar100_lt", "recipe=reslt+dro+smoothing")
     assert tuple(stages) == ("reslt", "dro", "smoothing")
     assert [stage.start_from for stage in stages.values()] == ["scratch", "reslt", "dro"]

@@ -49,7 +49,7 @@ def test_only_a_frozen_resnet_152_leaves_out_its_last_block(argument):
 
 
 @pytest.mark.parametrize("name", ["pgd_at", "trades", "alp", "bgat", "lbgat"])
-def test_adversarial_training_on_places_trains_whole_networks_from_scratch(name):
+def test_adversarial_training_on_places_trains_from_scratch(name):
     run, stages = parsed("places_lt", f"method={name}")
     assert (run.model["extra_block"], run.weights) == (False, "")
     trained = {part for stage in stages.values() for part, rate in rates_of(stage).items() if rate}
@@ -90,7 +90,7 @@ INAT = dict(mean=(0.466, 0.471, 0.380), std=(0.195, 0.194, 0.192))
 @pytest.mark.parametrize(
     "method, stage, jitter", [("mislas", "features", 0.4), ("reslt", "reslt", 0), ("crt", "ce", 0)]
 )
-def test_inaturalist_has_its_own_normalisation_and_jitters_colours_for_mislas_alone(method, stage, jitter):
+def test_inaturalist_has_its_normalisation_and_jitter_only_for_mislas(method, stage, jitter):
     run, stages = parsed("inat18", f"method={method}")
     assert {key: run.model[key] for key in INAT} == INAT
     assert stages[stage].augment["color_jitter"] == jitter
@@ -106,7 +106,7 @@ def test_runlocal_shrinks_everything(name):
 
 
 @pytest.mark.parametrize("name", [*PAPERS, "image_folder"])
-def test_orientations_are_heeded_in_a_folder_and_ignored_as_in_the_papers(name):
+def test_folders_of_images_are_upright_and_benchmarks_are_not(name):
     run, _ = parsed(name, "")
     assert run.data.upright is (name == "image_folder")
 
@@ -133,7 +133,7 @@ def test_evaluation_crops_the_same_part_of_an_image_at_every_size(size, resize):
         ("imbalance=10", "unknown config argument 'imbalance'; allowed: method, recipe, model"),
     ],
 )
-def test_an_invalid_argument_is_named_with_what_is_allowed(argument, message):
+def test_an_invalid_argument_is_named_with_the_allowed_values(argument, message):
     with pytest.raises(ValueError, match=message):
         read("imagenet_lt", argument)
 
@@ -166,6 +166,6 @@ def test_a_vision_transformer_has_its_papers_sizes(name):
 
 
 def test_a_vision_transformer_of_a_config_has_every_setting():
-    """So each can be changed on the command line."""
+    """Check that each can be changed on the command line."""
     parameters = inspect.signature(vit.backbone).parameters.values()
     assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == common.VIT

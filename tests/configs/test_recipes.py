@@ -61,7 +61,7 @@ def test_mislas_groups_by_class_number_need_one_flag(classes, ranges):
     assert (run.data.many_above, run.data.few_below) == (100, 20)
 
 
-def test_cross_entropy_differs_from_mislas_stage_1_only_in_mixup_and_the_logit_scale():
+def test_cross_entropy_is_mislas_stage_1_without_mixup_and_logit_scale():
     baseline = parsed("cifar100_lt", "method=ce")[1]["ce"]
     features = parsed("cifar100_lt", "method=mislas")[1]["features"]
     changed = {field for field in config.StageConfig._fields if getattr(baseline, field) != getattr(features, field)}
@@ -125,7 +125,7 @@ def test_the_stages_of_drolt_follow_the_paper(classes):
 
 
 @pytest.mark.parametrize("imbalance, images", [(100, 10_847), (10, 19_573)])
-def test_later_stages_of_drolt_draw_as_if_every_class_had_the_largest_ones_images(imbalance, images):
+def test_later_stages_of_drolt_have_balanced_epochs(imbalance, images):
     _, stages = parsed("cifar100_lt", f"method=drolt,imbalance={imbalance}")
     counts = splits.class_counts(100, 500, imbalance=imbalance)
     assert counts.sum() == images

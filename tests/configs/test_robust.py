@@ -77,17 +77,17 @@ def test_balanced_data_is_used_whole():
 
 def test_each_method_trains_its_networks():
     rates = {name: [rates_of(s) for s in parsed("cifar10", f"method={name}")[1].values()] for name in ROBUST_METHODS}
-    one = dict(backbone=1.0, classifier=1.0)
-    assert rates["pgd_at"] == rates["trades"] == rates["alp"] == [one]
-    assert rates["lbgat"] == [dict(one, guide=1.0)]
-    assert rates["bgat"] == [dict(backbone=0.0, classifier=0.0, guide=1.0), dict(one, guide=0.0)]
+    whole_net = dict(backbone=1.0, classifier=1.0)
+    assert rates["pgd_at"] == rates["trades"] == rates["alp"] == [whole_net]
+    assert rates["lbgat"] == [dict(whole_net, guide=1.0)]
+    assert rates["bgat"] == [dict(backbone=0.0, classifier=0.0, guide=1.0), dict(whole_net, guide=0.0)]
 
 
 def test_the_natural_stage_of_bgat_evaluates_its_guide():
     run, stages = parsed("cifar10", "method=bgat")
     assert tuple(run.stages) == ("natural", "bgat")
-    found = [(s.start_from, s.evaluate_net, s.title) for s in stages.values()]
-    assert found == [("scratch", "guide", "BGAT, stage 1"), ("natural", "net", "BGAT, stage 2")]
+    actual = [(s.start_from, s.evaluate_net, s.title) for s in stages.values()]
+    assert actual == [("scratch", "guide", "BGAT, stage 1"), ("natural", "net", "BGAT, stage 2")]
 
 
 @pytest.mark.parametrize("classes, head, tail", [(10, 0.3, 0.0), (100, 0.4, 0.1)])
@@ -105,8 +105,8 @@ def test_the_loss_goes_to_the_network_that_sees_labels(name, stage, key):
 
 
 def test_beta_and_awp_reach_the_method():
-    found = parsed("cifar100", "method=lbgat,beta=6,awp=true")[1]["lbgat"].method
-    assert (found["beta"], found["awp"]) == (6.0, 0.005)
+    actual = parsed("cifar100", "method=lbgat,beta=6,awp=true")[1]["lbgat"].method
+    assert (actual["beta"], actual["awp"]) == (6.0, 0.005)
     assert parsed("cifar10", "method=pgd_at,awp=true")[1]["pgd_at"].method["awp"] == 0.01  # AT-AWP's
     assert parsed("cifar100", "method=trades,beta=0")[1]["trades"].method["beta"] == 0.0
 
@@ -134,8 +134,8 @@ SAMPLERS = {
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_sampler_argument_sets_the_first_part(sampler):
     _, stages = parsed("cifar10_lt", f"recipe=natural+bgat+crt,sampler={sampler}")
-    found = [stage.sampler for stage in stages.values()]
-    assert found == [SAMPLERS[sampler], SAMPLERS[sampler], dict(name="class_balanced")]
+    actual = [stage.sampler for stage in stages.values()]
+    assert actual == [SAMPLERS[sampler], SAMPLERS[sampler], dict(name="class_balanced")]
 
 
 def test_short_adversarial_training_is_2_epochs_of_tiny_networks():
@@ -165,7 +165,7 @@ def test_networks_have_short_names(text):
         assert {key: net[key] for key in MODELS[text]} == MODELS[text]
 
 
-def test_robust_classifier_trains_the_classifier_alone_on_attacked_images():
+def test_robust_classifier_trains_only_the_classifier_on_attacked_images():
     _, stages = parsed("cifar10_lt", "recipe=lbgat+robust_classifier,awp=true,loss=balanced_softmax")
     stage = stages["robust_classifier"]
     assert stage.method == dict(name="pgd_at", loss={"name": "balanced_softmax"}, **OWN)
@@ -220,7 +220,7 @@ def test_best_robust_adds_the_radius_of_robustlt_awp_and_an_average():
 
 
 @pytest.mark.parametrize("method", ["gkl_at", "at_bsl", "best_robust"])
-def test_arguments_replace_what_a_method_has_of_its_own(method):
+def test_arguments_override_a_methods_settings(method):
     arguments = f"method={method},epsilon=4/255,loss=logit_adjusted,awp=false,augment=auto,model=preact18"
     run, stages = parsed("cifar10_lt", arguments)
     stage = stages[method]

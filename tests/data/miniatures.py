@@ -177,7 +177,7 @@ def inat18(
     """Write iNaturalist 2018 with `counts[label]` training images of the species `0`, `1`, ...
 
     Args:
-      folder: where to; made if missing, and returned.
+      folder: the destination; made if missing, and returned.
       validation: images of each species.
       extracted: a folder and JSON files instead of `.tar.gz` archives.
       categories: adds categories.json, with names `Species 0` and so on.

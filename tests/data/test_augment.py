@@ -18,7 +18,7 @@ from tests.jaxprs import equations
 
 @pytest.fixture(scope="module")
 def cropped():
-    """(offset, mirrored) of 8,100 crops of one image with 64 different values; None if a crop is no window."""
+    """Return (offset, mirrored) of 8,100 crops of one image with 64 different values; None if a crop is no window."""
     image = np.arange(1, 65, dtype=np.uint8).reshape(8, 8, 1)
     out = jax.jit(augment.crop_flip)(jax.random.key(0), jnp.tile(jnp.asarray(image), (8100, 1, 1, 1)))
     windows = {}
@@ -194,7 +194,7 @@ def test_colour_operations_refuse_grey_images(settings):
         augment.augment(jax.random.key(0), jnp.zeros((2, 8, 8, 1), jnp.uint8), jnp.zeros(2, jnp.int32), **settings)
 
 
-def test_a_random_window_of_the_whole_area_is_the_image_unless_its_ratio_differs():
+def test_a_random_window_of_the_whole_area_is_the_image():
     """A window has an area of 1 and a ratio of 1, or does not fit: then the image stays whole."""
     images = jnp.asarray(photos(16, 16))
     np.testing.assert_array_equal(augment.random_window(jax.random.key(0), images, min_area=1.0), images)
@@ -217,7 +217,7 @@ def test_random_windows_are_pillows_enlargements_of_crops():
 
 
 def window_area(random, side, min_area):
-    """One draw of torchvision's RandomResizedCrop: the area of its window."""
+    """Return one draw of torchvision's RandomResizedCrop: the area of its window."""
     for _ in range(10):
         area = side**2 * random.uniform(min_area, 1)
         ratio = np.exp(random.uniform(-np.log(4 / 3), np.log(4 / 3)))
@@ -227,7 +227,7 @@ def window_area(random, side, min_area):
     return side**2
 
 
-def test_windows_have_torchvisions_areas_and_lie_anywhere():
+def test_windows_have_torchvisions_areas_and_uniform_positions():
     """A horizontal and a vertical ramp show where the window begins and ends."""
     rows, columns = np.meshgrid(np.arange(32) * 8, np.arange(32) * 8, indexing="ij")
     image = jnp.asarray(np.stack([rows, columns, rows], -1), jnp.uint8)

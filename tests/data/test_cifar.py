@@ -21,7 +21,7 @@ REAL = os.environ.get("TFDS_DATA_DIR")
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder with a CIFAR-100 of 40 training and 12 test images of noise, and its splits."""
+    """Return a folder with a CIFAR-100 of 40 training and 12 test images of noise, and its splits."""
     rng = np.random.default_rng(0)
     splits = {}
     for split, count in (("train", 40), ("test", 12)):
@@ -35,7 +35,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def copy(written, tmp_path):
-    """A copy of the prepared version, to be damaged."""
+    """Return a copy of the prepared version, to be damaged."""
     return Path(shutil.copytree(written[0] / "cifar100", tmp_path / "cifar100")) / "3.0.2"
 
 

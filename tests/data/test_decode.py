@@ -17,7 +17,7 @@ VIEW = View(size=16, resize=20)
 
 
 def picture(height=40, width=60):
-    """A smooth image that JPEG changes little: red grows downwards, green to the right."""
+    """Return a smooth image that JPEG changes little: red grows downwards, green to the right."""
     y, x = np.mgrid[:height, :width]
     return np.stack([y * 255 / height, x * 255 / width, np.full((height, width), 80)], -1).astype(np.uint8)
 
@@ -90,7 +90,7 @@ def test_images_of_floats_are_refused_with_the_reason(ending):
 
 
 def oriented(orientation, endian="<"):
-    """EXIF data with an orientation, and another entry."""
+    """Make EXIF data with an orientation and another entry."""
     exif = Image.Exif()
     exif.endian = endian
     exif[0x010F], exif[0x0112] = "camera", orientation
@@ -98,14 +98,14 @@ def oriented(orientation, endian="<"):
 
 
 def upright(content):
-    """The pixels that Pillow turns upright."""
+    """Return the pixels that Pillow turns upright."""
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
-def test_the_orientation_is_heeded_as_pillow_does_or_ignored(kind, orientation):
+def test_the_orientation_is_that_of_pillow_or_ignored(kind, orientation):
     settings = dict(exif=oriented(orientation), **SETTINGS.get(kind, {}))
     for mode in KINDS[kind]:
         image = Image.fromarray(picture(16, 24)).convert(mode)
@@ -117,7 +117,7 @@ def test_the_orientation_is_heeded_as_pillow_does_or_ignored(kind, orientation):
 
 
 def in_segments(content, *segments):
-    """A JPEG with segments APP1 after its first one."""
+    """Return a JPEG with segments APP1 after its first one."""
     end = 4 + int.from_bytes(content[4:6], "big")
     added = b"".join(b"\xff\xe1" + (len(each) + 2).to_bytes(2, "big") + each for each in segments)
     return content[:end] + added + content[end:]
@@ -163,7 +163,7 @@ def test_the_orientation_of_a_png_is_read_wherever_pillow_reads_it():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_of_a_tiff_of_16_bits_is_heeded_or_ignored(orientation):
+def test_a_tiff_of_16_bits_is_turned_or_not(orientation):
     pixels = np.random.default_rng(0).integers(0, 65536, (4, 6)).astype(np.uint16)
     content = encoded(Image.fromarray(pixels), "TIFF", tiffinfo={0x0112: orientation})
     np.testing.assert_array_equal(decode.decode(content)[..., 0], pixels >> 8)
@@ -285,8 +285,8 @@ HEADERS_THAT_PILLOW_REFUSES = {
 
 @pytest.mark.parametrize("kind", HEADERS_THAT_PILLOW_REFUSES)
 def test_a_header_that_pillow_refuses_has_the_same_limit(kind):
-    """In a process of its own, because OpenCV reads its limit when it is imported."""
+    """Run in a new process, because OpenCV reads its limit when it is imported."""
     content = HEADERS_THAT_PILLOW_REFUSES[kind] + bytes(100)
     program = f"from ltjax.data import decode; print(decode.problem({content!r}))"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert told == f"more than {decode.MAX_PIXELS} pixels\n"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed == f"more than {decode.MAX_PIXELS} pixels\n"

@@ -1,4 +1,4 @@
-"""Features from files: what each kind of file gives, and what is refused."""
+"""Features from files of each kind, and refused files."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ CLASSES, WIDTH = ("cat", "dog", "emu"), 6
 
 
 def made(count=24, dtype=np.float16, seed=0):
-    """Rows of three classes around three directions, and their labels."""
+    """Draw rows of three classes around three directions, and their labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     return (4 * np.eye(3, WIDTH)[labels] + rng.normal(size=(count, WIDTH))).astype(dtype), labels
@@ -123,7 +123,7 @@ def damaged(row, value):
         ),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused(tmp_path, changes, message):
+def test_invalid_features_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load("features", npz(tmp_path, **changes))
 
@@ -138,7 +138,7 @@ def test_labels_of_bytes_are_text(tmp_path):
     assert load("features", npz(tmp_path, labels=np.array([b"emu", b"cat"] * 12))).class_names == ("cat", "emu")
 
 
-def test_a_header_that_declares_more_labels_than_the_file_has_takes_no_memory(tmp_path):
+def test_a_header_that_declares_too_many_labels_takes_no_memory(tmp_path):
     file = npy(tmp_path)
     header = dict(descr="<i8", fortran_order=False, shape=(1 << 45,))
     with open(tmp_path / "labels.npy", "wb") as labels:

@@ -1,4 +1,4 @@
-"""The user's own folders of images."""
+"""Folders of images."""
 
 import os
 import shutil
@@ -100,7 +100,7 @@ def test_an_image_is_identified_by_its_content(tmp_path):
     assert [after.identity(i) for i in range(5)] == [before.identity(i) for i in range(5)]
 
 
-def test_files_of_one_size_and_time_that_exchange_their_names_are_inspected_again(tmp_path):
+def test_files_with_exchanged_names_are_inspected_again(tmp_path):
     make(make(tmp_path, (2, 2)), (1, 1), "val")
     first, second = (tmp_path / "train" / "a" / f"{name}.bmp" for name in "xy")
     for number, path in enumerate((first, second)):
@@ -183,7 +183,7 @@ def test_folders_that_are_no_data_set_are_explained(tmp_path, spoil, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_table_beside_folders_that_are_no_data_set_is_named(loose):
+def test_a_table_in_a_folder_that_is_no_data_set_is_named(loose):
     (loose / "labels.csv").write_text(ROWS)
     with pytest.raises(UserError, match=r"; or, if labels.csv is a table of labels: --config.data.labels=labels.csv$"):
         data.load("image_folder", loose)
@@ -199,7 +199,7 @@ def test_an_empty_folder_is_noted_and_is_no_class(tmp_path, capsys):
     assert note == f"note: {tmp_path}/train has 1 empty folder(s), which are no classes: b"
 
 
-def test_classes_may_lie_at_the_top(tmp_path, capsys):
+def test_classes_may_be_at_the_top(tmp_path, capsys):
     make(tmp_path, (30, 11), "photos")
     (tmp_path / "photos" / "a" / "more").mkdir()
     (tmp_path / "photos" / "a" / "more" / "x.png").write_bytes(photo(0, 30, 16))
@@ -225,7 +225,7 @@ def write_table(root, text, name="labels.csv", encoding="utf-8"):
 
 
 def loaded_from(root, text, **settings):
-    """{file: (its class, whether it is tested on)} of the images that a table of labels chooses."""
+    """Return {file: (its class, whether it is tested on)} of the images that a table of labels chooses."""
     loaded = data.load("image_folder", root, write_table(root, text, **settings))
     parts = ((loaded.train_files, loaded.train_labels, False), (loaded.test_files, loaded.test_labels, True))
     return {
@@ -237,7 +237,7 @@ def loaded_from(root, text, **settings):
 
 @pytest.fixture
 def loose(tmp_path):
-    """A folder with 8 images, of which two are in a folder of their own."""
+    """Return a folder with 8 images, of which two are in a folder of their own."""
     root = tmp_path / "images"
     (root / "more").mkdir(parents=True)
     for number in range(8):
@@ -268,22 +268,22 @@ def test_a_table_gives_classes_and_splits(loose, change):
     assert loaded_from(loose, change(ROWS)) == LOADED
 
 
-def test_files_may_have_absolute_paths_and_the_root_may_be_that_of_the_table(loose):
+def test_files_may_have_absolute_paths_or_be_relative_to_the_table(loose):
     write_table(loose, ROWS.replace("more/", f"{loose}/more/"))
     loaded = data.load("image_folder", None, str(loose / "labels.csv"))
     assert np.bincount(loaded.train_labels).tolist() == [3, 3] and loaded.class_names == ("cat", "dog")
     assert loaded.train_files[2] == (loose / "more" / "7.jpg").read_bytes()
 
 
-def test_a_table_may_lie_elsewhere(loose, tmp_path):
+def test_a_table_may_be_in_another_folder(loose, tmp_path):
     write_table(tmp_path, ROWS)
     assert len(data.load("image_folder", loose, str(tmp_path / "labels.csv")).train_files) == 6
 
 
 def test_without_splits_the_same_number_of_each_class_is_held_out(loose, capsys):
     rows = "file,label\n" + "".join(f"{n}.jpg,{'cat' if n % 2 else 'dog'}\n" for n in range(6))
-    found = loaded_from(loose, rows)
-    assert sorted(label for label, tested in found.values() if tested) == ["cat", "dog"] and len(found) == 6
+    actual = loaded_from(loose, rows)
+    assert sorted(label for label, tested in actual.values() if tested) == ["cat", "dog"] and len(actual) == 6
     rest, held_out = capsys.readouterr().err.splitlines()
     assert (
         rest == f"note: {loose}: 2 image(s) have no row in {loose}/labels.csv and are left out: more/6.jpg, more/7.jpg"
@@ -293,11 +293,11 @@ def test_without_splits_the_same_number_of_each_class_is_held_out(loose, capsys)
 
 def test_accents_are_found_in_any_unicode_form(loose):
     (loose / "0.jpg").rename(loose / "caf\u00e9.jpg")
-    found = loaded_from(loose, ROWS.replace("0.jpg", "cafe\u0301.jpg"))
-    assert found["caf\u00e9.jpg"] == ("dog", False) and len(found) == 8
+    actual = loaded_from(loose, ROWS.replace("0.jpg", "cafe\u0301.jpg"))
+    assert actual["caf\u00e9.jpg"] == ("dog", False) and len(actual) == 8
 
 
-def test_rows_without_an_image_and_images_without_a_row_are_counted_and_named(loose, capsys):
+def test_rows_without_an_image_and_images_without_a_row_are_named(loose, capsys):
     (loose / "notes.txt").write_text("no image")
     text = ROWS.replace("train,5.jpg,cat", "train,5.jpeg,cat").replace("train,4.jpg,dog", "train,notes.txt,owl")
     assert len(loaded_from(loose, text)) == 6
@@ -310,8 +310,8 @@ def test_rows_without_an_image_and_images_without_a_row_are_counted_and_named(lo
 
 
 def test_one_split_is_tested_on_and_others_are_counted(loose, capsys):
-    found = loaded_from(loose, ROWS.replace("val,2.jpg", "test,2.jpg").replace("val,3.jpg", "VALIDATION ,3.jpg"))
-    assert found["3.jpg"] == ("cat", True) and "2.jpg" not in found
+    actual = loaded_from(loose, ROWS.replace("val,2.jpg", "test,2.jpg").replace("val,3.jpg", "VALIDATION ,3.jpg"))
+    assert actual["3.jpg"] == ("cat", True) and "2.jpg" not in actual
     unread, lacking = capsys.readouterr().err.splitlines()
     assert unread == f"note: {loose}/labels.csv: the 1 image(s) of split test are not read: validation is"
     assert lacking.startswith(f"note: {loose}/labels.csv, split validation has no images of dog: their accuracy")
@@ -350,7 +350,7 @@ def test_a_missing_table_is_named(loose):
         data.load("image_folder", loose, "other.csv")
 
 
-def test_a_table_is_for_folders_of_images_alone():
+def test_a_table_is_only_for_folders_of_images():
     with pytest.raises(UserError, match=r"config.data.labels = 'x.csv': cifar10 has labels of its own"):
         data.load("cifar10", "", "x.csv")
 
@@ -374,7 +374,7 @@ def spoil_by_heic(root):
         (root / "train" / "c" / f"{number}.HEIC").write_bytes(b"....ftypheic")
 
 
-def test_classes_that_differ_in_unicode_form_only_are_said_to(tmp_path):
+def test_classes_that_differ_only_in_unicode_form_are_named(tmp_path):
     make(tmp_path, (2, 2), names=("a", "caf\u00e9"))
     make(tmp_path, (1, 1), "val", names=("a", "cafe\u0301"))
     with pytest.raises(UserError, match=r"lacks: cafe\u0301 .the names differ in Unicode form only"):
@@ -468,7 +468,7 @@ def spoil_by_hidden_names(root):
         ),
     ],
 )
-def test_notes_say_what_is_ignored_or_held_out(tmp_path, capsys, spoil, notes):
+def test_notes_name_ignored_and_held_out_files(tmp_path, capsys, spoil, notes):
     spoil(make(tmp_path, (5, 5)))
     data.load("image_folder", tmp_path)
     said = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The index beside a split's shards."""
+"""The index of a split's shards."""
 
 import hashlib
 

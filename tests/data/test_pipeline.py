@@ -176,7 +176,7 @@ def test_no_more_than_the_next_chunk_is_decoded_ahead(sharding):
     assert files.read <= 8 * 10
 
 
-def test_what_was_not_announced_is_read_all_the_same(sharding):
+def test_an_unannounced_chunk_is_read(sharding):
     plan = training(stored())
     announced = drawn(plan, sharding, (0, 2, 2), (2, 2, 0))
     other = drawn(plan, sharding, (0, 2, 5), (2, 2, 0))
@@ -255,7 +255,7 @@ def test_an_error_in_the_next_chunk_is_raised_when_it_is_taken(sharding):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """An event that is set after a stream has cancelled its pending tasks."""
+    """Return an event that is set after a stream has cancelled its pending tasks."""
     event, shutdown = threading.Event(), pipeline.ThreadPoolExecutor.shutdown
 
     def watched(executor, **settings):

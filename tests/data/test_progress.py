@@ -1,4 +1,4 @@
-"""Lines about progress if stderr is not a terminal."""
+"""Progress lines if stderr is not a terminal."""
 
 import pytest
 

@@ -22,7 +22,7 @@ each_sampler = pytest.mark.parametrize("name, settings", SETTINGS, ids=lambda va
 
 
 def draws(name, seed, num_draws, batch_size=16, class_counts=COUNTS, **settings):
-    """The first `num_draws` draws, batch after batch, on the host."""
+    """Return the first `num_draws` draws, batch after batch, on the host."""
     sampler = samplers.create(name, **settings)
     steps = range(-(-num_draws // batch_size))
     batches = [

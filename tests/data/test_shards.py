@@ -18,7 +18,7 @@ COUNTS, VALIDATION = (6, 4, 2), 2
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """The folder of all data sets, with a miniature prepared by ltjax."""
+    """Return the folder of all data sets, with a miniature prepared by ltjax."""
     source, data_dir = tmp_path_factory.mktemp("official"), tmp_path_factory.mktemp("prepared")
     miniatures.inat18(source, COUNTS, VALIDATION, size=16)
     assert main(["inat18", f"--source={source}", f"--data_dir={data_dir}"]) == 0
@@ -27,7 +27,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def copy(prepared, tmp_path, monkeypatch):
-    """A copy to be damaged: the folder of all data sets, and that of the data set."""
+    """Return a copy to be damaged: the folder of all data sets, and that of the data set."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(prepared, tmp_path / "data")
     directory = newest_version(tmp_path / "data", "i_naturalist2018")

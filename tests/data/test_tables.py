@@ -67,7 +67,7 @@ def test_names_that_are_no_utf8_stay(tmp_path):
         (b"\xff\xfef", "neither UTF-8 nor whole UTF-16 text: save it as UTF-8"),
     ],
 )
-def test_what_is_no_table_is_explained_with_its_line(tmp_path, text, message):
+def test_an_invalid_table_is_explained_with_its_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as raised:
         read(tmp_path, text)
     assert "\n" not in str(raised.value)

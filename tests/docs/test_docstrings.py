@@ -26,11 +26,11 @@ def public(owner):
 def shown():
     """Return {path: object} of the modules, classes, functions and methods with a docstring that docs/api shows."""
     package = griffe.load("ltjax", search_paths=[ROOT], try_relative_path=False)
-    found = {}
+    actual = {}
 
     def add(member):
         if member.docstring:
-            found[member.path] = member
+            actual[member.path] = member
         for below in public(member) if member.is_class else ():
             add(below)
 
@@ -41,7 +41,7 @@ def shown():
             names = block["members"].split(", ") if block["members"] else []
             for member in [module[name] for name in names] or public(module):
                 add(member.final_target if member.is_alias else member)
-    return found
+    return actual
 
 
 SHOWN = shown()
@@ -51,12 +51,12 @@ def problems(member, caplog):
     """Return griffe's warnings about a docstring, and the sections that it takes for text."""
     with caplog.at_level(logging.WARNING):
         sections = member.docstring.parse("google", **OPTIONS)
-    found = [record.getMessage() for record in caplog.records]
+    actual = [record.getMessage() for record in caplog.records]
     caplog.clear()
     for section in sections:
         if section.kind.value == "text":
-            found += [f"{name}: is not a section" for name in SECTION.findall(section.value)]
-    return found
+            actual += [f"{name}: is not a section" for name in SECTION.findall(section.value)]
+    return actual
 
 
 @pytest.mark.parametrize("path", SHOWN)
@@ -85,7 +85,7 @@ def test_a_named_tuple_describes_each_field(path):
         ("Draw.\n\n    Args:\n        a: in pixels.\n\n    Returns:\n        The pixels.\n    ", None),
     ],
 )
-def test_what_is_wrong_in_a_docstring_is_found(tmp_path, caplog, docstring, problem):
+def test_a_wrong_docstring_is_found(tmp_path, caplog, docstring, problem):
     (tmp_path / "drawing.py").write_text(f'def draw(a: int) -> int:\n    """{docstring}"""\n')
-    found = problems(griffe.load("drawing", search_paths=[tmp_path])["draw"], caplog)
-    assert any(problem in each for each in found) if problem else not found
+    actual = problems(griffe.load("drawing", search_paths=[tmp_path])["draw"], caplog)
+    assert any(problem in each for each in actual) if problem else not actual

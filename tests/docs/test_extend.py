@@ -112,7 +112,7 @@ def test_the_added_loss_trains_the_added_network(copy):
     assert "layer2/conv/kernel" in (folder / "parameters.txt").read_text()
 
 
-def test_the_added_loss_is_cross_entropy_and_a_multiple_of_the_probability_of_a_wrong_class(copy):
+def test_the_added_loss_is_the_formula(copy):
     code = """
 import jax.numpy as jnp
 from ltjax.methods import criteria

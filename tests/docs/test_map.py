@@ -1,4 +1,4 @@
-"""Every function that CONTRIBUTING's "Where to look" names is there."""
+"""Every function in CONTRIBUTING's "Where to look" exists."""
 
 import ast
 import re

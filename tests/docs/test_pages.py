@@ -43,7 +43,7 @@ def known_flags():
     """Read the names of run.py's flags and modes from its source; importing it would define the flags."""
     source = (ROOT / "run.py").read_text()
     names = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
-    modes = set(re.findall(r'"(\w+)"', re.search(r'"mode",\s*"train",\s*\[(.*?)\]', source, re.DOTALL)[1]))
+    modes = set(re.findall(r'"(\w+)":', re.search(r"MODES = \{(.*?)\}", source, re.DOTALL)[1]))
     return names, modes
 
 
@@ -96,14 +96,14 @@ def backbones_of_others(monkeypatch):
     """Pretend that files and repositories of backbones are here: vision transformers or ResNets by their name."""
     find = pretrained.find
 
-    def found(name):
+    def actual(name):
         if name in weights.shipped():
             return find(name)
         network = dict(name="vit", depth=12) if "vit" in name else dict(name="resnet", depth=50, stem="large")
         settings = dict(**network, mean=(0.5,) * 3, std=(0.5,) * 3)
         return pretrained.Backbone(name, "0" * 64, settings, {"size": 224, "crop": 1.0}, "")
 
-    monkeypatch.setattr(pretrained, "find", found)
+    monkeypatch.setattr(pretrained, "find", actual)
 
 
 @pytest.mark.parametrize("page", [*WRITTEN, *CONFIGS], ids=name_of)
@@ -117,8 +117,8 @@ def test_every_command_on_a_page_parses(page, known_flags, backbones_of_others):
 
 def test_commands_are_found_whole():
     text = "x `python run.py --config=configs/cifar10.py` (y).\n    python -m ltjax.compare \\\n  a --no  # why\n"
-    found = [["python", "run.py", "--config=configs/cifar10.py"], ["python", "-m", "ltjax.compare", "a", "--no"]]
-    assert list(commands(text)) == found
+    actual = [["python", "run.py", "--config=configs/cifar10.py"], ["python", "-m", "ltjax.compare", "a", "--no"]]
+    assert list(commands(text)) == actual
 
 
 def test_wrong_commands_are_rejected(known_flags):
@@ -212,7 +212,7 @@ def test_our_figures_come_from_archives(archives):
     assert generate.archived("cifar100_lt", "mislas", "-bf16-short") == ["19.0 / 5.0; -; - (bf16, 1 seed)"]
 
 
-def test_a_table_of_archives_has_a_row_for_each_config_the_best_first_and_its_origin(archives):
+def test_a_table_of_archives_has_configs_sorted_by_accuracy_and_origins(archives):
     archives("cifar100_lt-ce-if100-bf16", 0, 0.38, 0.2)
     archives("cifar100_lt-mislas-if100-bf16", 0, 0.47, 0.05)
     archives("cifar100_lt-mislas-if10-bf16", 0, 0.63, 0.02)
@@ -235,7 +235,7 @@ def test_short_figures_have_the_names_of_their_heading(monkeypatch):
     assert generate.ours_short("cifar100_lt", "drolt") == ["Top-1 15.3, few-shot classes 0.8, ECE 0.9, 2411053"]
 
 
-def test_short_figures_of_several_recipes_stand_side_by_side(monkeypatch):
+def test_short_figures_of_several_recipes_are_listed(monkeypatch):
     lines = (
         "Top-1 / ECE in %, budget=short:",
         "reslt  27.2 / 40.1  6c4cfef",

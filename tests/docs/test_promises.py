@@ -1,4 +1,4 @@
-"""Every promise of docs/promises.md names the test that holds it."""
+"""Every promise of docs/promises.md names its test."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ def test_the_test_of_a_promise_exists(file, name):
 
 
 def _is_check(node):
-    """Whether a node is a call of `pytest.raises`, `np.testing.assert_...` or a helper that asserts."""
+    """Return whether a node is a call of `pytest.raises`, `np.testing.assert_...` or a helper that asserts."""
     if not isinstance(node, ast.Call):
         return False
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))

@@ -68,7 +68,7 @@ def cross_entropy():
 
 
 def trained(numbers, steps, **settings):
-    """The parameters after some of the authors' steps, with SGD of rate 0.1."""
+    """Return the parameters after some of the authors' steps, with SGD of rate 0.1."""
     start = Variables({"net": weights_in(numbers, "init")}, {"net": {}}, {})
 
     def draw(source, seed, step, rng):
@@ -159,7 +159,7 @@ def test_every_use_of_a_run_takes_its_average(run):
     np.testing.assert_array_equal(model.network.args[0]["params"]["classifier"]["kernel"], kernel)
 
 
-def test_statistics_of_batch_norm_are_averaged_too(run):
+def test_statistics_of_batch_norm_are_averaged(run):
     variables = average_in(run[0])
     means = [variables.stats[net]["backbone"]["norm"]["mean"] for net in ("net", surgery.EMA)]
     assert not np.array_equal(*means)
@@ -179,7 +179,7 @@ def test_the_next_stage_begins_with_the_average(run, tmp_path):
     assert set(after.params) == {"net"}
 
 
-def test_a_dry_run_shows_them(tmp_path, capsys):
+def test_a_dry_run_shows_ema_and_sam(tmp_path, capsys):
     dry_run.dry_run(config(sam=dict(rho=0.1)), tmp_path / "run")
     shown = " ".join(capsys.readouterr().out.split())
     assert "ema decay 0.9; sam rho 0.1" in shown

@@ -1,4 +1,4 @@
-"""Evaluation counts every image once, whatever the batches and devices."""
+"""Evaluation counts every image once, for any batches and devices."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ NUM_CLASSES = 4
 
 
 class Brightest(nn.Module):
-    """No parameters to speak of: the logits are the mean colours of four quadrants."""
+    """A network whose logits are the mean colours of four quadrants."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -45,7 +45,7 @@ def test_batches_and_padding_do_not_change_the_figures(devices, num_images, batc
 
 
 def test_the_network_is_applied_with_float32_products(monkeypatch):
-    """As on an accelerator, whose default is less."""
+    """Check it on a CPU, because accelerators multiply less precisely by default."""
     precisions = []
 
     class Watched(Brightest):
@@ -92,7 +92,7 @@ def test_the_nearest_mean_is_that_of_the_features():
     )
 
 
-def test_a_summary_has_the_nearest_means_accuracy_where_it_was_asked_for():
+def test_a_summary_has_the_nearest_means_accuracy_on_demand():
     outcome = {"predictions": np.array([0, 1]), "confidences": np.full(2, 0.9), "losses": np.ones(2)}
     groups, labels = {"many": np.array([True, False]), "few": np.array([False, True])}, np.array([0, 1])
     assert "nearest_mean" not in evaluate.summarise(outcome, labels, groups, 2)
@@ -103,7 +103,7 @@ def test_a_summary_has_the_nearest_means_accuracy_where_it_was_asked_for():
 
 @pytest.fixture
 def summaries():
-    """Of three replicas on 40 images of 3 classes, the last without an image."""
+    """Return summaries of three replicas on 40 images of 3 classes, the last without images."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 40)
     groups = {"many": np.array([True, False, False]), "few": np.array([False, True, True])}

@@ -1,4 +1,4 @@
-"""A fixed backbone computes the features of each image once; training on them is training on the images."""
+"""Features of a fixed backbone: computed once, and equivalent to training on images."""
 
 import shutil
 
@@ -21,7 +21,7 @@ FROZEN = dict(backbone=dict(match="net/backbone/.*", rate=0.0), classifier=dict(
 
 
 def frozen(weights, **changes):
-    """A run of cross-entropy on a fixed backbone."""
+    """Return a run of cross-entropy on a fixed backbone."""
     stage = dict(
         method=dict(name="erm"),
         epochs=2,
@@ -46,7 +46,7 @@ def images(monkeypatch, tmp_path):
 
 @pytest.fixture
 def weights(tmp_path):
-    """Random weights of the network."""
+    """Return random weights of the network."""
     run = parse(settings(model=MODEL))
     variables = experiments.fresh_variables(experiments.set_up(run, None), run.stages["dro"])
     save_weights(tmp_path / "weights", jax.tree.map(np.asarray, variables), MODEL, num_classes=3)
@@ -122,7 +122,7 @@ def test_other_weights_have_other_features(weights, tmp_path):
     ],
     ids=["batch norm", "flips", "a trained backbone"],
 )
-def test_features_that_change_are_not_kept(weights, change):
+def test_changing_features_are_not_cached(weights, change):
     assert experiments.set_up(parse(frozen(weights, **change)), None).streamed
 
 
@@ -138,7 +138,7 @@ def test_a_dry_run_computes_nothing(weights, tmp_path, capsys, monkeypatch):
     assert "51 of" in capsys.readouterr().out  # 16 x 3 weights and 3 biases train
 
 
-def test_a_finished_run_needs_its_weights_no_more(weights, tmp_path):
+def test_a_finished_run_does_not_need_its_weights(weights, tmp_path):
     figures = train.train(frozen(weights), tmp_path / "run")
     shutil.rmtree(weights)
     shutil.rmtree(tmp_path / "cache")

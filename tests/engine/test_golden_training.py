@@ -1,4 +1,4 @@
-"""Stages repeat the authors' PyTorch training step by step. tests/golden/README.md says where the numbers come from."""
+"""Stages repeat the authors' PyTorch training step by step (source: tests/golden/README.md)."""
 
 from types import SimpleNamespace
 
@@ -141,7 +141,7 @@ def test_mislas_stage2_repeats_the_authors_steps(golden, devices, dtype):
 
 @pytest.fixture
 def dro_train(golden):
-    """`dro_train(radius, devices=..)` -> the numbers, the network, and the result of `train`."""
+    """Return `dro_train(radius, devices=..)`: the numbers, the network, and the result of `train`."""
     numbers = golden("dro_train")
     class_counts = golden("class_counts")["cifar100_exp_if100"]
     groups = {

@@ -254,13 +254,13 @@ def prepared_once(cache):
 
 @pytest.fixture(scope="module")
 def prepared():
-    """The cache of `replicated`."""
+    """Return the cache of `replicated`."""
     return []
 
 
 @pytest.fixture(scope="module")
 def replicated(tmp_path_factory, prepared):
-    """The workdir of a run of two replicas, a device each."""
+    """Return the workdir of a run of two replicas, a device each."""
     workdir = tmp_path_factory.mktemp("replicated") / "run"
     with devices(2), optimised_programs(), prepared_once(prepared):
         train.train(settings(replicas=2), workdir)
@@ -269,7 +269,7 @@ def replicated(tmp_path_factory, prepared):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The workdirs of the two single runs, on one device."""
+    """Return the workdirs of the two single runs, on one device."""
     workdirs = [tmp_path_factory.mktemp("alone") / str(FIRST + number) for number in range(2)]
     with devices(1), optimised_programs(), prepared_once([]), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere

@@ -177,7 +177,7 @@ def test_run_is_compiled_with_the_options_for_cuda_graphs(source, monkeypatch):
 
 
 def test_run_leaves_the_initial_variables_usable(source):
-    """`run` takes over the memory of its state, but not of the variables from which the state was made."""
+    """Check that `run` donates its state, but not the initial variables."""
     compiled, state, start = build(toy_method())
     compiled.run(state, source, 2)
     assert np.isfinite(np.asarray(start.params["net"]["classifier"]["kernel"])).all()
@@ -213,7 +213,7 @@ def test_a_stage_without_epochs_trains_nothing():
 
 
 def net_method():
-    """A method without parameters and random numbers."""
+    """Return a method without parameters and random numbers."""
 
     def loss(apply, variables, batch, rng):
         outputs, variables = apply(variables, batch.images)
@@ -257,8 +257,8 @@ def test_the_schedule_restarts_if_the_optimizer_is_kept(source):
     assert np.abs(end["net"]["classifier"]["kernel"] - start["net"]["classifier"]["kernel"]).max() > 1e-3
 
 
-def test_keeping_the_optimizer_leaves_the_state_before_usable(source):
-    """`run` takes over the memory of its state, but not of the optimizer state that was copied."""
+def test_keeping_the_optimizer_leaves_the_previous_state_usable(source):
+    """Check that `run` donates its state, but not the copied optimizer state."""
     compiled, before, _ = build(net_method(), draw=every_image)
     state = stage.kept_optimizer(compiled.init(np.uint32(2), before.variables), before)
     compiled.run(state, source, 2)
@@ -266,7 +266,7 @@ def test_keeping_the_optimizer_leaves_the_state_before_usable(source):
 
 
 def random_method():
-    """A method with a random initial parameter and a random metric."""
+    """Return a method with a random initial parameter and a random metric."""
 
     def init(rng):
         return {"bias": jax.random.normal(rng, (3,))}, {}

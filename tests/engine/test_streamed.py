@@ -32,7 +32,7 @@ def png(image, orientation):
 
 
 class Pngs:
-    """Images as files in memory. orientation: how they are stored, 1 or 6."""
+    """Images as files in memory, stored with orientation 1 or 6."""
 
     def __init__(self, images, orientation=1):
         self.contents = [png(image, orientation) for image in images]
@@ -51,7 +51,7 @@ class Pngs:
 
 
 def both():
-    """The same images, in memory and as files: (Images, Stored)."""
+    """Return the same images, in memory and as files: (Images, Stored)."""
     rng = np.random.default_rng(0)
 
     def labelled(counts):
@@ -104,7 +104,7 @@ def two_devices(monkeypatch):
 
 @pytest.fixture
 def pair(monkeypatch):
-    """Experiments on the same images: on the devices, and on disk."""
+    """Return experiments on the same images: on the devices, and on disk."""
 
     def set_up(images):
         monkeypatch.setattr(data, "load", lambda *_: images)
@@ -135,7 +135,7 @@ def test_the_report_equals_that_of_resident_images(pair):
         np.testing.assert_array_equal(*pictures)
 
 
-def test_a_run_that_heeds_orientations_sees_the_same_images_however_the_camera_was_held(monkeypatch):
+def test_an_upright_run_gets_the_same_images_for_any_orientation(monkeypatch):
     images = both()[1]
     upright = settings()
     upright["data"]["upright"] = True
@@ -204,7 +204,7 @@ def test_a_step_equals_that_of_resident_images(pair):
 
 
 def drawn(run, resident):
-    """The images of step 0, by position in the sorted training set."""
+    """Return the images of step 0, by position in the sorted training set."""
     from ltjax.data import samplers
     from ltjax.hashing import hash32
 

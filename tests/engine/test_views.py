@@ -1,5 +1,4 @@
-"""Several views of an image as a setting of a stage: drawn independently, on any number of devices, resumed, refused
-where they cannot be; and a stage without them is the program that it was."""
+"""Several views of an image as a setting of a stage: drawn independently, on any number of devices, and resumed."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +73,7 @@ NET = models.create("resnet_cifar", 3, depth=8, width=2)
 
 
 def lowered(draw, method=None):
-    """The StableHLO text of two steps of a stage, which classifies the batch if no method is given."""
+    """Return the StableHLO text of two steps of a stage, by default of classification."""
     mesh, nets, method = parallel.make_mesh(jax.devices()[:1]), {"net": NET}, method or erm.create(COUNTS)
     variables = jax.eval_shape(lambda: stage.init_variables(nets, SHAPE, jax.random.key(0)))
     settings = dict(groups={"all": {"match": ".*", "rate": 1.0}}, lr=0.1, factors=np.ones(1), steps_per_epoch=2)
@@ -83,7 +82,7 @@ def lowered(draw, method=None):
     return compiled.run.lower(state, made_up_source(), 2).as_text()
 
 
-def test_a_stage_without_views_is_the_program_that_it_would_be_if_there_were_none():
+def test_a_stage_without_views_has_an_unchanged_program():
     """Its text equals that of a draw written out, of images and labels alone. A loss that reads views changes it."""
 
     def written_out(source, seed, step, rng):

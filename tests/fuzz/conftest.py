@@ -8,7 +8,7 @@ FEW = 25
 
 @pytest.fixture(autouse=True, scope="session")
 def silent_opencv():
-    """OpenCV and libtiff describe every damaged file on stderr, of which there are thousands."""
+    """Silence OpenCV and libtiff, which describe thousands of damaged files on stderr."""
     import cv2
 
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

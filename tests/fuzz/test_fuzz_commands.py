@@ -1,4 +1,4 @@
-"""Any command line of `python -m ltjax...` ends with code 0, or with code 2 and one line, and writes where it may."""
+"""Any command line of `python -m ltjax...` ends with code 0, or 2 and one line, and only writes to its folders."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ def command_lines(draw, flags):
 
 @contextlib.contextmanager
 def inside(folder):
-    """A folder with a run, weights and state dicts, as the working directory and the home folder."""
+    """Return a folder with a run, weights and state dicts, as the working directory and the home folder."""
     before, home = os.getcwd(), os.environ.get("HOME", "")
     (folder / "weights").mkdir()
     (folder / "run").mkdir()
@@ -67,11 +67,11 @@ def test_any_command_line_ends_with_0_or_with_one_line(name, data):
     words = data.draw(command_lines(flags))
     if name == "prepare" and not any(word.startswith("--source=") for word in words):
         words = [*words, "--source=nothing"]  # never download
-    told, errors = io.StringIO(), io.StringIO()
+    output, errors = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top) / "inner"
         folder.mkdir()
-        with inside(folder), contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors):
+        with inside(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             code = main(words)
         assert code in (0, 2)
         lines = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]

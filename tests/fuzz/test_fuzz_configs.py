@@ -78,7 +78,7 @@ def default(file):
 
 
 def leaves(settings, path=()):
-    """The paths of all keys of nested dicts."""
+    """Return the paths of all keys of nested dicts."""
     for key, value in settings.items():
         yield (*path, key)
         if isinstance(value, dict):
@@ -108,7 +108,7 @@ def changes_of(settings, most=3):
 
 
 def one_line_of(error):
-    """The message as run.py prints it."""
+    """Return the message as run.py prints it."""
     text = str(error).strip()
     assert text and len(text) < 3000
     return text

@@ -128,7 +128,7 @@ def damaged_files(draw):
 
 
 def check(content):
-    """Decode an image as training and prediction do. Return what is wrong with it, "" if nothing is."""
+    """Decode an image as training and prediction do. Return its error, "" for none."""
     problem, brightest = decode.inspect(content)
     assert "\n" not in problem and len(problem) <= 300
     try:
@@ -198,9 +198,9 @@ def test_a_folder_counts_every_file(contents):
             (root / "train" / "a" / f"{number}.{'png' if named else 'data'}").write_bytes(content)
         taken = [content for content, named in contents if named or decode.looks_like_image(content[:32])]
         damaged = sum(decode.problem(content) != "" for content in taken)
-        told = io.StringIO()
+        stderr = io.StringIO()
         try:
-            with contextlib.redirect_stderr(told):
+            with contextlib.redirect_stderr(stderr):
                 loaded = data.load("image_folder", root)
         except UserError as error:
             assert damaged and f"{damaged} of {4 + len(taken)} images cannot be read" in str(error)
@@ -208,7 +208,7 @@ def test_a_folder_counts_every_file(contents):
         assert not damaged
         assert len(loaded.train_files) == 2 + len(taken)
         left_out = len(contents) - len(taken)
-        assert (f"{left_out} file(s) are no images" in told.getvalue()) == (left_out > 0)
+        assert (f"{left_out} file(s) are no images" in stderr.getvalue()) == (left_out > 0)
 
 
 @given(whole_files)
@@ -218,7 +218,7 @@ def test_the_first_bytes_tell_an_image_from_other_files(content):
 
 
 @given(st.one_of(whole_files, damaged_files(), st.binary(max_size=60)), st.sampled_from([1, 3]))
-def test_prediction_reads_an_image_or_says_why_not(content, channels):
+def test_prediction_reads_an_image_or_reports_the_reason(content, channels):
     with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
         file.write(content)
         file.flush()

@@ -23,14 +23,14 @@ num_classes = st.integers(2, 6)
 
 @st.composite
 def label_sets(draw):
-    """(C, labels of training images, labels of test images); classes may lack either."""
+    """Return (C, labels of training images, labels of test images); classes may lack either."""
     classes = draw(num_classes)
     label = st.integers(0, classes - 1)
     return classes, draw(st.lists(label, min_size=1, max_size=40)), draw(st.lists(label, min_size=1, max_size=40))
 
 
 def finite(value):
-    """Whether no number in nested dicts and lists is nan or infinite."""
+    """Return whether no number in nested dicts and lists is nan or infinite."""
     if isinstance(value, dict):
         return all(map(finite, value.values()))
     if isinstance(value, (list, tuple)):
@@ -46,7 +46,7 @@ def finite(value):
     st.integers(0, 3),
     st.one_of(st.none(), st.integers(-1, 20)),
 )
-def test_a_split_keeps_what_was_asked_or_is_refused(sets, profile, imbalance, holdout, seed, max_count):
+def test_a_split_has_the_requested_images_or_is_refused(sets, profile, imbalance, holdout, seed, max_count):
     classes, labels, _ = sets
     labels = np.array(labels)
     try:
@@ -101,7 +101,7 @@ def test_figures_are_means_that_numpy_confirms(sets, data):
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**31 - 1),
 )
-def test_a_sampler_draws_only_images_that_are_there(counts, name, batch_size, seed, step):
+def test_a_sampler_draws_only_existing_images(counts, name, batch_size, seed, step):
     sampler = samplers.create(name)
     drawn = sampler(np.uint32(seed), np.uint32(step), batch_size=batch_size, class_counts=counts)
     assert drawn.shape == (batch_size,) and drawn.min() >= 0 and drawn.max() < sum(counts)
@@ -110,7 +110,7 @@ def test_a_sampler_draws_only_images_that_are_there(counts, name, batch_size, se
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.data())
 def test_a_class_absent_in_validation_is_noted_and_has_no_images(counts, data):
     present = data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts)).filter(any))
-    told = io.StringIO()
+    stderr = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for label, count in enumerate(counts):
@@ -118,9 +118,9 @@ def test_a_class_absent_in_validation_is_noted_and_has_no_images(counts, data):
                 (root / part / f"class{label}").mkdir(parents=True)
                 for i in range(number):
                     (root / part / f"class{label}" / f"{i}.jpg").write_bytes(photo(label, i + 10 * (part == "val"), 16))
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(stderr):
             loaded = load_images("image_folder", root)
     assert np.bincount(loaded.train_labels, minlength=len(counts)).tolist() == counts
     assert np.bincount(loaded.test_labels, minlength=len(counts)).tolist() == list(map(int, present))
     for label, there in enumerate(present):
-        assert (f"class{label}" in told.getvalue()) == (not there)
+        assert (f"class{label}" in stderr.getvalue()) == (not there)

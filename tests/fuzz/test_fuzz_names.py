@@ -1,4 +1,4 @@
-"""Names of classes, files and folders are shown, written and read as they are, or are refused in one line."""
+"""Any names of classes, files and folders are shown, written and read unchanged, or refused in one line."""
 
 import csv
 import io
@@ -69,7 +69,7 @@ texts = st.one_of(
 
 
 def as_file_name(text):
-    """A name that a file system takes, and that is not hidden."""
+    """Return a name that a file system takes, and that is not hidden."""
     name = text.replace("/", "|").encode()[:255].decode(errors="ignore").lstrip(".")
     return name if name and name != "__MACOSX" else "x"
 

@@ -1,4 +1,4 @@
-"""A run whose JSON files somebody changed is read, or is refused in one line that names the file."""
+"""A run with changed JSON files is read, or refused in one line that names the file."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ CLASSES = 10
 
 
 def files():
-    """What the JSON files of a finished run hold, an archive's among them."""
+    """Return the contents of the JSON files of a finished run and its archive."""
     results = made_up.results(CLASSES)
     evaluations = [{"step": 7, "epoch": 1, "accuracy": {"all": 0.5}, "ece": 0.1, "loss": 1.0}]
     for stage in results["stages"].values():
@@ -46,7 +46,7 @@ def files():
 
 
 def readers(folder, before):
-    """Whatever reads the JSON files of a run."""
+    """Return all functions that read the JSON files of a run."""
     return {
         "config": lambda: parse(read_json(folder / "config.json")),
         "another config": lambda: check_same_config(folder, before["config.json"]),
@@ -95,7 +95,7 @@ def test_a_file_of_another_shape_is_named(name, key, value, reader, tmp_path):
         readers(tmp_path, before)[reader]()
 
 
-def test_readers_accept_what_was_not_changed(tmp_path):
+def test_readers_accept_unchanged_files(tmp_path):
     before = files()
     for file, content in before.items():
         write_json(tmp_path / file, content)

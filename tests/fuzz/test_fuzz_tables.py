@@ -1,4 +1,4 @@
-"""Any table of labels is read as it was written, or refused in one line."""
+"""Any table of labels is read correctly, or refused in one line."""
 
 import csv
 import io
@@ -36,8 +36,8 @@ def test_a_table_is_read_as_it_was_written(rows, columns, delimiter, end, quotin
     for row in rows:
         cells = dict(zip(("file", "label", "other"), row, strict=True))
         writer.writerow([cells[column] for column in columns])
-    found = read(text.getvalue().encode(encoding))
-    assert [(row.file, row.label) for row in found] == [(file, " ".join(label.split())) for file, label, _ in rows]
+    actual = read(text.getvalue().encode(encoding))
+    assert [(row.file, row.label) for row in actual] == [(file, " ".join(label.split())) for file, label, _ in rows]
 
 
 @given(st.one_of(st.binary(max_size=100), st.binary(max_size=60).map(lambda rest: b"file,label,split\n" + rest)))

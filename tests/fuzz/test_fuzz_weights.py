@@ -101,7 +101,7 @@ def test_a_damaged_state_dict_is_read_or_refused(name, data):
 
 @functools.cache
 def transformer():
-    """The arrays of a vision transformer with all that it may have, under CLIP's and DINOv2's names."""
+    """Return the arrays of a vision transformer with all optional parts, under CLIP's and DINOv2's names."""
     net = models.create("vit", 3, depth=2, width=8, heads=2, patch=4, grid=2, registers=2, layer_scale=True)
     shapes = jax.eval_shape(net.init, jax.random.key(0), models.example(net))
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
@@ -204,7 +204,7 @@ json_values = st.recursive(
 
 
 def replaced(value, path, new):
-    """A copy of nested dicts and lists with another value at a path."""
+    """Return a copy of nested dicts and lists with another value at a path."""
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)

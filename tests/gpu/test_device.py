@@ -1,5 +1,6 @@
-"""What has to hold on any device; a CPU, unless JAX_PLATFORMS says otherwise. For CUDA, with float32 as float32, and
-repeating itself bit for bit, as `benchmarks/accelerator.py` runs them:
+"""Properties on any device: a CPU, unless JAX_PLATFORMS is set.
+
+For CUDA, with full float32 and deterministic operations, as in `benchmarks/accelerator.py`:
 
     export JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS=--xla_gpu_deterministic_ops=true
     python -m pytest tests/gpu tests/engine/test_golden_training.py
@@ -30,7 +31,7 @@ def network(**settings):
 
 
 def stage_and_source(net, **replicated):
-    """A stage of cross-entropy with mixup, batches of 16, on the first device, and its images."""
+    """Return a stage of cross-entropy with mixup, batches of 16, on the first device, and its images."""
     mesh = parallel.make_mesh(jax.devices()[:1])
     draw = stage.resident_draw(
         samplers.create("instance_balanced"),
@@ -65,7 +66,7 @@ def fresh() -> Variables:
 
 
 def updates(net, num_steps, chunks):
-    """How far parameters and statistics move, flat, and the losses: `num_steps` steps in so many dispatches."""
+    """Return the flat change of parameters and statistics, and the losses, of `num_steps` steps in some dispatches."""
     compiled, source = stage_and_source(net)
     start = fresh()
     state, values = compiled.init(np.uint32(2), start), []
@@ -102,10 +103,10 @@ def test_a_resumed_stage_repeats_itself_bit_for_bit(tmp_path):
         checkpoints.wait()
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), halfway)
         expected, _ = compiled.run(halfway, source, 3)
-        again, source = stage_and_source(network())  # compiled anew, as a new process does
+        again, source = stage_and_source(network())  # compiled again, as in a new process
         restored, _ = checkpoints.restore(like)
-        found, _ = again.run(restored, source, 3)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        actual, _ = again.run(restored, source, 3)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -149,8 +150,8 @@ def test_dro_loss_agrees_with_the_cpu():
     assert relative(np.asarray(gradient), np.asarray(expected_gradient)) < 1e-4
 
 
-def test_pgd_reaches_on_the_device_what_it_reaches_on_the_cpu(optimised):
-    """Rounding turns the sign of tiny gradients, so what is compared is the divergence that the attack reaches."""
+def test_pgd_reaches_the_same_loss_on_the_device_and_the_cpu(optimised):
+    """Compare the divergence that the attack reaches, because rounding flips the signs of tiny gradients."""
     images = np.random.default_rng(3).random((16, 32, 32, 3), np.float32)
     reached = {}
     for platform, device in (("gpu", jax.devices()[0]), ("cpu", jax.devices("cpu")[0])):
@@ -170,9 +171,9 @@ def test_pgd_reaches_on_the_device_what_it_reaches_on_the_cpu(optimised):
     assert reached["gpu"].mean() == pytest.approx(reached["cpu"].mean(), rel=0.01)
 
 
-def test_apgd_leaves_standing_on_the_device_whom_the_reference_leaves(optimised):
+def test_apgd_on_the_device_has_the_references_robust_images(optimised):
     predict, images, labels, theirs, epsilon = golden(64)
     settings = dict(epsilon=epsilon, attacks=("apgd-ce",), devices=jax.devices()[:1], progress=None)
-    found = attacks.autoattack(predict, images, labels, jax.random.key(0), **settings)
-    assert (found.robust != theirs["apgd-ce"]).sum() <= 2
-    assert 0 < found.robust.sum() < 64
+    actual = attacks.autoattack(predict, images, labels, jax.random.key(0), **settings)
+    assert (actual.robust != theirs["apgd-ce"]).sum() <= 2
+    assert 0 < actual.robust.sum() < 64

@@ -1,4 +1,4 @@
-"""Files of weights and the networks in them. Those of PyTorch need PyTorch."""
+"""Files of weights and their networks. PyTorch's files need PyTorch."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def state_dict(variables_of):
 
 @pytest.fixture(scope="module")
 def mislas(variables_of):
-    """MiSLAS's container, as their second stage saves it."""
+    """Return MiSLAS's container, as their second stage saves it."""
     model = models.create("resnet_cifar", 6, **MODEL, logit_scale=True)
     held: dict = {"epoch": 10, "best_acc1": np.float32(47.0), "its_ece": 4.8}
     for key, value in export_state_dict(variables_of(model), model).items():
@@ -71,7 +71,7 @@ def test_the_block_of_places_keeps_its_own_names(mislas):
 
 
 @pytest.mark.parametrize("name", ["state_dict", "model", "net", "model_state_dict"])
-def test_a_state_dict_is_found_beside_other_values(state_dict, name):
+def test_a_state_dict_is_found_among_other_values(state_dict, name):
     held = {"epoch": 3, "arch": "resnet32", name: wrapped(state_dict), "optimizer": {"state": {}, "param_groups": []}}
     actual, left_out = checkpoints.network(held)
     assert actual.keys() == wrapped(state_dict).keys()

@@ -21,13 +21,13 @@ def variables(net, variables_of):
 
 @pytest.fixture(scope="module")
 def timm(net, variables):
-    """A state_dict of different numbers, as we export it."""
+    """Return a state_dict of different numbers, as we export it."""
     return export_state_dict(variables, net)
 
 
 @pytest.fixture(scope="module")
 def package(golden, timm):
-    """The same arrays in efficientnet_pytorch's names."""
+    """Return the same arrays in efficientnet_pytorch's names."""
     numbers = golden("efficientnet_lite0")
     theirs = dict(zip(numbers["names_timm"].tolist(), numbers["names_package"].tolist(), strict=True))
     return {theirs[key]: value for key, value in timm.items()}

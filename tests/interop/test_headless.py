@@ -1,4 +1,4 @@
-"""Weights without a classifier: a part to start training from, and nothing to predict with."""
+"""Weights without a classifier: training starts from them, and prediction refuses them."""
 
 import json
 
@@ -27,7 +27,7 @@ def variables(variables_of):
 
 @pytest.fixture(scope="module")
 def files(variables, tmp_path_factory):
-    """A file of a network with 6 classes, and one of its backbone alone."""
+    """Return a file of a network with 6 classes, and one of its backbone alone."""
     folder = tmp_path_factory.mktemp("files")
     state_dict = export_state_dict(variables, models.create("resnet_cifar", 6, **MODEL))
     save_file(state_dict, folder / "whole.safetensors")
@@ -50,7 +50,7 @@ def test_a_file_without_a_classifier_is_imported(folder, variables, same):
     same(weights.variables.stats, variables.stats)
 
 
-def test_what_is_missing_besides_the_classifier_is_named(files, tmp_path, capsys):
+def test_other_missing_arrays_are_named(files, tmp_path, capsys):
     deeper = SPEC.replace("depth=8", "depth=14")
     assert torch.main([str(files / "headless.safetensors"), deeper, f"--out={tmp_path / 'w'}"]) == 2
     assert "nothing for ['backbone/stage1_block2/conv1/kernel'" in capsys.readouterr().err
@@ -62,7 +62,7 @@ def test_a_stated_number_of_classes_needs_a_classifier(files, tmp_path, capsys):
     assert "nothing for ['classifier/bias', 'classifier/kernel']" in capsys.readouterr().err
 
 
-def test_a_network_of_any_classes_takes_the_parts_that_there_are(folder, variables_of, same):
+def test_a_network_with_other_classes_takes_the_existing_parts(folder, variables_of, same):
     weights, fresh = load_weights(folder), variables_of(models.create("resnet_cifar", 23, **MODEL), channels=1, seed=4)
     started = into(fresh, weights)
     same(started.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
@@ -93,7 +93,7 @@ def test_settings_of_other_parts_are_not_those_of_a_backbone(variables_of, tmp_p
     assert read_checkpoint(tmp_path / "net.safetensors", settings, backbone=True).weights.settings == settings
 
 
-def test_what_needs_a_classifier_says_so(folder, tmp_path, capsys):
+def test_functions_that_need_a_classifier_say_so(folder, tmp_path, capsys):
     expected = "no classifier is among these weights; start training from them"
     with pytest.raises(UserError, match=expected):
         ltjax.load(folder)

@@ -80,15 +80,15 @@ def test_onnx_runtime_computes_the_logits_of_the_network(name):
 
 
 def test_onnx_and_stablehlo_are_the_same_function():
-    """With normalisation, on images that are no squares."""
+    """Compare them with normalisation, on images that are not square."""
     weights, pixels = made("resnet10, branches, cosine"), images(3)[:, :24]
     stablehlo = jax.export.deserialize(bytearray(export.stablehlo(weights, (24, 32), pixels="uint8"))).call
     (logits,) = session(export.onnx(weights, (24, 32), pixels="uint8")).run(None, {"images": pixels})
     np.testing.assert_allclose(logits, stablehlo(pixels), atol=1e-4)
 
 
-def test_what_jax2onnx_cannot_convert_is_one_error():
-    """It knows no resampling with antialiasing, by which a transformer's positions fit other images."""
+def test_an_operation_without_onnx_conversion_is_one_error():
+    """ONNX has no resampling with antialiasing, which a transformer's positions need for other image sizes."""
     with pytest.raises(UserError, match=r"jax2onnx cannot convert .* for this size .*: take --format=stablehlo"):
         export.onnx(made("vit"), (48, 48))
 

@@ -1,4 +1,4 @@
-"""Backbones by name: shipped, in files, in folders, in the Hub's cache, and what is refused."""
+"""Backbones by name: shipped, in files, in folders, in the Hub's cache, and refused ones."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def caches(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def arrays():
-    """{name: array} of a ResNet-18 under torchvision's names."""
+    """Return {name: array} of a ResNet-18 under torchvision's names."""
     net = models.create("resnet", 3, **RESNET)
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), models.example(net)))
     rng = np.random.default_rng(0)
@@ -67,24 +67,24 @@ def features(settings, variables, size=32):
     return np.asarray(net.apply({"params": params, "batch_stats": variables.stats["net"]}, image, False).features)
 
 
-def test_what_comes_with_ltjax_knows_its_images_and_its_licence():
-    found = pretrained.find("efficientnet_lite0")
-    assert (found.weights, found.settings["name"], found.licence) == ("efficientnet_lite0",) * 2 + ("Apache-2.0",)
-    np.testing.assert_allclose(found.settings["mean"], np.full(3, 127 / 255))
-    assert (found.images["size"], found.images["crop"]) == (224, 0.875)
-    assert found.sha256 == hash_weights("efficientnet_lite0")
+def test_the_shipped_backbone_has_its_image_settings_and_licence():
+    actual = pretrained.find("efficientnet_lite0")
+    assert (actual.weights, actual.settings["name"], actual.licence) == ("efficientnet_lite0",) * 2 + ("Apache-2.0",)
+    np.testing.assert_allclose(actual.settings["mean"], np.full(3, 127 / 255))
+    assert (actual.images["size"], actual.images["crop"]) == (224, 0.875)
+    assert actual.sha256 == hash_weights("efficientnet_lite0")
 
 
 @pytest.mark.parametrize("named", ["file", "folder"])
-def test_a_file_brings_its_network_and_its_images(tmp_path, arrays, named):
+def test_a_file_sets_the_network_and_its_image_settings(tmp_path, arrays, named):
     file = write(tmp_path / "r18", arrays)
-    found = pretrained.find(str(file if named == "file" else file.parent))
+    actual = pretrained.find(str(file if named == "file" else file.parent))
     expected = dict(name="resnet", mean=(0.5, 0.25, 0.125), std=(0.2, 0.3, 0.4), **RESNET)
-    assert found.settings == expected
-    assert found.images == {"size": 160, "crop": 0.95, "interpolation": "bicubic"} and found.licence == "mit"
-    weights = load_weights(found.weights, found.sha256)
+    assert actual.settings == expected
+    assert actual.images == {"size": 160, "crop": 0.95, "interpolation": "bicubic"} and actual.licence == "mit"
+    weights = load_weights(actual.weights, actual.sha256)
     direct = pretrained.torch.import_state_dict(arrays, models.create("resnet", 3, **RESNET))
-    np.testing.assert_array_equal(features(found.settings, weights.variables), features(found.settings, direct))
+    np.testing.assert_array_equal(features(actual.settings, weights.variables), features(actual.settings, direct))
 
 
 @pytest.mark.parametrize("change", ["headless", "bfloat16"])
@@ -110,17 +110,17 @@ def test_the_networks_of_torchvision_are_recognised(depth, more):
     }
 
 
-def test_without_a_mean_the_file_is_refused_and_the_message_says_how_to_give_it(tmp_path, arrays):
+def test_a_file_without_a_mean_is_refused_with_advice(tmp_path, arrays):
     with pytest.raises(UserError, match=r"how its images are normalised.*--model=resnet,normalise=imagenet"):
         pretrained.find(str(write(tmp_path, arrays, config=None)))
 
 
-def test_the_advice_of_that_message_works(tmp_path, arrays):
+def test_the_advice_for_a_file_without_a_mean_works(tmp_path, arrays):
     file = write(tmp_path / "r18", arrays, config=None)
     assert pretrained.torch.main([str(file), "--model=resnet,normalise=imagenet", f"--out={tmp_path / 'out'}"]) == 0
-    found = pretrained.find(str(tmp_path / "out"))
-    assert found.settings["mean"] == (0.485, 0.456, 0.406) and found.settings["depth"] == 18
-    assert found.images == {"size": 224, "crop": 0.875}
+    actual = pretrained.find(str(tmp_path / "out"))
+    assert actual.settings["mean"] == (0.485, 0.456, 0.406) and actual.settings["depth"] == 18
+    assert actual.images == {"size": 224, "crop": 0.875}
 
 
 def test_a_folder_of_weights_without_a_mean_is_refused(tmp_path, arrays):
@@ -157,9 +157,9 @@ def test_a_name_of_nothing_is_refused_with_the_forms():
 
 
 def test_other_weights_under_the_same_name_are_refused(tmp_path, arrays):
-    found = pretrained.find(str(write(tmp_path / "r18", arrays)))
+    actual = pretrained.find(str(write(tmp_path / "r18", arrays)))
     with pytest.raises(UserError, match=r"other weights than those of config.weights_sha256"):
-        load_weights(found.weights, "0" * 64)
+        load_weights(actual.weights, "0" * 64)
 
 
 # The Hugging Face Hub.
@@ -176,9 +176,9 @@ def in_cache(cache, arrays, card="---\ntags: [timm]\nlicense: apache-2.0\n---\n#
 
 def test_a_file_in_the_hubs_cache_needs_neither_network_nor_library(caches, arrays):
     in_cache(caches, arrays)
-    found = pretrained.find("hub:timm/r18")
-    assert (found.weights, found.licence) == (f"hub:timm/r18@{COMMIT}", "apache-2.0")
-    assert load_weights(found.weights, found.sha256).num_classes == 0
+    actual = pretrained.find("hub:timm/r18")
+    assert (actual.weights, actual.licence) == (f"hub:timm/r18@{COMMIT}", "apache-2.0")
+    assert load_weights(actual.weights, actual.sha256).num_classes == 0
 
 
 def test_a_pinned_backbone_is_found_after_the_hubs_cache_is_gone(caches, arrays):
@@ -193,7 +193,7 @@ def test_without_the_library_the_extra_is_named():
         pretrained.find("hub:timm/r18")
 
 
-def test_weights_of_the_hub_that_are_not_here_say_how_to_fetch_them():
+def test_missing_weights_of_the_hub_are_named_with_the_download_command():
     with pytest.raises(UserError, match=r"python -m ltjax.interop.pretrained hub:timm/r18@abc"):
         load_weights("hub:timm/r18@abc")
 
@@ -225,7 +225,7 @@ def library(monkeypatch, download):
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
 
 
-def test_a_download_is_pinned_and_says_the_licence_first(caches, arrays, monkeypatch, capsys):
+def test_a_download_is_pinned_and_prints_the_licence_first(caches, arrays, monkeypatch, capsys):
     snapshot, asked = in_cache(caches, arrays).rename(caches / "elsewhere") / "snapshots" / COMMIT, []
 
     def download(repository, file, revision):
@@ -249,7 +249,7 @@ def test_a_download_is_pinned_and_says_the_licence_first(caches, arrays, monkeyp
         (Missing("x"), r"has none of model.safetensors, open_clip_model.safetensors"),
     ],
 )
-def test_what_goes_wrong_in_a_download_is_one_line(monkeypatch, error, message):
+def test_a_failed_download_is_one_line(monkeypatch, error, message):
     def download(repository, file, revision):
         raise error
 
@@ -258,7 +258,7 @@ def test_what_goes_wrong_in_a_download_is_one_line(monkeypatch, error, message):
         pretrained.find("hub:timm/r18")
 
 
-def test_the_command_lists_what_comes_with_ltjax(capsys):
+def test_the_command_lists_the_shipped_backbones(capsys):
     assert pretrained.main([]) == 0
     assert capsys.readouterr().out.startswith("efficientnet_lite0: efficientnet_lite0(), no classifier, images of 224")
 

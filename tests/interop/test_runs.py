@@ -22,7 +22,7 @@ from tests.test_run import tiny_config
 
 
 def quick(**changes):
-    """One epoch of cross-entropy with a ResNet-8 on long-tailed Fashion-MNIST."""
+    """Return one epoch of cross-entropy with a ResNet-8 on long-tailed Fashion-MNIST."""
     return tiny_config(**{"stages": ("ce",), "epochs": 1, **changes})
 
 

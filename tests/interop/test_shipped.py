@@ -1,4 +1,4 @@
-"""The weights that come with ltjax: unchanged, described, licensed, and in a built wheel."""
+"""The shipped weights: unchanged, described, licensed, and in a built wheel."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_kernels_are_float16_and_norms_float32():
         assert array.dtype == (np.float16 if path.endswith("/kernel") else np.float32), path
 
 
-def test_the_loaded_arrays_are_all_of_the_backbone_and_nothing_else():
+def test_the_loaded_arrays_are_those_of_the_backbone():
     weights = load_weights(FOLDER)
     net = models.create(num_classes=1000, **weights.settings)
     shapes = jax.eval_shape(net.init, jax.random.key(0), models.example(net))
@@ -48,14 +48,14 @@ def test_the_loaded_arrays_are_all_of_the_backbone_and_nothing_else():
     assert {leaf.dtype for leaf in actual.values()} == {np.dtype(np.float32)}
 
 
-def test_what_the_network_expects_of_images_comes_with_it():
+def test_image_settings_are_shipped_with_the_network():
     weights = load_weights(FOLDER)
     assert weights.settings == {"name": NAME, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
     assert weights.images == {"size": 224, "crop": 0.875, "interpolation": "bicubic"}
     assert weights.num_classes == 0
 
 
-def test_they_go_into_a_network_of_any_number_of_classes(variables_of, same):
+def test_the_backbone_fits_any_number_of_classes(variables_of, same):
     fresh = variables_of(models.create(NAME, 7))
     actual, weights = into(fresh, load_weights(FOLDER)), load_weights(FOLDER)
     same(actual.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
@@ -89,7 +89,7 @@ def test_another_file_is_not_converted(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["nothing", "text", "another wheel"])
-def test_what_is_no_such_wheel_is_named(tmp_path, content):
+def test_another_wheel_is_named(tmp_path, content):
     path = tmp_path / "b.whl"
     if content == "text":
         path.write_text("text")
@@ -102,7 +102,7 @@ def test_what_is_no_such_wheel_is_named(tmp_path, content):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A wheel of this clone."""
+    """Return a wheel of this clone."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
     list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]

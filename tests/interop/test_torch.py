@@ -110,7 +110,7 @@ def test_the_unused_stage_of_wide_resnets_is_ignored(golden, wide):
     jax.tree.map(np.testing.assert_array_equal, import_state_dict(state_dict, wide), import_state_dict(used, wide))
 
 
-def test_lbgats_second_network_has_no_place_beside_the_first(golden, wide):
+def test_lbgats_second_network_has_no_place(golden, wide):
     both = {f"{which}.{key}": v for which in ("model", "teacher") for key, v in lbgats(golden, which).items()}
     with pytest.raises(UserError, match=r"no place for \['teacher\.conv1\.weight', .*; nothing for \[\]"):
         import_state_dict(both, wide)
@@ -120,7 +120,7 @@ BLOCK = {"conv1": "conv1", "bn1": "norm1", "conv2": "conv2", "bn2": "norm2"}
 
 
 def written_by_hand(net, names, head):
-    """A state_dict in PyTorch's names and layouts, of different numbers, and {our path: array} of the same numbers.
+    """Return a state_dict of different numbers in PyTorch's names and layouts, and {our path: array} of the same.
 
     names: {their module: ours below `backbone`}. head: their name of the classifier.
     """
@@ -141,7 +141,7 @@ def written_by_hand(net, names, head):
 
 
 def block_names(inside, shortcut):
-    """{their module: ours} of all blocks of [2, 2, 2, 2], stages 2 to 4 beginning with a shortcut."""
+    """Return {their module: ours} of all blocks of [2, 2, 2, 2], stages 2 to 4 beginning with a shortcut."""
     names = {}
     for stage in range(1, 5):
         for block in (0, 1):

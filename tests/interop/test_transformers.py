@@ -1,4 +1,4 @@
-"""Vision transformers of timm, DINOv2 and CLIP: their names, and what their arrays and configs tell."""
+"""Vision transformers of timm, DINOv2 and CLIP: their names, and settings from their arrays and configs."""
 
 import json
 
@@ -22,7 +22,7 @@ def stored(golden, name, prefix="state_dict/"):
 
 @pytest.fixture(scope="module")
 def dinov2(golden):
-    """The same weights under timm's names and Meta's."""
+    """Return the same weights under timm's names and Meta's."""
     timm = stored(golden, "dinov2_reg4_timm")
     meta = {key: value for key, value in timm.items() if not key.startswith(("head.", "reg_token"))}
     meta |= stored(golden, "dinov2_reg4_timm", "state_dict_hub/")
@@ -31,7 +31,7 @@ def dinov2(golden):
 
 @pytest.fixture(scope="module")
 def clip(golden):
-    """CLIP's visual tower beside its tower for text, whose names are the same without `visual.`."""
+    """Return CLIP's visual tower and its text tower, whose names are the same without `visual.`."""
     visual = stored(golden, "clip_visual")
     text = {key.removeprefix("visual."): value for key, value in visual.items() if "resblocks" in key}
     text |= {"positional_embedding": np.zeros((77, 8)), "token_embedding.weight": np.zeros((100, 8))}
@@ -70,11 +70,11 @@ def test_settings_are_read_off_the_arrays(golden, name):
 def test_every_setting_of_an_exported_network_is_read_off_its_arrays(variables_of):
     settings = dict(depth=11, width=128, heads=2, mlp_width=36, patch=5, grid=3, registers=2, layer_scale=True)
     net = models.create("vit", 7, **settings, qkv_bias=False)
-    found = implied(export_state_dict(variables_of(net), net))
-    assert found == dict(name="vit", num_classes=7, qkv_bias=False, **settings)
+    actual = implied(export_state_dict(variables_of(net), net))
+    assert actual == dict(name="vit", num_classes=7, qkv_bias=False, **settings)
 
 
-def test_clips_tower_for_text_is_passed_over(golden, clip, same):
+def test_clips_text_tower_is_ignored(golden, clip, same):
     alone = stored(golden, "clip_visual")
     done = place(clip, model(clip), ("backbone",))
     same(done.variables, place(alone, model(alone), ("backbone",)).variables)
@@ -90,7 +90,7 @@ def test_the_projection_is_not_transposed(clip):
     np.testing.assert_array_equal(params["projection"], square["visual.proj"].astype(np.float32))
 
 
-def test_without_a_projection_the_file_s_is_ignored(clip):
+def test_the_files_projection_is_ignored_without_one_in_the_network(clip):
     assert "visual.proj" in place(clip, model(clip, projection=0), ("backbone",)).ignored
 
 
@@ -114,7 +114,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config_beside_the_file_says_the_activation(clip, kind, tmp_path):
+def test_a_config_in_the_same_folder_sets_the_activation(clip, kind, tmp_path):
     name, content, activation, heads = CONFIGS[kind]
     save_file(clip, tmp_path / "model.safetensors")
     (tmp_path / name).write_text(json.dumps(content))
@@ -124,7 +124,7 @@ def test_a_config_beside_the_file_says_the_activation(clip, kind, tmp_path):
     assert not any("activation" in note for note in done.notes)
 
 
-def test_of_two_configs_a_file_of_open_clip_has_its_own(tmp_path):
+def test_a_file_of_open_clip_uses_open_clips_config(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_clip_224"}')
     (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
     assert vit.config_beside(tmp_path / "open_clip_model.safetensors") == OPEN_CLIP
@@ -138,7 +138,7 @@ def test_a_config_of_something_else_says_nothing(clip, content, tmp_path):
     assert read_checkpoint(tmp_path / "model.safetensors", {}).weights.settings["activation"] == "quick_gelu"
 
 
-def test_an_assumed_activation_is_said(clip, tmp_path):
+def test_an_assumed_activation_is_printed(clip, tmp_path):
     save_file(clip, tmp_path / "model.safetensors")
     (note,) = (n for n in read_checkpoint(tmp_path / "model.safetensors", {}).notes if "activation" in n)
     assert "activation=quick_gelu is assumed" in note and "LAION's have gelu" in note
@@ -180,7 +180,7 @@ def test_positions_of_another_grid_are_named(dinov2):
         (dict(features="class_and_mean"), r"nothing for model\.features,"),
     ],
 )
-def test_what_timm_has_no_names_for_is_not_exported(variables_of, settings, reason):
+def test_networks_without_timm_names_are_not_exported(variables_of, settings, reason):
     net = models.create("vit", 3, **TINY, **settings)
     with pytest.raises(UserError, match=reason):
         export_state_dict(variables_of(net), net)

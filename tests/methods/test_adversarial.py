@@ -28,7 +28,7 @@ VARIABLES = Variables(PARAMS, STATS, {})
 
 
 def network(weights, images, mean=None):
-    """Logits, and the mean of the hidden layer, which is taken off: a batch norm. mean: instead of the batch's."""
+    """Return logits, and the hidden layer's mean, which is subtracted like a batch norm; `mean` replaces it."""
     hidden = images.reshape(len(images), -1) @ weights["first"]
     mean = hidden.mean(0) if mean is None else mean
     return jnp.tanh(hidden - mean) @ weights["second"] + weights["bias"], mean
@@ -58,7 +58,7 @@ def create(name, **settings):
 
 
 def run(method, params=PARAMS, batch=BATCH):
-    """The toy with its calls, the loss, the variables after it and the metrics."""
+    """Return the toy with its calls, the loss, the variables after it and the metrics."""
     toy = Toy()
     loss, (after, metrics) = method.loss(toy, VARIABLES._replace(params=params), batch, RNG)
     return toy, loss, after, metrics
@@ -86,7 +86,7 @@ def climb_divergence(natural, logits):
 
 
 def attacked(objective, params=PARAMS):
-    """PGD from the papers' start, on the network in evaluation mode."""
+    """Run PGD from the papers' start, on the network in evaluation mode."""
 
     def predict(images):
         return network(params["net"], images, STATS["net"]["mean"])[0]
@@ -111,7 +111,7 @@ def guide(params):
 
 
 def smoothed(logits):
-    """Label-aware smoothing over all classes, concave: 0.3 for 50 images, 0.1 for 2."""
+    """Compute concave label-aware smoothing over all classes: 0.3 for 50 images, 0.1 for 2."""
     amount = jnp.asarray(0.1 + 0.2 * np.sin((COUNTS - 2) * np.pi / 96), jnp.float32)[LABELS][:, None]
     is_label = jax.nn.one_hot(LABELS, 3)
     target = is_label * (1 - amount) + amount / 3
@@ -174,7 +174,7 @@ def test_the_loss_is_the_papers_on_the_images_of_its_attack(name, settings, obje
 
 @every_formula
 def test_the_gradient_is_that_with_the_adversarial_images_as_constants(name, settings, objective, formula):
-    """So none flows through the attack, and all of it through the losses: LBGAT's pairing pulls at the guide, too."""
+    """Check that no gradient flows through the attack, and that LBGAT's pairing also has a gradient to the guide."""
     x = attacked(objective)
     assert_close(gradient_of(create(name, **settings)), jax.grad(formula)(PARAMS, x), rtol=1e-3)
 
@@ -218,7 +218,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def attacked_pass(toy):
-    """Images of the pass on adversarial ones."""
+    """Return the images of the pass on adversarial ones."""
     (actual,) = [images for net, bn, images, _ in toy.calls if net == "net" and bn is None and images is not IMAGES]
     return actual
 
@@ -240,7 +240,7 @@ def test_an_l2_ball_is_kept():
 
 
 @every_method
-def test_the_attack_sees_the_net_in_evaluation_mode_and_predicts_clean_images_once(name):
+def test_the_attack_uses_evaluation_mode_and_one_clean_prediction(name):
     toy, *_ = run(create(name))
     inside = [images for net, bn, images, _ in toy.calls if net == "net" and bn == "eval"]
     assert len([images for images in inside if images is IMAGES]) == 1
@@ -300,7 +300,7 @@ def test_awp_takes_the_loss_and_its_gradient_at_moved_kernels(name, settings, ob
     assert_close(after.params, PARAMS, rtol=0)
 
 
-def test_awp_moves_kernels_by_its_share_of_their_length_and_nothing_else():
+def test_awp_moves_only_kernels_by_a_share_of_their_norm():
     toy, _, after, _ = run(create("lbgat", beta=6.0, awp=0.05))
     last = {net: weights for net, _, _, weights in toy.calls}
     steps = {net: jax.tree.map(jnp.subtract, last[net], PARAMS[net]) for net in PARAMS}
@@ -342,7 +342,7 @@ def test_a_setting_of_the_attack_of_another_type_is_named():
 
 @every_method
 @pytest.mark.parametrize("settings, message", MISTAKES, ids=lambda value: str(value)[:40])
-def test_a_mistaken_attack_is_one_line_that_names_the_method_and_the_setting(name, settings, message):
+def test_a_wrong_setting_of_the_attack_is_named_with_its_method(name, settings, message):
     with pytest.raises(UserError) as raised:
         create(name, **settings)
     assert str(raised.value).startswith(f"method {name!r}: {message}")

@@ -52,7 +52,7 @@ def test_without_weights_the_program_is_that_of_the_plain_mean(name):
     assert jax.jit(lambda logits, batch: ours(logits, batch)).lower(LOGITS, batch()).as_text() == plain
 
 
-def test_automatic_weights_are_inverse_to_the_counts_and_have_mean_1_over_the_images():
+def test_automatic_weights_are_inverse_to_the_counts_with_mean_1():
     weights = np.array(criteria.weights_by_name("auto", "abcd", COUNTS))
     np.testing.assert_allclose(weights, 155 / (4 * COUNTS), rtol=1e-12)  # scikit-learn's "balanced"
     assert (COUNTS * weights).sum() / COUNTS.sum() == pytest.approx(1)
@@ -68,7 +68,7 @@ def test_names_are_compared_in_one_unicode_form_with_single_spaces():
 
 
 @pytest.mark.parametrize("nothing", ["", {}])
-def test_nothing_asked_is_no_weights(nothing):
+def test_empty_class_weights_are_none(nothing):
     assert criteria.weights_by_name(nothing, ("cat", "owl"), COUNTS[:2]) is None
 
 
@@ -101,7 +101,7 @@ def toy(variables, images, net="net", bn=None):
 
 
 def terms(name, **settings):
-    """(the term that has weights, all others together) of the loss of a batch."""
+    """Return (the term that has weights, all others together) of the loss of a batch."""
     method = methods.create(name, np.array([50, 10, 2]), 12, **NEEDED.get(name, {}), **settings)
     extra, arrays = method.init(jax.random.key(0))
     centroids = jnp.asarray(np.random.default_rng(1).normal(size=(3, 12)), jnp.float32)
@@ -114,7 +114,7 @@ def terms(name, **settings):
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_the_classification_loss_of_a_method_is_weighted_and_nothing_else(name):
+def test_only_the_classification_loss_of_a_method_is_weighted(name):
     plain, rest = terms(name)
     changed = [terms(name, class_weights=tuple(np.eye(3)[c] * 2 + 1)) for c in range(3)]
     assert all(each[0] > plain * 1.01 for each in changed)
@@ -123,7 +123,7 @@ def test_the_classification_loss_of_a_method_is_weighted_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_a_method_takes_weights_or_says_why_not(name):
+def test_a_method_takes_weights_or_has_a_reason(name):
     takes = "class_weights" in inspect.signature(import_module(methods.METHODS[name]).create).parameters
     assert takes == (name in TERMS) == (name not in methods.UNWEIGHTED)
     if not takes:

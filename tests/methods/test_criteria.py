@@ -125,7 +125,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("loss, message", MISTAKES, ids=lambda value: str(value)[:40])
-def test_a_mistake_is_one_line_that_names_what_is_allowed(loss, message):
+def test_a_mistake_is_one_line_with_the_allowed_values(loss, message):
     with pytest.raises(UserError) as raised:
         methods.create("erm", COUNTS, loss=loss)
     assert str(raised.value) == message

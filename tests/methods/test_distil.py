@@ -58,7 +58,7 @@ def test_mixed_images_count_both_labels():
     np.testing.assert_allclose(loss_of(method, mixed)[0], expected, rtol=1e-6)
 
 
-def test_gkl_begins_with_uniform_weights_and_goes_on_with_the_last_epochs_means():
+def test_gkl_starts_with_uniform_weights_then_uses_the_last_epochs_means():
     method = methods.create("distil", COUNTS, kind="gkl", weights_temperature=2.0)
     settings = dict(alpha=1.0, beta=4.0, gamma=0.1, temperature=2.0)
     labelled = losses.cross_entropy(STUDENT, BATCH.labels).mean()
@@ -104,7 +104,7 @@ def test_impossible_settings_are_explained(settings, message):
 
 
 def config(**changes):
-    """A network, and a second one that learns from it."""
+    """Return a network, and a second one that learns from it."""
     made = tiny_config(stages=("ce", "student"), epochs=2)
     guide = {**made["model"]}
     groups = {**made["ce"]["groups"], "guide": dict(match="guide/.*", rate=0.0)}

@@ -29,7 +29,7 @@ BATCH = Batch(
 
 
 def apply(variables, images):
-    """A toy network: the features are those of the last of two layers."""
+    """Return a toy network: the features are those of the last of two layers."""
     weights = variables.params["net"]
     early = jnp.tanh(images.mean((1, 2)) @ weights["early"])
     late = early @ weights["late"]
@@ -91,7 +91,7 @@ def test_a_learned_radius_below_0_counts_as_0():
     np.testing.assert_allclose(metrics["robust_loss"], bound("stage3", np.float32([0.3, 0, 0])), rtol=1e-6)
 
 
-def test_an_unconstrained_radius_below_0_counts_as_it_is():
+def test_an_unconstrained_radius_may_be_below_0():
     _, metrics = loss_of(create(radius="learned_unconstrained"), margins=MIXED_SIGNS)
     np.testing.assert_allclose(metrics["robust_loss"], bound("stage3", MIXED_SIGNS[0]), rtol=1e-6)
 
@@ -109,7 +109,7 @@ def test_the_default_loss_is_cross_entropy_weighted_by_count():
     np.testing.assert_allclose(metrics["classification_loss"], expected, rtol=1e-5)
 
 
-def test_every_layer_contributes_its_gradient_and_so_does_the_classification():
+def test_every_layer_and_the_classification_have_a_gradient():
     method = create(radius="shared", robust_weight=0.3, layers=LAYERS, loss={"name": "cross_entropy"})
 
     def expected(weights):
@@ -138,7 +138,7 @@ def test_mixup_combines_the_bounds_of_both_labels():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A real network after two steps and a refresh: the network, the state, the images and labels, the metrics."""
+    """Return a real network after two steps and a refresh, the state, the images and labels, and the metrics."""
     net = models.create("resnet_cifar", 3, depth=8, width=4)
     method, mesh = create(layers=LAYERS, radius_size=0.25), parallel.make_mesh(jax.devices()[:2])
     images = random.integers(0, 255, (COUNTS.sum(), 8, 8, 3)).astype(np.uint8)
@@ -216,13 +216,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("settings, message", MISTAKES, ids=lambda value: str(value)[:30])
-def test_a_mistake_is_one_line_that_names_what_is_allowed(settings, message):
+def test_a_mistake_is_one_line_with_the_allowed_values(settings, message):
     with pytest.raises(UserError) as raised:
         create(**settings)
     assert str(raised.value) == message
 
 
-def test_a_layer_that_the_model_does_not_have_is_named_with_those_it_has():
+def test_an_unknown_layer_is_named_with_the_known_ones():
     net = models.create("resnet_cifar", 3, depth=8, width=4)
     method, mesh = create(layers=("stage3", "stage4")), parallel.make_mesh(jax.devices()[:1])
     variables = jax.eval_shape(lambda: stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0), method))

@@ -28,7 +28,7 @@ class Small(nn.Module):
 
 
 def variables_in(numbers, prefix):
-    """-> parameters and statistics, from PyTorch's names and layouts."""
+    """Return parameters and statistics, from PyTorch's names and layouts."""
     params, stats = {"fc": {"kernel": numbers[f"{prefix}/fc.weight"].T, "bias": numbers[f"{prefix}/fc.bias"]}}, {}
     for n in (1, 2):
         params[f"conv{n}"] = {"kernel": numbers[f"{prefix}/conv{n}.weight"].transpose(2, 3, 1, 0)}
@@ -39,14 +39,14 @@ def variables_in(numbers, prefix):
 
 
 def distance(ours, theirs, start):
-    """|ours - theirs| / |theirs - start| over all arrays."""
+    """Return |ours - theirs| / |theirs - start| over all arrays."""
     ours, theirs, start = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (ours, theirs, start))
     return jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs - start)
 
 
 @pytest.fixture
 def starts(monkeypatch):
-    """A list whose last entry is the noise of the next attack, in place of a random draw."""
+    """Return a list whose last entry is the noise of the next attack, in place of a random draw."""
     noise = []
 
     def start(rng, images, *, scale, **_):
@@ -60,7 +60,7 @@ def starts(monkeypatch):
 def test_gkl_at_trains_as_its_authors_over_two_epochs(golden, starts, monkeypatch, optimised, variant):
     """Epochs 100 and 101 of 200, so radii of 100 / 200 and 101 / 200 of 8/255, in 5 steps of half of them.
 
-    Rounding turns the sign of tiny gradients: if at most 0.5 % of the pixels differ, it goes on with their images.
+    Rounding flips the signs of tiny gradients: if at most 0.5 % of the pixels differ, it continues with their images.
     """
     theirs, pgd = [], attacks.pgd
 
@@ -75,7 +75,7 @@ def test_gkl_at_trains_as_its_authors_over_two_epochs(golden, starts, monkeypatc
     source = {key: jnp.asarray(numbers[key]) for key in ("images", "noise")}
     source["attacked"] = jnp.asarray(numbers[f"{variant}_adversarial"])
     source["labels"] = jnp.asarray(numbers["labels"], jnp.int32)
-    state, found = None, []
+    state, actual = None, []
     for epoch in (0, 1):
 
         def draw(source, seed, step, rng, epoch=epoch):
@@ -105,17 +105,17 @@ def test_gkl_at_trains_as_its_authors_over_two_epochs(golden, starts, monkeypatc
         if state is None:
             state = compiled.init(np.uint32(0), Variables({"net": params}, {"net": stats}, {}))
         state, metrics = compiled.run(compiled.refresh(state, None), source, 3)
-        found += metrics["loss"].tolist()
+        actual += metrics["loss"].tolist()
         means = method.refresh(state.variables.arrays, None)["class_means"]
         np.testing.assert_allclose(means, numbers[f"{variant}_class_means_after_epoch{epoch + 1}"], rtol=1e-4)
-    np.testing.assert_allclose(found, numbers[f"{variant}_losses"], rtol=1e-4)
+    np.testing.assert_allclose(actual, numbers[f"{variant}_losses"], rtol=1e-4)
     final = variables_in(numbers, f"{variant}_final")
     for ours, theirs, start in zip(state.variables[:2], final, (params, stats), strict=True):
         assert distance(ours["net"], theirs, start) < 1e-3
 
 
 def apply_of(training_attack):
-    """The small network in training mode; in attacks, too, if `training_attack`, but then without new statistics."""
+    """Return the small network in training mode; with `training_attack`, also in attacks, without new statistics."""
     net = Small()
 
     def apply(variables, images, *, bn=None):
@@ -137,8 +137,8 @@ CASES = {  # of RobustLT: share, ramp, epoch of 100
 
 
 @pytest.mark.parametrize("case", ["atbsl", *CASES])
-def test_balanced_softmax_on_attacked_images_is_that_of_at_bsl_and_robustlt(golden, starts, optimised, case):
-    """RobustLT attacks the network in training mode. Theirs runs clean images, too, which only statistics see."""
+def test_the_loss_on_attacked_images_is_at_bsls_and_robustlts(golden, starts, optimised, case):
+    """Attack RobustLT's network in training mode. Theirs also runs clean images, only for statistics."""
     numbers, seen = golden("robust_lt"), []
     params, stats = variables_in(numbers, "init")
     share, ramp, epoch = CASES.get(case, (0.0, 0.0, 1))
@@ -191,7 +191,7 @@ COUNTS = np.array([50, 10, 2])
 
 
 def attacked_by(batch, counts=COUNTS, **attack):
-    """Images of an attack that always gains by brighter ones, in 3 steps of a third of the radius, 0.1."""
+    """Return images of an attack that always gains by brighter ones, in 3 steps of a third of the radius, 0.1."""
     seen = []
 
     def apply(variables, images, *, bn=None):
@@ -236,7 +236,7 @@ def test_the_radius_rises_over_the_ramp(progress, factor):
 
 
 def test_awp_begins_at_its_share_of_the_stage():
-    """Before, the loss is that without AWP, and after it that with AWP from the first step."""
+    """Compare the loss before that step with one without AWP, and after it with one with AWP."""
     numbers = np.random.default_rng(0)
     params = {"w": jnp.asarray(numbers.normal(size=(12, 3)), jnp.float32)}
 

@@ -21,7 +21,7 @@ def of(numbers, prefix):
 
 @pytest.fixture(scope="module", params=["float32", "float64"])
 def pair(request, golden):
-    """The authors' step: numbers, apply, variables of both networks, batch, in one precision."""
+    """Return the authors' step: numbers, apply, variables of both networks, batch, in one precision."""
     dtype, numbers = request.param, golden("lbgat_step")
     with jax.enable_x64(dtype == "float64"), optimised_programs():
         net = models.create("wide_resnet", 100, depth=10, width=1, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Values of each class that the report shows: learned margins, or values set by count."""
+"""Values of each class in the report: learned margins, or values by count."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ LDAM = {"name": "ldam", "max_margin": 0.3}
 
 
 def per_class(name, **settings):
-    """Of a method just begun."""
+    """Return the values of a new method."""
     method = methods.create(name, COUNTS, **settings)
     return method.per_class(method.init(jax.random.key(0))[0])
 
@@ -41,12 +41,12 @@ def test_plain_cross_entropy_has_no_values(name, settings):
 
 
 def margins(values, **settings):
-    """DRO-LT's margins after training has changed them to `values` [L, C]."""
+    """Return DRO-LT's margins after training has changed them to `values` [L, C]."""
     actual = methods.create("drolt", COUNTS, **settings).per_class({"margins": np.asarray(values, np.float32)})
     return {title: np.asarray(margin) for title, margin in actual.items() if title.startswith("DRO-LT's")}
 
 
-def test_a_learned_margin_of_drolt_is_never_below_zero_but_as_in_the_authors_code():
+def test_learned_margins_are_clipped_at_0_unless_unconstrained():
     learned = [[-1, 0, 0.5, 1]]
     np.testing.assert_array_equal(margins(learned)["DRO-LT's margin"], [0, 0, 0.5, 1])
     np.testing.assert_array_equal(margins(learned, radius="learned_unconstrained")["DRO-LT's margin"], learned[0])

@@ -1,4 +1,4 @@
-"""ResLT as a method: which branch answers for which classes, mixup, and mistakes in its settings."""
+"""ResLT as a method: the classes of its branches, mixup, and mistakes in its settings."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("settings, message", MISTAKES, ids=lambda value: str(value)[:60])
-def test_a_mistake_is_one_line_that_names_what_is_allowed(settings, message):
+def test_a_mistake_is_one_line_with_the_allowed_values(settings, message):
     with pytest.raises(UserError) as raised:
         methods.create("reslt", COUNTS, **settings)
     assert str(raised.value) == message

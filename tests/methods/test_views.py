@@ -34,7 +34,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 def of_views(features, logits):
-    """An `apply` whose outputs are `features` of the views [V, B, P], and `logits` [B, C] of the images themselves."""
+    """Return an `apply` with outputs `features` of the views [V, B, P], and `logits` [B, C] of the images."""
 
     def apply(variables, images, *, net="net", bn=None):
         own = jnp.concatenate([jnp.zeros_like(features[:1]), features]).swapaxes(0, 1)  # [B, 1 + V, P]

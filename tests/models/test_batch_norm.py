@@ -50,7 +50,7 @@ def test_values_and_gradients_are_the_formulas(dtype, relu, added, train):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("train", [False, True])
 def test_a_relu_may_have_a_ceiling(dtype, train):
-    """ReLU6, with values and gradients of its formula; at 0 and 6 the slope is 0, as in PyTorch."""
+    """Check ReLU6, with values and gradients of its formula; at 0 and 6 the slope is 0, as in PyTorch."""
     x = (3 * jax.random.normal(jax.random.key(0), (8, 6, 6, 5))).astype(dtype)
     params = {"scale": jnp.full(5, 3.0), "bias": jnp.full(5, 3.0)}
     stats = {"mean": jnp.zeros(5), "var": jnp.full(5, 4.0)}

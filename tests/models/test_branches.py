@@ -23,7 +23,7 @@ def make(**settings):
 
 
 def some_variables(module, *inputs):
-    """Arbitrary weights and statistics, variances above 0, and nothing at its initial value."""
+    """Return arbitrary weights and statistics, variances above 0, and nothing at its initial value."""
     random = np.random.default_rng(1)
     like = flatten(jax.eval_shape(lambda rng: module.init(rng, *inputs, train=False), jax.random.key(0)))
     draw = {path: random.normal(0.3, 0.5, leaf.shape).astype(np.float32) for path, leaf in like.items()}
@@ -47,7 +47,7 @@ def test_one_convolution_adds_the_squared_width_for_each_branch(branches):
 
 @pytest.fixture(scope="module")
 def authors(golden):
-    """The numbers of the authors' training, our network and its variables before."""
+    """Return the numbers of the authors' training, our network and its variables before."""
     numbers = golden("reslt_train")
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     net = models.create("resnet_cifar", 100, depth=8, branches=3, mean=mean, std=std)
@@ -88,7 +88,7 @@ def batch_norm(x, params, stats, train):
 
 
 def run_branches(module, train):
-    """The variables as [params, statistics], and the output."""
+    """Return the variables as [params, statistics], and the output."""
     variables = some_variables(module, X)
     features, _ = module.apply(variables, X, train, mutable=["batch_stats"])
     return variables["params"], variables["batch_stats"], features
@@ -105,7 +105,7 @@ def test_norm_branches_are_batch_norms_and_a_mean(num_branches, train):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("num_branches", [2, 3])
-def test_conv_branches_pool_after_the_convolution_in_training_and_before_it_in_evaluation(num_branches, train):
+def test_conv_branches_pool_last_in_training_and_first_in_evaluation(num_branches, train):
     params, stats, features = run_branches(ConvBranches(num_branches), train)
     x = np.float64(X if train else X.mean((1, 2), keepdims=True))
     y = np.maximum(batch_norm(x @ params["conv"]["kernel"][0, 0], params["norm"], stats["norm"], train), 0)
@@ -143,7 +143,7 @@ def run(net, variables):
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """{kind: (variables, outputs)} of evaluation."""
+    """Return {kind: (variables, outputs)} of evaluation."""
     nets = {kind: make(branch_kind=kind) for kind in KINDS}
     variables = {kind: some_variables(net, IMAGES) for kind, net in nets.items()}
     return {kind: (variables[kind], run(net, variables[kind])) for kind, net in nets.items()}
@@ -196,7 +196,7 @@ def test_the_logit_scale_multiplies_the_logits_of_every_branch(outcomes):
 
 
 def branch_gradients(kind, train, objective):
-    """{path: gradient} of the branches' parameters. objective: Outputs -> scalar."""
+    """Return {path: gradient} of the branches' parameters. objective: Outputs -> scalar."""
     net = make(branch_kind=kind)
     variables = some_variables(net, IMAGES)
 
@@ -206,19 +206,19 @@ def branch_gradients(kind, train, objective):
     return flatten(jax.jit(jax.grad(loss))(variables["params"])["branches"])
 
 
-def test_the_gradient_of_the_prediction_reaches_every_norm():
+def test_the_prediction_has_a_gradient_to_every_norm():
     gradients = branch_gradients("norm", True, lambda outputs: jnp.square(outputs.logits).sum())
     assert len(gradients) == 3 * 2
     assert not [path for path, gradient in gradients.items() if not np.any(gradient)]
 
 
-def test_the_gradient_of_the_prediction_reaches_every_branchs_share_of_the_convolution():
+def test_the_prediction_has_a_gradient_to_every_branchs_kernels():
     gradients = branch_gradients("conv", True, lambda outputs: jnp.square(outputs.logits).sum())
     shares = np.split(gradients["conv/kernel"], 3, axis=-1)
     assert all(np.any(share) for share in shares)
 
 
-def test_a_branchs_logits_depend_on_its_own_norm_alone():
+def test_a_branchs_logits_depend_only_on_its_norm():
     gradients = branch_gradients("norm", True, lambda outputs: jnp.square(outputs.branches[1]).sum())
     reached = {path.split("/")[0] for path, gradient in gradients.items() if np.any(gradient)}
     assert reached == {"norm2"}

@@ -78,7 +78,7 @@ def test_replicas_are_convolved_each_with_its_own_kernel():
 
 
 def test_a_cpu_runs_no_convolution():
-    """Neither forward nor backward: XLA's CPU backend takes 20 times as long for them."""
+    """Check forward and backward: XLA's CPU backend takes 20 times as long for convolutions."""
     x, kernel = drawn((8, 8), 3)
     jaxpr = jax.make_jaxpr(lambda *arrays: value_and_gradients(ours, *arrays, 2))(x, jnp.float32(kernel))
     names = {eqn.primitive.name for eqn in equations(jaxpr.jaxpr)}
@@ -87,7 +87,7 @@ def test_a_cpu_runs_no_convolution():
 
 
 @pytest.mark.parametrize("platform, lowered_for", [("gpu", "cuda"), ("tpu", "tpu")])
-def test_an_accelerator_runs_grouped_convolutions_alone(platform, lowered_for):
+def test_an_accelerator_only_runs_grouped_convolutions(platform, lowered_for):
     def all_three(x, kernel):
         return value_and_gradients(lambda *arrays: ours(*arrays, platform, jnp.bfloat16), x, kernel, 2)
 

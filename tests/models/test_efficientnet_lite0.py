@@ -40,7 +40,7 @@ def applied(**settings):
 
 
 def run(weights, golden, images, **settings):
-    """Outputs in evaluation, of uint8 images, with the logits of eight of ImageNet's classes."""
+    """Evaluate uint8 images, with the logits of eight of ImageNet's classes."""
     head = {"kernel": golden["classifier"].T, "bias": golden["bias"]}
     variables = {
         "params": {**weights.variables.params["net"], "classifier": head},
@@ -158,18 +158,18 @@ def test_with_every_array_rounded_to_float16_features_are_pytorchs(golden, weigh
 
 
 def relative(actual, expected):
-    """Relative difference of each image's features."""
+    """Return the relative difference of each image's features."""
     return np.linalg.norm(np.float32(actual) - expected, axis=1) / np.linalg.norm(expected, axis=1)
 
 
 def test_float16_kernels_change_features_little(golden, outputs):
-    """By 0.35 to 1.14 % on these images, which are no photographs."""
+    """They change by 0.35 to 1.14 % on these images, which are not photographs."""
     errors = relative(outputs.features, golden["features"])
     assert 0.003 < errors.min() and errors.max() < 0.012
 
 
-def test_with_imagenets_mean_and_deviation_features_are_others(golden, weights, optimised):
-    """Those of most other networks: features change by 37 % or more, and no error is raised."""
+def test_imagenets_mean_and_deviation_change_features(golden, weights, optimised):
+    """With these, features change by 37 % or more, without an error."""
     imagenet = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     actual = run(weights, golden, golden["images"], **imagenet).features
     assert relative(actual, golden["features_imagenetnorm"]).max() < 0.02

@@ -80,7 +80,7 @@ class Lite0(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def module():
-    """The network with random weights, scales and biases, in float64, and running statistics near the true ones."""
+    """Return the network in float64 with random weights, and running statistics near the true ones."""
     torch.manual_seed(0)
     module = Lite0().double()
     norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
@@ -101,7 +101,7 @@ def module():
 
 
 def ours(module, images, train):
-    """Logits, running statistics and gradients of the sum of squared logits, by path."""
+    """Return logits, running statistics and gradients of the sum of squared logits, by path."""
     with jax.enable_x64(True):
         net = models.create("efficientnet_lite0", CLASSES, dtype="float64")
         start = import_state_dict({key: value.numpy() for key, value in module.state_dict().items()}, net)
@@ -144,7 +144,7 @@ def test_logits_gradients_and_running_statistics_are_pytorchs(module, train):
 
 @pytest.fixture(scope="module")
 def wheel():
-    """The wheel that `make` reads, see CONTRIBUTING.md."""
+    """Return the wheel that `make` reads, see CONTRIBUTING.md."""
     if not os.environ.get(WHEEL):
         if os.environ.get("LTJAX_REQUIRE_TORCH"):
             pytest.fail(f"{WHEEL} is not set")
@@ -157,7 +157,7 @@ def state_dict(wheel):
     return make.read(wheel)
 
 
-def test_the_shipped_files_are_made_again_to_the_bit(wheel, tmp_path):
+def test_the_shipped_files_are_reproduced_bit_for_bit(wheel, tmp_path):
     assert make.main([str(wheel), f"--out={tmp_path}"]) == 0
     for file in (ARRAYS, DESCRIPTION):
         assert (tmp_path / file).read_bytes() == (shipped()["efficientnet_lite0"] / file).read_bytes()
@@ -165,7 +165,7 @@ def test_the_shipped_files_are_made_again_to_the_bit(wheel, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(state_dict):
-    """run(images): outputs of the float32 checkpoint."""
+    """Return run(images): outputs of the float32 checkpoint."""
     net = models.create(num_classes=1000, **make.SETTINGS)
     variables = import_state_dict(state_dict, net)
     variables = {"params": variables.params["net"], "batch_stats": variables.stats["net"]}

@@ -61,7 +61,7 @@ def test_convolutions_are_padded_as_in_pytorch(kernel_size, strides, size):
 
 
 def batch_norm(x, *, scale=1.0, bias=0.0, mean=0.0, var=1.0, train=True, steps=1):
-    """The output and the running statistics after some steps on the same x."""
+    """Return the output and the running statistics after some steps on the same x."""
     width = x.shape[-1]
     scale, bias, mean, var = (np.full(width, v, np.float32) for v in (scale, bias, mean, var))
     params, stats = {"scale": scale, "bias": bias}, {"mean": mean, "var": var}

@@ -32,7 +32,7 @@ def num_parameters(net):
 
 
 def count_by_hand(blocks, width, num_classes):
-    """Convolutions without bias, two numbers a channel for the batch norm before each and the last, a linear layer."""
+    """Count convolutions without bias, two numbers a channel for each norm, and a linear layer."""
     count, before = 9 * 3 * width, width
     for number, channels in zip(blocks, (width, 2 * width, 4 * width, 8 * width), strict=True):
         for _ in range(number):
@@ -42,7 +42,7 @@ def count_by_hand(blocks, width, num_classes):
     return count + 2 * before + before * num_classes + num_classes
 
 
-def test_preact_resnet_18_has_11172170_parameters_of_which_1024_are_the_last_norms():
+def test_preact_resnet_18_has_11172170_parameters():
     net = make()
     assert num_parameters(net) == 11_172_170 == 11_171_146 + 2 * 512
     assert shapes(net)["params"]["backbone"]["norm"]["scale"].shape == (512,)
@@ -72,7 +72,7 @@ def test_later_stages_halve_the_map(size):
 
 
 def block_variables(block, x, **given):
-    """Zeros and, for the first norm, statistics that do something; `given` by path."""
+    """Return zeros, statistics for the first norm, and `given` by path."""
     like = flatten(jax.eval_shape(lambda rng: block.init(rng, x, False), jax.random.key(0)))
     values = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in like.items()}
     first = {"params/norm1/scale": 2.0, "params/norm1/bias": 0.5, "batch_stats/norm1/mean": 0.1}
@@ -102,7 +102,7 @@ def test_a_shortcut_of_the_same_shape_is_the_input_and_not_its_activation():
 
 
 def test_the_convolutions_see_the_activated_input():
-    """With kernels that pass the middle pixel on, and an identity for the second norm but for its epsilon."""
+    """Use kernels that copy the middle pixel, and an identity as the second norm, except for its epsilon."""
     x = np.random.default_rng(0).normal(size=(2, 5, 5, 4)).astype(np.float32)
     block = PreActBlock(4, 1, jnp.float32, None)
     middle = np.zeros((3, 3, 4, 4), np.float32)

@@ -1,4 +1,4 @@
-"""Rematerialisation: the same parameters, numbers and gradients, from less that the backward pass keeps."""
+"""Rematerialisation: the same parameters, numbers and gradients, with less memory for the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ FAMILIES = {
 
 
 def both(family, **settings):
-    """The network without and with rematerialisation."""
+    """Return the network without and with rematerialisation."""
     name = "resnet" if family == "resnext" else family
     return [models.create(name, 10, remat=remat, **{**FAMILIES[family], **settings}) for remat in (False, True)]
 
 
 def backward(net, variables, images):
-    """The function from the logits' gradient to the parameters', and the new statistics."""
+    """Return the function from the logits' gradient to the parameters', and the new statistics."""
 
     def forward(params):
         outputs, new = net.apply({**variables, "params": params}, images, True, mutable=["batch_stats"])
@@ -67,7 +67,7 @@ def test_initial_values_are_the_same():
 
 
 def draw(like):
-    """Arbitrary values of those shapes, above 0, as variances must be."""
+    """Return arbitrary values of those shapes, above 0, as variances must be."""
     random = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: random.uniform(0.1, 1, leaf.shape), like)
 

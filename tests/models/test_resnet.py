@@ -43,7 +43,7 @@ def num_parameters(net):
 
 
 def count_by_hand(blocks, width, num_classes):
-    """Convolutions without bias, two numbers a channel for the batch norm after each, and a linear layer."""
+    """Count convolutions without bias, two numbers a channel for each norm, and a linear layer."""
     convolutions, before = [(9, 3, width)], width
     for number, channels in zip(blocks, (width, 2 * width, 4 * width, 8 * width), strict=True):
         convolutions += [(9, before, channels)] + [(9, channels, channels)] * (2 * number - 1)
@@ -80,7 +80,7 @@ RESNET_10 = (  # 7x7 from 3 channels, eight 3x3, three 1x1 shortcuts, two number
 
 
 def bottlenecks(came, out, inner, groups, number):
-    """Parameters of a stage: 1x1, grouped 3x3 and 1x1 convolutions, their norms, and the first one's shortcut."""
+    """Count a stage's parameters: 1x1, grouped 3x3 and 1x1 convolutions, their norms, and the first shortcut."""
     each = 9 * inner * inner // groups + inner * out + 2 * (2 * inner + out)
     return number * each + came * inner + (number - 1) * out * inner + came * out + 2 * out
 
@@ -130,7 +130,7 @@ def test_unpublished_counts_are_those_of_other_code():
     ],
 )
 def test_multiplications_for_an_image_are_those_torchvision_gives(name, published):
-    """Of 224x224 pixels, in units of 1e9, products with the zeros of padding among them."""
+    """Count for 224x224 pixels, in units of 1e9, with products with the zeros of padding."""
     net = large(**NETWORKS[name], platform="gpu")
     program = jax.make_jaxpr(net.apply)(shapes(net), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)).jaxpr
     convolutions = [eqn for eqn in equations(program) if eqn.primitive.name == "conv_general_dilated"]
@@ -165,8 +165,8 @@ def test_group_width_gives_the_channels_of_a_group(settings):
 
 
 @pytest.mark.parametrize("stem, axes", [("small", (0, 1, 2)), ("large", (0, 1, 3))])
-def test_initial_weights_are_hes_for_the_channels_in_or_with_the_large_stem_for_those_out(stem, axes):
-    """But for the extra block, whose authors leave it as PyTorch makes it: variance 1 / (3 fan_in)."""
+def test_initial_weights_are_hes_by_fan_in_or_fan_out(stem, axes):
+    """The extra block is an exception: its authors keep PyTorch's variance 1 / (3 fan_in)."""
     key = jax.random.key(0, impl="unsafe_rbg")  # quick to compile
     net = tiny(depth=50, stem=stem, width=16, groups=2, group_width=32, extra_block=True)
     kernels = {p: k for p, k in flatten(jax.jit(net.init)(key, IMAGES)["params"]).items() if k.ndim == 4}
@@ -178,7 +178,7 @@ def test_initial_weights_are_hes_for_the_channels_in_or_with_the_large_stem_for_
 
 
 @pytest.mark.parametrize("name, stem", [("resnet", "small"), ("resnet", "large"), ("preact_resnet", None)])
-def test_weights_begin_as_pytorchs_if_asked(name, stem):
+def test_weights_start_as_pytorchs_on_request(name, stem):
     """Uniform in +-1 / sqrt(fan_in)."""
     settings = dict(stem=stem) if stem else {}
     net = models.create(name, 10, depth=18, width=8, init="torch", **settings)
@@ -268,7 +268,7 @@ def convolution(x, kernel, strides=1):
 
 
 @pytest.mark.parametrize("strides, features, groups", [(1, 8, 1), (2, 8, 1), (2, 12, 3), (1, None, 2)])
-def test_a_bottleneck_has_its_stride_and_its_groups_in_the_3x3_convolution(strides, features, groups):
+def test_a_bottlenecks_3x3_convolution_has_stride_and_groups(strides, features, groups):
     x = np.random.default_rng(0).normal(size=(2, 6, 6, 8)).astype(np.float32)
     block = Bottleneck(features, strides, inner=6, groups=groups)
     like = jax.eval_shape(lambda rng: block.init(rng, x, False), jax.random.key(0))
@@ -295,7 +295,7 @@ def places(**settings):
     return tiny(depth=50, extra_block=True, **settings)
 
 
-def test_mislass_network_for_places_has_as_many_parameters_as_resnet_152():
+def test_mislass_network_for_places_is_as_large_as_resnet_152():
     """The extra block replaces the last one, and has the same size."""
     net = large(depth=152, blocks=(3, 8, 36, 2), extra_block=True)
     assert num_parameters(net) == 60_192_808
@@ -307,7 +307,7 @@ def test_mislass_network_for_places_has_as_many_parameters_as_resnet_152():
 
 @pytest.fixture(scope="module")
 def extended():
-    """Variables, and the outputs and new variables of evaluation and of training with an extra block."""
+    """Return variables, outputs, and new variables of evaluation and training with an extra block."""
     net = places()
     variables = random_variables(shapes(net))
     run = jax.jit(lambda variables, train: net.apply(variables, IMAGES, train, mutable=True), static_argnums=1)
@@ -318,7 +318,7 @@ def parts_of(variables, name):
     return {kind: tree[name] for kind, tree in variables.items()}
 
 
-def test_the_classifier_sees_what_the_extra_block_makes_of_the_last_map(extended):
+def test_the_classifier_follows_the_extra_block(extended):
     net, variables, (outputs, _), _ = extended
     maps = net.backbone.apply(parts_of(variables, "backbone"), IMAGES, False)
     last = Bottleneck().apply(parts_of(variables, "block"), maps["stage4"], False)
@@ -330,7 +330,7 @@ def test_the_classifier_sees_what_the_extra_block_makes_of_the_last_map(extended
     np.testing.assert_allclose(outputs.logits, outputs.features @ head["kernel"] + head["bias"], rtol=1e-3, atol=1e-3)
 
 
-def test_training_with_an_extra_block_leaves_the_backbone_in_evaluation_mode(extended):
+def test_with_an_extra_block_the_backbone_is_in_evaluation_mode(extended):
     _, before, (evaluated, _), (trained, after) = extended
     changed = {path for path, value in flatten(before).items() if np.any(flatten(after)[path] != value)}
     assert changed == {f"batch_stats/block/norm{n}/{leaf}" for n in (1, 2, 3) for leaf in ("mean", "var")}
@@ -344,7 +344,7 @@ def test_branches_follow_the_extra_block():
 
 
 def test_bfloat16_computes_alike_with_float32_outside():
-    """With all that a network for large images may have."""
+    """Check a network for large images with all optional parts."""
     settings = dict(depth=50, stem="large", width=8, groups=2, group_width=32, extra_block=True)
     whole, half = (tiny(**settings, branches=2, branch_kind="conv", dtype=dtype) for dtype in ("float32", "bfloat16"))
     variables = random_variables(shapes(whole))

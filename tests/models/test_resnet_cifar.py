@@ -25,7 +25,7 @@ def shapes(net):
 
 
 def some_variables(net, seed=1):
-    """Arbitrary weights and statistics, variances above 0: no compiling, and nothing at its initial value."""
+    """Return arbitrary weights and statistics, variances above 0: no compiling, and nothing at its initial value."""
     random = np.random.default_rng(seed)
     like = flatten(shapes(net))
     draw = {path: random.normal(0.3, 0.5, leaf.shape).astype(np.float32) for path, leaf in like.items()}
@@ -37,7 +37,7 @@ def num_parameters(net):
 
 
 def count_by_hand(depth, num_classes, width=16):
-    """3x3 convolutions without bias, two numbers a channel for each batch norm, and a linear layer."""
+    """Count 3x3 convolutions without bias, two numbers a channel for each batch norm, and a linear layer."""
     blocks = (depth - 2) // 6
     convolutions = [(3, width)]
     for channels, before in ((width, width), (2 * width, width), (4 * width, 2 * width)):
@@ -65,7 +65,7 @@ def test_width_multiplies_the_channels_of_every_stage(width):
 
 @pytest.fixture(scope="module")
 def fresh():
-    """{path: array} of a newly initialised network, and with another key."""
+    """Return {path: array} of a newly initialised network, and with another key."""
     init = jax.jit(make(num_classes=100, width=16, logit_scale=True).init)
     return [flatten(init(jax.random.key(seed), IMAGES)) for seed in (0, 1)]
 

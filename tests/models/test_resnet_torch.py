@@ -60,7 +60,7 @@ class ResNet50(torch.nn.Module):
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def weights(request):
-    """The name, and a state_dict of random weights, scales, biases and running statistics."""
+    """Return the name, and a state_dict of random weights, scales, biases and running statistics."""
     torch.manual_seed(0)
     module = ResNet50(**SETTINGS[request.param])
     for layer in module.modules():
@@ -73,7 +73,7 @@ def weights(request):
 
 
 def both(weights, train, dtype):
-    """Logits and running statistics after a forward pass: of PyTorch, and ours by path."""
+    """Return logits and running statistics after a forward pass: PyTorch's, and ours by path."""
     name, state_dict = weights
     module = ResNet50(**SETTINGS[name]).to(getattr(torch, dtype))
     module.load_state_dict(state_dict)

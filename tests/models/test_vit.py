@@ -41,7 +41,7 @@ def agree(actual, expected):
 
 
 def outcomes(net, params, images):
-    """The outputs; the tokens at first (embedded), before each block and after the last, and after the last LayerNorm.
+    """Return the outputs, and tokens: embedded, before each block, after the last, after the last LayerNorm.
 
     CLIP has a LayerNorm between the first two.
     """
@@ -73,7 +73,7 @@ GOLDEN = {"dinov2_reg4_timm": ({}, "features"), "clip_visual": ({}, "embedding")
 
 @pytest.fixture(scope="module", params=GOLDEN)
 def imported(request, golden):
-    """The golden numbers, the network with their weights, and what it computes."""
+    """Return the golden numbers, the network with their weights, and what it computes."""
     numbers, (settings, features) = golden(request.param), GOLDEN[request.param]
     return whole(numbers, features, **settings)
 
@@ -92,7 +92,7 @@ def whole(numbers, named, **settings):
     return SimpleNamespace(numbers=numbers, net=net, params=params, features=named, computed=computed)
 
 
-def test_features_are_theirs(imported):
+def test_features_are_timms_and_clips(imported):
     agree(imported.computed.outputs.features, imported.numbers[imported.features])
 
 
@@ -100,7 +100,7 @@ def test_tokens_before_the_blocks_are_theirs(imported):
     agree(imported.computed.embedded, imported.numbers["tokens_embedded"])
 
 
-def test_the_class_token_before_and_after_each_block_is_theirs(imported):
+def test_class_tokens_of_all_blocks_are_timms_and_clips(imported):
     taps = [tokens[:, 0] for tokens in (imported.computed.embedded, *imported.computed.tokens[1:])]
     assert len(taps) == len(imported.numbers["taps_cls"]) == 4
     for actual, expected in zip(taps, imported.numbers["taps_cls"], strict=True):
@@ -121,7 +121,7 @@ def test_images_of_another_size_have_their_features(imported, which):
         agree(outputs.logits, imported.numbers[f"logits_{size}"])
 
 
-def test_logits_are_theirs(golden):
+def test_logits_are_timms(golden):
     done = whole(golden("dinov2_reg4_timm"), "features")
     agree(done.computed.outputs.logits, done.numbers["logits"])
 
@@ -177,7 +177,7 @@ COUNTS = {  # of timm's networks with num_classes=0, and of CLIP's visual tower
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_numbers_of_parameters(name):
-    """One number less for each channel than theirs: the class token has no position of its own."""
+    """There is one number less for each channel than in theirs: the class token has no position."""
     settings, theirs = COUNTS[name]
     net = models.create("vit", 2, **settings)
     number = sum(leaf.size for leaf in jax.tree.leaves(shapes(net)["params"]["backbone"]))
@@ -261,7 +261,7 @@ def test_the_rank_of_adapters_is_lifts(num_classes, depth, rank):
     assert params["backbone/block1/attention/adapter/query_down/kernel"].shape == (8, rank)
 
 
-def test_adaptformers_for_imagenet_lt_have_as_many_parameters_as_in_lift():
+def test_adaptformers_for_imagenet_lt_have_lifts_parameters():
     net = models.create("vit", 1000, adapter="adaptformer")
     assert sum(leaf.size for path, leaf in optim.flatten(shapes(net)).items() if "/adapter/" in path) == 617_868
 
@@ -297,7 +297,7 @@ def test_an_adaptformer_computes_lifts_formula():
     np.testing.assert_allclose(module.apply({"params": p}, x), y * p["scale"], rtol=1e-4, atol=1e-4)
 
 
-def test_a_lora_changes_queries_and_values_by_low_rank_products_over_the_rank():
+def test_a_lora_adds_low_rank_products_to_queries_and_values():
     draw, x = np.random.default_rng(0), np.random.default_rng(1).normal(size=(2, 3, 8)).astype(np.float32)
     module = vit.LoRA(4, jnp.float32)
     like = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
@@ -307,8 +307,8 @@ def test_a_lora_changes_queries_and_values_by_low_rank_products_over_the_rank():
         np.testing.assert_allclose(change, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_lora_is_in_queries_and_values_alone():
-    """With the product in the weights of queries and values instead, a network computes the same."""
+def test_a_lora_is_only_in_queries_and_values():
+    """Compare with a network whose weights of queries and values include the product."""
     net, params = tiny(adapter="lora", rank=2), random_params(tiny(adapter="lora", rank=2))
     merged, flat = tiny(), optim.flatten(params)
     for block in ("backbone/block1", "backbone/block2"):
@@ -333,7 +333,7 @@ WHOLE = {"all": dict(match=".*", rate=1.0)}
 
 
 def compiled(net, *, groups, devices=1, replicas=1, replicate="loop"):
-    """A stage of cross-entropy on 16 images, its initial state and its images."""
+    """Return a stage of cross-entropy on 16 images, its initial state and its images."""
     mesh, method = parallel.make_mesh(jax.devices()[:devices], replicas), methods.create("erm", (8, 8))
     source = (jnp.asarray(np.concatenate([IMAGES, IMAGES[::-1] ** 2])), jnp.asarray([0, 1] * 8, jnp.int32))
     source = jax.device_put(source, parallel.replicated(mesh))
@@ -354,7 +354,7 @@ def compiled(net, *, groups, devices=1, replicas=1, replicate="loop"):
 
 
 @adapters
-def test_a_stage_trains_adapters_and_the_classifier_beside_a_frozen_body(kind):
+def test_a_stage_trains_adapters_and_classifier_with_a_frozen_body(kind):
     done, start, source = compiled(tiny(2, **ADAPTED[kind]), groups=FROZEN)
     before = jax.tree.map(np.array, optim.flatten(start().variables.params))
     state, metrics = done.run(start(), source, 4)
@@ -376,7 +376,7 @@ def test_a_stage_trains_the_whole_network():
 
 @adapters
 def test_a_frozen_body_has_no_gradients_of_weights(kind):
-    """Of the three products of a whole step, those for the gradients of weights are left out."""
+    """Check that two of the three products of a step remain, without those for gradients of weights."""
     wide = dict(width=64, grid=2, heads=1, **ADAPTED[kind])
     flops = {}
     for name, groups in (("whole", WHOLE), ("frozen", FROZEN)):

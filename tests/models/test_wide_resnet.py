@@ -36,7 +36,7 @@ def test_initial_weights_are_hes_for_the_channels_that_go_out():
 
 
 def count_by_hand(depth, width, num_classes):
-    """Convolutions without bias, two numbers a channel for the batch norm before each and the last, a linear layer."""
+    """Count convolutions without bias, two numbers a channel for each norm, and a linear layer."""
     count, before = 9 * 3 * 16, 16
     for channels in (16 * width, 32 * width, 64 * width):
         for _ in range((depth - 4) // 6):
@@ -70,7 +70,7 @@ def test_later_stages_halve_the_map(size):
 
 
 @pytest.mark.parametrize("width, stages", [(1, {2, 3}), (2, {1, 2, 3})])
-def test_only_a_block_that_changes_the_channels_has_a_convolution_in_its_shortcut(width, stages):
+def test_only_shortcuts_that_change_the_channels_have_a_convolution(width, stages):
     paths = flatten(shapes(make(depth=16, width=width))["params"])
     actual = {path for path in paths if "shortcut" in path}
     assert actual == {f"backbone/stage{stage}_block1/shortcut/kernel" for stage in stages}
@@ -78,7 +78,7 @@ def test_only_a_block_that_changes_the_channels_has_a_convolution_in_its_shortcu
 
 @pytest.fixture(scope="module")
 def authors(golden):
-    """The numbers of the authors' step, and the weights of its first network."""
+    """Return the numbers of the authors' step, and the weights of its first network."""
     numbers = golden("lbgat_step")
     return numbers, {k.removeprefix("init/"): v for k, v in numbers.items() if k.startswith("init/model.")}
 

@@ -25,7 +25,7 @@ TESTS = ("pgd-3", "cw-3", "autoattack")
 
 
 def made_up_images(name, data_dir=None, labels=""):
-    """A colour for each of 10 classes, with noise: 20 training and 4 test images of each."""
+    """Return a colour for each of 10 classes, with noise: 20 training and 4 test images of each."""
     rng = np.random.default_rng(0)
     colours = rng.integers(40, 216, (10, 1, 1, 3))
 
@@ -62,7 +62,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Made-up images, two devices, and AutoAttack with a small budget."""
+    """Use made-up images, two devices, and AutoAttack with a small budget."""
     two, make_mesh = jax.devices()[:2], parallel.make_mesh
     budget = dict(num_steps=4, num_targets=2, num_queries=8, save_seconds=0, devices=two)
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +86,7 @@ def attacked(trained):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """A copy of the trained run, without results of attacks."""
+    """Return a copy of the trained run, without results of attacks."""
     return shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("attack*"))
 
 
@@ -108,7 +108,7 @@ def test_every_test_has_accuracy_by_group_and_class_and_calibration(attacked):
 
 @pytest.mark.parametrize("most, counts", [(3, (1, 1, 1)), (7, (3, 3, 1)), (10, (5, 4, 1)), (2, None), (0, (9, 4, 1))])
 def test_images_to_attack_are_spread_over_the_classes(most, counts):
-    """Also if the test set lies in folders of classes, so that the first images are of one class."""
+    """Check it also if the test set is sorted by class."""
     labels = np.repeat(np.arange(3), (9, 4, 1)).astype(np.int32)
     chosen = attack_mode.choose(labels, most, seed=0)
     assert len(set(chosen.tolist())) == len(chosen) == (most or 14) and (np.diff(chosen) > 0).all()
@@ -135,7 +135,7 @@ def test_a_part_of_the_test_set_has_the_images_of_its_labels(trained):
     assert sorted(experiment.test_set.host_labels[chosen].tolist()) == list(range(10))
 
 
-def test_attacks_lower_the_accuracy_and_autoattack_lists_it_after_each_attack(attacked):
+def test_autoattack_lists_the_accuracy_after_each_attack(attacked):
     clean, pgd, _, suite = (figures["accuracy"]["all"] for figures in attacked["tests"].values())
     assert clean > 0.3  # it has learned something
     assert pgd < clean

@@ -34,7 +34,7 @@ class NearestMean:
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """`workdir(*scales)` -> the config and folder of a run whose replicas are `NearestMean(scale)`."""
+    """Return `workdir(*scales)`: the config and folder of a run whose replicas are `NearestMean(scale)`."""
     (tmp_path / "checkpoints" / "ce" / "7").mkdir(parents=True)
 
     def use(*scales, **changes):

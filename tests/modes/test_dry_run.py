@@ -19,7 +19,7 @@ SMALL = {"model.width": 4, "batch_size": 32, "stages": ("features", "classifier"
 
 
 def prepared(settings):
-    """The config, the compiled stages, and the experiment."""
+    """Return the config, the compiled stages, and the experiment."""
     run = config.parse(settings)
     experiment, compiled = experiments.prepare(run, None)
     return run, compiled, experiment
@@ -27,7 +27,7 @@ def prepared(settings):
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """A dry run: its output, the folder above its workdir, and {"run", "compiled", "experiment"}."""
+    """Return a dry run: its output, the folder above its workdir, and {"run", "compiled", "experiment"}."""
     folder, parts = tmp_path_factory.mktemp("dry"), {}
     prepare = dry_run.prepare
 
@@ -68,7 +68,7 @@ def test_a_dry_run_writes_nothing(dry):
     assert list(dry[1].iterdir()) == []
 
 
-def test_a_dry_run_shows_classes_stages_groups_schedules_samplers_and_memory(dry, small):
+def test_a_dry_run_shows_stages_groups_schedules_and_memory(dry, small):
     text = dry[0]
     _, compiled, experiment = small
     counts = experiment.split.class_counts
@@ -125,7 +125,7 @@ def test_a_workdir_below_a_file_is_refused_without_writing(tmp_path):
         ([0.2, 0.1], "0.2 in epoch 1, 0.1 in epoch 2  █▅"),
     ],
 )
-def test_a_schedule_is_described_by_its_first_largest_and_last_rate(rates, text):
+def test_a_schedule_shows_its_first_largest_and_last_rate(rates, text):
     assert dry_run.schedule(np.array(rates)) == text
 
 
@@ -193,7 +193,7 @@ def test_activations_live_until_the_backward_pass():
     assert peak_of(jax.grad(loss), megabyte()) >= 8.0 > 3.0 > peak_of(loss, megabyte())
 
 
-def test_the_estimate_of_a_step_is_half_to_twice_of_what_xla_plans(small, optimised):
+def test_the_estimate_of_a_step_is_half_to_twice_xlas_plan(small, optimised):
     run, _, experiment = small
     alone = experiment._replace(mesh=parallel.make_mesh(jax.devices()[:1]))
     single = experiments.build_stage(alone, run.stages["features"])

@@ -1,4 +1,4 @@
-"""`--mode=predict`: which files it reads, in which order, and that it agrees with the evaluation."""
+"""`--mode=predict`: its files, their order, and agreement with the evaluation."""
 
 import csv
 import io
@@ -312,7 +312,7 @@ def test_an_output_of_unknown_format_is_refused(out):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A ResNet-8 after 42 steps on 99 images, with 20 held out; and its 1,000 test images as files."""
+    """Return a ResNet-8 after 42 steps on 99 images, with 20 held out; and its 1,000 test images as files."""
     folder = tmp_path_factory.mktemp("prediction")
     split = {"data.holdout": 2, "data.max_count": 18, "data.imbalance": 3.0}
     config = tiny_config(**{"stages": ("ce",), "epochs": 6, "eval_every": 6, **split})
@@ -393,7 +393,7 @@ def test_images_are_checked_before_a_temperature_is_fitted(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("images", "out"), [("", "o.csv"), ("{}", "o.txt"), ("{}/none", "o.csv")])
-def test_images_and_out_are_checked_without_a_model(tmp_path, images, out):
+def test_images_and_out_are_checked_before_loading_a_model(tmp_path, images, out):
     touch(tmp_path, "1.png")
     with pytest.raises(UserError, match=r"--images|no images|--out"):
         predict_mode.check(images.format(tmp_path), out)

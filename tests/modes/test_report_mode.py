@@ -19,7 +19,7 @@ from tests.test_run import tiny_config
 
 
 def quick(**changes):
-    """One epoch of each stage of MiSLAS with a ResNet-8 on long-tailed Fashion-MNIST."""
+    """Return one epoch of each stage of MiSLAS with a ResNet-8 on long-tailed Fashion-MNIST."""
     return tiny_config(**{"stages": ("features", "classifier"), "epochs": 1, **changes})
 
 
@@ -50,19 +50,19 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def checkpoints(experiment, trained):
-    """{stage: its newest checkpoint}."""
+    """Return {stage: its newest checkpoint}."""
     return {name: restore.restore(experiment, stage, trained[0]) for name, stage in experiment.config.stages.items()}
 
 
 @pytest.fixture(scope="module")
 def restored(experiment, checkpoints):
-    """The experiment, and the config and variables of its last stage."""
+    """Return the experiment, and the config and variables of its last stage."""
     return experiment, experiment.config.stages["classifier"], checkpoints["classifier"].state.variables
 
 
 @pytest.fixture(scope="module")
 def outputs(experiment):
-    """A function (variables, uint8 images) -> outputs of the network."""
+    """Return a function (variables, uint8 images) -> outputs of the network."""
     apply = jax.jit(lambda variables, images: make_apply(experiment.nets, "eval")(variables, images / 255)[0])
     return lambda variables, images: apply(variables, images.astype(np.float32))
 
@@ -73,7 +73,7 @@ def test_every_run_ends_with_a_page(trained):
         assert text in page
 
 
-def test_shares_of_right_predictions_equal_the_accuracies_of_the_table(trained, numbers):
+def test_shares_of_correct_predictions_are_the_tables_accuracies(trained, numbers):
     for name, measured in numbers["stages"].items():
         accuracy = trained[1]["stages"][name]["accuracy"]
         for group, shares in measured["errors"].items():
@@ -190,7 +190,7 @@ def test_report_mode_writes_the_same_report_again(trained):
 
 
 def only_the_first_stage(experiment, restored, monkeypatch):
-    """Let stage `features` alone have a checkpoint."""
+    """Remove all checkpoints except those of stage `features`."""
     stage = experiment.config.stages["features"]
     monkeypatch.setattr(report, "restored_stages", lambda *_: iter([(stage, restored)]))
 

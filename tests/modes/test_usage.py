@@ -25,13 +25,13 @@ def asked(name, argument="help"):
 
 @pytest.fixture(scope="module")
 def program():
-    """run.py, imported."""
+    """Import run.py."""
     return runpy.run_path(str(ROOT / "run.py"), run_name="run")
 
 
 @pytest.fixture(scope="module")
 def started():
-    """--help in a fresh interpreter: its lines, and the modules that it loaded."""
+    """Run --help in a fresh interpreter; return its lines, and the loaded modules."""
     code = (
         "import runpy, sys\nsys.argv = ['run.py', '--help']\n"
         "try:\n    runpy.run_path('run.py', run_name='__main__')\n"
@@ -86,14 +86,14 @@ def test_meanings_list_only_arguments_of_configs():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_default_that_help_names_is_accepted_and_changes_nothing(name):
+def test_every_listed_default_is_accepted_and_changes_nothing(name):
     given = {argument: default for argument, (default, *_) in asked(name).items() if default}
     given = [f"{key}={value}" for key, value in given.items() if key not in common.ROBUST_ARGUMENTS]
     assert read(name, ",".join(given)).to_dict() == read(name).to_dict()
 
 
 @pytest.mark.parametrize("name", ["cifar100_lt", "cifar100"])
-def test_every_block_that_help_names_begins_or_continues_a_recipe(name):
+def test_every_listed_block_starts_or_continues_a_recipe(name):
     first, _, then = asked(name)["recipe"][1].partition("; then any of ")
     for block in first.removeprefix("first ").split(", "):
         read(name, f"recipe={'natural+bgat' if block == 'natural' else block}")
@@ -101,7 +101,7 @@ def test_every_block_that_help_names_begins_or_continues_a_recipe(name):
         read(name, f"recipe={'natural' if block == 'bgat' else 'ce'}+{block}")
 
 
-def test_help_among_other_arguments_shows_what_they_set(program, capsys):
+def test_help_among_other_arguments_shows_their_settings(program, capsys):
     path = str(ROOT / "configs" / "cifar100_lt.py")
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](["run.py", f"--config={path}:budget=short,help,method=drolt"])
@@ -132,7 +132,7 @@ def test_a_mistake_in_a_value_after_a_space_is_named(program, capsys):
 
 
 @pytest.mark.parametrize(("name", "message"), [("common", "is no config file"), ("commons", "no config file")])
-def test_the_error_for_a_file_that_is_no_config_lists_those_that_are(program, capsys, name, message):
+def test_a_wrong_config_file_gets_a_list_of_configs(program, capsys, name, message):
     with pytest.raises(SystemExit) as end:
         program["parse_flags"](["run.py", f"--config={ROOT}/configs/{name}.py"])
     assert end.value.code == 2

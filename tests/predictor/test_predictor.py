@@ -132,13 +132,13 @@ def test_another_image_size_keeps_the_share_of_the_crop(tmp_path):
 
 
 @pytest.mark.parametrize("heeded", [False, True])
-def test_orientations_are_heeded_if_they_were_in_training(tmp_path, heeded):
+def test_prediction_turns_images_if_training_did(tmp_path, heeded):
     workdir(tmp_path, **{"data.name": "image_folder", "data.root": "/nowhere", "data.upright": heeded})
     assert ltjax.load(tmp_path).view.upright is heeded
     assert ltjax.load(tmp_path, image_size=448).view.upright is heeded
 
 
-def test_a_run_that_does_not_say_whether_orientations_are_heeded_ignores_them(tmp_path):
+def test_a_run_of_an_older_version_ignores_orientations(tmp_path):
     workdir(tmp_path, **{"data.name": "image_folder", "data.root": "/nowhere", "data.profile": "natural"})
     config = json.loads((tmp_path / "config.json").read_text())
     del config["data"]["upright"]
@@ -206,7 +206,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         ltjax.load(tmp_path)
 
 
-def test_the_known_side_is_that_of_the_images():
+def test_the_known_side_is_the_images_side():
     images = data.load("fashion_mnist_lt").test_images
     assert images.shape[1:3] == (data.SIDES["fashion_mnist_lt"],) * 2
     assert set(data.SIDES) <= set(data.SOURCES)

@@ -1,4 +1,4 @@
-"""Predictions for other frequencies of the classes than those that the model was trained for."""
+"""Predictions for other frequencies of the classes than in training."""
 
 import json
 
@@ -84,11 +84,11 @@ def test_the_prior_of_the_model_itself_changes_nothing():
     ],
 )
 def test_the_prior_of_a_model_depends_on_sampler_loss_and_weights(method, sampler, weights, expected):
-    found = of_run(method, sampler, weights)
+    actual = of_run(method, sampler, weights)
     if expected is None:
-        assert found is None
+        assert actual is None
     else:
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_changes_of_the_classifier_without_a_known_prior_are_unknown():
@@ -101,8 +101,8 @@ def test_changes_of_the_classifier_without_a_known_prior_are_unknown():
 
 
 def test_a_logit_shift_after_training_changes_the_prior():
-    found = of_run({"name": "erm"}, epochs=0, surgery={"name": "logit_shift", "tau": 1.0}, start_from="ce")
-    np.testing.assert_allclose(found, UNIFORM)
+    actual = of_run({"name": "erm"}, epochs=0, surgery={"name": "logit_shift", "tau": 1.0}, start_from="ce")
+    np.testing.assert_allclose(actual, UNIFORM)
 
 
 def test_a_network_learns_the_prior_that_is_named():
@@ -162,7 +162,7 @@ def test_names_in_a_file_may_have_another_unicode_form(tmp_path):
         ),
     ],
 )
-def test_what_is_no_prior_is_explained(tmp_path, text, message):
+def test_an_invalid_prior_is_explained(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as raised:
         priors.shift(table(tmp_path, text), "uniform", None, NAMES)
     assert "\n" not in str(raised.value)
@@ -193,7 +193,7 @@ def test_a_class_that_does_not_occur_is_never_predicted(tmp_path):
     assert only.classes[2] == "b" and only.confidences == (0.5, 0.5, 0.0)
 
 
-def test_files_are_ranked_and_rated_by_the_shifted_logits_after_the_temperature(tmp_path):
+def test_files_are_ranked_by_logits_over_temperature_plus_shift(tmp_path):
     write_levels(tmp_path, [1])
     model = Brightness(classes=3)
     model.temperature, model.shift = 2.0, np.float32([1.0, 0.0, 0.25])
@@ -205,7 +205,7 @@ def test_files_are_ranked_and_rated_by_the_shifted_logits_after_the_temperature(
 
 @pytest.fixture
 def trained(tmp_path):
-    """The workdir of a run with cross-entropy on 10 classes, with random weights."""
+    """Return the workdir of a run with cross-entropy on 10 classes, with random weights."""
     workdir(tmp_path / "run")
     names = [f"c{c}" for c in range(10)]
     counts = list(range(100, 0, -10))
@@ -213,15 +213,15 @@ def trained(tmp_path):
     return tmp_path / "run", np.array(counts) / sum(counts)
 
 
-def test_a_run_says_for_which_prior_it_was_trained(trained):
+def test_a_run_has_the_prior_of_its_training(trained):
     folder, frequencies = trained
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
     plain, uniform = ltjax.load(folder), ltjax.load(folder, target_prior="uniform", temperature=2.0)
     expected = jax.nn.softmax(plain.logits(images) / 2 - np.log(frequencies))
     np.testing.assert_allclose(uniform(images), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(ltjax.load(folder, target_prior="train")(images), plain(images), rtol=1e-5)
-    told = ltjax.load(folder, target_prior="train", model_prior="uniform")
-    np.testing.assert_allclose(told.shift, np.log(frequencies) - np.log(0.1), rtol=1e-5)
+    loaded = ltjax.load(folder, target_prior="train", model_prior="uniform")
+    np.testing.assert_allclose(loaded.shift, np.log(frequencies) - np.log(0.1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("counts", [["many"] * 10, [1, 2], [-1] * 10, None])
@@ -238,7 +238,7 @@ def test_without_a_target_nothing_is_added(trained):
         ltjax.load(trained[0], model_prior="uniform")
 
 
-def test_of_weights_without_a_run_the_prior_has_to_be_said(trained, tmp_path):
+def test_weights_without_a_run_need_a_given_prior(trained, tmp_path):
     weights = export.read(trained[0])
     save_weights(tmp_path / "weights", weights.variables, weights.settings, num_classes=weights.num_classes)
     with pytest.raises(UserError, match="--model_prior is needed"):
@@ -271,6 +271,6 @@ def test_predictions_are_made_for_the_prior(trained, tmp_path, capsys):
         (("--mode=predict", "--model_prior=train"), "--model_prior goes with --target_prior"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(trained, flags, message):
+def test_exclusive_flags_are_refused(trained, flags, message):
     code, _, error = run_command(f"--workdir={trained[0]}", *flags)
     assert code == 2 and message in error

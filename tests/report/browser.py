@@ -68,23 +68,23 @@ class Page:
             pass
 
     def evaluate(self, expression):
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        actual = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in actual, actual
+        return actual["result"].get("value")
 
     def key(self, name):
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode={"Tab": 9}[name])
 
     def screenshot(self, path):
-        """What the window shows, as a PNG."""
+        """Return the window's picture, as a PNG."""
         made = self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(made["data"]))
 
 
 @contextlib.contextmanager
 def opened():
-    """A `Page` of a new browser with a profile of its own."""
+    """Return a `Page` of a new browser with a profile of its own."""
     (read_there, write_here), (read_here, write_there) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = f'exec "$0" "$@" 3<&{read_there} 4>&{write_there}'

@@ -14,10 +14,10 @@ PREDICTIONS = np.array([0, 1, 0, 1, 2, 1, 1, 0])
 
 
 def test_errors_are_counted_by_the_group_of_the_predicted_class():
-    found = analysis.errors_by_group(PREDICTIONS, LABELS, GROUPS)
-    assert found["many"] == {"right": 0.5, "many": 0.0, "few": 0.5}
+    actual = analysis.errors_by_group(PREDICTIONS, LABELS, GROUPS)
+    assert actual["many"] == {"right": 0.5, "many": 0.0, "few": 0.5}
     # of six images: two right; 1 -> 0 and 2 -> 0 many; twice 2 -> 1 few
-    assert found["few"] == pytest.approx({"right": 2 / 6, "many": 2 / 6, "few": 2 / 6})
+    assert actual["few"] == pytest.approx({"right": 2 / 6, "many": 2 / 6, "few": 2 / 6})
 
 
 def test_a_group_without_test_images_is_absent():
@@ -25,7 +25,7 @@ def test_a_group_without_test_images_is_absent():
 
 
 def test_scores_are_means_over_replicas():
-    found = analysis.scores_by_class([{"predictions": PREDICTIONS}, {"predictions": LABELS}], LABELS, 4)
+    actual = analysis.scores_by_class([{"predictions": PREDICTIONS}, {"predictions": LABELS}], LABELS, 4)
     expected = {
         "images": [2, 2, 4],
         "predicted": [(3 + 2) / 2, (4 + 2) / 2, (1 + 4) / 2],
@@ -33,9 +33,9 @@ def test_scores_are_means_over_replicas():
         "recall": [0.75, 0.75, 0.625],
         "f1": [(2 / 5 + 1) / 2, (2 / 6 + 1) / 2, (2 / 5 + 1) / 2],
     }
-    assert list(found) == list(expected)
+    assert list(actual) == list(expected)
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name], [*values, np.nan])  # class 3 has no test image
+        np.testing.assert_allclose(actual[name], [*values, np.nan])  # class 3 has no test image
 
 
 def test_large_counts_are_not_rounded_to_tens():
@@ -43,8 +43,8 @@ def test_large_counts_are_not_rounded_to_tens():
 
 
 def test_cells_of_the_confusion_matrix_are_counted():
-    found = analysis.confusions(PREDICTIONS, LABELS, 3)
-    assert list(zip(*found, strict=True)) == [
+    actual = analysis.confusions(PREDICTIONS, LABELS, 3)
+    assert list(zip(*actual, strict=True)) == [
         (0, 0, 1),
         (0, 1, 1),
         (1, 0, 1),
@@ -61,7 +61,7 @@ def test_rows_of_the_confusion_matrix_have_the_given_order():
     assert sorted(numbers["cells"]) == [[0, 0, 1], [0, 1, 1], [0, 2, 2], [1, 1, 1], [1, 2, 1], [2, 1, 1], [2, 2, 1]]
 
 
-def test_the_most_confused_pairs_come_first_with_the_number_of_the_other_direction():
+def test_the_most_confused_pairs_are_first():
     numbers = analysis.confusion_numbers(analysis.confusions(PREDICTIONS, LABELS, 3), np.arange(3))
     assert numbers["pairs"] == [[2, 1, 2, 0], [0, 1, 1, 1], [1, 0, 1, 1], [2, 0, 1, 0]]
 
@@ -75,10 +75,10 @@ def test_many_classes_are_summed_to_ranges_without_a_matrix_of_all():
     row_of[order] = np.arange(8142) // numbers["classes"]
     expected = np.zeros((100, 100), int)
     np.add.at(expected, (row_of[labels], row_of[predictions]), 1)
-    found = np.zeros((100, 100), int)
+    actual = np.zeros((100, 100), int)
     for row, column, images in numbers["cells"]:
-        found[row, column] = images
-    np.testing.assert_array_equal(found, expected)
+        actual[row, column] = images
+    np.testing.assert_array_equal(actual, expected)
     assert len(json.dumps(numbers)) < 200_000
 
 
@@ -97,8 +97,8 @@ def test_the_surest_mistake_comes_first():
 
 
 def test_pairs_are_ordered_by_their_share_of_the_class():
-    found = analysis.confused_pairs(PREDICTIONS, LABELS, np.array([True, True, True]))
-    assert [(p.true, p.predicted, p.share) for p in found] == [(2, 1, 0.5), (0, 1, 0.5), (1, 0, 0.5), (2, 0, 0.25)]
+    actual = analysis.confused_pairs(PREDICTIONS, LABELS, np.array([True, True, True]))
+    assert [(p.true, p.predicted, p.share) for p in actual] == [(2, 1, 0.5), (0, 1, 0.5), (1, 0, 0.5), (2, 0, 0.25)]
     assert [p.true for p in analysis.confused_pairs(PREDICTIONS, LABELS, GROUPS["many"])] == [0]
 
 
@@ -109,9 +109,9 @@ def test_samples_of_a_pair_begin_with_the_most_confident_mistake():
 
 
 def test_a_class_without_images_has_no_mean():
-    found = analysis.by_class(np.array([1.0, 3.0]), np.array([0, 0]), 2)
-    assert found[0] == 2 and np.isnan(found[1])
-    assert analysis.brief(found) == [2.0, None]
+    actual = analysis.by_class(np.array([1.0, 3.0]), np.array([0, 0]), 2)
+    assert actual[0] == 2 and np.isnan(actual[1])
+    assert analysis.brief(actual) == [2.0, None]
 
 
 def test_the_nearest_mean_is_compared_by_group():
@@ -134,9 +134,9 @@ def test_replicas_are_pooled():
 def test_classes_of_equal_count_are_placed_side_by_side_inside_the_frame():
     counts = np.array([100, 100, 100, 10, 10])
     scale = Scale(100, 10, 0, 300, log=True)
-    found = charts.places(counts, np.array([0.1, 0.9, 0.5, 0.2, 0.3]), scale)
-    assert (np.argsort(found) == [1, 2, 0, 4, 3]).all()  # the best first
-    assert found.min() >= 0 and found.max() <= 300
+    actual = charts.places(counts, np.array([0.1, 0.9, 0.5, 0.2, 0.3]), scale)
+    assert (np.argsort(actual) == [1, 2, 0, 4, 3]).all()  # the best first
+    assert actual.min() >= 0 and actual.max() <= 300
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 0.031), (3, 4000), (-2, 7), (5, 5)])
@@ -148,9 +148,9 @@ def test_ticks_are_few_and_inside_the_range(low, high):
 
 def test_ranges_of_counts_hold_every_class_once():
     counts = np.geomspace(1000, 2, 8142).astype(int)
-    found = charts.count_ranges(counts)
-    assert sorted(np.concatenate(found)) == list(range(8142))
-    assert len(found) <= charts.BINS and counts[found[0]].min() > counts[found[-1]].max()
+    actual = charts.count_ranges(counts)
+    assert sorted(np.concatenate(actual)) == list(range(8142))
+    assert len(actual) <= charts.BINS and counts[actual[0]].min() > counts[actual[-1]].max()
 
 
 def test_long_learning_curves_are_averaged(tmp_path):
@@ -161,9 +161,9 @@ def test_long_learning_curves_are_averaged(tmp_path):
     ]
     entries.append({"stage": "ce", "epoch": 8, "step": steps, "split": "test", "values": {"accuracy": {"all": 0.5}}})
     path.write_text("\n".join(map(json.dumps, entries)) + '\n{"st')  # cut short by a kill
-    found = panels.read_curves(path)["ce"]
-    assert found["test"] == [(8, {"all": 0.5})]
-    assert len(found["train"]) == panels.MOST_POINTS
-    places, losses, _ = zip(*found["train"], strict=True)
+    actual = panels.read_curves(path)["ce"]
+    assert actual["test"] == [(8, {"all": 0.5})]
+    assert len(actual["train"]) == panels.MOST_POINTS
+    places, losses, _ = zip(*actual["train"], strict=True)
     assert np.mean(losses) == pytest.approx((steps - 1) / 2)
     assert places[0] == pytest.approx(0.025) and places[-1] == pytest.approx(7.975)  # the middle of 5 steps of 100

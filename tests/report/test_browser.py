@@ -93,8 +93,8 @@ def test_a_click_on_a_heading_sorts_the_classes(shown):
     as_numbers = [int(text.replace(",", "")) for text in tab.evaluate(f"{COLUMN}('training images')")]
     for expected in (sorted(as_numbers, reverse=True), sorted(as_numbers)):
         tab.evaluate(f"{CLICK}('training images')")
-        found = tab.evaluate(f"{COLUMN}('training images')")
-        assert [int(text.replace(",", "")) for text in found] == expected
+        actual = tab.evaluate(f"{COLUMN}('training images')")
+        assert [int(text.replace(",", "")) for text in actual] == expected
     assert tab.evaluate("document.querySelector('.listing [aria-sort]').getAttribute('aria-sort')") == "ascending"
 
 

@@ -1,4 +1,4 @@
-"""The report's page, of made-up numbers: its contents, at any size and with any class names."""
+"""The report's page of made-up numbers: its contents, for any size and class names."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ VOID = {"meta", "link", "img", "br", "input", "rect", "line", "circle", "path", 
 
 
 class Checked(HTMLParser):
-    """Parse a page; every element has to be closed in order. Keeps tags and identifiers."""
+    """A parser that checks that elements are closed in order, and collects tags and identifiers."""
 
     def __init__(self, made):
         super().__init__()
@@ -59,8 +59,8 @@ SECTIONS = (
 
 
 def test_sections_have_their_order():
-    found = [name for name in Checked(made(robustness=made_up.robustness())).ids if name in (*SECTIONS, "robust")]
-    assert found == [*SECTIONS, "robust"]
+    actual = [name for name in Checked(made(robustness=made_up.robustness())).ids if name in (*SECTIONS, "robust")]
+    assert actual == [*SECTIONS, "robust"]
 
 
 def test_a_section_is_a_function_in_a_tuple(monkeypatch):
@@ -107,16 +107,16 @@ def test_every_section_with_figures_has_its_numbers_in_tables():
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b 'c'"])
 def test_class_names_are_escaped(name):
     names = [f"{name}{c}" for c in range(10)]
-    found = made(names=names)
-    assert name not in found
+    actual = made(names=names)
+    assert name not in actual
     tags = [tag for tag, attributes in Checked(made()).tags]
-    assert [tag for tag, attributes in Checked(found).tags] == tags  # no more scripts than without such names
-    assert not [tag for tag, attributes in Checked(found).tags if "onerror" in attributes]
+    assert [tag for tag, attributes in Checked(actual).tags] == tags  # no more scripts than without such names
+    assert not [tag for tag, attributes in Checked(actual).tags if "onerror" in attributes]
 
 
 def test_the_page_refers_to_no_other_file():
-    found = made(robustness=made_up.robustness())
-    for reference in re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)""", found):
+    actual = made(robustness=made_up.robustness())
+    for reference in re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)""", actual):
         assert "".join(reference).startswith(("#", "data:"))
 
 
@@ -128,17 +128,17 @@ def test_the_page_is_smaller_than_3_megabytes(num_classes):
 
 
 def test_many_classes_are_drawn_as_ranges_of_counts():
-    found = made(8142)
-    assert found.count("<polygon") + found.count("<rect") + found.count("<circle") < 2000
-    assert "classes of" in found
+    actual = made(8142)
+    assert actual.count("<polygon") + actual.count("<rect") + actual.count("<circle") < 2000
+    assert "classes of" in actual
 
 
 def test_the_worst_classes_of_the_final_stage_are_named_if_there_are_many():
     results = made_up.results(151)
     results["stages"]["classifier"]["per_class_accuracy"][5] = 0.0
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
-    found = page.of_run(results, groups, {}, {})
-    tables = re.findall(r"<table[^>]*the 50 classes of lowest test accuracy.*?</table>", found, re.DOTALL)
+    actual = page.of_run(results, groups, {}, {})
+    tables = re.findall(r"<table[^>]*the 50 classes of lowest test accuracy.*?</table>", actual, re.DOTALL)
     assert len(tables) == 1 and "Stage classifier" in tables[0]
     assert tables[0].count('<th scope="row">') == 50 and "class 3<" not in tables[0]
     assert f'<th scope="row">class 5</th><td>{results["class_counts"][5]:,}</td><td>0.0</td>' in tables[0]
@@ -162,7 +162,7 @@ def test_every_class_is_in_the_table_of_scores(num_classes, shown):
     assert f'<th scope="row">{everything[0][0]}</th>' in rows[0]
 
 
-def test_classes_are_listed_with_the_lowest_f1_first_and_those_without_test_images_last():
+def test_classes_are_sorted_by_f1_and_those_without_test_images_are_last():
     numbers = made_up.numbers()
     scores = {"images": [9.0] * 10, "predicted": [8.0] * 10, "precision": [0.5] * 10, "recall": [0.25] * 10}
     scores |= {"f1": [0.3, None, 0.1, *[0.2] * 7]}
@@ -196,7 +196,7 @@ def test_the_confusion_matrix_of_many_classes_is_a_picture(num_classes, side):
     assert '<table class="confusion"' not in html
 
 
-def test_mistakes_are_orange_and_what_is_right_is_grey():
+def test_mistakes_are_orange_and_correct_counts_are_grey():
     results = made_up.results(31)
     panel = panels.of_stage(results, "classifier", made_up.groups_of(np.asarray(results["class_counts"])), {}, {})
     drawn = plots.confusion_map("key", panel, {"classes": 1, "cells": [[0, 0, 3], [0, 5, 1], [30, 0, 2]]})
@@ -208,8 +208,8 @@ def test_mistakes_are_orange_and_what_is_right_is_grey():
 
 def section(html, name):
     """Return the text of a section, with spaces for what breaks no line."""
-    (found,) = re.findall(rf'<section aria-labelledby="{name}".*?</section>', html, re.DOTALL)
-    return " ".join(re.sub("<[^>]*>", " ", found).replace("\u00a0", " ").split())
+    (actual,) = re.findall(rf'<section aria-labelledby="{name}".*?</section>', html, re.DOTALL)
+    return " ".join(re.sub("<[^>]*>", " ", actual).replace("\u00a0", " ").split())
 
 
 def test_the_surest_mistakes_are_shown_with_classes_confidence_and_name():
@@ -220,7 +220,7 @@ def test_the_surest_mistakes_are_shown_with_classes_confidence_and_name():
     assert '<img class="small" src="data:image/png;base64,iVBORw0KGgo=" alt="test image of class 0">' in html
 
 
-def test_without_mistakes_there_is_no_section_of_them():
+def test_without_mistakes_there_is_no_section():
     results, numbers = made_up.results(), made_up.numbers()
     numbers["mistakes"] = {"wrong": 0, "shown": []}
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
@@ -228,33 +228,33 @@ def test_without_mistakes_there_is_no_section_of_them():
 
 
 def test_marks_of_balanced_classes_do_not_overlap():
-    found = Checked(made(largest=500, smallest=500))
-    centres = [a["cx"] for tag, a in found.tags if tag == "circle" and a["class"] == "mark many"]
+    actual = Checked(made(largest=500, smallest=500))
+    centres = [a["cx"] for tag, a in actual.tags if tag == "circle" and a["class"] == "mark many"]
     assert len(set(centres)) >= 8
 
 
 def test_balanced_classes_have_no_imbalance_factor():
-    found = made(largest=500, smallest=500)
-    assert "classes of 500 training images each" in found and "imbalance factor" not in found
+    actual = made(largest=500, smallest=500)
+    assert "classes of 500 training images each" in actual and "imbalance factor" not in actual
 
 
 def test_a_stage_without_calibration_has_no_reliability_chart():
     results = made_up.results()
     results["stages"]["classifier"].update(ece=None, mce=None)
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
-    found = Checked(page.of_run(results, groups, made_up.numbers(), made_up.curves()))
-    assert "calibration0-t" in found.ids and "calibration1-t" not in found.ids
+    actual = Checked(page.of_run(results, groups, made_up.numbers(), made_up.curves()))
+    assert "calibration0-t" in actual.ids and "calibration1-t" not in actual.ids
 
 
 def test_an_unfinished_run_is_announced_above_its_table():
     reached = {"stage": "Stage ce", "number": 1, "stages": 2, "epoch": 2.5, "epochs": 4}
-    found = made(stages=("ce",), command=None, unfinished=reached)
+    actual = made(stages=("ce",), command=None, unfinished=reached)
     note = "not trained to its end: Stage ce (stage 1 of 2) is at epoch 2.5 of 4."
-    assert 0 < found.find(note) < found.find("<table")
-    assert "last epoch" not in found.lower() and "How to get this again" not in found
+    assert 0 < actual.find(note) < actual.find("<table")
+    assert "last epoch" not in actual.lower() and "How to get this again" not in actual
 
 
-def test_names_that_utf8_cannot_hold_are_written_with_question_marks(tmp_path):
+def test_names_outside_utf8_are_written_with_question_marks(tmp_path):
     results = made_up.results(names=["caf\udce9 au lait", *map(str, range(9))])
     split = {name: np.flatnonzero(m).tolist() for name, m in made_up.groups_of(made_up.class_counts(10)).items()}
     (tmp_path / "split.json").write_text(json.dumps({"groups": split}))
@@ -265,11 +265,11 @@ def test_groups_are_described_by_their_training_images():
     assert "Training images a class: many 126 to 1,000, medium 32 to 63, few 2 to 16." in made()
 
 
-def test_what_was_attacked_is_named():
+def test_the_attacked_images_are_named():
     assert "Stage classifier: linf radius 8/255, 1,000 test images." in made(robustness=made_up.robustness())
 
 
-def test_the_summary_is_drawn_whatever_classes_are_called(tmp_path):
+def test_the_summary_is_drawn_for_any_class_names(tmp_path):
     results = made_up.results(names=["猫", "US$ and $_$", *map(str, range(8))])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -287,30 +287,30 @@ def test_the_summary_counts_training_images_in_figures(largest, expected):
     assert low < 10 and high > 50
 
 
-def test_without_numbers_it_shows_what_the_results_hold():
+def test_without_numbers_the_summary_shows_the_results():
     results = made_up.results()
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
-    found = Checked(page.of_run(results, groups, {}, {})).ids
-    assert "accuracy" in found and "calibration" in found
-    assert "geometry" not in found and "learning" not in found
+    actual = Checked(page.of_run(results, groups, {}, {})).ids
+    assert "accuracy" in actual and "calibration" in actual
+    assert "geometry" not in actual and "learning" not in actual
 
 
-def test_seeds_are_told_with_their_spread():
+def test_figures_of_several_seeds_have_their_spread():
     results = made_up.results(seeds=[0, 1])
     for stage in results["stages"].values():
         stage["std"] = {"accuracy": dict.fromkeys(stage["accuracy"], 0.0123), "ece": 0.005}
     groups = made_up.groups_of(np.asarray(results["class_counts"]))
-    found = page.of_run(results, groups, made_up.numbers(), made_up.curves())
-    assert "± 1.2" in found and "10.0 ± 0.5" in found and "0, 1" in found
-    assert found.count('class="band') == 6  # of two stages' three groups
+    actual = page.of_run(results, groups, made_up.numbers(), made_up.curves())
+    assert "± 1.2" in actual and "10.0 ± 0.5" in actual and "0, 1" in actual
+    assert actual.count('class="band') == 6  # of two stages' three groups
 
 
 def test_the_table_has_every_stage_with_last_and_legacy_best():
     results = made_up.results()
-    found = re.search(r"<table.*?</table>", made(), re.DOTALL)
-    assert found is not None
+    actual = re.search(r"<table.*?</table>", made(), re.DOTALL)
+    assert actual is not None
     for name in ("Stage ce", "Stage classifier"):
-        assert name in found[0]
+        assert name in actual[0]
     last, best = (f"{100 * value:.1f}" for value in (results["accuracy"]["all"], results["best_on_test"]["accuracy"]))
-    assert last in found[0] and best in found[0]
+    assert last in actual[0] and best in actual[0]
     assert results["command"] in made()

@@ -1,4 +1,4 @@
-"""Every checkpoint that was written is read back."""
+"""Checkpoints are read back."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +43,8 @@ def test_a_checkpoint_that_cannot_be_read_back_is_an_error(tmp_path, by):
     assert complete_steps(tmp_path) == [3]
 
 
-def test_a_folder_that_orbax_takes_for_a_pattern_is_noticed_after_the_first_save(tmp_path, monkeypatch):
-    """What `check_checkpoints` refuses at the start would be noticed here, too."""
+def test_a_folder_named_like_a_pattern_is_noticed_after_the_first_save(tmp_path, monkeypatch):
+    """Check the second line of defence behind `check_checkpoints`."""
     monkeypatch.setattr(checkpoint, "check_checkpoints", lambda folder: None)
     with Checkpoints(tmp_path / "run[s]") as checkpoints:
         checkpoints.save(3, STATE, {})

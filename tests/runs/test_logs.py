@@ -1,4 +1,4 @@
-"""Progress: a bar in a terminal, a line now and then in a file."""
+"""Progress: a bar in a terminal, lines in a file."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from ltjax.runs import logs
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that stands still until `now[0]` is moved."""
+    """Return a clock whose time is `now[0]`."""
     time = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: time[0])
     return time

@@ -1,4 +1,4 @@
-"""Folders of weights, and how they go into a run's networks."""
+"""Folders of weights, and loading them into a run's networks."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_a_folder_holds_all_that_was_saved(weights, tmp_path, same):
     assert json.loads((tmp_path / "w" / "weights.json").read_text())["source"] == source
 
 
-def test_float16_arrays_are_stored_so_and_loaded_as_float32(weights, tmp_path, same):
+def test_float16_arrays_are_stored_as_such_and_loaded_as_float32(weights, tmp_path, same):
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), weights.variables)
     save_weights(tmp_path, rounded, weights.settings, num_classes=5)
     assert {array.dtype for array in load_file(tmp_path / "weights.safetensors").values()} == {np.dtype(np.float16)}
@@ -50,7 +50,7 @@ def test_float16_arrays_are_stored_so_and_loaded_as_float32(weights, tmp_path, s
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"format": 99}'])
-def test_a_description_that_is_not_understood_is_named(tmp_path, content):
+def test_an_unknown_description_is_named(tmp_path, content):
     (tmp_path / "weights.json").write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
         load_weights(tmp_path)
@@ -174,14 +174,14 @@ LARGE = dict(name="resnet", depth=50, width=2, stem="large")
 
 @pytest.fixture(scope="module")
 def whole(variables_of):
-    """A torchvision network with two blocks in its last stage."""
+    """Return a torchvision network with two blocks in its last stage."""
     settings = dict(LARGE, blocks=(1, 1, 1, 2))
     return Weights(variables_of(network(**settings)), settings, 5)
 
 
 @pytest.fixture(scope="module")
 def places(variables_of):
-    """MiSLAS's network for Places-LT, with an extra block instead of the last one."""
+    """Return MiSLAS's network for Places-LT, with an extra block instead of the last one."""
     return variables_of(network(**LARGE, blocks=(1, 1, 1, 1), extra_block=True), seed=1)
 
 

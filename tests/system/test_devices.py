@@ -1,4 +1,4 @@
-"""Users see JAX's warnings about accelerators that it cannot use."""
+"""JAX's warnings about accelerators that it cannot use are shown."""
 
 import logging
 import os
@@ -65,7 +65,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_reports_a_missing_platform(command):
-    """Whatever else is missing: devices are started first."""
+    """Check it with other mistakes, too, because devices start first."""
     environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
     process = subprocess.run(
         [sys.executable, *COMMANDS[command]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120

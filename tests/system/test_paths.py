@@ -30,7 +30,7 @@ def test_a_tilde_is_the_home_folder(home):
 
 @pytest.fixture
 def no_home(monkeypatch):
-    """A user without HOME and without an entry in /etc/passwd."""
+    """Simulate a user without HOME and without an entry in /etc/passwd."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
@@ -68,7 +68,7 @@ def test_every_function_refuses_an_address(what, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["runs[a]", "a*", "what?", "back\\slash", "up[/run"])
-def test_a_workdir_that_looks_like_a_pattern_is_refused_before_training(name, tmp_path):
+def test_a_workdir_named_like_a_pattern_is_refused_before_training(name, tmp_path):
     with pytest.raises(UserError, match=r"cannot keep checkpoints in .* for the . in it: name another folder"):
         train.train(tiny_config(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []

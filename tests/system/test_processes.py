@@ -30,7 +30,7 @@ PATIENCE = 8  # seconds
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of three classes: 18, 9 and 5 for training, two each for validation."""
+    """Make images of three classes: 18, 9 and 5 for training, two each for validation."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for part, counts in (("train", (18, 9, 5)), ("validation", (2, 2, 2))):
         for label, count in enumerate(counts):
@@ -98,7 +98,7 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
-    """The workdir of a run in one process with one device."""
+    """Return the workdir of a run in one process with one device."""
     workdir = tmp_path_factory.mktemp("alone")
     codes, outputs = Launched(folder, workdir, count=1, devices=1).finish()
     assert codes == [0], outputs
@@ -120,14 +120,14 @@ def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alon
 
 @pytest.fixture(scope="module")
 def together(folder, tmp_path_factory):
-    """Two processes with two devices each: the workdir and the output of each."""
+    """Run two processes with two devices each; return the workdir and the output of each."""
     workdir = tmp_path_factory.mktemp("together")
     codes, outputs = Launched(folder, workdir, count=2, devices=2).finish()
     assert codes == [0, 0], outputs
     return workdir, outputs
 
 
-def test_two_processes_with_two_devices_each_have_the_losses_of_one_device(together, alone):
+def test_two_processes_of_two_devices_have_the_losses_of_one_device(together, alone):
     assert_same(together[0], alone)
 
 
@@ -144,7 +144,7 @@ REPLICAS = (*TINY, "--config.stages=('ce',)", "--config.epochs=1", "--config.rep
 
 @pytest.fixture(scope="module")
 def apart(folder, tmp_path_factory):
-    """Two replicas in two processes: the workdir and the output of each."""
+    """Run two replicas in two processes; return the workdir and the output of each."""
     workdir = tmp_path_factory.mktemp("apart")
     codes, outputs = Launched(folder, workdir, count=2, devices=1, flags=REPLICAS).finish()
     assert codes == [0, 0], outputs
@@ -224,7 +224,7 @@ def test_a_killed_process_ends_the_first_and_a_single_process_resumes(folder, al
     assert_same(tmp_path, alone)
 
 
-def test_two_processes_resume_a_run_of_one_and_the_first_killed_ends_the_other(folder, alone, tmp_path):
+def test_two_processes_resume_a_run_of_one_and_end_if_the_first_dies(folder, alone, tmp_path):
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     for stage in ("classifier", "residual"):
         shutil.rmtree(tmp_path / "checkpoints" / stage)
@@ -367,7 +367,7 @@ def test_processes_of_a_machine_share_its_devices(environment, expected):
 
 @pytest.fixture
 def gpus_of(monkeypatch):
-    """`gpus_of(*flags, **environment)` -> JAX's visible GPUs after `join`, and the settings of `initialize`."""
+    """Return `gpus_of(*flags, **environment)`: JAX's visible GPUs after `join`, and the settings of `initialize`."""
 
     def join(*flags, **environment):
         for name, value in environment.items():

@@ -36,7 +36,7 @@ class Image(NamedTuple):
 
 
 class DatasetSpec(NamedTuple):
-    """What a data set of N images consists of.
+    """The images of a data set and their labels.
 
     A key names an image, the same in every layout of the archives: its `file_name`, or its `id`.
     """
@@ -148,7 +148,7 @@ def _compare_with_official(spec: DatasetSpec) -> None:
 
 
 def _hash(spec: DatasetSpec) -> str:
-    """Hash what is to be written, whatever the layout of the archives."""
+    """Hash the records to write, for any layout of the archives."""
     digest = hashlib.sha256(repr((spec.version, spec.class_names)).encode())
     for key in sorted(spec.images):
         digest.update(f"{key}\t{spec.images[key].split}\t{spec.images[key].label}\n".encode())
@@ -198,7 +198,7 @@ def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
 
 @contextlib.contextmanager
 def _threads() -> Generator[ThreadPoolExecutor]:
-    """A thread pool that cancels pending work on exit."""
+    """Yield a thread pool that cancels pending work on exit."""
     threads = ThreadPoolExecutor()
     try:
         yield threads

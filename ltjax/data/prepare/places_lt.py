@@ -78,7 +78,7 @@ def _read_lists(source: Path, found: dict[str, Path], labels: dict[str, int]) ->
 
 
 def _key(path: str, categories: Set[str]) -> str:
-    """Return an image's key, whatever the leading folders are; "" for other files."""
+    """Return an image's key without leading folders; "" for other files."""
     file = path.rpartition("/")[2]
     if file.startswith("Places365_val_"):
         return file

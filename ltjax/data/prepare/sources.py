@@ -153,7 +153,7 @@ def _walk_tar(tar: Any, where: str, prefix: str) -> Iterator[Member]:
 
 
 def leads_outside(name: str) -> bool:
-    """Whether the name of an archive's member is an absolute path or contains "..", on any system."""
+    """Return whether the name of an archive's member is an absolute path or contains "..", on any system."""
     return bool(re.match(r"[/\\]|[A-Za-z]:", name)) or ".." in re.split(r"[/\\]", name)
 
 

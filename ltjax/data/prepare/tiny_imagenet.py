@@ -210,7 +210,7 @@ def _read_images(title: str, files: ArchiveFiles, names: set[str], size: int) ->
 
 
 def _problem(content: bytes | None, size: int) -> str:
-    """Say what is wrong with an image file; "" if nothing is.
+    """Return the error of an image file, "" for none.
 
     A truncated JPEG may still decode, with a grey rest. Then no end marker follows the last start of a scan.
     """

@@ -1,1 +1,1 @@
-"""Weights that come with ltjax: folders of `ltjax.runs.weights`, each with a NOTICE and the script that made it."""
+"""Shipped weights: folders of `ltjax.runs.weights`, each with a NOTICE and the script that made it."""

@@ -41,7 +41,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(source, tmp_path_factory):
-    """A prepared miniature, in shards of two images."""
+    """Return a prepared miniature, in shards of two images."""
     return run_with_small_shards(source, tmp_path_factory.mktemp("prepared"))
 
 
@@ -219,7 +219,7 @@ def test_a_truncated_png_has_a_problem():
 
 @pytest.fixture
 def kinds(tmp_path):
-    """A source whose first images have different formats."""
+    """Return a source whose first images have different formats."""
     contents = [CMYK, encoded("L JPEG"), PNG, encoded("RGB JPEG", exif=rotated())]
 
     def spoil(images):
@@ -239,7 +239,7 @@ DAMAGE = {"empty": b"", "cut": WHOLE[:-2], "text": b"sorry", "half": WHOLE[: len
 
 @pytest.fixture
 def damaged(tmp_path):
-    """A source with four damaged images and a missing one, and their ids, the missing one last."""
+    """Return a source with four damaged images and a missing one, and their ids, the missing one last."""
     names = []
 
     def spoil(images):
@@ -287,7 +287,7 @@ def test_skip_damaged_lists_the_images_it_leaves_out(damaged, tmp_path, capsys):
     assert len(np.load(folder / "train.index.npz")["labels"]) == len(records(folder, "train")) == 6
 
 
-def test_replaced_images_complete_what_is_finished(damaged, tmp_path, small_shards, monkeypatch):
+def test_replaced_images_complete_the_records(damaged, tmp_path, small_shards, monkeypatch):
     source, ids = damaged
     data_dir = tmp_path / "data"
     assert run(source, data_dir) == 2

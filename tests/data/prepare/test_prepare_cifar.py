@@ -21,7 +21,7 @@ FIRST = {"cifar10": "cifar-10-batches-bin/data_batch_1.bin", "cifar100": "cifar-
 
 
 def noise(rng, count, highest_labels):
-    """Images [count, 32, 32, 3], labels [count, L], and both as the bytes of an archive's file."""
+    """Return images [count, 32, 32, 3], labels [count, L], and both as the bytes of an archive's file."""
     images = rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
     labels = np.stack([rng.integers(highest, size=count) for highest in highest_labels], axis=1).astype(np.uint8)
     data = b"".join(
@@ -32,7 +32,7 @@ def noise(rng, count, highest_labels):
 
 
 def miniature(name):
-    """The members of an archive {path: bytes}, and the splits {"train" or "test": (images, labels)} in it."""
+    """Return the members of an archive {path: bytes}, and the splits {"train" or "test": (images, labels)} in it."""
     rng = np.random.default_rng(0)
     splits = {}
     if name == "cifar10":
@@ -245,7 +245,7 @@ def test_a_truncated_archive_is_named(mode, part, data_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
-def test_a_single_wrong_byte_in_a_compressed_archive(mode, data_dir, tmp_path, capsys):
+def test_a_wrong_byte_in_a_compressed_archive_is_named(mode, data_dir, tmp_path, capsys):
     path = write_tar(tmp_path / "archive", miniature("cifar100")[0], mode)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

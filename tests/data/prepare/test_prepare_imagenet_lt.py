@@ -19,7 +19,7 @@ def run(source, data_dir):
 
 
 def contents(data_dir):
-    """{split: {file_name: (label, image)}} of the prepared data set."""
+    """Return {split: {file_name: (label, image)}} of the prepared data set."""
     builder = tfds.builder_from_directory(data_dir / "imagenet_lt" / "1.0.0")
     decoders = {"image": tfds.decode.SkipDecoding()}
     return {

@@ -22,7 +22,7 @@ def builder(data_dir):
 
 
 def contents(data_dir):
-    """{split: {id: (label, supercategory, image)}} of the prepared data set."""
+    """Return {split: {id: (label, supercategory, image)}} of the prepared data set."""
     decoders = {"image": tfds.decode.SkipDecoding()}
     return {
         split: {

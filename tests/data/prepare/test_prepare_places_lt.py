@@ -19,7 +19,7 @@ def builder(data_dir):
 
 
 def contents(data_dir):
-    """{split: {file_name: (label, image)}} of the prepared data set."""
+    """Return {split: {file_name: (label, image)}} of the prepared data set."""
     decoders = {"image": tfds.decode.SkipDecoding()}
     return {
         split: {

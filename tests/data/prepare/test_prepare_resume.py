@@ -39,7 +39,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(source, tmp_path_factory):
-    """A prepared miniature, in shards of two images."""
+    """Return a prepared miniature, in shards of two images."""
     return run_with_small_shards(source, tmp_path_factory.mktemp("prepared"))
 
 
@@ -101,7 +101,7 @@ def journal(data_dir):
     return (incomplete(data_dir) / shards.JOURNAL).read_text().splitlines()
 
 
-def test_ctrl_c_prints_what_is_kept(stopped, small_shards, tmp_path, capsys):
+def test_ctrl_c_prints_the_finished_part(stopped, small_shards, tmp_path, capsys):
     assert stopped(tmp_path, 6, KeyboardInterrupt) == 130
     line = error_line(capsys)
     kept = sum(len(json.loads(line)["keys"]) for line in journal(tmp_path)[1:])
@@ -192,7 +192,7 @@ def test_resuming_with_other_lists_is_an_error(stopped, small_shards, tmp_path, 
     assert "was begun with other lists" in error_line(capsys)
 
 
-def test_a_full_disk_prints_what_is_kept(stopped, source, prepared, small_shards, tmp_path, capsys):
+def test_a_full_disk_prints_the_finished_part(stopped, source, prepared, small_shards, tmp_path, capsys):
     class Full:
         def __init__(self, *args): ...
         def write(self, record): ...

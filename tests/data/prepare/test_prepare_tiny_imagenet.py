@@ -30,7 +30,7 @@ def jpeg(rng, size=SIZE, grey=False):
 
 
 def miniature():
-    """The members of an archive {path below its folder: bytes}."""
+    """Return the members of an archive {path below its folder: bytes}."""
     rng = np.random.default_rng(0)
     names = [f"train/{wnid}/images/{wnid}_{i}.JPEG" for wnid in WNIDS for i in range(TRAIN)]
     names += [f"val/images/val_{i}.JPEG" for i in range(len(WNIDS) * TEST)]
@@ -81,7 +81,7 @@ def run(data_dir, source=None):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder with a prepared miniature."""
+    """Return a folder with a prepared miniature."""
     base = tmp_path_factory.mktemp("written")
     preparation.prepare(base / "data", write_zip(base / "archive.zip", miniature()), MINIATURE)
     return base / "data"
