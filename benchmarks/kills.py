@@ -350,14 +350,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="signals in all, full disks not counted (default: 100)")
     parser.add_argument("--tasks", default="", help="comma-separated; default: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     known = list(tasks(Path()))
     names = args.tasks.split(",") if args.tasks else known
     if unknown := set(names) - set(known):
         parser.error(f"unknown tasks {', '.join(unknown)}; known: {', '.join(known)}")
+    origin = provenance.of("kills", sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         summary = measure(names, args.kills, args.seed, Path(folder))
-    print(json.dumps({**provenance.of("kills", []), "summary": summary}, indent=1))
+    print(json.dumps(summary, indent=1))
+    provenance.write(args.out, {**origin, **summary})
     sys.exit(1 if summary["faults"] else 0)
 
 

@@ -28,6 +28,7 @@ from ltjax.types import UserError
 
 TABLE, LINES = ".csv", ".jsonl"
 STDOUT = ("-", f"-{LINES}")  # names of standard output
+PARTIAL = ".partial"  # at the end of the name of an unfinished output
 
 
 def header(top_k: int) -> list[str]:
@@ -90,15 +91,27 @@ def kind_of(out: str) -> str:
     return suffix
 
 
+def partial_path(path: Path) -> Path:
+    """Return where an unfinished output is. Its name has at most 255 bytes, too."""
+    return path.with_name(os.fsdecode(os.fsencode(path.name)[: 255 - len(PARTIAL)]) + PARTIAL)
+
+
 @contextlib.contextmanager
 def _opened(out: str) -> Generator[Any]:
-    """Open the output, unbuffered. If the reader of standard output closes it, exit with code 0."""
+    """Open the output, unbuffered. If the reader of standard output closes it, exit with code 0.
+
+    A file gets its name when it is complete. A pipe or a device is written to directly.
+    """
     if out not in STDOUT:
-        path = local(out)
+        path = local(out).resolve()  # write to what a link names
+        direct = path.exists() and not path.is_file()
+        written = path if direct else partial_path(path)
         with named_disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb", buffering=0) as file:
+            with open(written, "wb", buffering=0) as file:
                 yield file
+            if not direct:
+                written.replace(path)
         return
     sys.stdout.flush()
     try:
@@ -133,7 +146,7 @@ def predict_workdir(
     Args:
       config: The config of the run, to be checked; None: the one in the workdir.
       images: A folder or a pattern, see `ltjax.predictor.files.find`.
-      out: FILE.csv or FILE.jsonl; "-" or "-.jsonl" for standard output.
+      out: FILE.csv or FILE.jsonl, which is FILE.csv.partial until it is complete; "-" or "-.jsonl" for standard output.
       top_k: Number of classes listed for each image.
       target_prior: See `ltjax.predictor.load`.
       model_prior: See `ltjax.predictor.load`.
@@ -181,7 +194,9 @@ def predict_workdir(
             total += len(batch)
             bar.update(task, advance=len(batch), rate=total / (time.monotonic() - began))
             if stop.requested is not None:
-                _say(f"Stopped after {total:,} images; the same command starts again from the first.", bar.console)
+                kept = "" if out in STDOUT else f" Their lines are in {partial_path(local(out))}."
+                again = "The same command starts again from the first."
+                _say(f"Stopped after {total:,} images.{kept} {again}", bar.console)
                 raise SystemExit(128 + stop.requested)
     where = "" if out in STDOUT else f"; written to {out}"
     _say(f"{total:,} images, {unreadable:,} of them unreadable, {time.monotonic() - began:.1f} s{where}")

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -403,6 +404,42 @@ def test_no_readable_file_is_an_error(trained, tmp_path):
     touch(tmp_path, "3.png")
     with pytest.raises(UserError, match="none of the 1 files"):
         predict_mode.predict_workdir(None, trained[1], images=str(tmp_path), out=str(tmp_path / "o.csv"))
+
+
+@pytest.mark.parametrize("name", ["o.csv", "ö" * 125 + "o.csv"])
+def test_an_output_has_its_name_only_if_it_is_complete(trained, tmp_path, monkeypatch, name):
+    """Until then the former file stays. After a signal, the lines so far are in FILE.csv.partial."""
+    _, workdir, files = trained
+    out = tmp_path / name
+    out.write_text("former")
+    predictions = predict_mode.predictions
+
+    def stopped(*arguments, **options):
+        for batch in predictions(*arguments, **options):
+            assert out.read_text() == "former"
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch[:2]
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(predict_mode, "predictions", stopped)
+        predict_mode.predict_workdir(None, workdir, images=str(files / "1*.png"), out=str(out))
+    assert ended.value.code == 128 + signal.SIGTERM and out.read_text() == "former"
+    unfinished = predict_mode.partial_path(out)
+    assert len(unfinished.read_text().splitlines()) == 1 + 2
+
+    predict_mode.predict_workdir(None, workdir, images=str(files / "1*.png"), out=str(out))
+    assert len(out.read_text().splitlines()) == 1 + 111 and not unfinished.exists()
+
+
+def test_a_pipe_is_written_to_directly(trained, tmp_path):
+    _, workdir, files = trained
+    os.mkfifo(tmp_path / "o.csv")
+    reader = os.open(tmp_path / "o.csv", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        predict_mode.predict_workdir(None, workdir, images=str(files / "1.png"), out=str(tmp_path / "o.csv"))
+        assert len(os.read(reader, 4096).splitlines()) == 2
+    finally:
+        os.close(reader)
 
 
 def test_another_config_is_refused(trained, tmp_path):
