@@ -109,8 +109,8 @@ def test_no_folders_import_each_other_in_a_circle():
 def test_a_circle_of_folders_is_found(tmp_path):
     (tmp_path / "a.py").write_text("from ltjax.models.vit import Vit")
     (tmp_path / "b.py").write_text("def late():\n    import ltjax.attacks.pgd")
-    found = circle({"ltjax.attacks.pgd": tmp_path / "a.py", "ltjax.models.vit": tmp_path / "b.py"})
-    assert sorted(set(found)) == ["ltjax.attacks", "ltjax.models"]
+    actual = circle({"ltjax.attacks.pgd": tmp_path / "a.py", "ltjax.models.vit": tmp_path / "b.py"})
+    assert sorted(set(actual)) == ["ltjax.attacks", "ltjax.models"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

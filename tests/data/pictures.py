@@ -8,7 +8,7 @@ def chi_square(counts, expected):
 
 
 def photos(height=32, width=32):
-    """uint8 [40, height, width, 3]: noise, smooth ramps, low contrast, few values, one value."""
+    """Return uint8 [40, height, width, 3]: noise, smooth ramps, low contrast, few values, one value."""
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (8, height, width, 3))
     ramp = np.linspace(0, 255, height)[:, None, None] + np.linspace(-60, 60, width)[:, None]

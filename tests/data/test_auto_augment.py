@@ -56,7 +56,7 @@ def test_one_hot_products_equal_indexing(shape):
 @pytest.mark.parametrize(
     "platform, expected", [("tpu", [False, False]), ("cuda", [True, False]), ("cpu", [True, True])]
 )
-def test_which_platform_gathers_and_scatters(policy, platform, expected):
+def test_gathers_and_scatters_depend_on_the_platform(policy, platform, expected):
     """A TPU neither gathers nor scatters; a GPU gathers pixels and entries."""
     traced = jax.jit(policy).trace(jax.random.key(0), jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.uint8))
     program = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -103,7 +103,7 @@ def test_auto_augment_draws_the_policy_with_its_probabilities():
     apply = jax.jit(auto_augment._apply)
 
     def outcomes(pair, probability, image):
-        """(probability, image after one operation) of each outcome; sign and level as in the paper's table."""
+        """Return (probability, image after one operation) of each outcome; sign and level as in the paper's table."""
         name, share, level = pair
         low, high, signed = auto_augment.MAGNITUDES[name]
         magnitude = low + (high - low) * level / 9

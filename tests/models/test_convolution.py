@@ -125,7 +125,7 @@ def test_one_operand_of_a_vmapped_convolution_may_be_shared(which, batched):
 
 
 def test_gradients_have_the_precision_of_their_convolution():
-    """The precision is that of the context of the call, not of the gradient."""
+    """Check that the precision is that of the forward call's context."""
 
     def loss(x, kernel):
         with jax.default_matmul_precision("float32"):

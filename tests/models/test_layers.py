@@ -33,7 +33,7 @@ def test_initial_bias_is_uniform_within_one_over_the_root_of_the_width():
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 6), (2, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_max_pool_and_its_gradient_are_flaxs(size, dtype):
-    """To the bit in front. The gradients of a pixel that is the maximum of several windows are summed in float32."""
+    """The forward pass is bit-identical. Gradients of a pixel in several windows are summed in float32."""
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (2, *size, 5)), dtype)  # many are equal
         ours, pull_back = jax.vjp(layers.max_pool, x)
@@ -47,7 +47,7 @@ def test_max_pool_and_its_gradient_are_flaxs(size, dtype):
 
 
 @pytest.mark.parametrize("platform, scatters", [("cpu", False), ("gpu", False), ("tpu", True)])
-def test_max_pools_gradient_scatters_on_a_tpu_alone(platform, scatters):
+def test_max_pools_gradient_scatters_only_on_a_tpu(platform, scatters):
     x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.bfloat16)
     program = jax.jit(jax.grad(lambda x: layers.max_pool(x, platform).sum())).lower(x).as_text()
     assert ("select_and_scatter" in program) == scatters
@@ -84,7 +84,7 @@ def test_batch_norm_is_pytorchs():
     np.testing.assert_allclose(stats["var"], 0.9**2 + (1 - 0.9**2) * flat.var(0, ddof=1), rtol=1e-5)
 
 
-def test_batch_norm_in_evaluation_uses_the_running_statistics_and_leaves_them():
+def test_batch_norm_in_evaluation_uses_and_keeps_running_statistics():
     x = np.random.default_rng(0).normal(size=(2, 3, 3, 2)).astype(np.float32)
     settings = {"scale": [1.0, 3.0], "bias": [0.5, 0.0], "mean": [1.0, -2.0], "var": [4.0, 0.25]}
     scale, bias, mean, var = (np.array(v, np.float32) for v in settings.values())
@@ -127,7 +127,7 @@ def test_cosine_logits_stay_within_the_scale(length):
 
 
 def test_cosine_weights_begin_with_length_1():
-    """As the authors' of LDAM do: the longer they are, the less a step turns them."""
+    """LDAM's authors do so, too: a step turns longer vectors less."""
     kernel = layers.CosineClassifier(5).init(jax.random.key(0), jnp.zeros((1, 64)))["params"]["kernel"]
     np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), np.ones(5), rtol=1e-6)
 
