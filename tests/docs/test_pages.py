@@ -96,14 +96,14 @@ def backbones_of_others(monkeypatch):
     """Pretend that files and repositories of backbones are here: vision transformers or ResNets by their name."""
     find = pretrained.find
 
-    def actual(name):
+    def pretend(name):
         if name in weights.shipped():
             return find(name)
         network = dict(name="vit", depth=12) if "vit" in name else dict(name="resnet", depth=50, stem="large")
         settings = dict(**network, mean=(0.5,) * 3, std=(0.5,) * 3)
         return pretrained.Backbone(name, "0" * 64, settings, {"size": 224, "crop": 1.0}, "")
 
-    monkeypatch.setattr(pretrained, "find", actual)
+    monkeypatch.setattr(pretrained, "find", pretend)
 
 
 @pytest.mark.parametrize("page", [*WRITTEN, *CONFIGS], ids=name_of)
