@@ -102,7 +102,7 @@ def no_reports():
 
 @pytest.fixture(scope="module")
 def one_device():
-    """Runs use one of the 8 devices: for modules whose subject is not how a run is split over them."""
+    """Let runs use one of the 8 devices, in modules whose subject is not how a run is split over them."""
     from ltjax.system import parallel
 
     make_mesh = parallel.make_mesh

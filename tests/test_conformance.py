@@ -366,7 +366,7 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path
         stop.requested = signal.SIGTERM
 
     monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
-    monkeypatch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # tests/test_run.py compiles anew
+    monkeypatch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # test_run.py compiles again
     with pytest.MonkeyPatch.context() as patch:
         before_dispatch(patch, stage, 1, stop_here)
         with pytest.raises(Interrupted):

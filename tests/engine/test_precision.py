@@ -22,7 +22,7 @@ CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduse
 
 @pytest.fixture(autouse=True)
 def one_device_and_what_both_runs_share(monkeypatch):
-    """Images are read once, and the same initial weights, in float32, are computed once."""
+    """Read the images once, and compute the initial weights, which are float32 in both runs, once."""
     make_mesh, initial, made = parallel.make_mesh, experiments.initial_variables, []
     monkeypatch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:1], replicas))
     monkeypatch.setattr(data, "load", functools.cache(data.load))
