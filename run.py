@@ -9,6 +9,7 @@
 Exit code 2: a mistake, described in one line.
 """
 
+import gc
 import json
 import logging
 import os
@@ -206,6 +207,7 @@ def fail(message: object) -> None:
 def main(_: list[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before XLA loads: its messages would break progress bars
     # Imported after the flags are read, so that --help and a mistyped flag answer immediately.
+    gc.disable()
     from ltjax.runs import results
     from ltjax.system import processes
     from ltjax.system.signals import Interrupted
@@ -296,6 +298,8 @@ def run_mode(config: Mapping[str, Any]) -> None:
 
     mode: Callable = pkgutil.resolve_name("ltjax.modes.dry_run:dry_run" if _DRY_RUN.value else MODES[_MODE.value])
     where = workdir_of(config), _DATA_DIR.value
+    gc.freeze()  # what was imported stays: while JAX traces, Python need not search it for garbage
+    gc.enable()
     if _MODE.value != "predict":
         mode(config, *where)
         if _CALIBRATE.value and not _DRY_RUN.value:

@@ -5,6 +5,7 @@ LTJAX_TEST_OPTIMISED=1 compiles like users; tests of the optimised program use t
 """
 
 import contextlib
+import gc
 import itertools
 import os
 import pathlib
@@ -25,6 +26,7 @@ LONGEST = (
     "modes/test_attack.py",
     "attacks/test_autoattack.py",
     "engine/test_precision.py",
+    "test_results.py",
     "engine/test_golden_training.py",
 )
 MOST_MAPS = 30_000
@@ -35,8 +37,10 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 if jax.config.values["jax_platforms"] == "cpu" and not os.environ.get("LTJAX_TEST_OPTIMISED"):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of programs that tests start, too
     jax.config.update("jax_disable_most_optimizations", True)
-    # Not in up to 32 parts side by side: other cores have other tests, and LLVM is set up for each part.
-    flags = "--xla_cpu_parallel_codegen_split_count=1" + " --xla_cpu_use_fusion_emitters=false" * NO_EMITTERS
+    # Programs are not compiled in up to 32 parts side by side, for each of which LLVM is set up, and a device computes
+    # in one thread: other cores have other tests.
+    flags = "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
+    flags += " --xla_cpu_use_fusion_emitters=false" * NO_EMITTERS
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Where in the sources each operation of a program stands is left out, too: to find and to write it takes time.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
@@ -67,6 +71,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+def pytest_collection_finish():
+    """Look for garbage more rarely, and not among what was imported: while JAX traces, that took 8% of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(autouse=True)
 def few_memory_maps():
     """Free compiled programs before they exhaust the memory maps that Linux allows a process (65,530).
@@ -86,6 +97,17 @@ def no_reports():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "write_report", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Let runs use one of the 8 devices, in modules whose subject is not how a run is split over them."""
+    from ltjax.system import parallel
+
+    make_mesh = parallel.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:1], replicas))
         yield
 
 

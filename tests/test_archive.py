@@ -18,6 +18,8 @@ from ltjax.runs.weights import load_weights
 from ltjax.types import UserError
 from tests.test_run import final_arrays, run, tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 STAGES = {"stages": ("features", "classifier"), "epochs": 2, "classifier.epochs": 1}
 ATTACK = {"attack.num_images": 16, "attack.batch_size": 16, "attack.tests": ("pgd-2",), "attack.radii": ()}
 

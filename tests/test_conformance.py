@@ -366,8 +366,8 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path
         stop.requested = signal.SIGTERM
 
     monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
+    monkeypatch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # test_run.py compiles again
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # the resumed run compiles its own
         before_dispatch(patch, stage, 1, stop_here)
         with pytest.raises(Interrupted):
             train.train(tiny_config(name), workdir)

@@ -36,7 +36,7 @@ def test_figures_are_those_of_the_last_evaluated_epoch(folder):
 
 
 @pytest.mark.skipif(not ARCHIVES, reason="no archives in results/ yet")
-def test_an_archive_can_be_evaluated_again(tmp_path):
+def test_an_archive_can_be_evaluated_again(tmp_path, one_device, optimised):
     """On any machine and jaxlib, accuracy and ECE agree to 0.05 points, and to 0.2 if the run computed in bfloat16.
 
     Without oneDNN, XLA rounds bfloat16 otherwise: of 10,000 images 5 get another class.

@@ -12,7 +12,7 @@ from ltjax.types import UserError
 from tests.configs.reading import read
 from tests.data.miniatures import photo
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("one_device", "no_reports")
 
 CLASSES = ("cat", "dog", "owl")
 MODES = {
@@ -28,7 +28,7 @@ MODES = {
 def config_of(root):
     config = read("image_folder", "method=ce,model=resnet10,size=32,holdout=1")
     config.update(batch_size=8, eval_batch_size=8, epochs=1, eval_every=1)
-    config.model.width = 2
+    config.model = dict(name="vit", depth=1, width=8, heads=2, patch=8, grid=4)  # little to trace and compile
     config.data.root = str(root)
     config.attack.update(tests=("pgd-1",), num_images=2, radii=())
     return config.to_dict()

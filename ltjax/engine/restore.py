@@ -23,7 +23,7 @@ from ltjax.engine.experiment import (
 from ltjax.engine.stage import CompiledStage, TrainState, steps_done
 from ltjax.runs.checkpoint import Checkpoints, StageRecord
 from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, read_archive
-from ltjax.runs.weights import check_classifier, folder_of, into, load_weights
+from ltjax.runs.weights import check_classifier, folder_of, into, load_weights, taken
 from ltjax.runs.workdir import check_same_images, no_checkpoint
 from ltjax.system import parallel
 from ltjax.types import UserError, Variables
@@ -51,7 +51,7 @@ def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restor
         archive = read_archive(workdir)
         if stage.name != archive.stage:
             return None
-        state = compiled.init(seeds(run), fresh_variables(experiment, stage))
+        state = compiled.init(seeds(run), fresh_variables(experiment, stage, taken(archive.weights)))
         net = surgery.EMA if stage.ema else "net"  # which one is evaluated
         variables = into(state.variables, archive.weights, net=net)
         extra = archive.weights.variables.params.get("method")
@@ -94,7 +94,7 @@ def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -
     note_images_of_weights(experiment)
     last = list(run.stages.values())[-1]
     stage = last._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")
-    return Imported(experiment, stage, into(fresh_variables(experiment, last), weights))
+    return Imported(experiment, stage, into(fresh_variables(experiment, last, taken(weights)), weights))
 
 
 def note_images_of_weights(experiment: Experiment) -> None:

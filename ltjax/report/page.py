@@ -1,5 +1,6 @@
 """`report/index.html`: one file without references to others, made from a run's folder."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,12 @@ def render(**context: Any) -> str:
     """Return the page's HTML. context: title, subtitle, main (a Table), notes, sections, how_title, commands, facts,
     and how_first: whether commands and facts come right after the table, not last.
     """
+    footer = Markup("Colours and shapes: many (circle), medium (square), few (triangle) training images a class.")
+    return _template().render(footer=footer, listed=sections.MOST_ROWS, **context)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    footer = Markup("Colours and shapes: many (circle), medium (square), few (triangle) training images a class.")
-    return environment.get_template("page.html").render(footer=footer, listed=sections.MOST_ROWS, **context)
+    return environment.get_template("page.html")

@@ -20,7 +20,7 @@ from ltjax.types import Batch, Method, Outputs, UserError, Variables
 from tests import stages
 from tests.test_run import tiny_config
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("one_device", "no_reports")
 
 ALL = {"all": {"match": ".*", "rate": 1.0}}
 

@@ -16,6 +16,7 @@ from ltjax.runs.weights import save_weights
 from ltjax.types import UserError
 from tests.engine.test_streamed import both, settings
 
+pytestmark = pytest.mark.usefixtures("no_reports")
 MODEL = dict(name="resnet_cifar", depth=8, width=4)
 FROZEN = dict(backbone=dict(match="net/backbone/.*", rate=0.0), classifier=dict(match="net/classifier/.*", rate=1.0))
 

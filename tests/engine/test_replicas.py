@@ -25,7 +25,6 @@ from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 from ltjax.types import Method, Outputs, UserError
 from tests import stages
-from tests.conftest import optimised_programs
 from tests.test_conformance import before_dispatch, made_up_images, rewound, saved, steps_of, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -262,7 +261,7 @@ def prepared():
 def replicated(tmp_path_factory, prepared):
     """Return the workdir of a run of two replicas, a device each."""
     workdir = tmp_path_factory.mktemp("replicated") / "run"
-    with devices(2), optimised_programs(), prepared_once(prepared):
+    with devices(2), prepared_once(prepared):
         train.train(settings(replicas=2), workdir)
     return workdir
 
@@ -271,7 +270,7 @@ def replicated(tmp_path_factory, prepared):
 def alone(tmp_path_factory):
     """Return the workdirs of the two single runs, on one device."""
     workdirs = [tmp_path_factory.mktemp("alone") / str(FIRST + number) for number in range(2)]
-    with devices(1), optimised_programs(), prepared_once([]), pytest.MonkeyPatch.context() as patch:
+    with devices(1), prepared_once([]), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
         for number, workdir in enumerate(workdirs):
             train.train(settings(FIRST + number), workdir)
@@ -330,9 +329,7 @@ def test_the_summary_has_mean_and_sample_deviation(replicated):
     assert (replicated / "report" / "summary.png").exists()
 
 
-def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(
-    replicated, prepared, tmp_path, monkeypatch, optimised
-):
+def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(replicated, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
     stages = ["ce", "drw", "tau_norm"]
     workdir = rewound(replicated, tmp_path, "ce", stages)
@@ -352,7 +349,7 @@ def test_replicas_stopped_within_an_epoch_end_with_the_same_bits(
     assert (workdir / "metrics.jsonl").read_text() == (replicated / "metrics.jsonl").read_text()
 
 
-def test_eval_mode_repeats_the_figures_of_the_replicas(replicated, optimised):
+def test_eval_mode_repeats_the_figures_of_the_replicas(replicated):
     with devices(2):
         evaluated = evaluate_workdir(settings(replicas=2), replicated)
     for name, expected in results_of(replicated)["stages"].items():

@@ -20,6 +20,8 @@ from ltjax.system.signals import Interrupted
 from ltjax.types import UserError
 from tests.data.miniatures import photo
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 COUNTS, SIZE = (22, 11, 5), 16
 
 
@@ -96,19 +98,22 @@ def settings(**changes):
     return config
 
 
-@pytest.fixture(autouse=True)
-def two_devices(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
     make_mesh = parallel.make_mesh
-    monkeypatch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
+        yield
 
 
-@pytest.fixture
-def pair(monkeypatch):
+@pytest.fixture(scope="module")
+def pair(two_devices):
     """Return experiments on the same images: on the devices, and on disk."""
 
     def set_up(images):
-        monkeypatch.setattr(data, "load", lambda *_: images)
-        return experiments.set_up(parse(settings()), None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "load", lambda *_: images)
+            return experiments.set_up(parse(settings()), None)
 
     return [set_up(images) for images in both()]
 

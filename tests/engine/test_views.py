@@ -17,6 +17,7 @@ from ltjax.types import Batch, Method, UserError
 from tests import stages
 from tests.test_run import tiny_config
 
+pytestmark = pytest.mark.usefixtures("no_reports")
 COUNTS = np.array([30, 20, 9])
 SHAPE = (8, 8, 3)
 WEAK = dict(crop_padding=1)
@@ -120,7 +121,9 @@ def test_a_config_gives_the_views_in_the_order_of_their_names():
     assert batch.views.shape[:2] == (2, 2) and batch.views[:, 0].max() == 0 and batch.views[:, 1].min() == 1
 
 
-def test_the_projection_is_in_no_weights_and_in_no_later_stage(tmp_path):
+def test_the_projection_is_in_no_weights_and_in_no_later_stage(tmp_path, monkeypatch):
+    make_mesh = parallel.make_mesh
+    monkeypatch.setattr(parallel, "make_mesh", lambda *_, **__: make_mesh(jax.devices()[:1]))
     made = config()
     made["stages"] = ("ce", "later")
     made["later"] = {**tiny_config()["classifier"], "start_from": "ce", "epochs": 1}

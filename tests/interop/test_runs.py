@@ -20,6 +20,8 @@ from ltjax.system.files import write_json
 from ltjax.types import UserError
 from tests.test_run import tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_device", "no_reports")
+
 
 def quick(**changes):
     """Return one epoch of cross-entropy with a ResNet-8 on long-tailed Fashion-MNIST."""

@@ -12,7 +12,7 @@ from ltjax.engine.restore import restore
 from ltjax.types import Batch, Outputs, UserError, Variables
 from tests.test_run import tiny_config
 
-pytestmark = pytest.mark.usefixtures("no_reports")
+pytestmark = pytest.mark.usefixtures("one_device", "no_reports")
 
 COUNTS = np.array([50, 20, 5])
 RNG = np.random.default_rng(0)

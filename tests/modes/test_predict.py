@@ -26,6 +26,8 @@ from ltjax.predictor.files import Prediction
 from ltjax.types import UserError
 from tests.test_run import ROOT, environment, tiny_config
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 
 def touch(folder, *names):
     for name in names:

@@ -41,6 +41,13 @@ def folder(tmp_path_factory):
     return root
 
 
+def config_of(folder):
+    return (f"--config=tests/system/processes_config.py:{folder}",)
+
+
+SELDOM = "--config.checkpoint_seconds=600.0"  # only the end of a stage is saved, not every step
+
+
 class Launched:
     """A command started as one or several processes. own: more flags of each process."""
 
@@ -48,7 +55,7 @@ class Launched:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        flags = flags or (f"--config=tests/system/processes_config.py:{folder}",)
+        flags = flags or config_of(folder)
         command = [sys.executable, "run.py", *flags, f"--workdir={workdir}"]
         if count > 1:
             command += [f"--coordinator={address}", f"--num_processes={count}", f"--patience={PATIENCE}"]
@@ -113,7 +120,7 @@ def assert_same(workdir, alone, stages=("features", "classifier", "residual")):
 
 
 def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alone, tmp_path):
-    codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
+    codes, outputs = Launched(folder, tmp_path, count=1, devices=4, flags=(*config_of(folder), SELDOM)).finish()
     assert codes == [0], outputs
     assert_same(tmp_path, alone)
 
@@ -122,7 +129,7 @@ def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alon
 def together(folder, tmp_path_factory):
     """Run two processes with two devices each; return the workdir and the output of each."""
     workdir = tmp_path_factory.mktemp("together")
-    codes, outputs = Launched(folder, workdir, count=2, devices=2).finish()
+    codes, outputs = Launched(folder, workdir, count=2, devices=2, flags=(*config_of(folder), SELDOM)).finish()
     assert codes == [0, 0], outputs
     return workdir, outputs
 
