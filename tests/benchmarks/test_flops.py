@@ -68,7 +68,7 @@ def variables_of(net):
 
 @pytest.mark.parametrize("settings", [dict(depth=50), dict(depth=18, stem="large")])
 def test_other_networks_are_not_counted_by_hand(settings):
-    with pytest.raises(ValueError, match="basic blocks and the small stem alone"):
+    with pytest.raises(ValueError, match="only basic blocks and the small stem"):
         flops.network(dict(name="resnet", width=64, **settings), 100)
 
 
