@@ -18,8 +18,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from docs import settings
-from ltjax import attacks, losses, optim, registry, surgery
+from ltjax import attacks, losses, optim, surgery
 from ltjax.data import samplers, splits
+from ltjax.system import registry
 
 FOLDER = Path(__file__).parent / "figures"
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777"  # Okabe and Ito's

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ltjax import registry
+from ltjax.system import registry
 from ltjax.types import UserError
 
 BATCH_NORM_MODES = ("train", "eval")

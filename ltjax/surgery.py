@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax import losses, registry
+from ltjax import losses
+from ltjax.system import registry
 from ltjax.types import UserError, Variables
 
 Params = Mapping[str, Any]

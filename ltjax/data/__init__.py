@@ -2,8 +2,8 @@
 
 import os
 
-from ltjax import registry
 from ltjax.data.source import Images, Stored
+from ltjax.system import registry
 from ltjax.types import UserError
 
 SOURCES = {

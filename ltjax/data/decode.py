@@ -15,7 +15,7 @@ import simplejpeg
 from PIL import Image
 
 from ltjax.data import orientation
-from ltjax.hashing import hash32
+from ltjax.system.hashing import hash32
 from ltjax.types import one_line
 
 JPEG = b"\xff\xd8"  # first bytes

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 
 from ltjax.data.decode import View, center_crop, decode, random_window, window_draws
 from ltjax.data.source import ImageFiles, Stored
-from ltjax.hashing import hash32
 from ltjax.system.cores import num_cores
+from ltjax.system.hashing import hash32
 from ltjax.types import UserError, one_line
 
 TASK_ROWS = 16  # at most this many images in one task of a thread

@@ -14,8 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax import registry
-from ltjax.hashing import hash32, shuffled
+from ltjax.system import registry
+from ltjax.system.hashing import hash32, shuffled
 from ltjax.types import UserError
 
 

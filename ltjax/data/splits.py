@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ltjax.hashing import hash32, shuffled
+from ltjax.system.hashing import hash32, shuffled
 from ltjax.types import UserError
 
 PROFILES = ("exp", "step")

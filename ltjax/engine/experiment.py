@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from ltjax import data, methods, metrics, models, optim, registry, surgery
+from ltjax import data, methods, metrics, models, optim, surgery
 from ltjax.config import DataConfig, RunConfig, StageConfig
 from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
@@ -41,7 +41,7 @@ from ltjax.runs.weights import (
     with_zeros,
 )
 from ltjax.runs.workdir import check_same_images
-from ltjax.system import parallel, processes, xla
+from ltjax.system import parallel, processes, registry, xla
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
 
 

@@ -13,8 +13,8 @@ from ltjax.config import RunConfig
 from ltjax.data import splits
 from ltjax.data.source import ImageFiles, Images, Stored
 from ltjax.engine import evaluate, stage
-from ltjax.hashing import hash32
 from ltjax.system import parallel, xla
+from ltjax.system.hashing import hash32
 from ltjax.system.paths import local
 from ltjax.types import Apply, UserError, Variables
 

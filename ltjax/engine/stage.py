@@ -22,12 +22,12 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from ltjax import losses, optim, registry
+from ltjax import losses, optim
 from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
 from ltjax.data.augment import as_float
-from ltjax.hashing import hash32, is_local
 from ltjax.surgery import EMA
-from ltjax.system import parallel, xla
+from ltjax.system import parallel, registry, xla
+from ltjax.system.hashing import hash32, is_local
 from ltjax.types import Apply, Batch, Method, UserError, Variables
 
 

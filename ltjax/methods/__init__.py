@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ltjax import registry
 from ltjax.methods import criteria
+from ltjax.system import registry
 from ltjax.types import Method, Settings, UserError
 
 METHODS = {

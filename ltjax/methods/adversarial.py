@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax import attacks, losses, registry
+from ltjax import attacks, losses
 from ltjax.attacks.ball import per_image
+from ltjax.system import registry
 from ltjax.types import Apply, Batch, Method, Settings, Variables
 
 PAPERS_ATTACK: Settings = MappingProxyType({})  # the defaults of `_attack_settings`

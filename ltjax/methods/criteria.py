@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax import losses, registry
+from ltjax import losses
+from ltjax.system import registry
 from ltjax.types import Batch, Settings, UserError, nearest, plain
 
 CROSS_ENTROPY: Settings = MappingProxyType({"name": "cross_entropy"})

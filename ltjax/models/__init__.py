@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ltjax import registry
 from ltjax.models.blocks import Bottleneck, rematerialised
 from ltjax.models.branches import ConvBranches, NormBranches
 from ltjax.models.layers import CLASSIFIER_INITS, CLASSIFIERS
 from ltjax.models.network import Network
+from ltjax.system import registry
 from ltjax.types import UserError
 
 NAMES = (

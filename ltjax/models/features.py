@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from ltjax import registry
 from ltjax.models.layers import unit
+from ltjax.system import registry
 
 NORMALISE = ("none", "unit", "standardise")
 

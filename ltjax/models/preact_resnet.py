@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ltjax import registry
 from ltjax.models.blocks import rematerialised
 from ltjax.models.layers import BatchNorm, Conv, Init
 from ltjax.models.resnet import CONV_INITS, stage_blocks
+from ltjax.system import registry
 from ltjax.types import UserError
 
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ltjax import registry
 from ltjax.models.blocks import BasicBlock, Bottleneck, rematerialised
 from ltjax.models.layers import BatchNorm, Conv, Init, max_pool
+from ltjax.system import registry
 from ltjax.types import UserError
 
 BLOCKS = {  # of each stage, by depth

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from ltjax import registry
 from ltjax.models.blocks import rematerialised
 from ltjax.models.layers import torch_kernel_init
 from ltjax.models.precision import at_least_float32
+from ltjax.system import registry
 from ltjax.types import UserError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -20,7 +20,6 @@ from ltjax.engine import evaluate, feed
 from ltjax.engine.experiment import Experiment, seeds, set_up
 from ltjax.engine.restore import import_weights, restored_stages
 from ltjax.engine.stage import make_apply, steps_done
-from ltjax.hashing import hash32
 from ltjax.report import figures, page
 from ltjax.runs import logs, results
 from ltjax.runs.seeds import pool
@@ -28,6 +27,7 @@ from ltjax.runs.trained import evaluates_weights
 from ltjax.runs.workdir import locked, named_disk_errors, open_run
 from ltjax.system import parallel, processes, xla
 from ltjax.system.files import read_json, write_json
+from ltjax.system.hashing import hash32
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
 from ltjax.types import UserError, Variables

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ltjax.hashing import fingerprint
 from ltjax.system import processes
+from ltjax.system.hashing import fingerprint
 from ltjax.system.paths import check_checkpoints
 from ltjax.types import UserError, one_line
 

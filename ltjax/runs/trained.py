@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 
 from ltjax import surgery
 from ltjax.config import RunConfig, StageConfig, parse
-from ltjax.hashing import fingerprint
 from ltjax.runs.checkpoint import StageRecord, complete_steps
 from ltjax.runs.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.workdir import no_checkpoint
 from ltjax.system.files import holding, load_json, read_json
+from ltjax.system.hashing import fingerprint
 from ltjax.types import UserError, Variables, one_line
 
 TEMPERATURE = "temperature.json"  # written by `ltjax.modes.calibrate`

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ltjax import registry
+from ltjax.system import registry
 
 # Debug options of XLA. oneDNN computes convolutions and products, YNNPACK only sums: a float32 training step takes 1.5
 # times as long with YNNPACK's convolutions as with oneDNN's.

@@ -3,7 +3,8 @@
 import runpy
 from pathlib import Path
 
-from ltjax import config, optim, registry
+from ltjax import config, optim
+from ltjax.system import registry
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import common, heads, recipes
-from ltjax import config, methods, models, optim, registry, surgery
+from ltjax import config, methods, models, optim, surgery
 from ltjax.data import SOURCES, augment, load, samplers, splits
+from ltjax.system import registry
 from tests.configs.reading import ROOT, parsed, rates_of, read
 
 # Each method gets one of these, in turn, and another one in each file.

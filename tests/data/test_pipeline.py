@@ -17,9 +17,9 @@ from ltjax.data import decode, pipeline, samplers
 from ltjax.data.decode import View
 from ltjax.data.source import Stored, Subset
 from ltjax.engine import feed
-from ltjax.hashing import hash32
 from ltjax.predictor import files
 from ltjax.system import parallel
+from ltjax.system.hashing import hash32
 from ltjax.types import UserError
 from tests.test_run import tiny_config
 

@@ -211,7 +211,7 @@ def test_a_step_equals_that_of_resident_images(pair):
 def drawn(run, resident):
     """Return the images of step 0, by position in the sorted training set."""
     from ltjax.data import samplers
-    from ltjax.hashing import hash32
+    from ltjax.system.hashing import hash32
 
     sampler = samplers.create(name="class_aware", in_a_row=2)
     seed = hash32(np.uint32(run.seed), np.uint32(0))

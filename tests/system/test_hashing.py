@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ltjax import hashing
-from ltjax.hashing import fingerprint, hash32, shuffled
+from ltjax.system import hashing
+from ltjax.system.hashing import fingerprint, hash32, shuffled
 
 
 def permutation(size, seed):

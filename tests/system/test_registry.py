@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from ltjax import registry
+from ltjax.system import registry
 from ltjax.types import UserError
 
 
