@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 
 class MeanStd(NamedTuple):
     mean: float
@@ -27,8 +25,10 @@ def pool(parts: Sequence[Any], average: Callable[[Sequence[Any]], Any]) -> Any:
     return {key: pool([part[key] for part in parts], average) for key in keys}
 
 
-def pooled_bins(bins: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def pooled_bins(bins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the calibration bins of all predictions together: {"accuracies", "confidences", "counts": [bins]}."""
+    import numpy as np  # `ltjax.compare` starts without it
+
     counts = np.stack([each["counts"] for each in bins])  # [seeds, bins]
     total = counts.sum(0)
     means = {

@@ -36,6 +36,7 @@ def test_an_unknown_option_counts_as_no_onednn():
 
 def test_a_jaxlib_with_onednn_gets_all_options(monkeypatch, uncached):
     monkeypatch.setattr(xla, "_compiled_convolution", knows_onednn)
+    monkeypatch.setenv("XLA_FLAGS", "")
     assert xla.cpu_options() == {**xla.FASTEST, xla.ONE_THREAD: False}  # tests have eight devices
     assert xla.has_onednn()
 
@@ -43,6 +44,7 @@ def test_a_jaxlib_with_onednn_gets_all_options(monkeypatch, uncached):
 def test_one_device_keeps_its_threads(monkeypatch, uncached):
     monkeypatch.setattr(xla, "_compiled_convolution", knows_onednn)
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    monkeypatch.setenv("XLA_FLAGS", "")
     assert xla.cpu_options() == xla.FASTEST
 
 
