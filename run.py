@@ -206,8 +206,8 @@ def fail(message: object) -> None:
 
 def main(_: list[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before XLA loads: its messages would break progress bars
+    gc.disable()  # until everything is imported, see `run_mode`
     # Imported after the flags are read, so that --help and a mistyped flag answer immediately.
-    gc.disable()
     from ltjax.runs import results
     from ltjax.system import processes
     from ltjax.system.signals import Interrupted

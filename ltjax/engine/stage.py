@@ -215,8 +215,8 @@ def feature_means(
     def add(sums, start):
         return jax.tree.map(jnp.add, sums, of_batch(start)), None
 
-    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_batch, 0))
-    sums, _ = jax.lax.scan(add, nothing, jnp.arange(0, size, batch_size))  # stacked sums would be [batches, C, D]
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_batch, 0))
+    sums, _ = jax.lax.scan(add, zero, jnp.arange(0, size, batch_size))  # stacked sums would be [batches, C, D]
     return means_of(sums, layers)
 
 

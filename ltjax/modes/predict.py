@@ -91,26 +91,30 @@ def kind_of(out: str) -> str:
     return suffix
 
 
-def partial_path(path: Path) -> Path:
-    """Return where an unfinished output is. Its name has at most 255 bytes, too."""
-    return path.with_name(os.fsdecode(os.fsencode(path.name)[: 255 - len(PARTIAL)]) + PARTIAL)
+def written_to(out: str) -> Path:
+    """Return where lines are written: beside a file, until it is complete; to a pipe or a device directly."""
+    path = local(out).resolve()  # what a link names
+    if path.exists() and not path.is_file():
+        return path
+    name = path.name
+    while len(os.fsencode(name + PARTIAL)) > 255:  # bytes, the limit of file systems
+        name = name[:-1]
+    return path.with_name(name + PARTIAL)
 
 
 @contextlib.contextmanager
 def _opened(out: str) -> Generator[Any]:
     """Open the output, unbuffered. If the reader of standard output closes it, exit with code 0.
 
-    A file gets its name when it is complete. A pipe or a device is written to directly.
+    A file gets its name when it is complete.
     """
     if out not in STDOUT:
-        path = local(out).resolve()  # write to what a link names
-        direct = path.exists() and not path.is_file()
-        written = path if direct else partial_path(path)
+        path, written = local(out).resolve(), written_to(out)
         with named_disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(written, "wb", buffering=0) as file:
                 yield file
-            if not direct:
+            if written != path:
                 written.replace(path)
         return
     sys.stdout.flush()
@@ -194,7 +198,7 @@ def predict_workdir(
             total += len(batch)
             bar.update(task, advance=len(batch), rate=total / (time.monotonic() - began))
             if stop.requested is not None:
-                kept = "" if out in STDOUT else f" Their lines are in {partial_path(local(out))}."
+                kept = "" if out in STDOUT else f" Their lines are in {written_to(out)}."
                 again = "The same command starts again from the first."
                 _say(f"Stopped after {total:,} images.{kept} {again}", bar.console)
                 raise SystemExit(128 + stop.requested)

@@ -409,7 +409,7 @@ def test_no_readable_file_is_an_error(trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["o.csv", "ö" * 125 + "o.csv"])
-def test_an_output_has_its_name_only_if_it_is_complete(trained, tmp_path, monkeypatch, name):
+def test_an_output_has_its_name_only_if_it_is_complete(trained, tmp_path, monkeypatch, capfd, name):
     """Until then the former file stays. After a signal, the lines so far are in FILE.csv.partial."""
     _, workdir, files = trained
     out = tmp_path / name
@@ -426,11 +426,22 @@ def test_an_output_has_its_name_only_if_it_is_complete(trained, tmp_path, monkey
         patch.setattr(predict_mode, "predictions", stopped)
         predict_mode.predict_workdir(None, workdir, images=str(files / "1*.png"), out=str(out))
     assert ended.value.code == 128 + signal.SIGTERM and out.read_text() == "former"
-    unfinished = predict_mode.partial_path(out)
+    unfinished = predict_mode.written_to(str(out))
+    assert f"Their lines are in {unfinished}." in capfd.readouterr().err
     assert len(unfinished.read_text().splitlines()) == 1 + 2
 
     predict_mode.predict_workdir(None, workdir, images=str(files / "1*.png"), out=str(out))
     assert len(out.read_text().splitlines()) == 1 + 111 and not unfinished.exists()
+
+
+def test_a_link_to_an_output_stays_a_link(trained, tmp_path):
+    _, workdir, files = trained
+    (tmp_path / "real").mkdir()
+    (tmp_path / "o.csv").symlink_to(tmp_path / "real" / "table.csv")
+    assert predict_mode.written_to(str(tmp_path / "o.csv")) == tmp_path / "real" / "table.csv.partial"
+    predict_mode.predict_workdir(None, workdir, images=str(files / "1.png"), out=str(tmp_path / "o.csv"))
+    assert (tmp_path / "o.csv").is_symlink()
+    assert len((tmp_path / "real" / "table.csv").read_text().splitlines()) == 2
 
 
 def test_a_pipe_is_written_to_directly(trained, tmp_path):
