@@ -126,8 +126,8 @@ def read_curves(path: Path) -> dict[str, dict[str, list]]:
             entry = json.loads(line)
             stage, values = curves.setdefault(entry["stage"], {"train": [], "test": []}), entry["values"]
             if entry["split"] == "train":
-                numbers = entry["epoch"], entry["step"], values["loss"], values["lr"]
-                stage["train"].append(tuple(map(float, numbers)))
+                numbers = int(entry["epoch"]), int(entry["step"]), float(values["loss"]), float(values["lr"])
+                stage["train"].append(numbers)
             elif entry["split"] == "test":
                 stage["test"].append((entry["epoch"], dict(values["accuracy"])))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -143,7 +143,7 @@ def thinned(entries: Sequence[tuple[int, int, float, float]]) -> list[tuple[floa
         return []
     epochs, steps, losses, rates = (np.asarray(values, np.float64) for values in zip(*entries, strict=True))
     last = np.flatnonzero(np.diff(epochs, append=np.inf))  # last dispatch of each epoch
-    per_epoch = steps[last[0]] / epochs[last[0]] if len(last) else 1.0
+    per_epoch = steps[last[0]] / max(epochs[last[0]], 1.0)
     before = np.r_[0.0, steps[:-1]]
     middle = (steps + before) / 2 / max(per_epoch, 1e-9)
     parts = np.array_split(np.arange(len(entries)), min(len(entries), MOST_POINTS))

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ltjax import compare, predictor
@@ -105,6 +105,8 @@ def test_readers_accept_unchanged_files(tmp_path):
 
 
 @given(st.lists(st.one_of(st.sampled_from(NEW), st.text(max_size=5)), min_size=1, max_size=6))
+@example([None, None, None, float("inf")])  # a step
+@example([None, None, "0"])  # an epoch
 def test_any_lines_are_learning_curves_or_left_out(values):
     keys = ("stage", "split", "epoch", "step", "values", "loss")
     lines = [dict(zip(keys, ("ce", "train", 1, 7, {"loss": 1.0, "lr": 0.1}), strict=False))]
