@@ -144,6 +144,8 @@ def _read(content: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | N
         raise ValueError(f"more than {MAX_PIXELS} pixels" if too_large else one_line(error)) from error
     if kept is not None and kept.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"pixels of type {kept.dtype}, whose brightest value is unknown: convert it to 8 bits")
+    if pixels is None and kept is not None and kept.ndim == 2:  # OpenCV makes no RGB of grey JPEG 2000 codestreams
+        pixels = cv2.cvtColor(kept, cv2.COLOR_GRAY2BGR)
     if pixels is None:
         raise ValueError("not an image that can be decoded")
     _check_range(content, pixels)

@@ -67,6 +67,13 @@ def test_every_container_gives_the_pixels_that_pillow_reads(kind, mode):
     assert np.abs(decode.decode(content) - expected).max() <= 1  # rounding of YCbCr and CMYK
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_jpeg_2000_without_a_container_is_decoded(mode):
+    image = Image.fromarray(picture(8, 8)).convert(mode)
+    content = encoded(image, "JPEG2000", no_jp2=True)
+    np.testing.assert_array_equal(decode.decode(content), np.asarray(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("ending", [".png", ".tiff", ".ppm"])
 def test_of_16_bits_the_upper_8_are_kept(ending):
     pixels = np.random.default_rng(0).integers(0, 5000, (8, 8, 3)).astype(np.uint16)
