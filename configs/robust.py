@@ -76,8 +76,8 @@ def attack(epsilon: str, short: bool) -> dict[str, Any]:
     Raises:
       ValueError: If epsilon is not a number above 0 and up to 1.
     """
-    number = 0.031 if epsilon == "0.031" else _number(epsilon)
-    step = 0.007 if epsilon == "0.031" else number / 4
+    number = _number(epsilon)
+    step = 0.007 if number == 0.031 else number / 4
     steps = dict(step_size=2 * step, num_steps=3) if short else dict(step_size=step, num_steps=10)
     return dict(epsilon=number, **steps, norm="linf", start="gaussian", start_scale=0.001, radius_share=0.0, ramp=0.0)
 

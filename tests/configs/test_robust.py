@@ -111,6 +111,12 @@ def test_beta_and_awp_reach_the_method():
     assert parsed("cifar100", "method=trades,beta=0")[1]["trades"].method["beta"] == 0.0
 
 
+@pytest.mark.parametrize("epsilon", ["0.031", "0.0310", "3.1e-2"])
+def test_the_papers_epsilon_has_the_papers_step_in_any_notation(epsilon):
+    attack = parsed("cifar100", f"method=lbgat,epsilon={epsilon}")[1]["lbgat"].method["attack"]
+    assert (attack["epsilon"], attack["step_size"]) == (0.031, 0.007)
+
+
 @pytest.mark.parametrize("epsilon, number", [("8/255", 8 / 255), ("0.05", 0.05), ("1", 1.0)])
 def test_another_epsilon_sets_the_steps_and_the_final_attack(epsilon, number):
     run, stages = parsed("cifar100", f"method=lbgat,epsilon={epsilon}")
