@@ -188,7 +188,7 @@ def normalisation(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tupl
     constants = {}
     for key, value in arrays.items():
         match = NORMALISATION.fullmatch(bare(key))
-        if match and first and value.size == first[0].shape[1] and np.max(value) <= 1:
+        if match and first and first[0].shape[1:2] == (value.size,) and np.max(value) <= 1:
             constants["mean" if match["mean"] else "std"] = (key, tuple(round(float(x), 6) for x in value.reshape(-1)))
     return constants if len(constants) == 2 else {}
 

@@ -272,7 +272,7 @@ def implied(state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any] | No
     paths = {names.path_of(names.bare(key), value.ndim): value for key, value in arrays.items()}
     settings: dict[str, Any] = {kind: values for kind, (_, values) in names.normalisation(arrays).items()}
     settings |= vit.implied(arrays, config or {})[0] or resnets.implied(arrays)
-    if "classifier/kernel" in paths:
+    if "classifier/kernel" in paths and paths["classifier/kernel"].ndim:
         settings["num_classes"] = paths["classifier/kernel"].shape[0]
     if "logit_scale" in paths:
         settings["logit_scale"] = True

@@ -291,3 +291,10 @@ def test_an_invalid_order_of_classes_is_named(content, message, tmp_path):
     (tmp_path / "order").write_text(content)
     with pytest.raises(UserError, match=message):
         class_order(str(tmp_path / "order"), 4)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_arrays_of_any_shape_imply_no_settings_that_they_lack(shape):
+    constants = {"mean": np.full(3, 0.5), "std": np.full(3, 0.5)}
+    arrays = {"conv1.weight": np.ones(shape), "fc.weight": np.ones(shape), **constants}
+    assert implied(arrays) == ({"num_classes": 3} if shape else {})
