@@ -24,14 +24,12 @@ LossOf = Callable[[Apply, Variables, Batch, jax.Array], tuple[jax.Array, tuple[V
 
 def cross_entropy(natural: jax.Array, logits: jax.Array, batch: Batch, variables: Variables) -> jax.Array:
     """Compute the objective of Madry et al. A mixup batch counts both labels."""
-    del natural, variables
     per_image = partial(losses.cross_entropy, logits)
     return losses.mixed(per_image, batch.labels, batch.partner_labels, batch.lam).sum()
 
 
 def divergence(natural: jax.Array, logits: jax.Array, batch: Batch, variables: Variables) -> jax.Array:
     """Compute the objective of TRADES and LBGAT: the KL divergence from the natural prediction, which is constant."""
-    del batch, variables
     return losses.kl_divergence(natural, logits).sum()
 
 

@@ -70,7 +70,6 @@ def create(
     learned = radius.startswith("learned")
 
     def init(rng):
-        del rng
         return ({"margins": initial} if learned else {}), {}
 
     def margins_of(extra_params):  # [..., L, C]
@@ -92,7 +91,6 @@ def create(
         return losses.mixed(bound, batch.labels, batch.partner_labels, batch.lam)
 
     def total(apply, variables, batch, rng):
-        del rng
         outputs, variables = apply(variables, batch.images)
         classification = criterion(outputs.logits, batch)
         robustness = jnp.zeros((), classification.dtype)
@@ -103,7 +101,6 @@ def create(
         return classification + robust_weight * robustness, (variables, metrics)
 
     def refresh(arrays, class_means):
-        del arrays
         return dict(class_means) if layers else {"features": class_means}
 
     return Method(init=init, loss=total, refresh=refresh, layers=layers, per_class=per_class, prior=criterion.prior)

@@ -148,7 +148,6 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        del train
         lora = self.rank if self.adapter == "lora" else 0
         attention = Attention(self.heads, self.qkv_bias, lora, self.dtype, name="attention")
         y = attention(LayerNorm(self.epsilon, name="norm1")(x))
@@ -308,7 +307,6 @@ def backbone(
         a part `adapter`.
       rank: Channels inside an adapter. 0: LIFT's, see `default_rank`.
     """
-    del platform
     sizes = dict(depth=depth, width=width, patch=patch, grid=grid)
     for name, value in sizes.items():
         if value < 1:
