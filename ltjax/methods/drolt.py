@@ -6,7 +6,6 @@ and a last stage that retrains the classifier with any loss.
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +17,6 @@ from ltjax.types import Method, Settings, UserError
 
 RADII = ("learned", "learned_unconstrained", "shared", "by_count")
 WEIGHTED: Settings = MappingProxyType({"name": "cross_entropy", "class_weights": MappingProxyType({"kind": "count"})})
-
-
-def _check(radius: str, radius_size: float, temperature: float, layers: Any) -> None:
-    if radius not in RADII:
-        raise UserError(f"method 'drolt': unknown radius {radius!r}; known: {', '.join(RADII)}")
-    if not temperature > 0 or not radius_size >= 0:
-        raise UserError(
-            f"method 'drolt': temperature = {temperature}, radius_size = {radius_size}: above 0, and at least 0"
-        )
 
 
 def create(
@@ -59,7 +49,12 @@ def create(
       layers: Backbone stages, such as ("stage2", "stage3"). Empty: the pooled final map.
       class_weights: C factors on the classification losses of each class's images. The robust loss has its own.
     """
-    _check(radius, radius_size, temperature, layers)
+    if radius not in RADII:
+        raise UserError(f"method 'drolt': unknown radius {radius!r}; known: {', '.join(RADII)}")
+    if not temperature > 0 or not radius_size >= 0:
+        raise UserError(
+            f"method 'drolt': temperature = {temperature}, radius_size = {radius_size}: above 0, and at least 0"
+        )
     layers = tuple(layers)
     centroids_of = layers or ("features",)  # keys of the method's arrays
     criterion = criteria.create(class_counts, loss, class_weights)
