@@ -55,14 +55,6 @@ class DatasetSpec(NamedTuple):
     expected: str  # examples of paths in them, for messages
 
 
-class Problem(NamedTuple):
-    """A missing or damaged image."""
-
-    key: str
-    what: str
-    where: str
-
-
 class _Rate(ProgressColumn):
     def render(self, task) -> Text:
         return Text(f"{task.speed:.0f} images/s" if task.speed else "")
@@ -155,14 +147,14 @@ def _hash(spec: DatasetSpec) -> str:
     return digest.hexdigest()
 
 
-def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
+def _write_records(spec: DatasetSpec, shards: Shards) -> list[str]:
     """Read the sources once and write the images that no finished shard holds.
 
-    Return the missing and damaged images, which `problems.txt` lists as well. UserError if an image is in the sources
-    twice, or if they hold no image of the lists.
+    Return the missing and damaged images, "KEY (WHAT)", which `problems.txt` lists as well. UserError if an image is
+    in the sources twice, or if they hold no image of the lists.
     """
     finished, seen = shards.keys(), set()
-    problems: list[Problem] = []
+    problems: list[str] = []
     deep = DeepImages()
     if len(finished) == len(spec.images):
         return problems
@@ -175,7 +167,7 @@ def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
         task = bar.add_task(f"preparing {spec.name}", total=len(spec.images), completed=len(finished))
 
         def report(key: str, what: str, where: str) -> None:
-            problems.append(Problem(key, what, where))
+            problems.append(f"{key} ({what})")
             log.write(f"{key}\t{what}\t{where}\n")
 
         for key, where, content, what in _checked(_listed_images(spec, seen), finished, threads, deep):
@@ -267,7 +259,7 @@ def _record(spec: DatasetSpec, key: str, content: bytes) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def _handle_problems(spec: DatasetSpec, folder: Path, problems: list[Problem], skip_damaged: bool) -> str:
+def _handle_problems(spec: DatasetSpec, folder: Path, problems: list[str], skip_damaged: bool) -> str:
     """With `skip_damaged`, keep the list of left-out images and return a clause about them; else UserError."""
     log = folder / "problems.txt"
     (folder / "skipped.txt").unlink(missing_ok=True)
@@ -277,11 +269,10 @@ def _handle_problems(spec: DatasetSpec, folder: Path, problems: list[Problem], s
     if skip_damaged:
         log.replace(folder / "skipped.txt")
         return f", without {len(problems)} that are missing or damaged (skipped.txt)"
-    names = some([f"{key} ({what})" for key, what, _ in problems])
     raise UserError(
-        f"{len(problems)} of {len(spec.images)} images of {spec.name} are missing or damaged: {names}; {log} names "
-        "them all: replace them and run the same command again (what is finished is kept), or leave them out with "
-        "--skip_damaged"
+        f"{len(problems)} of {len(spec.images)} images of {spec.name} are missing or damaged: {some(problems)}; {log} "
+        "names them all: replace them and run the same command again (what is finished is kept), or leave them out "
+        "with --skip_damaged"
     )
 
 
