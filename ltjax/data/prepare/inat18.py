@@ -45,7 +45,6 @@ def read_spec(source: Path) -> DatasetSpec:
             )
     return DatasetSpec(
         name=NAME,
-        version="1.0.0",
         description=(
             "iNaturalist 2018: 437,513 training and 24,426 validation photographs of 8,142 species, as many of each as "
             "were taken. The test images, whose species are secret, are left out."

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.progress import MofNCompleteColumn, ProgressColumn, TimeRemainingColumn
@@ -25,6 +26,7 @@ from ltjax.data.source import newest_version
 from ltjax.system.locks import locked
 from ltjax.types import UserError, some
 
+VERSION = "1.0.0"  # of all data sets; TFDS has the same for those that it knows
 IN_FLIGHT = 64  # images in memory while threads check them
 
 
@@ -42,17 +44,16 @@ class DatasetSpec(NamedTuple):
     """
 
     name: str
-    version: str
     description: str
     homepage: str
     key_feature: str  # TFDS' name for the key
     class_names: dict[str, list[str]]  # {feature: names}; `label` is one of the features
-    by_label: dict[str, list[int]]  # {further feature: its value for each label}
     official: dict[str, int]  # {split: number of images in the official split}
     images: dict[str, Image]  # {key: image}, N of them
     key: Callable[[str], str]  # path of a file -> key
     sources: list[Path]  # archives and folders, in reading order
     expected: str  # examples of paths in them, for messages
+    by_label: Mapping[str, list[int]] = MappingProxyType({})  # {further feature: its value for each label}
 
 
 class _Rate(ProgressColumn):
@@ -98,7 +99,7 @@ def prepare(
         )
     spec = read_spec(source)
     _compare_with_official(spec)
-    folder = data_dir / name / f"{spec.version}.incomplete"
+    folder = data_dir / name / f"{VERSION}.incomplete"
     require_writable(folder)
     with locked(folder, f"another run is writing {folder}: wait for it, or stop it"):
         shards = Shards(folder, name, _hash(spec), shard_bytes)
@@ -141,7 +142,7 @@ def _compare_with_official(spec: DatasetSpec) -> None:
 
 def _hash(spec: DatasetSpec) -> str:
     """Hash the records to write, for any layout of the archives."""
-    digest = hashlib.sha256(repr((spec.version, spec.class_names)).encode())
+    digest = hashlib.sha256(repr((VERSION, spec.class_names)).encode())
     for key in sorted(spec.images):
         digest.update(f"{key}\t{spec.images[key].split}\t{spec.images[key].label}\n".encode())
     return digest.hexdigest()
@@ -287,7 +288,7 @@ def _finish(spec: DatasetSpec, shards: Shards) -> None:
         keys = [key for shard in shards.finished[split] for key in shard.keys]
         labels = [spec.images[key].label for key in keys]
         index.write_index(folder / f"{split}.index.npz", index.make_index(labels, keys, split), paths[split])
-    directory = folder.with_name(spec.version)
+    directory = folder.with_name(VERSION)
     os.rename(folder, directory)
     (directory / JOURNAL).unlink()
 
@@ -314,7 +315,7 @@ def _write_metadata(spec: DatasetSpec, shards: Shards) -> None:
         data_dir=shards.folder,
         features=features(spec.key_feature, spec.class_names),
         split_infos=infos,
-        version=spec.version,
+        version=VERSION,
         check_data=False,
         description=spec.description,
         homepage=spec.homepage,
