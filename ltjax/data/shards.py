@@ -51,11 +51,9 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Stored:
     """Open `name`, one of `SPLITS`; images are in the order of their file names or ids.
 
     Labels come from the index beside the records. If there is none, as with TFDS, one pass over the records makes it
-    and stores it there, or in `~/.cache/ltjax` if that folder is not writable. UserError if the name is unknown, the
-    data set is missing or damaged, or only TensorFlow can read it.
+    and stores it there, or in `~/.cache/ltjax` if that folder is not writable. UserError if the data set is
+    missing or damaged, or only TensorFlow can read it.
     """
-    if name not in SPLITS:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(SPLITS)}")
     return prepared.read(name, resolve_data_dir(data_dir), _open, flags=" --source=...")
 
 
