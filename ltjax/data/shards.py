@@ -35,7 +35,7 @@ class Records:
 
     def __getitem__(self, index: int) -> bytes:
         try:
-            return _fields(self._source[int(self._index.records[index])])["image"].bytes_list.value[0]
+            return prepared.fields(self._source[int(self._index.records[index])])["image"].bytes_list.value[0]
         except Exception as error:  # array_record and protobuf each raise their own kinds
             raise UserError(f"{self.name(index)} cannot be read ({one_line(error)})") from error
 
@@ -90,7 +90,7 @@ def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> Index
         for start in range(0, len(source), CHUNK):
             chunk = range(start, min(start + CHUNK, len(source)))
             for number, record in zip(chunk, source.__getitems__(chunk), strict=True):
-                fields = _fields(record)
+                fields = prepared.fields(record)
                 labels[number] = fields["label"].int64_list.value[0]
                 keys.append(_key(fields, number))
             bar.advance(task, len(chunk))
@@ -103,13 +103,6 @@ def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> Index
         except OSError:
             continue  # the folder is not writable
     return index
-
-
-def _fields(record: bytes) -> Any:
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example: Any = tf_example_pb2.Example  # pyrefly: ignore
-    return example.FromString(record).features.feature
 
 
 def _key(fields: Any, number: int) -> Any:
