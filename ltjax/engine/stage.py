@@ -98,19 +98,13 @@ def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
     return apply
 
 
-def init_variables(
-    nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], rng: jax.Array, method: Method | None = None
-) -> Variables:
-    """Initialise the variables of every network, and of the method if given. image_shape: [H, W, channels]."""
-    params, stats, arrays = {}, {}, {}
+def init_variables(nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], rng: jax.Array) -> Variables:
+    """Initialise the variables of every network. image_shape: [H, W, channels]."""
+    params, stats = {}, {}
     for number, (name, net) in enumerate(sorted(nets.items())):
         created = net.init(jax.random.fold_in(rng, number), jnp.zeros((1, *image_shape), jnp.float32))
         params[name], stats[name] = created["params"], created.get("batch_stats", {})
-    if method is not None:
-        extra, arrays = method.init(jax.random.fold_in(rng, len(nets)))
-        if extra:
-            params["method"] = extra
-    return Variables(params, stats, arrays)
+    return Variables(params, stats, {})
 
 
 def all_finite(tree: Any) -> bool:
