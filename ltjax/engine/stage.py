@@ -77,9 +77,8 @@ class Chunk(NamedTuple):
 OTHERS = 1  # tells the random numbers of a batch's second draw from those of the first
 
 
-def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
-    """Make the `apply` that methods call: run a network, by default in the stage's batch-norm mode `bn`."""
-    stage_mode = bn
+def make_apply(nets: Mapping[str, nn.Module], stage_mode: str) -> Apply:
+    """Make the `apply` that methods call: run a network, by default in the stage's batch-norm mode."""
 
     def apply(variables: Variables, images: jax.Array, net: str = "net", bn: str | None = None):
         mode = bn or stage_mode
@@ -110,11 +109,8 @@ def init_variables(nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], 
 def all_finite(tree: Any) -> bool:
     """Return whether no array of a pytree holds an inf or nan."""
     # One array at a time: on a CPU, two programs on split arrays could wait for each other.
-    return all(_is_finite(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
-
-
-def _is_finite(array: Any) -> bool:
-    return bool(np.isfinite(np.asarray(array)).all() if is_local(array) else _finite(array))
+    arrays = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
+    return all(np.isfinite(np.asarray(x)).all() if is_local(x) else _finite(x) for x in arrays)
 
 
 _finite = xla.jit(lambda array: jnp.isfinite(array).all())
