@@ -88,7 +88,7 @@ def prepare(
     experiment = set_up(run, data_dir, workdir, features_as)
     compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
     for name, stage in run.stages.items():
-        if stage.keep_optimizer and compiled[name].assigned != compiled[stage.start_from].assigned:
+        if stage.keep_optimizer and compiled[name].trained != compiled[stage.start_from].trained:
             raise UserError(
                 f"config.{name}.keep_optimizer: stage {stage.start_from!r} does not train the same parameters "
                 "in the same groups"

@@ -51,12 +51,7 @@ class CompiledStage(NamedTuple):
     steps_per_epoch: int
     num_steps: int  # of the whole stage
     factors: np.ndarray  # [epochs], factors on the learning rate
-    assigned: dict[str, str]  # {path of a trained parameter: its group}
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Paths of the parameters with a rate above 0."""
-        return tuple(self.assigned)
+    trained: dict[str, str]  # {path of a parameter with a rate above 0: its group}
 
 
 class Resident(NamedTuple):
@@ -282,7 +277,7 @@ def build(
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         factors=factors,
-        assigned=trained,
+        trained=trained,
     )
 
 

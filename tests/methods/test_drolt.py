@@ -188,7 +188,7 @@ def test_centroids_are_the_class_means_of_each_layer_in_evaluation_mode(trained)
 
 def test_margins_are_a_trained_parameter_of_the_stage(trained):
     _, compiled, state, _, _ = trained
-    assert compiled.assigned["method/margins"] == "features"
+    assert compiled.trained["method/margins"] == "features"
     assert state.variables.params["method"]["margins"].shape == (2, 3)
     assert np.all(state.variables.params["method"]["margins"] != 0.5)
 
