@@ -256,5 +256,4 @@ def as_evaluated(variables: Variables, eval_classifier: Mapping[str, Any]) -> Va
     variables = with_ema(variables._replace(arrays={}))
     if not eval_classifier:
         return variables
-    net = tau_normalised(variables.params["net"], **eval_classifier)
-    return variables._replace(params={**variables.params, "net": net})
+    return _changed(variables, tau_normalised(variables.params["net"], **eval_classifier))
