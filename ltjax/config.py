@@ -177,10 +177,9 @@ def read_class_weights(asked: Mapping[str, Any] | str) -> dict[str, float] | str
 
 
 def _check_run(run: RunConfig) -> None:
-    if run.eval_every < 0:
-        raise UserError(f"config.eval_every = {run.eval_every}: must be at least 1, or 0 to choose")
-    if run.dispatch_steps < 0:
-        raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
+    for key in ("eval_every", "dispatch_steps"):
+        if getattr(run, key) < 0:
+            raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1, or 0 to choose")
     for key in ("batch_size", "eval_batch_size", "replicas", "accumulate"):
         if getattr(run, key) < 1:
             raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")
