@@ -76,9 +76,7 @@ def make_apply(nets: Mapping[str, nn.Module], stage_mode: str) -> Apply:
     """Make the `apply` that methods call: run a network, by default in the stage's batch-norm mode."""
 
     def apply(variables: Variables, images: jax.Array, net: str = "net", bn: str | None = None):
-        mode = bn or stage_mode
-        if mode not in BATCH_NORM_MODES:
-            raise UserError(f"unknown batch-norm mode {mode!r}; known: {', '.join(BATCH_NORM_MODES)}")
+        mode = registry.choose("batch-norm mode", BATCH_NORM_MODES, bn or stage_mode)
         if net not in nets:
             raise UserError(
                 f"the method needs a network {net!r}: give its settings in config.{net}, as in config.model"

@@ -102,11 +102,11 @@ def create(
     """
     settings = {key: value for key, value in locals().items() if key not in ("num_classes", "backbone")}
     registry.check_types("model", create, settings)
-    registry.choose("classifier", dict.fromkeys(CLASSIFIERS), classifier)
+    registry.choose("classifier", CLASSIFIERS, classifier)
     if len(mean) != len(std) or not all(s > 0 for s in std):
         raise UserError(f"model mean = {mean}, std = {std}: one value each for every channel, std above 0")
-    registry.choose("model classifier_init", dict.fromkeys(CLASSIFIER_INITS), classifier_init)
-    registry.choose("model branch_kind", dict.fromkeys(BRANCH_KINDS), branch_kind)
+    registry.choose("model classifier_init", CLASSIFIER_INITS, classifier_init)
+    registry.choose("model branch_kind", BRANCH_KINDS, branch_kind)
     if branches and linear_map:
         raise UserError("model linear_map = True, and branches: take one of them")
     if branches not in (0, 2, 3):
