@@ -345,10 +345,9 @@ class _Step(NamedTuple):
         if missing := [name for name in layers if name not in (outputs.layers or {})]:
             known = ", ".join(outputs.layers or {}) or "none"
             raise UserError(f"the method needs the features of layer {missing[0]!r}; the model's layers: {known}")
-        num_classes = outputs.logits.shape[-1]
-        features = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
-        zeros = {name: jnp.zeros((num_classes, x.shape[-1]), jnp.float32) for name, x in features.items()}
-        return zeros if layers else zeros["features"]
+        labels = jnp.zeros(1, jnp.int32)
+        means = jax.eval_shape(lambda: means_of(feature_sums(self.apply, variables, image, labels, layers), layers))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), means)
 
     def refresh(self, state: TrainState, means: Any) -> TrainState:
         assert self.method.refresh is not None
