@@ -28,7 +28,6 @@ from ltjax.engine.stage import (
     stage_rng,
     streamed_draw,
 )
-from ltjax.methods import criteria
 from ltjax.models import features
 from ltjax.runs.checkpoint import complete_steps
 from ltjax.runs.trained import newest, variables_of
@@ -245,12 +244,6 @@ def _initialiser(nets: dict[str, nn.Module], image_shape: tuple[int, ...], mesh:
 
 
 # Stages.
-
-
-def class_weights(experiment: Experiment) -> tuple[float, ...] | None:
-    """Return the C factors that `config.class_weights` asks for; None for none."""
-    asked, class_counts = experiment.config.class_weights, experiment.split.class_counts
-    return criteria.weights_by_name(asked, experiment.class_names, class_counts)
 
 
 def make_method(experiment: Experiment, stage: StageConfig) -> Method:
