@@ -104,10 +104,8 @@ def save_weights(
 
 def save_arrays(folder: Path, variables: Variables, net: str = "net") -> None:
     """Write `weights.safetensors`: the arrays of one network, and those of its method."""
-    arrays = {
-        **_flat(variables, net),
-        **{f"method/{k}": v for k, v in flatten(variables.params.get("method", {})).items()},
-    }
+    of_method = flatten(variables.params.get("method", {}))
+    arrays = {**_flat(variables, net), **{f"method/{path}": value for path, value in of_method.items()}}
     with replacing(folder / ARRAYS) as file:
         save_safetensors({path: np.ascontiguousarray(value, _stored(value)) for path, value in arrays.items()}, file)
 
