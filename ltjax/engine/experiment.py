@@ -347,15 +347,7 @@ def batches(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.
     """Open the source of a stage's batches. The caller closes it."""
     if not experiment.streamed or isinstance(experiment.data, Images):
         return feed.Feed(experiment.train_data)
-    return feed.streamed(
-        experiment.config,
-        experiment.data,
-        experiment.split,
-        experiment.mesh,
-        sampler=samplers.create(**stage.sampler),
-        number=stage.number,
-        num_steps=num_steps,
-    )
+    return feed.streamed(experiment.config, experiment.data, experiment.split, experiment.mesh, stage, num_steps)
 
 
 # Variables.
