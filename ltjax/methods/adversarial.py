@@ -69,13 +69,6 @@ def _attack_settings(
     return dict(moves=moves, start=start_settings, share=radius_share, ramp=ramp)
 
 
-def _check_awp(awp: float, awp_start: float) -> None:
-    if not 0 <= awp < 1:
-        raise ValueError(f"awp = {awp}: a share of the weights' length, from 0 to below 1, such as 0.005")
-    if not 0 <= awp_start <= 1:
-        raise ValueError(f"awp_start = {awp_start}: a share of the stage, from 0 to 1")
-
-
 def _move(share: Any, weight: jax.Array, gradient: jax.Array) -> jax.Array:
     """Return the move of a kernel along its gradient, a `share` of its length; other parameters do not move."""
     if weight.ndim < 2:
@@ -126,7 +119,10 @@ def create(
       awp_start: Share of the stage after which the weights are perturbed.
     """
     settings = registry.bind("attack", _attack_settings, attack)()
-    _check_awp(awp, awp_start)
+    if not 0 <= awp < 1:
+        raise ValueError(f"awp = {awp}: a share of the weights' length, from 0 to below 1, such as 0.005")
+    if not 0 <= awp_start <= 1:
+        raise ValueError(f"awp_start = {awp_start}: a share of the stage, from 0 to 1")
     share, ramp = settings["share"], settings["ramp"]
     factors = None  # [C], on the radius
     if share:
