@@ -29,9 +29,8 @@ class DataConfig(NamedTuple):
     few_below: int = 20  # counts: a class is few if it has fewer images
     ranges: tuple[int, ...] = ()  # ranges and ranks: (a, b): many are the classes below a, few those from b on
     root: str = ""  # folder of an image_folder
-    labels: str = (
-        ""  # table of an image_folder's labels, a CSV or TSV file: file,label[,split]; "": folders are classes
-    )
+    # Table of an image_folder's labels, a CSV or TSV file: file,label[,split]; "": folders are classes.
+    labels: str = ""
     # For images that stay on disk, of any size:
     size: int = 224  # side of the network's square input, in pixels
     resize: int = 256  # evaluation: length of the shorter side before the central square is cropped

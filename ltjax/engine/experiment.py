@@ -31,14 +31,7 @@ from ltjax.engine.stage import (
 from ltjax.models import features
 from ltjax.runs.checkpoint import complete_steps
 from ltjax.runs.trained import newest, variables_of
-from ltjax.runs.weights import (
-    hash_weights,
-    into,
-    is_weights,
-    load_weights,
-    taken,
-    with_zeros,
-)
+from ltjax.runs.weights import hash_weights, into, is_weights, load_weights, taken, with_zeros
 from ltjax.runs.workdir import check_same_images
 from ltjax.system import parallel, processes, registry, xla
 from ltjax.types import Batch, Method, Outputs, UserError, Variables

@@ -60,10 +60,7 @@ CIFAR100 = CifarArchive(
     sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     folder="cifar-100-binary",
     splits={"train": ("train.bin",), "test": ("test.bin",)},
-    labels=(
-        LabelFile("coarse_label", "coarse_label_names.txt", 20),
-        LabelFile("label", "fine_label_names.txt", 100),
-    ),
+    labels=(LabelFile("coarse_label", "coarse_label_names.txt", 20), LabelFile("label", "fine_label_names.txt", 100)),
 )
 
 

@@ -51,10 +51,7 @@ def read_spec(source: Path) -> DatasetSpec:
         ),
         homepage="https://github.com/visipedia/inat_comp/tree/master/2018",
         key_feature="id",
-        class_names={
-            "label": _class_names(source, found, categories),
-            "supercategory": supercategories,
-        },
+        class_names={"label": _class_names(source, found, categories), "supercategory": supercategories},
         by_label={"supercategory": [supercategories.index(category["supercategory"]) for category in categories]},
         official=OFFICIAL,
         images=images,
