@@ -118,11 +118,10 @@ def create(
     context = {"num_classes": num_classes} if "num_classes" in inspect.signature(function).parameters else {}
     function = registry.bind(f"model {name!r}", function, backbone)
     branch_layers = None
-    if branches:
-        pooled = branch_kind == "pooled_conv"
-        branch_layers = (
-            NormBranches(branches) if branch_kind == "norm" else ConvBranches(branches, pooled, compute, platform)
-        )
+    if branches and branch_kind == "norm":
+        branch_layers = NormBranches(branches)
+    elif branches:
+        branch_layers = ConvBranches(branches, branch_kind == "pooled_conv", compute, platform)
     block = None
     if extra_block:
         block = rematerialised(Bottleneck, remat)(dtype=compute, platform=platform, kernel_init="torch")
