@@ -361,9 +361,8 @@ class StageTrainer:
     def evaluate(self) -> None:
         """Evaluate the current state. Add the figures to the record and the log, and print them."""
         experiment, stage, epoch = self.experiment, self.stage, self.step // self.compiled.steps_per_epoch
-        means = self.means_of() if stage.nearest_mean and not stage.ema else None
-        if stage.nearest_mean and stage.ema:
-            means = class_means_for(experiment, stage, self.state.variables)
+        shares_means = stage.nearest_mean and not stage.ema  # with `refresh`, whose means are not of the average
+        means = self.means_of() if shares_means else class_means_for(experiment, stage, self.state.variables)
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):
             if images is not None:
