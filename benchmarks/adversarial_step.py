@@ -75,7 +75,7 @@ def config(
     return values.to_dict()
 
 
-def recomputing(given: adversarial.LossOf, *, objective: adversarial.Objective, **settings: Any) -> Method:
+def recomputing(given: adversarial.LossOf, objective: adversarial.Objective, *more: Any, **settings: Any) -> Method:
     """Replace `adversarial.create`: each step of its attack predicts the clean images."""
     inside: list[Any] = []
 
@@ -85,7 +85,7 @@ def recomputing(given: adversarial.LossOf, *, objective: adversarial.Objective, 
         images = batch.images + 0 * jax.lax.stop_gradient(logits).sum()  # otherwise XLA would compute it once
         return objective(apply(variables, images, bn="eval")[0].logits, logits, batch, variables)
 
-    method = create(given, objective=recomputed, **settings)
+    method = create(given, recomputed, *more, **settings)
 
     def loss(apply, variables, batch, rng):
         inside.append((apply, jax.lax.stop_gradient(variables)))
@@ -100,8 +100,8 @@ def attack_alone(stage: StageConfig, nets: Any) -> Callable[..., jax.Array]:
     def given(apply, variables, batch, images):
         return images.sum(), (variables, {"images": images})
 
-    settings = dict(objective=adversarial.divergence, attack=stage.method["attack"], awp=0.0)
-    method, apply = adversarial.create(given, **settings), make_apply(nets, "train")
+    method = adversarial.create(given, adversarial.divergence, attack=stage.method["attack"], awp=0.0)
+    apply = make_apply(nets, "train")
 
     def attack(variables, images, rng):
         batch = Batch(images, jnp.zeros(len(images), jnp.int32))

@@ -77,11 +77,7 @@ def layers(settings: dict[str, Any]) -> tuple[str, str, str]:
     blocks, third = range(1, settings["depth"] + 1), -(-settings["depth"] // 3)
     first, second, last = (blocks[at : at + third] for at in (0, third, 2 * third))
     early, middle, late = ("|".join(f"block{n}" for n in part) for part in (first, second, last))
-    return (
-        f"(conv|class_token|positions|registers|pre_norm|{early})",
-        f"({middle})",
-        f"({late}|norm|projection)",
-    )
+    return (f"(conv|class_token|positions|registers|pre_norm|{early})", f"({middle})", f"({late}|norm|projection)")
 
 
 def add_groups(config: ConfigDict, finetune: str) -> None:

@@ -217,9 +217,7 @@ def defaults() -> ConfigDict:
     config.optimizer = dict(momentum=0.9, nesterov=False, weight_decay=0.0)
     config.update(replicas=1, replicate="loop", dispatch_steps=0, gpu_graphs="default", accumulate=1, class_weights="")
     config.update(eval_every=0, eval_batch_size=500, checkpoint_seconds=300.0)
-    config.update(
-        weights="", weights_sha256="", weights_parts=()
-    )  # imported, see `python -m ltjax.interop.torch --help`
+    config.update(weights="", weights_sha256="", weights_parts=())  # see `python -m ltjax.interop.torch --help`
     config.attack = dict(epsilon="0.031", norm="linf", num_images=0, tests=("pgd-20", "cw-20", "autoattack"))
     config.attack.update(step_size="2/255", batch_size=500, seed=0)
     config.attack.radii = (0.25, 0.5, 2.0, 4.0)  # extra radii for the report's curve, as multiples of epsilon

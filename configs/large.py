@@ -22,7 +22,6 @@ def read(arg: str | None, *, size: int = 224, pretrained: str = "none") -> tuple
     `runlocal` (an argument without a value) makes a run small enough for a laptop: 64 pixels, a ResNet-10, batches of
     64, few epochs, at most 100 images of each of the first 50 classes, and no pretrained network.
     """
-    local = any(name == "runlocal" for name, *_ in common.split(arg))
     implied = backbones.implied(arg, pretrained)
     allowed: dict = {
         "method": recipes.LARGE if implied == "none" else backbones.METHODS,
@@ -41,7 +40,7 @@ def read(arg: str | None, *, size: int = 224, pretrained: str = "none") -> tuple
         raise ValueError(f"config argument size={args.size:g}: a whole number of pixels, 32 or more")
     args.short, args.pretrained = args.runlocal, implied
     args.backbone = backbones.find(args, recipe)
-    args.size = int(args.size) or (64 if local else args.backbone.images["size"] if args.backbone else size)
+    args.size = int(args.size) or (64 if args.runlocal else args.backbone.images["size"] if args.backbone else size)
     return args, recipe
 
 

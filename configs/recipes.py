@@ -115,9 +115,8 @@ class Setting(NamedTuple):
     short: bool = False
     auto_augment: bool | None = None  # None: the recipe's own
     mixup: float = 0.0  # a of Beta(a, a) in stages that train the whole network; 0: the recipe's own
-    changed: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # cutmix, ema, sam of the same stages, instead of the recipe's own
+    # cutmix, ema, sam of the same stages, instead of the recipe's own
+    changed: Mapping[str, Any] = MappingProxyType({})
     deferred: bool = False  # the last fifth of the first part is a separate stage, with class weights
     decay: float = 0.1  # factor on the rate, twice, in the first part
     adversarial: robust.Setting = robust.Setting()

@@ -29,9 +29,8 @@ class DataConfig(NamedTuple):
     few_below: int = 20  # counts: a class is few if it has fewer images
     ranges: tuple[int, ...] = ()  # ranges and ranks: (a, b): many are the classes below a, few those from b on
     root: str = ""  # folder of an image_folder
-    labels: str = (
-        ""  # table of an image_folder's labels, a CSV or TSV file: file,label[,split]; "": folders are classes
-    )
+    # Table of an image_folder's labels, a CSV or TSV file: file,label[,split]; "": folders are classes.
+    labels: str = ""
     # For images that stay on disk, of any size:
     size: int = 224  # side of the network's square input, in pixels
     resize: int = 256  # evaluation: length of the shorter side before the central square is cropped
@@ -177,10 +176,9 @@ def read_class_weights(asked: Mapping[str, Any] | str) -> dict[str, float] | str
 
 
 def _check_run(run: RunConfig) -> None:
-    if run.eval_every < 0:
-        raise UserError(f"config.eval_every = {run.eval_every}: must be at least 1, or 0 to choose")
-    if run.dispatch_steps < 0:
-        raise UserError(f"config.dispatch_steps = {run.dispatch_steps}: must be at least 1, or 0 to choose")
+    for key in ("eval_every", "dispatch_steps"):
+        if getattr(run, key) < 0:
+            raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1, or 0 to choose")
     for key in ("batch_size", "eval_batch_size", "replicas", "accumulate"):
         if getattr(run, key) < 1:
             raise UserError(f"config.{key} = {getattr(run, key)}: must be at least 1")

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
+from ltjax.system import registry
 from ltjax.types import UserError
 
 SCHEDULES = ("constant", "step", "cosine")
@@ -45,8 +46,7 @@ def schedule_table(
       >>> optim.schedule_table(5, kind="step", warmup=0.4, decay_at=(0.8,))
       array([0.5, 1. , 1. , 1. , 0.1])
     """
-    if kind not in SCHEDULES:
-        raise UserError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}")
+    registry.choose("schedule", SCHEDULES, kind)
     if not all(0 <= share <= 1 for share in (warmup, *decay_at)):
         raise UserError(
             f"schedule warmup = {warmup}, decay_at = {decay_at}: shares of the run, from 0 to 1, not epochs"

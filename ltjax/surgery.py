@@ -227,7 +227,7 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
             )
     if name == "nearest_mean":
         metric = settings.get("metric", "cosine")
-        registry.choose("metric of surgery 'nearest_mean'", dict.fromkeys(METRICS), metric)
+        registry.choose("metric of surgery 'nearest_mean'", METRICS, metric)
         if branches or (cosine and metric == "euclidean"):
             kind = "branches" if branches else "a cosine classifier"
             raise UserError(f"surgery 'nearest_mean' ({metric}) is for one linear classifier; the model has {kind}")
@@ -256,5 +256,4 @@ def as_evaluated(variables: Variables, eval_classifier: Mapping[str, Any]) -> Va
     variables = with_ema(variables._replace(arrays={}))
     if not eval_classifier:
         return variables
-    net = tau_normalised(variables.params["net"], **eval_classifier)
-    return variables._replace(params={**variables.params, "net": net})
+    return _changed(variables, tau_normalised(variables.params["net"], **eval_classifier))

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,18 +132,19 @@ def write_report(
     stop: StopSignals,
 ) -> None:
     """Write `report/`. If this fails, print the error and keep the results."""
-
-    def go_on() -> None:
-        if processes.any_of(stop.requested is not None)[0]:
-            raise Interrupted(stop.requested or signal.SIGTERM)
-
     variables = {name: state.variables for name, state in states.items()}
     try:
-        report.make_report(experiment, variables, summary, workdir, go_on)
+        report.make_report(experiment, variables, summary, workdir, partial(stop_if_asked, stop))
     except (Interrupted, OSError):
         raise
     except Exception as error:
         console.print(f"No report this time ({type(error).__name__}: {one_line(error)}); --mode=report tries again.")
+
+
+def stop_if_asked(stop: StopSignals) -> None:
+    """Raise Interrupted if any process was asked to stop."""
+    if processes.any_of(stop.requested is not None)[0]:
+        raise Interrupted(stop.requested or signal.SIGTERM)
 
 
 # One stage.
@@ -182,7 +184,7 @@ class StageTrainer:
         stop: StopSignals,
     ):
         self.experiment, self.stage, self.compiled, self.checkpoints = experiment, stage, compiled, checkpoints
-        self.log, self.console, self.stop = log, console, stop
+        self.log, self.console, self.stop, self.go_on = log, console, stop, partial(stop_if_asked, stop)
         self.run_config = experiment.config
         self.chunk = chunk_length(
             compiled.steps_per_epoch,
@@ -349,11 +351,6 @@ class StageTrainer:
             self.class_means[layers] = self.experiment.class_means(self.state.variables, layers, self.go_on)
         return self.class_means[layers]
 
-    def go_on(self) -> None:
-        """Raise Interrupted if any process was asked to stop."""
-        if processes.any_of(self.stop.requested is not None)[0]:
-            raise Interrupted(self.stop.requested or signal.SIGTERM)
-
     def evaluation_due(self) -> bool:
         """Return whether the current state has to be evaluated, and was not."""
         epoch, steps_into_epoch = divmod(self.step, self.compiled.steps_per_epoch)
@@ -364,9 +361,8 @@ class StageTrainer:
     def evaluate(self) -> None:
         """Evaluate the current state. Add the figures to the record and the log, and print them."""
         experiment, stage, epoch = self.experiment, self.stage, self.step // self.compiled.steps_per_epoch
-        means = self.means_of() if stage.nearest_mean and not stage.ema else None
-        if stage.nearest_mean and stage.ema:
-            means = class_means_for(experiment, stage, self.state.variables)
+        shares_means = stage.nearest_mean and not stage.ema  # with `refresh`, whose means are not of the average
+        means = self.means_of() if shares_means else class_means_for(experiment, stage, self.state.variables)
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):
             if images is not None:

@@ -1,7 +1,10 @@
 """Compile stages of toy networks and methods, without a config file."""
 
+import jax
+
 from ltjax.config import DataConfig, OptimizerConfig, RunConfig, StageConfig
 from ltjax.engine.stage import build as build_stage
+from ltjax.engine.stage import init_variables
 
 
 def build(
@@ -40,3 +43,11 @@ def build(
     run = RunConfig("toy", DataConfig("toy"), {}, {}, replicas=replicas, replicate=replicate, accumulate=accumulate)
     rest = dict(factors=factors, steps_per_epoch=steps_per_epoch, mesh=mesh, image_shape=image_shape)
     return build_stage(nets, method, draw, params, stage, run, **rest)
+
+
+def initial(nets, image_shape, method):
+    """Initialise the variables of networks and of a method."""
+    variables = init_variables(nets, image_shape, jax.random.key(0))
+    extra, arrays = method.init(jax.random.key(1))
+    params = {**variables.params, **({"method": extra} if extra else {})}
+    return variables._replace(params=params, arrays=arrays)

@@ -13,7 +13,6 @@ REASONS = {  # of functions that take more
     "attacks/pgd.py::pgd_attack": PUBLIC,
     "attacks/slots.py::run": "the attack's input and its layout on the devices",
     "data/augment.py::augment": SETTINGS,
-    "data/augment.py::_one_by_one": SETTINGS,
     "engine/stage.py::build": "tests and other trainers call it without data sets",
     "methods/distil.py::create": SETTINGS,
     "methods/drolt.py::create": SETTINGS,

@@ -63,70 +63,49 @@ def augment(
     _check_view(crop_area, crop_padding, dict(jitter_probability=jitter_probability, grey=grey, blur=blur), hue)
     if mixup_alpha and cutmix_alpha:
         raise UserError("augment has mixup_alpha and cutmix_alpha: turn one of them off")
-    pixels: dict[str, Any] = dict(
-        crop_padding=crop_padding, flip=flip, auto_augment=auto_augment, rand_augment=rand_augment
-    )
-    pixels = dict(pixels, color_jitter=color_jitter, cutout_size=cutout_size, crop_area=crop_area, hue=hue)
-    pixels = dict(pixels, grey=grey, blur=blur)
-    on = [name for name, value in dict(pixels, cutmix_alpha=cutmix_alpha).items() if value]
-    pixels["jitter_probability"] = jitter_probability
+    pixels = dict[str, Any](crop_padding=crop_padding, flip=flip, auto_augment=auto_augment, rand_augment=rand_augment)
+    pixels |= dict(color_jitter=color_jitter, cutout_size=cutout_size, crop_area=crop_area, hue=hue)
+    pixels |= dict(grey=grey, blur=blur, cutmix_alpha=cutmix_alpha)
+    on = [name for name, value in pixels.items() if value]
     if images.dtype != jnp.uint8 and on:
         raise UserError(
             f"augment {on[0]} changes pixels, uint8; the data are {images.dtype}, as features are: turn it off"
         )
-    crop_rng, policy_rng, cutout_rng, mixup_rng = jax.random.split(rng, 4)
-    images = _one_by_one((crop_rng, policy_rng, cutout_rng), images, **pixels)
+
+    def one_by_one(rngs: Any, images: jax.Array) -> jax.Array:
+        """Augment each image by itself, with three keys, and convert to floats."""
+        crop_rng, policy_rng, cutout_rng = rngs
+        key = partial(jax.random.fold_in, policy_rng)
+        if crop_padding or flip:
+            images = crop_flip(crop_rng, images, padding=crop_padding, flip=flip)
+        if crop_area:
+            images = random_window(jax.random.fold_in(crop_rng, 8), images, min_area=crop_area)
+        if auto_augment:
+            images = policies.auto_augment(policy_rng, images)
+        if rand_augment:
+            number, magnitude = rand_augment
+            images = policies.rand_augment(policy_rng, images, num_operations=int(number), magnitude=magnitude)
+        images = as_float(images)
+        if color_jitter or hue:
+            jittered = _color_jitter(key(1), images, strength=color_jitter, hue=hue)
+            images = jittered if jitter_probability == 1 else _some(key(8), jitter_probability, jittered, images)
+        if grey:
+            images = _some(key(9), grey, jnp.broadcast_to(_luma(images), images.shape), images)
+        if blur:
+            images = _some(key(10), blur, gaussian_blur(key(11), images), images)
+        return cutout(cutout_rng, images, size=cutout_size) if cutout_size else images
+
+    *rngs, mixup_rng = jax.random.split(rng, 4)
+    images = one_by_one(rngs, images)
     if mixup_alpha:
         return random_mixup(mixup_rng, images, labels, alpha=mixup_alpha)
-    if cutmix_alpha:
-        if others is not None:
-            others_rng = jax.random.fold_in(rng, 1)
-            others = _one_by_one(tuple(jax.random.split(others_rng, 3)), others[0], **pixels), others[1]
-        elif cutmix_partner != "batch":
-            raise UserError(f"augment cutmix_partner = {cutmix_partner!r}: for images in memory; take 'batch'")
-        return random_cutmix(mixup_rng, images, labels, others, alpha=cutmix_alpha, probability=cutmix_probability)
-    return Batch(images, labels)
-
-
-def _one_by_one(
-    rngs: tuple[jax.Array, ...],
-    images: jax.Array,
-    *,
-    crop_padding: int,
-    flip: bool,
-    auto_augment: bool,
-    rand_augment: tuple[float, ...],
-    color_jitter: float,
-    cutout_size: int,
-    crop_area: float,
-    hue: float,
-    jitter_probability: float,
-    grey: float,
-    blur: float,
-) -> jax.Array:
-    """Augment each image by itself, and convert to floats. Arguments: see `augment`."""
-    crop_rng, policy_rng, cutout_rng = rngs
-    key = partial(jax.random.fold_in, policy_rng)
-    if crop_padding or flip:
-        images = crop_flip(crop_rng, images, padding=crop_padding, flip=flip)
-    if crop_area:
-        images = random_window(jax.random.fold_in(crop_rng, 8), images, min_area=crop_area)
-    if auto_augment:
-        images = policies.auto_augment(policy_rng, images)
-    if rand_augment:
-        number, magnitude = rand_augment
-        images = policies.rand_augment(policy_rng, images, num_operations=int(number), magnitude=magnitude)
-    images = as_float(images)
-    if color_jitter or hue:
-        jittered = _color_jitter(key(1), images, strength=color_jitter, hue=hue)
-        images = jittered if jitter_probability == 1 else _some(key(8), jitter_probability, jittered, images)
-    if grey:
-        images = _some(key(9), grey, jnp.broadcast_to(_luma(images), images.shape), images)
-    if blur:
-        images = _some(key(10), blur, gaussian_blur(key(11), images), images)
-    if cutout_size:
-        images = cutout(cutout_rng, images, size=cutout_size)
-    return images
+    if not cutmix_alpha:
+        return Batch(images, labels)
+    if others is not None:
+        others = one_by_one(jax.random.split(jax.random.fold_in(rng, 1), 3), others[0]), others[1]
+    elif cutmix_partner != "batch":
+        raise UserError(f"augment cutmix_partner = {cutmix_partner!r}: for images in memory; take 'batch'")
+    return random_cutmix(mixup_rng, images, labels, others, alpha=cutmix_alpha, probability=cutmix_probability)
 
 
 def _some(rng: jax.Array, share: float, changed: jax.Array, images: jax.Array) -> jax.Array:

@@ -136,13 +136,9 @@ def apply_operation(name: str, images: jax.Array, magnitude: float | jax.Array =
     return _apply(images, jnp.full(len(images), _NAMES.index(name)), magnitude)
 
 
-def _require_uint8(images: jax.Array) -> None:
+def _require_rgb(images: jax.Array, what: str = "auto_augment") -> None:
     if images.dtype != jnp.uint8:
         raise ValueError(f"augmentation starts from uint8 images, not {images.dtype}")
-
-
-def _require_rgb(images: jax.Array, what: str = "auto_augment") -> None:
-    _require_uint8(images)
     if images.shape[-1] != 3:
         raise UserError(f"{what} needs RGB images, but these have {images.shape[-1]} channel(s): turn {what} off")
 

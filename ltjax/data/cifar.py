@@ -14,18 +14,14 @@ from ltjax.data.source import Images, resolve_data_dir
 from ltjax.system import npz
 from ltjax.types import UserError, one_line
 
-NAMES = ("cifar10", "cifar100")
-
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Images:
     """Load 50,000 training and 10,000 test images of [32, 32, 3] pixels, in the order of the original archive.
 
     `<data_dir>/<name>.npz` takes precedence over prepared folders and may hold any number of images; its arrays are the
     fields of `Images`. Of several prepared versions the newest is read. "cifar100" has the 100 fine classes. UserError
-    if the name is unknown, the data set is missing or damaged, or only TensorFlow can read it.
+    if the data set is missing or damaged, or only TensorFlow can read it.
     """
-    if name not in NAMES:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
     data_dir = resolve_data_dir(data_dir)
     if (data_dir / f"{name}.npz").is_file():
         return _read_npz(data_dir / f"{name}.npz")

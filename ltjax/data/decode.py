@@ -19,20 +19,17 @@ from ltjax.system.hashing import hash32
 from ltjax.types import one_line
 
 JPEG = b"\xff\xd8"  # first bytes
-SIGNATURES = tuple(
-    re.compile(pattern, re.DOTALL)
-    for pattern in (
-        rb"\xff\xd8\xff",  # JPEG
-        rb"\x89PNG\r\n",
-        rb"GIF8[79]a",
-        rb"BM....\0\0\0\0",
-        rb"II[*+]\0|MM\0[*+]",  # TIFF
-        rb"RIFF....WEBP",
-        rb"\x59\xa6\x6a\x95",  # Sun raster
-        rb"P[1-6]\s+[#\d]|P7\nWIDTH|P7\n#",  # PNM, PAM
-        rb"....ftypavi[fs]",
-        rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",  # JPEG 2000
-    )
+SIGNATURES = (  # patterns of first bytes
+    rb"\xff\xd8\xff",  # JPEG
+    rb"\x89PNG\r\n",
+    rb"GIF8[79]a",
+    rb"BM....\0\0\0\0",
+    rb"II[*+]\0|MM\0[*+]",  # TIFF
+    rb"RIFF....WEBP",
+    rb"\x59\xa6\x6a\x95",  # Sun raster
+    rb"P[1-6]\s+[#\d]|P7\nWIDTH|P7\n#",  # PNM, PAM
+    rb"....ftypavi[fs]",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",  # JPEG 2000
 )
 BITS_PER_SAMPLE = 258  # tag of a TIFF
 DARK = 1 << 14  # images of 16 bits whose brightest value is below a quarter of the range
@@ -56,7 +53,7 @@ class View(NamedTuple):
 
 def looks_like_image(head: bytes) -> bool:
     """Return whether a file's first 32 bytes are those of an image that OpenCV decodes."""
-    return any(signature.match(head) for signature in SIGNATURES)
+    return any(re.match(signature, head, re.DOTALL) for signature in SIGNATURES)
 
 
 def read_file(path: str | os.PathLike) -> bytes:

@@ -25,13 +25,12 @@ def fail(error: OSError) -> None:
     raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
 
 
-def walk(root: str | Path, excluded: Set[Identity] = frozenset()) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Walk like `os.walk`, sorted by name, following links but entering each folder once.
 
-    Hidden folders and files are included, `excluded` folders are not, except `root` itself. UserError if a folder
-    cannot be listed.
+    Hidden folders and files are included. UserError if a folder cannot be listed.
     """
-    seen = set(excluded) - {identity(root)}
+    seen: set[Identity] = set()
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         if identity(folder) in seen:
             folders.clear()

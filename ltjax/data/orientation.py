@@ -6,6 +6,7 @@ write how to turn them.
 
 import re
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -16,29 +17,22 @@ TAG = 274  # of EXIF's first directory, which is that of a TIFF
 NUMBERS = {1: "B", 3: "H", 4: "I"}  # the types of whole numbers in EXIF, by their codes
 START_OF_SCAN, APP1 = 0xDA, 0xE1  # markers of a JPEG
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # how a segment APP1 begins
+TURNS: dict[int, Callable[[Any], Any]] = {  # how to turn the pixels of an orientation
+    2: lambda pixels: cv2.flip(pixels, 1),
+    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
+    4: lambda pixels: cv2.flip(pixels, 0),
+    5: cv2.transpose,
+    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
+    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
 IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 IN_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks and texts that may hold it
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Turn pixels [h, w, 3] upright: [h, w, 3], or [w, h, 3] for orientations from 5 up. Others than 2 to 8: as is."""
-    result: Any = pixels
-    match orientation:
-        case 2:
-            result = cv2.flip(pixels, 1)
-        case 3:
-            result = cv2.rotate(pixels, cv2.ROTATE_180)
-        case 4:
-            result = cv2.flip(pixels, 0)
-        case 5:
-            result = cv2.transpose(pixels)
-        case 6:
-            result = cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE)
-        case 7:
-            result = cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180)
-        case 8:
-            result = cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)
-    return result
+    return TURNS[orientation](pixels) if orientation in TURNS else pixels
 
 
 def undoing(orientation: int) -> int:

@@ -147,9 +147,8 @@ class Stream:
         labels = np.empty((num_steps, local), np.int32)
         tasks = []
         for number in range(num_steps):
-            positions = self._decoders.submit(
-                self._plan.positions, step + number
-            )  # runs before the tasks that wait for it
+            # Submitted first, so that it runs before the tasks that wait for it.
+            positions = self._decoders.submit(self._plan.positions, step + number)
             for part in (slice(first, first + each) for first in range(0, local, each)):
                 out = images[number, part], labels[number, part]
                 tasks.append(self._decoders.submit(self._decode, step + number, positions, self._rows[part], *out))

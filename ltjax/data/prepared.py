@@ -30,6 +30,14 @@ def read(name: str, data_dir: Path, use: Callable[[Any, Path, tuple[str, ...]], 
         ) from error
 
 
+def fields(record: bytes) -> Any:
+    """Parse a serialised `tf.train.Example`: {name: its values}."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example: Any = tf_example_pb2.Example  # pyrefly: ignore
+    return example.FromString(record).features.feature
+
+
 def _modules(value: Any) -> Iterator[str]:
     """Yield the names of Python classes anywhere in a features.json."""
     if isinstance(value, dict):

@@ -48,9 +48,6 @@ def _decode(
     `advance` is called with the number of records decoded since the last call.
     """
     import cv2
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example: Any = tf_example_pb2.Example  # pyrefly: ignore
 
     count = len(records)
     images = np.empty((count, *image_shape), np.uint8)
@@ -58,7 +55,7 @@ def _decode(
 
     def decode(chunk: list[bytes]) -> int:
         for record in chunk:
-            fields = example.FromString(record).features.feature
+            fields = prepared.fields(record)
             position = int(fields["id"].bytes_list.value[0].rpartition(b"_")[2])
             encoded = np.frombuffer(fields["image"].bytes_list.value[0], np.uint8)
             pixels: Any = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)

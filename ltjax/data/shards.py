@@ -35,7 +35,7 @@ class Records:
 
     def __getitem__(self, index: int) -> bytes:
         try:
-            return _fields(self._source[int(self._index.records[index])])["image"].bytes_list.value[0]
+            return prepared.fields(self._source[int(self._index.records[index])])["image"].bytes_list.value[0]
         except Exception as error:  # array_record and protobuf each raise their own kinds
             raise UserError(f"{self.name(index)} cannot be read ({one_line(error)})") from error
 
@@ -51,11 +51,9 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Stored:
     """Open `name`, one of `SPLITS`; images are in the order of their file names or ids.
 
     Labels come from the index beside the records. If there is none, as with TFDS, one pass over the records makes it
-    and stores it there, or in `~/.cache/ltjax` if that folder is not writable. UserError if the name is unknown, the
-    data set is missing or damaged, or only TensorFlow can read it.
+    and stores it there, or in `~/.cache/ltjax` if that folder is not writable. UserError if the data set is
+    missing or damaged, or only TensorFlow can read it.
     """
-    if name not in SPLITS:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(SPLITS)}")
     return prepared.read(name, resolve_data_dir(data_dir), _open, flags=" --source=...")
 
 
@@ -92,7 +90,7 @@ def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> Index
         for start in range(0, len(source), CHUNK):
             chunk = range(start, min(start + CHUNK, len(source)))
             for number, record in zip(chunk, source.__getitems__(chunk), strict=True):
-                fields = _fields(record)
+                fields = prepared.fields(record)
                 labels[number] = fields["label"].int64_list.value[0]
                 keys.append(_key(fields, number))
             bar.advance(task, len(chunk))
@@ -105,13 +103,6 @@ def _index(directory: Path, split: str, source: Any, paths: list[Path]) -> Index
         except OSError:
             continue  # the folder is not writable
     return index
-
-
-def _fields(record: bytes) -> Any:
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example: Any = tf_example_pb2.Example  # pyrefly: ignore
-    return example.FromString(record).features.feature
 
 
 def _key(fields: Any, number: int) -> Any:

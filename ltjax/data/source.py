@@ -92,14 +92,11 @@ def first_classes(data: Images | Stored, count: int) -> Images | Stored:
     if count < 2:
         raise UserError(f"config.data.classes = {count}: 2 or more, or 0 for all")
     train, test = (np.flatnonzero(labels < count) for labels in (data.train_labels, data.test_labels))
-    labels = dict(
-        train_labels=data.train_labels[train], test_labels=data.test_labels[test], class_names=data.class_names[:count]
-    )
-    if isinstance(data, Stored):
-        return data._replace(
-            train_files=Subset(data.train_files, train), test_files=Subset(data.test_files, test), **labels
-        )
-    return data._replace(train_images=data.train_images[train], test_images=data.test_images[test], **labels)
+    train_labels, test_labels, class_names = data.train_labels[train], data.test_labels[test], data.class_names[:count]
+    if isinstance(data, Images):
+        return Images(data.train_images[train], train_labels, data.test_images[test], test_labels, class_names)
+    train_files, test_files = Subset(data.train_files, train), Subset(data.test_files, test)
+    return Stored(train_files, train_labels, test_files, test_labels, class_names)
 
 
 def resolve_data_dir(data_dir: str | os.PathLike | None = None) -> Path:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ltjax.system import registry
 from ltjax.system.hashing import hash32, shuffled
 from ltjax.types import UserError
 
@@ -36,8 +37,7 @@ def class_counts(num_classes: int, max_count: int, *, imbalance: float, profile:
       >>> splits.class_counts(4, 100, imbalance=50, profile="step")
       array([100, 100,   2,   2])
     """
-    if profile not in PROFILES:
-        raise UserError(f"unknown imbalance profile {profile!r}; known: {', '.join(PROFILES)}")
+    registry.choose("imbalance profile", PROFILES, profile)
     if not imbalance >= 1:
         raise UserError(f"imbalance = {imbalance}: it is the largest class over the smallest, 1 (balanced) or more")
     if num_classes < 1 or max_count < 1:

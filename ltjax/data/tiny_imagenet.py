@@ -4,9 +4,6 @@ import os
 
 from ltjax.data import records
 from ltjax.data.source import Images, resolve_data_dir
-from ltjax.types import UserError
-
-NAMES = ("tiny_imagenet",)
 
 
 def load(name: str = "tiny_imagenet", data_dir: str | os.PathLike | None = None) -> Images:
@@ -15,8 +12,6 @@ def load(name: str = "tiny_imagenet", data_dir: str | os.PathLike | None = None)
     The test images are the official validation images, because the official test images have no labels. Classes are in
     the order of the archive's `wnids.txt`, which is not alphabetical; a class's name is the first word in `words.txt`.
     Training image i is number i % 500 of class i // 500; test image i is `val_<i>.JPEG`.
-    UserError if the name is unknown, the data set is missing or damaged, or only TensorFlow can read it.
+    UserError if the data set is missing or damaged, or only TensorFlow can read it.
     """
-    if name not in NAMES:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
     return records.load(name, resolve_data_dir(data_dir))

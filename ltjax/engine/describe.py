@@ -8,8 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from ltjax import optim
-from ltjax.engine.experiment import Experiment, class_weights, fresh_shapes
+from ltjax.engine.experiment import Experiment, fresh_shapes
 from ltjax.engine.stage import CompiledStage
+from ltjax.methods.criteria import weights_by_name
 from ltjax.runs.weights import Weights, is_weights, load_weights, surplus
 from ltjax.system import parallel, xla
 
@@ -58,7 +59,7 @@ def _class_weights(experiment: Experiment, shown: int = 8) -> str:
     if isinstance(asked, Mapping):
         listed = ", ".join(f"{name} {weight:g}" for name, weight in list(asked.items())[:shown])
         return listed + (", ..." if len(asked) > shown else "") + "; 1 for other classes"
-    weights = np.array(class_weights(experiment))
+    weights = np.array(weights_by_name(asked, names, experiment.split.class_counts))
     low, high = int(weights.argmin()), int(weights.argmax())
     return f"{asked}, from {weights[low]:.3g} ({names[low]}) to {weights[high]:.3g} ({names[high]})"
 

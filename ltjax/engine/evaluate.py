@@ -172,7 +172,7 @@ METRICS: dict[str, Callable[[Mapping[str, np.ndarray], np.ndarray], float]] = {
     "balanced_accuracy": lambda outcome, labels: metrics.balanced_accuracy(outcome["predictions"] == labels, labels),
     "macro_f1": lambda outcome, labels: metrics.macro_f1(outcome["predictions"], labels),
 }
-_BINNED = ("ece", "mce")
+_OF_BINS = ("accuracies", "confidences", "counts")
 
 
 def summarise(
@@ -204,15 +204,12 @@ def summarise(
     return summary
 
 
-_OF_BINS = ("accuracies", "confidences", "counts")
-
-
 def over_seeds(summaries: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """Average the summaries of replicas; "std" has sample standard deviations, "replicas" each summary with its seed.
 
     Calibration bins are those of all replicas' predictions together.
     """
-    keys = ("accuracy", *_BINNED, *METRICS, "nearest_mean")
+    keys = ("accuracy", "ece", "mce", *METRICS, "nearest_mean")
     figures = [{key: summary[key] for key in keys if key in summary} for summary in summaries]
     mean, std = (pool(figures, lambda values, k=k: mean_and_std(values)[k]) for k in range(2))
     bins = pooled_bins([summary["calibration_bins"] for summary in summaries])

@@ -28,18 +28,10 @@ from ltjax.engine.stage import (
     stage_rng,
     streamed_draw,
 )
-from ltjax.methods import criteria
 from ltjax.models import features
 from ltjax.runs.checkpoint import complete_steps
 from ltjax.runs.trained import newest, variables_of
-from ltjax.runs.weights import (
-    hash_weights,
-    into,
-    is_weights,
-    load_weights,
-    taken,
-    with_zeros,
-)
+from ltjax.runs.weights import hash_weights, into, is_weights, load_weights, taken, with_zeros
 from ltjax.runs.workdir import check_same_images
 from ltjax.system import parallel, processes, registry, xla
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
@@ -88,7 +80,7 @@ def prepare(
     experiment = set_up(run, data_dir, workdir, features_as)
     compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
     for name, stage in run.stages.items():
-        if stage.keep_optimizer and compiled[name].assigned != compiled[stage.start_from].assigned:
+        if stage.keep_optimizer and compiled[name].trained != compiled[stage.start_from].trained:
             raise UserError(
                 f"config.{name}.keep_optimizer: stage {stage.start_from!r} does not train the same parameters "
                 "in the same groups"
@@ -247,12 +239,6 @@ def _initialiser(nets: dict[str, nn.Module], image_shape: tuple[int, ...], mesh:
 # Stages.
 
 
-def class_weights(experiment: Experiment) -> tuple[float, ...] | None:
-    """Return the C factors that `config.class_weights` asks for; None for none."""
-    asked, class_counts = experiment.config.class_weights, experiment.split.class_counts
-    return criteria.weights_by_name(asked, experiment.class_names, class_counts)
-
-
 def make_method(experiment: Experiment, stage: StageConfig) -> Method:
     asked, class_counts = experiment.config.class_weights, experiment.split.class_counts
     num_features = experiment.outputs.features.shape[-1]
@@ -354,15 +340,7 @@ def batches(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.
     """Open the source of a stage's batches. The caller closes it."""
     if not experiment.streamed or isinstance(experiment.data, Images):
         return feed.Feed(experiment.train_data)
-    return feed.streamed(
-        experiment.config,
-        experiment.data,
-        experiment.split,
-        experiment.mesh,
-        sampler=samplers.create(**stage.sampler),
-        number=stage.number,
-        num_steps=num_steps,
-    )
+    return feed.streamed(experiment.config, experiment.data, experiment.split, experiment.mesh, stage, num_steps)
 
 
 # Variables.

@@ -51,9 +51,8 @@ def is_fixed(run: RunConfig, params: Mapping[str, Any]) -> bool:
     if run.weights_parts and "backbone" not in run.weights_parts:
         return False
     for stage in run.stages.values():
-        groups = {name: dict(group) for name, group in stage.groups.items()}
-        for group in groups.values():
-            group["optional"] = True  # a method's parameters are not known here
+        # Optional, because a method's parameters are not known here.
+        groups = {name: {**group, "optional": True} for name, group in stage.groups.items()}
         trained = optim.assign_groups(list(optim.flatten(params)), groups) if stage.epochs else {}
         learns = [path for path, name in trained.items() if groups[name]["rate"] and path.split("/")[1] in TRAINED]
         augmented = stage.views or any(value for name, value in stage.augment.items() if name != "mixup_alpha")

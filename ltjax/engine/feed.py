@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ltjax.config import RunConfig
-from ltjax.data import splits
+from ltjax.config import RunConfig, StageConfig
+from ltjax.data import samplers, splits
 from ltjax.data.source import ImageFiles, Images, Stored
 from ltjax.engine import evaluate, stage
 from ltjax.system import parallel, xla
@@ -207,17 +207,17 @@ class Feed:
 
 
 def streamed(
-    run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh, *, sampler: Callable, number: int, num_steps: int
+    run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh, config: StageConfig, num_steps: int
 ) -> Feed:
-    """Open the stream of a stage: random windows of training images, `num_steps` batches. number: the stage's."""
+    """Open the stream of a stage: random windows of training images, `num_steps` batches."""
     from ltjax.data import pipeline
 
     plan = pipeline.training(
         data,
         split.train,
         split.class_counts,
-        sampler,
-        hash32(np.uint32(run.seed), np.uint32(number)),
+        samplers.create(**config.sampler),
+        hash32(np.uint32(run.seed), np.uint32(config.number)),
         batch_size=run.batch_size,
         num_steps=num_steps,
         view=_view(run),

@@ -51,12 +51,7 @@ class CompiledStage(NamedTuple):
     steps_per_epoch: int
     num_steps: int  # of the whole stage
     factors: np.ndarray  # [epochs], factors on the learning rate
-    assigned: dict[str, str]  # {path of a trained parameter: its group}
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Paths of the parameters with a rate above 0."""
-        return tuple(self.assigned)
+    trained: dict[str, str]  # {path of a parameter with a rate above 0: its group}
 
 
 class Resident(NamedTuple):
@@ -77,14 +72,11 @@ class Chunk(NamedTuple):
 OTHERS = 1  # tells the random numbers of a batch's second draw from those of the first
 
 
-def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
-    """Make the `apply` that methods call: run a network, by default in the stage's batch-norm mode `bn`."""
-    stage_mode = bn
+def make_apply(nets: Mapping[str, nn.Module], stage_mode: str) -> Apply:
+    """Make the `apply` that methods call: run a network, by default in the stage's batch-norm mode."""
 
     def apply(variables: Variables, images: jax.Array, net: str = "net", bn: str | None = None):
-        mode = bn or stage_mode
-        if mode not in BATCH_NORM_MODES:
-            raise UserError(f"unknown batch-norm mode {mode!r}; known: {', '.join(BATCH_NORM_MODES)}")
+        mode = registry.choose("batch-norm mode", BATCH_NORM_MODES, bn or stage_mode)
         if net not in nets:
             raise UserError(
                 f"the method needs a network {net!r}: give its settings in config.{net}, as in config.model"
@@ -98,29 +90,20 @@ def make_apply(nets: Mapping[str, nn.Module], bn: str) -> Apply:
     return apply
 
 
-def init_variables(
-    nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], rng: jax.Array, method: Method | None = None
-) -> Variables:
-    """Initialise the variables of every network, and of the method if given. image_shape: [H, W, channels]."""
-    params, stats, arrays = {}, {}, {}
+def init_variables(nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], rng: jax.Array) -> Variables:
+    """Initialise the variables of every network. image_shape: [H, W, channels]."""
+    params, stats = {}, {}
     for number, (name, net) in enumerate(sorted(nets.items())):
         created = net.init(jax.random.fold_in(rng, number), jnp.zeros((1, *image_shape), jnp.float32))
         params[name], stats[name] = created["params"], created.get("batch_stats", {})
-    if method is not None:
-        extra, arrays = method.init(jax.random.fold_in(rng, len(nets)))
-        if extra:
-            params["method"] = extra
-    return Variables(params, stats, arrays)
+    return Variables(params, stats, {})
 
 
 def all_finite(tree: Any) -> bool:
     """Return whether no array of a pytree holds an inf or nan."""
     # One array at a time: on a CPU, two programs on split arrays could wait for each other.
-    return all(_is_finite(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
-
-
-def _is_finite(array: Any) -> bool:
-    return bool(np.isfinite(np.asarray(array)).all() if is_local(array) else _finite(array))
+    arrays = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
+    return all(np.isfinite(np.asarray(x)).all() if is_local(x) else _finite(x) for x in arrays)
 
 
 _finite = xla.jit(lambda array: jnp.isfinite(array).all())
@@ -292,7 +275,7 @@ def build(
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         factors=factors,
-        assigned=trained,
+        trained=trained,
     )
 
 
@@ -362,10 +345,9 @@ class _Step(NamedTuple):
         if missing := [name for name in layers if name not in (outputs.layers or {})]:
             known = ", ".join(outputs.layers or {}) or "none"
             raise UserError(f"the method needs the features of layer {missing[0]!r}; the model's layers: {known}")
-        num_classes = outputs.logits.shape[-1]
-        features = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
-        zeros = {name: jnp.zeros((num_classes, x.shape[-1]), jnp.float32) for name, x in features.items()}
-        return zeros if layers else zeros["features"]
+        labels = jnp.zeros(1, jnp.int32)
+        means = jax.eval_shape(lambda: means_of(feature_sums(self.apply, variables, image, labels, layers), layers))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), means)
 
     def refresh(self, state: TrainState, means: Any) -> TrainState:
         assert self.method.refresh is not None

@@ -1,6 +1,6 @@
 """Common part of adversarial training methods: the attack in a step, and optionally one on the weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from ltjax import attacks, losses
 from ltjax.attacks.ball import per_image
+from ltjax.methods.criteria import Criterion
 from ltjax.system import registry
 from ltjax.types import Apply, Batch, Method, Settings, Variables
 
@@ -23,14 +24,12 @@ LossOf = Callable[[Apply, Variables, Batch, jax.Array], tuple[jax.Array, tuple[V
 
 def cross_entropy(natural: jax.Array, logits: jax.Array, batch: Batch, variables: Variables) -> jax.Array:
     """Compute the objective of Madry et al. A mixup batch counts both labels."""
-    del natural, variables
     per_image = partial(losses.cross_entropy, logits)
     return losses.mixed(per_image, batch.labels, batch.partner_labels, batch.lam).sum()
 
 
 def divergence(natural: jax.Array, logits: jax.Array, batch: Batch, variables: Variables) -> jax.Array:
     """Compute the objective of TRADES and LBGAT: the KL divergence from the natural prediction, which is constant."""
-    del batch, variables
     return losses.kl_divergence(natural, logits).sum()
 
 
@@ -70,13 +69,6 @@ def _attack_settings(
     return dict(moves=moves, start=start_settings, share=radius_share, ramp=ramp)
 
 
-def _check_awp(awp: float, awp_start: float) -> None:
-    if not 0 <= awp < 1:
-        raise ValueError(f"awp = {awp}: a share of the weights' length, from 0 to below 1, such as 0.005")
-    if not 0 <= awp_start <= 1:
-        raise ValueError(f"awp_start = {awp_start}: a share of the stage, from 0 to 1")
-
-
 def _move(share: Any, weight: jax.Array, gradient: jax.Array) -> jax.Array:
     """Return the move of a kernel along its gradient, a `share` of its length; other parameters do not move."""
     if weight.ndim < 2:
@@ -100,14 +92,13 @@ def _moves(batch: Batch, moves: dict[str, Any], factors: jax.Array | None, ramp:
 
 def create(
     loss_of: LossOf,
-    *,
     objective: Objective,
+    criterion: Criterion | None = None,
+    class_counts: np.ndarray | None = None,
+    *,
     attack: Settings,
     awp: float,
     awp_start: float = 0.0,
-    class_counts: np.ndarray | None = None,
-    per_class: Mapping[str, jax.Array] = MappingProxyType({}),
-    prior: np.ndarray | None = None,
 ) -> Method:
     """Create a method that attacks the images of each step and trains on them.
 
@@ -116,6 +107,8 @@ def create(
     Args:
       loss_of: Loss of a batch and its adversarial images [B, H, W, channels].
       objective: Function that the attack maximises.
+      criterion: Of the loss, for the method's `per_class` and `prior`.
+      class_counts: [C] training images, for radius_share.
       attack: epsilon, step_size (both in pixel units of [0, 1], or text such as "8/255"), num_steps, norm ("linf",
         "l2"), start ("gaussian", "uniform", "none") and start_scale; radius_share, the part of the radius that is
         larger for rarer classes (RobustLT, see `attacks.radius_by_count`); ramp, the share of the stage over which
@@ -124,12 +117,12 @@ def create(
         for none. The loss is evaluated with each kernel w moved by `awp |w| g / |g|`, where g is the loss's gradient on
         the same adversarial images. Biases, batch norms and networks other than `net` are not perturbed.
       awp_start: Share of the stage after which the weights are perturbed.
-      class_counts: [C] training images, for radius_share.
-      per_class: Of the loss's criterion, {title: [C]}, see `ltjax.types.Method`.
-      prior: Of the loss's criterion, [C].
     """
     settings = registry.bind("attack", _attack_settings, attack)()
-    _check_awp(awp, awp_start)
+    if not 0 <= awp < 1:
+        raise ValueError(f"awp = {awp}: a share of the weights' length, from 0 to below 1, such as 0.005")
+    if not 0 <= awp_start <= 1:
+        raise ValueError(f"awp_start = {awp_start}: a share of the stage, from 0 to 1")
     share, ramp = settings["share"], settings["ramp"]
     factors = None  # [C], on the radius
     if share:
@@ -170,8 +163,8 @@ def create(
     return Method(
         init=lambda rng: ({}, {}),
         loss=loss,
-        per_class=lambda extra_params: dict(per_class),
+        per_class=lambda extra_params: criterion.per_class if criterion else {},
         progress=bool(ramp or (awp and awp_start)),
         attacks=True,
-        prior=prior,
+        prior=criterion and criterion.prior,
     )

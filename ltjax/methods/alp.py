@@ -1,7 +1,6 @@
 """Adversarial logit pairing (Kannan, Kurakin & Goodfellow, 2018)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -40,6 +39,4 @@ def create(
         metrics = {"labels_loss": labels_loss, "pairing_loss": pairing}
         return labels_loss + pairing_weight * pairing, (variables, metrics)
 
-    shared = dict[str, Any](attack=attack, awp=awp, class_counts=class_counts)
-    shared |= dict(per_class=criterion.per_class, prior=criterion.prior)
-    return adversarial.create(loss_of, objective=adversarial.cross_entropy, **shared)
+    return adversarial.create(loss_of, adversarial.cross_entropy, criterion, class_counts, attack=attack, awp=awp)

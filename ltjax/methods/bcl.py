@@ -46,7 +46,6 @@ def create(
         return {name: head.init(key) for name, key in heads}, {}
 
     def total(apply, variables, batch, rng):
-        del rng
         outputs, variables = forward(apply, variables, batch)
         params = variables.params["method"]
         projected = by_view(head(params["projection"], outputs.features), batch)

@@ -7,11 +7,7 @@ from ltjax.types import Method, Settings
 
 
 def create(
-    class_counts: np.ndarray,
-    *,
-    beta: float = 0.0,
-    attack: Settings = adversarial.PAPERS_ATTACK,
-    awp: float = 0.0,
+    class_counts: np.ndarray, *, beta: float = 0.0, attack: Settings = adversarial.PAPERS_ATTACK, awp: float = 0.0
 ) -> Method:
     """Minimise `mean (f(x_adv) - g(x))^2 + beta KL(f(x) || f(x_adv))`, with g in evaluation mode.
 

@@ -84,7 +84,6 @@ def create(
         return losses.gkl(student, teacher, weights=softmax, **settings), variables
 
     def mean_loss(apply, variables, batch, rng):
-        del rng
         outputs, variables = apply(variables, batch.images)
         guide, _ = apply(variables, batch.images, net="guide", bn="eval")
         teacher = jax.lax.stop_gradient(guide.logits)

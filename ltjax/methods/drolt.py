@@ -6,7 +6,6 @@ and a last stage that retrains the classifier with any loss.
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +17,6 @@ from ltjax.types import Method, Settings, UserError
 
 RADII = ("learned", "learned_unconstrained", "shared", "by_count")
 WEIGHTED: Settings = MappingProxyType({"name": "cross_entropy", "class_weights": MappingProxyType({"kind": "count"})})
-
-
-def _check(radius: str, radius_size: float, temperature: float, layers: Any) -> None:
-    if radius not in RADII:
-        raise UserError(f"method 'drolt': unknown radius {radius!r}; known: {', '.join(RADII)}")
-    if not temperature > 0 or not radius_size >= 0:
-        raise UserError(
-            f"method 'drolt': temperature = {temperature}, radius_size = {radius_size}: above 0, and at least 0"
-        )
 
 
 def create(
@@ -59,7 +49,12 @@ def create(
       layers: Backbone stages, such as ("stage2", "stage3"). Empty: the pooled final map.
       class_weights: C factors on the classification losses of each class's images. The robust loss has its own.
     """
-    _check(radius, radius_size, temperature, layers)
+    if radius not in RADII:
+        raise UserError(f"method 'drolt': unknown radius {radius!r}; known: {', '.join(RADII)}")
+    if not temperature > 0 or not radius_size >= 0:
+        raise UserError(
+            f"method 'drolt': temperature = {temperature}, radius_size = {radius_size}: above 0, and at least 0"
+        )
     layers = tuple(layers)
     centroids_of = layers or ("features",)  # keys of the method's arrays
     criterion = criteria.create(class_counts, loss, class_weights)
@@ -70,7 +65,6 @@ def create(
     learned = radius.startswith("learned")
 
     def init(rng):
-        del rng
         return ({"margins": initial} if learned else {}), {}
 
     def margins_of(extra_params):  # [..., L, C]
@@ -92,7 +86,6 @@ def create(
         return losses.mixed(bound, batch.labels, batch.partner_labels, batch.lam)
 
     def total(apply, variables, batch, rng):
-        del rng
         outputs, variables = apply(variables, batch.images)
         classification = criterion(outputs.logits, batch)
         robustness = jnp.zeros((), classification.dtype)
@@ -103,7 +96,6 @@ def create(
         return classification + robust_weight * robustness, (variables, metrics)
 
     def refresh(arrays, class_means):
-        del arrays
         return dict(class_means) if layers else {"features": class_means}
 
     return Method(init=init, loss=total, refresh=refresh, layers=layers, per_class=per_class, prior=criterion.prior)

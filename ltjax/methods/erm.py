@@ -25,7 +25,6 @@ def create(
     criterion = criteria.create(class_counts, loss, class_weights)
 
     def mean_loss(apply, variables, batch, rng):
-        del rng
         outputs, variables = apply(variables, batch.images, net=net)
         return criterion(outputs.logits, batch), (variables, {})
 

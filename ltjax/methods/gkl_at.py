@@ -1,7 +1,6 @@
 """GKL-AT: adversarial training with the generalised KL loss (Cui et al., 2025, arXiv 2503.08038; IKL, NeurIPS 2024)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -61,8 +60,8 @@ def create(
         variables = variables._replace(arrays=class_softmax.add(variables.arrays, softmax, batch.labels))
         return natural + robust, (variables, {"natural_loss": natural, "robust_loss": robust})
 
-    shared = dict[str, Any](attack=attack, awp=awp, awp_start=awp_start, class_counts=class_counts)
-    shared |= dict(per_class=criterion.per_class, prior=criterion.prior)
-    method = adversarial.create(loss_of, objective=objective, **shared)
+    method = adversarial.create(
+        loss_of, objective, criterion, class_counts, attack=attack, awp=awp, awp_start=awp_start
+    )
     arrays = class_softmax.init(len(class_counts))
     return method._replace(init=lambda rng: ({}, arrays), refresh=class_softmax.refresh, layers=None)

@@ -1,7 +1,5 @@
 """LBGAT: a robust model learns from the logits of a natural one (Cui, Liu, Wang & Jia, ICCV 2021)."""
 
-from typing import Any
-
 import numpy as np
 
 from ltjax import losses
@@ -49,5 +47,5 @@ def create(
             total += beta * metrics["robust_loss"]
         return total, (variables, metrics)
 
-    shared: dict[str, Any] = dict(attack=attack, awp=awp, class_counts=class_counts, per_class=criterion.per_class)
-    return adversarial.create(loss_of, objective=adversarial.divergence, **shared)
+    criterion = criterion._replace(prior=None)  # which is the guide's, not the network's
+    return adversarial.create(loss_of, adversarial.divergence, criterion, class_counts, attack=attack, awp=awp)

@@ -1,7 +1,6 @@
 """Adversarial training on attacked images only (Madry et al., ICLR 2018)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -32,6 +31,4 @@ def create(
         outputs, variables = apply(variables, images)
         return criterion(outputs.logits, batch), (variables, {})
 
-    shared = dict[str, Any](attack=attack, awp=awp, class_counts=class_counts)
-    shared |= dict(per_class=criterion.per_class, prior=criterion.prior)
-    return adversarial.create(loss_of, objective=adversarial.cross_entropy, **shared)
+    return adversarial.create(loss_of, adversarial.cross_entropy, criterion, class_counts, attack=attack, awp=awp)

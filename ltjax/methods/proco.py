@@ -66,7 +66,6 @@ def create(
         return losses.logit_adjusted(logits, labels, class_counts=class_counts).mean(), arrays
 
     def total(apply, variables, batch, rng):
-        del rng
         outputs, variables = forward(apply, variables, batch)
         projected = by_view(head(variables.params["method"]["projection"], outputs.features), batch)
         arrays, contrasts = variables.arrays, []

@@ -30,7 +30,6 @@ def create(class_counts: np.ndarray, *, medium_start: float, tail_start: float |
     masks = losses.branch_masks(class_counts, medium_start=ranks[0], tail_start=ranks[1])  # [3, C]
 
     def loss(apply, variables, batch, rng):
-        del rng
         outputs, variables = apply(variables, batch.images)
         branches = 0 if outputs.branches is None else len(outputs.branches)
         if branches not in (2, 3) or (branches == 3 and tail_start is None):

@@ -1,7 +1,6 @@
 """TRADES: classify clean images, and keep the prediction on attacked ones (Zhang et al., ICML 2019)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -42,6 +41,4 @@ def create(
         robust = losses.kl_divergence(clean.logits, attacked.logits).mean()
         return natural + beta * robust, (variables, {"natural_loss": natural, "robust_loss": robust})
 
-    shared = dict[str, Any](attack=attack, awp=awp, class_counts=class_counts)
-    shared |= dict(per_class=criterion.per_class, prior=criterion.prior)
-    return adversarial.create(loss_of, objective=adversarial.divergence, **shared)
+    return adversarial.create(loss_of, adversarial.divergence, criterion, class_counts, attack=attack, awp=awp)

@@ -102,11 +102,11 @@ def create(
     """
     settings = {key: value for key, value in locals().items() if key not in ("num_classes", "backbone")}
     registry.check_types("model", create, settings)
-    registry.choose("classifier", dict.fromkeys(CLASSIFIERS), classifier)
+    registry.choose("classifier", CLASSIFIERS, classifier)
     if len(mean) != len(std) or not all(s > 0 for s in std):
         raise UserError(f"model mean = {mean}, std = {std}: one value each for every channel, std above 0")
-    registry.choose("model classifier_init", dict.fromkeys(CLASSIFIER_INITS), classifier_init)
-    registry.choose("model branch_kind", dict.fromkeys(BRANCH_KINDS), branch_kind)
+    registry.choose("model classifier_init", CLASSIFIER_INITS, classifier_init)
+    registry.choose("model branch_kind", BRANCH_KINDS, branch_kind)
     if branches and linear_map:
         raise UserError("model linear_map = True, and branches: take one of them")
     if branches not in (0, 2, 3):
@@ -118,11 +118,10 @@ def create(
     context = {"num_classes": num_classes} if "num_classes" in inspect.signature(function).parameters else {}
     function = registry.bind(f"model {name!r}", function, backbone)
     branch_layers = None
-    if branches:
-        pooled = branch_kind == "pooled_conv"
-        branch_layers = (
-            NormBranches(branches) if branch_kind == "norm" else ConvBranches(branches, pooled, compute, platform)
-        )
+    if branches and branch_kind == "norm":
+        branch_layers = NormBranches(branches)
+    elif branches:
+        branch_layers = ConvBranches(branches, branch_kind == "pooled_conv", compute, platform)
     block = None
     if extra_block:
         block = rematerialised(Bottleneck, remat)(dtype=compute, platform=platform, kernel_init="torch")

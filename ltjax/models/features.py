@@ -57,5 +57,5 @@ def backbone(dtype: Any, platform: str | None, remat: bool, *, normalise: str = 
     Raises:
       UserError: `normalise` is unknown.
     """
-    registry.choose("model normalise", dict.fromkeys(NORMALISE), normalise)
+    registry.choose("model normalise", NORMALISE, normalise)
     return FeaturesBackbone(normalise)

@@ -93,14 +93,12 @@ class DepthwiseConv(nn.Module):
     Attributes:
       kernel_size: Of both sides.
       strides: Of both sides.
-      kernel_init: See `Conv`.
       dtype: Of the computation. Sums are at least float32.
       platform: See `ltjax.models.create`.
     """
 
     kernel_size: int = 3
     strides: int = 1
-    kernel_init: Init = "fan_in"
     dtype: Any = jnp.float32
     platform: str | None = None
 
@@ -108,7 +106,7 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         channels, strides = x.shape[-1], (self.strides, self.strides)
         shape = (self.kernel_size, self.kernel_size, 1, channels)
-        kernel = self.param("kernel", _initialiser(self.kernel_init), shape, jnp.float32)
+        kernel = self.param("kernel", he_normal(), shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if (self.platform or jax.default_backend()) == "cpu":
             padding = lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME")

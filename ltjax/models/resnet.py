@@ -138,12 +138,11 @@ def backbone(
     if width < 1:
         raise UserError(f"model width = {width}: the first stage needs at least one channel")
     numbers = stage_blocks(depth, blocks)
-    if stem not in STRIDES:
-        raise UserError(f"unknown model stem {stem!r}; known: {', '.join(STRIDES)}")
+    of_stem = registry.choose("model stem", STRIDES, stem)
     weights = registry.choose("model init", CONV_INITS, init)
     if stem == "large" and init == "he":
         weights = "fan_out"  # torchvision's
-    strides = STRIDES[stem] if strides is None else of_each_stage("strides", strides)
+    strides = of_stem if strides is None else of_each_stage("strides", strides)
     inner = None
     if depth not in BASIC:
         if groups < 1 or group_width < 1 or group_width * width % 64:

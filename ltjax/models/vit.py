@@ -148,7 +148,6 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        del train
         lora = self.rank if self.adapter == "lora" else 0
         attention = Attention(self.heads, self.qkv_bias, lora, self.dtype, name="attention")
         y = attention(LayerNorm(self.epsilon, name="norm1")(x))
@@ -308,7 +307,6 @@ def backbone(
         a part `adapter`.
       rank: Channels inside an adapter. 0: LIFT's, see `default_rank`.
     """
-    del platform
     sizes = dict(depth=depth, width=width, patch=patch, grid=grid)
     for name, value in sizes.items():
         if value < 1:
@@ -322,8 +320,8 @@ def backbone(
     if projection < 0 or (projection and features == "class_and_mean"):
         raise UserError(f"model projection = {projection}, features = {features!r}: a projection is of D channels")
     registry.choose("model activation", ACTIVATIONS, activation)
-    registry.choose("model features", dict.fromkeys(FEATURES), features)
-    registry.choose("model adapter", dict.fromkeys(ADAPTERS), adapter)
+    registry.choose("model features", FEATURES, features)
+    registry.choose("model adapter", ADAPTERS, adapter)
     if rank and adapter == "none":
         raise UserError(f"model rank = {rank}: it is for an adapter; set model.adapter to adaptformer or lora")
     block = dict(heads=heads, mlp_width=mlp_width or 4 * width, qkv_bias=qkv_bias, layer_scale=layer_scale)

@@ -85,10 +85,6 @@ def unequal_test_set(results: Mapping[str, Any]) -> bool:
     return len(set(results.get("test_class_counts", ())) - {0}) > 1
 
 
-def _has_nearest_mean(results: Mapping[str, Any]) -> bool:
-    return any("nearest_mean" in stage for stage in results["stages"].values())
-
-
 COLUMNS = (
     Column("balanced\n", lambda stage: stage.get("balanced_accuracy"), unequal_test_set),
     Column("macro\nF1", lambda stage: stage.get("macro_f1"), unequal_test_set),
@@ -96,7 +92,7 @@ COLUMNS = (
     Column(
         "nearest\nmean",
         lambda stage: stage.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all"),
-        _has_nearest_mean,
+        lambda results: any("nearest_mean" in stage for stage in results["stages"].values()),
     ),
 )
 

@@ -8,7 +8,6 @@ archive of `ltjax.archive`, which has the run's `config.json` instead, and may h
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ltjax.optim import flatten, unflatten
-from ltjax.system.files import load_json, replacing
+from ltjax.system.files import load_json, replacing, write_json
 from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, Variables, one_line
 
@@ -98,18 +97,15 @@ def save_weights(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION).unlink(missing_ok=True)  # a folder without it holds no weights
         save_arrays(folder, variables, net)
-        with replacing(folder / DESCRIPTION) as file:
-            file.write_text(json.dumps(description, indent=1) + "\n")
+        write_json(folder / DESCRIPTION, description)
     except OSError as error:
         raise UserError(f"cannot write weights to {folder}: {error}; give another folder") from error
 
 
 def save_arrays(folder: Path, variables: Variables, net: str = "net") -> None:
     """Write `weights.safetensors`: the arrays of one network, and those of its method."""
-    arrays = {
-        **_flat(variables, net),
-        **{f"method/{k}": v for k, v in flatten(variables.params.get("method", {})).items()},
-    }
+    of_method = flatten(variables.params.get("method", {}))
+    arrays = {**_flat(variables, net), **{f"method/{path}": value for path, value in of_method.items()}}
     with replacing(folder / ARRAYS) as file:
         save_safetensors({path: np.ascontiguousarray(value, _stored(value)) for path, value in arrays.items()}, file)
 

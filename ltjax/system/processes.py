@@ -21,15 +21,9 @@ from ltjax.types import UserError, one_line
 GONE = 75  # exit code (EX_TEMPFAIL, "try again") of a process that stops because another one did
 OTHERS_SECONDS = 2.0  # process 0 waits so long for the others to end by themselves; JAX aborts them when it is gone
 _VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-_SIGNS_OF_LOSS = (
-    "gloo",
-    "nccl",
-    "connection closed",
-    "connection reset",
-    "heartbeat",
-    "coordination service",
-    "unavailable",
-    "barrier timed out",
+_SIGNS_OF_LOSS = re.compile(
+    "gloo|nccl|connection closed|connection reset|heartbeat|coordination service|unavailable|barrier timed out",
+    re.IGNORECASE,
 )
 
 
@@ -222,8 +216,7 @@ def leave_lost(reason: str) -> None:
 def lost(error: BaseException | None) -> bool:
     """Return whether an exception or its cause means a lost process. JAX has no exception type for this."""
     while several() and error is not None:
-        text = str(error).lower()
-        if any(sign in text for sign in _SIGNS_OF_LOSS):
+        if _SIGNS_OF_LOSS.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -10,11 +10,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from ltjax.types import UserError
 
 
-def choose(kind: str, known: Mapping[str, Any], name: str) -> Any:
-    """Return `known[name]`, or raise a UserError that lists the known names. kind: for the message ("method")."""
+def choose(kind: str, known: Mapping[str, Any] | Sequence[str], name: str) -> Any:
+    """Return `known[name]`, or of a sequence the name itself; raise UserError that lists the names if it lacks it.
+
+    Args:
+      kind: For the message, such as "method".
+    """
     if not isinstance(name, str) or name not in known:
         raise UserError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-    return known[name]
+    return known[name] if isinstance(known, Mapping) else name
 
 
 def load(kind: str, modules: Mapping[str, str], name: str, entry: str) -> Callable:

@@ -106,10 +106,6 @@ def test_data_dir_is_the_argument_then_the_environment_then_home(monkeypatch):
     assert source.resolve_data_dir() == Path("/home/someone/tensorflow_datasets")
 
 
-def test_an_unknown_name_is_an_error():
-    assert "cifar10, cifar100" in failure(None, "cifar1000")
-
-
 @pytest.mark.parametrize("folder", ["nowhere", "file", "cifar10 only", "interrupted"])
 def test_a_missing_data_set_names_the_folder_and_the_command(folder, tmp_path):
     (tmp_path / "file").touch()

@@ -7,7 +7,6 @@ import pytest
 
 from ltjax.data import fashion_mnist_lt
 from ltjax.data.fashion_mnist_lt import make
-from ltjax.types import UserError
 
 FOLDER = Path(fashion_mnist_lt.__file__).parent
 
@@ -50,11 +49,6 @@ def test_file_is_small_and_comes_with_its_licence():
     assert (FOLDER / "subset.npz").stat().st_size < 2_000_000
     notice = (FOLDER / "NOTICE").read_text()
     assert "MIT License" in notice and "Zalando SE" in notice
-
-
-def test_unknown_name_is_refused():
-    with pytest.raises(UserError, match="unknown data set 'mnist': choose one of fashion_mnist_lt"):
-        fashion_mnist_lt.load("mnist")
 
 
 def write_idx(path, array):

@@ -86,7 +86,7 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
         class_counts=COUNTS,
         mesh=mesh,
     )
-    shapes = jax.eval_shape(lambda: stage.init_variables(NETS, SHAPE, jax.random.key(0), method))
+    shapes = jax.eval_shape(lambda: stages.initial(NETS, SHAPE, method))
     compiled = stages.build(
         NETS,
         method,

@@ -144,7 +144,7 @@ def trained():
     images = random.integers(0, 255, (COUNTS.sum(), 8, 8, 3)).astype(np.uint8)
     source = stage.Resident(jnp.asarray(images), jnp.asarray(np.repeat(np.arange(3), COUNTS), jnp.int32))
     source = jax.device_put(source, parallel.replicated(mesh))
-    variables = stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0), method)
+    variables = stages.initial({"net": net}, (8, 8, 3), method)
 
     def draw(source, seed, step, rng):
         return Batch(source.images.astype(jnp.float32) / 255, source.labels)
@@ -188,7 +188,7 @@ def test_centroids_are_the_class_means_of_each_layer_in_evaluation_mode(trained)
 
 def test_margins_are_a_trained_parameter_of_the_stage(trained):
     _, compiled, state, _, _ = trained
-    assert compiled.assigned["method/margins"] == "features"
+    assert compiled.trained["method/margins"] == "features"
     assert state.variables.params["method"]["margins"].shape == (2, 3)
     assert np.all(state.variables.params["method"]["margins"] != 0.5)
 
@@ -225,7 +225,7 @@ def test_a_mistake_is_one_line_with_the_allowed_values(settings, message):
 def test_an_unknown_layer_is_named_with_the_known_ones():
     net = models.create("resnet_cifar", 3, depth=8, width=4)
     method, mesh = create(layers=("stage3", "stage4")), parallel.make_mesh(jax.devices()[:1])
-    variables = jax.eval_shape(lambda: stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0), method))
+    variables = jax.eval_shape(lambda: stages.initial({"net": net}, (8, 8, 3), method))
     settings = dict(bn="train", lr=0.1, factors=np.ones(1), steps_per_epoch=1, mesh=mesh, image_shape=(8, 8, 3))
     groups = {"all": {"match": ".*", "rate": 1.0}}
     compiled = stages.build({"net": net}, method, lambda *_: BATCH, variables.params, groups=groups, **settings)

@@ -337,7 +337,7 @@ def compiled(net, *, groups, devices=1, replicas=1, replicate="loop"):
     mesh, method = parallel.make_mesh(jax.devices()[:devices], replicas), methods.create("erm", (8, 8))
     source = (jnp.asarray(np.concatenate([IMAGES, IMAGES[::-1] ** 2])), jnp.asarray([0, 1] * 8, jnp.int32))
     source = jax.device_put(source, parallel.replicated(mesh))
-    like = jax.eval_shape(lambda: stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0), method))
+    like = jax.eval_shape(lambda: stages.initial({"net": net}, (8, 8, 3), method))
 
     def draw(source, seed, step, rng):
         return Batch(*(parallel.split(x, mesh) for x in source))

@@ -3,10 +3,8 @@
 import functools
 import hashlib
 import io
-import lzma
 import sys
 import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from posixpath import basename
@@ -18,6 +16,7 @@ import numpy as np
 from ltjax.data.decode import MAX_IMAGE_BYTES
 from ltjax.data.prepare import in_memory
 from ltjax.data.prepare.download import download
+from ltjax.data.prepare.sources import READ_ERRORS
 from ltjax.types import UserError, one_line
 
 
@@ -61,10 +60,7 @@ CIFAR100 = CifarArchive(
     sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     folder="cifar-100-binary",
     splits={"train": ("train.bin",), "test": ("test.bin",)},
-    labels=(
-        LabelFile("coarse_label", "coarse_label_names.txt", 20),
-        LabelFile("label", "fine_label_names.txt", 100),
-    ),
+    labels=(LabelFile("coarse_label", "coarse_label_names.txt", 20), LabelFile("label", "fine_label_names.txt", 100)),
 )
 
 
@@ -171,7 +167,7 @@ def _read_files(path: Path, files: set[str], archive: CifarArchive) -> dict[str,
                     contents[file] = stream.read()
             raw: Any = tar.fileobj
             raw.seek(0, io.SEEK_END)  # the checksum of a compressed file is at its end
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except READ_ERRORS as error:
         raise UserError(
             f"cannot read {path} as a tar archive ({one_line(error)}): it is damaged, cut short or something else; "
             f"expected the file published at {archive.url}"

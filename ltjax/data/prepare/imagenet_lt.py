@@ -43,7 +43,6 @@ def read_spec(source: Path) -> DatasetSpec:
             images[key] = Image(split, line.label)
     return DatasetSpec(
         name=NAME,
-        version="1.0.0",
         description=(
             "ImageNet-LT: a long-tailed subset of the ImageNet (ILSVRC 2012) training images, 5 to 1280 of each of "
             "1000 classes; 20 others of each for validation; the ILSVRC 2012 validation images as test images."
@@ -51,7 +50,6 @@ def read_spec(source: Path) -> DatasetSpec:
         homepage="https://github.com/zhmiao/OpenLongTailRecognition-OLTR",
         key_feature="file_name",
         class_names={"label": wnids},
-        by_label={},
         official=OFFICIAL,
         images=images,
         key=_key,

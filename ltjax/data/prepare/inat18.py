@@ -45,17 +45,13 @@ def read_spec(source: Path) -> DatasetSpec:
             )
     return DatasetSpec(
         name=NAME,
-        version="1.0.0",
         description=(
             "iNaturalist 2018: 437,513 training and 24,426 validation photographs of 8,142 species, as many of each as "
             "were taken. The test images, whose species are secret, are left out."
         ),
         homepage="https://github.com/visipedia/inat_comp/tree/master/2018",
         key_feature="id",
-        class_names={
-            "label": _class_names(source, found, categories),
-            "supercategory": supercategories,
-        },
+        class_names={"label": _class_names(source, found, categories), "supercategory": supercategories},
         by_label={"supercategory": [supercategories.index(category["supercategory"]) for category in categories]},
         official=OFFICIAL,
         images=images,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.progress import MofNCompleteColumn, ProgressColumn, TimeRemainingColumn
@@ -25,6 +26,7 @@ from ltjax.data.source import newest_version
 from ltjax.system.locks import locked
 from ltjax.types import UserError, some
 
+VERSION = "1.0.0"  # of all data sets; TFDS has the same for those that it knows
 IN_FLIGHT = 64  # images in memory while threads check them
 
 
@@ -42,25 +44,16 @@ class DatasetSpec(NamedTuple):
     """
 
     name: str
-    version: str
     description: str
     homepage: str
     key_feature: str  # TFDS' name for the key
     class_names: dict[str, list[str]]  # {feature: names}; `label` is one of the features
-    by_label: dict[str, list[int]]  # {further feature: its value for each label}
     official: dict[str, int]  # {split: number of images in the official split}
     images: dict[str, Image]  # {key: image}, N of them
     key: Callable[[str], str]  # path of a file -> key
     sources: list[Path]  # archives and folders, in reading order
     expected: str  # examples of paths in them, for messages
-
-
-class Problem(NamedTuple):
-    """A missing or damaged image."""
-
-    key: str
-    what: str
-    where: str
+    by_label: Mapping[str, list[int]] = MappingProxyType({})  # {further feature: its value for each label}
 
 
 class _Rate(ProgressColumn):
@@ -106,7 +99,7 @@ def prepare(
         )
     spec = read_spec(source)
     _compare_with_official(spec)
-    folder = data_dir / name / f"{spec.version}.incomplete"
+    folder = data_dir / name / f"{VERSION}.incomplete"
     require_writable(folder)
     with locked(folder, f"another run is writing {folder}: wait for it, or stop it"):
         shards = Shards(folder, name, _hash(spec), shard_bytes)
@@ -149,20 +142,20 @@ def _compare_with_official(spec: DatasetSpec) -> None:
 
 def _hash(spec: DatasetSpec) -> str:
     """Hash the records to write, for any layout of the archives."""
-    digest = hashlib.sha256(repr((spec.version, spec.class_names)).encode())
+    digest = hashlib.sha256(repr((VERSION, spec.class_names)).encode())
     for key in sorted(spec.images):
         digest.update(f"{key}\t{spec.images[key].split}\t{spec.images[key].label}\n".encode())
     return digest.hexdigest()
 
 
-def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
+def _write_records(spec: DatasetSpec, shards: Shards) -> list[str]:
     """Read the sources once and write the images that no finished shard holds.
 
-    Return the missing and damaged images, which `problems.txt` lists as well. UserError if an image is in the sources
-    twice, or if they hold no image of the lists.
+    Return the missing and damaged images, "KEY (WHAT)", which `problems.txt` lists as well. UserError if an image is
+    in the sources twice, or if they hold no image of the lists.
     """
     finished, seen = shards.keys(), set()
-    problems: list[Problem] = []
+    problems: list[str] = []
     deep = DeepImages()
     if len(finished) == len(spec.images):
         return problems
@@ -175,7 +168,7 @@ def _write_records(spec: DatasetSpec, shards: Shards) -> list[Problem]:
         task = bar.add_task(f"preparing {spec.name}", total=len(spec.images), completed=len(finished))
 
         def report(key: str, what: str, where: str) -> None:
-            problems.append(Problem(key, what, where))
+            problems.append(f"{key} ({what})")
             log.write(f"{key}\t{what}\t{where}\n")
 
         for key, where, content, what in _checked(_listed_images(spec, seen), finished, threads, deep):
@@ -267,7 +260,7 @@ def _record(spec: DatasetSpec, key: str, content: bytes) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def _handle_problems(spec: DatasetSpec, folder: Path, problems: list[Problem], skip_damaged: bool) -> str:
+def _handle_problems(spec: DatasetSpec, folder: Path, problems: list[str], skip_damaged: bool) -> str:
     """With `skip_damaged`, keep the list of left-out images and return a clause about them; else UserError."""
     log = folder / "problems.txt"
     (folder / "skipped.txt").unlink(missing_ok=True)
@@ -277,11 +270,10 @@ def _handle_problems(spec: DatasetSpec, folder: Path, problems: list[Problem], s
     if skip_damaged:
         log.replace(folder / "skipped.txt")
         return f", without {len(problems)} that are missing or damaged (skipped.txt)"
-    names = some([f"{key} ({what})" for key, what, _ in problems])
     raise UserError(
-        f"{len(problems)} of {len(spec.images)} images of {spec.name} are missing or damaged: {names}; {log} names "
-        "them all: replace them and run the same command again (what is finished is kept), or leave them out with "
-        "--skip_damaged"
+        f"{len(problems)} of {len(spec.images)} images of {spec.name} are missing or damaged: {some(problems)}; {log} "
+        "names them all: replace them and run the same command again (what is finished is kept), or leave them out "
+        "with --skip_damaged"
     )
 
 
@@ -296,7 +288,7 @@ def _finish(spec: DatasetSpec, shards: Shards) -> None:
         keys = [key for shard in shards.finished[split] for key in shard.keys]
         labels = [spec.images[key].label for key in keys]
         index.write_index(folder / f"{split}.index.npz", index.make_index(labels, keys, split), paths[split])
-    directory = folder.with_name(spec.version)
+    directory = folder.with_name(VERSION)
     os.rename(folder, directory)
     (directory / JOURNAL).unlink()
 
@@ -323,7 +315,7 @@ def _write_metadata(spec: DatasetSpec, shards: Shards) -> None:
         data_dir=shards.folder,
         features=features(spec.key_feature, spec.class_names),
         split_infos=infos,
-        version=spec.version,
+        version=VERSION,
         check_data=False,
         description=spec.description,
         homepage=spec.homepage,

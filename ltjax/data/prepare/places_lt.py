@@ -40,7 +40,6 @@ def read_spec(source: Path) -> DatasetSpec:
         sources = [train, pick(source, found, "the validation images of Places365", TEST)]
     return DatasetSpec(
         name=NAME,
-        version="1.0.0",
         description=(
             "Places-LT: a long-tailed subset of the Places365-Standard training images, 5 to 4980 of each of 365 "
             "categories; 20 others of each for validation; the Places365 validation images as test images."
@@ -48,7 +47,6 @@ def read_spec(source: Path) -> DatasetSpec:
         homepage="https://github.com/zhmiao/OpenLongTailRecognition-OLTR",
         key_feature="file_name",
         class_names={"label": class_names},
-        by_label={},
         official=OFFICIAL,
         images=_read_lists(source, found, labels),
         key=functools.partial(_key, categories=labels.keys()),

@@ -48,11 +48,7 @@ OFFICIAL = Archive(
 )
 
 
-class EncodedSplit(NamedTuple):
-    """N encoded images and their labels."""
-
-    images: list[bytes]
-    labels: list[int]
+Split = list[tuple[bytes, int]]  # encoded images with their labels
 
 
 class ArchiveFiles(NamedTuple):
@@ -132,7 +128,7 @@ def _open(path: Path, archive: Archive) -> Generator[ArchiveFiles]:
         yield ArchiveFiles(names, read)
 
 
-def _parse(title: str, files: ArchiveFiles, archive: Archive) -> tuple[list[str], dict[str, EncodedSplit]]:
+def _parse(title: str, files: ArchiveFiles, archive: Archive) -> tuple[list[str], dict[str, Split]]:
     """Read class names and splits; ValueError if a file or image is missing, damaged or superfluous."""
     wnids = _lines(files, archive, "wnids.txt")
     if not len(set(wnids)) == len(wnids) == archive.num_classes:
@@ -158,7 +154,7 @@ def _parse(title: str, files: ArchiveFiles, archive: Archive) -> tuple[list[str]
     if any(counts[label] != archive.test_per_class for label in range(archive.num_classes)):
         raise ValueError(f"val_annotations.txt does not give every class {archive.test_per_class} images")
     images = _read_images(title, files, expected, archive.size)
-    splits = {split: EncodedSplit([images[name] for name in of], list(of.values())) for split, of in labels.items()}
+    splits = {split: [(images[name], label) for name, label in of.items()] for split, of in labels.items()}
     return class_names, splits
 
 
@@ -227,7 +223,7 @@ def _problem(content: bytes | None, size: int) -> str:
     return "" if height == width == size else f"{width} x {height} pixels, not {size} x {size}"
 
 
-def _write(archive: Archive, data_dir: Path, class_names: list[str], splits: dict[str, EncodedSplit]) -> None:
+def _write(archive: Archive, data_dir: Path, class_names: list[str], splits: dict[str, Split]) -> None:
     """Write `<data_dir>/tiny_imagenet/1.0.0`; the ids keep the order of the images."""
     import tensorflow_datasets as tfds
 
@@ -253,8 +249,8 @@ def _write(archive: Archive, data_dir: Path, class_names: list[str], splits: dic
             )
 
     def examples(split: str) -> Iterator[dict[str, object]]:
-        for index, (image, label) in enumerate(zip(*splits[split], strict=True)):
+        for index, (image, label) in enumerate(splits[split]):
             yield {"id": f"{split}_{index:05d}", "image": image, "label": label}
 
-    total = sum(len(split.images) for split in splits.values())
+    total = sum(map(len, splits.values()))
     in_memory.write(TinyImagenet, data_dir, {"label": class_names}, {split: examples(split) for split in splits}, total)

@@ -354,12 +354,10 @@ def test_an_archive_without_listed_images_is_an_error(tmp_path, capsys):
 def spec_of(names):
     return one_pass.DatasetSpec(
         name="many",
-        version="1.0.0",
         description="",
         homepage="",
         key_feature="file_name",
         class_names={"label": ["a"]},
-        by_label={},
         official={"train": len(names)},
         images=dict.fromkeys(names, one_pass.Image("train", 0)),
         key=lambda name: name,

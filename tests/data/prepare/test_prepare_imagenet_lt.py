@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from ltjax.data.prepare import imagenet_lt
 from ltjax.data.prepare.__main__ import main
-from ltjax.data.prepare.one_pass import features
+from ltjax.data.prepare.one_pass import VERSION, features
 from tests.data import miniatures
 
 SPLITS = ("train", "validation", "test")
@@ -129,7 +129,7 @@ def test_features_equal_those_of_tfds(tmp_path):
 
 def test_version_and_official_numbers_equal_those_of_tfds(source, tmp_path):
     spec = imagenet_lt.read_spec(source)
-    assert (spec.name, spec.version) == ("imagenet_lt", str(tfds.builder_cls("imagenet_lt").VERSION))
+    assert (spec.name, VERSION) == ("imagenet_lt", str(tfds.builder_cls("imagenet_lt").VERSION))
     assert spec.official == {"train": 115846, "validation": 20000, "test": 50000}
 
 

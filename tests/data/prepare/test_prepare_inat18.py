@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from ltjax.data.prepare import inat18
 from ltjax.data.prepare.__main__ import main
-from ltjax.data.prepare.one_pass import features
+from ltjax.data.prepare.one_pass import VERSION, features
 from tests.data import miniatures
 
 NAME = "i_naturalist2018"
@@ -115,7 +115,7 @@ def test_features_equal_those_of_tfds(tmp_path):
 
 def test_version_and_official_numbers(tmp_path):
     spec = inat18.read_spec(miniatures.inat18(tmp_path))
-    assert (spec.name, spec.version) == (NAME, str(tfds.builder_cls(NAME).VERSION))
+    assert (spec.name, VERSION) == (NAME, str(tfds.builder_cls(NAME).VERSION))
     assert spec.official == {"train": 437513, "validation": 24426} and inat18.NUM_CLASSES == 8142
 
 

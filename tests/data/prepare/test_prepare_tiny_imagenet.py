@@ -478,8 +478,3 @@ def test_damage_is_reported_in_one_line_with_the_command(damage, written, tmp_pa
     message = str(caught.value)
     assert message.startswith(f"{copy} is damaged or incomplete (") and "\n" not in message
     assert message.endswith(f"): delete that folder, then run `{command}`")
-
-
-def test_an_unknown_name_is_an_error():
-    with pytest.raises(UserError, match="choose one of tiny_imagenet"):
-        tiny_imagenet.load("tiny_imagenet_200")
