@@ -294,7 +294,6 @@ def test_an_invalid_order_of_classes_is_named(content, message, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
-def test_arrays_of_any_shape_imply_no_settings_that_they_lack(shape):
+def test_arrays_without_the_shape_of_a_kernel_imply_nothing(shape):
     constants = {"mean": np.full(3, 0.5), "std": np.full(3, 0.5)}
-    arrays = {"conv1.weight": np.ones(shape), "fc.weight": np.ones(shape), **constants}
-    assert implied(arrays) == ({"num_classes": 3} if shape else {})
+    assert implied({"conv1.weight": np.ones(shape), "fc.weight": np.ones(shape), **constants}) == {}
