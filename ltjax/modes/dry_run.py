@@ -179,11 +179,7 @@ def megabytes(size: float) -> str:
 
 def num_bytes(tree: Any) -> int:
     """Count the bytes of a pytree of arrays or of their shapes."""
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(array: Any) -> int:
-    return int(np.prod(array.shape)) * array.dtype.itemsize
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def peak_bytes(jaxpr: core.Jaxpr) -> int:
@@ -201,7 +197,7 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
     most = now = 0
     for number, equation in enumerate(jaxpr.eqns):
         inner = max((peak_bytes(inner) for inner in _inner(equation)), default=0)
-        outputs = {var: _bytes(var.aval) for var in equation.outvars if var in last_use}
+        outputs = {var: num_bytes(var.aval) for var in equation.outvars if var in last_use}
         most = max(most, now + max(inner, sum(outputs.values())))
         alive |= outputs
         for var in {var for var in equation.invars if not isinstance(var, core.Literal)} & alive.keys():
@@ -213,8 +209,6 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
 
 def _inner(equation: Any) -> list[core.Jaxpr]:
     """List the computations inside an equation, such as the body of a loop."""
-    values = [
-        item for value in equation.params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))
-    ]
+    values = jax.tree.leaves(list(equation.params.values()))
     values = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
     return [value for value in values if isinstance(value, core.Jaxpr)]
