@@ -31,6 +31,7 @@ from ltjax.runs.weights import (
 )
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
+from ltjax.system.files import file_sha256
 from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, one_line
 
@@ -88,8 +89,7 @@ def find(name: str) -> Backbone:
     file = next((path / each for each in FILES if (path / each).is_file()), path)
     if not file.is_file():
         raise UserError(f"pretrained={name}: {FORMS.format(', '.join(shipped()))}")
-    with open(file, "rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    digest = file_sha256(file)
     beside = vit.config_beside(file)
     key = hashlib.sha256(f"{digest} {sorted(_images(beside).items())}".encode()).hexdigest()
     folder = _converted(key[:32])
@@ -197,9 +197,7 @@ def _of_hub(name: str) -> Backbone:
     pinned = f"{HUB}{repository}@{snapshot.name}"
     if not is_weights(pinned):
         file = next(snapshot / each for each in FILES if (snapshot / each).is_file())
-        with open(file, "rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        _convert(file, folder_of(pinned), digest, _licence(snapshot / "README.md"))
+        _convert(file, folder_of(pinned), file_sha256(file), _licence(snapshot / "README.md"))
     return _read(pinned)
 
 

@@ -6,7 +6,6 @@ If CHECKPOINT is a .safetensors or .npz file, PyTorch is not needed: a state_dic
 """
 
 import ast
-import hashlib
 import json
 import math
 import re
@@ -26,6 +25,7 @@ from ltjax.optim import flatten, unflatten
 from ltjax.runs.weights import Weights, described, save_weights
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
+from ltjax.system.files import file_sha256
 from ltjax.system.paths import local
 from ltjax.types import UserError, Variables, one_line, some
 
@@ -378,8 +378,7 @@ def convert(checkpoint: str, model: str, out: str, *, num_classes: int = 0, orde
     """Convert a PyTorch checkpoint to a folder of `ltjax.runs.weights`, and return the text to print. See `main`."""
     weights, placed, ignored, notes = read_checkpoint(checkpoint, read_model(model), net=net, num_classes=num_classes)
     settings, num_classes = weights.settings, weights.num_classes
-    with open(checkpoint, "rb") as file:
-        source = {"file": Path(checkpoint).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    source = {"file": Path(checkpoint).name, "sha256": file_sha256(Path(checkpoint))}
     classes = class_order(order, num_classes)
     save_weights(out, weights.variables, settings, num_classes=num_classes, class_order=classes, source=source)
     lines = [f"{len(placed)} tensors placed in {described(settings, num_classes)}", *notes]
