@@ -137,17 +137,10 @@ def _convert(file: Path, folder: Path, digest: str, licence: str = "") -> None:
         )
     for note in notes:
         print(f"note: {file}: {note}", file=sys.stderr)
-    source = {"file": file.name, "sha256": digest}
     images = {key: value for key, value in known.items() if key not in ("mean", "std", "licence")}
-    save_weights(
-        folder,
-        weights.variables,
-        weights.settings,
-        num_classes=0,
-        source=source,
-        images=images,
-        licence=licence or known.get("licence", ""),
-    )
+    source, licence = {"file": file.name, "sha256": digest}, licence or known.get("licence", "")
+    about = dict(source=source, images=images, licence=licence)
+    save_weights(folder, weights.variables, weights.settings, num_classes=0, **about)
 
 
 # timm's networks with the arrays of ours, which compute something else
@@ -238,7 +231,7 @@ def _download(repository: str, revision: str) -> Path:
 
     card = fetch("README.md")
     print(f"note: fetching {repository}, licence {_licence(card) or 'unknown'}", file=sys.stderr)
-    for file in ("config.json", "open_clip_config.json"):
+    for file in vit.CONFIGS:
         fetch(file)
     for file in FILES:
         if path := fetch(file):
