@@ -37,8 +37,7 @@ def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path
 
 def show_details(experiment: Experiment, compiled: Mapping[str, CompiledStage], console: Console) -> None:
     """Print how each stage trains its parameters, and the memory that the run will need."""
-    stages = experiment.config.stages
-    for name, stage in stages.items():
+    for name, stage in experiment.config.stages.items():
         console.print(f"\nstage {name}: {_recipe(stage)}", highlight=False)
         if stage.epochs:
             console.print(groups_table(stage, stage_params(experiment, compiled[name])))
@@ -48,7 +47,7 @@ def show_details(experiment: Experiment, compiled: Mapping[str, CompiledStage], 
             )
     console.print()
     memory = expected_memory(experiment)
-    console.print(memory_table(memory, stages))
+    console.print(memory_table(memory))
     limit = (experiment.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     peak, where = memory.peak()
     of_all = f" of {megabytes(limit)} MB" if limit else ""
@@ -161,13 +160,13 @@ def _image_bytes(experiment: Experiment) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in sets if isinstance(x, jax.Array))
 
 
-def memory_table(memory: Memory, stages: Mapping[str, StageConfig]) -> Table:
+def memory_table(memory: Memory) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("memory of each device, MB")
     for title in ("images", "variables", "optimizer", "step (estimate)"):
         table.add_column(title, justify="right")
     table.add_row("all stages", megabytes(memory.images))
-    for name in stages:
+    for name in memory.variables:
         parts = (memory.variables[name], memory.optimizer[name], memory.step[name])
         table.add_row(f"stage {name}", "", *(megabytes(part) for part in parts))
     return table

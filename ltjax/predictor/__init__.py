@@ -112,12 +112,7 @@ class Model:
 
         variables = jax.device_put({"params": params, "batch_stats": stats}, parallel.replicated(self._mesh))
         self.network = Partial(logits, variables)
-
-        @xla.jit
-        def run(network: Partial, images: jax.Array) -> jax.Array:
-            return network(as_float(images))
-
-        self._run = run
+        self._run = xla.jit(lambda network, images: network(as_float(images)))
 
     def __repr__(self) -> str:
         size = "" if self.image_size is None else f", images of {self.image_size} pixels"
