@@ -158,14 +158,10 @@ def _summary(
 ) -> dict[str, Any]:
     experiment, stage, step, _ = checkpoint
     run = experiment.config
-    points = [
-        {
-            "epsilon": radius,
-            "accuracy": point["accuracy"],
-            **({"std": point["std"]["accuracy"]} if "std" in point else {}),
-        }
-        for radius, point in sorted(curve.items())
-    ]
+    points = []
+    for radius, point in sorted(curve.items()):
+        spread = {"std": point["std"]["accuracy"]} if "std" in point else {}
+        points.append({"epsilon": radius, "accuracy": point["accuracy"], **spread})
     return {
         "stage": stage.name,
         "step": step,
@@ -280,13 +276,11 @@ def attack(target: Target, file: Path) -> tuple[dict[str, Any], np.ndarray]:
     """
     figures_of_tests, images = {}, target.images
     for test in ("clean", *target.settings.tests):
-        began, robust, more, title = time.monotonic(), None, {}, test.upper()
-        if test == "clean":
-            title = "Clean"
-        elif re.fullmatch(NUMBERED, test):
+        title = {"clean": "Clean", "autoattack": "AutoAttack"}.get(test, test.upper())
+        began, robust, more = time.monotonic(), None, {}
+        if re.fullmatch(NUMBERED, test):
             images = pgd_images(target, test)
-        else:
-            title = "AutoAttack" if test == "autoattack" else title
+        elif test != "clean":
             names = attacks.STANDARD if test == "autoattack" else (test,)
             result = suite(target, names, file.with_name(f"{file.stem}-{test}.npz"))
             images, robust = result.adversarial, result.robust
