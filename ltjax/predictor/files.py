@@ -61,8 +61,8 @@ def find(images: str) -> Iterator[str]:
     elif os.path.exists(path):
         files, message = iter((path,)), ""
     else:
-        matches = glob.iglob(path, recursive=True)
-        files = iter(sorted((match for match in matches if not os.path.isdir(match)), key=_natural_path))
+        matches = (match for match in glob.iglob(path, recursive=True) if not os.path.isdir(match))
+        files = iter(sorted(matches, key=lambda match: [_natural(part) for part in Path(match).parts]))
         message = f"nothing matches --images={images}: a folder, or a quoted pattern such as 'photos/**/*.jpg'"
     first = next(files, None)
     if first is None:
@@ -84,10 +84,6 @@ def _images_below(folder: str) -> Iterator[str]:
 
 def _natural(name: str) -> tuple[list[Any], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
-
-
-def _natural_path(path: str) -> list[Any]:
-    return [_natural(part) for part in Path(path).parts]
 
 
 def read_image(file: str, view: View, channels: int) -> tuple[np.ndarray, int | None] | str:
