@@ -35,11 +35,10 @@ def _accuracy_by_class(axes: "Axes", results: dict[str, Any]) -> None:
     places = np.arange(len(order))
     behind = axes.twinx()
     behind.bar(places, counts[order], width=0.9, color="#e8e4da", zorder=0)
-    behind.set_yscale("log")
+    behind.set(yscale="log", ylabel="training images")
     behind.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     behind.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
     behind.yaxis.set_minor_formatter(NullFormatter())
-    behind.set_ylabel("training images")
     axes.set_zorder(behind.get_zorder() + 1)  # draw lines in front of the bars
     axes.patch.set_visible(False)
     window = max(1, len(order) // 20)

@@ -184,8 +184,10 @@ def apart(labels: Sequence[tuple[float, str]], least: float, most: float) -> lis
 
 def errors(key: str, panel: Panel) -> Markup:
     """Draw for each group how many of its test images are right, and which group the others are taken for."""
-    across, parts = Scale(0, 100, NAMES, WIDTH - RIGHT), []
+    across, parts, shown = Scale(0, 100, NAMES, WIDTH - RIGHT), [], []
     for row, (group, shares) in enumerate(panel.errors.items()):
+        words = [f"{100 * share:.0f} {'' if other == 'right' else 'as '}{other}" for other, share in shares.items()]
+        shown.append(f"{group}: {', '.join(words)}")
         y, at = 22.0 + 44 * row, 0.0
         parts.append(text(NAMES - 6, y + 17, group, "end", f"label {group}"))
         for other in ("right", *GROUPS[1:]):
@@ -203,12 +205,6 @@ def errors(key: str, panel: Panel) -> Markup:
             at += share
     bottom = 22 + 44 * len(panel.errors)
     parts += _percent_axis(across, bottom + 8, bottom + 24, "test images of the group, %")
-    shown = []
-    for group, shares in panel.errors.items():
-        words = [
-            f"{100 * share:.0f} {'right' if other == 'right' else 'as ' + other}" for other, share in shares.items()
-        ]
-        shown.append(f"{group}: {', '.join(words)}")
     about = f"In %. {'; '.join(shown)}."
     return charts.picture(key, f"{panel.title}: where errors go", about, bottom + 30, parts)
 
