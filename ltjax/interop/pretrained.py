@@ -19,16 +19,7 @@ from typing import Any, NamedTuple
 
 from ltjax import models
 from ltjax.interop import torch, vit
-from ltjax.runs.weights import (
-    HUB,
-    described,
-    folder_of,
-    hash_weights,
-    is_weights,
-    load_weights,
-    save_weights,
-    shipped,
-)
+from ltjax.runs.weights import HUB, described, folder_of, hash_weights, is_weights, load_weights, save_weights, shipped
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
 from ltjax.system.files import file_sha256

@@ -25,15 +25,7 @@ from ltjax import data, models
 from ltjax.data.augment import as_float
 from ltjax.predictor import priors
 from ltjax.predictor.priors import Prior
-from ltjax.runs.trained import (
-    TEMPERATURE,
-    Trained,
-    as_computed,
-    class_names,
-    evaluates_weights,
-    newest,
-    weights_of,
-)
+from ltjax.runs.trained import TEMPERATURE, Trained, as_computed, class_names, evaluates_weights, newest, weights_of
 from ltjax.runs.weights import DESCRIPTION, Weights, check_classifier, hash_weights, in_our_order, load_weights
 from ltjax.system import parallel, xla
 from ltjax.system.devices import start_devices
