@@ -191,11 +191,11 @@ def config_flags_of(arguments: list[str]) -> dict[str, str]:
 
 def check_key(config: dict, key: str) -> None:
     """Raise ValueError, listing the allowed keys, if the dotted key is not in the nested dicts."""
-    *folders, name = key.split(".")
-    for depth, part in enumerate((*folders, name)):
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
         if not isinstance(config, dict) or part not in config:
             allowed = ", ".join(config) if isinstance(config, dict) else "nothing below it"
-            where = ".".join(("config", *folders[:depth]))
+            where = ".".join(("config", *parts[:depth]))
             raise ValueError(f"unknown config key config.{key}; allowed in {where}: {allowed}")
         config = config[part]
 

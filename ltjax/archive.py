@@ -44,9 +44,8 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
     if trained.run.replicas > 1:
         raise UserError(f"{workdir} holds {trained.run.replicas} replicas: an archive is of one seed; train them apart")
     with holding(workdir / "results.json"):
-        old = "evaluations" not in read_json(workdir / "results.json")["stages"][trained.stage.name]
-    if old:
-        raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
+        if "evaluations" not in read_json(workdir / "results.json")["stages"][trained.stage.name]:
+            raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
     variables = variables_of(workdir, trained)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").unlink(missing_ok=True)  # a folder without it is no archive

@@ -243,11 +243,10 @@ def group(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:
     """Group runs of the same settings and any seeds, in the order of their first."""
     groups: list[list[FinishedRun]] = []
     for run in runs:
-        same = next((members for members in groups if _same(members[0], run)), None)
-        if same is None:
-            groups.append([run])
-        else:
-            same.append(run)
+        same = next((members for members in groups if _same(members[0], run)), [])
+        if not same:
+            groups.append(same)
+        same.append(run)
     return groups
 
 
@@ -430,10 +429,9 @@ def _print(table: Sequence[Sequence[Cell]], style: str) -> None:
 
 
 def _print_plain(table: Sequence[Sequence[Cell]]) -> None:
-    plain_text = dict(markup=False, emoji=False)  # names as they are
-    console = Console(**plain_text)
+    console = Console(markup=False, emoji=False)  # names as they are
     if not console.is_terminal:
-        console = Console(width=10_000, **plain_text)  # do not wrap in a file
+        console.width = 10_000  # do not wrap in a file
     console.print(plain(table))
     marked = console.is_terminal and any(cell.best for row in table for cell in row)
     bold = ["Bold: best of the column."] * marked

@@ -109,10 +109,9 @@ def _numpy_scalar(kind: _NumpyKind, data: bytes) -> float:
 
 def _is_state_dict(value: Any) -> bool:
     """Return whether a value is {name: array} with a convolution."""
-    if not isinstance(value, Mapping) or not value:
+    if not isinstance(value, Mapping) or not all(isinstance(each, np.ndarray) for each in value.values()):
         return False
-    arrays = [each for each in value.values() if isinstance(each, np.ndarray)]
-    return len(arrays) == len(value) and any(array.ndim == 4 for array in arrays)
+    return any(array.ndim == 4 for array in value.values())
 
 
 def network(content: Mapping[str, Any], net: str = "") -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

@@ -158,8 +158,7 @@ def onnx(
         from jax2onnx import to_onnx  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise UserError('--format=onnx needs jax2onnx: pip install "ltjax[onnx]"') from error
-    plain = dict(platform="onnx", dtype="float32", remat=False)
-    network, channels = _network(weights, "onnx", **plain)
+    network, channels = _network(weights, "onnx", platform="onnx", dtype="float32", remat=False)
     images = jax.ShapeDtypeStruct(("b", *image_size, channels), PIXELS[pixels])
     names = dict(model_name="ltjax", input_names=["images"], output_names=["logits"])
     logger = logging.getLogger("onnx_ir.serde")  # warns of each intermediate shape without a type
@@ -209,11 +208,10 @@ def write(
     if kind in WHOLE:
         if image_size is None:
             raise UserError(f"--format={kind} needs --image_size=SIDE or HEIGHTxWIDTH of the images, such as 32")
-        whole = (
-            stablehlo(weights, image_size, pixels=pixels)
-            if kind == "stablehlo"
-            else onnx(weights, image_size, pixels=pixels, class_names=class_names)
-        )
+        if kind == "stablehlo":
+            whole = stablehlo(weights, image_size, pixels=pixels)
+        else:
+            whole = onnx(weights, image_size, pixels=pixels, class_names=class_names)
         with replacing(out) as file:
             file.write_bytes(whole)
         return

@@ -100,8 +100,7 @@ RULES = (
     Rule(r"bn2|_bn1", "backbone/head_norm", "bn2"),
 )
 LEAVES = {"weight": "kernel", "bias": "bias", "running_mean": "mean", "running_var": "var", "gamma": "gamma"}
-_EXPORTED = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-_EXPORTED["gamma"] = "gamma"
+_EXPORTED = {"scale": "weight", **{ours: theirs for theirs, ours in LEAVES.items()}}
 # Names that have no module, the exported ones first: timm's, Meta's (DINOv2), CLIP's.
 TOKENS = {
     "cls_token": "backbone/class_token",  # [1, 1, D]

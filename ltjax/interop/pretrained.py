@@ -19,18 +19,10 @@ from typing import Any, NamedTuple
 
 from ltjax import models
 from ltjax.interop import torch, vit
-from ltjax.runs.weights import (
-    HUB,
-    described,
-    folder_of,
-    hash_weights,
-    is_weights,
-    load_weights,
-    save_weights,
-    shipped,
-)
+from ltjax.runs.weights import HUB, described, folder_of, hash_weights, is_weights, load_weights, save_weights, shipped
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
+from ltjax.system.files import file_sha256
 from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, one_line
 
@@ -88,8 +80,7 @@ def find(name: str) -> Backbone:
     file = next((path / each for each in FILES if (path / each).is_file()), path)
     if not file.is_file():
         raise UserError(f"pretrained={name}: {FORMS.format(', '.join(shipped()))}")
-    with open(file, "rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    digest = file_sha256(file)
     beside = vit.config_beside(file)
     key = hashlib.sha256(f"{digest} {sorted(_images(beside).items())}".encode()).hexdigest()
     folder = _converted(key[:32])
@@ -137,17 +128,10 @@ def _convert(file: Path, folder: Path, digest: str, licence: str = "") -> None:
         )
     for note in notes:
         print(f"note: {file}: {note}", file=sys.stderr)
-    source = {"file": file.name, "sha256": digest}
     images = {key: value for key, value in known.items() if key not in ("mean", "std", "licence")}
-    save_weights(
-        folder,
-        weights.variables,
-        weights.settings,
-        num_classes=0,
-        source=source,
-        images=images,
-        licence=licence or known.get("licence", ""),
-    )
+    source, licence = {"file": file.name, "sha256": digest}, licence or known.get("licence", "")
+    about = dict(source=source, images=images, licence=licence)
+    save_weights(folder, weights.variables, weights.settings, num_classes=0, **about)
 
 
 # timm's networks with the arrays of ours, which compute something else
@@ -197,9 +181,7 @@ def _of_hub(name: str) -> Backbone:
     pinned = f"{HUB}{repository}@{snapshot.name}"
     if not is_weights(pinned):
         file = next(snapshot / each for each in FILES if (snapshot / each).is_file())
-        with open(file, "rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        _convert(file, folder_of(pinned), digest, _licence(snapshot / "README.md"))
+        _convert(file, folder_of(pinned), file_sha256(file), _licence(snapshot / "README.md"))
     return _read(pinned)
 
 
@@ -240,7 +222,7 @@ def _download(repository: str, revision: str) -> Path:
 
     card = fetch("README.md")
     print(f"note: fetching {repository}, licence {_licence(card) or 'unknown'}", file=sys.stderr)
-    for file in ("config.json", "open_clip_config.json"):
+    for file in vit.CONFIGS:
         fetch(file)
     for file in FILES:
         if path := fetch(file):

@@ -26,10 +26,8 @@ def implied(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if first is None or inner is None or first.shape[2:] != (7, 7) or inner.ndim != 4 or 0 in inner.shape:
         return {}
     stages = Counter(match[1] for path in paths if path and (match := BLOCK.fullmatch(path)))
-    blocks, bottlenecks = (
-        tuple(stages[stage] for stage in sorted(stages)),
-        "backbone/stage1_block1/conv3/kernel" in paths,
-    )
+    blocks = tuple(stages[stage] for stage in sorted(stages))
+    bottlenecks = "backbone/stage1_block1/conv3/kernel" in paths
     depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth not in BASIC) == bottlenecks]
     if not depths:
         return {}

@@ -6,7 +6,6 @@ If CHECKPOINT is a .safetensors or .npz file, PyTorch is not needed: a state_dic
 """
 
 import ast
-import hashlib
 import json
 import math
 import re
@@ -26,6 +25,7 @@ from ltjax.optim import flatten, unflatten
 from ltjax.runs.weights import Weights, described, save_weights
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
+from ltjax.system.files import file_sha256
 from ltjax.system.paths import local
 from ltjax.types import UserError, Variables, one_line, some
 
@@ -138,8 +138,8 @@ def place(state_dict: Mapping[str, np.ndarray], model: nn.Module, parts: Sequenc
         paths |= names.branches_by_shape(left, shapes["branches/conv/kernel"].shape[2])
     weights: dict[str, Any] = {}
     placed, unplaced = {}, []
-    for key in (key for key in arrays if key in paths):
-        path, value = paths[key], arrays[key]
+    for key, path in paths.items():
+        value = arrays[key]
         if value.ndim == 4:
             value = value.transpose(2, 3, 1, 0)
         elif path == "logit_scale":
@@ -355,18 +355,18 @@ def read_checkpoint(
             raise UserError(f"{file} holds a vision transformer, not a {settings['name']}: set the model to vit")
         of_network = resnets.implied(arrays)
         inferred = {key: value for key, value in inferred.items() if key not in of_network}
-    if not {"name"} & {*inferred, *settings}:
+    if "name" not in {**inferred, **settings}:
         raise UserError(f"{file} is of no network that ltjax recognises by its arrays: name it with --model=NAME,...")
     if backbone:
         inferred = {key: value for key, value in inferred.items() if key not in OF_OTHER_PARTS}
     merged = {**inferred, **settings}
-    assumed = {key: reason for key, reason in vit.implied(arrays, config)[1].items() if key not in settings}
     notes = tuple(
-        f"{key}={merged[key]} is assumed ({reason}): give {key}= if it is another" for key, reason in assumed.items()
+        f"{key}={merged[key]} is assumed ({reason}): give {key}= if it is another"
+        for key, reason in vit.implied(arrays, config)[1].items()
+        if key not in settings
     )
-    classes = num_classes or merged.get("num_classes", 0)
-    name = merged.pop("name", "")
-    merged.pop("num_classes", None)
+    name, of_file = merged.pop("name"), merged.pop("num_classes", 0)
+    classes = num_classes or of_file
     paths = (names.path_of(names.bare(key), value.ndim) for key, value in arrays.items())
     parts = ("backbone",) if backbone else () if classes else tuple({path.split("/")[0] for path in paths if path})
     imported = place(state_dict, models.create(name, classes or 1, **merged), parts)
@@ -378,24 +378,22 @@ def convert(checkpoint: str, model: str, out: str, *, num_classes: int = 0, orde
     """Convert a PyTorch checkpoint to a folder of `ltjax.runs.weights`, and return the text to print. See `main`."""
     weights, placed, ignored, notes = read_checkpoint(checkpoint, read_model(model), net=net, num_classes=num_classes)
     settings, num_classes = weights.settings, weights.num_classes
-    with open(checkpoint, "rb") as file:
-        source = {"file": Path(checkpoint).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    source = {"file": Path(checkpoint).name, "sha256": file_sha256(Path(checkpoint))}
     classes = class_order(order, num_classes)
     save_weights(out, weights.variables, settings, num_classes=num_classes, class_order=classes, source=source)
-    lines = [f"{len(placed)} tensors placed in {described(settings, num_classes)}"]
-    lines += notes
+    lines = [f"{len(placed)} tensors placed in {described(settings, num_classes)}", *notes]
     if "mean" not in settings:
         known = ", ".join(name for name in NORMALISE if name != "none")
         lines.append(f"images in [0, 1] are not normalised: most networks need normalise= in --model, one of {known}")
     if ignored:
         lines.append(f"ignored: {', '.join(_folded(ignored))}")
-    if not num_classes:
+    if num_classes:
+        lines.append(f"weights are in {out}; to evaluate them:")
+        lines.append(f"  python run.py --config=CONFIG --mode=eval --workdir=NEW_FOLDER --config.weights={out}")
+        lines.append("  and the same with --mode=attack; without --mode, training starts from them")
+    else:
         lines.append(f"weights are in {out}; they have no classifier, and training starts from them:")
         lines.append(f"  python run.py --config=CONFIG --config.weights={out}")
-        return "\n".join(lines)
-    lines.append(f"weights are in {out}; to evaluate them:")
-    lines.append(f"  python run.py --config=CONFIG --mode=eval --workdir=NEW_FOLDER --config.weights={out}")
-    lines.append("  and the same with --mode=attack; without --mode, training starts from them")
     return "\n".join(lines)
 
 

@@ -40,18 +40,17 @@ PICTURES = 6  # number of images in report/attack.png
 class Target(NamedTuple):
     """A network, and the images to attack."""
 
+    experiment: Experiment
     predict: Partial  # images -> logits
     images: np.ndarray  # float32 [N, H, W, channels]
     labels: np.ndarray  # int32 [N]
-    groups: Mapping[str, np.ndarray]  # {"many": bool [C], ...}
-    num_classes: int
     settings: AttackConfig
     mesh: Mesh
     console: Console
     go_on: Callable[[], None]  # raises Interrupted after a signal
 
     def figures(self, outcome: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        return evaluate.summarise(outcome, self.labels, self.groups, self.num_classes)
+        return evaluate.summarise(outcome, self.labels, self.experiment.groups, len(self.experiment.class_names))
 
 
 class Checkpoint(NamedTuple):
@@ -151,8 +150,7 @@ def _targets(
     for replica in range(run.replicas):
         of_replica = jax.tree.map(lambda x, r=replica: x[r], variables) if run.replicas > 1 else variables
         predict = jax.device_put(Partial(logits, of_replica), parallel.replicated(mesh))
-        num_classes = len(experiment.class_names)
-        yield Target(predict, images, labels, experiment.groups, num_classes, run.attack, mesh, console, go_on)
+        yield Target(experiment, predict, images, labels, run.attack, mesh, console, go_on)
 
 
 def _summary(
@@ -160,14 +158,10 @@ def _summary(
 ) -> dict[str, Any]:
     experiment, stage, step, _ = checkpoint
     run = experiment.config
-    points = [
-        {
-            "epsilon": radius,
-            "accuracy": point["accuracy"],
-            **({"std": point["std"]["accuracy"]} if "std" in point else {}),
-        }
-        for radius, point in sorted(curve.items())
-    ]
+    points = []
+    for radius, point in sorted(curve.items()):
+        spread = {"std": point["std"]["accuracy"]} if "std" in point else {}
+        points.append({"epsilon": radius, "accuracy": point["accuracy"], **spread})
     return {
         "stage": stage.name,
         "step": step,
@@ -282,13 +276,11 @@ def attack(target: Target, file: Path) -> tuple[dict[str, Any], np.ndarray]:
     """
     figures_of_tests, images = {}, target.images
     for test in ("clean", *target.settings.tests):
-        began, robust, more, title = time.monotonic(), None, {}, test.upper()
-        if test == "clean":
-            title = "Clean"
-        elif re.fullmatch(NUMBERED, test):
+        title = {"clean": "Clean", "autoattack": "AutoAttack"}.get(test, test.upper())
+        began, robust, more = time.monotonic(), None, {}
+        if re.fullmatch(NUMBERED, test):
             images = pgd_images(target, test)
-        else:
-            title = "AutoAttack" if test == "autoattack" else title
+        elif test != "clean":
             names = attacks.STANDARD if test == "autoattack" else (test,)
             result = suite(target, names, file.with_name(f"{file.stem}-{test}.npz"))
             images, robust = result.adversarial, result.robust
@@ -375,12 +367,11 @@ def suite(target: Target, names: tuple[str, ...], file: Path) -> attacks.AutoAtt
             bar.show(progress.attack, progress.settled, progress.total, progress.robust / progress.num_images)
             target.go_on()
 
-        rng = jax.random.key(settings.seed)
-        result = attacks.autoattack(
+        return attacks.autoattack(
             target.predict,
             target.images,
             target.labels,
-            rng,
+            jax.random.key(settings.seed),
             epsilon=settings.epsilon,
             norm=settings.norm,
             attacks=names,
@@ -388,4 +379,3 @@ def suite(target: Target, names: tuple[str, ...], file: Path) -> attacks.AutoAtt
             progress_file=file,
             progress=show,
         )
-    return result

@@ -37,8 +37,7 @@ def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path
 
 def show_details(experiment: Experiment, compiled: Mapping[str, CompiledStage], console: Console) -> None:
     """Print how each stage trains its parameters, and the memory that the run will need."""
-    stages = experiment.config.stages
-    for name, stage in stages.items():
+    for name, stage in experiment.config.stages.items():
         console.print(f"\nstage {name}: {_recipe(stage)}", highlight=False)
         if stage.epochs:
             console.print(groups_table(stage, stage_params(experiment, compiled[name])))
@@ -48,7 +47,7 @@ def show_details(experiment: Experiment, compiled: Mapping[str, CompiledStage], 
             )
     console.print()
     memory = expected_memory(experiment)
-    console.print(memory_table(memory, stages))
+    console.print(memory_table(memory))
     limit = (experiment.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     peak, where = memory.peak()
     of_all = f" of {megabytes(limit)} MB" if limit else ""
@@ -161,13 +160,13 @@ def _image_bytes(experiment: Experiment) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in sets if isinstance(x, jax.Array))
 
 
-def memory_table(memory: Memory, stages: Mapping[str, StageConfig]) -> Table:
+def memory_table(memory: Memory) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("memory of each device, MB")
     for title in ("images", "variables", "optimizer", "step (estimate)"):
         table.add_column(title, justify="right")
     table.add_row("all stages", megabytes(memory.images))
-    for name in stages:
+    for name in memory.variables:
         parts = (memory.variables[name], memory.optimizer[name], memory.step[name])
         table.add_row(f"stage {name}", "", *(megabytes(part) for part in parts))
     return table
@@ -179,11 +178,7 @@ def megabytes(size: float) -> str:
 
 def num_bytes(tree: Any) -> int:
     """Count the bytes of a pytree of arrays or of their shapes."""
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(array: Any) -> int:
-    return int(np.prod(array.shape)) * array.dtype.itemsize
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def peak_bytes(jaxpr: core.Jaxpr) -> int:
@@ -201,7 +196,7 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
     most = now = 0
     for number, equation in enumerate(jaxpr.eqns):
         inner = max((peak_bytes(inner) for inner in _inner(equation)), default=0)
-        outputs = {var: _bytes(var.aval) for var in equation.outvars if var in last_use}
+        outputs = {var: num_bytes(var.aval) for var in equation.outvars if var in last_use}
         most = max(most, now + max(inner, sum(outputs.values())))
         alive |= outputs
         for var in {var for var in equation.invars if not isinstance(var, core.Literal)} & alive.keys():
@@ -213,8 +208,6 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
 
 def _inner(equation: Any) -> list[core.Jaxpr]:
     """List the computations inside an equation, such as the body of a loop."""
-    values = [
-        item for value in equation.params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))
-    ]
+    values = jax.tree.leaves(list(equation.params.values()))
     values = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
     return [value for value in values if isinstance(value, core.Jaxpr)]

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 from rich.console import Console
@@ -70,11 +70,7 @@ def as_lines(batch: Iterable[Prediction]) -> str:
     return "".join(json.dumps(line(prediction)) + "\n" for prediction in batch)
 
 
-class _Raw(Protocol):
-    def write(self, content: memoryview, /) -> int | None: ...
-
-
-def _write(file: _Raw, text: str) -> None:
+def _write(file: io.RawIOBase, text: str) -> None:
     """Write unbuffered, so that a killed process leaves complete lines."""
     rest = memoryview(text.encode("utf-8", "surrogateescape"))  # file names are bytes
     while rest:

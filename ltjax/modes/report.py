@@ -142,20 +142,12 @@ def write_tables(
         **{name: [x if np.isfinite(x) else None for x in scores[name].tolist()] for name in analysis.SCORES[1:]},
     }
     files.write_classes(folder, summary["stages"][summary["final_stage"]]["title"], columns)
-    rows = [
-        (names[true], names[other], images) for true, other, images in zip(*(x.tolist() for x in cells), strict=True)
-    ]
+    confused = zip(*(x.tolist() for x in cells), strict=True)
+    rows = [(names[true], names[predicted], images) for true, predicted, images in confused]
     files.write_csv(folder / "confusion.csv", ["true", "predicted", "images"], rows)
-    predictions, confidences = observed[0]["predictions"], observed[0]["confidences"]
-    rows = [
-        (
-            feed.picture_name(experiment.config, experiment.data, i),
-            names[labels[i]],
-            names[predictions[i]],
-            float(confidences[i]),
-        )
-        for i in mistakes.tolist()
-    ]
+    predictions, confidences = observed[0]["predictions"], observed[0]["confidences"].tolist()
+    wrong = [(feed.picture_name(experiment.config, experiment.data, i), i) for i in mistakes.tolist()]
+    rows = [(image, names[labels[i]], names[predictions[i]], confidences[i]) for image, i in wrong]
     files.write_csv(folder / "mistakes.csv", ["image", "true", "predicted", "confidence"], rows)
 
 
@@ -171,16 +163,11 @@ def pairs(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray
             "Most confused: the other classes": ~members,
         }
     labels, predictions = experiment.test_set.host_labels, observed[final]["predictions"]
-    return [
-        {
-            "title": title,
-            "pairs": [
-                _pair(experiment, observed, final, pair)
-                for pair in analysis.confused_pairs(predictions, labels, members)
-            ],
-        }
-        for title, members in lists.items()
-    ]
+    found = []
+    for title, true_classes in lists.items():
+        confused = analysis.confused_pairs(predictions, labels, true_classes)
+        found.append({"title": title, "pairs": [_pair(experiment, observed, final, pair) for pair in confused]})
+    return found
 
 
 def _pair(experiment: Experiment, observed: Mapping[str, Mapping[str, np.ndarray]], final: str, pair: Any) -> dict:

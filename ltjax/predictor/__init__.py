@@ -25,15 +25,7 @@ from ltjax import data, models
 from ltjax.data.augment import as_float
 from ltjax.predictor import priors
 from ltjax.predictor.priors import Prior
-from ltjax.runs.trained import (
-    TEMPERATURE,
-    Trained,
-    as_computed,
-    class_names,
-    evaluates_weights,
-    newest,
-    weights_of,
-)
+from ltjax.runs.trained import TEMPERATURE, Trained, as_computed, class_names, evaluates_weights, newest, weights_of
 from ltjax.runs.weights import DESCRIPTION, Weights, check_classifier, hash_weights, in_our_order, load_weights
 from ltjax.system import parallel, xla
 from ltjax.system.devices import start_devices
@@ -112,12 +104,7 @@ class Model:
 
         variables = jax.device_put({"params": params, "batch_stats": stats}, parallel.replicated(self._mesh))
         self.network = Partial(logits, variables)
-
-        @xla.jit
-        def run(network: Partial, images: jax.Array) -> jax.Array:
-            return network(as_float(images))
-
-        self._run = run
+        self._run = xla.jit(lambda network, images: network(as_float(images)))
 
     def __repr__(self) -> str:
         size = "" if self.image_size is None else f", images of {self.image_size} pixels"

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import cv2
 import jax
@@ -19,26 +19,13 @@ import numpy as np
 from ltjax.data.decode import DeepImages, View, center_crop, read, read_file
 from ltjax.data.folders import LeftOut, images_below
 from ltjax.data.pipeline import TASK_ROWS
+from ltjax.predictor import Model
 from ltjax.system import xla
 from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
 from ltjax.types import UserError, one_line
 
 AHEAD = 2  # batches decoded while the device works on one
-
-
-class Classifier(Protocol):
-    """Interface of `ltjax.predictor.Model`."""
-
-    about: str
-    view: View | None
-    channels: int
-    class_names: tuple[str, ...]
-    batch_size: int
-    temperature: float
-    shift: np.ndarray | None
-
-    def start(self, images: np.ndarray) -> jax.Array: ...
 
 
 class Prediction(NamedTuple):
@@ -74,8 +61,8 @@ def find(images: str) -> Iterator[str]:
     elif os.path.exists(path):
         files, message = iter((path,)), ""
     else:
-        matches = glob.iglob(path, recursive=True)
-        files = iter(sorted((match for match in matches if not os.path.isdir(match)), key=_natural_path))
+        matches = (match for match in glob.iglob(path, recursive=True) if not os.path.isdir(match))
+        files = iter(sorted(matches, key=lambda match: [_natural(part) for part in Path(match).parts]))
         message = f"nothing matches --images={images}: a folder, or a quoted pattern such as 'photos/**/*.jpg'"
     first = next(files, None)
     if first is None:
@@ -97,10 +84,6 @@ def _images_below(folder: str) -> Iterator[str]:
 
 def _natural(name: str) -> tuple[list[Any], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
-
-
-def _natural_path(path: str) -> list[Any]:
-    return [_natural(part) for part in Path(path).parts]
 
 
 def read_image(file: str, view: View, channels: int) -> tuple[np.ndarray, int | None] | str:
@@ -152,9 +135,7 @@ def _ranked(
 _rank = xla.jit(_ranked, static_argnames="k")
 
 
-def predictions(
-    model: Classifier, files: Iterable[str], *, top_k: int = 5, threads: int = 0
-) -> Iterator[list[Prediction]]:
+def predictions(model: Model, files: Iterable[str], *, top_k: int = 5, threads: int = 0) -> Iterator[list[Prediction]]:
     """Predict files in batches, in their order. `AHEAD` batches are decoded while the device works.
 
     Args:
@@ -173,7 +154,7 @@ def predictions(
     return _stream(model, model.view, iter(files), min(top_k, len(model.class_names)), threads or num_cores())
 
 
-def predictions_of_rows(model: Classifier, features: np.ndarray, names: list[str], top_k: int) -> Iterator[list[Any]]:
+def predictions_of_rows(model: Model, features: np.ndarray, names: list[str], top_k: int) -> Iterator[list[Any]]:
     """Predict features [N, 1, 1, D] in batches, with a name for each."""
     top_k = min(top_k, len(model.class_names))
     for first in range(0, len(names), model.batch_size):
@@ -183,9 +164,7 @@ def predictions_of_rows(model: Classifier, features: np.ndarray, names: list[str
         yield _predictions(_Batch(names[part], [""] * len(names[part]), *ranked), model.class_names)
 
 
-def _stream(
-    model: Classifier, view: View, files: Iterator[str], top_k: int, threads: int
-) -> Iterator[list[Prediction]]:
+def _stream(model: Model, view: View, files: Iterator[str], top_k: int, threads: int) -> Iterator[list[Prediction]]:
     pool, each = ThreadPoolExecutor(threads), min(TASK_ROWS, max(1, model.batch_size // threads))
     decoding: deque[tuple[list[str], np.ndarray, list[Future]]] = deque()
     working: _Batch | None = None

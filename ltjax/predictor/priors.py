@@ -51,7 +51,8 @@ def shift(
         raise UserError(f"it is unknown which prior the model was trained for, so --model_prior is needed: {FORMS}")
     old = known if model is None else _read("model_prior", model, class_names, class_counts)
     if not old.all():
-        raise UserError(f"model_prior: no probability for {some(_zeros(old, class_names))}: above 0 for each class")
+        zeros = [name for name, share in zip(class_names, old, strict=True) if share == 0]
+        raise UserError(f"model_prior: no probability for {some(zeros)}: above 0 for each class")
     with np.errstate(divide="ignore"):  # log 0 = -inf
         return (np.log(new) - np.log(old)).astype(np.float32)
 
@@ -137,7 +138,3 @@ def _of_names(what: str, values: Mapping[str, float], class_names: Sequence[str]
 
 def _normalised(values: np.ndarray) -> np.ndarray:
     return values / values.sum()
-
-
-def _zeros(prior: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    return [name for name, share in zip(class_names, prior, strict=True) if share == 0]

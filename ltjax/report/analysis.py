@@ -32,7 +32,6 @@ class Pair(NamedTuple):
 
     true: int
     predicted: int
-    count: int
     share: float  # of the class's test images
 
 
@@ -165,14 +164,14 @@ def surest_mistakes(predictions: np.ndarray, confidences: np.ndarray, labels: np
     return wrong[np.argsort(-confidences[wrong], kind="stable")]
 
 
-def confused_pairs(predictions: np.ndarray, labels: np.ndarray, members: np.ndarray, most: int = PAIRS) -> list[Pair]:
+def confused_pairs(predictions: np.ndarray, labels: np.ndarray, members: np.ndarray) -> list[Pair]:
     """Return the pairs with the largest share of a class's images, for true classes in members (bool [C])."""
     num_classes = len(members)
     wrong = (predictions != labels) & members[labels]
     true, predicted, counts = confusions(predictions[wrong], labels[wrong], num_classes)
     shares = counts / np.bincount(labels, minlength=num_classes)[true]
-    order = np.lexsort((predicted, true, -counts, -shares))[:most]
-    return [Pair(int(true[i]), int(predicted[i]), int(counts[i]), float(shares[i])) for i in order]
+    order = np.lexsort((predicted, true, -counts, -shares))[:PAIRS]
+    return [Pair(int(true[i]), int(predicted[i]), float(shares[i])) for i in order]
 
 
 def rarest(groups: Mapping[str, np.ndarray]) -> str:

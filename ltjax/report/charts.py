@@ -40,28 +40,32 @@ class Point(NamedTuple):
     value: float
     group: str
     about: str  # shown under the pointer
-    low: float | None = None  # quartiles, if it stands for several classes
-    high: float | None = None
+    quartiles: tuple[float, float] | None = None  # if it stands for several classes
 
 
 def tag(name: str, content: Any = "", **attributes: Any) -> Markup:
-    """Write one element; `class_` is class, text_anchor is text-anchor. Floats get one decimal."""
+    """Write one element; `class_` is class, text_anchor is text-anchor. Floats get one decimal.
+
+    Args:
+      content: A text, an element, or a list of elements.
+    """
 
     def shown(value: Any) -> Any:
         return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
 
-    names = {key: key.rstrip("_").replace("_", "-") for key in attributes}
-    parts = [Markup(' {}="{}"').format(names[key], shown(value)) for key, value in attributes.items()]
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), Markup("").join(parts), content)
+    written = {key.rstrip("_").replace("_", "-"): shown(value) for key, value in attributes.items()}
+    parts = [Markup(' {}="{}"').format(key, value) for key, value in written.items()]
+    inside = Markup("").join(content) if isinstance(content, list) else content
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), Markup("").join(parts), inside)
 
 
 def text(x: float, y: float, content: str, anchor: str = "middle", class_: str = "") -> Markup:
     more = {"class_": class_} if class_ else {}
-    return tag("text", content, x=float(x), y=float(y), text_anchor=anchor, **more)
+    return tag("text", content, x=x, y=y, text_anchor=anchor, **more)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
-    return tag("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=class_)
+    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
 def path(points: Sequence[tuple[float, float]], class_: str) -> Markup:
@@ -74,28 +78,18 @@ def mark(x: float, y: float, group: str, about: str = "", *, hollow: bool = Fals
     title = tag("title", about) if about else ""
     if group == "medium":
         side = 1.8 * size
-        return tag("rect", title, x=float(x - side / 2), y=float(y - side / 2), width=side, height=side, class_=class_)
+        return tag("rect", title, x=x - side / 2, y=y - side / 2, width=side, height=side, class_=class_)
     if group == "few":
-        corners = ((0, -1.2), (1.1, 0.8), (-1.1, 0.8))
-        return tag(
-            "polygon",
-            title,
-            points=" ".join(f"{x + a * size:.1f},{y + b * size:.1f}" for a, b in corners),
-            class_=class_,
-        )
-    return tag("circle", title, cx=float(x), cy=float(y), r=float(size), class_=class_)
+        corners = " ".join(f"{x + a * size:.1f},{y + b * size:.1f}" for a, b in ((0, -1.2), (1.1, 0.8), (-1.1, 0.8)))
+        return tag("polygon", title, points=corners, class_=class_)
+    return tag("circle", title, cx=x, cy=y, r=size, class_=class_)
 
 
 def picture(key: str, title: str, about: str, height: float, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
     """Put parts into an SVG. key: unique on the page. about: the text alternative."""
     head = [tag("title", title, id=f"{key}-t"), tag("desc", about, id=f"{key}-d")]
-    return tag(
-        "svg",
-        Markup("").join([*head, *parts]),
-        viewBox=f"0 0 {width:g} {height:g}",
-        role="img",
-        aria_labelledby=f"{key}-t {key}-d",
-    )
+    box, named_by = f"0 0 {width:g} {height:g}", f"{key}-t {key}-d"
+    return tag("svg", [*head, *parts], viewBox=box, role="img", aria_labelledby=named_by)
 
 
 def data_uri(picture: Image.Image, kind: str) -> str:
@@ -132,9 +126,9 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
 
 
-def y_axis(scale: Scale, title: str, right: float = WIDTH - RIGHT, count: int = 5) -> list[Markup]:
+def y_axis(scale: Scale, title: str, right: float = WIDTH - RIGHT, count: int = 5, top: float = TOP) -> list[Markup]:
     ticks = round_ticks(scale.low, scale.high, count)
-    parts = [text(2, TOP - 4, title, "start", "axis")]
+    parts = [text(2, top - 4, title, "start", "axis")]
     for tick in ticks:
         parts += [line(LEFT, scale(tick), right, scale(tick), "grid")]
         parts += [text(LEFT - 5, scale(tick) + 4, number(tick), "end")]
@@ -201,10 +195,10 @@ def points(
 def _range_point(
     values: np.ndarray, counts: np.ndarray, group_of: Sequence[str], scale: Scale, members: np.ndarray
 ) -> Point:
-    mean, (low, high) = float(values[members].mean()), np.quantile(values[members], (0.25, 0.75)).tolist()
+    mean, quartiles = float(values[members].mean()), np.quantile(values[members], (0.25, 0.75))
     about = f"{len(members):,} classes of {between(counts[members])} training images: mean {mean:.3g}"
     x = float(np.mean([scale(float(counts[c])) for c in members]))
-    return Point(x, mean, most_frequent([group_of[c] for c in members]), about, low, high)
+    return Point(x, mean, most_frequent([group_of[c] for c in members]), about, tuple(quartiles.tolist()))
 
 
 def between(counts: np.ndarray) -> str:
@@ -242,10 +236,7 @@ def class_order(groups: Mapping[str, np.ndarray], counts: np.ndarray) -> np.ndar
 
 
 def draw_points(points: Sequence[Point], scale: Scale, **settings: Any) -> list[Markup]:
-    bars = [
-        line(p.x, scale(p.low), p.x, scale(p.high), f"bar {p.group}")
-        for p in points
-        if p.low is not None and p.high is not None
-    ]
+    ranges = [(p, *map(scale, p.quartiles)) for p in points if p.quartiles]
+    bars = [line(p.x, low, p.x, high, f"bar {p.group}") for p, low, high in ranges]
     size = 4.5 if len(points) <= 40 else 3.0
     return bars + [mark(p.x, scale(p.value), p.group, p.about, size=size, **settings) for p in points]

@@ -96,10 +96,8 @@ def attacked_alike(stage: str | None, runs: Mapping[Path, Loaded]) -> tuple[list
         for path, run in runs.items()
         if run.results.get("robustness", {}).get("stage") == (stage or run.results["final_stage"])
     }
-    settings = {
-        path: [each.get(key) for key in ("norm", "epsilon", "num_images", "images_sha256")]
-        for path, each in attacked.items()
-    }
+    keys = ("norm", "epsilon", "num_images", "images_sha256")
+    settings = {path: [each.get(key) for key in keys] for path, each in attacked.items()}
     alike = [path for path in settings if settings[path] == next(iter(settings.values()))]
     return [attacked[path] for path in alike], [path for path in attacked if path not in alike]
 

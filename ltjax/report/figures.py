@@ -11,14 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (
-    "#7a7a7a",
-    "#56b4e9",
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-)  # Okabe and Ito's, safe if colour-blind
+# Okabe and Ito's, safe if colour-blind
+COLOURS = ("#7a7a7a", "#56b4e9", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
 def summary(results: dict[str, Any]) -> "Figure":
@@ -41,23 +35,20 @@ def _accuracy_by_class(axes: "Axes", results: dict[str, Any]) -> None:
     places = np.arange(len(order))
     behind = axes.twinx()
     behind.bar(places, counts[order], width=0.9, color="#e8e4da", zorder=0)
-    behind.set_yscale("log")
+    behind.set(yscale="log", ylabel="training images")
     behind.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     behind.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
     behind.yaxis.set_minor_formatter(NullFormatter())
-    behind.set_ylabel("training images")
     axes.set_zorder(behind.get_zorder() + 1)  # draw lines in front of the bars
     axes.patch.set_visible(False)
     window = max(1, len(order) // 20)
     for colour, stage in zip(COLOURS, results["stages"].values(), strict=False):
         accuracy = np.asarray([np.nan if a is None else a for a in stage["per_class_accuracy"]])[order]
-        smooth = np.convolve(np.pad(accuracy, window // 2, mode="edge"), np.ones(window) / window, "valid")[
-            : len(order)
-        ]
+        padded = np.pad(accuracy, window // 2, mode="edge")
+        smooth = np.convolve(padded, np.ones(window) / window, "valid")[: len(order)]
         axes.plot(places, 100 * smooth, color=colour, marker="o" if window == 1 else "", label=stage["title"])
-    axes.set_ylim(0, 100)
-    axes.set_ylabel("test accuracy (%)" + (f", mean of {window} neighbours" if window > 1 else ""))
-    axes.set_xlabel("classes, most frequent first")
+    smoothed = f", mean of {window} neighbours" if window > 1 else ""
+    axes.set(ylim=(0, 100), xlabel="classes, most frequent first", ylabel=f"test accuracy (%){smoothed}")
     if len(order) <= 20:
         axes.set_xticks(places, [results["class_names"][c] for c in order], rotation=30, ha="right")
     axes.legend(loc="lower left", framealpha=0.9)
@@ -69,15 +60,10 @@ def _reliability(axes: "Axes", results: dict[str, Any]) -> None:
         if stage["ece"] is None:
             continue
         bins = {name: np.asarray(values) for name, values in stage["calibration_bins"].items()}
-        seen = bins["counts"] > 0
+        confidences, accuracies = (100 * bins[name][bins["counts"] > 0] for name in ("confidences", "accuracies"))
         label = f"{stage['title']}: ECE {100 * stage['ece']:.1f} %"
-        axes.plot(
-            100 * bins["confidences"][seen], 100 * bins["accuracies"][seen], color=colour, marker="o", ms=4, label=label
-        )
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("confidence (%)")
-    axes.set_ylabel("accuracy (%)")
+        axes.plot(confidences, accuracies, color=colour, marker="o", ms=4, label=label)
+    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="accuracy (%)")
     axes.legend(loc="upper left", fontsize="small")
 
 
@@ -103,15 +89,13 @@ def attacked(shown: Sequence[AttackedImage], class_names: Sequence[str]) -> "Fig
         enlarged = 0.5 + 0.5 * change / largest if largest else np.full_like(change, 0.5)
         for axes, pixels in zip(row, (each.image, enlarged, each.adversarial), strict=True):
             axes.imshow(pixels.squeeze().clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
         for axes, (predicted, confidence) in ((row[0], each.before), (row[2], each.after)):
             colour = "#009e73" if predicted == each.label else "#d55e00"
             axes.set_title(f"{class_names[predicted]}, {confidence:.0%}", color=colour, fontsize="small")
         row[0].set_ylabel(class_names[each.label], fontsize="small")
         untouched = "stood: left as it is" if each.before[0] == each.label else "wrong anyway: left as it is"
-        text = f"at most {largest:.4f}, enlarged" if largest else untouched
-        row[1].set_title(text, fontsize="small")
+        row[1].set_title(f"at most {largest:.4f}, enlarged" if largest else untouched, fontsize="small")
     about = "image with its prediction; what the attack adds; both, with their prediction\nat the left the true class"
     figure.supxlabel(about, fontsize="small")
     return figure

@@ -193,8 +193,7 @@ def render(**context: Any) -> str:
     """Return the page's HTML. context: title, subtitle, main (a Table), notes, sections, how_title, commands, facts,
     and how_first: whether commands and facts come right after the table, not last.
     """
-    footer = Markup("Colours and shapes: many (circle), medium (square), few (triangle) training images a class.")
-    return _template().render(footer=footer, listed=sections.MOST_ROWS, **context)
+    return _template().render(listed=sections.MOST_ROWS, **context)
 
 
 @functools.cache

@@ -34,8 +34,8 @@ def accuracy_by_count(key: str, panel: Panel) -> Markup:
             spread = 100 * (panel.accuracy[group].std or 0.0)
             if spread > 0:
                 high, low = up(min(mean + spread, 100)), up(max(mean - spread, 0))
-                box = dict(x=float(ends[0]), y=high, width=float(ends[1] - ends[0]), height=low - high)
-                parts.append(tag("rect", **box, class_=f"band {group}"))
+                width, height = ends[1] - ends[0], low - high
+                parts.append(tag("rect", x=ends[0], y=high, width=width, height=height, class_=f"band {group}"))
             parts.append(line(ends[0], up(mean), ends[1], up(mean), f"mean {group}"))
             labels.append(((ends[0] + ends[1]) / 2, group))
     for x, group in apart(sorted(labels), 84, WIDTH - RIGHT - 40):
@@ -72,11 +72,11 @@ def reliability(key: str, panel: Panel) -> Markup:
         side = "over" if confidence > accuracy else "under"
         about = f"{counts[b]:,.0f} images: confidence {confidence:.1f} %, accuracy {accuracy:.1f} %"
         gap = line(x, up(confidence), x, y, f"gap {side}")
-        dot = tag("circle", cx=float(x), cy=float(y), r=3.5 if shares[b] >= 0.01 else 1.8, class_="dot")
+        dot = tag("circle", cx=x, cy=y, r=3.5 if shares[b] >= 0.01 else 1.8, class_="dot")
         left, right = across(100 * b / number), across(100 * (b + 1) / number)
         height = (low - high) * shares[b] / shares.max()
         bar = tag("rect", x=left + 1, y=low - height, width=right - left - 2, height=height, class_="share")
-        parts.append(tag("g", Markup("").join([tag("title", about), gap, dot, bar])))
+        parts.append(tag("g", [tag("title", about), gap, dot, bar]))
     parts.append(path(curve, "curve"))
     parts += charts.x_axis(across, low, "confidence, %; bars: share of images", range(0, 101, 20))
     gap = float((confidences * shares).sum() - (accuracies * shares).sum())
@@ -130,10 +130,7 @@ def learning(key: str, panel: Panel) -> Markup:
     if losses:
         low, high = min(losses), max(losses)
         down = Scale(min(0.0, low), high * 1.05 if high > 0 else 1.0, 210, 158)
-        parts.append(text(2, 150, "training loss", "start", "axis"))
-        for tick in charts.round_ticks(down.low, down.high, 3):
-            parts.append(line(LEFT, down(tick), right, down(tick), "grid"))
-            parts.append(text(LEFT - 5, down(tick) + 4, charts.number(tick), "end"))
+        parts += charts.y_axis(down, "training loss", right, 3, top=154)
         parts += [path([(across(epoch), down(loss)) for epoch, loss, _ in curve], "curve") for curve in train]
         top = max(rate for _, _, rate in train[0])
         scale = Scale(0, top or 1, 262, 238)
@@ -187,8 +184,10 @@ def apart(labels: Sequence[tuple[float, str]], least: float, most: float) -> lis
 
 def errors(key: str, panel: Panel) -> Markup:
     """Draw for each group how many of its test images are right, and which group the others are taken for."""
-    across, parts = Scale(0, 100, NAMES, WIDTH - RIGHT), []
+    across, parts, shown = Scale(0, 100, NAMES, WIDTH - RIGHT), [], []
     for row, (group, shares) in enumerate(panel.errors.items()):
+        words = [f"{100 * share:.0f} {'' if other == 'right' else 'as '}{other}" for other, share in shares.items()]
+        shown.append(f"{group}: {', '.join(words)}")
         y, at = 22.0 + 44 * row, 0.0
         parts.append(text(NAMES - 6, y + 17, group, "end", f"label {group}"))
         for other in ("right", *GROUPS[1:]):
@@ -205,21 +204,15 @@ def errors(key: str, panel: Panel) -> Markup:
                 parts.append(text(across(at) + width / 2, y + 17, inside, class_=f"inside {other}"))
             at += share
     bottom = 22 + 44 * len(panel.errors)
-    parts += _percent_axis(across, bottom + 8, bottom + 24, NAMES, "test images of the group, %")
-    shown = []
-    for group, shares in panel.errors.items():
-        words = [
-            f"{100 * share:.0f} {'right' if other == 'right' else 'as ' + other}" for other, share in shares.items()
-        ]
-        shown.append(f"{group}: {', '.join(words)}")
+    parts += _percent_axis(across, bottom + 8, bottom + 24, "test images of the group, %")
     about = f"In %. {'; '.join(shown)}."
     return charts.picture(key, f"{panel.title}: where errors go", about, bottom + 30, parts)
 
 
-def _percent_axis(across: Scale, ticks: float, bottom: float, left: float, title: str) -> list[Markup]:
+def _percent_axis(across: Scale, ticks: float, bottom: float, title: str) -> list[Markup]:
     """Write 0 to 100 at the height `ticks`, and a title below."""
     parts = [text(across(n), ticks, str(n), "end" if n == 100 else "middle") for n in range(0, 101, 25)]
-    return [*parts, text((left + WIDTH - RIGHT) / 2, bottom, title, class_="axis")]
+    return [*parts, text((NAMES + WIDTH - RIGHT) / 2, bottom, title, class_="axis")]
 
 
 def _matrix(cells: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -231,30 +224,19 @@ def _matrix(cells: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def confusion_table(panel: Panel, cells: Mapping[str, Any]) -> Markup:
     """Return a confusion matrix of few classes as an HTML table; cells: see `analysis.confusion_numbers`."""
     names = [panel.class_names[c] for c in charts.class_order(panel.groups, panel.class_counts)]
-    rows, columns, images, shares = _matrix(cells)
     found: dict[tuple[int, int], Markup] = {}
-    for row, column, number, share in zip(
-        rows.tolist(), columns.tolist(), images.tolist(), shares.tolist(), strict=True
-    ):
+    for row, column, number, share in zip(*(values.tolist() for values in _matrix(cells)), strict=True):
         about = f"{names[row]}{f' taken for {names[column]}' if row != column else ''}: {number:,}, {percent(share)} %"
         depth = dict(title=about, style=f"--depth: {100 * math.sqrt(share):.0f}%")
         found[row, column] = tag("td", f"{number:,}", class_="right" if row == column else "wrong", **depth)
     head = [tag("th", tag("span", name), scope="col", title=name) for name in names]
-    body = [
-        tag(
-            "tr",
-            Markup("").join(
-                [tag("th", name, scope="row"), *(found.get((row, column), tag("td")) for column in range(len(names)))]
-            ),
-        )
-        for row, name in enumerate(names)
-    ]
-    parts = [
-        tag("thead", tag("tr", Markup("").join([tag("td", "true, predicted"), *head]))),
-        tag("tbody", Markup("").join(body)),
-    ]
+    body = []
+    for row, name in enumerate(names):
+        numbers = [found.get((row, column), tag("td")) for column in range(len(names))]
+        body.append(tag("tr", [tag("th", name, scope="row"), *numbers]))
     label = f"{panel.title}: confusion matrix"
-    table = tag("table", Markup("").join(parts), class_="confusion", aria_label=label)
+    parts = [tag("thead", tag("tr", [tag("td", "true, predicted"), *head])), tag("tbody", body)]
+    table = tag("table", parts, class_="confusion", aria_label=label)
     return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
@@ -277,10 +259,8 @@ def confusion_map(key: str, panel: Panel, cells: Mapping[str, Any]) -> Markup:
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         at = length * start / each / side
         if start:
-            parts += [
-                line(left + at, top, left + at, top + length, "axis"),
-                line(left, top + at, left + length, top + at, "axis"),
-            ]
+            parts.append(line(left + at, top, left + at, top + length, "axis"))
+            parts.append(line(left, top + at, left + length, top + at, "axis"))
         middles.append((at + length * (end - start) / each / side / 2, names[order[start]]))
     for place, group in apart(middles, 13, length - 6):
         parts.append(text(left - 6, top + place + 4, group, "end", f"label {group}"))
@@ -296,10 +276,8 @@ def geometry(key: str, panel: Panel) -> Markup:
     """Draw the distance of test features to their own class's mean (filled) and to the nearest wrong one (hollow)."""
     unit = float(np.nanmedian(panel.wrong)) or 1.0
     own, wrong = panel.own / unit, panel.wrong / unit
-    across, up = (
-        charts.counts_scale(panel.class_counts),
-        Scale(0, float(np.nanmax([own, wrong])) * 1.05, BOTTOM, TOP + 8),
-    )
+    across = charts.counts_scale(panel.class_counts)
+    up = Scale(0, float(np.nanmax([own, wrong])) * 1.05, BOTTOM, TOP + 8)
     parts = charts.y_axis(up, "distance") + charts.count_axis(across, BOTTOM)
     if len(own) <= charts.MOST_DOTS:
         at = charts.places(panel.class_counts, np.nan_to_num(own), across)
@@ -310,7 +288,7 @@ def geometry(key: str, panel: Panel) -> Markup:
             bar = line(at[c], up(own[c]), at[c], up(wrong[c]), f"bar {groups[c]}")
             hollow = mark(at[c], up(wrong[c]), groups[c], hollow=True, size=size)
             filled = mark(at[c], up(own[c]), groups[c], size=size)
-            parts.append(tag("g", Markup("").join([tag("title", about), bar, hollow, filled])))
+            parts.append(tag("g", [tag("title", about), bar, hollow, filled]))
     else:
         for values, hollow in ((wrong, True), (own, False)):
             points = charts.points(values, panel.class_counts, panel.groups, panel.class_names, across)
@@ -379,7 +357,7 @@ def clean_and_robust(key: str, title: str, tests: Mapping[str, Mapping[str, Any]
             elif name == last:
                 parts.append(label(across(value), y - 9))
     bottom = 30 + 40 * len(groups)
-    parts += _percent_axis(across, bottom, bottom + 17, NAMES, "accuracy, %; hollow: clean, filled: attacked")
+    parts += _percent_axis(across, bottom, bottom + 17, "accuracy, %; hollow: clean, filled: attacked")
     shown = "; ".join(f"{test['title']}: {percent(test['accuracy'].get('all'))}" for test in tests.values())
     return charts.picture(key, f"{title}: clean and attacked", f"All classes, in %: {shown}.", bottom + 24, parts)
 

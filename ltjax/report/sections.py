@@ -172,13 +172,11 @@ def mistakes(content: Content) -> Section:
         )
         pictures = [
             {
-                "uri": each["uri"],
-                "small": each["small"],
+                **each,
                 "alt": f"test image of {names[each['true']]}",
                 "true": names[each["true"]],
                 "predicted": names[each["predicted"]],
                 "about": f"{percent(each['confidence'])}\u00a0%\u00a0sure",
-                "name": each["name"],
             }
             for each in shown
         ]
@@ -216,9 +214,8 @@ def robustness(content: Content) -> Section:
         chart = plots.clean_and_robust(f"{attacked.key}-tests", title, results["tests"])
         figures.append((f"{heading}Clean and attacked", chart))
         tables.append(_tests_table(title, results["tests"]))
-        about = (
-            f"{results['norm']} radius {plots.in_255ths(results['epsilon'])}, {results['num_images']:,} test images."
-        )
+        radius = plots.in_255ths(results["epsilon"])
+        about = f"{results['norm']} radius {radius}, {results['num_images']:,} test images."
         if curve := results.get("curve"):
             chart = plots.against_epsilon(f"{attacked.key}-curve", title, curve, results["epsilon"])
             figures.append((f"{heading}Accuracy against the radius", chart))
@@ -362,15 +359,11 @@ def _percent(value: float) -> str:
 
 def _bins_table(panel: Panel) -> Table:
     number = len(panel.bins["counts"])
+    bins = zip(*(panel.bins[name] for name in ("counts", "confidences", "accuracies")), strict=True)
     rows = [
-        [
-            f"{100 * b / number:.0f} to {100 * (b + 1) / number:.0f}",
-            f"{panel.bins['counts'][b]:,.0f}",
-            _percent(panel.bins["confidences"][b]),
-            _percent(panel.bins["accuracies"][b]),
-        ]
-        for b in range(number)
-        if panel.bins["counts"][b]
+        [f"{100 * b / number:.0f} to {100 * (b + 1) / number:.0f}", f"{count:,.0f}", _percent(sure), _percent(right)]
+        for b, (count, sure, right) in enumerate(bins)
+        if count
     ]
     return Table(f"{panel.title}: bins of confidence, %", ["bin", "images", "confidence", "accuracy"], rows)
 

@@ -7,7 +7,6 @@ archive of `ltjax.archive`, which has the run's `config.json` instead, and may h
 `method/margins`. `shipped` are the folders that come with ltjax.
 """
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ltjax.optim import flatten, unflatten
-from ltjax.system.files import load_json, replacing, write_json
+from ltjax.system.files import file_sha256, load_json, replacing, write_json
 from ltjax.system.paths import cache_folder, local
 from ltjax.types import UserError, Variables, one_line
 
@@ -246,8 +245,7 @@ def is_weights(name: str | Path) -> bool:
 
 def hash_weights(name: str | Path) -> str:
     """Hash arrays of weights: SHA-256, hexadecimal. name: see `folder_of`."""
-    with open(folder_of(name) / ARRAYS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(folder_of(name) / ARRAYS)
 
 
 def check_classifier(weights: Weights, about: str) -> None:

@@ -1,6 +1,7 @@
-"""Write files atomically, and read and write JSON files."""
+"""Write files atomically, read and write JSON files, and hash files."""
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -75,6 +76,12 @@ def read_json(path: Path, remedy: str = ANOTHER) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold what ltjax writes there: {remedy}")
     return value
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file: SHA-256, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

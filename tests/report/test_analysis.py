@@ -103,7 +103,7 @@ def test_pairs_are_ordered_by_their_share_of_the_class():
 
 
 def test_samples_of_a_pair_begin_with_the_most_confident_mistake():
-    pair = analysis.Pair(2, 1, 2, 0.5)
+    pair = analysis.Pair(2, 1, 0.5)
     confidences = np.array([0.9, 0.9, 0.9, 0.9, 0.9, 0.3, 0.7, 0.9])
     assert analysis.samples(pair, PREDICTIONS, confidences, LABELS) == [6, 5]
 

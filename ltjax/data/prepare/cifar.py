@@ -1,7 +1,6 @@
 """Prepare CIFAR-10 and CIFAR-100 from their official binary archives."""
 
 import functools
-import hashlib
 import io
 import sys
 import tarfile
@@ -17,6 +16,7 @@ from ltjax.data.decode import MAX_IMAGE_BYTES
 from ltjax.data.prepare import in_memory
 from ltjax.data.prepare.download import download
 from ltjax.data.prepare.sources import READ_ERRORS
+from ltjax.system.files import file_sha256
 from ltjax.types import UserError, one_line
 
 
@@ -99,9 +99,8 @@ def _difference(archive: CifarArchive, path: Path) -> str:
     size = path.stat().st_size
     if size != archive.size:
         return f"its size is {size} bytes, not {archive.size}"
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return "" if sha256 == archive.sha256 else f"its SHA-256 is {sha256}, not {archive.sha256}"
+    digest = file_sha256(path)
+    return "" if digest == archive.sha256 else f"its SHA-256 is {digest}, not {archive.sha256}"
 
 
 def _parse(archive: CifarArchive, path: Path) -> tuple[dict[str, list[str]], dict[str, RawSplit]]:
