@@ -28,7 +28,7 @@ from typing import Any
 
 
 def stop_at_once(number: int, _frame) -> None:
-    """Handle Ctrl-C and SIGTERM before training begins: during an import, an exception could be swallowed."""
+    """Handle Ctrl-C and SIGTERM outside of training: during an import, an exception could be swallowed."""
     os.write(2, b"\nStopped; there was nothing to save.\n")
     os._exit(128 + number)
 
@@ -63,10 +63,10 @@ _IMAGES = flags.DEFINE_string("images", "", "With --mode=predict: folder, or quo
 _OUT = flags.DEFINE_string("out", "-", "With --mode=predict: FILE.csv or FILE.jsonl; - or -.jsonl: standard output.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "With --mode=predict: number of classes listed for each image.")
 _TARGET_PRIOR = flags.DEFINE_string(
-    "target_prior", None, "With --mode=predict: how frequent classes are: uniform, train, FILE.csv."
+    "target_prior", None, "With --mode=predict: class frequencies where it is used: uniform, train, FILE.csv."
 )
 _MODEL_PRIOR = flags.DEFINE_string(
-    "model_prior", None, "With --mode=predict: the same in training; default: by the method."
+    "model_prior", None, "With --mode=predict: class frequencies that the model assumes; default: its method's."
 )
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
 _DRY_RUN = flags.DEFINE_boolean(
@@ -164,7 +164,7 @@ def check_overrides(arguments: list[str]) -> None:
 
 
 def load_config_file(path: str) -> dict[str, Any]:
-    """Return the globals of a config file. ValueError, which lists config files, if it is none."""
+    """Return the globals of a config file. Raise ValueError, which lists the config files, if it is no config."""
     file = runpy.run_path(path) if Path(path).is_file() else {}
     likely = Path("configs") / f"{Path(path).stem}.py"
     if not file and likely.is_file():

@@ -20,6 +20,6 @@ def get_config(arg=None):
     args, recipe = small.read(arg, long_tailed=False)
     config = small.base("cifar10", args, recipe)
     config.data.name = "cifar10"
-    papers = recipes.Papers(schedule=robust.TRADES if "trades" in recipe.blocks else robust.LBGAT)
+    papers = recipes.DataSetting(schedule=robust.TRADES if "trades" in recipe.blocks else robust.LBGAT)
     recipes.add_stages(config, args, recipe, papers)
     return config

@@ -31,5 +31,5 @@ def get_config(arg=None):
     args, recipe = small.read(arg, long_tailed=False)
     config = small.base("cifar100", args, recipe)
     config.data.name = "cifar100"
-    recipes.add_stages(config, args, recipe, recipes.Papers())
+    recipes.add_stages(config, args, recipe, recipes.DataSetting())
     return config

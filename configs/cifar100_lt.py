@@ -59,7 +59,7 @@ def get_config(arg=None):
         profile=args.profile,
         ranges=(36, 71),  # MiSLAS's and ResLT's groups, for --config.data.groups=ranges
     )
-    papers = recipes.Papers(
+    papers = recipes.DataSetting(
         smoothing=nearest(SMOOTHING, args.imbalance),
         reslt=ResLT(beta=nearest(BETA, args.imbalance), medium_start=35, tail_start=70),
     )

@@ -40,7 +40,7 @@ def get_config(arg=None):
         profile=args.profile,
         ranges=(3, 7),  # MiSLAS's groups, for --config.data.groups=ranges; ResLT has (3, 6)
     )
-    papers = recipes.Papers(
+    papers = recipes.DataSetting(
         smoothing=nearest(SMOOTHING, args.imbalance),
         reslt=ResLT(beta=nearest(BETA, args.imbalance), medium_start=2, tail_start=4),
     )

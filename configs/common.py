@@ -172,9 +172,9 @@ def read(text: str | None, allowed: dict, *, long_tailed: bool) -> tuple[SimpleN
     args = read_arguments(text, allowed)
     if args.recipe and "method" in args.given:
         raise ValueError(f"config arguments method={args.method} and recipe={args.recipe}: give one of them")
-    args.holdout = whole(args.holdout)
+    args.holdout = parse_holdout(args.holdout)
     recipe = recipes.parse_recipe(args.recipe) if args.recipe else recipes.METHODS[args.method]
-    if special := robust.OWN.get(recipe.blocks[0]):
+    if special := robust.OVERRIDES.get(recipe.blocks[0]):
         vars(args).update({key: getattr(special, key) for key in ("epsilon", "loss", "awp") if key not in args.given})
     if not recipe.adversarial and (given := [key for key in ROBUST_ARGUMENTS if key in args.given]):
         methods = ", ".join(name for name, each in recipes.METHODS.items() if each.adversarial)
@@ -201,7 +201,7 @@ def chains(*, long_tailed: bool) -> Text:
     return Text("", f"first {first}; then any of {then}")
 
 
-def whole(holdout: float) -> int:
+def parse_holdout(holdout: float) -> int:
     """Check the argument `holdout`. Raise ValueError for a fraction."""
     if holdout != int(holdout):
         raise ValueError(f"config argument holdout={holdout}: a whole number of images of each class")

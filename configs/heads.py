@@ -20,9 +20,9 @@ def check(recipe: recipes.Recipe) -> None:
         )
 
 
-def papers(**settings) -> recipes.Papers:
+def papers(**settings) -> recipes.DataSetting:
     """Return the settings of fixed features: a cosine schedule, and no augmentation."""
-    return recipes.Papers(cosine=True, crop_padding=0, balanced_epochs=False, fixed=True, **settings)
+    return recipes.DataSetting(cosine=True, crop_padding=0, balanced_epochs=False, fixed=True, **settings)
 
 
 def complete(args: SimpleNamespace) -> None:

@@ -113,7 +113,7 @@ def base(
 
 def papers(
     args: SimpleNamespace, *, reslt: recipes.ResLT, color_jitter: float = 0.4, **settings: Any
-) -> recipes.Papers:
+) -> recipes.DataSetting:
     """Return the papers' settings on large images: windows of any size, a cosine, and the given ones.
 
     With `runlocal`, ResLT's branches start at shares of the classes. A pretrained backbone has other rates.
@@ -123,7 +123,7 @@ def papers(
         color_jitter = 0.0
     if args.runlocal:
         reslt = reslt._replace(medium_start=0.35, tail_start=None if reslt.tail_start is None else 0.7)
-    return recipes.Papers(
+    return recipes.DataSetting(
         reslt=reslt._replace(warmup_start=0.0, nesterov=False, bias=False),
         color_jitter=color_jitter,
         cosine=True,
@@ -133,7 +133,7 @@ def papers(
     )
 
 
-def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: recipes.Recipe, papers: recipes.Papers) -> None:
+def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: recipes.Recipe, papers: recipes.DataSetting) -> None:
     """Write the stages of a recipe, see `configs.recipes`, and the rates of a pretrained backbone's layers."""
     recipes.add_stages(config, args, recipe, papers)
     if args.backbone and not papers.fixed:

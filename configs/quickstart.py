@@ -11,12 +11,12 @@ Top-1 (few-shot classes) / ECE in %, seed 0, commit 4ca7505, two CPU cores, jax 
 """
 
 from configs import common, recipes
-from configs.recipes import METHODS, Papers, Setting, Smoothing
+from configs.recipes import METHODS, DataSetting, Setting, Smoothing
 
 
 def get_config(arg=None):
     args = common.read_arguments(arg, {"holdout": 0.0, "precision": tuple(common.PRECISIONS)})
-    holdout = common.whole(args.holdout)
+    holdout = common.parse_holdout(args.holdout)
     config = common.defaults()
     config.name = "quickstart" + f"-holdout{holdout}" * bool(holdout) + "-bf16" * (args.precision == "bf16")
     config.data.update(
@@ -38,7 +38,7 @@ def get_config(arg=None):
 
     # few images need less mixing and smoothing than CIFAR
     smoothing = Smoothing(head=0.1, tail=0.0, classifier_rate=0.5, shifted_batch_norm=True)
-    papers = Papers(warmup=0.1, crop_padding=2, mixup=0.2, smoothing=smoothing)
+    papers = DataSetting(warmup=0.1, crop_padding=2, mixup=0.2, smoothing=smoothing)
     setting = Setting(parts=("backbone", "classifier", "logit_scale"), papers=papers, auto_augment=False)
     recipes.chain(config, METHODS["ce"]._replace(title="Cross-entropy"), setting)
     recipes.chain(config, METHODS["mislas"], setting)

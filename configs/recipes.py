@@ -90,7 +90,7 @@ class ResLT(NamedTuple):
     bias: bool = True  # whether evaluation adds the bias
 
 
-class Papers(NamedTuple):
+class DataSetting(NamedTuple):
     """The papers' settings that depend on the data set; the defaults are for small images."""
 
     smoothing: Smoothing = Smoothing(head=0.1, tail=0.1, classifier_rate=1.0, shifted_batch_norm=False)
@@ -110,7 +110,7 @@ class Setting(NamedTuple):
     """The input of a block."""
 
     parts: tuple[str, ...]  # the network's parts with parameters
-    papers: Papers = Papers()
+    papers: DataSetting = DataSetting()
     epochs: Any = 0  # a reference to config.epochs, the length of the first part
     short: bool = False
     auto_augment: bool | None = None  # None: the recipe's own
@@ -135,9 +135,9 @@ SIM_AUGMENT = dict(
 SIM_AUGMENT |= dict(blur=0.0, auto_augment=False, rand_augment=(), cutout_size=0)
 
 
-def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers: Papers) -> None:
+def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers: DataSetting) -> None:
     """Write the stages of a recipe, and the epochs of adversarial training, into a config that has its networks."""
-    special = robust.OWN.get(recipe.blocks[0])
+    special = robust.OVERRIDES.get(recipe.blocks[0])
     schedule = robust.SHORT if args.short else special.schedule if special else papers.schedule
     if recipe.adversarial:
         config.epochs = schedule.epochs
@@ -301,12 +301,12 @@ def _scratch(
         sampler=dict(name="instance_balanced"),
         augment=augment(setting, mixup=setting.mixup or mixup),
         batch_norm=batch_norm(setting),
-        groups=groups(setting.parts, **whole(setting)),
+        groups=groups(setting.parts, **network_rates(setting)),
         **more,
     )
 
 
-def whole(setting: Setting) -> dict[str, float]:
+def network_rates(setting: Setting) -> dict[str, float]:
     """Return the rates of a stage that trains the whole network; with an extra block, the backbone is frozen."""
     frozen = setting.papers.fixed or "block" in setting.parts
     return dict(backbone=0.0 if frozen else 1.0, block=1.0, branches=1.0, linear_map=1.0, classifier=1.0)
@@ -389,7 +389,7 @@ def adversarial(name: str, setting: Setting) -> dict[str, Any]:
     robust_setting = setting.adversarial
     trained = {"natural": ("guide",), "bgat": ("backbone", "classifier")}.get(name, ("backbone", "classifier", "guide"))
     in_a_row = dict(in_a_row=4) if robust_setting.sampler == "class_aware" else {}
-    special = robust.OWN.get(name)
+    special = robust.OVERRIDES.get(name)
     images = augment(setting, mixup=setting.mixup)
     if special and special.rand_augment and setting.auto_augment is None:
         images["rand_augment"] = special.rand_augment
@@ -487,7 +487,7 @@ def dro(setting: Setting) -> dict[str, Any]:
     """Return DRO-LT's second stage: train the features, freeze the classifier."""
     method: dict[str, Any] = dict(name="drolt", loss=dict(name="cross_entropy", class_weights=dict(kind="count")))
     method.update(robust_weight=1.0, radius="learned", radius_size=0.5, temperature=1.0, layers=())
-    trained = groups(setting.parts, **{**whole(setting), "classifier": 0.0})
+    trained = groups(setting.parts, **{**network_rates(setting), "classifier": 0.0})
     trained["margins"] = dict(match="method/margins", rate=1.0, optional=True)  # only learned radii
     return _drolt(setting, method, epochs=80, short=3, lr=0.005, batch_norm=batch_norm(setting), groups=trained)
 

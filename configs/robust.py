@@ -30,7 +30,7 @@ TRADES = Schedule(76, (74 / 76,))  # its authors', on CIFAR-10: epochs 75 and 76
 SHORT = Schedule(2, (0.5,))
 
 
-class Own(NamedTuple):
+class Override(NamedTuple):
     """The settings of a block that differ from LBGAT's recipe."""
 
     schedule: Schedule
@@ -47,10 +47,10 @@ GKL = Schedule(200, (), kind="cosine")
 AT_BSL = Schedule(100, (0.74, 0.89))  # 0.01 from epoch 75 of 100, 0.001 from 90
 # magnitude 8 of torchvision's 31 bins equals 2.7 here
 _RESNET18 = dict(schedule=AT_BSL, loss="balanced_softmax", network="resnet18_4x4", rand_augment=(2, 2.7))
-OWN = {
-    "gkl_at": Own(GKL, lr=0.2, ema=0.9997),  # 0.9 for an epoch of 391 steps
-    "at_bsl": Own(**_RESNET18, awp="false"),
-    "best_robust": Own(**_RESNET18, ema=0.999),
+OVERRIDES = {
+    "gkl_at": Override(GKL, lr=0.2, ema=0.9997),  # 0.9 for an epoch of 391 steps
+    "at_bsl": Override(**_RESNET18, awp="false"),
+    "best_robust": Override(**_RESNET18, ema=0.999),
 }
 # size of the adversarial weight perturbation relative to the weights: AT-AWP's, and TRADES-AWP's for all others
 AWP = {"pgd_at": 0.01}

@@ -34,7 +34,7 @@ def base(file: str, args: SimpleNamespace, recipe: recipes.Recipe, *, pixels: di
     config.optimizer.weight_decay = recipe.weight_decay
     network, guide = "resnet32", "wrn10_1" if short else "resnet18"
     if recipe.adversarial:
-        special = robust.OWN.get(recipe.blocks[0])
+        special = robust.OVERRIDES.get(recipe.blocks[0])
         network = "wrn10_1" if short else special.network if special else "wrn34_10"
         pixels = dict(mean=(0.0,), std=(1.0,))
         config.eval_every = 1 if short else 0  # 0: every fifth epoch, and each of the last 20

@@ -17,5 +17,5 @@ def get_config(arg=None):
     args, recipe = small.read(arg, long_tailed=False)
     config = small.base("tiny_imagenet", args, recipe, pixels=PIXELS)
     config.data.name = "tiny_imagenet"
-    recipes.add_stages(config, args, recipe, recipes.Papers())
+    recipes.add_stages(config, args, recipe, recipes.DataSetting())
     return config

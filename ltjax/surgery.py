@@ -109,7 +109,7 @@ def logit_shifted(params: Params, class_counts: np.ndarray, *, tau: float = 1.0,
       params: Of a network with a linear classifier.
       class_counts: [C].
       tau: Strength of the adjustment.
-      branches: Number of the network's branches. Their logits are summed, so the bias counts that often.
+      branches: Number of the network's branches. Their logits are summed, so the bias is added once for each.
 
     Examples:
       >>> params = {"classifier": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}

@@ -184,7 +184,7 @@ class StageTrainer:
         stop: StopSignals,
     ):
         self.experiment, self.stage, self.compiled, self.checkpoints = experiment, stage, compiled, checkpoints
-        self.log, self.console, self.stop, self.go_on = log, console, stop, partial(stop_if_asked, stop)
+        self.log, self.console, self.stop, self.check_stop = log, console, stop, partial(stop_if_asked, stop)
         self.run_config = experiment.config
         self.chunk = chunk_length(
             compiled.steps_per_epoch,
@@ -237,6 +237,7 @@ class StageTrainer:
             batches(self.experiment, self.stage, end) as self.feed,
         ):
             try:
+                # A dispatch is sent while the one before it runs. Nothing is evaluated or saved until all are read.
                 running: Dispatch | None = None
                 while True:
                     at_rest = self.stopping or self.save_is_due or self.step == end or self.evaluation_due()
@@ -261,7 +262,7 @@ class StageTrainer:
                 self.checkpoints.wait()
                 raise
         self.checkpoints.wait()
-        self.go_on()
+        self.check_stop()
 
     def length(self, step: int) -> int:
         """Return the number of steps of the dispatch that begins at a step. It ends with the epoch at the latest."""
@@ -348,7 +349,7 @@ class StageTrainer:
     def means_of(self, layers: tuple[str, ...] = ()) -> Any:
         """Compute the class means of the training images' features, once for each state."""
         if layers not in self.class_means:
-            self.class_means[layers] = self.experiment.class_means(self.state.variables, layers, self.go_on)
+            self.class_means[layers] = self.experiment.class_means(self.state.variables, layers, self.check_stop)
         return self.class_means[layers]
 
     def evaluation_due(self) -> bool:
@@ -366,7 +367,9 @@ class StageTrainer:
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):
             if images is not None:
-                evaluation[split] = evaluate_split(experiment, stage, self.state.variables, images, means, self.go_on)
+                evaluation[split] = evaluate_split(
+                    experiment, stage, self.state.variables, images, means, self.check_stop
+                )
         for split in ("holdout", "test"):  # only now, so that a signal cannot separate the two
             if split in evaluation:
                 self.log.write(stage.name, epoch, self.step, split, _brief(evaluation[split]))

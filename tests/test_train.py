@@ -216,9 +216,9 @@ def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
     experiment, compiled = train.prepare(config.parse(small()), None)
     calls = []
 
-    def class_means(variables, layers, go_on):
+    def class_means(variables, layers, check_stop):
         calls.append(layers)
-        return experiment.class_means(variables, layers, go_on)
+        return experiment.class_means(variables, layers, check_stop)
 
     monkeypatch.setattr(train, "prepare", lambda *_: (experiment._replace(class_means=class_means), compiled))
     train.train(small(), tmp_path)

@@ -113,7 +113,7 @@ def _some(rng: jax.Array, share: float, changed: jax.Array, images: jax.Array) -
     return jnp.where(jax.random.bernoulli(rng, share, (len(images), 1, 1, 1)), changed, images)
 
 
-VIEWS = 16  # tells the random numbers of further views from those of the batch
+FIRST_VIEW_KEY = 16  # number of the random key of the first further view
 
 
 def with_views(augment: Callable[..., Batch], views: Sequence[Callable[..., Batch]]) -> Callable[..., Batch]:
@@ -123,7 +123,7 @@ def with_views(augment: Callable[..., Batch], views: Sequence[Callable[..., Batc
     """
 
     def augmented(rng: jax.Array, images: jax.Array, labels: jax.Array, *others: Any) -> Batch:
-        keys = [jax.random.fold_in(rng, VIEWS + number) for number in range(len(views))]
+        keys = [jax.random.fold_in(rng, FIRST_VIEW_KEY + number) for number in range(len(views))]
         more = [view(key, images, labels).images for key, view in zip(keys, views, strict=True)]
         return augment(rng, images, labels, *others)._replace(views=jnp.stack(more, 1))
 

@@ -20,8 +20,8 @@ from ltjax.data.splits import long_tailed_split
 from ltjax.system.paths import local
 from ltjax.types import UserError, form_only, some
 
-HELD_OUT = ("validation", "val", "test")
-SIMILAR_NAMES = (*HELD_OUT, "valid", "testing", "dev", "eval")  # other programs' names for validation, in any case
+TEST_NAMES = ("validation", "val", "test")
+SIMILAR_NAMES = (*TEST_NAMES, "valid", "testing", "dev", "eval")  # other programs' names for validation, in any case
 SIMILAR_TO_TRAIN = ("train", "training")
 TABLES = (".csv", ".tsv")  # endings of tables of labels, for messages
 FEW = 5  # test images of each class, too few for a reliable accuracy
@@ -50,18 +50,18 @@ class _Listed(NamedTuple):
     """The images of a data set, before any is decoded.
 
     Attributes:
-      train: {class: paths of its training images, relative to the root}. A class without any is none.
+      train: {class: paths of its training images, relative to the root}. Classes without training images are left out.
       test: The same for testing; None if images are to be held out.
       train_title: Where `train` comes from, for messages.
       test_title: Where `test` comes from.
-      instead: What would name images to test on, for messages, such as "folder validation".
+      test_source: Where test images are expected, for messages, such as "folder validation".
     """
 
     train: dict[str, list[str]]
     test: dict[str, list[str]] | None
     train_title: str
     test_title: str
-    instead: str
+    test_source: str
 
 
 def load(name: str = "image_folder", root: str | os.PathLike | None = None, labels: str = "") -> Stored:
@@ -79,7 +79,7 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
     Args:
       root: Folder of the images. Default: that of the table.
       labels: Path of a table, see `ltjax.data.tables`; as it is or below `root`. Its files are relative to `root`.
-        Its splits are train, and one or more of `HELD_OUT`, of which the first is read.
+        Its splits are train, and one or more of `TEST_NAMES`, of which the first is read.
 
     Raises:
       UserError: A folder is missing, a class has no images, validation has other classes than training, or images
@@ -109,7 +109,7 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
     identities = inspection.identities(root, train_paths + test_paths)
     train = FilesInFolder(root, train_paths, identities[: len(train_paths)])
     if listed.test is None:
-        kept, test = hold_out(str(table or root), train_labels, titles, listed.instead)
+        kept, test = hold_out(str(table or root), train_labels, titles, listed.test_source)
         parts = Subset(train, kept), train_labels[kept], Subset(train, test), train_labels[test]
         return Stored(*parts, titles)
     if lacking := [title for label, title in enumerate(titles) if label not in test_labels]:
@@ -150,13 +150,13 @@ def _labelled(images: dict[str, list[str]], class_names: tuple[str, ...]) -> tup
     return [path for name in class_names for path in images.get(name, ())], labels
 
 
-def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], instead: str) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], test_source: str) -> tuple[np.ndarray, np.ndarray]:
     """Choose images to test on: a fifth of the smallest class, at most 20, of each class, the same every time.
 
     Args:
       what: Names the data set in messages.
       labels: [N].
-      instead: What would name images to test on, for messages.
+      test_source: Where test images are expected, for messages.
 
     Returns:
       The indices of training and test images, sorted by class.
@@ -165,18 +165,18 @@ def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], instead: st
     smallest = int(counts.min())
     if smallest < 2:
         single = some([titles[c] for c in np.flatnonzero(counts < 2)])
-        raise UserError(f"{what}: one image in {single}, so none can be held out: add some, or make a {instead}")
+        raise UserError(f"{what}: one image in {single}, so none can be held out: add some, or make a {test_source}")
     each = min(20, max(1, smallest // 5))
     few = "" if each > FEW else ", too few for a reliable accuracy: make one if you have more images"
-    note(f"{what} has no {instead}: {each} image(s) of each class are held out of train to test on{few}")
+    note(f"{what} has no {test_source}: {each} image(s) of each class are held out of train to test on{few}")
     split = long_tailed_split(labels, len(titles), imbalance=1, profile="natural", holdout=each)
     return split.train, split.holdout
 
 
 def _in_folders(root: Path) -> _Listed:
     """Find the images of `root/train` and of validation; or those of `root`, if it has neither."""
-    test_folder = next((part for part in HELD_OUT if (root / part).is_dir()), None)
-    part, instead = "train", f"folder {', '.join(HELD_OUT)}"
+    test_folder = next((part for part in TEST_NAMES if (root / part).is_dir()), None)
+    part, test_source = "train", f"folder {', '.join(TEST_NAMES)}"
     if not (root / "train").is_dir():
         present = _folders(root)
         expected = f"expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg, one folder a class"
@@ -186,10 +186,10 @@ def _in_folders(root: Path) -> _Listed:
             raise UserError(f"no folder {root / 'train'} beside {root / similar[0]}: {expected}")
         if not present:
             raise UserError(f"no folder {root / 'train'}: {expected}")
-        part, instead = ".", "folder train beside a folder validation"
+        part, test_source = ".", "folder train beside a folder validation"
     train = _images_of_folders(root, part)
     test = _images_of_folders(root, test_folder) if test_folder else None
-    listed = _Listed(train, test, str(root / part), str(root / (test_folder or "")), instead)
+    listed = _Listed(train, test, str(root / part), str(root / (test_folder or "")), test_source)
     _note_ignored(root, part, test_folder)
     if len(train) == 1:
         (only,) = train
@@ -211,8 +211,8 @@ def _in_table(root: Path, table: Path) -> _Listed:
     seen: dict[str, tables.Label] = {}
     missing, repeated = [], 0
     for row in tables.labels(table):
-        if row.split not in ("", "train", *HELD_OUT):
-            known = ", ".join(("train", *HELD_OUT))
+        if row.split not in ("", "train", *TEST_NAMES):
+            known = ", ".join(("train", *TEST_NAMES))
             raise UserError(f"{table}, line {row.line}: split {printable(row.split)!r}; allowed: {known}")
         path = _path_of_row(root, row.file, by_name)
         if path is None:
@@ -244,7 +244,7 @@ def _in_table(root: Path, table: Path) -> _Listed:
         note(f"{table}: {repeated} row(s) repeat another one")
     if rest := [printable(path) for path in below if path not in seen]:
         note(f"{root}: {len(rest)} image(s) have no row in {table} and are left out: {some(rest)}")
-    test_split = next((name for name in HELD_OUT if name in splits), None)
+    test_split = next((name for name in TEST_NAMES if name in splits), None)
     for name in sorted(set(splits) - {"train", test_split}):
         count = sum(map(len, splits[name].values()))
         note(f"{table}: the {count} image(s) of split {name} are not read: {test_split} is")
@@ -253,7 +253,7 @@ def _in_table(root: Path, table: Path) -> _Listed:
             paths.sort()
     test = splits[test_split] if test_split else None
     titles = f"{table}, split train", f"{table}, split {test_split}"
-    return _Listed(splits.get("train", {}), test, *titles, f"split {', '.join(HELD_OUT)}")
+    return _Listed(splits.get("train", {}), test, *titles, f"split {', '.join(TEST_NAMES)}")
 
 
 def _table(root: str | os.PathLike | None, labels: str) -> Path:

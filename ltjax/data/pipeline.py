@@ -119,11 +119,11 @@ class Stream:
         self.waited = 0.0
 
     def take(
-        self, step: int, num_steps: int, then: int, busy: Callable[[], bool] = lambda: False
+        self, step: int, num_steps: int, next_steps: int, busy: Callable[[], bool] = lambda: False
     ) -> tuple[jax.Array, jax.Array]:
         """Return the batches of `num_steps` steps from `step` on.
 
-        `then` is how many steps the next call will ask for, 0 if there is none. Waiting is not counted while the
+        `next_steps` is how many steps the next call will ask for, 0 if there is none. Waiting is not counted while the
         devices are `busy`.
         """
         chunk = self._next
@@ -131,7 +131,7 @@ class Stream:
             chunk = (step, num_steps, self._begin(step, num_steps))
         after = step + num_steps
         # Begin the next chunk before this one is complete, so that no thread is idle during its last images.
-        self._next = (after, then, self._begin(after, then)) if then else None
+        self._next = (after, next_steps, self._begin(after, next_steps)) if next_steps else None
         complete = False
         while not complete:
             began = time.monotonic()

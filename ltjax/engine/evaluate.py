@@ -95,8 +95,8 @@ def over_batches(
       replicas: With several, variables, means and all results have a leading axis.
 
     Returns:
-      `(variables, images, means=None, go_on) -> [{name: [batches, ...]}]`, on all devices. `go_on` is called before
-      each dispatch; it may raise to stop.
+      `(variables, images, means=None, check_stop) -> [{name: [batches, ...]}]`, on all devices. `check_stop` is called
+      before each dispatch; it may raise to stop.
     """
     apply, platform = make_apply(nets, "eval"), mesh.devices.flat[0].platform
 
@@ -117,11 +117,11 @@ def over_batches(
         variables: Variables,
         images: EvaluationSet | StoredSet,
         means: Any = None,
-        go_on: Callable[[], None] = lambda: None,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> list[dict[str, jax.Array]]:
         parts = []
         for part in images.parts():
-            go_on()
+            check_stop()
             parts.append(compiled((variables, means), part))
             jax.block_until_ready(parts[-2:-1])  # at most two batches on the devices
         return parts
@@ -145,8 +145,8 @@ def evaluator(
       replicas: See `over_batches`.
 
     Returns:
-      `(variables, images, means=None, go_on) -> {"predictions", "confidences", "losses": [N]}`. With means, the class
-      means [C, D] of the training images' features, also "nearest": the class of the nearest mean.
+      `(variables, images, means=None, check_stop) -> {"predictions", "confidences", "losses": [N]}`. With means, the
+      class means [C, D] of the training images' features, also "nearest": the class of the nearest mean.
     """
 
     def figures(outputs: Any, labels: jax.Array, means: jax.Array | None) -> dict[str, jax.Array]:

@@ -17,7 +17,7 @@ from ltjax.config import DataConfig, RunConfig, StageConfig
 from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.engine import evaluate, feed
-from ltjax.engine import features as fixed
+from ltjax.engine import features as fixed_features
 from ltjax.engine.stage import (
     Chunk,
     CompiledStage,
@@ -137,10 +137,10 @@ def set_up(
     shapes = jax.eval_shape(lambda: init_variables(nets, image_shape, jax.random.key(0)))
     initialise = _initialiser(nets, image_shape, mesh, run.replicas)
     inputs: Images | Stored = images
-    if isinstance(images, Stored) and features_as != "images" and fixed.is_fixed(run, shapes.params):
+    if isinstance(images, Stored) and features_as != "images" and fixed_features.is_fixed(run, shapes.params):
         weights = None if features_as == "shapes" else _fixed_weights(run, shapes, workdir)
-        inputs = fixed.features(run, images, split, nets["net"], weights, mesh)
-        nets = {"net": fixed.head(nets["net"])}
+        inputs = fixed_features.features(run, images, split, nets["net"], weights, mesh)
+        nets = {"net": fixed_features.head(nets["net"])}
     if isinstance(inputs, Stored):
         image_sets = feed.stored(run, inputs, split, mesh)
     else:
@@ -419,7 +419,7 @@ def evaluate_split(
     variables: Variables,
     images: evaluate.EvaluationSet | evaluate.StoredSet,
     means: jax.Array | None,
-    go_on: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluate a stage's variables on a set of images.
 
@@ -427,11 +427,11 @@ def evaluate_split(
 
     Args:
       means: From `class_means_for`.
-      go_on: Called before each dispatch; may raise to stop.
+      check_stop: Called before each dispatch; may raise to stop.
     """
     run, labels, num_classes = experiment.config, images.host_labels, len(experiment.class_names)
     variables = surgery.as_evaluated(variables, stage.eval_classifier)
-    outcome = experiment.evaluators[stage.evaluate_net](variables, images, means, go_on)
+    outcome = experiment.evaluators[stage.evaluate_net](variables, images, means, check_stop)
     if run.replicas == 1:
         return evaluate.summarise(outcome, labels, experiment.groups, num_classes)
     outcomes = [{name: values[replica] for name, values in outcome.items()} for replica in range(run.replicas)]

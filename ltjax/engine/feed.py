@@ -135,8 +135,8 @@ def class_means(
         `evaluate.shared_batch`.
 
     Returns:
-      `(variables, layers=(), go_on=...) -> means`, see `stage.means_of`. `go_on` is called before each dispatch, and
-      may raise to stop.
+      `(variables, layers=(), check_stop=...) -> means`, see `stage.means_of`. `check_stop` is called before each
+      dispatch, and may raise to stop.
     """
     if isinstance(images, stage.Resident):
         size = evaluate.shared_batch(batch_size, images.labels.shape[0], mesh)
@@ -149,8 +149,10 @@ def class_means(
 
         compiled = xla.jit(resident_means, static_argnums=0)
 
-        def means(variables: Variables, layers: tuple[str, ...] = (), go_on: Callable[[], None] = lambda: None) -> Any:
-            go_on()
+        def means(
+            variables: Variables, layers: tuple[str, ...] = (), check_stop: Callable[[], None] = lambda: None
+        ) -> Any:
+            check_stop()
             return compiled(layers, variables, images)
 
         return means
@@ -160,11 +162,11 @@ def class_means(
         return stage.feature_sums(apply, variables, pixels[0], labels[0], layers)
 
     def streamed_means(
-        variables: Variables, layers: tuple[str, ...] = (), go_on: Callable[[], None] = lambda: None
+        variables: Variables, layers: tuple[str, ...] = (), check_stop: Callable[[], None] = lambda: None
     ) -> Any:
         variables, total = variables._replace(arrays={}), None
         for batch in images.parts():
-            go_on()
+            check_stop()
             of_batch = sums(layers, variables, *batch)
             total = of_batch if total is None else jax.tree.map(jax.numpy.add, total, of_batch)
             jax.block_until_ready(total)
@@ -185,17 +187,17 @@ class Feed:
         return 0.0 if self._stream is None else self._stream.waited
 
     def take(
-        self, step: int, num_steps: int, then: int, busy: Callable[[], bool] = lambda: False
+        self, step: int, num_steps: int, next_steps: int, busy: Callable[[], bool] = lambda: False
     ) -> stage.Resident | stage.Chunk:
         """Return the source of the next dispatch's batches.
 
         Args:
-          then: The number of steps in the dispatch after it; 0 if there is none.
+          next_steps: The number of steps in the dispatch after it; 0 if there is none.
           busy: Whether the devices are still at work. Waiting counts from the moment when they are not.
         """
         if self._stream is None or self._mesh is None:
             return self._resident
-        images, labels = self._stream.take(step, num_steps, then, busy)
+        images, labels = self._stream.take(step, num_steps, next_steps, busy)
         return stage.Chunk(parallel.put(np.int32(step), parallel.replicated(self._mesh)), images, labels)
 
     def __enter__(self) -> "Feed":

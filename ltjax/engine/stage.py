@@ -1,7 +1,7 @@
-"""Compile one stage of training.
+"""Build the jitted functions of one stage of training. JAX compiles them at their first call.
 
 A stage is data: a method, a sampler, augmentation, parameter groups with their rates, a batch-norm mode, a schedule.
-`build` makes compiled functions of it:
+`build` makes the functions of it:
 
     state = compiled.init(seeds, variables)
     state, metrics = compiled.run(state, source, num_steps)     # one dispatch: `num_steps` steps inside `lax.scan`
@@ -69,7 +69,7 @@ class Chunk(NamedTuple):
     labels: jax.Array  # int32 [K, B]
 
 
-OTHERS = 1  # tells the random numbers of a batch's second draw from those of the first
+PARTNER_SALT = 1  # hashed into the seed of a batch's second draw, which gives each image a partner
 
 
 def make_apply(nets: Mapping[str, nn.Module], stage_mode: str) -> Apply:
@@ -139,7 +139,7 @@ def resident_draw(
 
         if others is None:
             return augment(rng, *drawn(sampler, seed))
-        return augment(rng, *drawn(sampler, seed), drawn(others, hash32(seed, np.uint32(OTHERS))))
+        return augment(rng, *drawn(sampler, seed), drawn(others, hash32(seed, np.uint32(PARTNER_SALT))))
 
     return draw
 

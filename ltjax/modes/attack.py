@@ -47,7 +47,7 @@ class Target(NamedTuple):
     settings: AttackConfig
     mesh: Mesh
     console: Console
-    go_on: Callable[[], None]  # raises Interrupted after a signal
+    check_stop: Callable[[], None]  # raises Interrupted after a signal
 
     def figures(self, outcome: Mapping[str, np.ndarray]) -> dict[str, Any]:
         return evaluate.summarise(outcome, self.labels, self.experiment.groups, len(self.experiment.class_names))
@@ -143,14 +143,14 @@ def _targets(
         with xla.float32_products(mesh.devices.flat[0].platform):
             return apply(variables, images)[0].logits
 
-    def go_on() -> None:
+    def check_stop() -> None:
         if stop.requested is not None:
             raise Interrupted(stop.requested)
 
     for replica in range(run.replicas):
         of_replica = jax.tree.map(lambda x, r=replica: x[r], variables) if run.replicas > 1 else variables
         predict = jax.device_put(Partial(logits, of_replica), parallel.replicated(mesh))
-        yield Target(experiment, predict, images, labels, run.attack, mesh, console, go_on)
+        yield Target(experiment, predict, images, labels, run.attack, mesh, console, check_stop)
 
 
 def _summary(
@@ -337,7 +337,7 @@ def batches(target: Target, images: np.ndarray) -> Iterator[tuple[int, tuple[jax
     devices = target.mesh.size
     size = -(-min(target.settings.batch_size, len(images)) // devices) * devices
     for start in range(0, len(images), size):
-        target.go_on()
+        target.check_stop()
         rows = np.resize(np.arange(start, min(start + size, len(images))), size)
         batch = images[rows], target.labels[rows]
         yield min(size, len(images) - start), jax.device_put(batch, parallel.split_batch(target.mesh))
@@ -365,7 +365,7 @@ def suite(target: Target, names: tuple[str, ...], file: Path) -> attacks.AutoAtt
 
         def show(progress: attacks.Progress) -> None:
             bar.show(progress.attack, progress.settled, progress.total, progress.robust / progress.num_images)
-            target.go_on()
+            target.check_stop()
 
         return attacks.autoattack(
             target.predict,

@@ -71,18 +71,18 @@ def make_report(
     variables: Mapping[str, Variables],
     summary: dict[str, Any],
     workdir: Path,
-    go_on: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Write `report/`: index.html, numbers.json, summary.png and tables. All processes have to call this.
 
     Args:
       variables: The variables at the end of each stage.
-      go_on: Called before each stage; may raise to stop.
+      check_stop: Called before each stage; may raise to stop.
     """
     stages = {name: experiment.config.stages[name] for name in variables}
     observer, observations = Observer(experiment), {}
     for name, stage in stages.items():
-        go_on()
+        check_stop()
         observations[name] = observer.observe(stage, variables[name])
     if processes.several() and experiment.config.replicas > 1:  # each process holds some of the replicas
         gather: Any = xla.jit(lambda tree: tree, out_shardings=parallel.replicated(experiment.mesh))

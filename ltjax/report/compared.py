@@ -55,7 +55,7 @@ def write(
         subtitle=f"{counted(len(rows), 'row')}, {counted(sum(map(len, loaded)), 'run')}.",
         main=Table("Last epoch; mean ± sample standard deviation over seeds, %", list(header), cells),
         notes=[*notes, *left_out, *group_notes(row_panels)],
-        sections=sections.of(Content(row_panels, row_panels, pairs, attacked, comparison=True)),
+        sections=sections.build(Content(row_panels, row_panels, pairs, attacked, comparison=True)),
         how_first=False,
         how_title="Where this comes from",
         commands=[command],

@@ -105,7 +105,7 @@ def of_run(
             *([f"Training images a class: {by_group}."] if by_group else []),
             f"{when(results).capitalize()}. {LEGACY_BEST}",
         ],
-        sections=sections.of(content),
+        sections=sections.build(content),
         how_first=True,
         how_title="How to get this again" if results["command"] else "What evaluated it",
         commands=[results["command"]] if results["command"] else [],

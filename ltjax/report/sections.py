@@ -53,7 +53,7 @@ class Content(NamedTuple):
     image: str = ""  # of the attack, a data URI
 
 
-def of(content: Content) -> list[Section]:
+def build(content: Content) -> list[Section]:
     """Return the sections in the order of a reader's questions, without those that have nothing to show."""
     built = [section(content) for section in SECTIONS]
     return [section for section in built if section.figures or section.pictures]
@@ -98,7 +98,7 @@ def scores(content: Content) -> Section:
 def calibration(content: Content) -> Section:
     return Section(
         "calibration",
-        "Is it as sure as it is right?",
+        "Calibration",
         "Below the dashed line, confidence is higher than accuracy. ECE: mean gap over 15 bins of the confidence "
         "in the predicted class; small dots hold less than 1 % of the images. "
         "Class-wise ECE: the same of the probability of every class, mean over classes.",
@@ -180,7 +180,7 @@ def mistakes(content: Content) -> Section:
             }
             for each in shown
         ]
-    return Section("mistakes", "Most sure, and wrong", about, [], [], pictures=pictures)
+    return Section("mistakes", "Most confident mistakes", about, [], [], pictures=pictures)
 
 
 def geometry(content: Content) -> Section:
@@ -202,7 +202,7 @@ def learned(content: Content) -> Section:
         for place, title in enumerate(panel.learned)
     ]
     tables = _learned_tables(content.panels)
-    return Section("learned", "What classes have of their own", "Learned or set by count.", figures, tables)
+    return Section("learned", "Learned values of each class", "Learned or set by count.", figures, tables)
 
 
 def robustness(content: Content) -> Section:

@@ -146,7 +146,7 @@ def ask(flags: Callable[[], tuple[bool, ...]]) -> Callable[[], tuple[bool, ...]]
     """Start `any_of` while the devices are busy, and return a function that waits for the result.
 
     All processes have to call this, and then the returned function. With one process, `any_of` runs when the returned
-    function is called. On CPUs, too, because two programs at once may wait for each other.
+    function is called. On CPUs it also waits until then, because two programs with collectives can deadlock.
     """
     if not several() or jax.default_backend() == "cpu":
         return lambda: any_of(*flags())

@@ -63,7 +63,7 @@ def check_types(what: str, function: Callable, settings: Mapping[str, Any]) -> N
 def fits(value: Any, kind: Any) -> bool:
     """Return whether a value of a config has an annotated type.
 
-    A list counts as a tuple, and an int as a float; nan is no number. Any value has a type that no config can hold.
+    A list counts as a tuple, and an int as a float; nan is no number. Any value fits a type that no config can hold.
     """
     origin, options = get_origin(kind), get_args(kind)
     value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers and arrays

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, and everything is saved."""
+    """Raised after a stop signal. The training loop saves, and raises it again."""
 
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
