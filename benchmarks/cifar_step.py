@@ -211,7 +211,7 @@ def train_one_epoch(config, data_dir: Path, compiled: dict[str, CompiledStage]):
 def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[str, Any]:
     """Measure both stages and evaluation."""
     run = parse(config)
-    experiment, compiled = experiments.prepare(run, data_dir)
+    experiment, compiled = experiments.set_up_with_stages(run, data_dir)
     check_the_guard(experiment.image_shape, run.batch_size)
     seconds, operations = {}, {}
     for name, stage in run.stages.items():
@@ -265,7 +265,7 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
 def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int], RunConfig]:
     """Return {stage, or "evaluation": turn() -> seconds an image}, steps of a turn of each stage, and the run."""
     run = parse(config)
-    experiment, compiled = experiments.prepare(run, data_dir)
+    experiment, compiled = experiments.set_up_with_stages(run, data_dir)
     states, steps = {}, {}
     for name, stage in run.stages.items():
         steps[name] = train.chunk_length(compiled[name].steps_per_epoch, run.dispatch_steps)

@@ -60,7 +60,7 @@ class Prepared(NamedTuple):
         return self.compiled.init(experiments.seeds(self.experiment.config), variables)
 
     def batches(self, num_steps: int) -> Any:
-        return experiments.batches(self.experiment, self.stage, num_steps)
+        return experiments.open_feed(self.experiment, self.stage, num_steps)
 
     def expected_bytes(self) -> int:
         """Return the memory that `--dry_run` expects."""

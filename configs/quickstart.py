@@ -42,6 +42,5 @@ def get_config(arg=None):
     setting = Setting(parts=("backbone", "classifier", "logit_scale"), papers=papers, auto_augment=False)
     recipes.chain(config, METHODS["ce"]._replace(title="Cross-entropy"), setting)
     recipes.chain(config, METHODS["mislas"], setting)
-    config.stages = ("ce", *config.stages)
     config.classifier.epochs = 4
     return config

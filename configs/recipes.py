@@ -175,10 +175,11 @@ def add_stages(config: ConfigDict, args: SimpleNamespace, recipe: Recipe, papers
 
 
 def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
-    """Write the stages of a recipe into a config; epochs and optimizer refer to the run's."""
-    config.stages = recipe.stages or recipe.blocks
+    """Add the stages of a recipe to a config; epochs and optimizer refer to the run's."""
+    names = recipe.stages or recipe.blocks
+    config.stages = (*config.stages, *names)
     before = "scratch"
-    for number, (block, name) in enumerate(zip(recipe.blocks, config.stages, strict=True)):
+    for number, (block, name) in enumerate(zip(recipe.blocks, names, strict=True)):
         setting = setting._replace(epochs=config.get_oneway_ref("epochs"))
         stage = (NEXT if number else SCRATCH)[block](setting)
         if any(group["rate"] for part, group in stage["groups"].items() if part == "backbone"):

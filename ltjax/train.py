@@ -19,12 +19,12 @@ from ltjax.engine import describe
 from ltjax.engine.experiment import (
     Experiment,
     apply_surgery,
-    batches,
     class_means_for,
     evaluate_split,
     initial_variables,
-    prepare,
+    open_feed,
     seeds,
+    set_up_with_stages,
 )
 from ltjax.engine.feed import DISPATCH_STEPS
 from ltjax.engine.restore import state_shapes
@@ -71,7 +71,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
 
         # Find all mistakes that can be found before the first step.
         commit = results.git_commit()
-        experiment, compiled = prepare(run, data_dir, workdir)
+        experiment, compiled = set_up_with_stages(run, data_dir, workdir)
         _describe(experiment, compiled, config, workdir, console)
 
         # Train the stages one after the other, each from its newest checkpoint.
@@ -234,7 +234,7 @@ class StageTrainer:
         end, together = self.compiled.num_steps, self.run_config.batch_size * self.run_config.replicas
         with (
             logs.StageProgress(self.console, self.stage.title, end, self.step, together, self.stage.epochs) as self.bar,
-            batches(self.experiment, self.stage, end) as self.feed,
+            open_feed(self.experiment, self.stage, end) as self.feed,
         ):
             try:
                 # A dispatch is sent while the one before it runs. Nothing is evaluated or saved until all are read.

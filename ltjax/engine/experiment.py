@@ -73,7 +73,7 @@ class Experiment(NamedTuple):
         return 0 if branches is None else len(branches)
 
 
-def prepare(
+def set_up_with_stages(
     run: RunConfig, data_dir: str | Path | None, workdir: Path | None = None, features_as: str = "compute"
 ) -> tuple[Experiment, dict[str, CompiledStage]]:
     """Set up an experiment and build all its stages. UserError for any mistake that shows before the first step."""
@@ -336,8 +336,8 @@ def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
     )
 
 
-def batches(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.Feed:
-    """Open the source of a stage's batches. The caller closes it."""
+def open_feed(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.Feed:
+    """Open a stage's batches: all images if the devices hold them, else a stream. The caller closes it."""
     if not experiment.streamed or isinstance(experiment.data, Images):
         return feed.Feed(experiment.train_data)
     return feed.streamed(experiment.config, experiment.data, experiment.split, experiment.mesh, stage, num_steps)

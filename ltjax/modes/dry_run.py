@@ -13,7 +13,7 @@ from rich.table import Table
 from ltjax import optim
 from ltjax.config import StageConfig, parse
 from ltjax.engine import describe, feed
-from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, prepare, seeds, source_shapes
+from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, seeds, set_up_with_stages, source_shapes
 from ltjax.engine.stage import CompiledStage
 from ltjax.runs import logs
 from ltjax.runs.workdir import check_workdir
@@ -30,7 +30,7 @@ def dry_run(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path
     run = parse(config)
     processes.on_first(lambda: check_workdir(workdir, config))
     console.print(f"Dry run of {run.name}: making data, networks and stages ready.")
-    experiment, compiled = prepare(run, data_dir, workdir, features_as="shapes")
+    experiment, compiled = set_up_with_stages(run, data_dir, workdir, features_as="shapes")
     describe.show(experiment, compiled, workdir, console)
     show_details(experiment, compiled, console)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from configs.common import Help
 from ltjax import config
-from ltjax.engine.experiment import prepare
+from ltjax.engine.experiment import set_up_with_stages
 from ltjax.types import UserError
 from tests.configs.reading import ROOT, read
 from tests.test_run import tiny_config
@@ -147,7 +147,7 @@ def test_a_setting_that_is_wrong_is_found_before_the_first_step(data):
     tiny = tiny_config(**{"data.max_count": 6, "data.imbalance": 2.0, "stages": ("ce",), "ce.epochs": 1})
     settings = changed(tiny, data.draw(changes_of(tiny, most=1)))
     try:
-        _, compiled = prepare(config.parse(settings), None)
+        _, compiled = set_up_with_stages(config.parse(settings), None)
     except UserError as error:
         assert one_line_of(error)
         return

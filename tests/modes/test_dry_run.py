@@ -21,7 +21,7 @@ SMALL = {"model.width": 4, "batch_size": 32, "stages": ("features", "classifier"
 def prepared(settings):
     """Return the config, the compiled stages, and the experiment."""
     run = config.parse(settings)
-    experiment, compiled = experiments.prepare(run, None)
+    experiment, compiled = experiments.set_up_with_stages(run, None)
     return run, compiled, experiment
 
 
@@ -29,15 +29,15 @@ def prepared(settings):
 def dry(tmp_path_factory):
     """Return a dry run: its output, the folder above its workdir, and {"run", "compiled", "experiment"}."""
     folder, parts = tmp_path_factory.mktemp("dry"), {}
-    prepare = dry_run.prepare
+    set_up = dry_run.set_up_with_stages
 
     def recorded(*arguments, **settings):
-        experiment, compiled = prepare(*arguments, **settings)
+        experiment, compiled = set_up(*arguments, **settings)
         parts.update(run=arguments[0], compiled=compiled, experiment=experiment)
         return experiment, compiled
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
-        patch.setattr(dry_run, "prepare", recorded)
+        patch.setattr(dry_run, "set_up_with_stages", recorded)
         dry_run.dry_run(tiny_config(**SMALL), folder / "run")
     return shown.getvalue(), folder, parts
 
