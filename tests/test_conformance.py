@@ -148,7 +148,7 @@ def trained(tmp_path_factory):
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train, "initial_variables", started)
-                patch.setattr(train, "prepare", prepared)
+                patch.setattr(train, "set_up_with_stages", prepared)
                 train.train(tiny_config(name), workdir)
         return workdir
 
@@ -340,7 +340,7 @@ def test_deferred_reweighting_continues_with_the_momentum(trained, tmp_path, mon
         seen["leaves"] = [np.array(x) for x in jax.tree.leaves(state.opt_state)]
         raise Reached
 
-    monkeypatch.setattr(train, "prepare", lambda *_: trained.prepared[name])
+    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: trained.prepared[name])
     before_dispatch(monkeypatch, "drw", 0, look)
     with pytest.raises(Reached):
         train.train(tiny_config(name), workdir)
@@ -366,7 +366,7 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path
         stop.requested = signal.SIGTERM
 
     monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
-    monkeypatch.setattr(train, "prepare", lambda *_: trained.prepared[name])  # test_run.py compiles again
+    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: trained.prepared[name])  # test_run.py compiles again
     with pytest.MonkeyPatch.context() as patch:
         before_dispatch(patch, stage, 1, stop_here)
         with pytest.raises(Interrupted):

@@ -35,7 +35,7 @@ def two_devices_and_made_up_images():
     before = train.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: both()[0])
-        patch.setattr(train, "prepare", lambda run, *_: (prepare()[0]._replace(config=run), prepare()[1]))
+        patch.setattr(train, "set_up_with_stages", lambda run, *_: (prepare()[0]._replace(config=run), prepare()[1]))
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         patch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
         yield
@@ -220,7 +220,7 @@ def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
         calls.append(layers)
         return experiment.class_means(variables, layers, check_stop)
 
-    monkeypatch.setattr(train, "prepare", lambda *_: (experiment._replace(class_means=class_means), compiled))
+    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: (experiment._replace(class_means=class_means), compiled))
     train.train(small(), tmp_path)
     assert calls == [()] * (1 + EPOCHS)
 

@@ -247,7 +247,7 @@ def prepared_once(cache):
         return experiment._replace(config=run), compiled
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "prepare", once)
+        patch.setattr(train, "set_up_with_stages", once)
         yield
 
 
