@@ -130,7 +130,7 @@ def trained(tmp_path_factory):
     trained.starts[name][stage]: initial parameters. trained.prepared[name]: (experiment, compiled stages).
     """
     folder = tmp_path_factory.mktemp("runs")
-    initial_variables, prepare = train.initial_variables, train.prepare
+    initial_variables, set_up = train.initial_variables, train.set_up_with_stages
 
     def trained(name):
         workdir = folder / name.replace(":", "-")
@@ -143,7 +143,7 @@ def trained(tmp_path_factory):
                 return variables
 
             def prepared(*arguments):
-                trained.prepared[name] = prepare(*arguments)
+                trained.prepared[name] = set_up(*arguments)
                 return trained.prepared[name]
 
             with pytest.MonkeyPatch.context() as patch:

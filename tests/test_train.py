@@ -31,11 +31,11 @@ def small(**changes):
 @pytest.fixture(scope="module", autouse=True)
 def two_devices_and_made_up_images():
     """Let all runs share one experiment, which is compiled once."""
-    make_mesh, prepare = parallel.make_mesh, functools.cache(lambda: before(config.parse(small()), None))
-    before = train.prepare
+    make_mesh, set_up = parallel.make_mesh, functools.cache(lambda: before(config.parse(small()), None))
+    before = train.set_up_with_stages
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: both()[0])
-        patch.setattr(train, "set_up_with_stages", lambda run, *_: (prepare()[0]._replace(config=run), prepare()[1]))
+        patch.setattr(train, "set_up_with_stages", lambda run, *_: (set_up()[0]._replace(config=run), set_up()[1]))
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         patch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
         yield
@@ -213,14 +213,16 @@ def test_evaluations_after_the_last_checkpoint_are_repeated(tmp_path, undisturbe
 
 def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
     """They are computed before the first epoch and after each epoch."""
-    experiment, compiled = train.prepare(config.parse(small()), None)
+    experiment, compiled = train.set_up_with_stages(config.parse(small()), None)
     calls = []
 
     def class_means(variables, layers, check_stop):
         calls.append(layers)
         return experiment.class_means(variables, layers, check_stop)
 
-    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: (experiment._replace(class_means=class_means), compiled))
+    monkeypatch.setattr(
+        train, "set_up_with_stages", lambda *_: (experiment._replace(class_means=class_means), compiled)
+    )
     train.train(small(), tmp_path)
     assert calls == [()] * (1 + EPOCHS)
 

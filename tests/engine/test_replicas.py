@@ -238,11 +238,11 @@ def settings(seed=FIRST, **changes):
 @contextlib.contextmanager
 def prepared_once(cache):
     """Make all runs share the compiled functions of the first, kept in the list `cache`. They hold no seed."""
-    prepare = train.prepare
+    set_up = train.set_up_with_stages
 
     def once(run, *places):
         if not cache:
-            cache.append(prepare(run, *places))
+            cache.append(set_up(run, *places))
         experiment, compiled = cache[0]
         return experiment._replace(config=run), compiled
 
