@@ -9,6 +9,7 @@ import gc
 import itertools
 import os
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -30,6 +31,7 @@ LONGEST = (
     "engine/test_golden_training.py",
 )
 MOST_MAPS = 30_000
+LONG_TEST = 1.0  # seconds
 _test_number = itertools.count()
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -82,11 +84,13 @@ def pytest_collection_finish():
 def few_memory_maps():
     """Free compiled programs before they exhaust the memory maps that Linux allows a process (65,530).
 
-    XLA maps each program several times, and crashes while compiling if it gets no more.
+    XLA maps each program several times, and crashes while compiling if it gets no more. They are counted after every
+    20th test and after each long one, which compiles the most.
     """
+    began = time.monotonic()
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if next(_test_number) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+    maps, long = pathlib.Path("/proc/self/maps"), time.monotonic() - began > LONG_TEST
+    if (next(_test_number) % 20 == 0 or long) and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
 
 
