@@ -128,7 +128,8 @@ def two_devices_and_made_up_images():
 def trained(tmp_path_factory):
     """trained(name): train a run once, and return its workdir.
 
-    trained.starts[name][stage]: initial parameters. trained.prepared[name]: (experiment, compiled stages), if `name` is in `RESUMED`.
+    trained.starts[name][stage]: initial parameters.
+    trained.prepared[name]: (experiment, compiled stages), of names in `RESUMED`.
     """
     folder = tmp_path_factory.mktemp("runs")
     initial_variables, set_up = train.initial_variables, train.set_up_with_stages
