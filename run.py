@@ -63,10 +63,10 @@ _IMAGES = flags.DEFINE_string("images", "", "With --mode=predict: folder, or quo
 _OUT = flags.DEFINE_string("out", "-", "With --mode=predict: FILE.csv or FILE.jsonl; - or -.jsonl: standard output.")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "With --mode=predict: number of classes listed for each image.")
 _TARGET_PRIOR = flags.DEFINE_string(
-    "target_prior", None, "With --mode=predict: class frequencies where it is used: uniform, train, FILE.csv."
+    "target_prior", None, "With --mode=predict: class frequencies in use: uniform, train, FILE.csv."
 )
 _MODEL_PRIOR = flags.DEFINE_string(
-    "model_prior", None, "With --mode=predict: class frequencies that the model assumes; default: its method's."
+    "model_prior", None, "With --mode=predict: class frequencies that the model assumes."
 )
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
 _DRY_RUN = flags.DEFINE_boolean(
