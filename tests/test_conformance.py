@@ -40,8 +40,6 @@ every_run = pytest.mark.parametrize("name", RUNS, ids=IDS)
 # (a run, the stage in which it is stopped): all ways in which a stage continues from an earlier one
 STOPPED = (
     ("cifar10_lt:method=mislas", "classifier"),
-    ("cifar10_lt:method=ldam_drw", "ldam"),
-    ("cifar10_lt:method=ldam_drw", "drw"),
     ("cifar10_lt:method=drolt", "dro"),
     ("cifar10_lt:method=tau_norm", "ce"),
     ("cifar10_lt:recipe=ldam+crt", "crt"),
@@ -50,8 +48,9 @@ STOPPED = (
     ("cifar10_lt:recipe=reslt+dro+smoothing", "reslt"),
     (LBGAT, "lbgat"),
     (VIT, "crt"),
+    ("cifar10_lt:method=ldam_drw", "ldam"),
+    ("cifar10_lt:method=ldam_drw", "drw"),
 )
-RESUMED = {name for name, _ in STOPPED}
 # 629 images: 40 steps an epoch in dispatches of 10, or without the last batch 39 in dispatches of 13.
 TINY = {
     "data.max_count": 115,
@@ -128,8 +127,7 @@ def two_devices_and_made_up_images():
 def trained(tmp_path_factory):
     """trained(name): train a run once, and return its workdir.
 
-    trained.starts[name][stage]: initial parameters.
-    trained.prepared[name]: (experiment, compiled stages), of names in `RESUMED`.
+    trained.starts[name][stage]: initial parameters. trained.again(name): sets the run up, compiled if it was the last.
     """
     folder = tmp_path_factory.mktemp("runs")
     initial_variables, set_up = train.initial_variables, train.set_up_with_stages
@@ -145,10 +143,8 @@ def trained(tmp_path_factory):
                 return variables
 
             def prepared(*arguments):
-                ready = set_up(*arguments)
-                if name in RESUMED:
-                    trained.prepared[name] = ready  # all would exhaust the memory maps of the process
-                return ready
+                trained.prepared = {name: set_up(*arguments)}  # all runs would exhaust the process's memory maps
+                return trained.prepared[name]
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train, "initial_variables", started)
@@ -157,6 +153,7 @@ def trained(tmp_path_factory):
         return workdir
 
     trained.starts, trained.prepared = {}, {}
+    trained.again = lambda name: lambda *arguments: trained.prepared.get(name) or set_up(*arguments)
     return trained
 
 
@@ -177,6 +174,54 @@ def stages_of(name):
 
 
 ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:method=tau_norm", LBGAT, VIT)
+
+
+@pytest.mark.parametrize("name, stage", STOPPED, ids=[f"{name.split('=')[1]}-{stage}" for name, stage in STOPPED])
+def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path, monkeypatch, name, stage):
+    undisturbed, stages = trained(name), list(stages_of(name))
+    workdir = rewound(undisturbed, tmp_path, stage, stages)
+
+    def stop_here(state, stop):
+        stop.requested = signal.SIGTERM
+
+    monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
+    monkeypatch.setattr(train, "set_up_with_stages", trained.again(name))  # test_run.py compiles again
+    with pytest.MonkeyPatch.context() as patch:
+        before_dispatch(patch, stage, 1, stop_here)
+        with pytest.raises(Interrupted):
+            train.train(tiny_config(name), workdir)
+    assert steps_of(workdir, stage) == [{"reslt": 26, "proco": 26, "dro": 24}.get(stage, 20)]
+    train.train(tiny_config(name), workdir)
+    for later in stages[stages.index(stage) :]:
+        assert steps_of(workdir, later)[-1] == steps_of(undisturbed, later)[-1]
+        jax.tree.map(np.testing.assert_array_equal, saved(workdir, later), saved(undisturbed, later))
+    assert (workdir / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+
+
+def test_deferred_reweighting_continues_with_the_momentum(trained, tmp_path, monkeypatch):
+    name, seen = "cifar10_lt:method=ldam_drw", {}
+    undisturbed = trained(name)
+    workdir = rewound(undisturbed, tmp_path, "drw", list(stages_of(name)))
+
+    def look(state, stop):
+        seen["leaves"] = [np.array(x) for x in jax.tree.leaves(state.opt_state)]
+        raise Reached
+
+    monkeypatch.setattr(train, "set_up_with_stages", trained.again(name))
+    before_dispatch(monkeypatch, "drw", 0, look)
+    with pytest.raises(Reached):
+        train.train(tiny_config(name), workdir)
+    momentum = [x for x in jax.tree.leaves(saved(undisturbed, "ldam")["opt_state"]) if x.ndim]
+    continued = [x for x in seen["leaves"] if x.ndim]
+    assert len(continued) == len(momentum) > 10
+    for actual, expected in zip(sorted(continued, key=order), sorted(momentum, key=order), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+        assert expected.any()
+    assert {x.item() for x in seen["leaves"] if not x.ndim} == {0}  # the schedule starts at 0
+
+
+def order(array):
+    return array.shape, array.ravel().tolist()
 
 
 @pytest.mark.parametrize("name", ARCHIVED, ids=[IDS[RUNS.index(name)] for name in ARCHIVED])
@@ -333,54 +378,6 @@ def rewound(workdir, folder, stage, stages):
     for later in stages[stages.index(stage) :]:
         shutil.rmtree(copy / "checkpoints" / later)
     return copy
-
-
-def test_deferred_reweighting_continues_with_the_momentum(trained, tmp_path, monkeypatch):
-    name, seen = "cifar10_lt:method=ldam_drw", {}
-    undisturbed = trained(name)
-    workdir = rewound(undisturbed, tmp_path, "drw", list(stages_of(name)))
-
-    def look(state, stop):
-        seen["leaves"] = [np.array(x) for x in jax.tree.leaves(state.opt_state)]
-        raise Reached
-
-    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: trained.prepared[name])
-    before_dispatch(monkeypatch, "drw", 0, look)
-    with pytest.raises(Reached):
-        train.train(tiny_config(name), workdir)
-    momentum = [x for x in jax.tree.leaves(saved(undisturbed, "ldam")["opt_state"]) if x.ndim]
-    continued = [x for x in seen["leaves"] if x.ndim]
-    assert len(continued) == len(momentum) > 10
-    for actual, expected in zip(sorted(continued, key=order), sorted(momentum, key=order), strict=True):
-        np.testing.assert_array_equal(actual, expected)
-        assert expected.any()
-    assert {x.item() for x in seen["leaves"] if not x.ndim} == {0}  # the schedule starts at 0
-
-
-def order(array):
-    return array.shape, array.ravel().tolist()
-
-
-@pytest.mark.parametrize("name, stage", STOPPED, ids=[f"{name.split('=')[1]}-{stage}" for name, stage in STOPPED])
-def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(trained, tmp_path, monkeypatch, name, stage):
-    undisturbed, stages = trained(name), list(stages_of(name))
-    workdir = rewound(undisturbed, tmp_path, stage, stages)
-
-    def stop_here(state, stop):
-        stop.requested = signal.SIGTERM
-
-    monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
-    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: trained.prepared[name])  # test_run.py compiles again
-    with pytest.MonkeyPatch.context() as patch:
-        before_dispatch(patch, stage, 1, stop_here)
-        with pytest.raises(Interrupted):
-            train.train(tiny_config(name), workdir)
-    assert steps_of(workdir, stage) == [{"reslt": 26, "proco": 26, "dro": 24}.get(stage, 20)]
-    train.train(tiny_config(name), workdir)
-    for later in stages[stages.index(stage) :]:
-        assert steps_of(workdir, later)[-1] == steps_of(undisturbed, later)[-1]
-        jax.tree.map(np.testing.assert_array_equal, saved(workdir, later), saved(undisturbed, later))
-    assert (workdir / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
 
 
 def test_the_files_differ_only_in_numbers():
