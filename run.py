@@ -66,7 +66,7 @@ _TARGET_PRIOR = flags.DEFINE_string(
     "target_prior", None, "With --mode=predict: class frequencies in use: uniform, train, FILE.csv."
 )
 _MODEL_PRIOR = flags.DEFINE_string(
-    "model_prior", None, "With --mode=predict: class frequencies that the model assumes."
+    "model_prior", None, "With --mode=predict: class frequencies in training; default: by method."
 )
 _CALIBRATE = flags.DEFINE_bool("calibrate", False, "Fit a temperature on the hold-out: with train, eval or predict.")
 _DRY_RUN = flags.DEFINE_boolean(
