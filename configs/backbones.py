@@ -11,7 +11,7 @@ from ltjax.interop import pretrained
 
 ADAPTERS = ("adaptformer", "lora")
 FINETUNE = ("head", "last", "all", *ADAPTERS)
-METHODS = ("lift", *recipes.LARGE)  # methods for a pretrained backbone; the first is the default
+FOR_PRETRAINED = ("lift", *recipes.LARGE)  # methods for a pretrained backbone; the first is the default
 # The layers of each family of backbones in three parts, from the input to the features.
 LAYERS = {
     "resnet": ("(conv|norm|stage[12]_.*)", "stage3_.*", "stage4_.*"),

@@ -173,11 +173,11 @@ def read(text: str | None, allowed: dict, *, long_tailed: bool) -> tuple[SimpleN
     if args.recipe and "method" in args.given:
         raise ValueError(f"config arguments method={args.method} and recipe={args.recipe}: give one of them")
     args.holdout = parse_holdout(args.holdout)
-    recipe = recipes.parse_recipe(args.recipe) if args.recipe else recipes.METHODS[args.method]
+    recipe = recipes.parse_recipe(args.recipe) if args.recipe else recipes.RECIPES[args.method]
     if special := robust.OVERRIDES.get(recipe.blocks[0]):
         vars(args).update({key: getattr(special, key) for key in ("epsilon", "loss", "awp") if key not in args.given})
     if not recipe.adversarial and (given := [key for key in ROBUST_ARGUMENTS if key in args.given]):
-        methods = ", ".join(name for name, each in recipes.METHODS.items() if each.adversarial)
+        methods = ", ".join(name for name, each in recipes.RECIPES.items() if each.adversarial)
         raise ValueError(f"config argument {given[0]!r} is for adversarial training: {methods}")
     for key, blocks in robust.NEEDED_BY.items():
         if key in args.given and not set(blocks) & set(recipe.blocks):
@@ -252,7 +252,7 @@ def base(file: str, args: SimpleNamespace) -> ConfigDict:
 
 
 def model(text: str, argument: str = "model") -> dict:
-    """Return the settings of a network's name.
+    """Return the settings of a network's name, for small images; `large.model` reads those for large ones.
 
     Names are resnet32 (any 6 n + 2), wrn34_10, resnet18 and preact18 (or 34), efficientnet_lite0, and those of `VITS`.
     resnet18 is LBGAT's, with last maps of 8x8 pixels; resnet18_4x4 is the usual one for CIFAR. These networks and

@@ -14,7 +14,7 @@ from configs import common, heads, recipes
 
 def get_config(arg=None):
     allowed: dict = {
-        "method": ("lift", *(name for name in heads.METHODS if name != "lift")),
+        "method": ("lift", *(name for name in heads.ON_FEATURES if name != "lift")),
         "recipe": common.chains(long_tailed=True),
         "classifier": ("auto", "linear", "cosine"),
         "normalise": ("none", "unit", "standardise"),

@@ -6,8 +6,8 @@ from configs import recipes, robust
 
 # Blocks that train a backbone, or change its images.
 OTHERS = ("reslt", "balms", "balanced_teacher", "student", "proco", "bcl", "robust_classifier", *robust.BLOCKS)
-METHODS = tuple(
-    name for name, recipe in recipes.METHODS.items() if not (recipe.adversarial or set(OTHERS) & set(recipe.blocks))
+ON_FEATURES = tuple(
+    name for name, recipe in recipes.RECIPES.items() if not (recipe.adversarial or set(OTHERS) & set(recipe.blocks))
 )
 
 
@@ -16,7 +16,7 @@ def check(recipe: recipes.Recipe) -> None:
     if unfit := [block for block in recipe.blocks if block in OTHERS]:
         raise ValueError(
             f"config argument: {unfit[0]} trains a whole network, and the backbone is fixed; methods for its "
-            f"features: {', '.join(METHODS)}"
+            f"features: {', '.join(ON_FEATURES)}"
         )
 
 

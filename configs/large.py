@@ -12,7 +12,7 @@ from configs.common import Text
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 DEPTHS = {"resnet": (10, 18, 34, 50, 101, 152), "resnext": (50, 101)}
 _RESNETS = tuple(f"{kind}{depth}" for kind, depths in DEPTHS.items() for depth in depths)
-_OTHERS = ("efficientnet_lite0", *common.VITS)  # see `common.model`
+_OTHERS = ("efficientnet_lite0", *common.VITS)
 NETWORKS = f"one of {', '.join(_RESNETS + _OTHERS)}"
 
 
@@ -24,7 +24,7 @@ def read(arg: str | None, *, size: int = 224, pretrained: str = "none") -> tuple
     """
     implied = backbones.implied(arg, pretrained)
     allowed: dict = {
-        "method": recipes.LARGE if implied == "none" else backbones.METHODS,
+        "method": recipes.LARGE if implied == "none" else backbones.FOR_PRETRAINED,
         "recipe": common.chains(long_tailed=True),
         "model": Text("auto", NETWORKS),
         "classifier": ("auto", "linear", "cosine"),
@@ -45,7 +45,7 @@ def read(arg: str | None, *, size: int = 224, pretrained: str = "none") -> tuple
 
 
 def model(text: str) -> dict[str, Any]:
-    """Return the settings of a network's name.
+    """Return the settings of a network's name; `common.model` reads those for small images.
 
     Names are resnet10, 18, 34, 50, 101 and 152; resnext50 and 101 (32x4d); efficientnet_lite0; and those of `VITS`.
     Image sides are multiples of a vision transformer's patch, the last number of its name: 14, 16 or 32.

@@ -11,7 +11,7 @@ Top-1 (few-shot classes) / ECE in %, seed 0, commit 4ca7505, two CPU cores, jax 
 """
 
 from configs import common, recipes
-from configs.recipes import METHODS, DataSetting, Setting, Smoothing
+from configs.recipes import RECIPES, DataSetting, Setting, Smoothing
 
 
 def get_config(arg=None):
@@ -40,7 +40,7 @@ def get_config(arg=None):
     smoothing = Smoothing(head=0.1, tail=0.0, classifier_rate=0.5, shifted_batch_norm=True)
     papers = DataSetting(warmup=0.1, crop_padding=2, mixup=0.2, smoothing=smoothing)
     setting = Setting(parts=("backbone", "classifier", "logit_scale"), papers=papers, auto_augment=False)
-    recipes.chain(config, METHODS["ce"]._replace(title="Cross-entropy"), setting)
-    recipes.chain(config, METHODS["mislas"], setting)
+    recipes.chain(config, RECIPES["ce"]._replace(title="Cross-entropy"), setting)
+    recipes.chain(config, RECIPES["mislas"], setting)
     config.classifier.epochs = 4
     return config

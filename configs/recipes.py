@@ -1,4 +1,4 @@
-"""Recipes as chains of stages: `METHODS` has the papers', `recipe=reslt+dro+smoothing` makes any other.
+"""Recipes as chains of stages: `RECIPES` has the papers', `recipe=reslt+dro+smoothing` makes any other.
 
 A chain starts with a block of `SCRATCH`, which trains a whole network. Each further block, of `NEXT`, continues from
 the previous one. Lengths are for 200 epochs, or a short run of 12; for adversarial training (`configs/robust.py`), 100
@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
         return bool(set(self.blocks) & set(robust.BLOCKS))
 
 
-METHODS = {
+RECIPES = {
     "mislas": Recipe("MiSLAS", ("mixup", "smoothing"), stages=("features", "classifier")),
     "ce": Recipe("Cross-entropy", ("ce",)),
     "mixup": Recipe("Mixup", ("mixup",)),
@@ -65,7 +65,7 @@ METHODS = {
     "best_robust": Recipe("Balanced GKL-AT", ("best_robust",), weight_decay=5e-4),
 }
 
-FROM_SCRATCH = tuple(name for name in METHODS if name != "lift")  # methods without a pretrained backbone
+FROM_SCRATCH = tuple(name for name in RECIPES if name != "lift")  # methods without a pretrained backbone
 # methods that need images in memory (a second batch, or several views of each), and recipes only for CIFAR
 SMALL = ("best", "proco", "bcl", "at_bsl", "best_robust")
 LARGE = tuple(name for name in FROM_SCRATCH if name not in SMALL)
@@ -244,8 +244,8 @@ def parse_recipe(text: str) -> Recipe:
             raise ValueError(f"config argument 'recipe={text}': {block} comes {place}")
     if ("bgat" in blocks or blocks[0] == "natural") and blocks[:2] != ("natural", "bgat"):
         raise ValueError(f"config argument 'recipe={text}': natural and bgat go together, as natural+bgat at the start")
-    known = [recipe for recipe in METHODS.values() if recipe.blocks == blocks]
-    first = next(recipe for recipe in METHODS.values() if recipe.blocks[0] == blocks[0])
+    known = [recipe for recipe in RECIPES.values() if recipe.blocks == blocks]
+    first = next(recipe for recipe in RECIPES.values() if recipe.blocks[0] == blocks[0])
     return known[0] if known else Recipe("", blocks, weight_decay=first.weight_decay)
 
 

@@ -129,7 +129,7 @@ def alone(_: str) -> str:
     """Return a table of the methods and data sets without a recipe in authors' code."""
     lines = ["| method | data set | origin of ours |", "|---|---|---|"]
     for entry in read()["alone"]:
-        methods = ", ".join(recipes.METHODS[method].title for method in entry["methods"])
+        methods = ", ".join(recipes.RECIPES[method].title for method in entry["methods"])
         lines.append(f"| {methods} | {', '.join(TITLES[name] for name in entry['data'])} | {entry['why']} |")
     return "\n".join(lines)
 
@@ -163,7 +163,7 @@ def _concerned(configs: Iterable[str], *, imbalance: bool = True) -> str:
     for config in dict.fromkeys(configs):
         path, _, arguments = config.partition(":")
         settings = dict(part.split("=") for part in arguments.split(","))
-        of_data_set = of_method.setdefault(recipes.METHODS[settings.pop("method")].title, {})
+        of_data_set = of_method.setdefault(recipes.RECIPES[settings.pop("method")].title, {})
         values = of_data_set.setdefault(TITLES[Path(path).stem], {})
         for key, value in settings.items():
             if (imbalance or key != "imbalance") and value not in values.setdefault(key, []):

@@ -112,7 +112,7 @@ def _lines(name: str, whose: str) -> Iterator[tuple[str, str]]:
 
 
 def _is(title: str, method: str) -> bool:
-    return title in (recipes.METHODS[method].title, method, "any method")
+    return title in (recipes.RECIPES[method].title, method, "any method")
 
 
 def headings(name: str) -> list[str]:
@@ -144,7 +144,7 @@ def reproduction(name: str) -> str:
     for method in methods:
         cells = (published(name, method), ours(name, method), ours_short(name, method))
         values = ["<br>".join(cell) or "-" for cell in cells]
-        lines.append(f"| {recipes.METHODS[method].title} | {' | '.join(values)} | `method={method}` |")
+        lines.append(f"| {recipes.RECIPES[method].title} | {' | '.join(values)} | `method={method}` |")
     return "\n".join(lines)
 
 
@@ -170,7 +170,7 @@ def full(text: str) -> str:
     lines = [f"| {TITLES[name]}: {dict(abouts(name))[False]} | published | ours |", "|---|---|---|"]
     for method in methods.split(", "):
         cells = ("<br>".join(cell) for cell in (published(name, method), ours(name, method)))
-        lines.append(f"| {recipes.METHODS[method].title} | {' | '.join(cells)} |")
+        lines.append(f"| {recipes.RECIPES[method].title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

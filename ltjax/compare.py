@@ -21,7 +21,7 @@ from rich.console import Console
 
 from ltjax import config as configs
 from ltjax.report.tables import Cell, latex, markdown, plain
-from ltjax.runs.results import GROUPS, LEGACY_BEST, percent, unequal_test_set
+from ltjax.runs.results import COLUMNS, GROUPS, LEGACY_BEST, Column, percent
 from ltjax.runs.seeds import MeanStd, mean_and_std
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.files import holding, read_json
@@ -42,24 +42,20 @@ WITHIN_A_ROW = (
 )
 # {key in `Row.figures`: column} of what `--mode=attack` measured, shown if some run has it
 ATTACKED = {"pgd-20": "PGD-20", "cw-20": "CW-20", "autoattack": "AutoAttack", "autoattack few": "AutoAttack few"}
-# {key in `Row.figures` and in results.json: column}, shown if some run has test classes of different sizes
-OVER_CLASSES = {"balanced_accuracy": "balanced", "macro_f1": "macro F1"}
-# {key in `Row.figures`: column}, after the groups; `ncm` and `best` are shown on demand.
+# {key in `Row.figures`: heading}. A column of `COLUMNS` is shown if some run shows it; `best` is shown on demand.
 FIGURES = {
     **{group: group for group in GROUPS},
-    **OVER_CLASSES,
-    "ece": "ECE",
-    "ncm": "NCM",
+    **{column.key: column.title for column in COLUMNS},
     **ATTACKED,
     "best": "legacy best",
 }
-NOTES = "Last epoch; mean ± sample standard deviation over seeds, in %. ECE with 15 bins. Time: h:mm:ss a seed."
-COLUMN_NOTES = {
+NOTES = "Last epoch; mean ± sample standard deviation over seeds, in %. Time: h:mm:ss a seed."
+COLUMN_NOTES = {  # {heading: line below the table}
+    **{column.title: column.note for column in COLUMNS if column.note},
     "AutoAttack": "PGD-20, CW-20, AutoAttack: accuracy on test images attacked by `--mode=attack`.",
-    "balanced": "balanced, macro F1: means over classes of their accuracy and of their F1 score.",
-    "NCM": "NCM: accuracy over all classes of the nearest class mean, instead of the classifier.",
     "legacy best": LEGACY_BEST,
 }
+BEST = {column.key: column.best for column in COLUMNS}  # of other figures: the highest
 MOST_DIFFERENCES = 3  # in a row's name
 NOT_COMPARABLE = "warning: not comparable"
 
@@ -211,8 +207,8 @@ def _stage(name: str, stage: Mapping[str, Any], results: Mapping[str, Any]) -> F
     def seed(measured: Mapping[str, Any]) -> int:
         return int((measured if stage.get("replicas") else results)["seed"])
 
-    over_classes = OVER_CLASSES if unequal_test_set(results) else ()
-    seeds = {seed(measured): _figures(measured, over_classes) for measured in _measured(stage)}
+    columns = [column for column in COLUMNS if column.shown(results)]
+    seeds = {seed(measured): _figures(measured, columns) for measured in _measured(stage)}
     attack = results.get("robustness") or {}
     for test, attacked in attack.get("tests", {}).items() if attack.get("stage") == name else ():
         for measured in _measured(attacked):
@@ -222,12 +218,10 @@ def _stage(name: str, stage: Mapping[str, Any], results: Mapping[str, Any]) -> F
     return FinishedStage(title=str(stage["title"]), seconds=float(stage["seconds"]), seeds=seeds)
 
 
-def _figures(measured: Mapping[str, Any], over_classes: Iterable[str]) -> dict[str, float]:
+def _figures(measured: Mapping[str, Any], columns: Iterable[Column]) -> dict[str, float]:
     figures = {
         **{group: measured["accuracy"].get(group) for group in GROUPS},
-        **{key: measured.get(key) for key in over_classes},
-        "ece": measured["ece"],
-        "ncm": measured.get("nearest_mean", {}).get("accuracy", {}).get("all"),
+        **{column.key: column.figure(measured) for column in columns},
         "best": measured.get("best_on_test", {}).get("accuracy"),
     }
     return {key: float(value) for key, value in figures.items() if value is not None}
@@ -351,8 +345,8 @@ def cells(rows: Sequence[Row], *, legacy_best: bool = False, comparable: bool = 
       legacy_best: Add a column of the best epoch as picked on the test set.
       comparable: Mark the best.
     """
-    keys = [*GROUPS, *(key for key in OVER_CLASSES if any(key in row.figures for row in rows)), "ece"]
-    keys += [key for key in ("ncm", *ATTACKED) if any(key in row.figures for row in rows)] + ["best"] * legacy_best
+    measured = {key for row in rows for key in row.figures} - {"best"}
+    keys = [key for key in FIGURES if key in {*GROUPS, *measured, *["best"] * legacy_best}]
     best = {key: _best(key, [row.figures[key].mean for row in rows if key in row.figures]) for key in keys * comparable}
     table = [[Cell(title) for title in ("last epoch, %", *(FIGURES[key] for key in keys), "time", "seeds")]]
     for row in rows:
@@ -368,7 +362,7 @@ def cells(rows: Sequence[Row], *, legacy_best: bool = False, comparable: bool = 
 def _best(key: str, means: Iterable[float]) -> float | None:
     """Return the best mean as it is shown; None if there are fewer than two. NaN is never best."""
     shown = [_rounded(mean) for mean in means if not math.isnan(mean)]
-    return None if len(shown) < 2 else min(shown) if key == "ece" else max(shown)
+    return None if len(shown) < 2 else BEST.get(key, max)(shown)
 
 
 def _rounded(mean: float) -> float:

@@ -242,7 +242,7 @@ ROWS = [
 
 def test_cells_mark_the_best_as_shown_and_leave_gaps():
     assert compare.cells(ROWS) == [
-        [Cell(text) for text in ("last epoch, %", "all", "many", "medium", "few", "ECE", "time", "seeds")],
+        [Cell(text) for text in ("last epoch, %", "all", "many", "medium", "few", "ECE 15 bins", "time", "seeds")],
         [
             *(Cell("a_1 & b"), Cell("50.0"), Cell("70.0"), Cell("-"), Cell("-"), Cell("10.0", best=True)),
             *(Cell("1:02:05"), Cell("1")),
@@ -281,7 +281,7 @@ def test_ncm_and_the_legacy_best_have_columns_on_demand(tmp_path):
     with_ncm = stage(0.5, nearest_mean={"accuracy": {"all": 0.4321}})
     paths = [write(tmp_path / "a", results({"train": with_ncm}, name="a"), config(name="a")), single(tmp_path / "b")]
     header, first, second = compare.cells(compare.rows(paths), legacy_best=True)
-    assert [cell.text for cell in header][5:8] == ["ECE", "NCM", "legacy best"]
+    assert [cell.text for cell in header][5:8] == ["ECE 15 bins", "nearest mean", "legacy best"]
     assert [cell.text for cell in first][6:8] == ["43.2", "51.0"]
     assert [cell.text for cell in second][6:8] == ["-", "51.0"]
 

@@ -166,7 +166,7 @@ def closeness(features: jax.Array, means: jax.Array) -> jax.Array:
 _calibration = jax.jit(metrics.calibration)  # one program instead of twenty
 
 
-# Scalar figures of a table: {key in results.json: function of (outcome, labels)}; `runs.results.COLUMNS` shows them.
+# {key in results.json: function of (outcome, labels)}; a column of `runs.results.COLUMNS` shows one in tables.
 METRICS: dict[str, Callable[[Mapping[str, np.ndarray], np.ndarray], float]] = {
     "loss": lambda outcome, labels: float(outcome["losses"].mean()),
     "balanced_accuracy": lambda outcome, labels: metrics.balanced_accuracy(outcome["predictions"] == labels, labels),

@@ -128,12 +128,12 @@ def when(results: Mapping[str, Any]) -> str:
 
 
 def stage_table(results: Mapping[str, Any], stages: Sequence[panels.Panel]) -> Table:
-    columns = [column for column in COLUMNS if column.shown(results) and not column.heading.startswith("ECE")]
+    columns = [column for column in COLUMNS if column.shown(results) and column.key != "ece"]
     sizes = results["group_sizes"]
     groups = [group for group in GROUPS if any(group in panel.accuracy for panel in stages)]
     size = Markup("{} <small>({:,})</small>")
     header = ["", *(size.format(group, sizes[group]) if group in sizes else group for group in groups)]
-    header += ["ECE", "class-wise ECE", *(" ".join(column.heading.split()) for column in columns)]
+    header += ["ECE", "class-wise ECE", *(column.title for column in columns)]
     header += ["legacy best", "seconds"]
     rows = []
     for panel, stage in zip(stages, results["stages"].values(), strict=True):

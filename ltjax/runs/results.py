@@ -73,11 +73,23 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 
 class Column(NamedTuple):
-    """A column of the table, in addition to the accuracies of groups."""
+    """A column of the tables of a run, its report and `ltjax.compare`, in addition to the accuracies of groups."""
 
+    key: str  # of the figure in a stage's summary, and in `ltjax.compare.Row.figures`
     heading: str
-    figure: Callable[[Mapping[str, Any]], float | None]  # of a stage's summary, or of its "std"
+    note: str = ""  # below the table of `ltjax.compare`
+    read: Callable[[Mapping[str, Any]], float | None] | None = None  # if the figure lies deeper in the summary
     shown: Callable[[Mapping[str, Any]], bool] = lambda results: True
+    best: Callable[[Sequence[float]], float] = max
+
+    @property
+    def title(self) -> str:
+        """Return the heading in one line."""
+        return " ".join(self.heading.split())
+
+    def figure(self, summary: Mapping[str, Any]) -> float | None:
+        """Return the figure of a stage's summary, or of its "std"."""
+        return self.read(summary) if self.read else summary.get(self.key)
 
 
 def unequal_test_set(results: Mapping[str, Any]) -> bool:
@@ -86,13 +98,15 @@ def unequal_test_set(results: Mapping[str, Any]) -> bool:
 
 
 COLUMNS = (
-    Column("balanced\n", lambda stage: stage.get("balanced_accuracy"), unequal_test_set),
-    Column("macro\nF1", lambda stage: stage.get("macro_f1"), unequal_test_set),
-    Column("ECE\n15 bins", lambda stage: stage.get("ece")),
+    Column("balanced_accuracy", "balanced\n", "balanced: mean of the classes' accuracies.", shown=unequal_test_set),
+    Column("macro_f1", "macro\nF1", "macro F1: mean of the classes' F1 scores.", shown=unequal_test_set),
+    Column("ece", "ECE\n15 bins", best=min),
     Column(
+        "nearest_mean",
         "nearest\nmean",
-        lambda stage: stage.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all"),
-        lambda results: any("nearest_mean" in stage for stage in results["stages"].values()),
+        "nearest mean: accuracy over all classes of the nearest class mean, instead of the classifier.",
+        read=lambda stage: stage.get("nearest_mean", {"accuracy": {}})["accuracy"].get("all"),
+        shown=lambda results: any("nearest_mean" in stage for stage in results["stages"].values()),
     ),
 )
 

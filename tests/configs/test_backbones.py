@@ -142,7 +142,7 @@ def test_exclusive_arguments_are_refused(argument, message):
 
 
 def test_the_methods_for_a_backbone_are_those_of_large_images_and_lift():
-    assert set(backbones.METHODS) - {"lift"} == set(common.recipes.LARGE)
+    assert set(backbones.FOR_PRETRAINED) - {"lift"} == set(common.recipes.LARGE)
 
 
 @pytest.mark.parametrize(

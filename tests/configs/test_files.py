@@ -60,7 +60,7 @@ ARGUMENTS |= {
         "method=lbgat,model=efficientnet_lite0,guide=efficientnet_lite0",
     ),
 }
-ARGUMENTS |= {"features": tuple(f"method={name}" for name in heads.METHODS)}
+ARGUMENTS |= {"features": tuple(f"method={name}" for name in heads.ON_FEATURES)}
 ARGUMENTS |= {"cifar100": ROBUST, "tiny_imagenet": ("method=ce,budget=short", "method=lbgat,beta=6", ROBUST[3])}
 FILES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
 EVERY = [(name, argument) for name in FILES for argument in (None, *ARGUMENTS.get(name, ()))]
@@ -111,7 +111,7 @@ def test_the_configs_and_the_library_have_the_same_defaults(section, kind):
 
 
 def test_every_block_is_in_a_chain_that_is_tested():
-    used = {block for recipe in recipes.METHODS.values() for block in recipe.blocks} | {
+    used = {block for recipe in recipes.RECIPES.values() for block in recipe.blocks} | {
         b for f in FREE for b in f.split("+")
     }
     assert used == {*recipes.SCRATCH, *recipes.NEXT}

@@ -103,7 +103,7 @@ def test_rates_are_compared_at_the_authors_epochs():
 def test_the_page_has_every_difference_and_every_method():
     page = (settings.ROOT / "docs" / "differences.md").read_text()
     assert all(value["why"] in page for recipe in RECIPES for value in recipe["value"] if "why" in value)
-    assert all(recipe.title in page for recipe in recipes.METHODS.values())
+    assert all(recipe.title in page for recipe in recipes.RECIPES.values())
 
 
 def test_a_link_has_the_commit_of_its_file():

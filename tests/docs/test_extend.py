@@ -93,6 +93,14 @@ def test_the_added_metric_is_in_the_table(centre):
     assert results["worst_class"] == min(results["per_class_accuracy"])
 
 
+def test_the_added_metric_is_in_a_comparison_of_runs(copy, centre):
+    _, results, page = centre
+    table = run(copy, "-m", "ltjax.compare", "run", "--format=markdown").splitlines()
+    cells = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in (table[0], table[-1]))
+    assert dict(zip(*cells, strict=True))["worst class"] == f"{100 * results['worst_class']:.1f}"
+    assert "worst class" in page
+
+
 def test_balanced_accuracy_is_the_mean_of_the_classes_accuracies(centre):
     printed, results, _ = centre
     assert "balanced" in printed

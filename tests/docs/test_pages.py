@@ -258,7 +258,7 @@ def test_full_length_figures_are_the_papers_and_those_of_archives(archives):
 
 def test_every_method_has_a_page():
     listed = (ROOT / "docs" / "methods" / "index.md").read_text()
-    assert all(f"`{method}`" in listed for method in recipes.METHODS)
+    assert all(f"`{method}`" in listed for method in recipes.RECIPES)
 
 
 def test_the_page_of_combinations_has_every_block():
