@@ -1,7 +1,7 @@
 """Convolutions and their gradients, as each platform computes them fast."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -75,7 +75,25 @@ def _cpu_convolution_backward(strides, padding, precision, residuals, dy):
         pad_x.append((taps - 1 - low, size - span + low))
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)  # [kh, kw, Cout, Cin]
     dx = _nhwc(stuffed, flipped, (1, 1), pad_x, precision)
-    return dx, _kernel_gradient(x, dy, kernel.shape, strides, padding, precision)
+    sums = _kernel_gradient_in_parts if _needs_parts(dy) else _kernel_gradient
+    return dx, sums(x, dy, kernel.shape, strides, padding, precision)
+
+
+# The gradient of a kernel reads dy once for each row of the kernel. In float32, that takes 1.3 to 2 times as long if dy
+# is larger than a core's cache. In bfloat16, oneDNN gains nothing from parts.
+PARTS = 4
+CACHE = 2**21  # bytes
+
+
+def _needs_parts(dy: jax.Array) -> bool:
+    in_float32 = dy.dtype == jnp.float32 or (dy.dtype == jnp.bfloat16 and not xla.has_onednn())
+    return in_float32 and dy.size * 4 >= CACHE and len(dy) >= 64 and len(dy) % PARTS == 0
+
+
+def _kernel_gradient_in_parts(x, dy, *settings) -> jax.Array:
+    """Add up the `_kernel_gradient` of every fourth image, so that each part has images of every device."""
+    x, dy = (maps.reshape(-1, PARTS, *maps.shape[1:]) for maps in (x, dy))
+    return reduce(jnp.add, (_kernel_gradient(x[:, part], dy[:, part], *settings) for part in range(PARTS)))
 
 
 def _kernel_gradient(x, dy, shape, strides, padding, precision) -> jax.Array:

@@ -1,5 +1,6 @@
 """Convolutions and their gradients are `lax`'s, however a platform computes them."""
 
+import re
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ltjax.models import convolution
 
@@ -45,9 +47,32 @@ def test_the_grouped_cpu_convolution_and_both_gradients_are_laxs(size, taps, str
     compare_with_lax(size, taps, strides, padding, came=came, out=out, groups=groups)
 
 
-def compare_with_lax(size, taps, strides, padding, *, came, out, groups):
+@pytest.mark.parametrize("size, taps, strides, padding", [CONVOLUTIONS[0], CONVOLUTIONS[7]])
+def test_the_gradient_of_a_kernel_in_parts_is_laxs(monkeypatch, size, taps, strides, padding):
+    monkeypatch.setattr(convolution, "CACHE", 0)
+    parts, split = [], convolution._kernel_gradient
+    monkeypatch.setattr(convolution, "_kernel_gradient", lambda x, *more: parts.append(len(x)) or split(x, *more))
+    compare_with_lax(size, taps, strides, padding, came=4, out=5, groups=1, batch=64)
+    assert parts == [16] * 4
+
+
+def test_devices_add_the_parts_of_a_kernels_gradient_once():
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    maps = jax.ShapeDtypeStruct((64, 32, 32, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("batch")))
+    assert convolution._needs_parts(maps)
+
+    def gradient(x, dy):
+        return convolution._kernel_gradient_in_parts(x, dy, (3, 3, 16, 16), (1, 1), ONE, None)
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    program = jax.jit(gradient, out_shardings=whole).lower(maps, maps).compile().as_text()
+    assert len(re.findall(r" all-reduce\(", program)) == 1
+    assert not re.search(r" (all-gather|all-to-all|collective-permute)\(", program)
+
+
+def compare_with_lax(size, taps, strides, padding, *, came, out, groups, batch=3):
     random = np.random.default_rng(0)
-    x = random.normal(size=(3, *size, came)).astype(np.float32)
+    x = random.normal(size=(batch, *size, came)).astype(np.float32)
     kernel = random.normal(size=(*taps, came // groups, out)).astype(np.float32)
 
     def both(convolution):
