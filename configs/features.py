@@ -5,7 +5,7 @@
     python run.py --workdir=WORKDIR --mode=predict --images=OTHERS.npz --out=FILE.csv
 
 FILE.npz holds `features` [N, D] and `labels` [N], and optionally `split` ("train" or "validation"); .npy, .parquet and
-.csv are also read (`ltjax/data/features.py`). Arguments: method, or recipe; classifier, mixup, holdout;
+.csv are also read (`ltjax/data/feature_files.py`). Arguments: method, or recipe; classifier, mixup, holdout;
 normalise=none|unit|standardise (divide a row by its length, or each dimension by its standard deviation).
 """
 

@@ -9,7 +9,7 @@ from ltjax.types import UserError
 SOURCES = {
     "cifar10": "ltjax.data.cifar",
     "cifar100": "ltjax.data.cifar",
-    "features": "ltjax.data.features",
+    "features": "ltjax.data.feature_files",
     "i_naturalist2018": "ltjax.data.shards",
     "image_folder": "ltjax.data.image_folder",
     "imagenet_lt": "ltjax.data.shards",

@@ -52,7 +52,7 @@ def augment(
     `others`, uint8 images and labels, are a second batch to take CutMix's boxes from, which gets an augmentation of its
     own. It has to be there if `cutmix_partner` is "class_balanced".
 
-    Features of images (`ltjax.models.features`) are floats [B, 1, 1, D]: they can be mixed, and nothing else.
+    Features of images (`ltjax.models.precomputed`) are floats [B, 1, 1, D]: they can be mixed, and nothing else.
 
     UserError if a setting is out of range, if colour operations get images that are not RGB, or if an operation on
     pixels gets floats.

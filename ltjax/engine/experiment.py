@@ -16,8 +16,7 @@ from ltjax import data, methods, metrics, models, optim, surgery
 from ltjax.config import DataConfig, RunConfig, StageConfig
 from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
-from ltjax.engine import evaluate, feed
-from ltjax.engine import features as fixed_features
+from ltjax.engine import evaluate, feed, fixed_backbone
 from ltjax.engine.stage import (
     Chunk,
     CompiledStage,
@@ -28,7 +27,7 @@ from ltjax.engine.stage import (
     stage_rng,
     streamed_draw,
 )
-from ltjax.models import features
+from ltjax.models import precomputed
 from ltjax.runs.checkpoint import complete_steps
 from ltjax.runs.trained import newest, variables_of
 from ltjax.runs.weights import hash_weights, into, is_weights, load_weights, taken, with_zeros
@@ -104,8 +103,8 @@ def set_up(
     Args:
       data_dir: Folder of prepared data sets.
       workdir: Folder of the run, if its images have to be those that it began with.
-      features_as: If the backbone is fixed (`ltjax.engine.features`): "compute" the features of all images. "shapes":
-        put ones in their place. "images": compute features in every step.
+      features_as: If the backbone is fixed (`ltjax.engine.fixed_backbone`): "compute" the features of all images.
+        "shapes": put ones in their place. "images": compute features in every step.
 
     Raises:
       UserError: The config does not fit the data or the devices, or the run in the workdir began with other images.
@@ -137,10 +136,10 @@ def set_up(
     shapes = jax.eval_shape(lambda: init_variables(nets, image_shape, jax.random.key(0)))
     initialise = _initialiser(nets, image_shape, mesh, run.replicas)
     inputs: Images | Stored = images
-    if isinstance(images, Stored) and features_as != "images" and fixed_features.is_fixed(run, shapes.params):
+    if isinstance(images, Stored) and features_as != "images" and fixed_backbone.is_fixed(run, shapes.params):
         weights = None if features_as == "shapes" else _fixed_weights(run, shapes, workdir)
-        inputs = fixed_features.features(run, images, split, nets["net"], weights, mesh)
-        nets = {"net": fixed_features.head(nets["net"])}
+        inputs = fixed_backbone.features(run, images, split, nets["net"], weights, mesh)
+        nets = {"net": fixed_backbone.without_backbone(nets["net"])}
     if isinstance(inputs, Stored):
         image_sets = feed.stored(run, inputs, split, mesh)
     else:
@@ -373,7 +372,7 @@ def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
     weights = load_weights(run.weights, run.weights_sha256) if run.weights else None
     variables = fresh_variables(experiment, stage, taken(weights, run.weights_parts) if weights else frozenset())
     if run.model.get("normalise") == "standardise" and not experiment.streamed:
-        fitted = xla.jit(features.fitted)(experiment.train_data.images)
+        fitted = xla.jit(precomputed.fitted)(experiment.train_data.images)
         place = lambda leaf, value: jax.device_put(jnp.broadcast_to(value, leaf.shape), leaf.sharding)  # noqa: E731
         of_net = {"backbone": jax.tree.map(place, variables.stats["net"]["backbone"], fitted)}
         variables = variables._replace(stats={**variables.stats, "net": of_net})

@@ -36,7 +36,8 @@ NAMES = (
     "features",
     "vit",
 )
-MODELS = {name: f"ltjax.models.{name}" for name in NAMES}
+FILES = {"features": "precomputed"}  # of kinds that are not called like their file
+MODELS = {name: f"ltjax.models.{FILES.get(name, name)}" for name in NAMES}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 BRANCH_KINDS = ("norm", "conv", "pooled_conv")
 
@@ -149,7 +150,7 @@ def input_channels(params: Mapping[str, Any]) -> int:
       >>> models.input_channels(net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
       3
     """
-    if "backbone" not in params:  # `ltjax.models.features`
+    if "backbone" not in params:  # `ltjax.models.precomputed`
         return int(params["linear_map" if "linear_map" in params else "classifier"]["kernel"].shape[0])
     return int(params["backbone"]["conv"]["kernel"].shape[2])
 

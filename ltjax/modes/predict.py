@@ -165,12 +165,12 @@ def predict_workdir(
         check_same_config(workdir, config)
     model = load_as_configured(config, workdir, target_prior=target_prior, model_prior=model_prior)
     if model.takes_features:
-        from ltjax.data import features  # reads files of other kinds
+        from ltjax.data import feature_files  # reads files of other kinds
 
-        if os.path.splitext(images)[1].lower() not in features.READERS:
-            kinds = ", ".join(features.READERS)
+        if os.path.splitext(images)[1].lower() not in feature_files.READERS:
+            kinds = ", ".join(feature_files.READERS)
             raise UserError(f"--images={images}: the network takes features of images: a file of {kinds}")
-        batches = predictions_of_rows(model, *features.rows(images), top_k)
+        batches = predictions_of_rows(model, *feature_files.rows(images), top_k)
     else:
         batches = predictions(model, files, top_k=top_k)
     top_k = min(top_k, len(model.class_names))

@@ -6,7 +6,7 @@ import pytest
 
 from configs import backbones, common
 from ltjax import models, optim
-from ltjax.engine import features
+from ltjax.engine import fixed_backbone
 from ltjax.interop import pretrained
 from ltjax.runs.weights import hash_weights
 from tests.configs.reading import parsed, rates_of, read
@@ -26,7 +26,7 @@ def test_a_folder_of_images_has_a_fixed_backbone_by_default():
     assert (run.weights, run.weights_sha256, run.weights_parts) == (NAME, hash_weights(NAME), ("backbone",))
     np.testing.assert_allclose(run.model["mean"] + run.model["std"], [127 / 255] * 3 + [128 / 255] * 3)
     assert (run.data.size, run.data.resize, run.data.min_area) == (224, 256, 1.0)
-    assert features.is_fixed(run, {"net": shapes(run)})
+    assert fixed_backbone.is_fixed(run, {"net": shapes(run)})
 
 
 @pytest.mark.parametrize("argument", ["model=resnet18", "pretrained=none", "runlocal"])
@@ -57,7 +57,7 @@ def test_a_given_size_has_priority_and_keeps_the_crop():
 )
 def test_a_fixed_backbone_trains_with_every_method_of_classifiers(method):
     run, stages = parsed("image_folder", f"method={method}")
-    assert features.is_fixed(run, {"net": shapes(run)})
+    assert fixed_backbone.is_fixed(run, {"net": shapes(run)})
     assert not any(rates_of(stage).get("backbone") for stage in stages.values())
 
 

@@ -1,7 +1,7 @@
 """Compute the features of a fixed backbone once, instead of in every step.
 
 If no stage trains the backbone, updates its batch norms, or crops or augments images at random, an image always has the
-same features. The stages then train the classifier on them, as on images of one pixel (`ltjax.models.features`).
+same features. The stages then train the classifier on them, as on images of one pixel (`ltjax.models.precomputed`).
 Features are kept in a cache, so another run of the same backbone on the same images begins at once.
 """
 
@@ -27,12 +27,12 @@ from ltjax.data.augment import as_float
 from ltjax.data.source import ImageFiles, Images, Stored
 from ltjax.data.splits import Split
 from ltjax.engine import feed
-from ltjax.models.features import FeaturesBackbone
+from ltjax.models.precomputed import FeaturesBackbone
 from ltjax.system import locks, parallel, processes, xla
 from ltjax.system.paths import cache_folder
 from ltjax.types import UserError, Variables
 
-TRAINED = ("backbone", "block", "branches")  # parts of a network that the features of an image depend on
+BEFORE_FEATURES = ("backbone", "block", "branches")  # parts of a network that the features of an image depend on
 DTYPE = np.dtype("<f2")
 
 
@@ -54,14 +54,16 @@ def is_fixed(run: RunConfig, params: Mapping[str, Any]) -> bool:
         # Optional, because a method's parameters are not known here.
         groups = {name: {**group, "optional": True} for name, group in stage.groups.items()}
         trained = optim.assign_groups(list(optim.flatten(params)), groups) if stage.epochs else {}
-        learns = [path for path, name in trained.items() if groups[name]["rate"] and path.split("/")[1] in TRAINED]
+        learns = [
+            path for path, name in trained.items() if groups[name]["rate"] and path.split("/")[1] in BEFORE_FEATURES
+        ]
         augmented = stage.views or any(value for name, value in stage.augment.items() if name != "mixup_alpha")
         if learns or augmented or stage.batch_norm != "eval":
             return False
     return True
 
 
-def head(net: nn.Module) -> nn.Module:
+def without_backbone(net: nn.Module) -> nn.Module:
     """Return the network without its backbone."""
     return net.clone(backbone=FeaturesBackbone(), block=None, mean=(0.0,), std=(1.0,))
 
@@ -116,7 +118,7 @@ def _key(run: RunConfig, collections: Mapping[str, Any]) -> str:
     """Hash the inputs of an image's features: backbone, its weights and settings, and the image's crop."""
     arrays = optim.flatten(collections)
     digest = hashlib.sha256()
-    for path in sorted(path for path in arrays if path.split("/")[1] in TRAINED):
+    for path in sorted(path for path in arrays if path.split("/")[1] in BEFORE_FEATURES):
         digest.update(path.encode() + np.ascontiguousarray(arrays[path], np.float32).tobytes())
     head_only = ("classifier", "classifier_init", "cosine_scale", "logit_scale", "remat", "platform")
     settings = {key: value for key, value in run.model.items() if key not in head_only}

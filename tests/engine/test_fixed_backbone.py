@@ -9,7 +9,7 @@ import pytest
 from ltjax import data, train
 from ltjax.config import parse
 from ltjax.engine import experiment as experiments
-from ltjax.engine import features, restore
+from ltjax.engine import fixed_backbone, restore
 from ltjax.modes import attack, dry_run
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.weights import save_weights
@@ -64,7 +64,7 @@ def test_training_on_features_is_training_on_images(weights, tmp_path, monkeypat
     experiment = experiments.set_up(parse(frozen(weights)), None)
     assert not experiment.streamed
     assert experiment.image_shape == (1, 1, 16)
-    monkeypatch.setattr(features, "is_fixed", lambda *_: False)
+    monkeypatch.setattr(fixed_backbone, "is_fixed", lambda *_: False)
     each_step = train.train(frozen(weights), tmp_path / "each")
     kernels = [classifier(experiment, tmp_path / name) for name in ("once", "each")]
     np.testing.assert_allclose(*kernels, rtol=0.01, atol=0.003)
@@ -82,7 +82,7 @@ def test_features_equal_those_of_the_network(weights, images):
 
 def test_another_run_reads_the_cache(weights, monkeypatch):
     first = experiments.set_up(parse(frozen(weights)), None)
-    monkeypatch.setattr(features, "_forward", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(fixed_backbone, "_forward", lambda *_: pytest.fail("computed again"))
     again = experiments.set_up(parse(frozen(weights, lr=0.2)), None)
     np.testing.assert_array_equal(first.train_data.images, again.train_data.images)
 
@@ -134,7 +134,7 @@ def test_random_crops_have_other_features_each_time(weights):
 
 
 def test_a_dry_run_computes_nothing(weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(features, "_forward", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(fixed_backbone, "_forward", lambda *_: pytest.fail("computed"))
     dry_run.dry_run(frozen(weights), tmp_path / "run")
     assert "51 of" in capsys.readouterr().out  # 16 x 3 weights and 3 biases train
 
