@@ -29,7 +29,7 @@ def arguments(default: str) -> dict[str, Any]:
 
 def implied(arg: str | None, default: str) -> str:
     """Return the backbone that the arguments choose: none if they name another network, or `runlocal`."""
-    given = {name: value for name, _, value in common.split(arg)}
+    given = {name: value for name, _, value in common.parts_of(arg)}
     other_network = "runlocal" in given or given.get("model", "auto") != "auto"
     return given.get("pretrained") or ("none" if other_network else default)
 

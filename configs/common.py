@@ -108,7 +108,7 @@ def _in_words(choice) -> tuple[str, str]:
     return f"{choice:g}" if choice >= 0 else "", "a number"
 
 
-def split(text: str | None) -> list[tuple[str, str, str]]:
+def parts_of(text: str | None) -> list[tuple[str, str, str]]:
     """Split `"method=ce,runlocal"` -> [("method", "method=ce", "ce"), ("runlocal", "runlocal", "")]."""
     parts = [part for part in (text or "").split(",") if part]
     return [(part.partition("=")[0], part, part.partition("=")[2]) for part in parts]
@@ -129,7 +129,7 @@ def read_arguments(text: str | None, allowed: dict) -> SimpleNamespace:
       Help: If an argument is `help`.
     """
     default = {name: choice[0] if isinstance(choice, tuple) else choice for name, choice in allowed.items()}
-    values, parts = dict(default), split(text)
+    values, parts = dict(default), parts_of(text)
     for name, part, value in parts:
         if part == "help":
             continue
@@ -196,7 +196,7 @@ def chains(*, long_tailed: bool) -> Text:
     """Describe the argument `recipe`."""
     first, then = (
         ", ".join(block for block in blocks if long_tailed or block not in LONG_TAILED)
-        for blocks in (recipes.SCRATCH, recipes.NEXT)
+        for blocks in (recipes.FIRST, recipes.NEXT)
     )
     return Text("", f"first {first}; then any of {then}")
 
@@ -288,7 +288,7 @@ def networks(
       **pixels: `mean`, `std` and other settings of both.
     """
     pixels["dtype"] = PRECISIONS[args.precision]
-    head = recipes.head(recipe.blocks, fixed)
+    head = recipes.head_settings(recipe.blocks, fixed)
     head["classifier"] = head["classifier"] if args.classifier == "auto" else args.classifier
     settings = dict(model=dict(**model, **pixels, **head, classifier_init=classifier_init(model, recipe)))
     if {"natural", "lbgat"} & set(recipe.blocks):

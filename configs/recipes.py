@@ -1,6 +1,6 @@
 """Recipes as chains of stages: `RECIPES` has the papers', `recipe=reslt+dro+smoothing` makes any other.
 
-A chain starts with a block of `SCRATCH`, which trains a whole network. Each further block, of `NEXT`, continues from
+A chain starts with a block of `FIRST`, which trains a whole network. Each further block, of `NEXT`, continues from
 the previous one. Lengths are for 200 epochs, or a short run of 12; for adversarial training (`configs/robust.py`), 100
 or 2.
 """
@@ -65,10 +65,10 @@ RECIPES = {
     "best_robust": Recipe("Balanced GKL-AT", ("best_robust",), weight_decay=5e-4),
 }
 
-FROM_SCRATCH = tuple(name for name in RECIPES if name != "lift")  # methods without a pretrained backbone
+WITHOUT_PRETRAINED = tuple(name for name in RECIPES if name != "lift")  # methods without a pretrained backbone
 # methods that need images in memory (a second batch, or several views of each), and recipes only for CIFAR
 SMALL = ("best", "proco", "bcl", "at_bsl", "best_robust")
-LARGE = tuple(name for name in FROM_SCRATCH if name not in SMALL)
+LARGE = tuple(name for name in WITHOUT_PRETRAINED if name not in SMALL)
 
 
 class Smoothing(NamedTuple):
@@ -181,7 +181,7 @@ def chain(config: ConfigDict, recipe: Recipe, setting: Setting) -> None:
     before = "scratch"
     for number, (block, name) in enumerate(zip(recipe.blocks, names, strict=True)):
         setting = setting._replace(epochs=config.get_oneway_ref("epochs"))
-        stage = (NEXT if number else SCRATCH)[block](setting)
+        stage = (NEXT if number else FIRST)[block](setting)
         if any(group["rate"] for part, group in stage["groups"].items() if part == "backbone"):
             stage = changed(stage, setting.changed)
         if not number:
@@ -232,7 +232,7 @@ def parse_recipe(text: str) -> Recipe:
     """
     blocks = tuple(text.split("+"))
     for number, block in enumerate(blocks):
-        known = NEXT if number else SCRATCH
+        known = NEXT if number else FIRST
         if block not in known:
             place = "after the first block" if number else "first"
             raise ValueError(f"config argument 'recipe={text}': allowed {place}: {', '.join(known)}; not {block!r}")
@@ -249,7 +249,7 @@ def parse_recipe(text: str) -> Recipe:
     return known[0] if known else Recipe("", blocks, weight_decay=first.weight_decay)
 
 
-def head(blocks: tuple[str, ...], fixed: bool = False) -> dict[str, Any]:
+def head_settings(blocks: tuple[str, ...], fixed: bool = False) -> dict[str, Any]:
     """Return the settings of the network's head that a chain of blocks needs. fixed: on a backbone of photographs."""
     lifts = 28.0 if fixed else 25.0  # 25 is LIFT's; on fixed backbones it was less well calibrated
     return dict(
@@ -408,7 +408,7 @@ def adversarial(name: str, setting: Setting) -> dict[str, Any]:
     )
 
 
-SCRATCH: dict[str, Callable[[Setting], dict[str, Any]]] = {
+FIRST: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "ce": lambda s: _scratch(s, _loss("cross_entropy")),
     "mixup": lambda s: _scratch(s, _loss("cross_entropy"), mixup=s.papers.mixup),
     "focal": lambda s: _scratch(s, _loss("focal", gamma=1.0)),  # as in LDAM's comparison; Lin et al. have 2

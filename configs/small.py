@@ -13,7 +13,7 @@ CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))  # the
 def read(arg: str | None, *, long_tailed: bool) -> tuple[SimpleNamespace, recipes.Recipe]:
     """Read the arguments; with `long_tailed`, also the imbalance and all methods."""
     allowed: dict = {
-        "method": recipes.FROM_SCRATCH if long_tailed else ("lbgat", *common.BALANCED),
+        "method": recipes.WITHOUT_PRETRAINED if long_tailed else ("lbgat", *common.BALANCED),
         "recipe": common.chains(long_tailed=long_tailed),
         **({"imbalance": 100.0, "profile": ("exp", "step")} if long_tailed else {}),
         "budget": ("full", "short"),

@@ -73,7 +73,7 @@ class StageConfig(NamedTuple):
     lr: float
     groups: Mapping[str, Mapping[str, Any]]  # {name: values of a GroupConfig}, see `ltjax.optim`
     title: str = ""  # shown in tables
-    start_from: str = "scratch"  # or the name of an earlier stage
+    start_from: str = "scratch"  # from config.weights, or random; or the name of an earlier stage
     schedule: Mapping[str, Any] = {}  # kind, warmup, decay_at, decay: see `ltjax.optim.schedule_table`
     sampler: Mapping[str, Any] = {}  # name and settings, see `ltjax.data.samplers`
     augment: Mapping[str, Any] = {}  # see `ltjax.data.augment.augment`
@@ -101,7 +101,7 @@ class RunConfig(NamedTuple):
     data: DataConfig
     model: Mapping[str, Any]  # name and settings of the network, see `ltjax.models.create`
     stages: Mapping[str, StageConfig]  # by name, in order. In a config: a tuple of names, each a key with a stage
-    epochs: int = 0  # of the first stage; a config's stages refer to it
+    epochs: int = 0  # the length that a config's stages refer to; ltjax reads only theirs
     batch_size: int = 128
     seed: int = 0  # of initialisation, sampling order and augmentation
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -25,7 +25,7 @@ FILES = {"cifar10_lt": cifar10_lt, "cifar100_lt": cifar100_lt}
 LBGAT = "cifar10_lt:recipe=lbgat+robust_classifier,beta=6,awp=true,sampler=class_aware"
 VIT = "cifar10_lt:method=crt,model=vit_ti16"
 RUNS = (
-    *(f"cifar10_lt:method={name}" for name in recipes.FROM_SCRATCH if name != "lbgat"),
+    *(f"cifar10_lt:method={name}" for name in recipes.WITHOUT_PRETRAINED if name != "lbgat"),
     LBGAT,
     *(f"cifar100_lt:method={name}" for name in ("mislas", "reslt")),
     "cifar10_lt:recipe=reslt+dro+smoothing",
@@ -382,7 +382,7 @@ def rewound(workdir, folder, stage, stages):
 
 def test_the_files_differ_only_in_numbers():
     """So this module trains the methods of one file, and of the other only the two whose numbers differ."""
-    for name in recipes.FROM_SCRATCH:
+    for name in recipes.WITHOUT_PRETRAINED:
         first, second = (tiny_config(f"{file}:method={name}") for file in FILES)
         expected = {"name", "data.name", "data.ranges"}
         expected |= {"reslt.method.beta"} if name == "reslt" else set()

@@ -36,7 +36,7 @@ ROBUST = (
     *("method=pgd_at,model=wrn28_10,sampler=class_balanced,mixup=0.2", "recipe=trades+robust_classifier,awp=true"),
 )
 BALANCED = tuple(f"method={name}" for name in ("lbgat", *common.BALANCED))
-CHAINS = tuple(f"method={name}" for name in recipes.FROM_SCRATCH) + tuple(f"recipe={blocks}" for blocks in FREE)
+CHAINS = tuple(f"method={name}" for name in recipes.WITHOUT_PRETRAINED) + tuple(f"recipe={blocks}" for blocks in FREE)
 ARGUMENTS = {
     name: [f"{chain},{CHOICES[(number + offset) % len(CHOICES)]}" for number, chain in enumerate(CHAINS)]
     for offset, name in enumerate(("cifar10_lt", "cifar100_lt"))
@@ -114,7 +114,7 @@ def test_every_block_is_in_a_chain_that_is_tested():
     used = {block for recipe in recipes.RECIPES.values() for block in recipe.blocks} | {
         b for f in FREE for b in f.split("+")
     }
-    assert used == {*recipes.SCRATCH, *recipes.NEXT}
+    assert used == {*recipes.FIRST, *recipes.NEXT}
 
 
 @functools.cache
@@ -303,8 +303,8 @@ INVALID_VALUES = {
     "methd=ce": "unknown config argument 'methd'; allowed: "
     "method, recipe, imbalance, profile, budget, model, classifier, augment, mixup, cutmix, ema, sam, precision, "
     "holdout, guide, beta, loss, awp, sampler, epsilon",
-    "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.FROM_SCRATCH)}",
-    "method": f"config argument 'method': allowed values of method: {', '.join(recipes.FROM_SCRATCH)}",
+    "method=erm": f"config argument 'method=erm': allowed values of method: {', '.join(recipes.WITHOUT_PRETRAINED)}",
+    "method": f"config argument 'method': allowed values of method: {', '.join(recipes.WITHOUT_PRETRAINED)}",
     "imbalance=ten": "config argument 'imbalance=ten': imbalance is a finite number",
     "imbalance=": "config argument 'imbalance=': imbalance is a finite number",
     "mixup=yes": "config argument 'mixup=yes': mixup is a finite number",
@@ -332,7 +332,7 @@ INVALID_VALUES = {
         ).items()
     },
 }
-FIRST, AFTER = ", ".join(recipes.SCRATCH), ", ".join(recipes.NEXT)
+FIRST, AFTER = ", ".join(recipes.FIRST), ", ".join(recipes.NEXT)
 INVALID_CHAINS = {
     "recipe=smoothing": f"config argument 'recipe=smoothing': allowed first: {FIRST}; not 'smoothing'",
     "recipe=ce+ldam": f"config argument 'recipe=ce+ldam': allowed after the first block: {AFTER}; not 'ldam'",
