@@ -124,7 +124,7 @@ def prepare(program: Program, data_dir: Path, shape: dict[str, Any]):
 def runner(program: Program, data_dir: Path, shape: dict[str, Any], steps: int) -> Callable[[], Any]:
     """Return a function that runs `steps` training steps or attacks and waits for the device."""
     run, stage, experiment = prepare(program, data_dir, shape)
-    variables = experiments.initial_variables(experiment, stage)
+    variables = experiments.starting_variables(experiment, stage)
     if program.method == "pgd":
         images = jax.random.uniform(jax.random.key(0), (run.batch_size, *experiment.image_shape))
         images = jax.device_put(images, parallel.split_batch(experiment.mesh))

@@ -218,9 +218,9 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
         if with_flops:
             operations[name] = flops.by_xla(experiment, stage)
         steps = train.chunk_length(compiled[name].steps_per_epoch, run.dispatch_steps)
-        state = compiled[name].init(experiments.seeds(run), experiments.initial_variables(experiment, stage))
+        state = compiled[name].init(experiments.seeds(run), experiments.starting_variables(experiment, stage))
         seconds[name] = time_steps(compiled[name], state, experiment.train_data, steps, repeats)
-    variables = experiments.initial_variables(experiment, next(iter(run.stages.values())))
+    variables = experiments.starting_variables(experiment, next(iter(run.stages.values())))
     evaluation = time_evaluation(experiment, variables, repeats)
     epochs = train_one_epoch(config, data_dir, compiled)
 
@@ -269,8 +269,8 @@ def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]],
     states, steps = {}, {}
     for name, stage in run.stages.items():
         steps[name] = train.chunk_length(compiled[name].steps_per_epoch, run.dispatch_steps)
-        states[name] = compiled[name].init(experiments.seeds(run), experiments.initial_variables(experiment, stage))
-    variables = experiments.initial_variables(experiment, next(iter(run.stages.values())))
+        states[name] = compiled[name].init(experiments.seeds(run), experiments.starting_variables(experiment, stage))
+    variables = experiments.starting_variables(experiment, next(iter(run.stages.values())))
 
     def train_for_a_dispatch(name):
         started = time.perf_counter()

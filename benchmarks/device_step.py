@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
     compiled: CompiledStage
 
     def state(self) -> TrainState:
-        variables = experiments.initial_variables(self.experiment, self.stage)
+        variables = experiments.starting_variables(self.experiment, self.stage)
         return self.compiled.init(experiments.seeds(self.experiment.config), variables)
 
     def batches(self, num_steps: int) -> Any:

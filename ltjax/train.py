@@ -20,11 +20,11 @@ from ltjax.engine.experiment import (
     Experiment,
     apply_surgery,
     class_means_for,
-    evaluate_split,
-    initial_variables,
+    evaluate_set,
     open_feed,
     seeds,
     set_up_with_stages,
+    starting_variables,
 )
 from ltjax.engine.feed import DISPATCH_STEPS
 from ltjax.engine.restore import state_shapes
@@ -91,7 +91,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
                 states[name], records[name] = trainer.state, trainer.record
 
             # Write the report and the results.
-            summary = results.summarise(experiment, run.stages, records, commit)
+            summary = results.content(experiment, run.stages, records, commit)
             write_report(experiment, states, summary, workdir, console, stop)
             if first:
                 write_json(workdir / "results.json", summary)
@@ -221,7 +221,7 @@ class StageTrainer:
         """Make the state of step 0 from scratch or from the stage `before`, with the stage's surgery."""
         experiment, stage = self.experiment, self.stage
         if before is None:
-            variables = initial_variables(experiment, stage)
+            variables = starting_variables(experiment, stage)
         else:  # an average continues with the optimizer; otherwise it starts at the stage's variables
             variables = before.variables if stage.keep_optimizer else surgery.with_ema(before.variables)
         if stage.surgery:
@@ -367,7 +367,7 @@ class StageTrainer:
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):
             if images is not None:
-                evaluation[split] = evaluate_split(
+                evaluation[split] = evaluate_set(
                     experiment, stage, self.state.variables, images, means, self.check_stop
                 )
         for split in ("holdout", "test"):  # only now, so that a signal cannot separate the two

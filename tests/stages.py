@@ -4,7 +4,7 @@ import jax
 
 from ltjax.config import DataConfig, OptimizerConfig, RunConfig, StageConfig
 from ltjax.engine.stage import build as build_stage
-from ltjax.engine.stage import init_variables
+from ltjax.engine.stage import random_variables
 
 
 def build(
@@ -47,7 +47,7 @@ def build(
 
 def initial(nets, image_shape, method):
     """Initialise the variables of networks and of a method."""
-    variables = init_variables(nets, image_shape, jax.random.key(0))
+    variables = random_variables(nets, image_shape, jax.random.key(0))
     extra, arrays = method.init(jax.random.key(1))
     params = {**variables.params, **({"method": extra} if extra else {})}
     return variables._replace(params=params, arrays=arrays)

@@ -130,7 +130,7 @@ def trained(tmp_path_factory):
     trained.starts[name][stage]: initial parameters. trained.again(name): sets the run up, compiled if it was the last.
     """
     folder = tmp_path_factory.mktemp("runs")
-    initial_variables, set_up = train.initial_variables, train.set_up_with_stages
+    starting_variables, set_up = train.starting_variables, train.set_up_with_stages
 
     def trained(name):
         workdir = folder / name.replace(":", "-")
@@ -138,7 +138,7 @@ def trained(tmp_path_factory):
             starts = trained.starts.setdefault(name, {})
 
             def started(experiment, stage):
-                variables = initial_variables(experiment, stage)
+                variables = starting_variables(experiment, stage)
                 starts[stage.name] = jax.tree.map(np.array, variables.params)
                 return variables
 
@@ -147,7 +147,7 @@ def trained(tmp_path_factory):
                 return trained.prepared[name]
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train, "initial_variables", started)
+                patch.setattr(train, "starting_variables", started)
                 patch.setattr(train, "set_up_with_stages", prepared)
                 train.train(tiny_config(name), workdir)
         return workdir

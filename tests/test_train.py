@@ -163,7 +163,7 @@ def test_at_most_two_dispatches_finish_after_a_signal(tmp_path, undisturbed, ahe
 @pytest.mark.parametrize("epoch", [1, EPOCHS])
 def test_a_signal_interrupts_an_evaluation(tmp_path, undisturbed, monkeypatch, epoch):
     """The state is saved without its figures; the resumed run evaluates it."""
-    signals, stop_signals, evaluate_split, count = [], train.StopSignals, train.evaluate_split, [0]
+    signals, stop_signals, evaluate_set, count = [], train.StopSignals, train.evaluate_set, [0]
 
     def watched():
         signals.append(stop_signals())
@@ -173,11 +173,11 @@ def test_a_signal_interrupts_an_evaluation(tmp_path, undisturbed, monkeypatch, e
         count[0] += 1
         if count[0] == epoch:
             signals[0].requested = signal.SIGTERM
-        return evaluate_split(*arguments)
+        return evaluate_set(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "StopSignals", watched)
-        patch.setattr(train, "evaluate_split", signalled)
+        patch.setattr(train, "evaluate_set", signalled)
         with pytest.raises(Interrupted):
             train.train(small(), tmp_path)
     assert steps_of(tmp_path, "dro") == [epoch * STEPS] and count == [epoch]

@@ -175,7 +175,7 @@ METRICS: dict[str, Callable[[Mapping[str, np.ndarray], np.ndarray], float]] = {
 _OF_BINS = ("accuracies", "confidences", "counts")
 
 
-def summarise(
+def figures_of(
     outcome: Mapping[str, np.ndarray], labels: np.ndarray, groups: Mapping[str, np.ndarray], num_classes: int
 ) -> dict[str, Any]:
     """Compute the figures of a table, JSON-ready: accuracy by group and class, ECE and its bins, `METRICS`.

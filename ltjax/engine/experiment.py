@@ -21,8 +21,8 @@ from ltjax.engine.stage import (
     Chunk,
     CompiledStage,
     build,
-    init_variables,
     make_apply,
+    random_variables,
     resident_draw,
     stage_rng,
     streamed_draw,
@@ -133,7 +133,7 @@ def set_up(
     networks = {"net": run.model, **({"guide": run.guide} if run.guide else {})}
     nets = {name: _network(settings, num_classes) for name, settings in networks.items()}
     image_shape = feed.image_shape(run, images)
-    shapes = jax.eval_shape(lambda: init_variables(nets, image_shape, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: random_variables(nets, image_shape, jax.random.key(0)))
     initialise = _initialiser(nets, image_shape, mesh, run.replicas)
     inputs: Images | Stored = images
     if isinstance(images, Stored) and features_as != "images" and fixed_backbone.is_fixed(run, shapes.params):
@@ -220,7 +220,7 @@ def _initialiser(nets: dict[str, nn.Module], image_shape: tuple[int, ...], mesh:
     @functools.cache
     def program(replaced: frozenset[str]) -> Callable:
         def initialise(seed: jax.Array, number: jax.Array) -> Variables:
-            variables = init_variables(nets, image_shape, jax.random.fold_in(stage_rng(seed, number), 1))
+            variables = random_variables(nets, image_shape, jax.random.fold_in(stage_rng(seed, number), 1))
             return with_zeros(variables, replaced) if replaced else variables
 
         # This program runs once. XLA's CPU backend compiles its random numbers in 20 s, or in 2 s at level 1.
@@ -363,10 +363,10 @@ def fresh_variables(experiment: Experiment, stage: StageConfig, replaced: frozen
     return experiment.initialise(seeds(experiment.config), np.uint32(stage.number), replaced)
 
 
-def initial_variables(experiment: Experiment, stage: StageConfig) -> Variables:
+def starting_variables(experiment: Experiment, stage: StageConfig) -> Variables:
     """Make the variables of a stage from scratch: random, with `config.weights` loaded into them if given.
 
-    Features are standardised by the statistics of the training images.
+    If `model.normalise` is "standardise", the statistics of features are those of the training images.
     """
     run = experiment.config
     weights = load_weights(run.weights, run.weights_sha256) if run.weights else None
@@ -412,7 +412,7 @@ def class_means_for(experiment: Experiment, stage: StageConfig, variables: Varia
     return experiment.class_means(surgery.with_ema(variables)) if stage.nearest_mean else None
 
 
-def evaluate_split(
+def evaluate_set(
     experiment: Experiment,
     stage: StageConfig,
     variables: Variables,
@@ -422,7 +422,7 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """Evaluate a stage's variables on a set of images.
 
-    Return the figures of `evaluate.summarise`; with several replicas, of `evaluate.over_seeds`.
+    Return the figures of `evaluate.figures_of`; with several replicas, of `evaluate.over_seeds`.
 
     Args:
       means: From `class_means_for`.
@@ -432,7 +432,7 @@ def evaluate_split(
     variables = surgery.as_evaluated(variables, stage.eval_classifier)
     outcome = experiment.evaluators[stage.evaluate_net](variables, images, means, check_stop)
     if run.replicas == 1:
-        return evaluate.summarise(outcome, labels, experiment.groups, num_classes)
+        return evaluate.figures_of(outcome, labels, experiment.groups, num_classes)
     outcomes = [{name: values[replica] for name, values in outcome.items()} for replica in range(run.replicas)]
-    summaries = [evaluate.summarise(outcome, labels, experiment.groups, num_classes) for outcome in outcomes]
+    summaries = [evaluate.figures_of(outcome, labels, experiment.groups, num_classes) for outcome in outcomes]
     return evaluate.over_seeds(summaries, seeds(run).tolist())

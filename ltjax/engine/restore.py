@@ -14,7 +14,7 @@ from ltjax.engine.experiment import (
     Experiment,
     build_stage,
     class_means_for,
-    evaluate_split,
+    evaluate_set,
     fresh_shapes,
     fresh_variables,
     seeds,
@@ -111,5 +111,5 @@ def evaluate_restored(experiment: Experiment, stage: StageConfig, restored: Rest
     """Evaluate a checkpoint on the test images: {"epoch": counted from 1, "step", "test": figures}."""
     step, variables = steps_done(restored.state), restored.state.variables
     means = class_means_for(experiment, stage, variables)
-    test = evaluate_split(experiment, stage, variables, experiment.test_set, means)
+    test = evaluate_set(experiment, stage, variables, experiment.test_set, means)
     return {"epoch": -(-step // restored.compiled.steps_per_epoch), "step": step, "test": test}

@@ -90,7 +90,7 @@ def make_apply(nets: Mapping[str, nn.Module], stage_mode: str) -> Apply:
     return apply
 
 
-def init_variables(nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], rng: jax.Array) -> Variables:
+def random_variables(nets: Mapping[str, nn.Module], image_shape: tuple[int, ...], rng: jax.Array) -> Variables:
     """Initialise the variables of every network. image_shape: [H, W, channels]."""
     params, stats = {}, {}
     for number, (name, net) in enumerate(sorted(nets.items())):

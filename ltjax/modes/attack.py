@@ -50,7 +50,7 @@ class Target(NamedTuple):
     check_stop: Callable[[], None]  # raises Interrupted after a signal
 
     def figures(self, outcome: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        return evaluate.summarise(outcome, self.labels, self.experiment.groups, len(self.experiment.class_names))
+        return evaluate.figures_of(outcome, self.labels, self.experiment.groups, len(self.experiment.class_names))
 
 
 class Checkpoint(NamedTuple):
@@ -271,8 +271,8 @@ def attack(target: Target, file: Path) -> tuple[dict[str, Any], np.ndarray]:
       file: Path of AutoAttack's progress files, without their ending.
 
     Returns:
-      {"clean" and each test: the figures of `evaluate.summarise`, title and seconds}, and the adversarial images of the
-      last test, [N, H, W, channels].
+      {"clean" and each test: `evaluate.figures_of`, title and seconds}, and the adversarial images of the last test,
+      [N, H, W, channels].
     """
     figures_of_tests, images = {}, target.images
     for test in ("clean", *target.settings.tests):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ltjax.config import parse
-from ltjax.engine.experiment import class_means_for, evaluate_split, set_up
+from ltjax.engine.experiment import class_means_for, evaluate_set, set_up
 from ltjax.engine.restore import Imported, evaluate_restored, import_weights, restored_stages
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import StageRecord
@@ -35,7 +35,7 @@ def evaluate_workdir(
     processes.on_first(lambda: open_run(workdir, config, may_be_empty=imported is not None))
     if imported is not None:
         experiment, records = imported.experiment, {"imported": _evaluate_weights(imported)}
-        summary = results.summarise(experiment, {"imported": imported.stage}, records, results.git_commit())
+        summary = results.content(experiment, {"imported": imported.stage}, records, results.git_commit())
         summary["weights"] = run.weights
     else:
         experiment, records = set_up(run, data_dir, workdir), {}
@@ -43,7 +43,7 @@ def evaluate_workdir(
             evaluation = evaluate_restored(experiment, stage, restored)
             records[stage.name] = {**restored.record, "evaluations": [evaluation]}
         stages = {name: run.stages[name] for name in records}
-        summary = results.summarise(experiment, stages, records, results.git_commit())
+        summary = results.content(experiment, stages, records, results.git_commit())
     with named_disk_errors(workdir):
         if processes.first():
             write_json(workdir / "eval.json", summary)
@@ -55,6 +55,6 @@ def _evaluate_weights(imported: Imported) -> StageRecord:
     """Evaluate imported weights, and make the record of a stage without training."""
     began, (experiment, stage, variables) = time.monotonic(), imported
     means = class_means_for(experiment, stage, variables)
-    test = evaluate_split(experiment, stage, variables, experiment.test_set, means)
+    test = evaluate_set(experiment, stage, variables, experiment.test_set, means)
     evaluations = [{"epoch": 0, "step": 0, "test": test}]
     return StageRecord(seconds=time.monotonic() - began, train_seconds=0.0, train_steps=0, evaluations=evaluations)

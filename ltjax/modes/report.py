@@ -57,7 +57,7 @@ def report_workdir(
         stages = {name: run.stages[name] for name in records}
         last = list(stages.values())[-1]
         reached = {"stage": last.title, "number": len(stages), "stages": len(run.stages)}
-        summary = results.summarise(experiment, stages, records, results.git_commit())
+        summary = results.content(experiment, stages, records, results.git_commit())
         # The command of this process is not the one that trained.
         summary |= {"command": None, "unfinished": {**reached, "epoch": round(epoch, 1), "epochs": last.epochs}}
     with named_disk_errors(workdir):

@@ -140,7 +140,7 @@ def percent(value: float | None, spread: float | None = None) -> str:
     return f"{100 * value:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
-def summarise(
+def content(
     experiment: Any, stages: Mapping[str, StageConfig], records: Mapping[str, "StageRecord"], commit: str | None
 ) -> dict[str, Any]:
     """Make the content of results.json: every stage's last epoch, and the final stage's again at the top.

@@ -31,7 +31,7 @@ def test_batches_and_padding_do_not_change_the_figures(devices, num_images, batc
     images = rng.integers(0, 256, (num_images, 4, 4, 3), dtype=np.uint8)
     labels = rng.integers(0, NUM_CLASSES, num_images)
     mesh, nets = parallel.make_mesh(jax.devices()[:devices]), {"net": Brightest()}
-    variables = stage.init_variables(nets, (4, 4, 3), jax.random.key(0))
+    variables = stage.random_variables(nets, (4, 4, 3), jax.random.key(0))
     placed = evaluate.place(images, labels, batch_size, mesh)
     outcome = evaluate.evaluator(nets, mesh)(jax.device_put(variables, parallel.replicated(mesh)), placed)
 
@@ -56,7 +56,7 @@ def test_the_network_is_applied_with_float32_products(monkeypatch):
 
     monkeypatch.setattr(evaluate.xla, "float32_products", lambda platform: jax.default_matmul_precision("float32"))
     mesh, nets = parallel.make_mesh(jax.devices()[:1]), {"net": Watched()}
-    variables = stage.init_variables(nets, (4, 4, 3), jax.random.key(0))
+    variables = stage.random_variables(nets, (4, 4, 3), jax.random.key(0))
     precisions.clear()
     images = evaluate.place(np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3, np.int32), 3, mesh)
     evaluate.evaluator(nets, mesh)(jax.device_put(variables, parallel.replicated(mesh)), images)
@@ -67,7 +67,7 @@ def test_a_summary_says_what_is_absent():
     labels = np.array([0, 0, 2])
     outcome = {"predictions": np.array([0, 1, 2]), "confidences": np.array([0.9, 0.8, 0.7]), "losses": np.ones(3)}
     groups = {"many": np.array([True, False, False]), "medium": np.array([False, True, False])}
-    summary = evaluate.summarise(outcome, labels, groups, 3)
+    summary = evaluate.figures_of(outcome, labels, groups, 3)
     assert summary["accuracy"] == {"many": 0.5, "all": pytest.approx(2 / 3)}  # no image of the medium class
     assert summary["per_class_accuracy"] == [0.5, None, 1.0]
     assert summary["num_images"] == 3
@@ -79,7 +79,7 @@ def test_the_nearest_mean_is_that_of_the_features():
     images, labels = rng.integers(0, 256, (25, 4, 4, 3), dtype=np.uint8), np.zeros(25, np.int32)
     means = rng.normal(0.5, 0.2, (NUM_CLASSES, NUM_CLASSES)).astype(np.float32)
     mesh, nets = parallel.make_mesh(), {"net": Brightest()}
-    variables = jax.device_put(stage.init_variables(nets, (4, 4, 3), jax.random.key(0)), parallel.replicated(mesh))
+    variables = jax.device_put(stage.random_variables(nets, (4, 4, 3), jax.random.key(0)), parallel.replicated(mesh))
     placed = evaluate.place(images, labels, 8, mesh)
     outcome = evaluate.evaluator(nets, mesh)(variables, placed, jnp.asarray(means))
 
@@ -95,8 +95,8 @@ def test_the_nearest_mean_is_that_of_the_features():
 def test_a_summary_has_the_nearest_means_accuracy_on_demand():
     outcome = {"predictions": np.array([0, 1]), "confidences": np.full(2, 0.9), "losses": np.ones(2)}
     groups, labels = {"many": np.array([True, False]), "few": np.array([False, True])}, np.array([0, 1])
-    assert "nearest_mean" not in evaluate.summarise(outcome, labels, groups, 2)
-    summary = evaluate.summarise({**outcome, "nearest": np.array([1, 1])}, labels, groups, 2)
+    assert "nearest_mean" not in evaluate.figures_of(outcome, labels, groups, 2)
+    summary = evaluate.figures_of({**outcome, "nearest": np.array([1, 1])}, labels, groups, 2)
     assert summary["nearest_mean"] == {"accuracy": {"many": 0.0, "few": 1.0, "all": 0.5}}
     assert summary["accuracy"] == {"many": 1.0, "few": 1.0, "all": 1.0}
 
@@ -116,7 +116,7 @@ def summaries():
         }
         for _ in range(3)
     ]
-    return [evaluate.summarise(outcome, labels, groups, 3) for outcome in outcomes], outcomes, labels
+    return [evaluate.figures_of(outcome, labels, groups, 3) for outcome in outcomes], outcomes, labels
 
 
 def test_replicas_are_summed_up_by_mean_and_sample_deviation(summaries):

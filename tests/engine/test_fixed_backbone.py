@@ -74,7 +74,7 @@ def test_training_on_features_is_training_on_images(weights, tmp_path, monkeypat
 def test_features_equal_those_of_the_network(weights, images):
     experiment = experiments.set_up(parse(frozen(weights)), None)
     whole = experiments.set_up(parse(frozen(weights)), None, features_as="images")
-    variables = experiments.initial_variables(whole, whole.config.stages["ce"])
+    variables = experiments.starting_variables(whole, whole.config.stages["ce"])
     of_images = whole.evaluators["net"](variables, whole.test_set)
     of_features = experiment.evaluators["net"](variables, experiment.test_set)
     np.testing.assert_allclose(of_features["losses"], of_images["losses"], rtol=5e-3)

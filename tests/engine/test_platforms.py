@@ -27,7 +27,7 @@ def build(monkeypatch, name, *, devices, platform=None, **changes):
     return (
         compiled,
         experiment,
-        compiled.init(experiments.seeds(run), experiments.initial_variables(experiment, run.stages["features"])),
+        compiled.init(experiments.seeds(run), experiments.starting_variables(experiment, run.stages["features"])),
     )
 
 

@@ -23,11 +23,11 @@ CIFAR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduse
 @pytest.fixture(autouse=True)
 def one_device_and_what_both_runs_share(monkeypatch):
     """Read the images once, and compute the initial weights, which are float32 in both runs, once."""
-    make_mesh, initial, made = parallel.make_mesh, experiments.initial_variables, []
+    make_mesh, initial, made = parallel.make_mesh, experiments.starting_variables, []
     monkeypatch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:1], replicas))
     monkeypatch.setattr(data, "load", functools.cache(data.load))
     monkeypatch.setattr(
-        experiments, "initial_variables", lambda *run: made[0] if made else made.append(initial(*run)) or made[0]
+        experiments, "starting_variables", lambda *run: made[0] if made else made.append(initial(*run)) or made[0]
     )
 
 

@@ -107,7 +107,7 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
 
     def start(seed):
         def initial(seed):
-            return stage.init_variables(NETS, SHAPE, stage.stage_rng(seed, 1))
+            return stage.random_variables(NETS, SHAPE, stage.stage_rng(seed, 1))
 
         sharding = parallel.state_sharding(mesh, replicas)
         variables = jax.jit(jax.vmap(initial) if replicas > 1 else initial, out_shardings=sharding)(seed)

@@ -56,7 +56,7 @@ def random_draw(source, seed, step, rng):
 def build(method, *, devices=8, groups=None, factors=None, lr=0.1, draw=random_draw, seed=2, **settings):
     """Build (compiled stage, initial state, variables it starts from)."""
     mesh, net = parallel.make_mesh(jax.devices()[:devices]), {"net": Toy()}
-    start = jax.device_put(stage.init_variables(net, (4, 4, 2), jax.random.key(0)), parallel.replicated(mesh))
+    start = jax.device_put(stage.random_variables(net, (4, 4, 2), jax.random.key(0)), parallel.replicated(mesh))
     shapes = jax.eval_shape(lambda: stages.initial(net, (4, 4, 2), method))
 
     settings = dict(bn="train", lr=lr, steps_per_epoch=4, mesh=mesh, image_shape=(4, 4, 2), **settings)

@@ -76,7 +76,7 @@ NET = models.create("resnet_cifar", 3, depth=8, width=2)
 def lowered(draw, method=None):
     """Return the StableHLO text of two steps of a stage, by default of classification."""
     mesh, nets, method = parallel.make_mesh(jax.devices()[:1]), {"net": NET}, method or erm.create(COUNTS)
-    variables = jax.eval_shape(lambda: stage.init_variables(nets, SHAPE, jax.random.key(0)))
+    variables = jax.eval_shape(lambda: stage.random_variables(nets, SHAPE, jax.random.key(0)))
     settings = dict(groups={"all": {"match": ".*", "rate": 1.0}}, lr=0.1, factors=np.ones(1), steps_per_epoch=2)
     compiled = stages.build(nets, method, draw, variables.params, mesh=mesh, image_shape=SHAPE, **settings)
     state = jax.eval_shape(compiled.init, np.uint32(0), variables)

@@ -74,7 +74,7 @@ def test_figures_are_means_that_numpy_confirms(sets, data):
     losses = np.array(data.draw(st.lists(st.floats(0, 100, width=32), min_size=size, max_size=size)), np.float32)
     groups = metrics.count_groups(np.bincount(train_labels, minlength=classes), few_below=3, many_above=8)
     outcome = {"predictions": predictions, "confidences": confidences, "losses": losses}
-    figures = evaluate.summarise(outcome, labels, groups, classes)
+    figures = evaluate.figures_of(outcome, labels, groups, classes)
     assert finite(figures) and json.loads(json.dumps(figures, allow_nan=False))
     right = predictions == labels
     assert figures["accuracy"]["all"] == np.mean(right)

@@ -62,7 +62,7 @@ def stage_and_source(net, **replicated):
 
 @functools.cache
 def fresh() -> Variables:
-    return stage.init_variables({"net": network()}, (32, 32, 3), jax.random.key(1))
+    return stage.random_variables({"net": network()}, (32, 32, 3), jax.random.key(1))
 
 
 def updates(net, num_steps, chunks):

@@ -89,7 +89,7 @@ def test_imported_weights_are_attacked(trained, weights, tmp_path):
 
 def test_training_starts_from_imported_weights(trained, weights):
     run = config.parse(quick(weights=str(weights)))
-    start = experiments.initial_variables(experiments.set_up(run, None), run.stages["ce"])
+    start = experiments.starting_variables(experiments.set_up(run, None), run.stages["ce"])
     for tree, name in ((start.params, "params"), (start.stats, "stats")):
         given = getattr(load_weights(weights).variables, name)["net"]
         jax.tree.map(np.testing.assert_array_equal, tree["net"], given)
@@ -100,7 +100,7 @@ def test_a_new_head_of_surgery_is_not_the_imported_one(weights):
     experiment = experiments.set_up(run, None)
     stage = run.stages["ce"]._replace(surgery={"name": next(iter(surgery.SURGERIES))})
     assert stage.surgery["name"] == "new_head"
-    start = experiments.initial_variables(experiment, run.stages["ce"])
+    start = experiments.starting_variables(experiment, run.stages["ce"])
     changed, _ = experiments.apply_surgery(experiment, stage, start)
     ours, theirs = (np.asarray(v.params["net"]["classifier"]["kernel"]) for v in (changed, start))
     assert not np.allclose(ours, theirs)
@@ -110,7 +110,7 @@ def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
     values = quick(**{"weights": str(weights), "weights_parts": ("backbone",), "model.logit_scale": False})
     run = config.parse(values)
     experiment = experiments.set_up(run, None)
-    start = experiments.initial_variables(experiment, run.stages["ce"])
+    start = experiments.starting_variables(experiment, run.stages["ce"])
     theirs = load_weights(weights).variables.params["net"]
     np.testing.assert_array_equal(
         start.params["net"]["backbone"]["conv"]["kernel"], theirs["backbone"]["conv"]["kernel"]
@@ -120,7 +120,7 @@ def test_a_run_of_another_network_takes_the_parts_that_fit(weights):
         UserError,
         match=r"logit_scale \(weights \(10,\), network none.*config\.weights_parts=\('backbone', 'classifier'\)",
     ):
-        experiments.initial_variables(experiment._replace(config=run._replace(weights_parts=())), run.stages["ce"])
+        experiments.starting_variables(experiment._replace(config=run._replace(weights_parts=())), run.stages["ce"])
 
 
 def test_weights_of_another_network_are_evaluated_with_their_network(trained, weights, tmp_path):

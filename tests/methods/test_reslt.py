@@ -87,7 +87,7 @@ def test_a_network_with_other_branches_is_refused(have, starts, wanted):
     method = methods.create("reslt", COUNTS, beta=0.9, medium_start=1, **starts)
 
     def loss():
-        variables = stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0))
+        variables = stage.random_variables({"net": net}, (8, 8, 3), jax.random.key(0))
         batch = Batch(jnp.zeros((2, 8, 8, 3)), jnp.zeros(2, jnp.int32))
         return method.loss(stage.make_apply({"net": net}, "train"), variables, batch, jax.random.key(0))
 
@@ -99,7 +99,7 @@ def test_a_network_with_other_branches_is_refused(have, starts, wanted):
 def test_two_branches_ignore_tail_start():
     """`tail_start` of a config for three branches may stay."""
     net = models.create("resnet_cifar", 5, depth=8, width=4, branches=2)
-    variables = stage.init_variables({"net": net}, (8, 8, 3), jax.random.key(0))
+    variables = stage.random_variables({"net": net}, (8, 8, 3), jax.random.key(0))
     batch = Batch(jax.random.uniform(jax.random.key(1), (4, 8, 8, 3)), jnp.array([0, 1, 3, 4]))
     apply, actual = stage.make_apply({"net": net}, "eval"), []
     for settings in ({}, {"tail_start": 3}):
