@@ -195,7 +195,7 @@ class StageTrainer:
         )
         self.record: StageRecord = {"seconds": 0.0, "train_seconds": 0.0, "train_steps": 0, "evaluations": []}
         self.lengths: set[int] = set()  # lengths of dispatches that this process has compiled
-        self.class_means: dict[tuple[str, ...], Any] = {}  # {layers: class means} of the current state
+        self.known_means: dict[tuple[str, ...], Any] = {}  # {layers: class means} of the current state
         self.loss: float | None = None  # mean of the last dispatch that was read
         self.read_at = 0.0  # time when it was read
         self.stopping = self.save_is_due = False
@@ -284,12 +284,12 @@ class StageTrainer:
         num_steps, began, waited = self.length(self.step), time.monotonic(), self.feed.waited
         if self.refreshes():
             layers = self.compiled.layers
-            self.state = self.compiled.refresh(self.state, None if layers is None else self.means_of(layers))
+            self.state = self.compiled.refresh(self.state, None if layers is None else self.class_means(layers))
         busy = lambda: before is not None and before.running()  # noqa: E731
         source = self.feed.take(self.step, num_steps, self.length(self.step + num_steps), busy)
         self.state, metrics = self.compiled.run(self.state, source, num_steps)
         self.step, self.unsaved = self.step + num_steps, True
-        self.class_means.clear()
+        self.known_means.clear()
         compiles = num_steps not in self.lengths
         self.lengths.add(num_steps)
         began, waited = None if compiles else began, self.feed.waited - waited
@@ -346,11 +346,11 @@ class StageTrainer:
         step_seconds = self.record["train_seconds"] / self.record["train_steps"]
         return step_seconds, step_seconds * (self.compiled.num_steps - step)
 
-    def means_of(self, layers: tuple[str, ...] = ()) -> Any:
-        """Compute the class means of the training images' features, once for each state."""
-        if layers not in self.class_means:
-            self.class_means[layers] = self.experiment.class_means(self.state.variables, layers, self.check_stop)
-        return self.class_means[layers]
+    def class_means(self, layers: tuple[str, ...] = ()) -> Any:
+        """Compute the class means of the current state, once."""
+        if layers not in self.known_means:
+            self.known_means[layers] = self.experiment.class_means(self.state.variables, layers, self.check_stop)
+        return self.known_means[layers]
 
     def evaluation_due(self) -> bool:
         """Return whether the current state has to be evaluated, and was not."""
@@ -363,13 +363,12 @@ class StageTrainer:
         """Evaluate the current state. Add the figures to the record and the log, and print them."""
         experiment, stage, epoch = self.experiment, self.stage, self.step // self.compiled.steps_per_epoch
         shares_means = stage.nearest_mean and not stage.ema  # with `refresh`, whose means are not of the average
-        means = self.means_of() if shares_means else class_means_for(experiment, stage, self.state.variables)
+        variables = self.state.variables
+        means = self.class_means() if shares_means else class_means_for(experiment, stage, variables, self.check_stop)
         evaluation: dict[str, Any] = {"epoch": epoch, "step": self.step}
         for split, images in (("holdout", experiment.holdout_set), ("test", experiment.test_set)):
             if images is not None:
-                evaluation[split] = evaluate_set(
-                    experiment, stage, self.state.variables, images, means, self.check_stop
-                )
+                evaluation[split] = evaluate_set(experiment, stage, variables, images, means, self.check_stop)
         for split in ("holdout", "test"):  # only now, so that a signal cannot separate the two
             if split in evaluation:
                 self.log.write(stage.name, epoch, self.step, split, _brief(evaluation[split]))

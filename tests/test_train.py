@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ltjax import config, data, methods, train
-from ltjax.engine import evaluate, feed, stage
+from ltjax.engine import class_means, evaluate, feed
 from ltjax.engine import experiment as experiments
 from ltjax.runs import checkpoint
 from ltjax.system import parallel
@@ -227,12 +227,22 @@ def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
     assert calls == [()] * (1 + EPOCHS)
 
 
+def test_the_class_means_of_an_evaluation_stop_after_a_signal():
+    def interrupted():
+        raise Interrupted(signal.SIGTERM)
+
+    run = config.parse(small())
+    experiment, stage = experiments.set_up(run, None), run.stages["dro"]
+    with pytest.raises(Interrupted):
+        experiments.class_means_for(experiment, stage, experiments.fresh_variables(experiment, stage), interrupted)
+
+
 def test_class_means_use_the_batch_size_of_evaluation(monkeypatch):
     """`config.eval_batch_size`, adjusted by `shared_batch`."""
     run, asked, taken = config.parse(small(eval_batch_size=24)), [], []
     monkeypatch.setattr(evaluate, "shared_batch", lambda size, *_: asked.append(size) or 20)
-    feature_means = stage.feature_means
-    monkeypatch.setattr(stage, "feature_means", lambda *args: taken.append(args[-1]) or feature_means(*args))
+    of_resident = class_means.of_resident
+    monkeypatch.setattr(class_means, "of_resident", lambda *args: taken.append(args[-1]) or of_resident(*args))
     experiment = experiments.set_up(run, None)
     experiment.class_means(experiments.fresh_variables(experiment, run.stages["dro"]))
     assert set(asked) == {24} and taken == [20]

@@ -16,7 +16,7 @@ from ltjax import data, methods, metrics, models, optim, surgery
 from ltjax.config import DataConfig, RunConfig, StageConfig
 from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
-from ltjax.engine import evaluate, feed, fixed_backbone
+from ltjax.engine import class_means, evaluate, feed, fixed_backbone
 from ltjax.engine.stage import (
     Chunk,
     CompiledStage,
@@ -50,11 +50,12 @@ class Experiment(NamedTuple):
     shapes: Variables  # shapes of the networks' variables, without an axis of replicas
     outputs: Outputs  # shapes of the network's outputs for one image
     initialise: Callable[..., Variables]  # (seed, number of a stage) -> random variables on the devices
-    train_data: Any  # stage.Resident, or evaluate.StoredSet if the images stay on disk
+    # stage.Resident, what training draws from; or evaluate.StoredSet, images on disk, for class means only
+    train_data: Any
     test_set: evaluate.EvaluationSet | evaluate.StoredSet
     holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
     evaluators: dict[str, Callable[..., dict[str, np.ndarray]]]  # {network: see `evaluate.evaluator`}
-    class_means: Callable[..., Any]  # see `feed.class_means`
+    class_means: Callable[..., Any]  # see `class_means.make`
 
     @property
     def streamed(self) -> bool:
@@ -161,7 +162,7 @@ def set_up(
         test_set=image_sets.test,
         holdout_set=image_sets.holdout,
         evaluators={name: evaluate.evaluator(nets, mesh, replicas=run.replicas, net=name) for name in nets},
-        class_means=feed.class_means(
+        class_means=class_means.make(
             apply, image_sets.train, mesh, replicas=run.replicas, batch_size=run.eval_batch_size
         ),
     )
@@ -339,7 +340,7 @@ def open_feed(experiment: Experiment, stage: StageConfig, num_steps: int) -> fee
     """Open a stage's batches: all images if the devices hold them, else a stream. The caller closes it."""
     if not experiment.streamed or isinstance(experiment.data, Images):
         return feed.Feed(experiment.train_data)
-    return feed.streamed(experiment.config, experiment.data, experiment.split, experiment.mesh, stage, num_steps)
+    return feed.training_stream(experiment.config, experiment.data, experiment.split, experiment.mesh, stage, num_steps)
 
 
 # Variables.
@@ -407,9 +408,15 @@ def apply_surgery(experiment: Experiment, stage: StageConfig, variables: Variabl
 # Evaluation.
 
 
-def class_means_for(experiment: Experiment, stage: StageConfig, variables: Variables) -> jax.Array | None:
-    """Compute the class means of the training images' features; None if the stage's evaluation does not need them."""
-    return experiment.class_means(surgery.with_ema(variables)) if stage.nearest_mean else None
+def class_means_for(
+    experiment: Experiment, stage: StageConfig, variables: Variables, check_stop: Callable[[], None] = lambda: None
+) -> jax.Array | None:
+    """Compute the class means that a stage's evaluation needs; None if it needs none.
+
+    Args:
+      check_stop: Called before each dispatch; may raise to stop.
+    """
+    return experiment.class_means(surgery.with_ema(variables), (), check_stop) if stage.nearest_mean else None
 
 
 def evaluate_set(

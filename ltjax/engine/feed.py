@@ -5,18 +5,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ltjax.config import RunConfig, StageConfig
 from ltjax.data import samplers, splits
 from ltjax.data.source import ImageFiles, Images, Stored
-from ltjax.engine import evaluate, stage
-from ltjax.system import parallel, xla
-from ltjax.system.hashing import hash32
+from ltjax.engine import evaluate
+from ltjax.engine import stage as stages
+from ltjax.system import parallel
 from ltjax.system.paths import local
-from ltjax.types import Apply, UserError, Variables
+from ltjax.types import UserError
 
 DISPATCH_STEPS = 4  # batches that go to the devices together
 
@@ -30,7 +29,7 @@ class ImageSets(NamedTuple):
     """Training, test and held-out images, on the devices or ready to be streamed."""
 
     shape: tuple[int, ...]  # [H, W, channels]
-    train: stage.Resident | evaluate.StoredSet  # a StoredSet: in order, cropped as for evaluation
+    train: stages.Resident | evaluate.StoredSet  # a StoredSet: in order, cropped as for evaluation
     test: evaluate.EvaluationSet | evaluate.StoredSet
     holdout: evaluate.EvaluationSet | evaluate.StoredSet | None
 
@@ -45,7 +44,7 @@ def resident(run: RunConfig, images: Images, split: splits.Split, mesh: Mesh) ->
             "data that was packed for another config.data; prepare all of it"
         )
     everywhere, holdout = parallel.replicated(mesh), None
-    train = stage.Resident(
+    train = stages.Resident(
         parallel.put(images.train_images[split.train], everywhere),
         parallel.put(images.train_labels[split.train].astype(np.int32), everywhere),
     )
@@ -125,56 +124,6 @@ def picture_name(run: RunConfig, data: Images | Stored, index: int) -> str:
     return data.test_files.name(index).removeprefix(root)
 
 
-def class_means(
-    apply: Apply, images: stage.Resident | evaluate.StoredSet, mesh: Mesh, *, replicas: int = 1, batch_size: int = 500
-) -> Callable[..., Any]:
-    """Make the function that computes class means of training images' features.
-
-    Args:
-      batch_size: Approximate images at a time, over all devices, if they are on the devices. See
-        `evaluate.shared_batch`.
-
-    Returns:
-      `(variables, layers=(), check_stop=...) -> means`, see `stage.means_of`. `check_stop` is called before each
-      dispatch, and may raise to stop.
-    """
-    if isinstance(images, stage.Resident):
-        size = evaluate.shared_batch(batch_size, images.labels.shape[0], mesh)
-
-        def resident_means(layers: tuple[str, ...], variables: Variables, source: stage.Resident) -> Any:
-            def of_replica(variables: Variables, source: stage.Resident) -> Any:
-                return stage.feature_means(apply, variables, source, mesh, layers, size)
-
-            return parallel.over_replicas(of_replica, replicas=replicas, mesh=mesh)(variables, source)
-
-        compiled = xla.jit(resident_means, static_argnums=0)
-
-        def means(
-            variables: Variables, layers: tuple[str, ...] = (), check_stop: Callable[[], None] = lambda: None
-        ) -> Any:
-            check_stop()
-            return compiled(layers, variables, images)
-
-        return means
-
-    @partial(xla.jit, static_argnums=0, out_shardings=parallel.replicated(mesh))
-    def sums(layers: tuple[str, ...], variables: Variables, pixels: jax.Array, labels: jax.Array) -> stage.FeatureSums:
-        return stage.feature_sums(apply, variables, pixels[0], labels[0], layers)
-
-    def streamed_means(
-        variables: Variables, layers: tuple[str, ...] = (), check_stop: Callable[[], None] = lambda: None
-    ) -> Any:
-        variables, total = variables._replace(arrays={}), None
-        for batch in images.parts():
-            check_stop()
-            of_batch = sums(layers, variables, *batch)
-            total = of_batch if total is None else jax.tree.map(jax.numpy.add, total, of_batch)
-            jax.block_until_ready(total)
-        return stage.means_of(total or {}, layers)
-
-    return streamed_means
-
-
 class Feed:
     """The source of a stage's batches: images on the devices, or a stream from disk."""
 
@@ -188,7 +137,7 @@ class Feed:
 
     def take(
         self, step: int, num_steps: int, next_steps: int, busy: Callable[[], bool] = lambda: False
-    ) -> stage.Resident | stage.Chunk:
+    ) -> stages.Resident | stages.Chunk:
         """Return the source of the next dispatch's batches.
 
         Args:
@@ -198,7 +147,7 @@ class Feed:
         if self._stream is None or self._mesh is None:
             return self._resident
         images, labels = self._stream.take(step, num_steps, next_steps, busy)
-        return stage.Chunk(parallel.put(np.int32(step), parallel.replicated(self._mesh)), images, labels)
+        return stages.Chunk(parallel.put(np.int32(step), parallel.replicated(self._mesh)), images, labels)
 
     def __enter__(self) -> "Feed":
         return self
@@ -208,8 +157,8 @@ class Feed:
             self._stream.close()
 
 
-def streamed(
-    run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh, config: StageConfig, num_steps: int
+def training_stream(
+    run: RunConfig, data: Stored, split: splits.Split, mesh: Mesh, stage: StageConfig, num_steps: int
 ) -> Feed:
     """Open the stream of a stage: random windows of training images, `num_steps` batches."""
     from ltjax.data import pipeline
@@ -218,8 +167,8 @@ def streamed(
         data,
         split.train,
         split.class_counts,
-        samplers.create(**config.sampler),
-        hash32(np.uint32(run.seed), np.uint32(config.number)),
+        samplers.create(**stage.sampler),
+        stages.sampler_seed(np.uint32(run.seed), stage.number),
         batch_size=run.batch_size,
         num_steps=num_steps,
         view=_view(run),

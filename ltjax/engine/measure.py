@@ -8,7 +8,7 @@ import numpy as np
 
 from ltjax import metrics, surgery
 from ltjax.config import StageConfig
-from ltjax.engine import evaluate, feed
+from ltjax.engine import class_means, evaluate, feed
 from ltjax.engine import stage as stages
 from ltjax.engine.experiment import Experiment
 from ltjax.types import Method, Variables
@@ -27,7 +27,7 @@ class Observer:
             run, mesh = experiment.config, experiment.mesh
             most = max(LEAST_SAMPLED, SAMPLED // len(experiment.class_names))
             some = feed.some_of_each_class(run, experiment.data, experiment.split, mesh, most)
-            self._means = feed.class_means(stages.make_apply(experiment.nets, "eval"), some, mesh)
+            self._means = class_means.make(stages.make_apply(experiment.nets, "eval"), some, mesh)
 
     def observe(self, stage: StageConfig, variables: Variables) -> list[dict[str, np.ndarray]]:
         """Evaluate the test images, for each replica.

@@ -22,9 +22,8 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from ltjax import losses, optim
+from ltjax import optim
 from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
-from ltjax.data.augment import as_float
 from ltjax.surgery import EMA
 from ltjax.system import parallel, registry, xla
 from ltjax.system.hashing import hash32, is_local
@@ -114,6 +113,11 @@ def stage_rng(seed: Any, number: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
+def sampler_seed(seed: Any, number: int) -> Any:
+    """Return the seed of the sampler of stage `number`, uint32. seed: uint32, the run's."""
+    return hash32(seed, np.uint32(number))
+
+
 def resident_draw(
     sampler: Callable,
     augment: Callable,
@@ -157,52 +161,6 @@ def streamed_draw(augment: Callable, mesh: Mesh) -> Callable[[Chunk, Any, jax.Ar
     return draw
 
 
-# {layer: (sum of its features over each class [C, D_l], number of images [C])}
-FeatureSums = dict[str, tuple[jax.Array, jax.Array]]
-
-
-def feature_sums(
-    apply: Apply, variables: Variables, images: jax.Array, labels: jax.Array, layers: tuple[str, ...] = ()
-) -> FeatureSums:
-    """Sum features over each class, in evaluation mode.
-
-    Args:
-      images: uint8 [B, H, W, channels].
-      labels: [B]; images with -1 do not count.
-    """
-    outputs, _ = apply(variables, as_float(images), bn="eval")
-    num_classes = outputs.logits.shape[-1]
-    features_of = {name: outputs.layers[name] for name in layers} or {"features": outputs.features}
-    class_means = {name: losses.class_means(features, labels, num_classes) for name, features in features_of.items()}
-    return {name: (means * counts[:, None], counts) for name, (means, counts) in class_means.items()}
-
-
-def means_of(sums: FeatureSums, layers: tuple[str, ...] = ()) -> jax.Array | dict[str, jax.Array]:
-    """Divide sums by counts: class means [C, D] of `Outputs.features`, or {layer: [C, D_l]} of the named layers."""
-    means = {name: total / jnp.maximum(counts, 1)[:, None] for name, (total, counts) in sums.items()}
-    return means if layers else means["features"]
-
-
-def feature_means(
-    apply: Apply, variables: Variables, source: Resident, mesh: Mesh, layers: tuple[str, ...], batch_size: int
-) -> jax.Array | dict[str, jax.Array]:
-    """Compute `means_of` training images on the devices. batch_size: images at a time, over all devices."""
-    size = source.labels.shape[0]
-
-    def of_batch(start):
-        index = parallel.split(start + jnp.arange(batch_size), mesh)
-        clipped = jnp.minimum(index, size - 1)
-        labels = jnp.where(index < size, source.labels[clipped], -1)
-        return feature_sums(apply, variables, source.images[clipped], labels, layers)
-
-    def add(sums, start):
-        return jax.tree.map(jnp.add, sums, of_batch(start)), None
-
-    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_batch, 0))
-    sums, _ = jax.lax.scan(add, zero, jnp.arange(0, size, batch_size))  # stacked sums would be [batches, C, D]
-    return means_of(sums, layers)
-
-
 def build(
     nets: Mapping[str, nn.Module],
     method: Method,
@@ -223,8 +181,8 @@ def build(
     Args:
       draw: Makes the batches, see `resident_draw` and `streamed_draw`.
       params: All parameters, arrays or their shapes; only their paths matter.
-      stage: The stage's groups, batch_norm, lr, optimizer and number are used. A frozen group (rate 0) has no backward
-        pass. batch_norm "train" with a frozen backbone is shifted batch norm.
+      stage: The stage's groups, batch_norm, lr, optimizer, ema, sam, evaluate_net, number and name are used. A frozen
+        group (rate 0) has no backward pass. batch_norm "train" with a frozen backbone is shifted batch norm.
       run: The run's replicas, replicate, accumulate and gpu_graphs are used. With `accumulate`, loss and gradient are
         means over the parts of a batch, and batch norm normalises each part by its own statistics.
       factors: Factors on the learning rate in each epoch, [epochs]. Nothing trains if there are no epochs.
@@ -345,9 +303,8 @@ class _Step(NamedTuple):
         if missing := [name for name in layers if name not in (outputs.layers or {})]:
             known = ", ".join(outputs.layers or {}) or "none"
             raise UserError(f"the method needs the features of layer {missing[0]!r}; the model's layers: {known}")
-        labels = jnp.zeros(1, jnp.int32)
-        means = jax.eval_shape(lambda: means_of(feature_sums(self.apply, variables, image, labels, layers), layers))
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), means)
+        zeros = lambda features: jnp.zeros((outputs.logits.shape[-1], features.shape[-1]), jnp.float32)  # noqa: E731
+        return {name: zeros(outputs.layers[name]) for name in layers} if layers else zeros(outputs.features)
 
     def refresh(self, state: TrainState, means: Any) -> TrainState:
         assert self.method.refresh is not None
@@ -357,7 +314,7 @@ class _Step(NamedTuple):
     def __call__(self, state: TrainState, source: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(stage_rng(state.seed, self.number), state.step)
         draw_rng, loss_rng = jax.random.split(rng)
-        batch = self.draw(source, hash32(state.seed, np.uint32(self.number)), state.step, draw_rng)
+        batch = self.draw(source, sampler_seed(state.seed, self.number), state.step, draw_rng)
         if self.method.progress:
             batch = batch._replace(progress=state.step.astype(jnp.float32) / self.num_steps)
         flat = optim.flatten(state.variables.params)

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from ltjax import compare, config, data, methods, train
 from ltjax.data import augment, samplers
-from ltjax.engine import evaluate, feed, stage
+from ltjax.engine import class_means, evaluate, stage
 from ltjax.engine import experiment as experiments
 from ltjax.models.layers import BatchNorm, Conv, pool
 from ltjax.modes.evaluate import evaluate_workdir
@@ -119,7 +119,7 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
 def trained(compiled, state, source):
     if compiled.refresh is not None:
         apply, mesh = stage.make_apply(NETS, "eval"), source.images.sharding.mesh
-        means = feed.class_means(apply, source, mesh, replicas=state.step.size)
+        means = class_means.make(apply, source, mesh, replicas=state.step.size)
         state = compiled.refresh(state, means(state.variables, compiled.layers))
     return jax.tree.map(np.asarray, compiled.run(state, source, STEPS))
 

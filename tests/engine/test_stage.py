@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from ltjax.data import augment, samplers
-from ltjax.engine import feed, stage
+from ltjax.engine import class_means, stage
 from ltjax.system import parallel
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
 from tests import stages
@@ -69,7 +69,7 @@ def build(method, *, devices=8, groups=None, factors=None, lr=0.1, draw=random_d
 def test_refresh_gets_the_mean_feature_of_each_class(source, devices):
     compiled, state, _ = build(toy_method(lambda arrays, means: {"centroids": means}), devices=devices)
     mesh = parallel.make_mesh(jax.devices()[:devices])
-    means = feed.class_means(stage.make_apply({"net": Toy()}, "eval"), source, mesh, batch_size=40)
+    means = class_means.make(stage.make_apply({"net": Toy()}, "eval"), source, mesh, batch_size=40)
     state = compiled.refresh(state, means(state.variables))
     features = np.asarray(source.images, np.float64).mean((1, 2)) / 255
     expected = [features[np.asarray(source.labels) == c].mean(0) for c in range(3)]
@@ -88,7 +88,7 @@ def test_class_means_take_no_memory_for_each_batch():
         size = 4 * batches
         images = jax.ShapeDtypeStruct((size, 4, 4, 2), jnp.uint8)
         resident = stage.Resident(images, jax.ShapeDtypeStruct((size,), jnp.int32))
-        means = jax.jit(lambda source: stage.feature_means(apply, None, source, mesh, (), 4))
+        means = jax.jit(lambda source: class_means.of_resident(apply, None, source, mesh, (), 4))
         return means.lower(resident).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(200) < 1.5 * temporaries(2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ltjax import losses, methods, models
-from ltjax.engine import feed, stage
+from ltjax.engine import class_means, stage
 from ltjax.system import parallel
 from ltjax.types import Batch, Outputs, UserError, Variables
 from tests import stages
@@ -166,7 +166,7 @@ def trained():
         image_shape=(8, 8, 3),
     )
     state = compiled.init(np.uint32(0), jax.device_put(variables, parallel.replicated(mesh)))
-    means = feed.class_means(stage.make_apply({"net": net}, "eval"), source, mesh)
+    means = class_means.make(stage.make_apply({"net": net}, "eval"), source, mesh)
 
     def refreshed(state):
         return compiled.refresh(state, means(state.variables, compiled.layers))
