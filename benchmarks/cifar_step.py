@@ -53,6 +53,7 @@ from ltjax import train
 from ltjax.config import RunConfig, parse
 from ltjax.data.source import Images
 from ltjax.engine import experiment as experiments
+from ltjax.engine import feed
 from ltjax.engine.stage import CompiledStage, Resident, TrainState
 from ltjax.system import devices, xla
 
@@ -217,7 +218,7 @@ def measure(config, data_dir: Path, *, repeats: int, with_flops: bool) -> dict[s
     for name, stage in run.stages.items():
         if with_flops:
             operations[name] = flops.by_xla(experiment, stage)
-        steps = train.chunk_length(compiled[name].steps_per_epoch, run.dispatch_steps)
+        steps = feed.dispatch_length(compiled[name].steps_per_epoch, run.dispatch_steps)
         state = compiled[name].init(experiments.seeds(run), experiments.starting_variables(experiment, stage))
         seconds[name] = time_steps(compiled[name], state, experiment.train_data, steps, repeats)
     variables = experiments.starting_variables(experiment, next(iter(run.stages.values())))
@@ -268,7 +269,7 @@ def ltjax_turns(config, data_dir: Path) -> tuple[dict[str, Callable[[], float]],
     experiment, compiled = experiments.set_up_with_stages(run, data_dir)
     states, steps = {}, {}
     for name, stage in run.stages.items():
-        steps[name] = train.chunk_length(compiled[name].steps_per_epoch, run.dispatch_steps)
+        steps[name] = feed.dispatch_length(compiled[name].steps_per_epoch, run.dispatch_steps)
         states[name] = compiled[name].init(experiments.seeds(run), experiments.starting_variables(experiment, stage))
     variables = experiments.starting_variables(experiment, next(iter(run.stages.values())))
 

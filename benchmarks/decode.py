@@ -197,7 +197,7 @@ def stream_plan(files: Any, batch_size: int) -> pipeline.Plan:
 
 def stream_rates(content: bytes, batch_size: int, images: int) -> tuple[float, float]:
     """Measure `pipeline_rates` for about `images` images of the same content, in chunks as in training."""
-    steps, plan = feed.DISPATCH_STEPS, stream_plan(Held([content]), batch_size)
+    steps, plan = feed.MOST_STREAMED_STEPS, stream_plan(Held([content]), batch_size)
     chunks = max(2, images // (batch_size * steps))
     with pipeline.Stream(plan, parallel.split_batch(parallel.make_mesh(jax.devices()[:1]), axis=1)) as stream:
         jax.block_until_ready(stream.take(0, steps, 0))

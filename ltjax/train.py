@@ -26,13 +26,13 @@ from ltjax.engine.experiment import (
     set_up_with_stages,
     starting_variables,
 )
-from ltjax.engine.feed import DISPATCH_STEPS
+from ltjax.engine.feed import dispatch_length
 from ltjax.engine.restore import state_shapes
 from ltjax.engine.stage import CompiledStage, TrainState, all_finite, kept_optimizer, steps_done
 from ltjax.modes import report
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import Checkpoints, StageRecord, cannot_save, complete_steps
-from ltjax.runs.workdir import locked, named_disk_errors, open_workdir
+from ltjax.runs.workdir import locked, named_disk_errors, prepare_workdir
 from ltjax.system import processes
 from ltjax.system.files import holding, read_json, write_json
 from ltjax.system.paths import local
@@ -58,7 +58,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
     first, workdir = processes.first(), local(workdir)
     console = logs.make_console(quiet=not first)
     run = parse(config)
-    processes.on_first(lambda: open_workdir(workdir, config))
+    processes.on_first(lambda: prepare_workdir(workdir, config))
     with locked(workdir) if first else nullcontext(), named_disk_errors(workdir):
         if processes.on_first((workdir / "results.json").exists):
             finished = read_json(workdir / "results.json")
@@ -72,7 +72,7 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
         # Find all mistakes that can be found before the first step.
         commit = results.git_commit()
         experiment, compiled = set_up_with_stages(run, data_dir, workdir)
-        _describe(experiment, compiled, config, workdir, console)
+        write_start(experiment, compiled, config, workdir, console)
 
         # Train the stages one after the other, each from its newest checkpoint.
         states: dict[str, TrainState] = {}
@@ -100,14 +100,14 @@ def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path |
         return summary
 
 
-def _describe(
+def write_start(
     experiment: Experiment,
     compiled: Mapping[str, CompiledStage],
     config: Mapping[str, Any],
     workdir: Path,
     console: Console,
 ) -> None:
-    """Write and print the run's config, split and parameters."""
+    """Write the run's config, split and parameters, and print what is trained. Only the first process does."""
     if processes.first():
         write_json(workdir / "config.json", config)
         if not (workdir / "split.json").exists():  # later, other images are refused
@@ -186,7 +186,7 @@ class StageTrainer:
         self.experiment, self.stage, self.compiled, self.checkpoints = experiment, stage, compiled, checkpoints
         self.log, self.console, self.stop, self.check_stop = log, console, stop, partial(stop_if_asked, stop)
         self.run_config = experiment.config
-        self.chunk = chunk_length(
+        self.most_steps = dispatch_length(
             compiled.steps_per_epoch,
             self.run_config.dispatch_steps,
             self.run_config.replicas,
@@ -222,7 +222,7 @@ class StageTrainer:
         experiment, stage = self.experiment, self.stage
         if before is None:
             variables = starting_variables(experiment, stage)
-        else:  # an average continues with the optimizer; otherwise it starts at the stage's variables
+        else:  # with keep_optimizer net and average go on; else the stage starts from the average and begins a new one
             variables = before.variables if stage.keep_optimizer else surgery.with_ema(before.variables)
         if stage.surgery:
             variables, self.record["surgery"] = apply_surgery(experiment, stage, variables)
@@ -267,7 +267,7 @@ class StageTrainer:
     def length(self, step: int) -> int:
         """Return the number of steps of the dispatch that begins at a step. It ends with the epoch at the latest."""
         per_epoch = self.compiled.steps_per_epoch
-        return min(self.chunk, per_epoch - step % per_epoch, self.compiled.num_steps - step)
+        return min(self.most_steps, per_epoch - step % per_epoch, self.compiled.num_steps - step)
 
     def refreshes(self) -> bool:
         return self.compiled.refresh is not None and self.step % self.compiled.steps_per_epoch == 0
@@ -371,9 +371,8 @@ class StageTrainer:
                 evaluation[split] = evaluate_set(experiment, stage, variables, images, means, self.check_stop)
         for split in ("holdout", "test"):  # only now, so that a signal cannot separate the two
             if split in evaluation:
-                self.log.write(stage.name, epoch, self.step, split, _brief(evaluation[split]))
-        earlier = [{key: _brief(part) for key, part in each.items()} for each in self.record["evaluations"]]
-        self.record["evaluations"] = [*earlier, evaluation]
+                self.log.write(stage.name, epoch, self.step, split, results.of_epoch(evaluation[split]))
+        self.record["evaluations"] = [*map(results.of_epoch, self.record["evaluations"]), evaluation]
         self.unsaved = True
         self.bar.say(self.epoch_line(epoch, evaluation["test"]))
 
@@ -406,29 +405,6 @@ class StageTrainer:
         self.unsaved, self.saved_at, self.save_is_due = False, time.monotonic(), False
 
 
-def chunk_length(
-    steps_per_epoch: int, asked: int, replicas: int = 1, *, streamed: bool = False, attacks: bool = False
-) -> int:
-    """Choose the number of steps in a dispatch.
-
-    It is at most 100 on accelerators and 16 on a CPU, divided by the number of replicas; a fifth of that if each step
-    attacks its images; at most 4 if batches are streamed, because they take memory. After a signal, up to two
-    dispatches have to finish (see `runs_ahead`).
-
-    Prefer a divisor of the epoch, so that one compiled function serves all dispatches. If all divisors are much
-    smaller, divide the epoch into nearly equal parts, of which the last is shorter.
-
-    Args:
-      asked: `config.dispatch_steps`; 0: choose.
-    """
-    usual = 16 if jax.default_backend() == "cpu" else 100
-    usual = max(1, usual // (replicas * (5 if attacks else 1)))
-    most = min(asked or (min(usual, DISPATCH_STEPS) if streamed else usual), steps_per_epoch)
-    divisor = max(n for n in range(1, most + 1) if steps_per_epoch % n == 0)
-    parts = -(-steps_per_epoch // most)
-    return divisor if 2 * divisor >= most else -(-steps_per_epoch // parts)
-
-
 def evaluation_follows(epoch: int, epochs: int, every: int) -> bool:
     """Return whether an evaluation follows an epoch, counted from 1. every: `config.eval_every`."""
     if every == 0:
@@ -447,13 +423,3 @@ def runs_ahead() -> bool:
 def last_evaluated(record: StageRecord) -> int:
     """Return the step of a stage's last evaluation; -1 if there is none."""
     return record["evaluations"][-1]["step"] if record["evaluations"] else -1
-
-
-def _brief(part: Any) -> Any:
-    """Drop the per-class figures of an evaluation; only those of the last one are used."""
-    if isinstance(part, list):
-        return [_brief(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    keys = ("seed", "accuracy", "ece", "loss", "nearest_mean", "std", "replicas")
-    return {key: _brief(value) if key == "replicas" else value for key, value in part.items() if key in keys}

@@ -3,7 +3,7 @@
 import pytest
 
 from ltjax import config
-from ltjax.runs.workdir import open_workdir
+from ltjax.runs.workdir import prepare_workdir
 from ltjax.system.files import write_json
 from ltjax.types import UserError
 
@@ -287,9 +287,9 @@ def test_a_key_that_an_older_config_lacks_has_its_default(tmp_path):
     """Check that a run resumes after an update of ltjax that added keys."""
     write_json(tmp_path / "config.json", small())
     newer = {**changed_stage(optimizer={"momentum": 0.9}, schedule={"kind": "constant"}), "accumulate": 1}
-    open_workdir(tmp_path, newer)
+    prepare_workdir(tmp_path, newer)
     with pytest.raises(UserError, match=r"another config \(accumulate: 1 -> 2\)"):
-        open_workdir(tmp_path, {**newer, "accumulate": 2})
+        prepare_workdir(tmp_path, {**newer, "accumulate": 2})
 
 
 # A folder holds one run; its attack settings may change.
@@ -298,12 +298,12 @@ def test_a_key_that_an_older_config_lacks_has_its_default(tmp_path):
 @pytest.mark.parametrize("attack", [{"epsilon": "4/255"}, {"num_images": 10, "tests": ("pgd-20",)}, None])
 def test_attack_settings_of_a_trained_run_may_change(tmp_path, attack):
     write_json(tmp_path / "config.json", small(attack={"epsilon": "0.031"}))
-    open_workdir(tmp_path, small(attack=attack))
+    prepare_workdir(tmp_path, small(attack=attack))
 
 
 def test_a_run_without_attack_settings_may_be_attacked(tmp_path):
     write_json(tmp_path / "config.json", small())
-    open_workdir(tmp_path, small(attack={"epsilon": "4/255"}))
+    prepare_workdir(tmp_path, small(attack={"epsilon": "4/255"}))
 
 
 @pytest.mark.parametrize(
@@ -341,13 +341,13 @@ def test_invalid_class_weights_are_refused(asked):
 
 def test_the_same_class_weights_written_differently_are_the_same_run(tmp_path):
     write_json(tmp_path / "config.json", small(class_weights="{'cat': 2, 'owl': 3}"))
-    open_workdir(tmp_path, small(class_weights={"owl": 3.0, "cat": 2.0}))
+    prepare_workdir(tmp_path, small(class_weights={"owl": 3.0, "cat": 2.0}))
     with pytest.raises(UserError, match=r"another config \(class_weights.owl: 3.0 -> 4.0\)"):
-        open_workdir(tmp_path, small(class_weights="{'cat': 2, 'owl': 4}"))
+        prepare_workdir(tmp_path, small(class_weights="{'cat': 2, 'owl': 4}"))
 
 
 def test_another_run_is_refused(tmp_path):
     write_json(tmp_path / "config.json", small(attack={"epsilon": "0.031"}))
     with pytest.raises(UserError) as raised:
-        open_workdir(tmp_path, small(attack={"epsilon": "4/255"}, seed=1))
+        prepare_workdir(tmp_path, small(attack={"epsilon": "4/255"}, seed=1))
     assert "another config (seed: 0 -> 1)" in str(raised.value)

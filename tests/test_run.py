@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ltjax import train
+from ltjax.engine import feed
 from ltjax.runs import workdir
 from ltjax.types import UserError
 from tests.conftest import CACHE
@@ -420,8 +421,8 @@ def test_unreadable_checkpoints_stop_the_run(finished, tmp_path):
     ("steps_per_epoch", "asked", "expected"),
     [(85, 16, 15), (97, 16, 14), (98, 16, 14), (39, 16, 13), (7, 50, 7), (5, 1, 1)],
 )
-def test_chunk_lengths_are_close_to_dispatch_steps(steps_per_epoch, asked, expected):
-    assert train.chunk_length(steps_per_epoch, asked) == expected
+def test_lengths_of_dispatches_are_close_to_dispatch_steps(steps_per_epoch, asked, expected):
+    assert feed.dispatch_length(steps_per_epoch, asked) == expected
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):

@@ -96,7 +96,7 @@ def test_a_dispatch_is_short_enough_to_be_stopped(monkeypatch, backend, most, mo
     for steps in (7, 85, 97, 352, 391, 10_009):
         for attacks, limit in ((False, most), (True, most_attacked)):
             plain, several, streamed = (
-                train.chunk_length(steps, 0, attacks=attacks, **how)
+                feed.dispatch_length(steps, 0, attacks=attacks, **how)
                 for how in ({}, {"replicas": 4}, {"streamed": True})
             )
             assert min(steps, limit) // 2 <= plain <= min(steps, limit)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,7 +18,7 @@ from ltjax.system import parallel
 from ltjax.system.paths import local
 from ltjax.types import UserError
 
-DISPATCH_STEPS = 4  # batches that go to the devices together
+MOST_STREAMED_STEPS = 4  # in a dispatch whose batches are streamed, unless config.dispatch_steps says more
 
 
 def image_shape(run: RunConfig, data: Images | Stored) -> tuple[int, ...]:
@@ -122,6 +123,29 @@ def picture_name(run: RunConfig, data: Images | Stored, index: int) -> str:
         return f"test image {index}"
     root = f"{local(run.data.root)}/" if run.data.root else ""
     return data.test_files.name(index).removeprefix(root)
+
+
+def dispatch_length(
+    steps_per_epoch: int, asked: int, replicas: int = 1, *, streamed: bool = False, attacks: bool = False
+) -> int:
+    """Choose the number of steps in a dispatch.
+
+    It is at most 100 on accelerators and 16 on a CPU, divided by the number of replicas; a fifth of that if each step
+    attacks its images; at most 4 if batches are streamed, because they take memory. After a signal, up to two
+    dispatches have to finish (see `ltjax.train.runs_ahead`).
+
+    Prefer a divisor of the epoch, so that one compiled function serves all dispatches. If all divisors are much
+    smaller, divide the epoch into nearly equal parts, of which the last is shorter.
+
+    Args:
+      asked: `config.dispatch_steps`; 0: choose.
+    """
+    usual = 16 if jax.default_backend() == "cpu" else 100
+    usual = max(1, usual // (replicas * (5 if attacks else 1)))
+    most = min(asked or (min(usual, MOST_STREAMED_STEPS) if streamed else usual), steps_per_epoch)
+    divisor = max(n for n in range(1, most + 1) if steps_per_epoch % n == 0)
+    parts = -(-steps_per_epoch // most)
+    return divisor if 2 * divisor >= most else -(-steps_per_epoch // parts)
 
 
 class Feed:

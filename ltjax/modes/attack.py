@@ -24,7 +24,7 @@ from ltjax.report import figures, page
 from ltjax.runs import logs, results
 from ltjax.runs.seeds import pool
 from ltjax.runs.trained import evaluates_weights
-from ltjax.runs.workdir import locked, named_disk_errors, open_run
+from ltjax.runs.workdir import locked, prepare_workdir
 from ltjax.system import parallel, processes, xla
 from ltjax.system.files import read_json, write_json
 from ltjax.system.hashing import hash32
@@ -82,8 +82,8 @@ def attack_workdir(
     check(run.attack)
     if processes.several():
         raise UserError("--mode=attack works in one process, with all of its devices: start it on one machine")
-    open_run(workdir, config, may_be_empty=evaluates_weights(run, workdir))
-    with locked(workdir), named_disk_errors(workdir), StopSignals() as stop:
+    prepare_workdir(workdir, config, needs_run=not evaluates_weights(run, workdir))
+    with locked(workdir), StopSignals() as stop:
         began, checkpoint = time.monotonic(), _checkpoint(run, workdir, data_dir)
         experiment, stage, step, _ = checkpoint
         images, chosen = test_images(experiment, run.attack)
@@ -103,7 +103,7 @@ def attack_workdir(
             curves.append(curve(target, figures_of_tests))
             if replica == 0:
                 figures.write_attack(_shown(target, attacked), experiment.class_names, workdir / "report")
-        summary = _summary(checkpoint, chosen, _over_replicas(tests, run), _over_replicas(curves, run))
+        summary = _summary(checkpoint, chosen, _averaged(tests, run), _averaged(curves, run))
         summary["seconds"] = time.monotonic() - began
         write_json(workdir / "attack.json", summary)
         # Deleted last, so that an interrupted run can reuse AutoAttack's result.
@@ -228,7 +228,7 @@ def check(settings: AttackConfig) -> None:
         raise UserError(f"config.attack.batch_size = {settings.batch_size}: at least 1")
 
 
-def _over_replicas(of_replicas: list[dict], run: RunConfig) -> dict:
+def _averaged(of_replicas: list[dict], run: RunConfig) -> dict:
     """Average the figures {test or radius: figures} over replicas."""
     if run.replicas == 1:
         return of_replicas[0]

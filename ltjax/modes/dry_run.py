@@ -13,7 +13,16 @@ from rich.table import Table
 from ltjax import optim
 from ltjax.config import StageConfig, parse
 from ltjax.engine import describe, feed
-from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, seeds, set_up_with_stages, source_shapes
+from ltjax.engine.experiment import (
+    Experiment,
+    build_stage,
+    fresh_shapes,
+    make_method,
+    seeds,
+    set_up_with_stages,
+    source_shapes,
+    steps_per_epoch,
+)
 from ltjax.engine.stage import CompiledStage
 from ltjax.runs import logs
 from ltjax.runs.workdir import check_workdir
@@ -154,10 +163,27 @@ def expected_memory(experiment: Experiment) -> Memory:
 
 def _image_bytes(experiment: Experiment) -> int:
     if experiment.streamed:  # batches of two running dispatches and of the next one
-        batches = num_bytes(source_shapes(experiment, feed.DISPATCH_STEPS))
+        batches = num_bytes(source_shapes(experiment, _longest_dispatch(experiment)))
         return 3 * batches // experiment.mesh.shape[parallel.BATCH_AXIS]
     sets = jax.tree.leaves((experiment.train_data, experiment.test_set, experiment.holdout_set))
     return sum(x.addressable_shards[0].data.nbytes for x in sets if isinstance(x, jax.Array))
+
+
+def _longest_dispatch(experiment: Experiment) -> int:
+    """Return the most steps in a dispatch of any stage, whose batches are streamed."""
+    run, counts = experiment.config, experiment.split.class_counts
+    lengths = [
+        feed.dispatch_length(
+            steps_per_epoch(stage, counts, run.batch_size),
+            run.dispatch_steps,
+            run.replicas,
+            streamed=True,
+            attacks=make_method(experiment, stage).attacks,
+        )
+        for stage in run.stages.values()
+        if stage.epochs
+    ]
+    return max(lengths, default=0)
 
 
 def memory_table(memory: Memory) -> Table:

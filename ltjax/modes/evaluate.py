@@ -10,7 +10,7 @@ from ltjax.engine.experiment import class_means_for, evaluate_set, set_up
 from ltjax.engine.restore import Imported, evaluate_restored, import_weights, restored_stages
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import StageRecord
-from ltjax.runs.workdir import named_disk_errors, open_run
+from ltjax.runs.workdir import named_disk_errors, prepare_workdir
 from ltjax.system import processes
 from ltjax.system.files import write_json
 from ltjax.system.paths import local
@@ -32,7 +32,7 @@ def evaluate_workdir(
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run = parse(config)
     imported = import_weights(run, workdir, data_dir)
-    processes.on_first(lambda: open_run(workdir, config, may_be_empty=imported is not None))
+    processes.on_first(lambda: prepare_workdir(workdir, config, needs_run=imported is None))
     if imported is not None:
         experiment, records = imported.experiment, {"imported": _evaluate_weights(imported)}
         summary = results.content(experiment, {"imported": imported.stage}, records, results.git_commit())

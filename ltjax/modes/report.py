@@ -15,7 +15,7 @@ from ltjax.engine.restore import evaluate_restored, restored_stages
 from ltjax.engine.stage import steps_done
 from ltjax.report import analysis, charts, figures, files, page
 from ltjax.runs import logs, results
-from ltjax.runs.workdir import named_disk_errors, open_run
+from ltjax.runs.workdir import named_disk_errors, prepare_workdir
 from ltjax.system import parallel, processes, xla
 from ltjax.system.files import holding, read_json, write_json
 from ltjax.system.paths import local
@@ -37,7 +37,7 @@ def report_workdir(
     """
     workdir, console = local(workdir), logs.make_console(quiet=not processes.first())
     run = parse(config)
-    processes.on_first(lambda: open_run(workdir, config))
+    processes.on_first(lambda: prepare_workdir(workdir, config, needs_run=True))
     console.print(f"Looking at the test images of {run.name} again.")
     experiment = set_up(run, data_dir, workdir)
     finished = processes.on_first((workdir / "results.json").exists)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # `ltjax.compare` starts without jax
 
 GROUPS = ("all", "many", "medium", "few")
 LEGACY_BEST = "Legacy best: the best epoch as picked on the test set, which no fair comparison may use."
-OF_EPOCHS = ("accuracy", "ece", "loss")  # stored in results.json for every evaluated epoch
 PACKAGES = ("ltjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -180,7 +179,7 @@ def _stage_summary(run: RunConfig, stage: StageConfig, record: "StageRecord") ->
         **evaluations[-1]["test"],
         "best_on_test": _best_on_test(evaluations, lambda test: test),
         "evaluations": [
-            {"epoch": each["epoch"], "step": each["step"], **{key: each["test"].get(key) for key in OF_EPOCHS}}
+            {"epoch": each["epoch"], "step": each["step"], **of_epoch(each["test"], replicas=False)}
             for each in evaluations
         ],
         "seconds": record["seconds"],
@@ -202,6 +201,24 @@ def _stage_summary(run: RunConfig, stage: StageConfig, record: "StageRecord") ->
             "epoch": best["epoch"],
         }
     return summary
+
+
+def of_epoch(figures: Mapping[str, Any], *, replicas: bool = True) -> dict[str, Any]:
+    """Drop the arrays of an evaluation, such as the figures of each class. Only those of the last epoch are used.
+
+    Args:
+      figures: See `ltjax.engine.evaluate.figures_of` and `over_seeds`.
+      replicas: Keep the figures of each replica.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in figures.items():
+        if key == "replicas" and replicas:
+            kept[key] = [of_epoch(replica) for replica in value]
+        elif isinstance(value, Mapping):
+            kept |= {key: inner} if (inner := of_epoch(value)) else {}
+        elif not isinstance(value, list) and key != "num_images":
+            kept[key] = value
+    return kept
 
 
 def _best_on_test(evaluations: Sequence[Mapping[str, Any]], part: Callable[[Any], Any]) -> dict[str, Any]:

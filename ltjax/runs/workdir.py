@@ -28,8 +28,14 @@ DISK_ERRORS = (
 )
 
 
-def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder, or check that it can be written and holds a run of the same config. UserError if not."""
+def prepare_workdir(workdir: Path, config: Mapping[str, Any], *, needs_run: bool = False) -> None:
+    """Make the folder, or check that it can be written and holds a run of the same config. UserError if not.
+
+    Args:
+      needs_run: Raise UserError if the folder holds no run.
+    """
+    if needs_run and not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
     check_workdir(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -40,19 +46,12 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         raise _unusable(workdir, error) from error
 
 
-def open_run(workdir: Path, config: Mapping[str, Any], *, may_be_empty: bool = False) -> None:
-    """Do the same as `open_workdir`. Unless the folder `may_be_empty`, raise UserError if it holds no run."""
-    if not may_be_empty and not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds no run: train first, with --mode=train and the same --workdir")
-    open_workdir(workdir, config)
-
-
 def no_checkpoint(workdir: Path) -> UserError:
     return UserError(f"{workdir} holds no checkpoint yet: train first, with --mode=train")
 
 
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Do the checks of `open_workdir`, without writing anything."""
+    """Do the checks of `prepare_workdir`, without writing anything."""
     check_checkpoints(workdir)
     try:
         existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
@@ -147,8 +146,8 @@ def named_disk_errors(workdir: Path) -> Generator[None]:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Generator[None]:
-    """Lock the folder until the process ends, even by a kill. UserError if another process holds the lock."""
-    busy = f"another process is training in {workdir}: wait for it, or use another --workdir"
+    """Lock the folder during the block; a kill ends the lock, too. UserError if another process holds it."""
+    busy = f"another process is at work in {workdir}: wait for it, or use another --workdir"
     with named_disk_errors(workdir):
         (workdir / ".lock").touch()
         with locks.locked(workdir / ".lock", busy):

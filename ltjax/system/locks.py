@@ -10,9 +10,9 @@ from ltjax.types import UserError
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Generator[None]:
-    """Lock an existing file or folder until the process ends, even by a kill. Raise UserError(busy) if it is locked.
+    """Lock an existing file or folder during the block. Raise UserError(busy) if it is locked.
 
-    There is no lock if the system is not Unix, or if the file system has none.
+    A kill ends the lock, too. There is no lock if the system is not Unix, or if the file system has none.
     """
     try:
         import fcntl

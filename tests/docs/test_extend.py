@@ -93,6 +93,13 @@ def test_the_added_metric_is_in_the_table(centre):
     assert results["worst_class"] == min(results["per_class_accuracy"])
 
 
+def test_the_added_metric_is_logged_after_every_epoch(copy, centre):
+    _, results, _ = centre
+    lines = [json.loads(line) for line in (copy / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["values"]["worst_class"] for line in lines if line["split"] == "test"]
+    assert logged == [each["worst_class"] for each in results["stages"]["centre"]["evaluations"]]
+
+
 def test_the_added_metric_is_in_a_comparison_of_runs(copy, centre):
     _, results, page = centre
     table = run(copy, "-m", "ltjax.compare", "run", "--format=markdown").splitlines()

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltjax import config, optim, train
+from ltjax import config, data, optim, train
 from ltjax.engine import experiment as experiments
 from ltjax.modes import dry_run
 from ltjax.system import parallel
 from ltjax.types import UserError
+from tests.engine.test_streamed import both, settings
 from tests.test_run import tiny_config
 
 SMALL = {"model.width": 4, "batch_size": 32, "stages": ("features", "classifier")}
@@ -222,6 +223,16 @@ def test_memory_is_the_share_of_one_device(small):
     assert train_bytes + test_bytes <= memory.images < 1.1 * (train_bytes + test_bytes)
     fourfold = dry_run.expected_memory(experiment._replace(config=run._replace(batch_size=128)))
     assert 3 < fourfold.step["features"] / memory.step["features"] <= 4
+
+
+def test_memory_of_streamed_images_grows_with_the_steps_of_a_dispatch(monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_: both()[1])
+    run, _, experiment = prepared(settings())  # 5 steps an epoch
+    one, five = (
+        dry_run.expected_memory(experiment._replace(config=run._replace(dispatch_steps=steps))).images
+        for steps in (1, 5)
+    )
+    assert five == pytest.approx(5 * one, rel=0.01)
 
 
 def test_the_peak_adds_a_stages_step_to_the_states_kept_so_far():

@@ -14,7 +14,7 @@ CONFIG = dict(name="run", data=dict(name="cifar10"), model=dict(name="resnet_cif
 
 def test_a_second_process_is_refused(tmp_path):
     with workdirs.locked(tmp_path):
-        with pytest.raises(UserError, match="another process is training in"):
+        with pytest.raises(UserError, match="another process is at work in"):
             with workdirs.locked(tmp_path):
                 pass
 
