@@ -129,7 +129,11 @@ def config_is_in_workdir() -> bool:
     """Return whether the config comes from the run in the workdir, so that --config is not needed."""
     if _CONFIG.value is not None or _MODE.value not in MODES_OF_A_RUN:
         return False
-    return (home(_WORKDIR.value or "") / "config.json").is_file()
+    return config_in_workdir().is_file()
+
+
+def config_in_workdir() -> Path:
+    return home(_WORKDIR.value or "") / "config.json"
 
 
 def home(path: str) -> Path:
@@ -258,7 +262,7 @@ def run_config() -> dict[str, Any]:
     from ltjax.system.files import read_json
 
     if config_is_in_workdir():
-        return read_json(home(_WORKDIR.value or "") / "config.json")
+        return read_json(config_in_workdir())
     return _CONFIG.value.to_dict()
 
 
@@ -275,7 +279,7 @@ def start(config: Mapping[str, Any]) -> None:
     from ltjax.runs.weights import hash_weights, is_weights
     from ltjax.system import devices, processes
 
-    parse(config)
+    parse(config)  # only to check
     devices.use_cpu_cores(config.get("batch_size", 1))
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PATIENCE.value)
     for warning in devices.start_devices():
@@ -305,16 +309,17 @@ def run_mode(config: Mapping[str, Any]) -> None:
         if _CALIBRATE.value and not _DRY_RUN.value:
             calibrate.calibrate_workdir(config, *where)
         return
+    files = None
     if _CALIBRATE.value:
         from rich.console import Console
 
         from ltjax.modes import predict  # loads OpenCV, which training does not need
 
-        predict.check(_IMAGES.value, _OUT.value)
+        _, files = predict.check(_IMAGES.value, _OUT.value)
         stderr = Console(stderr=True, markup=False, emoji=False)  # predictions may go to standard output
         calibrate.calibrate_workdir(config, *where, stderr)
     priors = dict(target_prior=_TARGET_PRIOR.value, model_prior=_MODEL_PRIOR.value)
-    mode(config, where[0], images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value, **priors)
+    mode(config, where[0], images=_IMAGES.value, out=_OUT.value, top_k=_TOP_K.value, files=files, **priors)
 
 
 if __name__ == "__main__":

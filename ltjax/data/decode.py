@@ -57,7 +57,7 @@ def looks_like_image(head: bytes) -> bool:
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """Read an image file. OSError if it cannot be read; ValueError if it is not a regular file, or too large."""
+    """Read an image file's bytes. OSError if they cannot be read; ValueError if it is no regular file, or too large."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
@@ -79,10 +79,10 @@ def decode(encoded: bytes, *, upright: bool = False) -> np.ndarray:
     Raises:
       ValueError: The file is empty, damaged, too large or no image.
     """
-    return read(encoded, upright=upright)[0]
+    return decode_and_measure(encoded, upright=upright)[0]
 
 
-def read(encoded: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | None]:
+def decode_and_measure(encoded: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | None]:
     """Do the same as `decode`, and also return the brightest value of an image of 16 bits a channel, else None."""
     if encoded.startswith(JPEG):
         try:
@@ -93,7 +93,7 @@ def read(encoded: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | No
         except (ValueError, KeyError):  # CMYK, which OpenCV reads; a harmless warning; or damage
             if message := problem(encoded):
                 raise ValueError(message) from None
-    return _read(encoded, upright=upright)
+    return _decode_uncommon(encoded, upright=upright)
 
 
 def problem(content: bytes) -> str:
@@ -118,12 +118,12 @@ def inspect(content: bytes) -> tuple[str, int | None]:
             if INVENTED_PIXELS.search(str(error)):
                 return one_line(error), None
     try:
-        return "", _read(content)[1]
+        return "", _decode_uncommon(content)[1]
     except ValueError as error:
         return str(error), None
 
 
-def _read(content: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | None]:
+def _decode_uncommon(content: bytes, *, upright: bool = False) -> tuple[np.ndarray, int | None]:
     """Decode any format but a common JPEG. ValueError with the reason if that fails."""
     if not content:
         raise ValueError("empty")
@@ -202,7 +202,7 @@ class DeepImages:
         self._brightest: list[int] = []  # the brightest value of each image
 
     def add(self, brightest: int | None) -> None:
-        """Add an image if it has 16 bits. brightest: from `read` or `inspect`."""
+        """Add an image if it has 16 bits. brightest: from `decode_and_measure` or `inspect`."""
         if brightest is not None:
             self._brightest.append(brightest)
 

@@ -28,6 +28,7 @@ from ltjax.types import UserError
 
 TABLE, LINES = ".csv", ".jsonl"
 STDOUT = ("-", f"-{LINES}")  # names of standard output
+STOPPING = "Stopping: finishing the images under way. A second signal stops at once."
 PARTIAL = ".partial"  # at the end of the name of an unfinished output
 
 
@@ -140,6 +141,7 @@ def predict_workdir(
     top_k: int = 5,
     target_prior: str | None = None,
     model_prior: str | None = None,
+    files: Iterator[str] | None = None,
 ) -> dict[str, int]:
     """Predict image files with the newest checkpoint, or with `config.weights` if the workdir holds no run.
 
@@ -150,6 +152,7 @@ def predict_workdir(
       top_k: Number of classes listed for each image.
       target_prior: See `ltjax.predictor.load`.
       model_prior: See `ltjax.predictor.load`.
+      files: From `check`, if it has found them already.
 
     Returns:
       The numbers of files, {"images", "unreadable"}.
@@ -158,7 +161,7 @@ def predict_workdir(
       UserError: For any mistake that the caller can correct, or if no file can be read.
     """
     workdir, began = local(workdir), time.monotonic()
-    kind, files = check(images, out)
+    kind, files = check(images, out) if files is None else (kind_of(out), files)
     if config is None:
         config = read_json(workdir / "config.json")
     else:
@@ -181,7 +184,7 @@ def predict_workdir(
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damaged files are named below
     total = unreadable = 0
     columns = TextColumn("{task.completed:,} images, {task.fields[rate]:,.0f} a second"), TimeElapsedColumn()
-    with StopSignals() as stop, _opened(out) as file, progress.bar(*columns, transient=True) as bar:
+    with StopSignals(STOPPING) as stop, _opened(out) as file, progress.bar(*columns, transient=True) as bar:
         task = bar.add_task("predicting", total=None, rate=0.0)
         if kind == TABLE:
             _write(file, ",".join(header(top_k)) + "\n")

@@ -123,8 +123,7 @@ class Model:
         Raises:
           UserError: Images have another shape, type or range.
         """
-        scores = self.logits(images) / np.float32(self.temperature)
-        return np.asarray(jax.nn.softmax(scores if self.shift is None else scores + self.shift))
+        return np.asarray(jax.nn.softmax(calibrated(self.logits(images), np.float32(self.temperature), self.shift)))
 
     def logits(self, images: Any) -> np.ndarray:
         """Compute logits [N, C], without temperature and shift. Arguments and errors: see `__call__`."""
@@ -201,6 +200,12 @@ class Model:
                 "the network normalises them itself"
             )
         return images
+
+
+def calibrated(logits: Any, temperature: np.float32, shift: np.ndarray | None) -> Any:
+    """Divide logits by the temperature, and add `Model.shift`: scores [N, C], whose softmax are probabilities."""
+    scores = logits / temperature
+    return scores if shift is None else scores + shift
 
 
 def load(

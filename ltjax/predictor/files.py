@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax.data.decode import DeepImages, View, center_crop, read, read_file
+from ltjax.data.decode import DeepImages, View, center_crop, decode_and_measure, read_file
 from ltjax.data.folders import LeftOut, images_below
 from ltjax.data.pipeline import TASK_ROWS
-from ltjax.predictor import Model
+from ltjax.predictor import Model, calibrated
 from ltjax.system import xla
 from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
@@ -100,7 +100,7 @@ def _read_into(file: str, view: View, out: np.ndarray) -> tuple[str, int | None]
       An error message, "" for none; and the brightest value of an image of 16 bits a channel, else None.
     """
     try:
-        pixels, brightest = read(read_file(file), upright=view.upright)
+        pixels, brightest = decode_and_measure(read_file(file), upright=view.upright)
         if out.shape[-1] == 1:
             cv2.cvtColor(center_crop(pixels, view), cv2.COLOR_RGB2GRAY, dst=out[..., 0])
         else:
@@ -125,11 +125,11 @@ class _Batch(NamedTuple):
 def _ranked(
     logits: jax.Array, temperature: np.float32, shift: np.ndarray | None, k: int
 ) -> tuple[jax.Array, jax.Array]:
-    if shift is not None:
-        logits, temperature = logits / temperature + shift, np.float32(1)
-    values, classes = jax.lax.top_k(logits, k)  # of logits, because different logits may have equal probabilities
-    total = jax.nn.logsumexp(logits / temperature, axis=-1, keepdims=True)
-    return jnp.exp(values / temperature - total), classes
+    scores = calibrated(logits, temperature, shift)
+    # Different logits may have equal quotients.
+    _, classes = jax.lax.top_k(logits if shift is None else scores, k)
+    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    return jnp.exp(jnp.take_along_axis(scores, classes, axis=-1) - total), classes
 
 
 _rank = xla.jit(_ranked, static_argnames="k")

@@ -1,4 +1,4 @@
-"""On Ctrl-C or SIGTERM, finish the running steps and save."""
+"""On Ctrl-C or SIGTERM, finish the work under way, and save it."""
 
 import os
 import signal
@@ -13,11 +13,16 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
+SAVING = "Stopping: finishing the steps under way (or compiling), then saving. A second signal stops at once."
+
+
 class StopSignals:
     """Context in which the first Ctrl-C or SIGTERM only sets `requested`; a second one stops the process at once."""
 
-    def __init__(self):
+    def __init__(self, message: str = SAVING):
+        """Prepare. message: printed after the first signal."""
         self.requested: int | None = None
+        self._message = message
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -36,5 +41,4 @@ class StopSignals:
         if self.requested is not None:
             os._exit(128 + number)
         self.requested = number
-        message = "Stopping: finishing the steps under way (or compiling), then saving. A second signal stops at once."
-        os.write(2, f"\n{message}\n".encode())
+        os.write(2, f"\n{self._message}\n".encode())

@@ -78,7 +78,7 @@ def test_a_jpeg_2000_without_a_container_is_decoded(mode):
 def test_of_16_bits_the_upper_8_are_kept(ending):
     pixels = np.random.default_rng(0).integers(0, 5000, (8, 8, 3)).astype(np.uint16)
     content = cv2.imencode(ending, pixels)[1].tobytes()
-    decoded, brightest = decode.read(content)
+    decoded, brightest = decode.decode_and_measure(content)
     np.testing.assert_array_equal(decoded, pixels[..., ::-1] >> 8)
     assert brightest == pixels.max() and decode.inspect(content) == ("", pixels.max())
 

@@ -132,7 +132,7 @@ def check(content):
     problem, brightest = decode.inspect(content)
     assert "\n" not in problem and len(problem) <= 300
     try:
-        pixels, also_brightest = decode.read(content)
+        pixels, also_brightest = decode.decode_and_measure(content)
     except ValueError as error:
         assert problem and str(error), "the check passed, and decoding fails"
         return problem

@@ -395,6 +395,13 @@ def test_images_are_checked_before_a_temperature_is_fitted(trained, tmp_path):
     assert not (workdir / "temperature.json").exists()
 
 
+def test_files_that_were_found_are_not_searched_again(trained, tmp_path, monkeypatch):
+    _, workdir, files = trained
+    monkeypatch.setattr(predict_mode, "find", lambda _: pytest.fail("searched again"))
+    found, out = iter([str(files / "1.png")]), tmp_path / "o.csv"
+    assert predict_mode.predict_workdir(None, workdir, images=str(files), out=str(out), files=found)["images"] == 1
+
+
 @pytest.mark.parametrize(("images", "out"), [("", "o.csv"), ("{}", "o.txt"), ("{}/none", "o.csv")])
 def test_images_and_out_are_checked_before_loading_a_model(tmp_path, images, out):
     touch(tmp_path, "1.png")

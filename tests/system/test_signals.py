@@ -20,6 +20,12 @@ def test_the_first_signal_is_only_noted(number, capfd):
     assert "A second signal stops at once" in capfd.readouterr().err
 
 
+def test_the_message_can_be_chosen(capfd):
+    with StopSignals("Stopping: one more image."):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == "\nStopping: one more image.\n"
+
+
 def test_a_second_signal_ends_the_process():
     code = (
         "import os, signal; from ltjax.system.signals import StopSignals\n"
