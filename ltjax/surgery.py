@@ -1,4 +1,4 @@
-"""Change a network's classifier at the start of a stage: reinitialise it, or replace it without training.
+"""Change weights without training: at the start of a stage, or for its evaluation.
 
 Functions of parameters take `{"classifier": {"kernel": [D, C], "bias": [C]}, ...}` and return a changed copy. All
 arrays may have the same leading axes (replicas).
@@ -16,7 +16,7 @@ from ltjax.system import registry
 from ltjax.types import UserError, Variables
 
 Params = Mapping[str, Any]
-METRICS = ("cosine", "euclidean")
+DISTANCES = ("cosine", "euclidean")
 
 
 class Context(NamedTuple):
@@ -227,7 +227,7 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
             )
     if name == "nearest_mean":
         metric = settings.get("metric", "cosine")
-        registry.choose("metric of surgery 'nearest_mean'", METRICS, metric)
+        registry.choose("metric of surgery 'nearest_mean'", DISTANCES, metric)
         if branches or (cosine and metric == "euclidean"):
             kind = "branches" if branches else "a cosine classifier"
             raise UserError(f"surgery 'nearest_mean' ({metric}) is for one linear classifier; the model has {kind}")
@@ -247,7 +247,7 @@ def with_ema(variables: Variables) -> Variables:
 
 
 def as_evaluated(variables: Variables, eval_classifier: Mapping[str, Any]) -> Variables:
-    """Return the variables that a stage is evaluated with: averaged or tau-normalised, without the method's arrays.
+    """Return the variables that a stage is evaluated with: averaged, then tau-normalised, without the method's arrays.
 
     Args:
       variables: Of the trained network.

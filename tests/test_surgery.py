@@ -108,7 +108,7 @@ def features_and_means():
     return random.normal(0.5, 1, (200, 3)), random.normal(0.5, 1, (4, 3))
 
 
-@pytest.mark.parametrize("metric", surgery.METRICS)
+@pytest.mark.parametrize("metric", surgery.DISTANCES)
 def test_nearest_mean_predicts_the_class_of_the_nearest_mean(metric):
     features, means = features_and_means()
     changed = surgery.nearest_mean(linear(), jnp.asarray(means, jnp.float32), metric=metric)
@@ -122,7 +122,7 @@ def test_the_two_metrics_of_nearest_mean_are_not_the_same():
     assert np.any(nearest_by_search(features, means, "cosine") != nearest_by_search(features, means, "euclidean"))
 
 
-@pytest.mark.parametrize("metric", surgery.METRICS)
+@pytest.mark.parametrize("metric", surgery.DISTANCES)
 def test_nearest_mean_treats_replicas_apart(metric):
     params, means = linear(2), linear(2, seed=1)["classifier"]["kernel"].swapaxes(1, 2)
     together = surgery.nearest_mean(params, means, metric=metric)
@@ -202,7 +202,7 @@ def test_a_new_head_forgets_a_learned_logit_scale():
     np.testing.assert_array_equal(changed["logit_scale"], np.ones(4))
 
 
-@pytest.mark.parametrize("metric", surgery.METRICS)
+@pytest.mark.parametrize("metric", surgery.DISTANCES)
 def test_nearest_mean_takes_the_means_of_the_network_that_it_changes(metric):
     params, means = linear(), linear(seed=1)["classifier"]["kernel"].T
     seen = []

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ltjax.data.image_folder import hold_out
+from ltjax.data.image_folder import choose_test_images
 from ltjax.data.progress import note
 from ltjax.data.source import Images
 from ltjax.data.tables import SYNONYMS
@@ -142,7 +142,7 @@ def _parts(
 ) -> Images:
     """Divide the rows into training and test."""
     if split is None:
-        train, test = hold_out(str(path), labels, names, "column `split`")
+        train, test = choose_test_images(str(path), labels, names, "column `split`")
     else:
         values = np.char.lower(split.astype(str))
         train, test = np.flatnonzero(values == TRAIN), np.flatnonzero(np.isin(values, TEST))

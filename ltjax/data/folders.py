@@ -12,10 +12,10 @@ from ltjax.types import UserError, some
 # Endings of images. Files with other endings are images if their first bytes are those of one.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".jp2")
-Identity = tuple[int, int]  # device and inode of a folder, the same through any link
+Inode = tuple[int, int]  # device and inode of a folder, the same through any link
 
 
-def identity(folder: str | Path) -> Identity:
+def inode(folder: str | Path) -> Inode:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
@@ -30,12 +30,12 @@ def walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
     Hidden folders and files are included. UserError if a folder cannot be listed.
     """
-    seen: set[Identity] = set()
+    seen: set[Inode] = set()
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        if identity(folder) in seen:
+        if inode(folder) in seen:
             folders.clear()
             continue
-        seen.add(identity(folder))
+        seen.add(inode(folder))
         folders.sort()
         yield folder, folders, sorted(files)
 
@@ -98,7 +98,7 @@ def images_below(
     root: str,
     left_out: LeftOut,
     *,
-    excluded: Set[Identity] = frozenset(),
+    excluded: Set[Inode] = frozenset(),
     order: Callable[[str], Any] = str,
     cannot_list: Callable[[OSError], None] = fail,
 ) -> Iterator[str]:
@@ -110,11 +110,11 @@ def images_below(
       order: Key of a name, to sort the files and folders of a folder.
       cannot_list: Called for a folder that cannot be listed.
     """
-    seen = set(excluded) - {identity(root)}
+    seen = set(excluded) - {inode(root)}
 
     def entries(folder: str) -> Iterator[os.DirEntry[str]]:
         try:
-            if (known := identity(folder)) in seen:
+            if (known := inode(folder)) in seen:
                 return iter(())
             seen.add(known)
             return iter(sorted(os.scandir(folder), key=lambda entry: order(entry.name)))

@@ -109,7 +109,7 @@ def load(name: str = "image_folder", root: str | os.PathLike | None = None, labe
     identities = inspection.identities(root, train_paths + test_paths)
     train = FilesInFolder(root, train_paths, identities[: len(train_paths)])
     if listed.test is None:
-        kept, test = hold_out(str(table or root), train_labels, titles, listed.test_source)
+        kept, test = choose_test_images(str(table or root), train_labels, titles, listed.test_source)
         parts = Subset(train, kept), train_labels[kept], Subset(train, test), train_labels[test]
         return Stored(*parts, titles)
     if lacking := [title for label, title in enumerate(titles) if label not in test_labels]:
@@ -150,7 +150,9 @@ def _labelled(images: dict[str, list[str]], class_names: tuple[str, ...]) -> tup
     return [path for name in class_names for path in images.get(name, ())], labels
 
 
-def hold_out(what: str, labels: np.ndarray, titles: tuple[str, ...], test_source: str) -> tuple[np.ndarray, np.ndarray]:
+def choose_test_images(
+    what: str, labels: np.ndarray, titles: tuple[str, ...], test_source: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Choose images to test on: a fifth of the smallest class, at most 20, of each class, the same every time.
 
     Args:
@@ -291,7 +293,7 @@ def _images_of_folders(root: Path, part: str) -> dict[str, list[str]]:
         if path.is_dir() and not is_user_data(path.name):
             left_out.add(path.name)
     # Do not follow links from one class to another or to a parent folder.
-    excluded = {folders.identity(folder) for folder in (root, root / part, *(root / part / name for name in classes))}
+    excluded = {folders.inode(folder) for folder in (root, root / part, *(root / part / name for name in classes))}
     images = {}
     for name in classes:
         others = LeftOut()
@@ -312,9 +314,9 @@ def _note_ignored(root: Path, train_folder: str, test_folder: str | None) -> Non
     """Note folders that look like validation but are not read, and images outside the classes' folders."""
     parts = [part for part in (train_folder, test_folder) if part]
     reason = f"{test_folder} is" if test_folder else "rename it to validation to use it"
-    read = {folders.identity(root / part) for part in parts}
+    read = {folders.inode(root / part) for part in parts}
     for path in sorted(root.iterdir()):
-        if path.is_dir() and path.name.lower() in SIMILAR_NAMES and folders.identity(path) not in read:
+        if path.is_dir() and path.name.lower() in SIMILAR_NAMES and folders.inode(path) not in read:
             note(f"{path} is not read: {reason}")
     for part in parts:
         files = [path for path in sorted((root / part).iterdir()) if is_user_data(path.name) and path.is_file()]

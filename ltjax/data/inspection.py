@@ -30,7 +30,7 @@ def identities(root: Path, paths: list[str]) -> np.ndarray:
 
     UserError if images cannot be read.
     """
-    versions = _hashes([_version(root, path) for path in paths])
+    versions = _rows([identity.digest(_version(root, path)) for path in paths])
     cache = cache_folder()
     file = cache / f"images-{identity.digest(os.fsencode(root.resolve())).hex()}.npz" if cache else None
     known = _read_cache(file) if file else None
@@ -65,8 +65,9 @@ def _version(root: Path, path: str) -> bytes:
         return os.fsencode(path)
 
 
-def _hashes(contents: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(map(identity.digest, contents)), np.uint8).reshape(-1, identity.SIZE)
+def _rows(hashes: list[bytes]) -> np.ndarray:
+    """Return hashes as uint8 [N, 16]."""
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, identity.SIZE)
 
 
 def _read_cache(file: Path) -> _Inspected | None:
@@ -104,4 +105,4 @@ def _inspect(root: Path, paths: list[str], total: int) -> tuple[np.ndarray, np.n
     if damaged:
         names = some(damaged, "; ")
         raise UserError(f"{len(damaged)} of {total} images cannot be read: {names}: replace or remove them")
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, identity.SIZE), np.array(brightest, np.int32)
+    return _rows(hashes), np.array(brightest, np.int32)

@@ -30,7 +30,7 @@ from ltjax.engine.stage import (
 from ltjax.models import precomputed
 from ltjax.runs.checkpoint import complete_steps
 from ltjax.runs.trained import newest, variables_of
-from ltjax.runs.weights import hash_weights, into, is_weights, load_weights, taken, with_zeros
+from ltjax.runs.weights import hash_weights, is_weights, load_weights, taken, with_weights, with_zeros
 from ltjax.runs.workdir import check_same_images
 from ltjax.system import parallel, processes, registry, xla
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
@@ -86,7 +86,8 @@ def set_up_with_stages(
                 "in the same groups"
             )
     if run.weights and _starts_from_weights(run, workdir):
-        into(fresh_shapes(experiment), load_weights(run.weights, run.weights_sha256), run.weights_parts)
+        weights = load_weights(run.weights, run.weights_sha256)
+        with_weights(fresh_shapes(experiment), weights, run.weights_parts)  # raises if they do not fit
     return experiment, compiled
 
 
@@ -174,7 +175,7 @@ def _fixed_weights(run: RunConfig, shapes: Variables, workdir: Path | None) -> V
         trained = variables_of(workdir, newest(workdir))
         return jax.tree.map(lambda x: np.asarray(x)[0], trained) if run.replicas > 1 else trained
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    return into(zeros, load_weights(run.weights, run.weights_sha256), run.weights_parts)
+    return with_weights(zeros, load_weights(run.weights, run.weights_sha256), run.weights_parts)
 
 
 def _describe_images(
@@ -377,7 +378,7 @@ def starting_variables(experiment: Experiment, stage: StageConfig) -> Variables:
         place = lambda leaf, value: jax.device_put(jnp.broadcast_to(value, leaf.shape), leaf.sharding)  # noqa: E731
         of_net = {"backbone": jax.tree.map(place, variables.stats["net"]["backbone"], fitted)}
         variables = variables._replace(stats={**variables.stats, "net": of_net})
-    return into(variables, weights, run.weights_parts) if weights else variables
+    return with_weights(variables, weights, run.weights_parts) if weights else variables
 
 
 def make_surgery(experiment: Experiment, stage: StageConfig) -> Callable:

@@ -23,7 +23,7 @@ from ltjax.engine.experiment import (
 from ltjax.engine.stage import CompiledStage, TrainState, steps_done
 from ltjax.runs.checkpoint import Checkpoints, StageRecord
 from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, read_archive
-from ltjax.runs.weights import check_classifier, folder_of, into, load_weights, taken
+from ltjax.runs.weights import check_classifier, folder_of, load_weights, taken, with_weights
 from ltjax.runs.workdir import check_same_images, no_checkpoint
 from ltjax.system import parallel
 from ltjax.types import UserError, Variables
@@ -45,7 +45,7 @@ class Restored(NamedTuple):
 
 
 def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restored | None:
-    """Read the newest checkpoint of a stage; None if it has none. An archive holds the last stage only."""
+    """Read the newest undamaged checkpoint of a stage; None if it has none. An archive holds the last stage only."""
     compiled, run = build_stage(experiment, stage), experiment.config
     if is_archive(workdir):
         archive = read_archive(workdir)
@@ -53,7 +53,7 @@ def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restor
             return None
         state = compiled.init(seeds(run), fresh_variables(experiment, stage, taken(archive.weights)))
         net = surgery.EMA if stage.ema else "net"  # which one is evaluated
-        variables = into(state.variables, archive.weights, net=net)
+        variables = with_weights(state.variables, archive.weights, net=net)
         extra = archive.weights.variables.params.get("method")
         variables = variables._replace(params={**variables.params, **({"method": extra} if extra else {})})
         state = state._replace(step=jnp.full_like(state.step, archive.step), variables=variables)
@@ -66,7 +66,7 @@ def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restor
 def restored_stages(
     experiment: Experiment, workdir: Path, *, last_first: bool = False
 ) -> Iterator[tuple[StageConfig, Restored]]:
-    """Yield the stages that have a checkpoint, each with its newest one. Raises UserError if there is none."""
+    """Yield the stages that have a checkpoint, each with its newest undamaged one. UserError if there is none."""
     stages, has_checkpoint = list(experiment.config.stages.values()), False
     for stage in reversed(stages) if last_first else stages:
         if (restored := restore(experiment, stage, workdir)) is not None:
@@ -94,7 +94,7 @@ def import_weights(run: RunConfig, workdir: Path, data_dir: str | Path | None) -
     note_images_of_weights(experiment)
     last = list(run.stages.values())[-1]
     stage = last._replace(title="Imported weights", epochs=0, surgery={}, evaluate_net="net")
-    return Imported(experiment, stage, into(fresh_variables(experiment, last, taken(weights)), weights))
+    return Imported(experiment, stage, with_weights(fresh_variables(experiment, last, taken(weights)), weights))
 
 
 def note_images_of_weights(experiment: Experiment) -> None:

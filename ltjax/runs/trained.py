@@ -30,7 +30,10 @@ class Trained(NamedTuple):
 
 
 def newest(workdir: Path) -> Trained:
-    """Find the newest checkpoint of the run in a workdir or an archive. UserError if there is none yet."""
+    """Find the newest checkpoint of the run in a workdir or an archive. UserError if there is none yet.
+
+    A damaged one is an error here; training and --mode=eval fall back to an older one.
+    """
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is neither a run's workdir (no config.json) nor a folder of weights")
     run = parse(read_json(workdir / "config.json"))

@@ -290,7 +290,7 @@ def _numbers(block: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", block)]
 
 
-def into(variables: Variables, weights: Weights, parts: Sequence[str] = (), net: str = "net") -> Variables:
+def with_weights(variables: Variables, weights: Weights, parts: Sequence[str] = (), net: str = "net") -> Variables:
     """Replace the variables of one network by weights, with outputs in the order of our classes.
 
     Args:

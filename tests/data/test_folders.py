@@ -43,7 +43,7 @@ def test_hidden_files_and_folders_are_left_out_and_named(tmp_path):
 
 def test_excluded_folders_are_not_entered_except_the_root(tmp_path):
     write(tmp_path, "a/1.jpg", "b/2.jpg")
-    excluded = {folders.identity(tmp_path), folders.identity(tmp_path / "a")}
+    excluded = {folders.inode(tmp_path), folders.inode(tmp_path / "a")}
     assert images_below(tmp_path, excluded=excluded)[0] == ["b/2.jpg"]
 
 

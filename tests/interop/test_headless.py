@@ -12,7 +12,7 @@ from ltjax import models
 from ltjax.interop import export, torch
 from ltjax.interop.torch import export_state_dict, read_checkpoint
 from ltjax.modes.evaluate import evaluate_workdir
-from ltjax.runs.weights import into, load_weights, save_weights
+from ltjax.runs.weights import load_weights, save_weights, with_weights
 from ltjax.types import UserError
 from tests.test_run import tiny_config
 
@@ -64,7 +64,7 @@ def test_a_stated_number_of_classes_needs_a_classifier(files, tmp_path, capsys):
 
 def test_a_network_with_other_classes_takes_the_existing_parts(folder, variables_of, same):
     weights, fresh = load_weights(folder), variables_of(models.create("resnet_cifar", 23, **MODEL), channels=1, seed=4)
-    started = into(fresh, weights)
+    started = with_weights(fresh, weights)
     same(started.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
     same(started.params["net"]["classifier"], fresh.params["net"]["classifier"])
     same(started.stats, weights.variables.stats)
@@ -73,7 +73,7 @@ def test_a_network_with_other_classes_takes_the_existing_parts(folder, variables
 def test_a_network_without_such_a_part_is_refused(folder, variables_of):
     other = variables_of(models.create("resnet_cifar", 23, depth=14, width=2), channels=1)
     with pytest.raises(UserError, match=r"set config\.model to their network: resnet_cifar\(.*\), no classifier"):
-        into(other, load_weights(folder))
+        with_weights(other, load_weights(folder))
 
 
 def test_the_backbone_of_a_network_with_other_classes_is_read(files, variables, same):

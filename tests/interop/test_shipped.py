@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from ltjax import models
 from ltjax.interop.shipped.efficientnet_lite0 import make
 from ltjax.optim import flatten
-from ltjax.runs.weights import ARRAYS, hash_weights, into, load_weights, shipped
+from ltjax.runs.weights import ARRAYS, hash_weights, load_weights, shipped, with_weights
 from ltjax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_image_settings_are_shipped_with_the_network():
 
 def test_the_backbone_fits_any_number_of_classes(variables_of, same):
     fresh = variables_of(models.create(NAME, 7))
-    actual, weights = into(fresh, load_weights(FOLDER)), load_weights(FOLDER)
+    actual, weights = with_weights(fresh, load_weights(FOLDER)), load_weights(FOLDER)
     same(actual.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
     same(actual.stats["net"], weights.variables.stats["net"])
     same(actual.params["net"]["classifier"], fresh.params["net"]["classifier"])

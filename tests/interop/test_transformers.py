@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from ltjax import models
 from ltjax.interop import torch, vit
 from ltjax.interop.torch import export_state_dict, implied, import_state_dict, place, read_checkpoint
-from ltjax.runs.weights import into, load_weights
+from ltjax.runs.weights import load_weights, with_weights
 from ltjax.types import UserError
 
 TINY = dict(depth=2, width=8, heads=2, patch=4, grid=3)
@@ -206,7 +206,7 @@ def test_a_file_of_clip_becomes_a_folder_of_weights(clip, variables_of, tmp_path
     assert (weights.num_classes, weights.settings["mean"][0]) == (0, 0.48145466)
     settings = dict(weights.settings)
     fresh = variables_of(models.create(settings.pop("name"), 23, **settings))
-    started = into(fresh, weights)
+    started = with_weights(fresh, weights)
     same(started.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
     same(started.params["net"]["classifier"], fresh.params["net"]["classifier"])
 

@@ -9,7 +9,16 @@ from safetensors.numpy import load_file, save_file
 
 from ltjax import models
 from ltjax.optim import flatten
-from ltjax.runs.weights import Weights, in_our_order, into, load_weights, save_weights, surplus, taken, with_zeros
+from ltjax.runs.weights import (
+    Weights,
+    in_our_order,
+    load_weights,
+    save_weights,
+    surplus,
+    taken,
+    with_weights,
+    with_zeros,
+)
 from ltjax.types import UserError
 
 SETTINGS = dict(name="resnet_cifar", depth=8, width=4, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
@@ -111,16 +120,16 @@ def test_output_k_becomes_class_order_k(weights):
 
 
 def test_all_parts_are_taken(weights, fresh, same):
-    same(into(fresh, weights), weights.variables)
+    same(with_weights(fresh, weights), weights.variables)
 
 
 def test_the_order_of_classes_is_applied_on_the_way_in(weights, fresh, same):
     ordered = weights._replace(class_order=(3, 0, 4, 1, 2))
-    same(into(fresh, ordered), in_our_order(ordered).variables)
+    same(with_weights(fresh, ordered), in_our_order(ordered).variables)
 
 
 def test_parts_not_named_stay_as_they_are(weights, fresh, same):
-    actual = into(fresh, weights, ("backbone",))
+    actual = with_weights(fresh, weights, ("backbone",))
     same(actual.params["net"]["backbone"], weights.variables.params["net"]["backbone"])
     same(actual.stats, weights.variables.stats)
     same(actual.params["net"]["classifier"], fresh.params["net"]["classifier"])
@@ -129,7 +138,7 @@ def test_parts_not_named_stay_as_they_are(weights, fresh, same):
 def test_each_replica_gets_the_same_weights_on_its_device(weights, fresh, same):
     device = jax.devices()[3]
     replicas = jax.device_put(jax.tree.map(lambda x: np.stack([x, x + 1]), fresh), device)
-    actual = into(replicas, weights)
+    actual = with_weights(replicas, weights)
     for replica in (0, 1):
         same(jax.tree.map(lambda x, r=replica: x[r], actual), weights.variables)
     assert {d for leaf in jax.tree.leaves(actual) for d in leaf.devices()} == {device}
@@ -140,33 +149,33 @@ def test_another_network_keeps_its_weights(weights, fresh, same):
         params={"net": fresh.params["net"], "guide": fresh.params["net"]},
         stats={"net": fresh.stats["net"], "guide": fresh.stats["net"]},
     )
-    actual = into(both, weights, net="guide")
+    actual = with_weights(both, weights, net="guide")
     same(actual.params, {"net": fresh.params["net"], "guide": weights.variables.params["net"]})
 
 
 def test_another_number_of_classes_leaves_the_backbone(weights, variables_of):
     with pytest.raises(UserError, match=r"classifier/kernel \(weights \(16, 5\), network \(16, 7\)\).*\('backbone',\)"):
-        into(variables_of(network(7, logit_scale=True)), weights)
+        with_weights(variables_of(network(7, logit_scale=True)), weights)
 
 
 def test_a_part_that_the_weights_lack_is_named(weights, variables_of):
     with pytest.raises(UserError, match=r"params/branches/norm1/bias \(weights none, network \(16,\)\)"):
-        into(variables_of(network(logit_scale=True, branches=2)), weights)
+        with_weights(variables_of(network(logit_scale=True, branches=2)), weights)
 
 
 def test_a_part_that_the_network_lacks_is_named(weights, variables_of):
     with pytest.raises(UserError, match=r"logit_scale \(weights \(5,\), network none\).*\('backbone', 'classifier'\)"):
-        into(variables_of(network()), weights)
+        with_weights(variables_of(network()), weights)
 
 
 def test_another_width_is_refused_with_the_network_of_the_weights(weights, variables_of):
     with pytest.raises(UserError, match=r"and \d+ more; set config\.model to their network: resnet_cifar\(depth=8"):
-        into(variables_of(network(width=2)), weights)
+        with_weights(variables_of(network(width=2)), weights)
 
 
 def test_a_part_that_is_not_there_is_refused(weights, fresh):
     with pytest.raises(UserError, match="names 'block': the network has backbone, classifier, logit_scale"):
-        into(fresh, weights, ("backbone", "block"))
+        with_weights(fresh, weights, ("backbone", "block"))
 
 
 LARGE = dict(name="resnet", depth=50, width=2, stem="large")
@@ -187,7 +196,7 @@ def places(variables_of):
 
 def test_a_replaced_block_is_ignored_by_name(whole, places, same):
     assert surplus(places, whole) == ("stage4_block2",)
-    actual = into(places, whole, ("backbone",))
+    actual = with_weights(places, whole, ("backbone",))
     theirs = {k: v for k, v in whole.variables.params["net"]["backbone"].items() if k != "stage4_block2"}
     same(actual.params["net"]["backbone"], theirs)
     same(actual.params["net"]["block"], places.params["net"]["block"])
@@ -198,12 +207,12 @@ def test_other_blocks_are_not_ignored(whole, blocks, extra_block, variables_of):
     net = variables_of(network(**LARGE, blocks=blocks, extra_block=extra_block))
     assert surplus(net, whole) == ()
     with pytest.raises(UserError, match=r"do not fit the network: params/backbone/stage"):
-        into(net, whole, ("backbone",))
+        with_weights(net, whole, ("backbone",))
 
 
 def test_weights_with_an_extra_block_are_taken_whole(places, same):
     mislas = Weights(jax.tree.map(lambda x: x + 1, places), dict(LARGE, blocks=(1, 1, 1, 1), extra_block=True), 5)
-    same(into(places, mislas), mislas.variables)
+    same(with_weights(places, mislas), mislas.variables)
 
 
 @pytest.mark.parametrize("kind", ["adaptformer", "lora"])
@@ -211,7 +220,7 @@ def test_adapters_stay_new_if_the_weights_have_none(variables_of, kind, same):
     settings = dict(depth=2, width=8, heads=2, patch=4, grid=2)
     plain, adapted = (models.create("vit", 5, **settings, **more) for more in ({}, dict(adapter=kind, rank=2)))
     weights, fresh = Weights(variables_of(plain), {"name": "vit", **settings}, 5), variables_of(adapted, seed=1)
-    taken, new = flatten(into(fresh, weights).params["net"]), flatten(fresh.params["net"])
+    taken, new = flatten(with_weights(fresh, weights).params["net"]), flatten(fresh.params["net"])
     for path, value in flatten(weights.variables.params["net"]).items():
         same(taken.pop(path), value)
     assert taken and all("/adapter/" in path for path in taken)
@@ -226,13 +235,14 @@ def test_adapters_that_the_network_lacks_are_refused(variables_of):
     with pytest.raises(
         UserError, match=r"block1/attention/adapter/query_down/kernel \(weights \(8, 2\), network none\)"
     ):
-        into(variables_of(models.create("vit", 5, **settings)), weights)
+        with_weights(variables_of(models.create("vit", 5, **settings)), weights)
 
 
 def test_a_projection_is_left_out_if_the_network_has_none(variables_of, same):
     settings = dict(depth=2, width=8, heads=2, patch=4, grid=2)
     weights = Weights(variables_of(models.create("vit", 5, **settings, projection=3)), {"name": "vit", **settings}, 5)
-    taken = into(variables_of(models.create("vit", 5, **settings), seed=1), weights, ("backbone",)).params["net"]
+    fresh = variables_of(models.create("vit", 5, **settings), seed=1)
+    taken = with_weights(fresh, weights, ("backbone",)).params["net"]
     expected = dict(weights.variables.params["net"]["backbone"])
     del expected["projection"]
     same(taken["backbone"], expected)
