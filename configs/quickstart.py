@@ -40,7 +40,7 @@ def get_config(arg=None):
     smoothing = Smoothing(head=0.1, tail=0.0, classifier_rate=0.5, shifted_batch_norm=True)
     papers = DataSetting(warmup=0.1, crop_padding=2, mixup=0.2, smoothing=smoothing)
     setting = Setting(parts=("backbone", "classifier", "logit_scale"), papers=papers, auto_augment=False)
-    recipes.chain(config, RECIPES["ce"]._replace(title="Cross-entropy"), setting)
+    recipes.chain(config, RECIPES["ce"], setting)
     recipes.chain(config, RECIPES["mislas"], setting)
     config.classifier.epochs = 4
     return config

@@ -1,4 +1,4 @@
-"""Compute what the report shows of a stage: each test image's outcome, and the values that each class has learned."""
+"""Compute what the report shows of a stage: each test image's outcome, and the values of each class."""
 
 from typing import Any
 
@@ -55,11 +55,11 @@ class Observer:
 
 def _figures(outputs: Any, labels: jax.Array, means: jax.Array | None) -> dict[str, jax.Array]:
     """Compute what `Observer.observe` returns of a batch."""
-    probabilities = jax.nn.softmax(outputs.logits)  # [B, C]
-    figures = {"predictions": outputs.logits.argmax(-1), "confidences": probabilities.max(-1)}
+    figures = evaluate.outcome(outputs.logits, labels)
+    del figures["losses"]
     if means is not None:
         figures["own"], figures["wrong"] = distances(outputs.features, labels, means)
-    return {**figures, "gaps": metrics.classwise_gaps(probabilities, labels)}
+    return {**figures, "gaps": metrics.classwise_gaps(jax.nn.softmax(outputs.logits), labels)}
 
 
 def distances(features: jax.Array, labels: jax.Array, means: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,10 +73,11 @@ def distances(features: jax.Array, labels: jax.Array, means: jax.Array) -> tuple
     return distance(means[labels]), distance(means[nearest])
 
 
-def learned(stage: StageConfig, method: Method, variables: Variables, num_classes: int) -> dict[str, np.ndarray]:
+def class_values(stage: StageConfig, method: Method, variables: Variables, num_classes: int) -> dict[str, np.ndarray]:
     """Collect the values that differ between classes: {title: [C]}, means over replicas.
 
-    These are the learned logit scales, the norms of the classifier's weight vectors, and `Method.per_class`.
+    These are the learned logit scales, the norms of the classifier's weight vectors, and `Method.per_class`, some of
+    which are learned and some set by the classes' counts.
     """
     per_class: dict[str, Any] = {}
     net = surgery.as_evaluated(variables, stage.eval_classifier).params.get(stage.evaluate_net, {})

@@ -17,6 +17,7 @@ from ltjax.engine.experiment import Experiment, set_up
 from ltjax.engine.restore import note_images_of_weights
 from ltjax.predictor import TEMPERATURE, Model, imported_key, load_as_configured
 from ltjax.runs import logs, results
+from ltjax.runs.seeds import mean_and_std
 from ltjax.runs.trained import evaluates_weights, newest
 from ltjax.runs.workdir import check_same_config, named_disk_errors
 from ltjax.system import processes
@@ -131,8 +132,9 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     replicas = summary["replicas"]
 
     def mean(values: list[float], digits: int) -> str:
-        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.{digits}f}{spread}"
+        figure = mean_and_std(values)
+        spread = "" if figure.std is None else f" ± {figure.std:.{digits}f}"
+        return f"{figure.mean:.{digits}f}{spread}"
 
     temperature = mean([replica["temperature"] for replica in replicas], 3)
     table = Table(title=f"Stage {summary['stage']}, step {summary['step']}: temperature {temperature}")

@@ -10,7 +10,7 @@ from PIL import Image
 from ltjax.config import parse
 from ltjax.engine import feed
 from ltjax.engine.experiment import Experiment, make_method, set_up
-from ltjax.engine.measure import Observer, learned
+from ltjax.engine.measure import Observer, class_values
 from ltjax.engine.restore import evaluate_restored, restored_stages
 from ltjax.engine.stage import steps_done
 from ltjax.report import analysis, charts, figures, files, page
@@ -92,7 +92,7 @@ def make_report(
     labels, num_classes = experiment.test_set.host_labels, len(experiment.class_names)
     numbers_of_stages = {}
     for name, stage in stages.items():
-        of_classes = learned(stage, make_method(experiment, stage), variables[name], num_classes)
+        of_classes = class_values(stage, make_method(experiment, stage), variables[name], num_classes)
         numbers_of_stages[name] = analysis.stage_numbers(observations[name], labels, experiment.groups, of_classes)
     of_first_replica = {name: of_replicas[0] for name, of_replicas in observations.items()}
     numbers = {

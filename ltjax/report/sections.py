@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from ltjax.report import charts, plots
 from ltjax.report.panels import Panel
-from ltjax.runs.results import GROUPS, in_words, percent
+from ltjax.runs.results import GROUPS, accuracy_after, attack_cells, in_words, percent
 
 MOST_ROWS = 200  # of a table of classes
 MOST_NUMBERS = 30  # classes of a confusion matrix with numbers; for more it is a picture
@@ -424,9 +424,6 @@ def _radius_table(curve: Sequence[Mapping[str, Any]]) -> Table:
 def _tests_table(title: str, tests: Mapping[str, Any]) -> Table:
     rows = []
     for test in tests.values():
-        spread = test.get("std", {"accuracy": {}})
-        cells = [percent(test["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
-        rows.append([test["title"], *cells, percent(test["ece"], spread.get("ece"))])
-        for attack, share in list(test.get("robust_after", {}).items())[:-1]:
-            rows.append([f"after {attack.upper()}", percent(share), *[""] * len(GROUPS)])
+        rows.append([test["title"], *attack_cells(test)])
+        rows += [[f"after {attack}", accuracy, *[""] * len(GROUPS)] for attack, accuracy in accuracy_after(test)]
     return Table(f"{title}: accuracy and calibration, %", ["", *GROUPS, "ECE"], rows)

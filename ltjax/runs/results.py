@@ -125,11 +125,25 @@ def table(results: dict[str, Any]) -> Table:
     for heading in (*(column.heading for column in columns), "seconds\n"):
         table.add_column(heading, justify="right")
     for stage in results["stages"].values():
-        spread = stage.get("std", {"accuracy": {}})
-        cells = [percent(stage["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
-        cells += [percent(column.figure(stage), column.figure(spread)) for column in columns]
-        table.add_row(stage["title"], *cells, f"{stage['seconds']:.0f}")
+        cells = [percent(column.figure(stage), column.figure(stage.get("std", {}))) for column in columns]
+        table.add_row(stage["title"], *group_cells(stage), *cells, f"{stage['seconds']:.0f}")
     return table
+
+
+def group_cells(figures: Mapping[str, Any]) -> list[str]:
+    """Format the accuracies of `GROUPS`, with their deviations if there are several seeds."""
+    spread = figures.get("std", {}).get("accuracy", {})
+    return [percent(figures["accuracy"].get(group), spread.get(group)) for group in GROUPS]
+
+
+def attack_cells(test: Mapping[str, Any]) -> list[str]:
+    """Format the figures of a test of `--mode=attack`: accuracies of `GROUPS`, and ECE."""
+    return [*group_cells(test), percent(test["ece"], test.get("std", {}).get("ece"))]
+
+
+def accuracy_after(test: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Format the accuracies after each of AutoAttack's attacks but the last: [("APGD-CE", "47.3"), ...]."""
+    return [(attack.upper(), percent(share)) for attack, share in list(test.get("robust_after", {}).items())[:-1]]
 
 
 def percent(value: float | None, spread: float | None = None) -> str:
@@ -248,10 +262,7 @@ def robustness_table(name: str, summary: dict[str, Any]) -> Table:
     table.add_column("ECE", justify="right")
     table.add_column("seconds", justify="right")
     for test in summary["tests"].values():
-        spread = test.get("std", {"accuracy": {}})
-        cells = [percent(test["accuracy"].get(group), spread["accuracy"].get(group)) for group in GROUPS]
-        after = list(test.get("robust_after", {}).items())[:-1]
-        for attack, accuracy in after:
-            table.add_row(f"  after {attack.upper()}", percent(accuracy), *[""] * (len(GROUPS) + 1), style="dim")
-        table.add_row(test["title"], *cells, percent(test["ece"], spread.get("ece")), f"{test['seconds']:.0f}")
+        for attack, accuracy in accuracy_after(test):
+            table.add_row(f"  after {attack}", accuracy, *[""] * (len(GROUPS) + 1), style="dim")
+        table.add_row(test["title"], *attack_cells(test), f"{test['seconds']:.0f}")
     return table
