@@ -28,7 +28,7 @@ from ltjax.types import UserError
 
 TABLE, LINES = ".csv", ".jsonl"
 STDOUT = ("-", f"-{LINES}")  # names of standard output
-STOPPING = "Stopping: finishing the images under way. A second signal stops at once."
+STOPPING = "Stopping: finishing this batch of images. A second signal stops at once."
 PARTIAL = ".partial"  # at the end of the name of an unfinished output
 
 

@@ -1,4 +1,4 @@
-"""On Ctrl-C or SIGTERM, finish the work under way, and save it."""
+"""On Ctrl-C or SIGTERM, finish what is running, and save it."""
 
 import os
 import signal
