@@ -225,7 +225,7 @@ class StageTrainer:
         else:  # with keep_optimizer net and average go on; else the stage starts from the average and begins a new one
             variables = before.variables if stage.keep_optimizer else surgery.with_ema(before.variables)
         if stage.surgery:
-            variables, self.record["surgery"] = apply_surgery(experiment, stage, variables)
+            variables, self.record["surgery"] = apply_surgery(experiment, stage, variables, self.check_stop)
         state: TrainState = self.compiled.init(seeds(self.run_config), variables)
         return kept_optimizer(state, before) if stage.keep_optimizer and before is not None else state
 

@@ -227,14 +227,17 @@ def test_evaluation_and_refresh_share_the_class_means(tmp_path, monkeypatch):
     assert calls == [()] * (1 + EPOCHS)
 
 
-def test_the_class_means_of_an_evaluation_stop_after_a_signal():
+@pytest.mark.parametrize("needing", ["evaluation", "surgery"])
+def test_class_means_stop_after_a_signal(needing):
     def interrupted():
         raise Interrupted(signal.SIGTERM)
 
     run = config.parse(small())
     experiment, stage = experiments.set_up(run, None), run.stages["dro"]
+    stage = stage._replace(surgery={"name": "nearest_mean"})
+    compute = {"evaluation": experiments.class_means_for, "surgery": experiments.apply_surgery}[needing]
     with pytest.raises(Interrupted):
-        experiments.class_means_for(experiment, stage, experiments.fresh_variables(experiment, stage), interrupted)
+        compute(experiment, stage, experiments.fresh_variables(experiment, stage), interrupted)
 
 
 def test_class_means_use_the_batch_size_of_evaluation(monkeypatch):

@@ -386,20 +386,26 @@ def make_surgery(experiment: Experiment, stage: StageConfig) -> Callable:
     return surgery.create(stage.surgery, experiment.shapes.params["net"], branches=branches, holdout=holdout)
 
 
-def apply_surgery(experiment: Experiment, stage: StageConfig, variables: Variables) -> tuple[Variables, dict[str, Any]]:
-    """Apply the stage's surgery. Return the new variables, and the surgery's entry in the stage's record."""
+def apply_surgery(
+    experiment: Experiment, stage: StageConfig, variables: Variables, check_stop: Callable[[], None] = lambda: None
+) -> tuple[Variables, dict[str, Any]]:
+    """Apply the stage's surgery. Return the new variables, and the surgery's entry in the stage's record.
+
+    Args:
+      check_stop: Called before each dispatch; may raise to stop.
+    """
 
     def holdout_accuracy(variables: Variables) -> np.ndarray:
         holdout = experiment.holdout_set
         assert holdout is not None
-        predictions = experiment.evaluators["net"](variables, holdout)["predictions"]
+        predictions = experiment.evaluators["net"](variables, holdout, None, check_stop)["predictions"]
         return (predictions == holdout.host_labels).mean(-1)
 
     context = surgery.Context(
         class_counts=experiment.split.class_counts,
         branches=experiment.num_branches,
         fresh=lambda: fresh_variables(experiment, stage),
-        class_means=experiment.class_means,
+        class_means=lambda variables: experiment.class_means(variables, (), check_stop),
         holdout_accuracy=holdout_accuracy if experiment.holdout_set is not None else None,
     )
     changed, note = make_surgery(experiment, stage)(variables, context)
