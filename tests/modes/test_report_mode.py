@@ -104,28 +104,28 @@ def test_classwise_ece_equals_that_of_all_probabilities(restored, outputs, numbe
     assert numbers["stages"]["classifier"]["classwise_ece"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_learned_collects_the_values_of_each_class(restored):
+def test_class_values_are_collected(restored):
     experiment, stage, variables = restored
-    learned = measure.learned(stage, experiments.make_method(experiment, stage), variables, 10)
+    learned = measure.class_values(stage, experiments.make_method(experiment, stage), variables, 10)
     np.testing.assert_array_equal(learned["Logit scale"], variables.params["net"]["logit_scale"])
     assert learned["Label smoothing"][0] == pytest.approx(0.1) and learned["Label smoothing"][-1] == pytest.approx(0)
     kernel = np.asarray(variables.params["net"]["classifier"]["kernel"])
     np.testing.assert_allclose(learned["Length of the classifier's weights"], np.sqrt((kernel**2).sum(0)), rtol=1e-5)
 
 
-def test_learned_averages_over_replicas(restored):
+def test_class_values_are_means_over_replicas(restored):
     experiment, stage, variables = restored
     margins = np.stack([np.linspace(-1, 1, 10), np.ones(10)])[:, None]  # [replicas, layers, C]
     both = variables._replace(params={"net": {}, "method": {"margins": margins.astype(np.float32)}})
     drolt = methods.create("drolt", experiment.split.class_counts)
-    margin = measure.learned(stage, drolt, both, 10)["DRO-LT's margin"]
+    margin = measure.class_values(stage, drolt, both, 10)["DRO-LT's margin"]
     np.testing.assert_allclose(margin, np.maximum(margins, 0).mean((0, 1)), rtol=1e-6)
 
 
-def test_learned_leaves_out_values_that_are_equal_for_all_classes(restored):
+def test_values_that_are_equal_for_all_classes_are_left_out(restored):
     _, stage, variables = restored
     balanced = methods.create("mislas", np.full(10, 7), head=0.3, tail=0.1)
-    assert "Label smoothing" not in measure.learned(stage, balanced, variables, 10)
+    assert "Label smoothing" not in measure.class_values(stage, balanced, variables, 10)
 
 
 def test_confused_pairs_have_images(numbers):
