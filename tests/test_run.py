@@ -385,7 +385,7 @@ def test_a_workdir_of_another_config_is_refused(finished):
 
 
 def test_two_runs_cannot_share_a_workdir(tmp_path):
-    with workdir.locked(tmp_path), pytest.raises(UserError, match="another process is training"):
+    with workdir.locked(tmp_path), pytest.raises(UserError, match="another process is at work in"):
         train.train(tiny_config(), tmp_path)
 
 
