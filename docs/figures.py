@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from docs import settings
+from docs import generate, settings
 from ltjax import attacks, losses, optim, surgery
 from ltjax.data import samplers, splits
 from ltjax.system import registry
@@ -280,9 +280,32 @@ def combinations() -> Figure:
     return figure
 
 
+def results() -> Figure:
+    """Draw accuracy by group, and ECE, of our full-length runs on CIFAR-100-LT at imbalance 100."""
+    rows = generate.best_first("cifar100_lt-*-if100-bf16")[::-1]
+    figure, (accuracy, ece) = canvas(width=7.4, height=0.7 + 0.25 * len(rows))
+    places = np.arange(len(rows))
+    for group, colour in (("many", BLUE), ("medium", GREEN), ("few", ORANGE), ("all", "black")):
+        shares = [100 * row.figures[group].mean for row in rows]
+        accuracy.plot(shares, places, "|" if group == "all" else "o", color=colour, label=group, markersize=7)
+    label(accuracy, "accuracy, %", "", "by the classes' number of training images")
+    accuracy.set_yticks(places, [row.name for row in rows])
+    figure.legend(fontsize="x-small", frameon=False, loc="outside upper right", ncols=4)
+    measured = [(place, 100 * row.figures["ece"].mean) for place, row in enumerate(rows) if "ece" in row.figures]
+    for place, share in measured:
+        ece.plot([0, share], [place, place], color=PINK, linewidth=5, solid_capstyle="butt")
+    label(ece, "ECE, %", "", "gap between confidence and accuracy")
+    ece.set_yticks(places, [""] * len(rows))
+    ece.set_xlim(0)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     draw.__name__: draw
-    for draw in (whole_network, ldam, decoupling, posthoc, mislas, drolt, reslt, adversarial, lbgat, combinations)
+    for draw in (
+        *(whole_network, ldam, decoupling, posthoc, mislas, drolt, reslt, adversarial, lbgat, combinations),
+        results,
+    )
 }
 
 

@@ -69,19 +69,25 @@ def result_rows(pattern: str, *, stages: bool = False) -> list[compare.Row]:
     return compare.rows(folders, stages=stages) if folders else []
 
 
+def best_first(pattern: str) -> list[compare.Row]:
+    """Return `result_rows` by falling accuracy. If `*` stands for the method, its title is the row's name."""
+    before, _, after = pattern.partition("*")
+    rows = sorted(result_rows(pattern), key=lambda row: -row.figures["all"].mean)
+    known = [recipes.RECIPES.get(row.name.removeprefix(before).removesuffix(after)) for row in rows]
+    return [row._replace(name=recipe.title) if recipe else row for row, recipe in zip(rows, known, strict=True)]
+
+
 def results_table(text: str) -> str:
     """Return a table of archives, best first, for "cifar100_lt-*-if100-bf16" or "stages: cifar100_lt-*"."""
     stages, _, pattern = text.rpartition(": ")
-    rows = result_rows(pattern, stages=bool(stages))
+    rows = result_rows(pattern, stages=True) if stages else best_first(pattern)
     if not rows:
         return f"No runs yet: `python -m benchmarks.reproduce` makes them in `results/{pattern}-seed*`."
-    if not stages:
-        rows = sorted(rows, key=lambda row: -row.figures["all"].mean)
     sources = [read_json(folder / "results.json") for row in rows for folder in row.runs]
     commits = sorted({source["git_commit"][:7] for source in sources if source["git_commit"]})
     versions = sorted({f"jax {source['versions']['jax']}" for source in sources})
     devices = sorted({f"{source['num_devices']} x {source['device'].partition(':')[0]}" for source in sources})
-    origin = [f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}", *versions, *devices]
+    origin = [f"Commit{'s' * (len(commits) > 1)} {', '.join(commits)}", *versions, *devices]
     return f"{markdown(compare.cells(rows))}\n{compare.NOTES} {'; '.join(origin)}."
 
 
