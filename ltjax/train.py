@@ -293,9 +293,9 @@ class StageTrainer:
         compiles = num_steps not in self.lengths
         self.lengths.add(num_steps)
         began, waited = None if compiles else began, self.feed.waited - waited
-        return Dispatch(self.step, num_steps, metrics, began, waited, processes.ask(self.flags))
+        return Dispatch(self.step, num_steps, metrics, began, waited, processes.ask(self.stop_or_save))
 
-    def flags(self) -> tuple[bool, bool]:
+    def stop_or_save(self) -> tuple[bool, bool]:
         """Return whether this process has to stop, and to save."""
         due = time.monotonic() - self.saved_at > self.run_config.checkpoint_seconds
         return self.stop.requested is not None, due

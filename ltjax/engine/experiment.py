@@ -49,7 +49,8 @@ class Experiment(NamedTuple):
     image_shape: tuple[int, ...]  # [H, W, channels] of what `nets` take
     shapes: Variables  # shapes of the networks' variables, without an axis of replicas
     outputs: Outputs  # shapes of the network's outputs for one image
-    initialise: Callable[..., Variables]  # (seed, number of a stage) -> random variables on the devices
+    # (seed, number of a stage) -> random variables on the devices; 0 for those that weights will replace
+    initialise: Callable[..., Variables]
     # stage.Resident, what training draws from; or evaluate.StoredSet, images on disk, for class means only
     train_data: Any
     test_set: evaluate.EvaluationSet | evaluate.StoredSet
@@ -339,7 +340,7 @@ def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
 
 def open_feed(experiment: Experiment, stage: StageConfig, num_steps: int) -> feed.Feed:
     """Open a stage's batches: all images if the devices hold them, else a stream. The caller closes it."""
-    if not experiment.streamed or isinstance(experiment.data, Images):
+    if not experiment.streamed or isinstance(experiment.data, Images):  # `Images` are never streamed
         return feed.Feed(experiment.train_data)
     return feed.training_stream(experiment.config, experiment.data, experiment.split, experiment.mesh, stage, num_steps)
 
