@@ -55,6 +55,27 @@ def test_every_value_has_its_line():
             assert set(value) <= {"what", "theirs", "where", "ours", "said", "why"}, value["what"]
 
 
+MATTERS = {
+    "epochs": r"(\w+\.)?epochs",
+    "learning rate": r"\w+\.(rates|lr)",
+    "weight decay": r"\w+\.optimizer\.weight_decay",
+    "sampler": r"\w+\.sampler\.name",
+    "augmentation": r"\w+\.augment\.\w+",
+    "initial weights": r"model\.(init|classifier_init)|.*initial (weights|scales)",
+    "seed": r"seed",
+}
+
+
+@pytest.mark.parametrize("kind", MATTERS)
+def test_each_recipe_has_every_value_that_matters(kind):
+    keys = {config: [] for _, config in PAIRS}
+    for recipe, config in PAIRS:
+        keys[config] += [text for value in recipe["value"] for text in (value.get("ours", ""), value["what"])]
+    missing = {config for config in keys if not any(re.fullmatch(MATTERS[kind], key) for key in keys[config])}
+    unread = {config for config in keys if "trades,awp" in config} if kind == "initial weights" else set()
+    assert missing == unread  # TRADES-AWP's network could not be read
+
+
 def test_every_source_is_a_repository_at_a_commit_and_is_used():
     sources = authors.read()["source"]
     assert {recipe["source"] for recipe in RECIPES} == set(sources)
