@@ -9,7 +9,7 @@ Arguments (:help lists all): method, or recipe; imbalance (10, 50 and 100 are th
 budget=full|short (200 epochs and more, or 12 and a few), augment=paper|plain|auto (auto: AutoAugment and Cutout), mixup
 (Beta(a, a) in stages that train the whole network), holdout (images of each class, held out of training; tau_norm
 chooses tau on them and takes 10 by default: compare it with runs that have holdout=10).
-method=balms is balanced softmax in BALMS's recipe: 13,000 steps of 512 images at imbalance 100, AutoAugment, Cutout.
+method=balms is balanced softmax in BALMS's recipe: 12,411 steps of 512 images at imbalance 100, AutoAugment, Cutout.
 MiSLAS's authors recommend --config.optimizer.weight_decay=5e-4: it gives better figures than their paper's.
 
 Our figures at full length are in results/; docs/reproduction.md compares them with the papers'.

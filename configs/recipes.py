@@ -40,7 +40,7 @@ RECIPES = {
     "ldam": Recipe("LDAM", ("ldam",)),
     "ldam_drw": Recipe("LDAM-DRW", ("ldam", "drw")),
     "balanced_softmax": Recipe("Balanced softmax", ("balanced_softmax",)),
-    # BALMS's 13,000 steps of 512 images, on CIFAR-100-LT at imbalance 100
+    # BALMS's 13,000 steps of 512 images on CIFAR-100-LT at imbalance 100, without the last, smaller batch of an epoch
     "balms": Recipe("BALMS", ("balms",), weight_decay=5e-4, auto_augment=True, epochs=591, batch_size=512),
     "logit_adjustment": Recipe("Logit adjustment", ("logit_adjustment",)),
     "logit_adjustment_posthoc": Recipe("Post-hoc logit adjustment", ("ce", "logit_shift")),

@@ -134,7 +134,7 @@ def test_later_stages_of_drolt_have_balanced_epochs(imbalance, images):
 
 
 def test_balms_follows_its_authors():
-    """13,000 steps of 512 images, 800 of them warm-up; an epoch's last, smaller batch is dropped."""
+    """13,000 steps of 512 images, 800 of them warm-up, make the epochs; an epoch's last, smaller batch is dropped."""
     run, stages = parsed("cifar100_lt", "method=balms")
     stage, per_epoch = stages["balms"], -(-10_847 // 512)
     assert (run.batch_size, stage.epochs, stage.lr, stage.drop_last) == (512, -(-13_000 // per_epoch), 0.1, True)
