@@ -133,11 +133,13 @@ def test_later_stages_of_drolt_have_balanced_epochs(imbalance, images):
     assert steps == dict(ce=200 * -(-images // 128), dro=31_280, ce_classifier=7_820)
 
 
-def test_balms_follows_its_authors():
+@pytest.mark.parametrize("config, images, epochs", [("cifar100_lt", 10_847, 591), ("cifar10_lt", 12_406, 520)])
+def test_balms_follows_its_authors(config, images, epochs):
     """13,000 steps of 512 images, 800 of them warm-up, make the epochs; an epoch's last, smaller batch is dropped."""
-    run, stages = parsed("cifar100_lt", "method=balms")
-    stage, per_epoch = stages["balms"], -(-10_847 // 512)
+    run, stages = parsed(config, "method=balms")
+    stage, per_epoch = stages["balms"], -(-images // 512)
     assert (run.batch_size, stage.epochs, stage.lr, stage.drop_last) == (512, -(-13_000 // per_epoch), 0.1, True)
+    assert stage.epochs == epochs
     assert stage.optimizer == {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}
     warm = -(-800 // per_epoch)
     np.testing.assert_allclose(factors_of(stage)[:warm], np.linspace(0.5, 1, warm))
