@@ -17,16 +17,7 @@ from ltjax.config import DataConfig, RunConfig, StageConfig
 from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.engine import class_means, evaluate, feed, fixed_backbone
-from ltjax.engine.stage import (
-    Chunk,
-    CompiledStage,
-    build,
-    make_apply,
-    random_variables,
-    resident_draw,
-    stage_rng,
-    streamed_draw,
-)
+from ltjax.engine.stage import CompiledStage, build, make_apply, random_variables, stage_rng
 from ltjax.models import precomputed
 from ltjax.runs.checkpoint import complete_steps
 from ltjax.runs.trained import newest, variables_of
@@ -51,7 +42,7 @@ class Experiment(NamedTuple):
     outputs: Outputs  # shapes of the network's outputs for one image
     # (seed, number of a stage) -> random variables on the devices; 0 for those that weights will replace
     initialise: Callable[..., Variables]
-    # stage.Resident, what training draws from; or evaluate.StoredSet, images on disk, for class means only
+    # feed.Resident, what training draws from; or evaluate.StoredSet, images on disk, for class means only
     train_data: Any
     test_set: evaluate.EvaluationSet | evaluate.StoredSet
     holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
@@ -274,9 +265,9 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
     if experiment.streamed:
         if stage.views:
             raise UserError(f"{where}.views: for images in memory; those of {run.data.name!r} stay on disk")
-        draw = streamed_draw(augmentation, experiment.mesh)
+        draw = feed.streamed_draw(augmentation, experiment.mesh)
     else:
-        draw = resident_draw(
+        draw = feed.resident_draw(
             samplers.create(**stage.sampler),
             augmentation,
             batch_size=run.batch_size,
@@ -330,7 +321,7 @@ def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
         return experiment.train_data
     shape = (num_steps, experiment.config.batch_size)
     split: Any = parallel.split_batch(experiment.mesh, axis=1)
-    chunk: Any = Chunk
+    chunk: Any = feed.Chunk
     return chunk(
         jax.ShapeDtypeStruct((), jnp.int32),
         jax.ShapeDtypeStruct((*shape, *experiment.image_shape), jnp.uint8, sharding=split),
