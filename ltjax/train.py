@@ -37,7 +37,8 @@ from ltjax.system import processes
 from ltjax.system.files import holding, read_json, write_json
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 
 def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> dict[str, Any]:

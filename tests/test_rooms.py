@@ -22,6 +22,7 @@ TOP = {
     "ltjax.metrics": {"jax", "numpy"},
     "ltjax.calibration": {"jax"},
     "ltjax.system.registry": set(),
+    "ltjax.system.wording": set(),
     "ltjax.optim": {"jax", "numpy", "optax", "flax"},
     "ltjax.config": set(),
     "ltjax.surgery": {"jax", "numpy"},

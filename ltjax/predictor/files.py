@@ -23,7 +23,8 @@ from ltjax.predictor import Model, calibrated
 from ltjax.system import xla
 from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 AHEAD = 2  # batches decoded while the device works on one
 

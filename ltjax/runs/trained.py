@@ -15,7 +15,8 @@ from ltjax.runs.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.workdir import no_checkpoint
 from ltjax.system.files import holding, load_json, read_json
 from ltjax.system.hashing import fingerprint
-from ltjax.types import UserError, Variables, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError, Variables
 
 TEMPERATURE = "temperature.json"  # written by `ltjax.modes.calibrate`
 NAMED_IN = ("split.json", "results.json", "eval.json", TEMPERATURE)  # files that may hold the names of classes

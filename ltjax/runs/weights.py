@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from ltjax.optim import flatten, unflatten
 from ltjax.system.files import file_sha256, load_json, replacing, write_json
 from ltjax.system.paths import cache_folder, local
-from ltjax.types import UserError, Variables, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError, Variables
 
 FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "interop" / "shipped"
