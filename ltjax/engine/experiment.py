@@ -20,6 +20,7 @@ from ltjax.engine import class_means, evaluate, feed, fixed_backbone
 from ltjax.engine.stage import CompiledStage, build, make_apply, random_variables, stage_rng
 from ltjax.models import precomputed
 from ltjax.runs.checkpoint import complete_steps
+from ltjax.runs.evaluated import as_evaluated, with_ema
 from ltjax.runs.trained import newest, variables_of
 from ltjax.runs.weights import hash_weights, is_weights, load_weights, taken, with_weights, with_zeros
 from ltjax.runs.workdir import check_same_images
@@ -415,7 +416,7 @@ def class_means_for(
     Args:
       check_stop: Called before each dispatch; may raise to stop.
     """
-    return experiment.class_means(surgery.with_ema(variables), (), check_stop) if stage.nearest_mean else None
+    return experiment.class_means(with_ema(variables), (), check_stop) if stage.nearest_mean else None
 
 
 def evaluate_set(
@@ -435,7 +436,7 @@ def evaluate_set(
       check_stop: Called before each dispatch; may raise to stop.
     """
     run, labels, num_classes = experiment.config, images.host_labels, len(experiment.class_names)
-    variables = surgery.as_evaluated(variables, stage.eval_classifier)
+    variables = as_evaluated(variables, stage.eval_classifier)
     outcome = experiment.evaluators[stage.evaluate_net](variables, images, means, check_stop)
     if run.replicas == 1:
         return evaluate.figures_of(outcome, labels, experiment.groups, num_classes)

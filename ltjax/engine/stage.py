@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from ltjax import optim
 from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
-from ltjax.surgery import EMA
+from ltjax.runs.evaluated import EMA
 from ltjax.system import parallel, registry, xla
 from ltjax.system.hashing import hash32, is_local
 from ltjax.types import Apply, Batch, Method, UserError, Variables

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ltjax import surgery
 from ltjax.config import RunConfig, StageConfig, parse
 from ltjax.runs.checkpoint import StageRecord, complete_steps
+from ltjax.runs.evaluated import as_evaluated
 from ltjax.runs.weights import ARRAYS, Weights, load_weights
 from ltjax.runs.workdir import no_checkpoint
 from ltjax.system.files import holding, load_json, read_json
@@ -116,7 +116,7 @@ def weights_of(workdir: Path, trained: Trained, *, net: str = "net", replica: in
     if net not in variables.params:
         raise UserError(f"--net={net}: {workdir} is the archive of a run, which has net alone")
     if net == "net":
-        variables = surgery.as_evaluated(variables, trained.stage.eval_classifier)
+        variables = as_evaluated(variables, trained.stage.eval_classifier)
     params, stats = variables.params[net], variables.stats.get(net, {})
     variables = jax.tree.map(np.asarray, Variables({"net": params}, {"net": stats}, {}))
     return Weights(variables, settings, params["classifier"]["kernel"].shape[-1])
