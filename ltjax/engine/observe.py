@@ -1,4 +1,4 @@
-"""Compute what the report shows of a stage: each test image's outcome, and the values of each class."""
+"""Observe a stage for the report: the outcome of each test image, and the values of each class."""
 
 from typing import Any
 
