@@ -37,7 +37,6 @@ ROOMS = {
     "ltjax.methods": {"ltjax.attacks", "ltjax.models"},  # layers of their own
     "ltjax.report": {"ltjax.runs", "ltjax.system"},
     "ltjax.interop": {"ltjax.data", "ltjax.models", "ltjax.runs", "ltjax.system"},
-    "ltjax.archive": {"ltjax.runs", "ltjax.system"},
     "ltjax.compare": {"ltjax.report", "ltjax.runs", "ltjax.system"},
     "ltjax.predictor": {"ltjax.data", "ltjax.methods", "ltjax.models", "ltjax.runs", "ltjax.system"},
     "ltjax.engine": {"ltjax.data", "ltjax.methods", "ltjax.models", "ltjax.runs", "ltjax.system"},

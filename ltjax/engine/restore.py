@@ -20,9 +20,10 @@ from ltjax.engine.experiment import (
     set_up,
 )
 from ltjax.engine.stage import CompiledStage, TrainState, steps_done
+from ltjax.runs.archive import is_archive, read_archive
 from ltjax.runs.checkpoint import Checkpoints, StageRecord
 from ltjax.runs.evaluated import EMA
-from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, read_archive
+from ltjax.runs.trained import as_computed, evaluates_weights
 from ltjax.runs.weights import check_classifier, folder_of, load_weights, taken, with_weights
 from ltjax.runs.workdir import check_same_images, no_checkpoint
 from ltjax.system import parallel
