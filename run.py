@@ -215,7 +215,8 @@ def main(_: list[str]) -> None:
     from ltjax.runs import results
     from ltjax.system import processes
     from ltjax.system.signals import Interrupted
-    from ltjax.types import UserError, one_line
+    from ltjax.system.wording import one_line
+    from ltjax.types import UserError
 
     quieten()
     try:

@@ -54,7 +54,7 @@ from ltjax.config import RunConfig, parse
 from ltjax.data.source import Images
 from ltjax.engine import experiment as experiments
 from ltjax.engine import feed
-from ltjax.engine.stage import CompiledStage, Resident, TrainState
+from ltjax.engine.stage import CompiledStage, TrainState
 from ltjax.system import devices, xla
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def check_the_guard(image_shape: tuple[int, ...], batch_size: int) -> None:
         raise RuntimeError(f"this JAX does not report all transfers: {put}, {passed}, {batch.nbytes} bytes each")
 
 
-def time_steps(compiled: CompiledStage, state: TrainState, source: Resident, steps: int, repeats: int):
+def time_steps(compiled: CompiledStage, state: TrainState, source: feed.Resident, steps: int, repeats: int):
     """Time a step, [repeats] seconds each: in a dispatch of `steps`, and in `steps` dispatches of one."""
 
     def scanned(state):

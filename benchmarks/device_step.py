@@ -38,7 +38,8 @@ from configs import inat18
 from ltjax import data
 from ltjax.config import StageConfig, parse
 from ltjax.engine import experiment as experiments
-from ltjax.engine.stage import Chunk, CompiledStage, TrainState
+from ltjax.engine.feed import Chunk
+from ltjax.engine.stage import CompiledStage, TrainState
 from ltjax.modes import dry_run
 from ltjax.system import devices, xla
 

@@ -34,7 +34,8 @@ from safetensors import safe_open
 
 from benchmarks import provenance
 from ltjax import data
-from ltjax.runs.trained import is_archive, newest, read_archive, variables_of
+from ltjax.runs.archive import is_archive, read_archive
+from ltjax.runs.trained import newest, variables_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = (
@@ -194,7 +195,7 @@ def tasks(template: Path) -> dict[str, Task]:
         ),
         "archive": Task(
             copy_run,
-            lambda folder: ("-m", "ltjax.archive", str(folder / "run"), str(folder / "out")),
+            lambda folder: ("-m", "ltjax.runs.archive", str(folder / "run"), str(folder / "out")),
             archived,
             whole_archive,
         ),

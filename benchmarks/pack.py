@@ -36,7 +36,8 @@ import numpy as np
 
 from ltjax.data import cifar, splits
 from ltjax.data.source import Images
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 ROOT = Path(__file__).parents[1]
 CODE = ("run.py", "configs/*.py", "ltjax/**/*.py", "benchmarks/*.py")

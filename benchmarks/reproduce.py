@@ -8,8 +8,8 @@ the commit that was HEAD when the folder was made, an environment with that chec
 the code affect no running run. `--update` moves the checkout to HEAD before the next run starts. Runs have the lowest
 priority.
 
-Each finished run is archived in `--results` (see `python -m ltjax.archive --help`): commit the new archives. Exit code
-1: a run failed. `<folder>/<run>.log` has the reason, and the next command tries it again.
+Each finished run is archived in `--results` (see `python -m ltjax.runs.archive --help`): commit the new archives. Exit
+code 1: a run failed. `<folder>/<run>.log` has the reason, and the next command tries it again.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def commands(run: Run, described: Described) -> dict[str, list[str]]:
     """Return {part: its command after `python`}: train, attack if the list has its flags, archive."""
     train = command(run, described)
     attack = {"attack": [*train, "--mode=attack", *run.attack]} if run.attack else {}
-    archive = ["-m", "ltjax.archive", f"runs/{described.name}", f"results/{described.name}"]
+    archive = ["-m", "ltjax.runs.archive", f"runs/{described.name}", f"results/{described.name}"]
     return {"train": train, **attack, "archive": archive}
 
 

@@ -209,7 +209,10 @@ def parse_holdout(holdout: float) -> int:
 
 
 def defaults() -> ConfigDict:
-    """Return all settings of a run with their defaults; configs change some."""
+    """Return all settings of a run with their defaults; configs change some.
+
+    `RunConfig` of `ltjax/config.py` has the same keys and defaults, with their types and meanings.
+    """
     config = ConfigDict(dict(name="", model={}, guide={}, batch_size=128, epochs=0, seed=0, stages=()))
     config.data = dict(name="", imbalance=1.0, profile="exp", max_count=0, classes=0, holdout=0, seed=0)
     config.data.update(groups="counts", many_above=100, few_below=20, ranges=())

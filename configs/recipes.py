@@ -124,7 +124,7 @@ class Setting(NamedTuple):
 
 
 EFFECTIVE_NUMBER = dict(kind="effective_number", beta=0.9999)  # class weights
-# The defaults of a stage, without the keys that `chain` writes.
+# The defaults of a stage, as in `StageConfig` of `ltjax/config.py`, without the keys that `chain` writes.
 STAGE = dict(schedule=dict(kind="constant"), sampler=dict(name="instance_balanced"), augment={}, batch_norm="train")
 STAGE |= dict(keep_optimizer=False, epoch_size="images", drop_last=False, surgery={}, evaluate_net="net")
 STAGE |= dict(ema={}, sam={}, views={})

@@ -4,7 +4,7 @@
 
 Run it after a change of a config. It replaces the text between `<!-- recipe: cifar100_lt:method=mislas -->` and
 `<!-- end -->`; a test checks that the pages are up to date. Our figures are from the archives in `results/`
-(`ltjax.archive`), the papers' from the configs' docstrings.
+(`ltjax.runs.archive`), the papers' from the configs' docstrings.
 """
 
 import re

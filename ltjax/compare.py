@@ -28,18 +28,6 @@ from ltjax.system.files import holding, read_json
 from ltjax.system.paths import local
 from ltjax.types import UserError
 
-# Settings in which runs of one row may differ: the seeds, and those that change no trained number.
-WITHIN_A_ROW = (
-    "seed",
-    "replicas",
-    "replicate",
-    "eval_every",
-    "eval_batch_size",
-    "checkpoint_seconds",
-    "dispatch_steps",
-    "gpu_graphs",
-    "attack",
-)
 # {key in `Row.figures`: column} of what `--mode=attack` measured, shown if some run has it
 ATTACKED = {"pgd-20": "PGD-20", "cw-20": "CW-20", "autoattack": "AutoAttack", "autoattack few": "AutoAttack few"}
 # {key in `Row.figures`: heading}. A column of `COLUMNS` is shown if some run shows it; `best` is shown on demand.
@@ -229,7 +217,7 @@ def _figures(measured: Mapping[str, Any], columns: Iterable[Column]) -> dict[str
 
 def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change what is trained, with today's defaults for keys that an older config lacks."""
-    settings = {key: value for key, value in configs.with_defaults(config).items() if key not in WITHIN_A_ROW}
+    settings = {key: value for key, value in configs.with_defaults(config).items() if key not in configs.WITHIN_A_ROW}
     return {**settings, "root": config.get("data", {}).get("root", "")}  # folders of images are different data sets
 
 

@@ -1,4 +1,8 @@
-"""All keys of a config, with their types and defaults. `parse` checks a config against them before a run."""
+"""All keys of a config, with their types and defaults. `parse` checks a config against them before a run.
+
+A config does not import this module, so `defaults` of `configs/common.py` and `STAGE` of `configs/recipes.py` repeat
+the defaults; `tests/configs/test_files.py` compares them.
+"""
 
 import ast
 import json
@@ -129,6 +133,11 @@ class RunConfig(NamedTuple):
 
 STAGE_DEFAULTS = {"schedule": {"kind": "constant"}, "sampler": {"name": "instance_balanced"}}
 LOCATIONS = ("root", "labels", "threads")  # keys of config.data: where images lie, and how many threads decode them
+# Keys in which runs of one row of `ltjax.compare` may differ: the seeds, and those that change no trained number.
+WITHIN_A_ROW = (
+    *("seed", "replicas", "replicate", "eval_every", "eval_batch_size"),
+    *("checkpoint_seconds", "dispatch_steps", "gpu_graphs", "attack"),
+)
 SET_BY_PARSE = ("name", "number")  # fields of a StageConfig
 
 

@@ -232,28 +232,3 @@ def create(settings: Mapping[str, Any], params: Params, *, branches: int, holdou
             kind = "branches" if branches else "a cosine classifier"
             raise UserError(f"surgery 'nearest_mean' ({metric}) is for one linear classifier; the model has {kind}")
     return function
-
-
-EMA = "ema"  # beside "net" in a stage's variables: the moving average of its weights
-
-
-def with_ema(variables: Variables) -> Variables:
-    """Return the variables with the moving average as "net", if the stage keeps one."""
-    if EMA not in variables.params:
-        return variables
-    params, stats = ({**part, "net": part[EMA]} for part in (variables.params, variables.stats))
-    del params[EMA], stats[EMA]
-    return variables._replace(params=params, stats=stats)
-
-
-def as_evaluated(variables: Variables, eval_classifier: Mapping[str, Any]) -> Variables:
-    """Return the variables that a stage is evaluated with: averaged, then tau-normalised, without the method's arrays.
-
-    Args:
-      variables: Of the trained network.
-      eval_classifier: Arguments of `tau_normalised` from the stage's config; {} leaves the classifier unchanged.
-    """
-    variables = with_ema(variables._replace(arrays={}))
-    if not eval_classifier:
-        return variables
-    return _changed(variables, tau_normalised(variables.params["net"], **eval_classifier))

@@ -13,7 +13,6 @@ import numpy as np
 from clu import parameter_overview
 from rich.console import Console
 
-from ltjax import surgery
 from ltjax.config import StageConfig, parse
 from ltjax.engine import describe
 from ltjax.engine.experiment import (
@@ -32,12 +31,14 @@ from ltjax.engine.stage import CompiledStage, TrainState, all_finite, kept_optim
 from ltjax.modes import report
 from ltjax.runs import logs, results
 from ltjax.runs.checkpoint import Checkpoints, StageRecord, cannot_save, complete_steps
+from ltjax.runs.evaluated import with_ema
 from ltjax.runs.workdir import locked, named_disk_errors, prepare_workdir
 from ltjax.system import processes
 from ltjax.system.files import holding, read_json, write_json
 from ltjax.system.paths import local
 from ltjax.system.signals import Interrupted, StopSignals
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 
 def train(config: Mapping[str, Any], workdir: str | Path, data_dir: str | Path | None = None) -> dict[str, Any]:
@@ -223,7 +224,7 @@ class StageTrainer:
         if before is None:
             variables = starting_variables(experiment, stage)
         else:  # with keep_optimizer net and average go on; else the stage starts from the average and begins a new one
-            variables = before.variables if stage.keep_optimizer else surgery.with_ema(before.variables)
+            variables = before.variables if stage.keep_optimizer else with_ema(before.variables)
         if stage.surgery:
             variables, self.record["surgery"] = apply_surgery(experiment, stage, variables, self.check_stop)
         state: TrainState = self.compiled.init(seeds(self.run_config), variables)

@@ -12,10 +12,10 @@ import pytest
 
 from configs import cifar10_lt, cifar100_lt, recipes
 from ltjax import data, optim, train
-from ltjax.archive import archive
 from ltjax.config import differences, parse
 from ltjax.data.source import Images
 from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs.archive import archive
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 

@@ -7,7 +7,7 @@ import pytest
 
 from ltjax import data
 from ltjax.modes.evaluate import evaluate_workdir
-from ltjax.runs import trained
+from ltjax.runs import archive
 from ltjax.system.files import read_json
 from ltjax.types import UserError
 
@@ -17,7 +17,7 @@ every_archive = pytest.mark.parametrize("folder", ARCHIVES, ids=[folder.name for
 
 @every_archive
 def test_an_archive_records_its_origin(folder):
-    assert trained.is_archive(folder)
+    assert archive.is_archive(folder)
     results = read_json(folder / "results.json")
     assert results["name"] + f"-seed{results['seed']}" == folder.name
     assert len(results["git_commit"]) == 40  # without "-dirty"

@@ -22,6 +22,7 @@ TOP = {
     "ltjax.metrics": {"jax", "numpy"},
     "ltjax.calibration": {"jax"},
     "ltjax.system.registry": set(),
+    "ltjax.system.wording": set(),
     "ltjax.optim": {"jax", "numpy", "optax", "flax"},
     "ltjax.config": set(),
     "ltjax.surgery": {"jax", "numpy"},
@@ -36,7 +37,6 @@ ROOMS = {
     "ltjax.methods": {"ltjax.attacks", "ltjax.models"},  # layers of their own
     "ltjax.report": {"ltjax.runs", "ltjax.system"},
     "ltjax.interop": {"ltjax.data", "ltjax.models", "ltjax.runs", "ltjax.system"},
-    "ltjax.archive": {"ltjax.runs", "ltjax.system"},
     "ltjax.compare": {"ltjax.report", "ltjax.runs", "ltjax.system"},
     "ltjax.predictor": {"ltjax.data", "ltjax.methods", "ltjax.models", "ltjax.runs", "ltjax.system"},
     "ltjax.engine": {"ltjax.data", "ltjax.methods", "ltjax.models", "ltjax.runs", "ltjax.system"},

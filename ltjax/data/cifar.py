@@ -12,7 +12,8 @@ import numpy as np
 from ltjax.data import records
 from ltjax.data.source import Images, resolve_data_dir
 from ltjax.system import npz
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None) -> Images:

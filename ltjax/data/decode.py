@@ -16,7 +16,7 @@ from PIL import Image
 
 from ltjax.data import orientation
 from ltjax.system.hashing import hash32
-from ltjax.types import one_line
+from ltjax.system.wording import one_line
 
 JPEG = b"\xff\xd8"  # first bytes
 SIGNATURES = (  # patterns of first bytes

@@ -26,7 +26,8 @@ from ltjax.data.source import Images
 from ltjax.data.tables import SYNONYMS
 from ltjax.system import npz
 from ltjax.system.paths import local
-from ltjax.types import UserError, one_line, some
+from ltjax.system.wording import one_line, some
+from ltjax.types import UserError
 
 TRAIN, TEST = "train", ("validation", "val", "test")  # values of `split`
 MOST_CLASSES = 1_000_000  # integer labels up to it

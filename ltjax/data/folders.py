@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ltjax.data import decode
-from ltjax.types import UserError, some
+from ltjax.system.wording import some
+from ltjax.types import UserError
 
 # Endings of images. Files with other endings are images if their first bytes are those of one.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")

@@ -18,7 +18,8 @@ from ltjax.data.progress import note
 from ltjax.data.source import Stored, Subset
 from ltjax.data.splits import long_tailed_split
 from ltjax.system.paths import local
-from ltjax.types import UserError, form_only, some
+from ltjax.system.wording import form_only, some
+from ltjax.types import UserError
 
 TEST_NAMES = ("validation", "val", "test")
 SIMILAR_NAMES = (*TEST_NAMES, "valid", "testing", "dev", "eval")  # other programs' names for validation, in any case

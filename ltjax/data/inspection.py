@@ -14,7 +14,8 @@ from ltjax.data.folders import printable
 from ltjax.system import npz
 from ltjax.system.files import replacing
 from ltjax.system.paths import cache_folder
-from ltjax.types import UserError, one_line, some
+from ltjax.system.wording import one_line, some
+from ltjax.types import UserError
 
 
 class _Inspected(NamedTuple):

@@ -18,7 +18,8 @@ from ltjax.data.decode import View, center_crop, decode, random_window, window_d
 from ltjax.data.source import ImageFiles, Stored
 from ltjax.system.cores import num_cores
 from ltjax.system.hashing import hash32
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 TASK_ROWS = 16  # at most this many images in one task of a thread
 WAIT_SECONDS = 0.01  # between checks whether the devices are busy, while waiting for a chunk

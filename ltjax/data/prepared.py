@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from ltjax.data.source import newest_version, prepare_command
 from ltjax.system.files import load_json
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 T = TypeVar("T")
 

@@ -13,7 +13,8 @@ from ltjax.data import prepared, progress
 from ltjax.data.index import Index, make_index, read_index, shards_fingerprint, write_index
 from ltjax.data.source import Stored, resolve_data_dir
 from ltjax.system.paths import cache_folder
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 SPLITS = {  # {data set: (training split, test split)}
     "imagenet_lt": ("train", "test"),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ltjax.types import UserError, one_line, some
+from ltjax.system.wording import one_line, some
+from ltjax.types import UserError
 
 DELIMITERS = ",\t;"
 SYNONYMS = {"labels": "label", "filenames": "file", "filename": "file", "files": "file"}  # of the columns of labels

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ltjax import losses
 from ltjax.data.augment import as_float
 from ltjax.engine import evaluate
-from ltjax.engine.stage import Resident
+from ltjax.engine.feed import Resident
 from ltjax.system import parallel, xla
 from ltjax.types import Apply, Variables
 

@@ -17,18 +17,10 @@ from ltjax.config import DataConfig, RunConfig, StageConfig
 from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.engine import class_means, evaluate, feed, fixed_backbone
-from ltjax.engine.stage import (
-    Chunk,
-    CompiledStage,
-    build,
-    make_apply,
-    random_variables,
-    resident_draw,
-    stage_rng,
-    streamed_draw,
-)
+from ltjax.engine.stage import CompiledStage, build, make_apply, random_variables, stage_rng
 from ltjax.models import precomputed
 from ltjax.runs.checkpoint import complete_steps
+from ltjax.runs.evaluated import as_evaluated, with_ema
 from ltjax.runs.trained import newest, variables_of
 from ltjax.runs.weights import hash_weights, is_weights, load_weights, taken, with_weights, with_zeros
 from ltjax.runs.workdir import check_same_images
@@ -51,7 +43,7 @@ class Experiment(NamedTuple):
     outputs: Outputs  # shapes of the network's outputs for one image
     # (seed, number of a stage) -> random variables on the devices; 0 for those that weights will replace
     initialise: Callable[..., Variables]
-    # stage.Resident, what training draws from; or evaluate.StoredSet, images on disk, for class means only
+    # feed.Resident, what training draws from; or evaluate.StoredSet, images on disk, for class means only
     train_data: Any
     test_set: evaluate.EvaluationSet | evaluate.StoredSet
     holdout_set: evaluate.EvaluationSet | evaluate.StoredSet | None
@@ -274,9 +266,9 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
     if experiment.streamed:
         if stage.views:
             raise UserError(f"{where}.views: for images in memory; those of {run.data.name!r} stay on disk")
-        draw = streamed_draw(augmentation, experiment.mesh)
+        draw = feed.streamed_draw(augmentation, experiment.mesh)
     else:
-        draw = resident_draw(
+        draw = feed.resident_draw(
             samplers.create(**stage.sampler),
             augmentation,
             batch_size=run.batch_size,
@@ -330,7 +322,7 @@ def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
         return experiment.train_data
     shape = (num_steps, experiment.config.batch_size)
     split: Any = parallel.split_batch(experiment.mesh, axis=1)
-    chunk: Any = Chunk
+    chunk: Any = feed.Chunk
     return chunk(
         jax.ShapeDtypeStruct((), jnp.int32),
         jax.ShapeDtypeStruct((*shape, *experiment.image_shape), jnp.uint8, sharding=split),
@@ -424,7 +416,7 @@ def class_means_for(
     Args:
       check_stop: Called before each dispatch; may raise to stop.
     """
-    return experiment.class_means(surgery.with_ema(variables), (), check_stop) if stage.nearest_mean else None
+    return experiment.class_means(with_ema(variables), (), check_stop) if stage.nearest_mean else None
 
 
 def evaluate_set(
@@ -444,7 +436,7 @@ def evaluate_set(
       check_stop: Called before each dispatch; may raise to stop.
     """
     run, labels, num_classes = experiment.config, images.host_labels, len(experiment.class_names)
-    variables = surgery.as_evaluated(variables, stage.eval_classifier)
+    variables = as_evaluated(variables, stage.eval_classifier)
     outcome = experiment.evaluators[stage.evaluate_net](variables, images, means, check_stop)
     if run.replicas == 1:
         return evaluate.figures_of(outcome, labels, experiment.groups, num_classes)

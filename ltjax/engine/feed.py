@@ -1,4 +1,8 @@
-"""Bring images to the devices: data sets in memory once, at the start; data sets on disk as a stream of batches."""
+"""Bring images to the devices, and draw the batches of training.
+
+Data sets in memory are placed once, at the start, and each step gathers and augments its batch from them. Data sets on
+disk come as a stream of batches, of which each step augments its own.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,9 +19,11 @@ from ltjax.data.source import ImageFiles, Images, Stored
 from ltjax.engine import evaluate
 from ltjax.engine import stage as stages
 from ltjax.system import parallel
+from ltjax.system.hashing import hash32
 from ltjax.system.paths import local
-from ltjax.types import UserError
+from ltjax.types import Batch, UserError
 
+PARTNER_SALT = 1  # hashed into the seed of a batch's second draw, which gives each image a partner
 MOST_STREAMED_STEPS = 4  # in a dispatch whose batches are streamed, unless config.dispatch_steps says more
 
 
@@ -26,11 +32,18 @@ def image_shape(run: RunConfig, data: Images | Stored) -> tuple[int, ...]:
     return data.train_images.shape[1:] if isinstance(data, Images) else (run.data.size, run.data.size, 3)
 
 
+class Resident(NamedTuple):
+    """Training images on the device, sorted by class."""
+
+    images: jax.Array  # uint8 [N, H, W, channels]
+    labels: jax.Array  # int32 [N]
+
+
 class ImageSets(NamedTuple):
     """Training, test and held-out images, on the devices or ready to be streamed."""
 
     shape: tuple[int, ...]  # [H, W, channels]
-    train: stages.Resident | evaluate.StoredSet  # a StoredSet: in order, cropped as for evaluation
+    train: Resident | evaluate.StoredSet  # a StoredSet: in order, cropped as for evaluation
     test: evaluate.EvaluationSet | evaluate.StoredSet
     holdout: evaluate.EvaluationSet | evaluate.StoredSet | None
 
@@ -45,7 +58,7 @@ def resident(run: RunConfig, images: Images, split: splits.Split, mesh: Mesh) ->
             "data that was packed for another config.data; prepare all of it"
         )
     everywhere, holdout = parallel.replicated(mesh), None
-    train = stages.Resident(
+    train = Resident(
         parallel.put(images.train_images[split.train], everywhere),
         parallel.put(images.train_labels[split.train].astype(np.int32), everywhere),
     )
@@ -91,38 +104,67 @@ def some_of_each_class(run: RunConfig, data: Any, split: splits.Split, mesh: Mes
     return in_order(run, mesh, data.train_files, data.train_labels, np.concatenate(some))
 
 
-def picture(run: RunConfig, data: Images | Stored, index: int) -> np.ndarray:
-    """Return a test image, uint8 [H, W, channels], cropped as the network sees it.
-
-    Features become a square of grey values, from the smallest, black, to the largest, white.
-    """
-    if isinstance(data, Images):
-        image = data.test_images[index]
-        return image if image.dtype == np.uint8 else _as_greys(image.astype(np.float32).ravel())
-    from ltjax.data.decode import center_crop, decode
-
-    return center_crop(decode(data.test_files[index], upright=run.data.upright), _view(run))
-
-
-def _as_greys(features: np.ndarray) -> np.ndarray:
-    side = math.ceil(math.sqrt(len(features)))
-    span = max(float(np.ptp(features)), 1e-12)
-    greys = np.round((features - features.min()) / span * 255).astype(np.uint8)
-    return np.pad(greys, (0, side * side - len(greys))).reshape(side, side, 1)
-
-
 def _view(run: RunConfig) -> Any:
     from ltjax.data.decode import View
 
     return View(run.data.size, run.data.resize, run.data.min_area, run.data.upright)
 
 
-def picture_name(run: RunConfig, data: Images | Stored, index: int) -> str:
-    """Return the name of a test image: of a file below `config.data.root` its path there, in memory its number."""
-    if isinstance(data, Images):
-        return f"test image {index}"
-    root = f"{local(run.data.root)}/" if run.data.root else ""
-    return data.test_files.name(index).removeprefix(root)
+# A batch, drawn inside the compiled step.
+
+
+def resident_draw(
+    sampler: Callable,
+    augment: Callable,
+    *,
+    batch_size: int,
+    class_counts: np.ndarray,
+    mesh: Mesh,
+    others: Callable | None = None,
+) -> Callable[[Resident, Any, jax.Array, jax.Array], Batch]:
+    """Make `draw(source, seed, step, rng) -> Batch` for images on the devices.
+
+    Args:
+      sampler: See `ltjax.data.samplers`.
+      augment: `(rng, uint8 images, labels) -> Batch`, or with a second pair of images and labels.
+      others: Sampler of that second pair, if there is one.
+    """
+
+    def draw(source, seed, step, rng):
+        def drawn(sampler, seed):
+            index = sampler(seed, step, batch_size=batch_size, class_counts=class_counts)
+            index = parallel.split(index, mesh)  # each device gathers its share of the batch
+            return source.images[index], source.labels[index]
+
+        if others is None:
+            return augment(rng, *drawn(sampler, seed))
+        return augment(rng, *drawn(sampler, seed), drawn(others, hash32(seed, np.uint32(PARTNER_SALT))))
+
+    return draw
+
+
+class Chunk(NamedTuple):
+    """The batches of K steps, split over the devices."""
+
+    first: jax.Array  # int32, the step of the first batch
+    images: jax.Array  # uint8 [K, B, H, W, channels]
+    labels: jax.Array  # int32 [K, B]
+
+
+def streamed_draw(augment: Callable, mesh: Mesh) -> Callable[[Chunk, Any, jax.Array, jax.Array], Batch]:
+    """Make `draw(source, seed, step, rng) -> Batch` for batches streamed from disk. augment: see `resident_draw`."""
+
+    def draw(source, seed, step, rng):
+        images, labels = (
+            parallel.split(jax.lax.dynamic_index_in_dim(x, step - source.first, keepdims=False), mesh)
+            for x in (source.images, source.labels)
+        )
+        return augment(rng, images, labels)
+
+    return draw
+
+
+# The batches of a dispatch.
 
 
 def dispatch_length(
@@ -161,7 +203,7 @@ class Feed:
 
     def take(
         self, step: int, num_steps: int, next_steps: int, busy: Callable[[], bool] = lambda: False
-    ) -> stages.Resident | stages.Chunk:
+    ) -> Resident | Chunk:
         """Return the source of the next dispatch's batches.
 
         Args:
@@ -171,7 +213,7 @@ class Feed:
         if self._stream is None or self._mesh is None:
             return self._resident
         images, labels = self._stream.take(step, num_steps, next_steps, busy)
-        return stages.Chunk(parallel.put(np.int32(step), parallel.replicated(self._mesh)), images, labels)
+        return Chunk(parallel.put(np.int32(step), parallel.replicated(self._mesh)), images, labels)
 
     def __enter__(self) -> "Feed":
         return self
@@ -198,3 +240,34 @@ def training_stream(
         view=_view(run),
     )
     return Feed(None, pipeline.Stream(plan, parallel.split_batch(mesh, axis=1), run.data.threads), mesh)
+
+
+# Single test images, to look at.
+
+
+def picture(run: RunConfig, data: Images | Stored, index: int) -> np.ndarray:
+    """Return a test image, uint8 [H, W, channels], cropped as the network sees it.
+
+    Features become a square of grey values, from the smallest, black, to the largest, white.
+    """
+    if isinstance(data, Images):
+        image = data.test_images[index]
+        return image if image.dtype == np.uint8 else _as_greys(image.astype(np.float32).ravel())
+    from ltjax.data.decode import center_crop, decode
+
+    return center_crop(decode(data.test_files[index], upright=run.data.upright), _view(run))
+
+
+def _as_greys(features: np.ndarray) -> np.ndarray:
+    side = math.ceil(math.sqrt(len(features)))
+    span = max(float(np.ptp(features)), 1e-12)
+    greys = np.round((features - features.min()) / span * 255).astype(np.uint8)
+    return np.pad(greys, (0, side * side - len(greys))).reshape(side, side, 1)
+
+
+def picture_name(run: RunConfig, data: Images | Stored, index: int) -> str:
+    """Return the name of a test image: of a file below `config.data.root` its path there, in memory its number."""
+    if isinstance(data, Images):
+        return f"test image {index}"
+    root = f"{local(run.data.root)}/" if run.data.root else ""
+    return data.test_files.name(index).removeprefix(root)

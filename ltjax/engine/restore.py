@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ltjax import surgery
 from ltjax.config import RunConfig, StageConfig
 from ltjax.engine.experiment import (
     Experiment,
@@ -21,8 +20,10 @@ from ltjax.engine.experiment import (
     set_up,
 )
 from ltjax.engine.stage import CompiledStage, TrainState, steps_done
+from ltjax.runs.archive import is_archive, read_archive
 from ltjax.runs.checkpoint import Checkpoints, StageRecord
-from ltjax.runs.trained import as_computed, evaluates_weights, is_archive, read_archive
+from ltjax.runs.evaluated import EMA
+from ltjax.runs.trained import as_computed, evaluates_weights
 from ltjax.runs.weights import check_classifier, folder_of, load_weights, taken, with_weights
 from ltjax.runs.workdir import check_same_images, no_checkpoint
 from ltjax.system import parallel
@@ -52,7 +53,7 @@ def restore(experiment: Experiment, stage: StageConfig, workdir: Path) -> Restor
         if stage.name != archive.stage:
             return None
         state = compiled.init(seeds(run), fresh_variables(experiment, stage, taken(archive.weights)))
-        net = surgery.EMA if stage.ema else "net"  # which one is evaluated
+        net = EMA if stage.ema else "net"  # which one is evaluated
         variables = with_weights(state.variables, archive.weights, net=net)
         extra = archive.weights.variables.params.get("method")
         variables = variables._replace(params={**variables.params, **({"method": extra} if extra else {})})

@@ -7,8 +7,9 @@ A stage is data: a method, a sampler, augmentation, parameter groups with their 
     state, metrics = compiled.run(state, source, num_steps)     # one dispatch: `num_steps` steps inside `lax.scan`
 
 With several replicas, every array of seeds, variables, state and metrics has a leading axis of replicas, and one
-dispatch trains them all. The compiled step draws its batch with `draw(source, seed, step, rng)`. `source` holds all
-training images if they are on the devices, otherwise the batches of this dispatch.
+dispatch trains them all. The compiled step draws its batch with `draw(source, seed, step, rng)` of
+`ltjax.engine.feed`. `source` holds all training images if they are on the devices, otherwise the batches of this
+dispatch.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from jax.sharding import Mesh
 
 from ltjax import optim
 from ltjax.config import BATCH_NORM_MODES, RunConfig, StageConfig
-from ltjax.surgery import EMA
+from ltjax.runs.evaluated import EMA
 from ltjax.system import parallel, registry, xla
 from ltjax.system.hashing import hash32, is_local
 from ltjax.types import Apply, Batch, Method, UserError, Variables
@@ -51,24 +52,6 @@ class CompiledStage(NamedTuple):
     num_steps: int  # of the whole stage
     factors: np.ndarray  # [epochs], factors on the learning rate
     trained: dict[str, str]  # {path of a parameter with a rate above 0: its group}
-
-
-class Resident(NamedTuple):
-    """Training images on the device, sorted by class."""
-
-    images: jax.Array  # uint8 [N, H, W, channels]
-    labels: jax.Array  # int32 [N]
-
-
-class Chunk(NamedTuple):
-    """The batches of K steps, split over the devices."""
-
-    first: jax.Array  # int32, the step of the first batch
-    images: jax.Array  # uint8 [K, B, H, W, channels]
-    labels: jax.Array  # int32 [K, B]
-
-
-PARTNER_SALT = 1  # hashed into the seed of a batch's second draw, which gives each image a partner
 
 
 def make_apply(nets: Mapping[str, nn.Module], stage_mode: str) -> Apply:
@@ -118,49 +101,6 @@ def sampler_seed(seed: Any, number: int) -> Any:
     return hash32(seed, np.uint32(number))
 
 
-def resident_draw(
-    sampler: Callable,
-    augment: Callable,
-    *,
-    batch_size: int,
-    class_counts: np.ndarray,
-    mesh: Mesh,
-    others: Callable | None = None,
-) -> Callable[[Resident, Any, jax.Array, jax.Array], Batch]:
-    """Make `draw(source, seed, step, rng) -> Batch` for images on the devices.
-
-    Args:
-      sampler: See `ltjax.data.samplers`.
-      augment: `(rng, uint8 images, labels) -> Batch`, or with a second pair of images and labels.
-      others: Sampler of that second pair, if there is one.
-    """
-
-    def draw(source, seed, step, rng):
-        def drawn(sampler, seed):
-            index = sampler(seed, step, batch_size=batch_size, class_counts=class_counts)
-            index = parallel.split(index, mesh)  # each device gathers its share of the batch
-            return source.images[index], source.labels[index]
-
-        if others is None:
-            return augment(rng, *drawn(sampler, seed))
-        return augment(rng, *drawn(sampler, seed), drawn(others, hash32(seed, np.uint32(PARTNER_SALT))))
-
-    return draw
-
-
-def streamed_draw(augment: Callable, mesh: Mesh) -> Callable[[Chunk, Any, jax.Array, jax.Array], Batch]:
-    """Make `draw(source, seed, step, rng) -> Batch` for batches streamed from disk. augment: see `resident_draw`."""
-
-    def draw(source, seed, step, rng):
-        images, labels = (
-            parallel.split(jax.lax.dynamic_index_in_dim(x, step - source.first, keepdims=False), mesh)
-            for x in (source.images, source.labels)
-        )
-        return augment(rng, images, labels)
-
-    return draw
-
-
 def build(
     nets: Mapping[str, nn.Module],
     method: Method,
@@ -179,7 +119,7 @@ def build(
     Tests and other trainers call this without data sets; therefore it has more than 8 parameters.
 
     Args:
-      draw: Makes the batches, see `resident_draw` and `streamed_draw`.
+      draw: Makes the batches, see `resident_draw` and `streamed_draw` of `ltjax.engine.feed`.
       params: All parameters, arrays or their shapes; only their paths matter.
       stage: The stage's groups, batch_norm, lr, optimizer, ema, sam, evaluate_net, number and name are used. A frozen
         group (rate 0) has no backward pass. batch_norm "train" with a frozen backbone is shifted batch norm.

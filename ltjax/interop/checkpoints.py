@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ltjax.system import npz
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 MISLAS = "state_dict_"  # + model, classifier, lws_model, block: the parts of one network
 NOT_A_NETWORK = ("block",)  # prefixes with convolutions that are only a part of a network

@@ -57,7 +57,8 @@ from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
 from ltjax.system.files import replacing
 from ltjax.system.paths import local
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 FORMATS = ("state_dict", "safetensors", "weights", "stablehlo", "onnx")
 WHOLE = ("stablehlo", "onnx")  # formats of the whole network, for images of one size

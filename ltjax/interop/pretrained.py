@@ -24,7 +24,8 @@ from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
 from ltjax.system.files import file_sha256
 from ltjax.system.paths import cache_folder, local
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 FILES = ("model.safetensors", "open_clip_model.safetensors")  # of a repository, in this order
 FORMS = f"a name ({{}}), {HUB}REPOSITORY[@REVISION], FILE.safetensors, a folder, or none"

@@ -27,7 +27,8 @@ from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
 from ltjax.system.files import file_sha256
 from ltjax.system.paths import local
-from ltjax.types import UserError, Variables, one_line, some
+from ltjax.system.wording import one_line, some
+from ltjax.types import UserError, Variables
 
 NORMALISE = {  # mean and std of each channel
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's, and the authors' on large images

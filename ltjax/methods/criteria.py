@@ -12,7 +12,8 @@ import numpy as np
 
 from ltjax import losses
 from ltjax.system import registry
-from ltjax.types import Batch, Settings, UserError, nearest, plain
+from ltjax.system.wording import nearest, plain
+from ltjax.types import Batch, Settings, UserError
 
 CROSS_ENTROPY: Settings = MappingProxyType({"name": "cross_entropy"})
 LOGIT_ADJUSTED: Settings = MappingProxyType({"name": "logit_adjusted"})

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from rich.console import Console
 
-from ltjax import attacks, surgery
+from ltjax import attacks
 from ltjax.config import AttackConfig, RunConfig, StageConfig, parse
 from ltjax.engine import evaluate, feed
 from ltjax.engine.experiment import Experiment, seeds, set_up
@@ -22,6 +22,7 @@ from ltjax.engine.restore import import_weights, restored_stages
 from ltjax.engine.stage import make_apply, steps_done
 from ltjax.report import figures, page
 from ltjax.runs import logs, results
+from ltjax.runs.evaluated import as_evaluated
 from ltjax.runs.seeds import pool
 from ltjax.runs.trained import evaluates_weights
 from ltjax.runs.workdir import locked, prepare_workdir
@@ -136,7 +137,7 @@ def _targets(
     """Yield the target of each replica, on all devices."""
     experiment, stage, _, variables = checkpoint
     run, mesh = experiment.config, parallel.make_mesh()
-    variables = surgery.as_evaluated(variables, stage.eval_classifier)
+    variables = as_evaluated(variables, stage.eval_classifier)
     apply = make_apply(experiment.nets, "eval")
 
     def logits(variables: Variables, images: jax.Array) -> jax.Array:

@@ -25,8 +25,8 @@ from ltjax.engine.experiment import (
 )
 from ltjax.engine.stage import CompiledStage
 from ltjax.runs import logs
+from ltjax.runs.evaluated import EMA
 from ltjax.runs.workdir import check_workdir
-from ltjax.surgery import EMA
 from ltjax.system import parallel, processes
 from ltjax.system.paths import local
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ltjax.config import parse
 from ltjax.engine import feed
 from ltjax.engine.experiment import Experiment, make_method, set_up
-from ltjax.engine.measure import Observer, class_values
+from ltjax.engine.observe import Observer, class_values
 from ltjax.engine.restore import evaluate_restored, restored_stages
 from ltjax.engine.stage import steps_done
 from ltjax.report import analysis, charts, figures, files, page

@@ -19,11 +19,12 @@ import numpy as np
 from ltjax.data.decode import DeepImages, View, center_crop, decode_and_measure, read_file
 from ltjax.data.folders import LeftOut, images_below
 from ltjax.data.pipeline import TASK_ROWS
-from ltjax.predictor import Model, calibrated
+from ltjax.predictor.model import Model, calibrated
 from ltjax.system import xla
 from ltjax.system.cores import num_cores
 from ltjax.system.paths import local
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 AHEAD = 2  # batches decoded while the device works on one
 

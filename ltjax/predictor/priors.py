@@ -18,7 +18,8 @@ from ltjax import methods
 from ltjax.config import RunConfig, StageConfig
 from ltjax.data import samplers, tables
 from ltjax.system.paths import local
-from ltjax.types import UserError, nearest, plain, some
+from ltjax.system.wording import nearest, plain, some
+from ltjax.types import UserError
 
 UNIFORM, TRAIN = "uniform", "train"
 FORMS = f"{UNIFORM}, {TRAIN} (the training images), or a CSV file with the columns class and probability (or count)"

@@ -44,7 +44,7 @@ def stage_numbers(
     """Return the page's numbers of one stage, averaged over replicas.
 
     Args:
-      observed: For each replica, see `ltjax.engine.measure.Observer`.
+      observed: For each replica, see `ltjax.engine.observe.Observer`.
       labels: [N].
       groups: {name: bool [C]}.
       learned: {title: [C]}.

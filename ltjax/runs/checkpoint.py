@@ -14,7 +14,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from ltjax.system import processes
 from ltjax.system.hashing import fingerprint
 from ltjax.system.paths import check_checkpoints
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 log = logging.getLogger(__name__)
 FIX_DISK = "free some space or fix the permissions, then run the same command again to resume"

@@ -8,14 +8,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ltjax import surgery
 from ltjax.config import RunConfig, StageConfig, parse
-from ltjax.runs.checkpoint import StageRecord, complete_steps
-from ltjax.runs.weights import ARRAYS, Weights, load_weights
+from ltjax.runs.archive import is_archive, read_archive
+from ltjax.runs.checkpoint import complete_steps
+from ltjax.runs.evaluated import as_evaluated
+from ltjax.runs.weights import Weights
 from ltjax.runs.workdir import no_checkpoint
 from ltjax.system.files import holding, load_json, read_json
 from ltjax.system.hashing import fingerprint
-from ltjax.types import UserError, Variables, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError, Variables
 
 TEMPERATURE = "temperature.json"  # written by `ltjax.modes.calibrate`
 NAMED_IN = ("split.json", "results.json", "eval.json", TEMPERATURE)  # files that may hold the names of classes
@@ -115,7 +117,7 @@ def weights_of(workdir: Path, trained: Trained, *, net: str = "net", replica: in
     if net not in variables.params:
         raise UserError(f"--net={net}: {workdir} is the archive of a run, which has net alone")
     if net == "net":
-        variables = surgery.as_evaluated(variables, trained.stage.eval_classifier)
+        variables = as_evaluated(variables, trained.stage.eval_classifier)
     params, stats = variables.params[net], variables.stats.get(net, {})
     variables = jax.tree.map(np.asarray, Variables({"net": params}, {"net": stats}, {}))
     return Weights(variables, settings, params["classifier"]["kernel"].shape[-1])
@@ -132,36 +134,3 @@ def class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
             if len(names) == num_classes:
                 return tuple(names)
     return ()
-
-
-class Archived(NamedTuple):
-    """The contents of an archive."""
-
-    stage: str  # the last one
-    step: int
-    weights: Weights
-    record: StageRecord
-
-
-def is_archive(folder: Path) -> bool:
-    """Return whether `ltjax.archive` wrote a folder. A workdir is no archive."""
-    return (
-        all((folder / name).is_file() for name in ("config.json", "results.json", ARRAYS))
-        and not (folder / "checkpoints").exists()
-    )
-
-
-def read_archive(folder: Path) -> Archived:
-    """Read an archive. UserError if its results.json is not that of an archive."""
-    results = read_json(folder / "results.json")
-    with holding(folder / "results.json", "write the archive again"):
-        stage = results["final_stage"]
-        summary = results["stages"][stage]
-        evaluations = [{**evaluation, "test": dict(evaluation)} for evaluation in summary["evaluations"]]
-        evaluations[-1]["test"] = summary
-        step: int = summary["evaluations"][-1]["step"]
-        if not isinstance(stage, str) or not isinstance(step, int):
-            raise TypeError("final_stage is no name, or step no number")
-        seconds = float(summary["seconds"])
-    record: StageRecord = {"seconds": seconds, "train_seconds": 0.0, "train_steps": 0, "evaluations": evaluations}
-    return Archived(stage, step, load_weights(folder), record)

@@ -3,7 +3,7 @@
 `weights.safetensors` holds float32 or float16 arrays in our layouts (NHWC, HWIO) by path, `params/backbone/conv/kernel`
 and `batch_stats/backbone/norm/mean`. `weights.json` holds their network, the order of its classes, the file they come
 from, and perhaps the images that they expect and their licence. `config.weights` of a run names such a folder, or an
-archive of `ltjax.archive`, which has the run's `config.json` instead, and may have parameters of its method,
+archive of `ltjax.runs.archive`, which has the run's `config.json` instead, and may have parameters of its method,
 `method/margins`. `shipped` are the folders that come with ltjax.
 """
 
@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from ltjax.optim import flatten, unflatten
 from ltjax.system.files import file_sha256, load_json, replacing, write_json
 from ltjax.system.paths import cache_folder, local
-from ltjax.types import UserError, Variables, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError, Variables
 
 FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "interop" / "shipped"
@@ -181,7 +182,7 @@ def _tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_weights(name: str | Path, sha256: str = "") -> Weights:
-    """Read weights of `save_weights` or `ltjax.archive`. float16 arrays become float32.
+    """Read weights of `save_weights` or `ltjax.runs.archive`. float16 arrays become float32.
 
     Args:
       name: See `folder_of`.

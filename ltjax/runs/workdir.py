@@ -13,7 +13,8 @@ from ltjax.runs.checkpoint import FIX_DISK
 from ltjax.system import locks
 from ltjax.system.files import holding, read_json
 from ltjax.system.paths import check_checkpoints
-from ltjax.types import UserError, form_only, some
+from ltjax.system.wording import form_only, some
+from ltjax.types import UserError
 
 SPLIT_KEYS = ("class_names", "class_counts", "sha256", "holdout_sha256")  # keys of split.json that must match
 DISK_ERRORS = (

@@ -6,7 +6,8 @@ import os
 import jax
 
 from ltjax.system.cores import num_cores
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 INSTALL = {"NVIDIA GPU": 'pip install -e ".[cuda]"', "TPU": 'pip install -e ".[tpu]"'}
 

@@ -10,7 +10,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 DAY = 86_400  # seconds
 ANOTHER = "delete it, or use another --workdir"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ltjax.types import one_line
+from ltjax.system.wording import one_line
 
 COMPRESSION = 100  # largest ratio of contents to an archive's size; arrays of numbers stay far below
 SMALL = 1 << 30  # bytes that every archive may hold

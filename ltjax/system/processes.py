@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 GONE = 75  # exit code (EX_TEMPFAIL, "try again") of a process that stops because another one did
 OTHERS_SECONDS = 2.0  # process 0 waits so long for the others to end by themselves; JAX aborts them when it is gone

@@ -53,7 +53,7 @@ def queue(tmp_path, monkeypatch):
     root = tmp_path / "repository"
     for file, text in {
         "run.py": PROGRAM,
-        "ltjax/archive.py": ARCHIVE,
+        "ltjax/runs/archive.py": ARCHIVE,
         "benchmarks/reproduce.py": DESCRIBE,
         "pyproject.toml": "",
     }.items():

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ltjax.data import augment, mixing, samplers
-from ltjax.engine.stage import Resident, resident_draw
+from ltjax.engine.feed import Resident, resident_draw
 from ltjax.system import parallel
 from ltjax.types import UserError
 

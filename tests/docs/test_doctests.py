@@ -43,6 +43,7 @@ MODULES = (
     "ltjax.methods.criteria",
     "ltjax.optim",
     "ltjax.predictor",
+    "ltjax.predictor.model",
     "ltjax.predictor.priors",
     "ltjax.interop.torch",
     "ltjax.interop.export",
@@ -55,7 +56,8 @@ PUBLIC = {  # of modules whose other functions need no example
     "ltjax.optim": ("schedule_table",),
     "ltjax.methods.criteria": ("weights_by_name",),
     "ltjax.predictor.priors": ("shift",),
-    "ltjax.predictor": (),  # `Model` has an example
+    "ltjax.predictor": (),
+    "ltjax.predictor.model": (),  # `Model` has an example
     "ltjax.interop.torch": ("import_state_dict", "export_state_dict"),
     "ltjax.interop.export": ("stablehlo",),
     "ltjax.interop.pretrained": ("find",),

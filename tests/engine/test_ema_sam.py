@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ltjax import losses, optim, surgery, train
+from ltjax import losses, optim, train
 from ltjax.config import parse
 from ltjax.engine import stage
 from ltjax.engine.experiment import set_up
@@ -14,6 +14,7 @@ from ltjax.engine.restore import restore
 from ltjax.modes import dry_run
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.predictor import load
+from ltjax.runs.evaluated import EMA, as_evaluated
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system import parallel
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
@@ -115,9 +116,9 @@ def test_a_stage_averages_its_weights_over_the_steps(golden):
     for step in range(3):
         state, _ = trained(numbers, step + 1, ema=dict(decay=0.9))
         average = optim.ema(average, state.variables.params["net"], jnp.int32(step), decay=0.9)
-        actual = state.variables.params[surgery.EMA]
+        actual = state.variables.params[EMA]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, average)
-    evaluated = surgery.as_evaluated(state.variables, {})
+    evaluated = as_evaluated(state.variables, {})
     assert set(evaluated.params) == {"net"}
     np.testing.assert_array_equal(evaluated.params["net"]["fc1"]["kernel"], actual["fc1"]["kernel"])
 
@@ -143,14 +144,14 @@ def run(tmp_path_factory):
 def average_in(workdir):
     experiment = set_up(parse(config()), None)
     variables = restore(experiment, experiment.config.stages["ce"], workdir).state.variables
-    assert surgery.EMA in variables.params
+    assert EMA in variables.params
     return variables
 
 
 def test_every_use_of_a_run_takes_its_average(run):
     workdir, figures = run
     variables = average_in(workdir)
-    kernel = np.asarray(variables.params[surgery.EMA]["classifier"]["kernel"])
+    kernel = np.asarray(variables.params[EMA]["classifier"]["kernel"])
     assert not np.array_equal(kernel, variables.params["net"]["classifier"]["kernel"])
     weights = weights_of(workdir, newest(workdir))
     np.testing.assert_array_equal(weights.variables.params["net"]["classifier"]["kernel"], kernel)
@@ -161,7 +162,7 @@ def test_every_use_of_a_run_takes_its_average(run):
 
 def test_statistics_of_batch_norm_are_averaged(run):
     variables = average_in(run[0])
-    means = [variables.stats[net]["backbone"]["norm"]["mean"] for net in ("net", surgery.EMA)]
+    means = [variables.stats[net]["backbone"]["norm"]["mean"] for net in ("net", EMA)]
     assert not np.array_equal(*means)
 
 
@@ -174,7 +175,7 @@ def test_the_next_stage_begins_with_the_average(run, tmp_path):
     before, after = (
         restore(experiment, experiment.config.stages[name], tmp_path / "run").state.variables for name in made["stages"]
     )
-    kernels = [v["backbone"]["conv"]["kernel"] for v in (before.params[surgery.EMA], after.params["net"])]
+    kernels = [v["backbone"]["conv"]["kernel"] for v in (before.params[EMA], after.params["net"])]
     np.testing.assert_array_equal(*kernels)
     assert set(after.params) == {"net"}
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from ltjax import compare, config, data, methods, train
 from ltjax.data import augment, samplers
-from ltjax.engine import class_means, evaluate, stage
+from ltjax.engine import class_means, evaluate, feed, stage
 from ltjax.engine import experiment as experiments
 from ltjax.models.layers import BatchNorm, Conv, pool
 from ltjax.modes.evaluate import evaluate_workdir
@@ -73,13 +73,13 @@ def made_up_source(mesh):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(len(COUNTS)), COUNTS).astype(np.int32)
     images = (rng.integers(0, 200, (len(labels), *SHAPE)) + 20 * labels[:, None, None, None]).astype(np.uint8)
-    return stage.Resident(*(jax.device_put(x, parallel.replicated(mesh)) for x in (images, labels)))
+    return feed.Resident(*(jax.device_put(x, parallel.replicated(mesh)) for x in (images, labels)))
 
 
 def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instance_balanced", mixup=0.0):
     """Build (compiled stage, function of seeds that makes the initial state, images)."""
     mesh, method = parallel.make_mesh(jax.devices()[:devices], replicas), watched(methods.create(method, COUNTS))
-    draw = stage.resident_draw(
+    draw = feed.resident_draw(
         samplers.create(sampler),
         lambda rng, images, labels: augment.augment(rng, images, labels, crop_padding=1, mixup_alpha=mixup),
         batch_size=8,

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from ltjax.data import augment, samplers
-from ltjax.engine import class_means, stage
+from ltjax.engine import class_means, feed, stage
 from ltjax.system import parallel
 from ltjax.types import Batch, Method, Outputs, UserError, Variables
 from tests import stages
@@ -33,7 +33,7 @@ def source():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), COUNTS).astype(np.int32)
     images = rng.integers(0, 255, (len(labels), 4, 4, 2)).astype(np.uint8)
-    return stage.Resident(jnp.asarray(images), jnp.asarray(labels))
+    return feed.Resident(jnp.asarray(images), jnp.asarray(labels))
 
 
 def toy_method(refresh=None):
@@ -87,7 +87,7 @@ def test_class_means_take_no_memory_for_each_batch():
     def temporaries(batches):
         size = 4 * batches
         images = jax.ShapeDtypeStruct((size, 4, 4, 2), jnp.uint8)
-        resident = stage.Resident(images, jax.ShapeDtypeStruct((size,), jnp.int32))
+        resident = feed.Resident(images, jax.ShapeDtypeStruct((size,), jnp.int32))
         means = jax.jit(lambda source: class_means.of_resident(apply, None, source, mesh, (), 4))
         return means.lower(resident).compile().memory_analysis().temp_size_in_bytes
 
@@ -111,7 +111,7 @@ def collectives(program):
 def test_devices_exchange_no_images(source):
     """A step with mixup on eight devices exchanges only sums over the batch."""
     mixing = partial(augment.augment, crop_padding=1, cutout_size=2, mixup_alpha=0.2)
-    draw = stage.resident_draw(
+    draw = feed.resident_draw(
         samplers.create("instance_balanced"), mixing, batch_size=64, class_counts=COUNTS, mesh=parallel.make_mesh()
     )
     compiled, state, _ = build(net_method(), draw=draw)

@@ -14,7 +14,7 @@ from ltjax.config import parse
 from ltjax.data.identity import digest
 from ltjax.data.source import Images, Stored
 from ltjax.engine import experiment as experiments
-from ltjax.engine import feed, measure, stage
+from ltjax.engine import feed, observe
 from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 from ltjax.types import UserError
@@ -132,7 +132,7 @@ def test_evaluation_equals_that_of_resident_images(pair):
 def test_the_report_equals_that_of_resident_images(pair):
     run = parse(settings())
     variables = experiments.fresh_variables(pair[0], run.stages["dro"])
-    (first,), (second,) = (measure.Observer(experiment).observe(run.stages["dro"], variables) for experiment in pair)
+    (first,), (second,) = (observe.Observer(experiment).observe(run.stages["dro"], variables) for experiment in pair)
     for name in first:
         np.testing.assert_allclose(second[name], first[name], rtol=1e-4, atol=1e-5, err_msg=name)
     for index in (0, 5):
@@ -197,7 +197,7 @@ def test_a_step_equals_that_of_resident_images(pair):
             index = [pair[0].split.train[i] for i in drawn(run, pair[0])]
             images = np.stack([both()[0].train_images[i] for i in index])[None]
             labels = both()[0].train_labels[index][None]
-            source = stage.Chunk(
+            source = feed.Chunk(
                 jnp.int32(0), *parallel.put((images, labels), parallel.split_batch(experiment.mesh, axis=1))
             )
         else:

@@ -9,7 +9,7 @@ from ltjax import models, train
 from ltjax.config import parse
 from ltjax.data import augment, samplers
 from ltjax.engine import experiment as experiments
-from ltjax.engine import restore, stage
+from ltjax.engine import feed, restore, stage
 from ltjax.methods import erm
 from ltjax.runs.trained import newest, weights_of
 from ltjax.system import parallel
@@ -27,7 +27,7 @@ STRONG = dict(crop_padding=0, crop_area=0.2, color_jitter=0.4, hue=0.1, jitter_p
 def draw_with(views, devices=1):
     first = lambda *arguments: augment.augment(*arguments, **WEAK)  # noqa: E731
     more = [lambda *arguments, settings=settings: augment.augment(*arguments, **settings) for settings in views]
-    return stage.resident_draw(
+    return feed.resident_draw(
         samplers.create("instance_balanced"),
         augment.with_views(first, more) if more else first,
         batch_size=8,
@@ -39,7 +39,7 @@ def draw_with(views, devices=1):
 def made_up_source():
     labels = np.repeat(np.arange(3), COUNTS).astype(np.int32)
     images = np.random.default_rng(0).integers(0, 256, (len(labels), *SHAPE)).astype(np.uint8)
-    return stage.Resident(jnp.asarray(images), jnp.asarray(labels))
+    return feed.Resident(jnp.asarray(images), jnp.asarray(labels))
 
 
 def drawn(views, devices=1):

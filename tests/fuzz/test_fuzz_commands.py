@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltjax import archive, compare
+from ltjax import compare
 from ltjax.data.prepare import __main__ as prepare
 from ltjax.interop import export, torch
+from ltjax.runs import archive
 from ltjax.system.files import write_json
 from tests.fuzz.test_fuzz_runs import files
 from tests.fuzz.test_fuzz_weights import folder_of_weights, state_dict_files

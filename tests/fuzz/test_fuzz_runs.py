@@ -14,7 +14,7 @@ from ltjax import compare, predictor
 from ltjax.config import parse
 from ltjax.interop import torch
 from ltjax.report import page, panels
-from ltjax.runs import trained
+from ltjax.runs import archive, trained
 from ltjax.runs.weights import load_weights
 from ltjax.runs.workdir import check_same_config, check_same_images
 from ltjax.system.files import read_json, write_json
@@ -54,7 +54,7 @@ def readers(folder, before):
         "names": lambda: predictor.class_names(folder, CLASSES),
         "table": lambda: compare.cells(compare.compare([folder]).rows),
         "page": lambda: page.write(folder),
-        "archive": lambda: trained.read_archive(folder),
+        "archive": lambda: archive.read_archive(folder),
         "newest": lambda: trained.newest(folder),
     }
 

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.autoattack import golden
 from ltjax import attacks, config, losses, methods, models, optim
 from ltjax.data import augment, samplers
-from ltjax.engine import stage
+from ltjax.engine import feed, stage
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.system import parallel
 from ltjax.types import Variables
@@ -33,7 +33,7 @@ def network(**settings):
 def stage_and_source(net, **replicated):
     """Return a stage of cross-entropy with mixup, batches of 16, on the first device, and its images."""
     mesh = parallel.make_mesh(jax.devices()[:1])
-    draw = stage.resident_draw(
+    draw = feed.resident_draw(
         samplers.create("instance_balanced"),
         lambda rng, images, labels: augment.augment(rng, images, labels, crop_padding=4, flip=True, mixup_alpha=1.0),
         batch_size=16,
@@ -56,7 +56,7 @@ def stage_and_source(net, **replicated):
         **replicated,
     )
     images = np.random.default_rng(0).integers(256, size=(COUNTS.sum(), 32, 32, 3), dtype=np.uint8)
-    source = stage.Resident(jnp.asarray(images), jnp.asarray(np.repeat(np.arange(10), 16), jnp.int32))
+    source = feed.Resident(jnp.asarray(images), jnp.asarray(np.repeat(np.arange(10), 16), jnp.int32))
     return compiled, jax.device_put(source, parallel.replicated(mesh))
 
 

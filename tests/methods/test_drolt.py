@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ltjax import losses, methods, models
-from ltjax.engine import class_means, stage
+from ltjax.engine import class_means, feed, stage
 from ltjax.system import parallel
 from ltjax.types import Batch, Outputs, UserError, Variables
 from tests import stages
@@ -142,7 +142,7 @@ def trained():
     net = models.create("resnet_cifar", 3, depth=8, width=4)
     method, mesh = create(layers=LAYERS, radius_size=0.25), parallel.make_mesh(jax.devices()[:2])
     images = random.integers(0, 255, (COUNTS.sum(), 8, 8, 3)).astype(np.uint8)
-    source = stage.Resident(jnp.asarray(images), jnp.asarray(np.repeat(np.arange(3), COUNTS), jnp.int32))
+    source = feed.Resident(jnp.asarray(images), jnp.asarray(np.repeat(np.arange(3), COUNTS), jnp.int32))
     source = jax.device_put(source, parallel.replicated(mesh))
     variables = stages.initial({"net": net}, (8, 8, 3), method)
 

@@ -9,7 +9,7 @@ import pytest
 
 from ltjax import config, methods, metrics, train
 from ltjax.engine import experiment as experiments
-from ltjax.engine import feed, measure, restore
+from ltjax.engine import feed, observe, restore
 from ltjax.engine.stage import make_apply
 from ltjax.modes import report
 from ltjax.system import parallel
@@ -106,7 +106,7 @@ def test_classwise_ece_equals_that_of_all_probabilities(restored, outputs, numbe
 
 def test_class_values_are_collected(restored):
     experiment, stage, variables = restored
-    learned = measure.class_values(stage, experiments.make_method(experiment, stage), variables, 10)
+    learned = observe.class_values(stage, experiments.make_method(experiment, stage), variables, 10)
     np.testing.assert_array_equal(learned["Logit scale"], variables.params["net"]["logit_scale"])
     assert learned["Label smoothing"][0] == pytest.approx(0.1) and learned["Label smoothing"][-1] == pytest.approx(0)
     kernel = np.asarray(variables.params["net"]["classifier"]["kernel"])
@@ -118,14 +118,14 @@ def test_class_values_are_means_over_replicas(restored):
     margins = np.stack([np.linspace(-1, 1, 10), np.ones(10)])[:, None]  # [replicas, layers, C]
     both = variables._replace(params={"net": {}, "method": {"margins": margins.astype(np.float32)}})
     drolt = methods.create("drolt", experiment.split.class_counts)
-    margin = measure.class_values(stage, drolt, both, 10)["DRO-LT's margin"]
+    margin = observe.class_values(stage, drolt, both, 10)["DRO-LT's margin"]
     np.testing.assert_allclose(margin, np.maximum(margins, 0).mean((0, 1)), rtol=1e-6)
 
 
 def test_values_that_are_equal_for_all_classes_are_left_out(restored):
     _, stage, variables = restored
     balanced = methods.create("mislas", np.full(10, 7), head=0.3, tail=0.1)
-    assert "Label smoothing" not in measure.class_values(stage, balanced, variables, 10)
+    assert "Label smoothing" not in observe.class_values(stage, balanced, variables, 10)
 
 
 def test_confused_pairs_have_images(numbers):
@@ -232,8 +232,8 @@ def test_each_replica_is_observed(trained, restored):
     both = experiments.set_up(run, None)
     other = jax.tree.map(lambda x: 0.5 * x if np.issubdtype(x.dtype, np.floating) else x, variables)
     together = jax.tree.map(lambda a, b: np.stack([a, b]), variables._replace(arrays={}), other._replace(arrays={}))
-    observed = measure.Observer(both).observe(stage, together)
-    single = measure.Observer(experiment)
+    observed = observe.Observer(both).observe(stage, together)
+    single = observe.Observer(experiment)
     for replica, of_replica in enumerate((variables, other)):
         (alone,) = single.observe(stage, of_replica)
         np.testing.assert_allclose(observed[replica]["own"], alone["own"], rtol=1e-3)

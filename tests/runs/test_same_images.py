@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from ltjax import train
-from ltjax.archive import archive
 from ltjax.modes import attack, calibrate, dry_run, evaluate, report
+from ltjax.runs.archive import archive
 from ltjax.types import UserError
 from tests.configs.reading import read
 from tests.data.miniatures import photo

@@ -57,7 +57,7 @@ def test_a_missing_platform_is_an_error(monkeypatch, error):
 
 COMMANDS = {
     "export": ("-m", "ltjax.interop.export", "w", "--format=safetensors", "--out=n.safetensors"),
-    "archive": ("-m", "ltjax.archive", "run", "archive"),
+    "archive": ("-m", "ltjax.runs.archive", "run", "archive"),
     "import": ("-m", "ltjax.interop.torch", "n.npz", "--model=resnet_cifar,depth=8,width=2", "--out=other"),
     "predict": ("run.py", "--workdir=run", "--mode=predict", "--images=photos", "--out=p.csv"),
 }

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from ltjax import archive, compare, predictor, train
+from ltjax import compare, predictor, train
 from ltjax.data.source import resolve_data_dir
 from ltjax.interop import export
 from ltjax.modes import dry_run, predict
 from ltjax.modes.evaluate import evaluate_workdir
+from ltjax.runs import archive
 from ltjax.runs.weights import load_weights
 from ltjax.system import paths
 from ltjax.types import UserError

@@ -17,7 +17,8 @@ from ltjax.data.prepare import in_memory
 from ltjax.data.prepare.download import download
 from ltjax.data.prepare.sources import READ_ERRORS
 from ltjax.system.files import file_sha256
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 
 class LabelFile(NamedTuple):

@@ -10,7 +10,8 @@ from posixpath import basename
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ltjax.data import progress
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 
 def download(url: str, folder: Path, difference: Callable[[Path], str]) -> Path:

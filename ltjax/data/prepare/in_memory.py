@@ -9,7 +9,8 @@ from typing import Any
 
 from ltjax.data import progress, records
 from ltjax.data.source import newest_version
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 
 def require_writable(folder: Path) -> None:

@@ -24,7 +24,8 @@ from ltjax.data.prepare.shards import JOURNAL, SHARD_BYTES, Shards
 from ltjax.data.prepare.sources import Member, walk
 from ltjax.data.source import newest_version
 from ltjax.system.locks import locked
-from ltjax.types import UserError, some
+from ltjax.system.wording import some
+from ltjax.types import UserError
 
 VERSION = "1.0.0"  # of all data sets; TFDS has the same for those that it knows
 IN_FLIGHT = 64  # images in memory while threads check them

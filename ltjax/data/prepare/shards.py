@@ -8,7 +8,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 JOURNAL = "journal.jsonl"
 SHARD_BYTES = 512 << 20

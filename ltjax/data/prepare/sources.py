@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from ltjax.data import folders
 from ltjax.data.decode import MAX_IMAGE_BYTES
-from ltjax.types import UserError, one_line
+from ltjax.system.wording import one_line
+from ltjax.types import UserError
 
 READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 SEARCH_DEPTH = 4  # levels of folders below --source, enough for ILSVRC/Data/CLS-LOC/train

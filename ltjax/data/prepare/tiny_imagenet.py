@@ -18,7 +18,8 @@ from ltjax.data.decode import MAX_IMAGE_BYTES
 from ltjax.data.prepare import in_memory
 from ltjax.data.prepare.download import download
 from ltjax.data.prepare.sources import leads_outside
-from ltjax.types import UserError, one_line, some
+from ltjax.system.wording import one_line, some
+from ltjax.types import UserError
 
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError)
 

@@ -1,4 +1,4 @@
-"""Compute what the report shows of a stage: each test image's outcome, and the values of each class."""
+"""Observe a stage for the report: the outcome of each test image, and the values of each class."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax import metrics, surgery
+from ltjax import metrics
 from ltjax.config import StageConfig
 from ltjax.engine import class_means, evaluate, feed
 from ltjax.engine import stage as stages
 from ltjax.engine.experiment import Experiment
+from ltjax.runs.evaluated import as_evaluated
 from ltjax.types import Method, Variables
 
 SAMPLED = 20_000  # approximate number of training images for class means if they must be decoded
@@ -44,7 +45,7 @@ class Observer:
             self._compiled[net] = evaluate.over_batches(
                 experiment.nets, experiment.mesh, _figures, replicas=replicas, net=net
             )
-        variables = surgery.as_evaluated(variables, stage.eval_classifier)
+        variables = as_evaluated(variables, stage.eval_classifier)
         parts = self._compiled[net](variables, test_set, self._means(variables) if net == "net" else None)
         gaps = np.sum([np.asarray(part.pop("gaps"), np.float64).sum(-3) for part in parts], axis=0)
         observed = {**evaluate.joined(parts, test_set.size, replicas), "gaps": gaps}
@@ -80,7 +81,7 @@ def class_values(stage: StageConfig, method: Method, variables: Variables, num_c
     which are learned and some set by the classes' counts.
     """
     per_class: dict[str, Any] = {}
-    net = surgery.as_evaluated(variables, stage.eval_classifier).params.get(stage.evaluate_net, {})
+    net = as_evaluated(variables, stage.eval_classifier).params.get(stage.evaluate_net, {})
     if "logit_scale" in net:
         per_class["Logit scale"] = net["logit_scale"]
     if "classifier" in net:

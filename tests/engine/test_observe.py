@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ltjax.engine import evaluate, measure
+from ltjax.engine import evaluate, observe
 
 
 def test_distances_are_to_the_own_and_to_the_nearest_other_mean():
     rng = np.random.default_rng(0)
     features, means = rng.normal(size=(20, 5)).astype(np.float32), rng.normal(size=(4, 5)).astype(np.float32)
     labels = rng.integers(0, 4, 20)
-    own, wrong = measure.distances(*map(jnp.asarray, (features, labels, means)))
+    own, wrong = observe.distances(*map(jnp.asarray, (features, labels, means)))
     distances = np.linalg.norm(features[:, None] - means, axis=-1)
     of_class = np.arange(4) == labels[:, None]
     np.testing.assert_allclose(own, distances[of_class], rtol=1e-5)

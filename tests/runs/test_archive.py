@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 import ltjax
-from ltjax import archive, compare, config, train
+from ltjax import compare, config, train
 from ltjax.interop import export
 from ltjax.modes import attack, report
 from ltjax.modes.evaluate import evaluate_workdir
-from ltjax.runs import trained
+from ltjax.runs import archive
 from ltjax.runs.weights import load_weights
 from ltjax.types import UserError
 from tests.test_run import final_arrays, run, tiny_config
@@ -50,11 +50,11 @@ def test_an_archive_is_four_files(archived):
         "split.json",
         "weights.safetensors",
     ]
-    assert trained.is_archive(archived)
+    assert archive.is_archive(archived)
 
 
 def test_a_workdir_is_not_an_archive(workdir):
-    assert not trained.is_archive(workdir)
+    assert not archive.is_archive(workdir)
 
 
 def test_results_have_the_figures_of_every_evaluated_epoch(workdir):
@@ -108,7 +108,7 @@ def test_compare_shows_the_same_row_for_archive_and_run(archived, workdir):
 def test_training_in_an_archive_prints_that_the_run_is_finished(archived, capsys):
     train.train(tiny_config(**STAGES), archived)
     assert "holds a finished run of this config" in " ".join(capsys.readouterr().out.split())
-    assert trained.is_archive(archived)
+    assert archive.is_archive(archived)
 
 
 def test_a_stage_can_start_from_the_weights_of_an_archive(archived, tmp_path):
@@ -175,4 +175,4 @@ def test_damaged_results_are_named(archived):
     broken["stages"]["classifier"]["evaluations"] = []
     (archived / "results.json").write_text(json.dumps(broken))
     with pytest.raises(UserError, match=r"results\.json does not hold what ltjax writes there"):
-        trained.read_archive(archived)
+        archive.read_archive(archived)
