@@ -93,6 +93,7 @@ class ResLT(NamedTuple):
 class DataSetting(NamedTuple):
     """The papers' settings that depend on the data set; the defaults are for small images."""
 
+    # where the papers have a figure, its config sets this
     smoothing: Smoothing = Smoothing(head=0.1, tail=0.1, classifier_rate=1.0, shifted_batch_norm=False)
     reslt: ResLT | None = None  # None: not for this data
     lr: float = 0.1
