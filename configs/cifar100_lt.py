@@ -14,7 +14,8 @@ MiSLAS's authors recommend --config.optimizer.weight_decay=5e-4: it gives better
 
 Our figures at full length are in results/; docs/reproduction.md compares them with the papers'.
 
-Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
+Top-1 / ECE in %, imbalance 100, 50, 10, full length (papers: mostly of the best epoch on the test images; ours: of
+the last):
   MiSLAS, paper           47.0 / 4.83   52.3 / 2.25   63.2 / 1.73   (after stage 1 alone: 39.5, 45.4, 59.1)
   MiSLAS, README, paper   47.0 / 4.83   52.3 / 2.47   63.2 / 1.73
   DRO-LT, paper           47.3          -             63.4

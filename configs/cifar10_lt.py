@@ -7,7 +7,8 @@ Arguments: those of configs/cifar100_lt.py. MiSLAS's shifted batch norm is off h
 
 Our figures at full length are in results/; docs/reproduction.md compares them with the papers'.
 
-Top-1 / ECE of the last epoch in %, imbalance 100, 50, 10, full length:
+Top-1 / ECE in %, imbalance 100, 50, 10, full length (papers: mostly of the best epoch on the test images; ours: of
+the last):
   MiSLAS, paper           82.1 / 3.70   85.7 / 2.17   90.0 / 1.20   (after stage 1 alone: 72.8, 78.1, 87.6)
   MiSLAS, README, paper   82.5 / 3.66   85.7 / 2.01   90.0 / 1.20
   ResLT, paper            82.4          85.2          89.7
