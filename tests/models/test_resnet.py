@@ -171,7 +171,8 @@ def test_initial_weights_are_hes_by_fan_in_or_fan_out(stem, axes):
     """The extra block is an exception: its authors keep PyTorch's variance 1 / (3 fan_in)."""
     key = jax.random.key(0, impl="unsafe_rbg")  # quick to compile
     net = tiny(depth=50, stem=stem, width=16, groups=2, group_width=32, extra_block=True)
-    kernels = {p: k for p, k in flatten(jax.jit(net.init)(key, IMAGES)["params"]).items() if k.ndim == 4}
+    params = jax.device_get(jax.jit(net.init)(key, IMAGES)["params"])
+    kernels = {path: kernel for path, kernel in flatten(params).items() if kernel.ndim == 4}
     assert len(kernels) == 1 + 4 * (3 + 1) + 3
     for path, kernel in kernels.items():
         fans, variance = ((0, 1, 2), 1 / 3) if path.startswith("block/") else (axes, 2)
@@ -185,9 +186,9 @@ def test_weights_start_as_pytorchs_on_request(name, stem):
     settings = dict(stem=stem) if stem else {}
     net = models.create(name, 10, depth=18, width=8, init="torch", **settings)
     key = jax.random.key(0, impl="unsafe_rbg")
-    kernels = [k for k in flatten(jax.jit(net.init)(key, IMAGES)["params"]["backbone"]).values() if k.ndim == 4]
-    for kernel in kernels:
-        scaled = np.asarray(kernel) * kernel[..., 0].size ** 0.5
+    params = jax.device_get(jax.jit(net.init)(key, IMAGES)["params"]["backbone"])
+    for kernel in (leaf for leaf in flatten(params).values() if leaf.ndim == 4):
+        scaled = kernel * kernel[..., 0].size ** 0.5
         assert 0.9 < np.abs(scaled).max() <= 1.0001
         assert abs(scaled.std() * 3**0.5 - 1) < 0.2
 
