@@ -47,7 +47,7 @@ def build(
 
 def initial(nets, image_shape, method):
     """Initialise the variables of networks and of a method."""
-    variables = random_variables(nets, image_shape, jax.random.key(0))
+    variables = jax.jit(lambda key: random_variables(nets, image_shape, key))(jax.random.key(0))
     extra, arrays = method.init(jax.random.key(1))
     params = {**variables.params, **({"method": extra} if extra else {})}
     return variables._replace(params=params, arrays=arrays)

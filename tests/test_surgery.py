@@ -1,12 +1,14 @@
 """Classifiers without training, against NumPy and against their expected predictions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ltjax import models, surgery
-from ltjax.optim import flatten
+from ltjax.optim import flatten, unflatten
 from ltjax.types import UserError, Variables
 
 COUNTS = np.array([50, 20, 7, 1])
@@ -142,8 +144,17 @@ def test_nearest_mean_needs_no_bias():
     assert surgery.nearest_mean(linear(bias=False), jnp.ones((4, 3)))["classifier"].keys() == {"kernel"}
 
 
+def some_variables(net, images):
+    """Return arbitrary weights and statistics, variances above 0."""
+    random = np.random.default_rng(1)
+    like = flatten(jax.eval_shape(net.init, jax.random.key(0), images))
+    drawn = {path: random.normal(0, 0.3, leaf.shape).astype(np.float32) for path, leaf in like.items()}
+    return unflatten({path: np.abs(value) + 1 if path.endswith("/var") else value for path, value in drawn.items()})
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def prediction(net, params, stats, images):
-    return jax.jit(net.apply)({"params": params, "batch_stats": stats}, images).logits
+    return net.apply({"params": params, "batch_stats": stats}, images).logits
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
@@ -152,7 +163,7 @@ def prediction(net, params, stats, images):
 def test_logit_shifted_takes_tau_log_prior_off_the_prediction(branches, logit_scale, tau):
     net = models.create("resnet_cifar", 4, depth=8, width=4, branches=branches, logit_scale=logit_scale)
     images = np.random.default_rng(0).uniform(size=(16, 8, 8, 3)).astype(np.float32)
-    variables = net.init(jax.random.key(0), images)
+    variables = some_variables(net, images)
     params, stats = variables["params"], variables["batch_stats"]
     if logit_scale:
         params = {**params, "logit_scale": jnp.linspace(0.5, 2, 4)}

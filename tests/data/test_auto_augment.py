@@ -11,6 +11,7 @@ from ltjax.types import UserError
 from tests.data.pictures import chi_square, photos
 
 GREY = (128, 128, 128)
+apply_operation = jax.jit(auto_augment.apply_operation, static_argnums=0)
 
 
 def affine(*matrix):
@@ -38,16 +39,16 @@ PILLOW = {
 @pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
 def test_one_hot_products_equal_indexing(shape):
     """Pixels, table entries and counts are equal to the bit."""
-    random, images = np.random.default_rng(1), jnp.asarray(photos(*shape))
-    x, y = (jnp.asarray(random.integers(0, size, images.shape[:3])) for size in (shape[1], shape[0]))
-    table = jnp.asarray(random.integers(0, 256, (len(images), 256, 3)), jnp.uint8)
-    values = images.reshape(len(images), -1, 3).astype(jnp.int32)
+    random, images = np.random.default_rng(1), photos(*shape)
+    x, y = (random.integers(0, size, images.shape[:3], np.int32) for size in (shape[1], shape[0]))
+    table = random.integers(0, 256, (len(images), 256, 3), np.uint8)
+    values = images.reshape(len(images), -1, 3).astype(np.int32)
     for ways, arguments in (
         ((auto_augment._pixels_by_index, auto_augment._pixels_by_products), (images, x, y)),
         ((auto_augment._entries_by_index, auto_augment._entries_by_products), (table, values)),
         ((auto_augment._counts_by_index, auto_augment._counts_by_products), (values,)),
     ):
-        by_index, by_products = (way(*arguments) for way in ways)
+        by_index, by_products = (jax.jit(way)(*arguments) for way in ways)
         assert by_index.dtype == by_products.dtype
         np.testing.assert_array_equal(by_index, by_products)
 
@@ -76,7 +77,7 @@ def test_operation_matches_pillow(name, shape):
     magnitudes = np.linspace(-high if signed else low, high, len(images))
     if name == "posterize":
         magnitudes = np.round(magnitudes)
-    ours = np.asarray(auto_augment.apply_operation(name, jnp.asarray(images), jnp.asarray(magnitudes, jnp.float32)))
+    ours = np.asarray(apply_operation(name, images, magnitudes.astype(np.float32)))
     pairs = zip(images, magnitudes, strict=True)
     pillow = np.stack([np.asarray(PILLOW[name](Image.fromarray(image), m)) for image, m in pairs])
     difference = np.abs(ours.astype(int) - pillow.astype(int))
@@ -97,7 +98,7 @@ def test_operation_refuses_unknown_names_and_other_images():
         auto_augment.auto_augment(jax.random.key(0), jnp.zeros((1, 8, 8, 1), jnp.uint8))
 
 
-def test_auto_augment_draws_the_policy_with_its_probabilities():
+def test_auto_augment_draws_the_policy_with_its_probabilities(optimised):
     image = photos()[20]
     names = list(auto_augment.MAGNITUDES)
     apply = jax.jit(auto_augment._apply)
@@ -108,8 +109,8 @@ def test_auto_augment_draws_the_policy_with_its_probabilities():
         low, high, signed = auto_augment.MAGNITUDES[name]
         magnitude = low + (high - low) * level / 9
         magnitude = round(magnitude) if name == "posterize" else magnitude
-        both = jnp.array([magnitude, -magnitude], jnp.float32)
-        changed = np.asarray(apply(jnp.stack([jnp.asarray(image)] * 2), jnp.full(2, names.index(name)), both))
+        both = np.array([magnitude, -magnitude], np.float32)
+        changed = np.asarray(apply(np.stack([image] * 2), np.full(2, names.index(name)), both))
         yield probability * (1 - share), image
         yield probability * share * (0.5 if signed else 1.0), changed[0]
         if signed:
@@ -122,7 +123,7 @@ def test_auto_augment_draws_the_policy_with_its_probabilities():
                 expected[final.tobytes()] += likelihood
     assert np.isclose(sum(expected.values()), 1)
 
-    draws = jax.jit(auto_augment.auto_augment)(jax.random.key(0), jnp.tile(jnp.asarray(image), (8000, 1, 1, 1)))
+    draws = jax.jit(auto_augment.auto_augment)(jax.random.key(0), np.tile(image, (8000, 1, 1, 1)))
     counts = Counter(drawn.tobytes() for drawn in np.asarray(draws))
     assert {key for key in counts if expected[key] == 0} == set()
     likely = [key for key, probability in expected.items() if 8000 * probability >= 8]
@@ -132,15 +133,16 @@ def test_auto_augment_draws_the_policy_with_its_probabilities():
 
 
 def test_rand_augment_applies_operations_at_one_magnitude():
-    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3)), jnp.uint8)
-    once = np.asarray(auto_augment.rand_augment(jax.random.key(0), images, num_operations=1, magnitude=6.0))
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    rand_augment = jax.jit(auto_augment.rand_augment, static_argnames=("num_operations", "magnitude"))
+    once = np.asarray(rand_augment(jax.random.key(0), images, num_operations=1, magnitude=6.0))
     candidates = []
     for name, (low, high, signed) in auto_augment.MAGNITUDES.items():
         size = low + (high - low) * 0.6
         size = round(size) if name == "posterize" else size
         for sign in (1, -1) if signed else (1,):
-            candidates.append(np.asarray(auto_augment.apply_operation(name, images, sign * size)))
+            candidates.append(np.asarray(apply_operation(name, images, sign * size)))
     which = [{n for n, c in enumerate(candidates) if (c[i] == once[i]).all()} for i in range(40)]
     assert all(which) and len(set.union(*which)) > 12
-    twice = auto_augment.rand_augment(jax.random.key(0), images, num_operations=2, magnitude=6.0)
+    twice = rand_augment(jax.random.key(0), images, num_operations=2, magnitude=6.0)
     assert (np.asarray(twice) != once).any()

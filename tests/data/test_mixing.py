@@ -39,7 +39,7 @@ def test_mixup_refuses_integers():
 def test_draws_from_a_symmetric_beta(alpha):
     """Ten bins of equal probability."""
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = np.asarray(jax.vmap(partial(mixing.symmetric_beta, alpha=alpha))(keys))
+    drawn = np.asarray(jax.jit(jax.vmap(partial(mixing.symmetric_beta, alpha=alpha)))(keys))
     bins = np.searchsorted(stats.beta(alpha, alpha).ppf(np.linspace(0.1, 0.9, 9)), drawn)
     assert drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() <= 1
     assert chi_square(np.bincount(bins, minlength=10), 2000) < 27.9  # 9 degrees of freedom: p = 0.001
@@ -47,9 +47,9 @@ def test_draws_from_a_symmetric_beta(alpha):
 
 @pytest.mark.parametrize("alpha", [1.0, 0.2])
 def test_random_mixup_draws_one_share_for_a_batch(alpha):
-    values = jnp.arange(5.0).reshape(5, 1, 1, 1)
-    draw = jax.vmap(lambda rng: mixing.random_mixup(rng, values, jnp.arange(5), alpha=alpha))
-    batch = draw(jax.random.split(jax.random.key(0), 4000))
+    values = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1)
+    draw = jax.jit(jax.vmap(lambda rng: mixing.random_mixup(rng, values, jnp.arange(5), alpha=alpha)))
+    batch = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 4000)))
     lam = np.asarray(batch.lam)
     variance = 1 / (4 * (2 * alpha + 1))  # of Beta(alpha, alpha), whose mean is 1/2
     assert abs(lam.mean() - 0.5) < 4 * np.sqrt(variance / 4000)
@@ -61,7 +61,7 @@ def test_random_mixup_draws_one_share_for_a_batch(alpha):
 
 @pytest.mark.parametrize("count", [*range(1, 26), 32, 100, 127, 128, 500])
 def test_each_image_is_the_partner_of_one_other(count):
-    partners = np.asarray(mixing.partners(jnp.arange(count)))
+    partners = np.asarray(jax.jit(mixing.partners)(np.arange(count)))
     np.testing.assert_array_equal(np.sort(partners), np.arange(count))
     assert count == 1 or (partners != np.arange(count)).all()
 
@@ -95,9 +95,9 @@ def numbers(golden):
 
 def test_boxes_are_the_authors(numbers):
     """Their rows and columns are exchanged: a box is symmetric in them."""
-    box = jax.vmap(lambda lam, row, column: jnp.stack(mixing.cutmix_box(lam, row, column, 32, 32)))
-    lam, row, column = (jnp.asarray(numbers[key]) for key in ("lam", "centre_row", "centre_column"))
-    actual = np.asarray(box(lam.astype(jnp.float32), row, column))  # top, bottom, left, right
+    box = jax.jit(jax.vmap(lambda lam, row, column: jnp.stack(mixing.cutmix_box(lam, row, column, 32, 32))))
+    lam, row, column = (numbers[key] for key in ("lam", "centre_row", "centre_column"))
+    actual = np.asarray(box(lam.astype(np.float32), row, column))  # top, bottom, left, right
     np.testing.assert_array_equal(actual[:, [0, 2, 1, 3]], numbers["boxes"])
 
 
@@ -123,8 +123,9 @@ def test_lam_is_the_share_of_the_image_that_stays():
 
 
 def test_half_of_the_batches_are_mixed():
-    images = jnp.zeros((2, 8, 8, 1))
-    draw = jax.vmap(lambda rng: mixing.random_cutmix(rng, images, jnp.arange(2), alpha=1.0, probability=0.5).lam)
+    images = np.zeros((2, 8, 8, 1), np.float32)
+    cutmix = partial(mixing.random_cutmix, alpha=1.0, probability=0.5)
+    draw = jax.jit(jax.vmap(lambda rng: cutmix(rng, images, jnp.arange(2)).lam))
     lam = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
     empty = 1 - 0.5 * (1 - 1 / 16)  # a box below 2 pixels is empty: lam above 15/16 at 8 pixels
     assert abs((lam == 1).mean() - empty) < 0.06
@@ -165,4 +166,5 @@ def test_boxes_from_balanced_images_come_from_rare_classes():
 )
 def test_impossible_settings_are_explained(settings, message):
     with pytest.raises(UserError, match=message):
-        augment.augment(jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.uint8), jnp.arange(2), **settings)
+        arrays = jax.random.key(0), np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
+        jax.eval_shape(partial(augment.augment, **settings), *arrays)

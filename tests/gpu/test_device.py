@@ -62,7 +62,7 @@ def stage_and_source(net, **replicated):
 
 @functools.cache
 def fresh() -> Variables:
-    return stage.random_variables({"net": network()}, (32, 32, 3), jax.random.key(1))
+    return jax.jit(lambda key: stage.random_variables({"net": network()}, (32, 32, 3), key))(jax.random.key(1))
 
 
 def updates(net, num_steps, chunks):
@@ -73,7 +73,7 @@ def updates(net, num_steps, chunks):
     for _ in range(chunks):
         state, metrics = compiled.run(state, source, num_steps // chunks)
         values.extend(np.asarray(metrics["loss"]).tolist())
-    old, new = ({**optim.flatten(v.params), **optim.flatten(v.stats)} for v in (start, state.variables))
+    old, new = ({**optim.flatten(v.params), **optim.flatten(v.stats)} for v in jax.device_get((start, state.variables)))
     return np.concatenate([np.ravel(new[path] - old[path]) for path in sorted(old)]).astype(np.float64), values
 
 
@@ -123,15 +123,27 @@ def test_logits_agree_with_the_cpu():
     np.testing.assert_allclose(logits["gpu"], logits["cpu"], rtol=1e-4, atol=1e-4)
 
 
+@functools.cache
+def single_run():
+    return stage_and_source(network())
+
+
+@functools.cache
+def alone(seed):
+    """Return the variables of a single run after two steps."""
+    single, source = single_run()
+    state, _ = single.run(single.init(seed, fresh()), source, 2)
+    return state.variables
+
+
 @pytest.mark.parametrize("replicate", config.REPLICATE)
 def test_replicas_are_the_single_runs(replicate):
     compiled, source = stage_and_source(network(), replicas=2, replicate=replicate)
     seeds = np.array([0, 2], np.uint32)  # with seed 1 a ReLU's input is 0 up to rounding in step 2, and flips
     both, _ = compiled.run(compiled.init(seeds, jax.tree.map(lambda x: jnp.stack([x, x]), fresh())), source, 2)
     for number, seed in enumerate(seeds):
-        single, source = stage_and_source(network())
-        alone, _ = single.run(single.init(seed, fresh()), source, 2)
-        start, ours, theirs = (optim.flatten(v.params) for v in (fresh(), both.variables, alone.variables))
+        trained = jax.device_get((fresh(), both.variables, alone(seed)))
+        start, ours, theirs = (optim.flatten(variables.params) for variables in trained)
         moved = np.concatenate([np.ravel(ours[path][number] - start[path]) for path in sorted(start)])
         expected = np.concatenate([np.ravel(theirs[path] - start[path]) for path in sorted(start)])
         assert relative(moved, expected) < 1e-3
@@ -156,18 +168,15 @@ def test_pgd_reaches_the_same_loss_on_the_device_and_the_cpu(optimised):
     reached = {}
     for platform, device in (("gpu", jax.devices()[0]), ("cpu", jax.devices("cpu")[0])):
         apply = stage.make_apply({"net": network(platform=platform)}, "eval")
+        variables, x = jax.device_put((fresh(), images), device)
 
-        def attack(variables, images, apply=apply):
-            def predict(x):
-                return apply(variables, x)[0].logits
+        @jax.jit
+        def divergence(x, of=x, variables=variables, apply=apply):
+            return losses.kl_divergence(*(apply(variables, images)[0].logits for images in (of, x)))
 
-            def divergence(x):
-                return losses.kl_divergence(predict(images), predict(x))
-
-            start = attacks.random_start(jax.random.key(0), images)
-            return divergence(attacks.pgd(images, start, divergence, epsilon=0.031, step_size=0.007, num_steps=5))
-
-        reached[platform] = np.asarray(jax.jit(attack)(*jax.device_put((fresh(), images), device)))
+        start = attacks.random_start(jax.random.key(0), x)
+        found = attacks.pgd(x, start, divergence, epsilon=0.031, step_size=0.007, num_steps=5)
+        reached[platform] = np.asarray(divergence(found))
     assert reached["gpu"].mean() == pytest.approx(reached["cpu"].mean(), rel=0.01)
 
 

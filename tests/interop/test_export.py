@@ -36,7 +36,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(scope="module", params=NETWORKS)
 def network(request, variables_of):
     name, settings = NETWORKS[request.param]
     model = models.create(name, 10, **settings)

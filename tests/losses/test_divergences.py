@@ -38,7 +38,7 @@ def random_batch(seed, batch=6, classes=7, spread=2.0):
     """Return student [B, C], teacher [B, C], weights [B, C]: a softmax of other logits."""
     random = np.random.default_rng(seed)
     student, teacher, other = random.normal(0, spread, (3, batch, classes)).astype(np.float32)
-    return student, teacher, np.array(jax.nn.softmax(other))
+    return student, teacher, softmax(other)
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -48,6 +48,10 @@ def assert_close(ours, theirs, tolerance=1e-5):
 def log_softmax(z):
     z = z.astype(np.float64)
     return z - z.max(-1, keepdims=True) - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
+
+
+def softmax(z):
+    return np.exp(log_softmax(z)).astype(np.float32)
 
 
 def gkl_by_pairs(student, teacher, weights, alpha, beta, gamma, temperature):
@@ -81,7 +85,7 @@ def of_kind(kind, student, teacher, weights):
 
 
 jitted_of_kind = jax.jit(of_kind, static_argnames="kind")
-
+running_class_means = jax.jit(losses.running_class_means)
 
 gradients_of_kl = jax.jit(jax.grad(lambda a, t: losses.kl_divergence(t, a).mean(), argnums=(0, 1)))
 
@@ -104,7 +108,7 @@ def test_gkl_of_adversarial_images_equals_the_authors(golden, case):
 def test_gkl_of_a_teacher_equals_the_authors(golden, case):
     z = golden("gkl_distillation")
     temperature, alpha, beta, gamma, kind, of_weights = DISTILLED[case]
-    by_image = np.exp(log_softmax(z["logits_teacher"] / of_weights)).astype(np.float32)
+    by_image = softmax(z["logits_teacher"] / of_weights)
     weights = by_image if kind == "image" else z[kind][z["labels"]]
     settings = dict(alpha=alpha, beta=beta, gamma=float(gamma), temperature=temperature)
     value, (to_student, *_) = gkl_and_gradients(z["logits_student"], z["logits_teacher"], weights, **settings)
@@ -117,9 +121,9 @@ def test_gkl_of_a_teacher_equals_the_authors(golden, case):
 def test_running_means_of_the_softmax_are_the_authors_weights(golden, name, temperature):
     z = golden(name)
     classes = z["history_logits"].shape[-1]
-    state = jnp.zeros((classes, classes)), jnp.zeros(classes)
+    state = np.zeros((classes, classes), np.float32), np.zeros(classes, np.float32)
     for logits, labels in zip(z["history_logits"], z["history_labels"], strict=True):
-        state = losses.running_class_means(*state, jax.nn.softmax(logits / temperature), labels)
+        state = running_class_means(*state, softmax(logits / temperature), labels)
     assert_close(state[0], z[f"class_means_T{temperature}"])
 
 
@@ -161,7 +165,7 @@ def test_gradients_of_gkl_are_those_of_central_differences():
 
 def test_with_the_softmax_as_weights_the_gradient_to_the_teacher_is_kls():
     student, teacher, _ = random_batch(1)
-    _, (to_student, to_teacher, _) = gkl_and_gradients(student, teacher, jax.nn.softmax(teacher))
+    _, (to_student, to_teacher, _) = gkl_and_gradients(student, teacher, softmax(teacher))
     kl = gradients_of_kl(student, teacher)
     assert_close(to_teacher, kl[1])
     assert np.abs(to_student - kl[0]).max() > 0.1 * np.abs(kl[0]).max()
@@ -169,7 +173,7 @@ def test_with_the_softmax_as_weights_the_gradient_to_the_teacher_is_kls():
 
 def test_the_two_terms_of_gkl_have_the_gradients_of_the_kl():
     student, teacher, _ = random_batch(1)
-    settings = dict(weights=jax.nn.softmax(teacher))
+    settings = dict(weights=softmax(teacher))
 
     def taken_apart(a, t):
         square = losses.gkl(jax.lax.stop_gradient(a), t, alpha=0.0, beta=1.0, **settings)
@@ -227,7 +231,7 @@ def test_a_class_at_minus_infinity_in_both_leaves_the_loss_of_the_others(kind):
     student[:, -2:] = teacher[:, -2:] = -np.inf
     masked, of_masked = of_kind(kind, student, teacher, weights)  # eager: XLA may turn 0 * inf into 0
     np.testing.assert_allclose(masked, value, rtol=1e-5)
-    for ours, expected in zip(of_masked, gradient, strict=True):
+    for ours, expected in zip(map(np.asarray, of_masked), gradient, strict=True):
         np.testing.assert_array_equal(ours[:, -2:], 0)
         np.testing.assert_allclose(ours[:, :-2], expected, rtol=1e-4, atol=1e-6)
 
@@ -247,7 +251,7 @@ def test_extreme_logits_have_a_finite_loss_and_gradient(kind, low, high, classes
     rows = np.full((4, classes), low, np.float32)
     rows[:, 0] = high
     for student, teacher in ((rows, rows), (rows, rows[:, ::-1]), (rows, 0 * rows), (0 * rows, rows)):
-        value, gradients = jitted_of_kind(kind, student, teacher, np.asarray(jax.nn.softmax(teacher)))
+        value, gradients = jitted_of_kind(kind, student, teacher, softmax(teacher))
         assert np.isfinite(value) and all(np.isfinite(gradient).all() for gradient in gradients)
 
 

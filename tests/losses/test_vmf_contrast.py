@@ -16,6 +16,8 @@ SIZES = (1, 2, 3, 8, 16, 21, 22, 64, 128, 1024)  # 21 is the largest that the re
 KAPPAS = np.float32([0, 0.01, 1, 9.9, 10, 40, 130, 600, 3000, 2e4, 1e5, 1e6])
 TEMPERATURES = (1.0, 0.1, 0.07, 0.01, 0.001)
 vmf_contrast = jax.jit(losses.vmf_contrast)
+vmf_kappas = jax.jit(losses.vmf_kappas)
+running_class_means = jax.jit(losses.running_class_means)
 
 
 def log_scaled(order, x):
@@ -72,6 +74,17 @@ def logits_and_gradients(features, means, kappas, *, temperature):
     return jax.vmap(one)(features), jax.vmap(jax.jacrev(one))(features)
 
 
+@jax.jit
+def adjusted_loss_and_gradient(features, labels, means, kappas, class_counts, temperature):
+    """Return ((loss with logit adjustment, logits), its gradient to the features)."""
+
+    def loss(features):
+        logits = losses.vmf_contrast(features, means, kappas, temperature=temperature)
+        return losses.logit_adjusted(logits, labels, class_counts=class_counts).mean(), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(features)
+
+
 def assert_close(ours, theirs, tolerance=1e-5):
     np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
@@ -80,13 +93,8 @@ def assert_close(ours, theirs, tolerance=1e-5):
 def test_logits_loss_and_gradient_are_exact_for_the_authors_statistics(golden, name, step):
     z = golden(name)
     features, labels = z["features"][step - 1], z["labels"][step - 1]
-
-    def loss(features):
-        mean, kappa = z[f"step{step}_old_mean"], z[f"step{step}_old_kappa"]
-        logits = losses.vmf_contrast(features, mean, kappa, temperature=float(z["temperature"]))
-        return losses.logit_adjusted(logits, labels, class_counts=z["class_counts"]).mean(), logits
-
-    (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(features)
+    statistics = z[f"step{step}_old_mean"], z[f"step{step}_old_kappa"], z["class_counts"]
+    (value, logits), gradient = adjusted_loss_and_gradient(features, labels, *statistics, float(z["temperature"]))
     assert_close(logits, z[f"step{step}_exact_logits"])
     assert_close(value, z[f"step{step}_exact_loss"])
     assert_close(gradient, z[f"step{step}_exact_grad"])
@@ -97,14 +105,13 @@ def test_running_means_and_kappas_are_the_authors(golden, name):
     z = golden(name)
     classes = len(z["class_counts"])
     old, new = ((z[f"init_mean_{which}"], np.zeros(classes, np.float32)) for which in ("old", "new"))
-    update = jax.jit(losses.running_class_means)
     for step in [step for file, step in STEPS if file == name]:
         if step == 4:  # an epoch begins
             old, new = new, (z["swapped_new_mean"], z["swapped_new_count"])
-        old, new = (update(*state, z["features"][step - 1], z["labels"][step - 1]) for state in (old, new))
+        old, new = (running_class_means(*state, z["features"][step - 1], z["labels"][step - 1]) for state in (old, new))
         np.testing.assert_allclose(old[0], z[f"step{step}_old_mean"], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(old[1], z[f"step{step}_old_count"])
-        np.testing.assert_allclose(losses.vmf_kappas(old[0]), z[f"step{step}_old_kappa"], rtol=1e-4)
+        np.testing.assert_allclose(vmf_kappas(old[0]), z[f"step{step}_old_kappa"], rtol=1e-4)
         if f"step{step}_new_mean" in z:
             np.testing.assert_allclose(new[0], z[f"step{step}_new_mean"], rtol=1e-5, atol=1e-6)
             np.testing.assert_array_equal(new[1], z[f"step{step}_new_count"])
@@ -184,9 +191,8 @@ def test_gradient_is_that_of_central_differences(size):
 
 def test_class_models_have_no_gradient():
     features, means, kappas = random_batch(2)
-    to_means, to_kappas = jax.grad(
-        lambda m, k: losses.vmf_contrast(features, m, k, temperature=0.1).sum(), argnums=(0, 1)
-    )(means, kappas)
+    gradients = jax.grad(lambda m, k: losses.vmf_contrast(features, m, k, temperature=0.1).sum(), argnums=(0, 1))
+    to_means, to_kappas = jax.tree.map(np.asarray, jax.jit(gradients)(means, kappas))
     assert not to_means.any() and not to_kappas.any()
 
 
@@ -235,19 +241,19 @@ def test_kappas_follow_the_length_of_the_mean():
     lengths = np.array([0, 0.1, 0.5, 0.9])
     means = random.normal(size=(4, 64))
     means *= lengths[:, None] / np.linalg.norm(means, axis=-1, keepdims=True)
-    np.testing.assert_allclose(losses.vmf_kappas(means.astype(np.float32)), 64 * lengths / (1 - lengths**2), rtol=1e-5)
+    np.testing.assert_allclose(vmf_kappas(means.astype(np.float32)), 64 * lengths / (1 - lengths**2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", [0.9999999, 1.0, 1.0000001, 1.1])
 def test_a_class_of_one_image_has_the_largest_kappa(length):
     means = np.float32([[length, 0, 0, 0]])
-    np.testing.assert_array_equal(losses.vmf_kappas(means), [1e5])
-    np.testing.assert_array_equal(losses.vmf_kappas(means, largest=50.0), [50])
+    np.testing.assert_array_equal(vmf_kappas(means), [1e5])
+    np.testing.assert_array_equal(vmf_kappas(means, largest=50.0), [50])
 
 
 def test_kappas_have_finite_gradients():
     means = np.float32([[0, 0, 0], [1, 0, 0], [0.5, 0, 0]])
-    assert np.isfinite(jax.grad(lambda m: losses.vmf_kappas(m).sum())(means)).all()
+    assert np.isfinite(jax.jit(jax.grad(lambda m: losses.vmf_kappas(m).sum()))(means)).all()
 
 
 def test_running_means_are_the_means_of_all_batches_together():
@@ -257,7 +263,7 @@ def test_running_means_are_the_means_of_all_batches_together():
     state = random.normal(size=(5, 3)).astype(np.float32), np.zeros(5, np.float32)
     first = state[0]
     for batch in zip(features, labels, strict=True):
-        state = losses.running_class_means(*state, *batch)
+        state = jax.tree.map(np.asarray, running_class_means(*state, *batch))
     expected, counts = losses.class_means(features.reshape(-1, 3), labels.ravel(), 5)
     np.testing.assert_allclose(state[0][:4], expected[:4], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(state[0][4], first[4])  # a class without images keeps its first mean
@@ -266,6 +272,6 @@ def test_running_means_are_the_means_of_all_batches_together():
 
 def test_running_means_leave_out_examples_of_no_class():
     state = np.ones((2, 3), np.float32), np.ones(2, np.float32)
-    means, counts = losses.running_class_means(*state, np.full((2, 3), 7, np.float32), np.array([-1, 2]))
+    means, counts = running_class_means(*state, np.full((2, 3), 7, np.float32), np.array([-1, 2]))
     np.testing.assert_array_equal(means, state[0])
     np.testing.assert_array_equal(counts, state[1])

@@ -1,5 +1,7 @@
 """DRO-LT's feature stage: radii and their margins, layers and their centroids, and mistakes in its settings."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,11 +49,16 @@ def loss_of(method, *, margins=None, weights=WEIGHTS, batch=BATCH):
         assert extra["margins"].shape == margins.shape
         extra = {"margins": margins}
     arrays = {**CENTROIDS, "features": CENTROIDS["stage3"]}
-    variables = Variables({"net": weights, "method": extra}, {}, arrays)
-    loss, (_, metrics) = method.loss(apply, variables, batch, jax.random.key(0))
-    return loss, metrics
+
+    @jax.jit
+    def loss_and_metrics(params, batch):
+        loss, (_, metrics) = method.loss(apply, Variables(params, {}, arrays), batch, jax.random.key(0))
+        return loss, metrics
+
+    return loss_and_metrics({"net": weights, "method": extra}, batch)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def bound(name, margins, *, weights=WEIGHTS, labels=BATCH.labels, temperature=1.0):
     features = apply(Variables({"net": weights}, {}, {}), BATCH.images)[0].layers[name]
     return losses.dro_loss(features, labels, CENTROIDS[name], margins=margins, temperature=temperature)
@@ -117,8 +124,9 @@ def test_every_layer_and_the_classification_have_a_gradient():
         robust = sum(bound(name, 1.0, weights=weights) for name in LAYERS)
         return losses.cross_entropy(logits, BATCH.labels).mean() + 0.3 * robust
 
-    ours = jax.grad(lambda weights: loss_of(method, weights=weights)[0])(WEIGHTS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, jax.grad(expected)(WEIGHTS))
+    ours = jax.jit(jax.grad(lambda weights: loss_of(method, weights=weights)[0]))(WEIGHTS)
+    gradient = jax.jit(jax.grad(expected))(WEIGHTS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, gradient)
 
 
 def test_each_layer_has_its_own_margins():
@@ -178,7 +186,8 @@ def trained():
 def test_centroids_are_the_class_means_of_each_layer_in_evaluation_mode(trained):
     net, _, state, source, _ = trained
     variables = {"params": state.variables.params["net"], "batch_stats": state.variables.stats["net"]}
-    layers = net.apply(variables, source.images.astype(jnp.float32) / 255, False).layers
+    images = np.asarray(source.images, np.float32) / 255
+    layers = jax.jit(lambda variables, images: net.apply(variables, images, False).layers)(variables, images)
     labels = np.asarray(source.labels)
     assert set(state.variables.arrays) == set(LAYERS)
     for name in LAYERS:

@@ -50,15 +50,14 @@ def test_the_attack_finds_the_authors_images(pair):
     """In float32 rounding flips signs of tiny gradients, so only the resulting KL is compared."""
     numbers, apply, variables, batch = pair
 
+    @jax.jit
     def predict(images):
         return apply(variables, images, bn="eval")[0].logits
 
     natural = predict(batch.images)
     start = batch.images + float(numbers["noise_scale"]) * jnp.asarray(numbers["start_noise"], batch.images.dtype)
     settings = dict(epsilon=float(numbers["epsilon"]), step_size=float(numbers["step_size"]), num_steps=10)
-    actual = jax.jit(
-        lambda start: attacks.pgd(batch.images, start, lambda x: losses.kl_divergence(natural, predict(x)), **settings)
-    )(start)
+    actual = attacks.pgd(batch.images, start, lambda x: losses.kl_divergence(natural, predict(x)), **settings)
     if is_double(batch):
         np.testing.assert_allclose(actual, numbers["adversarial_images"], atol=1e-6)
     reached = losses.kl_divergence(natural, predict(actual)).sum()

@@ -90,7 +90,7 @@ def batch_norm(x, params, stats, train):
 def run_branches(module, train):
     """Return the variables as [params, statistics], and the output."""
     variables = some_variables(module, X)
-    features, _ = module.apply(variables, X, train, mutable=["batch_stats"])
+    features, _ = jax.jit(lambda variables: module.apply(variables, X, train, mutable=["batch_stats"]))(variables)
     return variables["params"], variables["batch_stats"], features
 
 
@@ -123,8 +123,8 @@ def test_pooled_branches_pool_first_in_training_too(train):
 
 @pytest.mark.parametrize("num_branches", [2, 3])
 def test_the_convolution_of_branches_begins_with_the_variance_of_three(num_branches):
-    x = jnp.zeros((1, 1, 1, 256))
-    kernel = ConvBranches(num_branches).init(jax.random.key(0), x, False)["params"]["conv"]["kernel"]
+    x, module = np.zeros((1, 1, 1, 256), np.float32), ConvBranches(num_branches)
+    kernel = jax.jit(lambda key: module.init(key, x, False)["params"]["conv"]["kernel"])(jax.random.key(0))
     assert float(kernel.std()) == pytest.approx((2 / (3 * 256)) ** 0.5, rel=0.02)
 
 

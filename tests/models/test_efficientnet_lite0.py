@@ -34,6 +34,12 @@ def create(num_classes=1, **settings):
 
 
 @functools.cache
+def shapes(num_classes):
+    """Return the shapes of the variables. They do not depend on the size of the images."""
+    return jax.eval_shape(create(num_classes).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+@functools.cache
 def applied(**settings):
     net = create(8, **settings)
     return jax.jit(lambda variables, images: net.apply(variables, images.astype(jnp.float32) / 255, False))
@@ -60,18 +66,16 @@ def outputs(weights, golden):
 
 
 def test_parameters_are_as_many_as_in_the_checkpoint():
-    shapes = jax.eval_shape(create(1000).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    sizes = {path: leaf.size for path, leaf in flatten(shapes["params"]).items()}
+    sizes = {path: leaf.size for path, leaf in flatten(shapes(1000)["params"]).items()}
     assert sum(sizes.values()) == 4_652_008
     assert sum(size for path, size in sizes.items() if path.startswith("classifier")) == 1_281_000
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["batch_stats"])) == 42_016
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes(1000)["batch_stats"])) == 42_016
 
 
 def test_multiplications_for_an_image_are_those_of_its_table():
     """385 million for 224x224 pixels, products with the zeros of padding among them. The authors count 407 million."""
     net, image = create(1000, platform="gpu"), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    variables = jax.eval_shape(net.init, jax.random.key(0), image)
-    program = jax.make_jaxpr(net.apply)(variables, image).jaxpr
+    program = jax.make_jaxpr(net.apply)(shapes(1000), image).jaxpr
     convolutions = [eqn for eqn in equations(program) if eqn.primitive.name == "conv_general_dilated"]
     assert len(convolutions) == 49
     products = sum(eqn.outvars[0].aval.size * np.prod(eqn.invars[1].aval.shape[:-1]) for eqn in convolutions)
@@ -89,8 +93,7 @@ def test_multiplications_for_an_image_are_those_of_its_table():
 )
 def test_a_side_is_halved_by_the_stem_and_four_stages_and_rounded_up(size, sides):
     net, image = create(), jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(net.init, jax.random.key(0), image)
-    backbone = {name: tree["backbone"] for name, tree in variables.items()}
+    backbone = {name: tree["backbone"] for name, tree in shapes(1).items()}
     maps = jax.eval_shape(lambda variables, image: net.backbone.apply(variables, image, False), backbone, image)
     widths = (*(stage.features for stage in STAGES), 1280)
     assert {name: x.shape for name, x in maps.items()} == {
@@ -100,8 +103,8 @@ def test_a_side_is_halved_by_the_stem_and_four_stages_and_rounded_up(size, sides
 
 
 def test_grey_images_have_a_first_convolution_of_their_own():
-    shapes = jax.eval_shape(create().init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    assert models.input_channels(shapes["params"]) == 1
+    grey = jax.eval_shape(create().init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    assert models.input_channels(grey["params"]) == 1
 
 
 def test_it_has_no_settings():
@@ -112,7 +115,7 @@ def test_it_has_no_settings():
 def test_initial_weights_are_hes_for_the_channels_out():
     net = create(10)
     key = jax.random.key(0, impl="unsafe_rbg")  # quick to compile
-    params = jax.jit(net.init)(key, jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.device_get(jax.jit(net.init)(key, jnp.zeros((1, 32, 32, 3)))["params"])
     kernels = {path: kernel for path, kernel in flatten(params["backbone"]).items() if path.endswith("kernel")}
     assert len(kernels) == 49
     for path, kernel in kernels.items():
@@ -197,7 +200,7 @@ def test_the_convolutions_of_accelerators_give_the_same(golden, weights, optimis
 def test_a_training_step_lowers_for_accelerators(platform, lowered_for, remat):
     net = create(10, platform=platform, dtype="bfloat16", remat=remat)
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
-    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    variables = shapes(10)
 
     def loss(params, stats, images):
         outputs, new = net.apply({"params": params, "batch_stats": stats}, images, True, mutable=["batch_stats"])

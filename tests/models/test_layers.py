@@ -1,5 +1,7 @@
 """Layers, each against another way to compute it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,22 +11,36 @@ from flax import linen as nn
 from ltjax.models import layers
 
 
+def params_of(layer, x):
+    return jax.tree.map(np.asarray, jax.jit(layer.init)(jax.random.key(0), x)["params"])
+
+
+def value_and_gradient(function, x, dy):
+    """Return `function(x)` and dy's way back through it."""
+
+    @jax.jit
+    def both(x, dy):
+        y, pull_back = jax.vjp(function, x)
+        return y, *pull_back(dy)
+
+    return both(x, dy)
+
+
 @pytest.mark.parametrize(
     "init, weights, biases", [("he", 2, 1 / 3), ("torch", 1 / 3, 1 / 3), ("torch_no_bias", 1 / 3, 0)]
 )
 def test_a_classifier_begins_as_its_authors_does(init, weights, biases):
     """Variances times the width: He's are 2, PyTorch's 1/3."""
     width = 64
-    actual = layers.LinearClassifier(500, init).init(jax.random.key(0), jnp.ones((1, width)))["params"]
-    assert float(actual["kernel"].var()) * width == pytest.approx(weights, rel=0.05)
-    assert float(actual["bias"].var()) * width == pytest.approx(biases, rel=0.2)
+    actual = params_of(layers.LinearClassifier(500, init), np.ones((1, width), np.float32))
+    assert actual["kernel"].var() * width == pytest.approx(weights, rel=0.05)
+    assert actual["bias"].var() * width == pytest.approx(biases, rel=0.2)
     if init != "he":
-        assert float(jnp.abs(actual["kernel"]).max()) <= width**-0.5
+        assert np.abs(actual["kernel"]).max() <= width**-0.5
 
 
 def test_initial_bias_is_uniform_within_one_over_the_root_of_the_width():
-    classifier = layers.LinearClassifier(4000)
-    bias = np.asarray(classifier.init(jax.random.key(0), jnp.ones((1, 16)))["params"]["bias"])
+    bias = params_of(layers.LinearClassifier(4000), np.ones((1, 16), np.float32))["bias"]
     assert np.abs(bias).max() <= 1 / 4
     actual, uniform = [bias.min(), bias.max(), bias.mean(), bias.std()], [-0.25, 0.25, 0, 0.5 / 12**0.5]
     np.testing.assert_allclose(actual, uniform, atol=0.01)
@@ -34,16 +50,15 @@ def test_initial_bias_is_uniform_within_one_over_the_root_of_the_width():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_max_pool_and_its_gradient_are_flaxs(size, dtype):
     """The forward pass is bit-identical. Gradients of a pixel in several windows are summed in float32."""
+    rows, columns = ((pixels + 1) // 2 for pixels in size)
+    x = np.random.default_rng(0).integers(-3, 4, (2, *size, 5)).astype(jnp.dtype(dtype))  # many are equal
+    dy = (np.random.default_rng(1).integers(-8, 9, (2, rows, columns, 5)) / 8).astype(x.dtype)  # sums are exact
     with jax.enable_x64(dtype == "float64"):
-        x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (2, *size, 5)), dtype)  # many are equal
-        ours, pull_back = jax.vjp(layers.max_pool, x)
-        theirs, their_pull_back = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))), x)
-        np.testing.assert_array_equal(np.asarray(ours, np.float64), np.asarray(theirs, np.float64))
-        assert ours.dtype == theirs.dtype
-        dy = jnp.asarray(np.random.default_rng(1).integers(-8, 9, ours.shape) / 8, dtype)  # sums are exact
-        (dx,), (expected,) = pull_back(dy), their_pull_back(dy)
-        assert dx.dtype == expected.dtype
-        np.testing.assert_array_equal(np.asarray(dx, np.float64), np.asarray(expected, np.float64))
+        ours = value_and_gradient(layers.max_pool, x, dy)
+        theirs = value_and_gradient(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))), x, dy)
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert actual.dtype == expected.dtype == x.dtype
+        np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
 
 
 @pytest.mark.parametrize("platform, scatters", [("cpu", False), ("gpu", False), ("tpu", True)])
@@ -56,7 +71,7 @@ def test_max_pools_gradient_scatters_only_on_a_tpu(platform, scatters):
 @pytest.mark.parametrize("kernel_size, strides, size", [(3, 1, 9), (3, 2, 5), (1, 1, 9), (1, 2, 5), (7, 2, 5)])
 def test_convolutions_are_padded_as_in_pytorch(kernel_size, strides, size):
     conv = layers.Conv(2, kernel_size=kernel_size, strides=strides)
-    out, _ = conv.init_with_output(jax.random.key(0), jnp.ones((1, 9, 9, 3)))
+    out, _ = jax.eval_shape(conv.init_with_output, jax.random.key(0), jnp.ones((1, 9, 9, 3)))
     assert out.shape == (1, size, size, 2)
 
 
@@ -66,10 +81,14 @@ def batch_norm(x, *, scale=1.0, bias=0.0, mean=0.0, var=1.0, train=True, steps=1
     scale, bias, mean, var = (np.full(width, v, np.float32) for v in (scale, bias, mean, var))
     params, stats = {"scale": scale, "bias": bias}, {"mean": mean, "var": var}
     for _ in range(steps):
-        variables = {"params": params, "batch_stats": stats}
-        out, new = layers.BatchNorm().apply(variables, jnp.asarray(x), train, mutable=["batch_stats"])
-        stats = new["batch_stats"]
+        out, stats = normalised({"params": params, "batch_stats": stats}, x, train)
     return out, stats
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def normalised(variables, x, train):
+    out, new = layers.BatchNorm().apply(variables, x, train, mutable=["batch_stats"])
+    return out, new["batch_stats"]
 
 
 def test_batch_norm_is_pytorchs():
@@ -100,12 +119,13 @@ def test_batch_norm_of_one_pixel_is_finite():
 
 
 def test_batch_norm_of_equal_values_has_a_finite_gradient():
-    norm, x = layers.BatchNorm(), jnp.full((2, 2, 2, 1), 7.1)
-    variables = norm.init(jax.random.key(0), x, True)
-    gradient = jax.grad(lambda x: jnp.square(norm.apply(variables, x, True, mutable=["batch_stats"])[0] - 1).sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: jnp.square(batch_norm(x)[0] - 1).sum()))(
+        np.full((2, 2, 2, 1), 7.1, np.float32)
+    )
     assert np.isfinite(gradient).all()
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def cosine(features, kernel, scale=1.0):
     module = layers.CosineClassifier(kernel.shape[1], scale)
     return module.apply({"params": {"kernel": kernel}}, features)
@@ -128,13 +148,14 @@ def test_cosine_logits_stay_within_the_scale(length):
 
 def test_cosine_weights_begin_with_length_1():
     """LDAM's authors do so, too: a step turns longer vectors less."""
-    kernel = layers.CosineClassifier(5).init(jax.random.key(0), jnp.zeros((1, 64)))["params"]["kernel"]
+    kernel = params_of(layers.CosineClassifier(5), np.zeros((1, 64), np.float32))["kernel"]
     np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), np.ones(5), rtol=1e-6)
 
 
 def test_cosine_classifier_has_a_finite_gradient_at_zero_features():
     kernel = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
-    gradients = jax.grad(lambda f, k: jnp.square(cosine(f, k, 30.0) - 1).sum(), (0, 1))(jnp.zeros((3, 8)), kernel)
+    loss = jax.grad(lambda f, k: jnp.square(cosine(f, k, 30.0) - 1).sum(), (0, 1))
+    gradients = jax.jit(loss)(np.zeros((3, 8), np.float32), kernel)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
@@ -143,9 +164,9 @@ def test_float64_batch_norm_and_pooling_are_numpys():
     with jax.enable_x64(True):
         params, stats = {"scale": np.full(5, 3.0), "bias": np.ones(5)}, {"mean": np.zeros(5), "var": np.ones(5)}
         variables = {"params": params, "batch_stats": stats}
-        out, new = layers.BatchNorm().apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
+        out, stats = normalised(variables, x, True)
         pooled = layers.pool(out)
-    flat, stats = x.reshape(-1, 5), new["batch_stats"]
+    flat = x.reshape(-1, 5)
     expected = (x - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5) * 3 + 1
     np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(pooled, expected.mean((1, 2)), rtol=1e-12, atol=1e-12)

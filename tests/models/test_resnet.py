@@ -1,5 +1,6 @@
 """ResNets and ResNeXts for small and large images: sizes, strides, groups, and the blocks against NumPy."""
 
+import functools
 import re
 
 import jax
@@ -34,6 +35,7 @@ def large(num_classes=1000, **settings):
     return make(num_classes, stem="large", **settings)
 
 
+@functools.cache
 def shapes(net):
     return jax.eval_shape(net.init, jax.random.key(0), IMAGES)
 
@@ -131,11 +133,11 @@ def test_unpublished_counts_are_those_of_other_code():
 )
 def test_multiplications_for_an_image_are_those_torchvision_gives(name, published):
     """Count for 224x224 pixels, in units of 1e9, with products with the zeros of padding."""
-    net = large(**NETWORKS[name], platform="gpu")
-    program = jax.make_jaxpr(net.apply)(shapes(net), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)).jaxpr
+    net, variables = large(**NETWORKS[name], platform="gpu"), shapes(large(**NETWORKS[name]))
+    program = jax.make_jaxpr(net.apply)(variables, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)).jaxpr
     convolutions = [eqn for eqn in equations(program) if eqn.primitive.name == "conv_general_dilated"]
     products = [eqn.outvars[0].aval.size * np.prod(eqn.invars[1].aval.shape[:-1]) for eqn in convolutions]
-    classifier = shapes(net)["params"]["classifier"]["kernel"].size
+    classifier = variables["params"]["classifier"]["kernel"].size
     assert (sum(products) + classifier) / 1e9 == pytest.approx(published, abs=6e-4)
 
 
@@ -169,7 +171,8 @@ def test_initial_weights_are_hes_by_fan_in_or_fan_out(stem, axes):
     """The extra block is an exception: its authors keep PyTorch's variance 1 / (3 fan_in)."""
     key = jax.random.key(0, impl="unsafe_rbg")  # quick to compile
     net = tiny(depth=50, stem=stem, width=16, groups=2, group_width=32, extra_block=True)
-    kernels = {p: k for p, k in flatten(jax.jit(net.init)(key, IMAGES)["params"]).items() if k.ndim == 4}
+    params = jax.device_get(jax.jit(net.init)(key, IMAGES)["params"])
+    kernels = {path: kernel for path, kernel in flatten(params).items() if kernel.ndim == 4}
     assert len(kernels) == 1 + 4 * (3 + 1) + 3
     for path, kernel in kernels.items():
         fans, variance = ((0, 1, 2), 1 / 3) if path.startswith("block/") else (axes, 2)
@@ -183,9 +186,9 @@ def test_weights_start_as_pytorchs_on_request(name, stem):
     settings = dict(stem=stem) if stem else {}
     net = models.create(name, 10, depth=18, width=8, init="torch", **settings)
     key = jax.random.key(0, impl="unsafe_rbg")
-    kernels = [k for k in flatten(jax.jit(net.init)(key, IMAGES)["params"]["backbone"]).values() if k.ndim == 4]
-    for kernel in kernels:
-        scaled = np.asarray(kernel) * kernel[..., 0].size ** 0.5
+    params = jax.device_get(jax.jit(net.init)(key, IMAGES)["params"]["backbone"])
+    for kernel in (leaf for leaf in flatten(params).values() if leaf.ndim == 4):
+        scaled = kernel * kernel[..., 0].size ** 0.5
         assert 0.9 < np.abs(scaled).max() <= 1.0001
         assert abs(scaled.std() * 3**0.5 - 1) < 0.2
 
@@ -214,6 +217,10 @@ def test_a_stride_in_the_first_stage_gives_it_a_shortcut():
     }
 
 
+def evaluated(module, variables, x):
+    return jax.jit(module.apply, static_argnums=2)(variables, x, False)
+
+
 def zeros(block, x, **given):
     like = flatten(jax.eval_shape(lambda rng: block.init(rng, x, False), jax.random.key(0)))
     values = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in like.items()}
@@ -230,7 +237,7 @@ def test_a_shortcut_that_changes_the_shape_is_a_convolution_and_a_norm(features,
     block = BasicBlock(features, strides, jnp.float32, None)
     norm = dict(params__shortcut_norm__scale=scale, params__shortcut_norm__bias=bias)
     norm |= dict(batch_stats__shortcut_norm__mean=mean, batch_stats__shortcut_norm__var=var)
-    actual = block.apply(zeros(block, x, params__shortcut__kernel=kernel, **norm), x, False)
+    actual = evaluated(block, zeros(block, x, params__shortcut__kernel=kernel, **norm), x)
     expected = (x[:, ::strides, ::strides] @ kernel[0, 0] - mean) / np.sqrt(var + 1e-5) * scale + bias
     np.testing.assert_allclose(actual, np.maximum(expected, 0), rtol=1e-4, atol=1e-5)
 
@@ -238,7 +245,7 @@ def test_a_shortcut_that_changes_the_shape_is_a_convolution_and_a_norm(features,
 def test_a_block_of_the_same_shape_adds_its_input():
     x = np.random.default_rng(0).normal(size=(2, 5, 5, 4)).astype(np.float32)
     block = BasicBlock(4, 1, jnp.float32, None)
-    np.testing.assert_array_equal(block.apply(zeros(block, x), x, False), np.maximum(x, 0))
+    np.testing.assert_array_equal(evaluated(block, zeros(block, x), x), np.maximum(x, 0))
 
 
 def test_training_mode_changes_every_statistic_and_no_parameter():
@@ -247,8 +254,9 @@ def test_training_mode_changes_every_statistic_and_no_parameter():
     outputs, after = jax.jit(lambda variables: net.apply(variables, IMAGES, True, mutable=True))(before)
     assert np.isfinite(outputs.logits).all()
     jax.tree.map(np.testing.assert_array_equal, after["params"], before["params"])
+    statistics = flatten(jax.tree.map(np.asarray, after["batch_stats"]))
     for path, value in flatten(before["batch_stats"]).items():
-        assert not np.any(flatten(after["batch_stats"])[path] == value), path
+        assert not np.any(statistics[path] == value), path
 
 
 def random_variables(like, seed=1):
@@ -288,7 +296,7 @@ def test_a_bottlenecks_3x3_convolution_has_stride_and_groups(strides, features, 
     else:
         assert "shortcut" not in params
         y += x
-    np.testing.assert_allclose(block.apply(variables, x, False), np.maximum(y, 0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(evaluated(block, variables, x), np.maximum(y, 0), rtol=1e-4, atol=1e-4)
 
 
 def places(**settings):
@@ -320,9 +328,9 @@ def parts_of(variables, name):
 
 def test_the_classifier_follows_the_extra_block(extended):
     net, variables, (outputs, _), _ = extended
-    maps = net.backbone.apply(parts_of(variables, "backbone"), IMAGES, False)
-    last = Bottleneck().apply(parts_of(variables, "block"), maps["stage4"], False)
-    head = variables["params"]["classifier"]
+    maps = evaluated(net.backbone, parts_of(variables, "backbone"), IMAGES)
+    last = evaluated(Bottleneck(), parts_of(variables, "block"), maps["stage4"])
+    head, outputs = variables["params"]["classifier"], jax.tree.map(np.asarray, outputs)
     assert list(outputs.layers) == ["stage1", "stage2", "stage3", "stage4", "stage5"]
     np.testing.assert_allclose(outputs.layers["stage4"], np.mean(maps["stage4"], (1, 2)), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(outputs.features, np.mean(last, (1, 2)), rtol=1e-3, atol=1e-3)
@@ -331,11 +339,12 @@ def test_the_classifier_follows_the_extra_block(extended):
 
 
 def test_with_an_extra_block_the_backbone_is_in_evaluation_mode(extended):
-    _, before, (evaluated, _), (trained, after) = extended
-    changed = {path for path, value in flatten(before).items() if np.any(flatten(after)[path] != value)}
+    _, before, (in_evaluation, _), (trained, after) = extended
+    after = flatten(jax.tree.map(np.asarray, after))
+    changed = {path for path, value in flatten(before).items() if np.any(after[path] != value)}
     assert changed == {f"batch_stats/block/norm{n}/{leaf}" for n in (1, 2, 3) for leaf in ("mean", "var")}
-    np.testing.assert_allclose(trained.layers["stage4"], evaluated.layers["stage4"], rtol=1e-4, atol=1e-4)
-    assert np.abs(trained.features - evaluated.features).max() > 0.1
+    np.testing.assert_allclose(trained.layers["stage4"], in_evaluation.layers["stage4"], rtol=1e-4, atol=1e-4)
+    assert np.abs(trained.features - in_evaluation.features).max() > 0.1
 
 
 def test_branches_follow_the_extra_block():
@@ -360,7 +369,7 @@ def test_bfloat16_computes_alike_with_float32_outside():
 def test_large_networks_lower_for_accelerators(name, platform):
     settings = dict(dtype="bfloat16", platform={"tpu": "tpu", "cuda": "gpu"}[platform])
     net, images = large(**NETWORKS[name], **settings), jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
-    lowered = export.export(jax.jit(net.apply), platforms=[platform])(shapes(net), images)
+    lowered = export.export(jax.jit(net.apply), platforms=[platform])(shapes(large(**NETWORKS[name])), images)
     assert lowered.platforms == (platform,)
     assert lowered.mlir_module().count("stablehlo.convolution") == 53
 
