@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,8 +15,10 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from jax.experimental import multihost_utils
 
+import run
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.weights import save_weights
@@ -310,6 +313,37 @@ def test_processes_with_different_commands_name_the_flag_that_differs(monkeypatc
     processes.agree(values)
 
 
+def test_processes_that_differ_in_a_flag_end_and_name_it(folder, tmp_path):
+    codes, outputs = Launched(folder, tmp_path, count=2, devices=1, own=((), ("--dry_run",))).finish()
+    assert codes == [2, 2], outputs
+    assert all("different values of --dry_run: " in text for text in outputs), outputs
+    assert not any("Traceback" in text for text in outputs)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.fixture
+def start(folder, monkeypatch, one_of_several):
+    """Return `start(*flags, others=())`: start run.py here; `others` are the flags of a second process."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")  # those of this process
+
+    def started(flags, gathered):
+        arguments = ["run.py", *config_of(folder), *flags]
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+        with flagsaver.flagsaver():
+            run.parse_flags(arguments)
+            run.start(run.run_config())
+
+    def start(*flags, others=()):
+        sent = []
+        started(others, lambda digests: sent.append(digests) or np.stack([digests, digests]))
+        others_digests = iter(sent)
+        started(flags, lambda digests: np.stack([digests, next(others_digests)]))
+
+    return start
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
 @pytest.mark.parametrize(
     "common, flag, name",
     [
@@ -320,23 +354,22 @@ def test_processes_with_different_commands_name_the_flag_that_differs(monkeypatc
         (("--mode=predict",), "--target_prior=uniform", "--target_prior"),
     ],
 )
-def test_processes_that_differ_in_a_flag_end_and_name_it(common, flag, name, folder, tmp_path):
-    codes, outputs = Launched(folder, tmp_path, count=2, devices=1, own=(common, (*common, flag))).finish()
-    assert codes == [2, 2], outputs
-    assert all(f"different values of {name}: " in text for text in outputs), outputs
-    assert not any("Traceback" in text for text in outputs)
-    assert not (tmp_path / "config.json").exists()
+def test_flags_that_decide_what_a_run_does_have_to_agree(common, flag, name, start):
+    start(*common, others=common)
+    with pytest.raises(UserError, match=rf"different values of {re.escape(name)}: "):
+        start(*common, flag, others=common)
 
 
-def test_processes_with_other_weights_end_and_say_so(folder, tmp_path):
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
+def test_weights_have_to_agree_and_their_folders_need_not(start, tmp_path):
     settings = {"name": "resnet_cifar", "depth": 8, "width": 2}
-    for number in range(2):
-        array = {"backbone": {"conv": {"kernel": np.full((3, 3, 3, 2), number, np.float32)}}}
-        save_weights(tmp_path / str(number), Variables({"net": array}, {}, {}), settings, num_classes=0)
-    own = tuple((f"--config.weights={tmp_path / str(number)}",) for number in range(2))
-    codes, outputs = Launched(folder, tmp_path / "run", count=2, devices=1, own=own).finish()
-    assert codes == [2, 2], outputs
-    assert all("different values of config.weights: " in text for text in outputs), outputs
+    for name, value in (("first", 0), ("copy", 0), ("other", 1)):
+        array = {"backbone": {"conv": {"kernel": np.full((3, 3, 3, 2), value, np.float32)}}}
+        save_weights(tmp_path / name, Variables({"net": array}, {}, {}), settings, num_classes=0)
+    first, copy, other = (f"--config.weights={tmp_path / name}" for name in ("first", "copy", "other"))
+    start(copy, others=[first])
+    with pytest.raises(UserError, match=r"different values of config\.weights: "):
+        start(other, others=[first])
 
 
 def test_a_process_may_stay_alone_under_a_launcher(monkeypatch):
