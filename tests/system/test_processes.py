@@ -19,13 +19,15 @@ from absl.testing import flagsaver
 from jax.experimental import multihost_utils
 
 import run
+from ltjax import train
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.weights import save_weights
-from ltjax.system import processes
+from ltjax.system import parallel, processes
 from ltjax.types import UserError, Variables
 from tests.conftest import CACHE
-from tests.test_run import TINY
+from tests.system import processes_config
+from tests.test_run import TINY, tiny_config
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 8  # seconds
@@ -106,12 +108,27 @@ def losses(workdir):
     return {stage: [loss for _, loss in steps] for stage, steps in losses_of.items()}
 
 
+def train_here(config, workdir, devices):
+    """Train in this process on some of its devices. Only the 4th step and the end of a stage are saved, no report."""
+    make_mesh = parallel.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "make_mesh", lambda _=None, replicas=1: make_mesh(jax.devices()[:devices], replicas))
+        patch.setattr(train.StageTrainer, "stop_or_save", lambda trainer: (False, trainer.step == 4))
+        patch.setattr(train, "write_report", lambda *_: None)
+        train.train(config, workdir)
+
+
 @pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory):
+def config(folder):
+    """Return the config of `config_of` as nested dicts."""
+    return processes_config.get_config(str(folder)).to_dict()
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
     """Return the workdir of a run in one process with one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    codes, outputs = Launched(folder, workdir, count=1, devices=1).finish()
-    assert codes == [0], outputs
+    train_here(config, workdir, devices=1)
     return workdir
 
 
@@ -122,9 +139,8 @@ def assert_same(workdir, alone, stages=("features", "classifier", "residual")):
         np.testing.assert_allclose(actual[stage], expected[stage], rtol=2e-4, err_msg=stage)
 
 
-def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alone, tmp_path):
-    codes, outputs = Launched(folder, tmp_path, count=1, devices=4, flags=(*config_of(folder), SELDOM)).finish()
-    assert codes == [0], outputs
+def test_one_process_with_four_devices_has_the_losses_of_one_device(config, alone, tmp_path):
+    train_here(config, tmp_path, devices=4)
     assert_same(tmp_path, alone)
 
 
@@ -166,9 +182,8 @@ def losses_of_replicas(workdir):
     return [line["values"]["loss_of_replicas"] for line in lines if line["split"] == "train"]
 
 
-def test_replicas_in_two_processes_have_the_losses_of_one_process(folder, apart, tmp_path):
-    codes, outputs = Launched(folder, tmp_path, count=1, devices=2, flags=REPLICAS).finish()
-    assert codes == [0], outputs
+def test_replicas_in_two_processes_have_the_losses_of_one_process(apart, tmp_path):
+    train_here(tiny_config(stages=("ce",), epochs=1, replicas=2), tmp_path, devices=2)
     expected = losses_of_replicas(tmp_path)
     assert len(expected) == 7 and all(first != second for first, second in expected)
     np.testing.assert_allclose(losses_of_replicas(apart[0]), expected, rtol=2e-4)
@@ -225,12 +240,11 @@ def assert_the_other_ends_in_time(launched, victim, saved):
     assert len(errors) == 1 and "Run the same command again" in errors[0], outputs[1 - victim]
 
 
-def test_a_killed_process_ends_the_first_and_a_single_process_resumes(folder, alone, tmp_path):
+def test_a_killed_process_ends_the_first_and_a_single_process_resumes(folder, config, alone, tmp_path, capsys):
     launched = Launched(folder, tmp_path, count=2, devices=2)
     assert_the_other_ends_in_time(launched, 1, tmp_path / "checkpoints" / "features")
-    codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
-    assert codes == [0], outputs
-    assert "Resuming" in outputs[0]
+    train_here(config, tmp_path, devices=4)
+    assert "Resuming" in capsys.readouterr().out
     assert_same(tmp_path, alone)
 
 
