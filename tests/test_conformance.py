@@ -14,6 +14,8 @@ from configs import cifar10_lt, cifar100_lt, recipes
 from ltjax import data, optim, train
 from ltjax.config import differences, parse
 from ltjax.data.source import Images
+from ltjax.engine import observe
+from ltjax.modes import report
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.archive import archive
 from ltjax.system import parallel
@@ -129,8 +131,19 @@ def trained(tmp_path_factory):
 
     trained.starts[name][stage]: initial parameters. trained.again(name): sets the run up, compiled if it was the last.
     """
-    folder = tmp_path_factory.mktemp("runs")
+    folder, networks = tmp_path_factory.mktemp("runs"), []
     starting_variables, set_up = train.starting_variables, train.set_up_with_stages
+
+    def with_known_programs(experiment, compiled):
+        """Initialise and evaluate equal networks by the same programs, which are the same for all methods."""
+        images = experiment.description["images"]
+        same = [each for each in networks if (each[0].nets, each[0].description["images"]) == (experiment.nets, images)]
+        if not same:
+            same = [(experiment, observe.Observer(experiment))]
+            networks.extend(same)
+        ((known, trained.observer),) = same
+        programs = {key: getattr(known, key) for key in ("initialise", "evaluators", "class_means")}
+        return experiment._replace(**programs), compiled
 
     def trained(name):
         workdir = folder / name.replace(":", "-")
@@ -143,12 +156,14 @@ def trained(tmp_path_factory):
                 return variables
 
             def prepared(*arguments):
-                trained.prepared = {name: set_up(*arguments)}  # all runs would exhaust the process's memory maps
+                # Those of all runs would exhaust the process's memory maps.
+                trained.prepared = {name: with_known_programs(*set_up(*arguments))}
                 return trained.prepared[name]
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train, "starting_variables", started)
                 patch.setattr(train, "set_up_with_stages", prepared)
+                patch.setattr(report, "Observer", lambda _: trained.observer)
                 train.train(tiny_config(name), workdir)
         return workdir
 
