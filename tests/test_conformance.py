@@ -75,7 +75,7 @@ def made_up_images(num_classes=10, size=8):
 
     def labelled(count):
         labels = np.tile(np.arange(num_classes, dtype=np.int32), count)
-        noise = rng.normal(0, 20, (len(labels), size, size, 3))
+        noise = rng.normal(0, 2.5 * size, (len(labels), size, size, 3))  # of the mean colour: 2.5 for any size
         return np.clip(colours[labels] + noise, 0, 255).astype(np.uint8), labels
 
     return Images(*labelled(125), *labelled(6), tuple(f"class {c}" for c in range(num_classes)))
@@ -89,7 +89,7 @@ def tiny_config(name):
     values.data.holdout = 5 if values.data.holdout else 0
     for net in ("model", "guide"):
         if values.get(net) and values[net].name == "vit":
-            values[net].update(depth=2, width=8, heads=2, patch=4, grid=2)
+            values[net].update(depth=2, width=8, heads=2, patch=2, grid=2)
         elif values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training
             common = {key: value for key, value in values[net].items() if key not in ("init", "strides")}
             values[net] = {**common, "name": "wide_resnet", "depth": 10, "width": 1}
@@ -120,7 +120,7 @@ def tiny_config(name):
 def two_devices_and_made_up_images():
     make_mesh = parallel.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_: made_up_images())
+        patch.setattr(data, "load", lambda *_: made_up_images(size=4))
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         yield
 
