@@ -14,6 +14,8 @@ from configs import cifar10_lt, cifar100_lt, recipes
 from ltjax import data, optim, train
 from ltjax.config import differences, parse
 from ltjax.data.source import Images
+from ltjax.engine import observe
+from ltjax.modes import report
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.archive import archive
 from ltjax.system import parallel
@@ -73,7 +75,7 @@ def made_up_images(num_classes=10, size=8):
 
     def labelled(count):
         labels = np.tile(np.arange(num_classes, dtype=np.int32), count)
-        noise = rng.normal(0, 20, (len(labels), size, size, 3))
+        noise = rng.normal(0, 2.5 * size, (len(labels), size, size, 3))  # of the mean colour: 2.5 for any size
         return np.clip(colours[labels] + noise, 0, 255).astype(np.uint8), labels
 
     return Images(*labelled(125), *labelled(6), tuple(f"class {c}" for c in range(num_classes)))
@@ -87,7 +89,7 @@ def tiny_config(name):
     values.data.holdout = 5 if values.data.holdout else 0
     for net in ("model", "guide"):
         if values.get(net) and values[net].name == "vit":
-            values[net].update(depth=2, width=8, heads=2, patch=4, grid=2)
+            values[net].update(depth=2, width=8, heads=2, patch=2, grid=2)
         elif values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training
             common = {key: value for key, value in values[net].items() if key not in ("init", "strides")}
             values[net] = {**common, "name": "wide_resnet", "depth": 10, "width": 1}
@@ -118,7 +120,7 @@ def tiny_config(name):
 def two_devices_and_made_up_images():
     make_mesh = parallel.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_: made_up_images())
+        patch.setattr(data, "load", lambda *_: made_up_images(size=4))
         patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
         yield
 
@@ -129,8 +131,19 @@ def trained(tmp_path_factory):
 
     trained.starts[name][stage]: initial parameters. trained.again(name): sets the run up, compiled if it was the last.
     """
-    folder = tmp_path_factory.mktemp("runs")
+    folder, networks = tmp_path_factory.mktemp("runs"), []
     starting_variables, set_up = train.starting_variables, train.set_up_with_stages
+
+    def with_known_programs(experiment, compiled):
+        """Initialise and evaluate equal networks by the same programs, which are the same for all methods."""
+        images = experiment.description["images"]
+        same = [each for each in networks if (each[0].nets, each[0].description["images"]) == (experiment.nets, images)]
+        if not same:
+            same = [(experiment, observe.Observer(experiment))]
+            networks.extend(same)
+        ((known, trained.observer),) = same
+        programs = {key: getattr(known, key) for key in ("initialise", "evaluators", "class_means")}
+        return experiment._replace(**programs), compiled
 
     def trained(name):
         workdir = folder / name.replace(":", "-")
@@ -143,12 +156,14 @@ def trained(tmp_path_factory):
                 return variables
 
             def prepared(*arguments):
-                trained.prepared = {name: set_up(*arguments)}  # all runs would exhaust the process's memory maps
+                # Those of all runs would exhaust the process's memory maps.
+                trained.prepared = {name: with_known_programs(*set_up(*arguments))}
                 return trained.prepared[name]
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train, "starting_variables", started)
                 patch.setattr(train, "set_up_with_stages", prepared)
+                patch.setattr(report, "Observer", lambda _: trained.observer)
                 train.train(tiny_config(name), workdir)
         return workdir
 

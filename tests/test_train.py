@@ -14,7 +14,6 @@ from ltjax import config, data, methods, train
 from ltjax.engine import class_means, evaluate, feed
 from ltjax.engine import experiment as experiments
 from ltjax.runs import checkpoint
-from ltjax.system import parallel
 from ltjax.system.signals import Interrupted
 from tests.engine.test_streamed import both, settings
 from tests.test_conformance import Reached, before_dispatch, saved, steps_of
@@ -29,15 +28,13 @@ def small(**changes):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_devices_and_made_up_images():
-    """Let all runs share one experiment, which is compiled once."""
-    make_mesh, set_up = parallel.make_mesh, functools.cache(lambda: before(config.parse(small()), None))
+def one_experiment(one_device, no_reports):
+    """Let all runs share one experiment on made-up images, which is compiled once."""
     before = train.set_up_with_stages
+    set_up = functools.cache(lambda: before(config.parse(small()), None))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: both()[0])
         patch.setattr(train, "set_up_with_stages", lambda run, *_: (set_up()[0]._replace(config=run), set_up()[1]))
-        patch.setattr(parallel, "make_mesh", lambda devices=None, replicas=1: make_mesh(jax.devices()[:2], replicas))
-        patch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
         yield
 
 

@@ -6,9 +6,12 @@ import pytest
 import ltjax
 from ltjax import train
 from ltjax.data import load
+from ltjax.modes import report
 from ltjax.modes.predict import predict_workdir
 from ltjax.types import UserError
 from tests.configs.reading import read
+
+pytestmark = pytest.mark.usefixtures("one_device", "no_reports")
 
 CLASSES, WIDTH = ("cat", "dog", "emu"), 6
 
@@ -204,13 +207,14 @@ def test_standardised_features_do_not_depend_on_their_scale(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.fixture
-def trained(tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, one_device, no_reports):
+    folder = tmp_path_factory.mktemp("trained")
     config = read("features").to_dict()
-    config["data"]["root"] = str(npz(tmp_path, classes=np.array(CLASSES)))
+    config["data"]["root"] = str(npz(folder, classes=np.array(CLASSES)))
     config.update(epochs=5, batch_size=8)
-    train.train(config, tmp_path / "run")
-    return tmp_path / "run"
+    train.train(config, folder / "run")
+    return folder / "run"
 
 
 def test_a_trained_classifier_predicts_other_features(trained, tmp_path):
@@ -241,4 +245,5 @@ def test_a_report_shows_features_as_grey_values(tmp_path):
     config.update(epochs=1, batch_size=8)
     figures = train.train(config, tmp_path / "run")
     assert figures["accuracy"]["all"] < 1
+    report.report_workdir(config, tmp_path / "run")
     assert "data:image/png" in (tmp_path / "run" / "report" / "index.html").read_text()

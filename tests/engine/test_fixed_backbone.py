@@ -45,12 +45,24 @@ def images(monkeypatch, tmp_path):
     return stored
 
 
-@pytest.fixture
-def weights(tmp_path):
-    """Return random weights of the network."""
-    run = parse(settings(model=MODEL))
+def random_weights(**changes):
+    run = parse(settings(model=MODEL, **changes))
     variables = experiments.fresh_variables(experiments.set_up(run, None), run.stages["dro"])
-    save_weights(tmp_path / "weights", jax.tree.map(np.asarray, variables), MODEL, num_classes=3)
+    return jax.tree.map(np.asarray, variables)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Return random variables of the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_: both()[1])
+        return random_weights()
+
+
+@pytest.fixture
+def weights(made, tmp_path):
+    """Return a folder of random weights of the network."""
+    save_weights(tmp_path / "weights", made, MODEL, num_classes=3)
     return tmp_path / "weights"
 
 
@@ -107,9 +119,7 @@ def test_a_damaged_cache_is_completed(weights, tmp_path, damage):
 
 def test_other_weights_have_other_features(weights, tmp_path):
     experiments.set_up(parse(frozen(weights)), None)
-    run = parse(settings(model=MODEL, seed=5))
-    variables = experiments.fresh_variables(experiments.set_up(run, None), run.stages["dro"])
-    save_weights(tmp_path / "others", jax.tree.map(np.asarray, variables), MODEL, num_classes=3)
+    save_weights(tmp_path / "others", random_weights(seed=5), MODEL, num_classes=3)
     experiments.set_up(parse(frozen(tmp_path / "others")), None)
     assert len(list((tmp_path / "cache" / "ltjax").glob("features-*.bin"))) == 2
 

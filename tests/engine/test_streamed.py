@@ -225,6 +225,8 @@ def losses(workdir):
 
 def test_a_run_stopped_within_an_epoch_resumes_to_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: both()[1])
+    prepared = train.set_up_with_stages(parse(settings()), None)
+    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: prepared)  # compiled once
     whole = train.train(settings(), tmp_path / "whole")
     assert losses(tmp_path / "whole")[-1][0] == 10  # 38 images: 5 steps an epoch, in dispatches of 3 and 2
 

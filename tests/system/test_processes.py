@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,15 +15,19 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from jax.experimental import multihost_utils
 
+import run
+from ltjax import train
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs.checkpoint import Checkpoints
 from ltjax.runs.weights import save_weights
-from ltjax.system import processes
+from ltjax.system import parallel, processes
 from ltjax.types import UserError, Variables
 from tests.conftest import CACHE
-from tests.test_run import TINY
+from tests.system import processes_config
+from tests.test_run import TINY, tiny_config
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 8  # seconds
@@ -103,12 +108,27 @@ def losses(workdir):
     return {stage: [loss for _, loss in steps] for stage, steps in losses_of.items()}
 
 
+def train_here(config, workdir, devices):
+    """Train in this process on some of its devices. Only the 4th step and the end of a stage are saved, no report."""
+    make_mesh = parallel.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "make_mesh", lambda _=None, replicas=1: make_mesh(jax.devices()[:devices], replicas))
+        patch.setattr(train.StageTrainer, "stop_or_save", lambda trainer: (False, trainer.step == 4))
+        patch.setattr(train, "write_report", lambda *_: None)
+        train.train(config, workdir)
+
+
 @pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory):
+def config(folder):
+    """Return the config of `config_of` as nested dicts."""
+    return processes_config.get_config(str(folder)).to_dict()
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
     """Return the workdir of a run in one process with one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    codes, outputs = Launched(folder, workdir, count=1, devices=1).finish()
-    assert codes == [0], outputs
+    train_here(config, workdir, devices=1)
     return workdir
 
 
@@ -119,9 +139,8 @@ def assert_same(workdir, alone, stages=("features", "classifier", "residual")):
         np.testing.assert_allclose(actual[stage], expected[stage], rtol=2e-4, err_msg=stage)
 
 
-def test_one_process_with_four_devices_has_the_losses_of_one_device(folder, alone, tmp_path):
-    codes, outputs = Launched(folder, tmp_path, count=1, devices=4, flags=(*config_of(folder), SELDOM)).finish()
-    assert codes == [0], outputs
+def test_one_process_with_four_devices_has_the_losses_of_one_device(config, alone, tmp_path):
+    train_here(config, tmp_path, devices=4)
     assert_same(tmp_path, alone)
 
 
@@ -163,9 +182,8 @@ def losses_of_replicas(workdir):
     return [line["values"]["loss_of_replicas"] for line in lines if line["split"] == "train"]
 
 
-def test_replicas_in_two_processes_have_the_losses_of_one_process(folder, apart, tmp_path):
-    codes, outputs = Launched(folder, tmp_path, count=1, devices=2, flags=REPLICAS).finish()
-    assert codes == [0], outputs
+def test_replicas_in_two_processes_have_the_losses_of_one_process(apart, tmp_path):
+    train_here(tiny_config(stages=("ce",), epochs=1, replicas=2), tmp_path, devices=2)
     expected = losses_of_replicas(tmp_path)
     assert len(expected) == 7 and all(first != second for first, second in expected)
     np.testing.assert_allclose(losses_of_replicas(apart[0]), expected, rtol=2e-4)
@@ -222,12 +240,11 @@ def assert_the_other_ends_in_time(launched, victim, saved):
     assert len(errors) == 1 and "Run the same command again" in errors[0], outputs[1 - victim]
 
 
-def test_a_killed_process_ends_the_first_and_a_single_process_resumes(folder, alone, tmp_path):
+def test_a_killed_process_ends_the_first_and_a_single_process_resumes(folder, config, alone, tmp_path, capsys):
     launched = Launched(folder, tmp_path, count=2, devices=2)
     assert_the_other_ends_in_time(launched, 1, tmp_path / "checkpoints" / "features")
-    codes, outputs = Launched(folder, tmp_path, count=1, devices=4).finish()
-    assert codes == [0], outputs
-    assert "Resuming" in outputs[0]
+    train_here(config, tmp_path, devices=4)
+    assert "Resuming" in capsys.readouterr().out
     assert_same(tmp_path, alone)
 
 
@@ -310,6 +327,37 @@ def test_processes_with_different_commands_name_the_flag_that_differs(monkeypatc
     processes.agree(values)
 
 
+def test_processes_that_differ_in_a_flag_end_and_name_it(folder, tmp_path):
+    codes, outputs = Launched(folder, tmp_path, count=2, devices=1, own=((), ("--dry_run",))).finish()
+    assert codes == [2, 2], outputs
+    assert all("different values of --dry_run: " in text for text in outputs), outputs
+    assert not any("Traceback" in text for text in outputs)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.fixture
+def start(folder, monkeypatch, one_of_several):
+    """Return `start(*flags, others=())`: start run.py here; `others` are the flags of a second process."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")  # those of this process
+
+    def started(flags, gathered):
+        arguments = ["run.py", *config_of(folder), *flags]
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+        with flagsaver.flagsaver():
+            run.parse_flags(arguments)
+            run.start(run.run_config())
+
+    def start(*flags, others=()):
+        sent = []
+        started(others, lambda digests: sent.append(digests) or np.stack([digests, digests]))
+        others_digests = iter(sent)
+        started(flags, lambda digests: np.stack([digests, next(others_digests)]))
+
+    return start
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
 @pytest.mark.parametrize(
     "common, flag, name",
     [
@@ -320,23 +368,22 @@ def test_processes_with_different_commands_name_the_flag_that_differs(monkeypatc
         (("--mode=predict",), "--target_prior=uniform", "--target_prior"),
     ],
 )
-def test_processes_that_differ_in_a_flag_end_and_name_it(common, flag, name, folder, tmp_path):
-    codes, outputs = Launched(folder, tmp_path, count=2, devices=1, own=(common, (*common, flag))).finish()
-    assert codes == [2, 2], outputs
-    assert all(f"different values of {name}: " in text for text in outputs), outputs
-    assert not any("Traceback" in text for text in outputs)
-    assert not (tmp_path / "config.json").exists()
+def test_flags_that_decide_what_a_run_does_have_to_agree(common, flag, name, start):
+    start(*common, others=common)
+    with pytest.raises(UserError, match=rf"different values of {re.escape(name)}: "):
+        start(*common, flag, others=common)
 
 
-def test_processes_with_other_weights_end_and_say_so(folder, tmp_path):
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
+def test_weights_have_to_agree_and_their_folders_need_not(start, tmp_path):
     settings = {"name": "resnet_cifar", "depth": 8, "width": 2}
-    for number in range(2):
-        array = {"backbone": {"conv": {"kernel": np.full((3, 3, 3, 2), number, np.float32)}}}
-        save_weights(tmp_path / str(number), Variables({"net": array}, {}, {}), settings, num_classes=0)
-    own = tuple((f"--config.weights={tmp_path / str(number)}",) for number in range(2))
-    codes, outputs = Launched(folder, tmp_path / "run", count=2, devices=1, own=own).finish()
-    assert codes == [2, 2], outputs
-    assert all("different values of config.weights: " in text for text in outputs), outputs
+    for name, value in (("first", 0), ("copy", 0), ("other", 1)):
+        array = {"backbone": {"conv": {"kernel": np.full((3, 3, 3, 2), value, np.float32)}}}
+        save_weights(tmp_path / name, Variables({"net": array}, {}, {}), settings, num_classes=0)
+    first, copy, other = (f"--config.weights={tmp_path / name}" for name in ("first", "copy", "other"))
+    start(copy, others=[first])
+    with pytest.raises(UserError, match=r"different values of config\.weights: "):
+        start(other, others=[first])
 
 
 def test_a_process_may_stay_alone_under_a_launcher(monkeypatch):
