@@ -11,7 +11,7 @@ from ltjax.modes.predict import predict_workdir
 from ltjax.types import UserError
 from tests.configs.reading import read
 
-pytestmark = pytest.mark.usefixtures("one_device", "no_reports")
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 CLASSES, WIDTH = ("cat", "dog", "emu"), 6
 
