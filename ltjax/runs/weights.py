@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from ltjax.optim import flatten, unflatten
 from ltjax.system.files import file_sha256, load_json, replacing, write_json
@@ -115,11 +115,8 @@ def _stored(value: Any) -> type:
 
 
 def save_safetensors(arrays: dict[str, np.ndarray], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file of safetensors. OSError if that fails, as for any other file."""
-    try:
-        save_file(arrays, file, metadata)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error}") from error
+    """Write a file of safetensors that others may read as any new file; one of `save_file` is its owner's alone."""
+    file.write_bytes(save(arrays, metadata))
 
 
 def folder_of(name: str | Path) -> Path:

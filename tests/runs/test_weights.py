@@ -51,6 +51,13 @@ def test_a_folder_holds_all_that_was_saved(weights, tmp_path, same):
     assert json.loads((tmp_path / "w" / "weights.json").read_text())["source"] == source
 
 
+def test_others_may_read_the_files_as_any_new_file(weights, tmp_path):
+    save_weights(tmp_path / "w", weights.variables, weights.settings, num_classes=5)
+    (tmp_path / "new").touch()
+    files = [tmp_path / "w" / name for name in ("weights.json", "weights.safetensors")]
+    assert [file.stat().st_mode for file in files] == [(tmp_path / "new").stat().st_mode] * 2
+
+
 def test_float16_arrays_are_stored_as_such_and_loaded_as_float32(weights, tmp_path, same):
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), weights.variables)
     save_weights(tmp_path, rounded, weights.settings, num_classes=5)
