@@ -208,7 +208,7 @@ def test_standardised_features_do_not_depend_on_their_scale(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, one_device, no_reports):
+def trained(tmp_path_factory, no_reports):
     folder = tmp_path_factory.mktemp("trained")
     config = read("features").to_dict()
     config["data"]["root"] = str(npz(folder, classes=np.array(CLASSES)))
