@@ -41,8 +41,6 @@ def get_config(arg=None):
         profile=args.profile,
         ranges=(3, 7),  # MiSLAS's groups, for --config.data.groups=ranges; ResLT has (3, 6)
     )
-    if recipe.blocks == ("balms",) and not args.short:
-        config.epochs = 520  # BALMS's 13,000 steps of 512 images, at imbalance 100
     papers = recipes.DataSetting(
         smoothing=nearest(SMOOTHING, args.imbalance),
         reslt=ResLT(beta=nearest(BETA, args.imbalance), medium_start=2, tail_start=4),

@@ -21,6 +21,7 @@ class Recipe(NamedTuple):
     stages: tuple[str, ...] = ()  # names in the config; (): the blocks'
     weight_decay: float = 2e-4  # for small images, like the next two
     epochs: int = 200  # of the first part; for adversarial training, see `configs/robust.py`
+    epochs_on: Mapping[str, int] = MappingProxyType({})  # by config file, if they differ
     batch_size: int = 128
     decay: float = 0.1  # factor on the rate, twice
     auto_augment: bool = False  # AutoAugment and Cutout in every stage
@@ -40,8 +41,16 @@ RECIPES = {
     "ldam": Recipe("LDAM", ("ldam",)),
     "ldam_drw": Recipe("LDAM-DRW", ("ldam", "drw")),
     "balanced_softmax": Recipe("Balanced softmax", ("balanced_softmax",)),
-    # BALMS's 13,000 steps of 512 images on CIFAR-100-LT at imbalance 100, without the last, smaller batch of an epoch
-    "balms": Recipe("BALMS", ("balms",), weight_decay=5e-4, auto_augment=True, epochs=591, batch_size=512),
+    # BALMS's 13,000 steps of 512 images at imbalance 100; they count the last, smaller batch, on which it does not train
+    "balms": Recipe(
+        "BALMS",
+        ("balms",),
+        weight_decay=5e-4,
+        auto_augment=True,
+        epochs=591,
+        epochs_on={"cifar10_lt": 520},
+        batch_size=512,
+    ),
     "logit_adjustment": Recipe("Logit adjustment", ("logit_adjustment",)),
     "logit_adjustment_posthoc": Recipe("Post-hoc logit adjustment", ("ce", "logit_shift")),
     "crt": Recipe("cRT", ("ce", "crt")),

@@ -39,7 +39,7 @@ def base(file: str, args: SimpleNamespace, recipe: recipes.Recipe, *, pixels: di
         pixels = dict(mean=(0.0,), std=(1.0,))
         config.eval_every = 1 if short else 0  # 0: every fifth epoch, and each of the last 20
     else:
-        config.epochs = 12 if short else recipe.epochs
+        config.epochs = 12 if short else recipe.epochs_on.get(file, recipe.epochs)
         config.eval_every = 3 if short else 0
     networks = dict(
         model=common.model(network if args.model == "auto" else args.model),
