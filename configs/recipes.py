@@ -41,7 +41,7 @@ RECIPES = {
     "ldam": Recipe("LDAM", ("ldam",)),
     "ldam_drw": Recipe("LDAM-DRW", ("ldam", "drw")),
     "balanced_softmax": Recipe("Balanced softmax", ("balanced_softmax",)),
-    # BALMS's 13,000 steps of 512 images at imbalance 100; they count the last, smaller batch, on which it does not train
+    # 13,000 steps of 512 images at imbalance 100, as its authors count them: see docs/methods/losses.md
     "balms": Recipe(
         "BALMS",
         ("balms",),
