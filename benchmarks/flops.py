@@ -16,7 +16,7 @@ from ltjax import attacks, models
 from ltjax.config import RunConfig, StageConfig
 from ltjax.engine.experiment import Experiment, build_stage, fresh_shapes, seeds
 from ltjax.models import resnet
-from ltjax.system import parallel
+from ltjax.system import parallel, xla
 
 
 class Convolution(NamedTuple):
@@ -178,5 +178,11 @@ def step_program(experiment: Experiment, stage: StageConfig, num_steps: int = 1)
 
 
 def compile_to_count(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compile with XLA's passes on operations, but with few later ones, since the program never runs."""
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})
+    """Compile with XLA's passes on operations, but with few later ones, since the program never runs.
+
+    Leave out oneDNN, because XLA does not count the operations of a call.
+    """
+    options: dict[str, bool | str] = {"xla_backend_optimization_level": "0"}
+    if xla.has_onednn():
+        options[xla.ONEDNN] = False
+    return lowered.compile(compiler_options=options)

@@ -1,5 +1,6 @@
 """Every method of the CIFAR-LT configs trains a few small steps on two devices and made-up images."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -176,8 +177,9 @@ def steps_of(workdir, stage):
     return sorted(int(path.name) for path in (workdir / "checkpoints" / stage).iterdir() if path.name.isdigit())
 
 
+@functools.cache
 def saved(workdir, stage):
-    """Return the newest checkpoint's state, as nested dicts of NumPy arrays."""
+    """Return the newest checkpoint's state, as nested dicts of NumPy arrays. The run must have ended."""
     step = steps_of(workdir, stage)[-1]
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore((workdir / "checkpoints" / stage / str(step) / "state").absolute())

@@ -45,8 +45,16 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         check_checkpoints(self.directory)
         options = ocp.CheckpointManagerOptions(preservation_policy=policies.LatestN(2), create=True)
+        # One device writes a replicated array. Orbax's default, a part by each device, compiles a program for each
+        # shape and part: with 8 devices the first save of a ResNet-32 took 6.5 s instead of 0.2 s.
+        one_writer = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        arrays = ocp.type_handlers.create_type_handler_registry((jax.Array, one_writer))
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
+            "record": ocp.JsonCheckpointHandler(),
+        }
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         except OSError as error:
             raise UserError(f"cannot keep checkpoints in {self.directory}: {error.strerror or error}") from error
         self._unread: tuple[int, Any] | None = None  # step of the last save, and what `restore_step` needs to read it
@@ -67,7 +75,7 @@ class Checkpoints:
             self._guard(lambda: self._manager.delete(step))
         state = _copied(state)  # the next step takes over the original's memory
         record = {**record, "fingerprint": int(fingerprint(state))}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
         self._guard(lambda: self._manager.save(step, args=items))
         self._unread = step, like(state)
 
@@ -138,7 +146,9 @@ class Checkpoints:
 
     def restore_step(self, step: int, target: Any) -> tuple[Any, Any]:
         """Read one checkpoint: (state, record). ValueError if the state's fingerprint has changed."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
+        shardings = ocp.checkpoint_utils.construct_restore_args(target)
+        read_state = ocp.args.PyTreeRestore(target, restore_args=shardings)
+        items = ocp.args.Composite(state=read_state, record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         state, record = restored["state"], restored["record"]
         saved, actual = record.pop("fingerprint"), int(fingerprint(state))

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,8 +14,9 @@ from ltjax.system import registry
 
 # Debug options of XLA. oneDNN computes convolutions and products, YNNPACK only sums: a float32 training step takes 1.5
 # times as long with YNNPACK's convolutions as with oneDNN's.
+ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 FASTEST = {
-    "xla_cpu_experimental_onednn_custom_call": True,
+    ONEDNN: True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
 CALL = "__onednn$convolution"  # the call in a compiled program
@@ -29,6 +29,7 @@ GPU_GRAPHS: dict[str, dict[str, Any]] = {
     "step": {"xla_gpu_enable_command_buffer": _COMMANDS},
     "dispatch": {"xla_gpu_enable_command_buffer": f"{_COMMANDS},WHILE"},
 }
+STORED_AFTER = "jax_persistent_cache_min_compile_time_secs"
 ONE_THREAD = "xla_cpu_multi_thread_eigen"  # False if each core is a device: devices would wait for each other's threads
 
 
@@ -36,15 +37,21 @@ ONE_THREAD = "xla_cpu_multi_thread_eigen"  # False if each core is a device: dev
 def cpu_options() -> dict[str, Any]:
     """Return compiler options for the CPUs of this process; {} on an accelerator, or if this jaxlib has no oneDNN.
 
-    Options that the user has set in XLA_FLAGS are left out.
+    Options that the user has set in XLA_FLAGS are left out. With oneDNN, this process stores no more programs in JAX's
+    compilation cache: to store one that calls oneDNN fails with a warning, or with a segmentation fault.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     options = {name: value for name, value in FASTEST.items() if name not in flags}
     if jax.local_device_count() > 1 and ONE_THREAD not in flags:
         options[ONE_THREAD] = False
-    if jax.default_backend() != "cpu" or CALL not in _compiled_convolution(options):
+    if jax.default_backend() != "cpu":
         return {}
-    return options
+    stored_after = jax.config.values[STORED_AFTER]
+    jax.config.update(STORED_AFTER, float("inf"))
+    if CALL in _compiled_convolution(options):
+        return options
+    jax.config.update(STORED_AFTER, stored_after)
+    return {}
 
 
 @functools.cache
@@ -89,9 +96,7 @@ def _compiled_convolution(options: dict[str, Any]) -> str:
 
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 8, 8, 16), (3, 3, 16, 16)))
     try:
-        with warnings.catch_warnings():  # JAX's compilation cache cannot store programs that call oneDNN, and warns
-            warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
-            return jax.jit(convolution).lower(x, kernel).compile(compiler_options=options).as_text() or ""
+        return jax.jit(convolution).lower(x, kernel).compile(compiler_options=options).as_text() or ""
     except jax.errors.JaxRuntimeError:
         return ""
 

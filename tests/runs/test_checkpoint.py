@@ -1,11 +1,14 @@
 """Checkpoints are read back."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ltjax.runs import checkpoint
 from ltjax.runs.checkpoint import Checkpoints, complete_steps, like
+from ltjax.system import parallel
 from ltjax.types import UserError
 
 # If one array of a checkpoint cannot be read, Orbax closes its event loop while TensorStore still reads the others.
@@ -30,6 +33,16 @@ def test_a_state_is_restored_with_its_record(tmp_path):
         state, record = checkpoints.restore(like(STATE))
     assert record == {"seconds": 1.5}
     np.testing.assert_array_equal(state["kernel"], STATE["kernel"])
+
+
+def test_no_program_is_compiled_for_each_array_of_a_replicated_state(tmp_path, caplog):
+    replicated = NamedSharding(parallel.make_mesh(), PartitionSpec())
+    state = {f"bias{size}": jax.device_put(np.ones(size, np.float32), replicated) for size in range(16, 96, 8)}
+    with Checkpoints(tmp_path) as checkpoints, jax.log_compiles():
+        checkpoints.save(3, state, {})
+        checkpoints.wait()
+    compiled = [line for line in caplog.messages if line.startswith("Compiling ")]
+    assert 1 <= len(compiled) < len(state), compiled  # the copy of all arrays is one
 
 
 @pytest.mark.parametrize("by", ["wait", "save"])
