@@ -20,13 +20,13 @@ from ltjax.engine.experiment import (
     apply_surgery,
     class_means_for,
     evaluate_set,
+    longest_dispatch,
     open_feed,
     seeds,
     set_up_with_stages,
     starting_variables,
+    state_shapes,
 )
-from ltjax.engine.feed import dispatch_length
-from ltjax.engine.restore import state_shapes
 from ltjax.engine.stage import CompiledStage, TrainState, all_finite, kept_optimizer, steps_done
 from ltjax.modes import report
 from ltjax.runs import logs, results
@@ -187,13 +187,7 @@ class StageTrainer:
         self.experiment, self.stage, self.compiled, self.checkpoints = experiment, stage, compiled, checkpoints
         self.log, self.console, self.stop, self.check_stop = log, console, stop, partial(stop_if_asked, stop)
         self.run_config = experiment.config
-        self.most_steps = dispatch_length(
-            compiled.steps_per_epoch,
-            self.run_config.dispatch_steps,
-            self.run_config.replicas,
-            streamed=experiment.streamed,
-            attacks=compiled.attacks,
-        )
+        self.most_steps = longest_dispatch(experiment, compiled)
         self.record: StageRecord = {"seconds": 0.0, "train_seconds": 0.0, "train_steps": 0, "evaluations": []}
         self.lengths: set[int] = set()  # lengths of dispatches that this process has compiled
         self.known_means: dict[tuple[str, ...], Any] = {}  # {layers: class means} of the current state

@@ -17,7 +17,7 @@ from ltjax.config import DataConfig, RunConfig, StageConfig
 from ltjax.data import augment, identity, samplers, splits
 from ltjax.data.source import Images, Stored, first_classes
 from ltjax.engine import class_means, evaluate, feed, fixed_backbone
-from ltjax.engine.stage import CompiledStage, build, make_apply, random_variables, stage_rng
+from ltjax.engine.stage import CompiledStage, TrainState, build, make_apply, random_variables, stage_rng
 from ltjax.models import precomputed
 from ltjax.runs.checkpoint import complete_steps
 from ltjax.runs.evaluated import as_evaluated, with_ema
@@ -72,6 +72,8 @@ def set_up_with_stages(
     """Set up an experiment and build all its stages. UserError for any mistake that shows before the first step."""
     experiment = set_up(run, data_dir, workdir, features_as)
     compiled = {name: build_stage(experiment, stage) for name, stage in run.stages.items()}
+    for name, stage in run.stages.items():
+        trace(experiment, stage, compiled[name])
     for name, stage in run.stages.items():
         if stage.keep_optimizer and compiled[name].trained != compiled[stage.start_from].trained:
             raise UserError(
@@ -258,7 +260,7 @@ def steps_per_epoch(stage: StageConfig, class_counts: np.ndarray, batch_size: in
 
 
 def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
-    """Build the jitted functions of a stage, and trace them once. UserError if its config is wrong."""
+    """Build the jitted functions of a stage. UserError if its config is wrong; `trace` finds further mistakes."""
     run, class_counts, where = experiment.config, experiment.split.class_counts, f"config.{stage.name}"
     method = make_method(experiment, stage)
     extra, _ = jax.eval_shape(lambda: method.init(jax.random.key(0)))
@@ -276,7 +278,7 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
             mesh=experiment.mesh,
             others=_others(stage),
         )
-    compiled = build(
+    return build(
         experiment.nets,
         method,
         draw,
@@ -288,8 +290,6 @@ def build_stage(experiment: Experiment, stage: StageConfig) -> CompiledStage:
         mesh=experiment.mesh,
         image_shape=experiment.image_shape,
     )
-    _trace(experiment, stage, compiled, method, draw)
-    return compiled
 
 
 def _others(stage: StageConfig) -> Callable | None:
@@ -298,22 +298,38 @@ def _others(stage: StageConfig) -> Callable | None:
     return samplers.create(partner) if stage.augment.get("cutmix_alpha") and partner != "batch" else None
 
 
-def _trace(experiment: Experiment, stage: StageConfig, compiled: CompiledStage, method: Method, draw: Callable) -> None:
-    """Trace the stage's functions, so that their errors appear before any training."""
+def trace(experiment: Experiment, stage: StageConfig, compiled: CompiledStage) -> None:
+    """Trace a stage's functions, so that their errors appear before any training.
+
+    JAX keeps the trace of the first dispatch, which then only has to be compiled.
+    """
     if stage.epochs:
-        run, rng = experiment.config, jax.random.key(0)
-        batch = jax.eval_shape(draw, source_shapes(experiment), np.uint32(0), jnp.zeros((), jnp.int32), rng)
-        if method.progress:
-            batch = batch._replace(progress=jax.ShapeDtypeStruct((), jnp.float32))
-        variables = jax.eval_shape(compiled.init, seeds(run), fresh_shapes(experiment)).variables
-        if run.replicas > 1:
-            variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), variables)
-        apply = make_apply(experiment.nets, stage.batch_norm)
-        jax.eval_shape(lambda variables, batch: method.loss(apply, variables, batch, rng), variables, batch)
+        num_steps = longest_dispatch(experiment, compiled)
+        source = source_shapes(experiment, num_steps)
+        compiled.run.jitted().eval_shape(state_shapes(experiment, compiled), source, num_steps)
     if stage.surgery:
         make_surgery(experiment, stage)
     if stage.eval_classifier:
         registry.bind(f"config.{stage.name}.eval_classifier", surgery.tau_normalised, stage.eval_classifier)
+
+
+def longest_dispatch(experiment: Experiment, compiled: CompiledStage) -> int:
+    """Return the most steps in a dispatch of a stage, which are those in its first one."""
+    run = experiment.config
+    return feed.dispatch_length(
+        compiled.steps_per_epoch,
+        run.dispatch_steps,
+        run.replicas,
+        streamed=experiment.streamed,
+        attacks=compiled.attacks,
+    )
+
+
+def state_shapes(experiment: Experiment, compiled: CompiledStage) -> TrainState:
+    """Return the shapes and shardings of a stage's state, the target of `Checkpoints.restore`."""
+    sharding = parallel.state_sharding(experiment.mesh, experiment.config.replicas)
+    shapes = jax.eval_shape(compiled.init, seeds(experiment.config), fresh_shapes(experiment))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
@@ -324,7 +340,7 @@ def source_shapes(experiment: Experiment, num_steps: int = 1) -> Any:
     split: Any = parallel.split_batch(experiment.mesh, axis=1)
     chunk: Any = feed.Chunk
     return chunk(
-        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(experiment.mesh)),
         jax.ShapeDtypeStruct((*shape, *experiment.image_shape), jnp.uint8, sharding=split),
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split),
     )

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from ltjax.config import RunConfig, StageConfig
@@ -14,10 +13,10 @@ from ltjax.engine.experiment import (
     build_stage,
     class_means_for,
     evaluate_set,
-    fresh_shapes,
     fresh_variables,
     seeds,
     set_up,
+    state_shapes,
 )
 from ltjax.engine.stage import CompiledStage, TrainState, steps_done
 from ltjax.runs.archive import is_archive, read_archive
@@ -26,15 +25,7 @@ from ltjax.runs.evaluated import EMA
 from ltjax.runs.trained import as_computed, evaluates_weights
 from ltjax.runs.weights import check_classifier, folder_of, load_weights, taken, with_weights
 from ltjax.runs.workdir import check_same_images, no_checkpoint
-from ltjax.system import parallel
 from ltjax.types import UserError, Variables
-
-
-def state_shapes(experiment: Experiment, compiled: CompiledStage) -> TrainState:
-    """Return the shapes and shardings of a stage's state, the target of `Checkpoints.restore`."""
-    sharding = parallel.state_sharding(experiment.mesh, experiment.config.replicas)
-    shapes = jax.eval_shape(compiled.init, seeds(experiment.config), fresh_shapes(experiment))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 class Restored(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ltjax import data, train
+from ltjax import data, methods, train
 from ltjax.config import parse
 from ltjax.data.identity import digest
 from ltjax.data.source import Images, Stored
@@ -253,6 +253,24 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_same_figures(tmp_path, mon
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert again["accuracy"] == whole["accuracy"] and again["ece"] == whole["ece"]
     assert whole["data_wait_share"] is None or 0 <= whole["data_wait_share"] <= 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stage_is_traced_once(tmp_path, monkeypatch, no_reports, streamed):
+    """Training uses the trace by which the set-up looks for mistakes."""
+    of_config, traces = methods.of_config, []
+
+    def counted(*arguments):
+        method = of_config(*arguments)
+        return method._replace(loss=lambda *arguments: traces.append(0) or method.loss(*arguments))
+
+    monkeypatch.setattr(data, "load", lambda *_: both()[streamed])
+    monkeypatch.setattr(methods, "of_config", counted)
+    prepared = train.set_up_with_stages(parse(settings(dispatch_steps=5)), None)
+    before = len(traces)
+    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: prepared)
+    train.train(settings(dispatch_steps=5), tmp_path)  # an epoch in a dispatch
+    assert len(traces) == before > 0
 
 
 @pytest.mark.parametrize(
