@@ -63,7 +63,7 @@ TINY = {
     "model.depth": 8,
     "model.width": 4,
     "batch_size": 16,
-    "epochs": 3,
+    "epochs": 2,
     "dispatch_steps": 13,
     "eval_batch_size": 64,
 }
@@ -91,9 +91,10 @@ def tiny_config(name):
     for net in ("model", "guide"):
         if values.get(net) and values[net].name == "vit":
             values[net].update(depth=2, width=8, heads=2, patch=2, grid=2)
-        elif values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training
+        elif values.get(net) and values[net].name != "resnet_cifar":  # networks of adversarial training; one stays wide
             common = {key: value for key, value in values[net].items() if key not in ("init", "strides")}
-            values[net] = {**common, "name": "wide_resnet", "depth": 10, "width": 1}
+            wide = {"name": "wide_resnet", "depth": 10, "width": 1}
+            values[net] = {**common, **(wide if name == LBGAT else {"name": "resnet_cifar", "depth": 8, "width": 4})}
         elif values.get(net):
             values[net].update(depth=TINY["model.depth"], width=TINY["model.width"])
     for stage in values.stages:
