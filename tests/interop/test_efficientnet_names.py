@@ -1,9 +1,11 @@
 """EfficientNet-Lite0's two dialects of names: efficientnet_pytorch's and timm's."""
 
+import jax
 import numpy as np
 import pytest
 
 from ltjax import models
+from ltjax.interop import torch
 from ltjax.interop.torch import export_state_dict, implied, import_state_dict, place
 from ltjax.optim import flatten
 from ltjax.types import UserError
@@ -12,6 +14,15 @@ from ltjax.types import UserError
 @pytest.fixture(scope="module")
 def net():
     return models.create("efficientnet_lite0", 10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trace(net):
+    """Trace the network for its shapes once, not in each import."""
+    shapes, traced = torch._shapes(net, {}), torch._shapes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_shapes", lambda model, arrays: shapes if model is net else traced(model, arrays))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +46,13 @@ def package(golden, timm):
 
 def test_an_export_has_every_name_of_timm_and_no_other(golden, timm):
     assert timm.keys() == set(golden("efficientnet_lite0")["names_timm"].tolist())
+
+
+@pytest.fixture(scope="module")
+def imported(package, net):
+    """Return {our path: array} of an import of the package's names."""
+    variables = import_state_dict(package, net)
+    return jax.device_get({**flatten(variables.params["net"]), **flatten(variables.stats["net"])})
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model."])
@@ -64,11 +82,10 @@ def test_both_dialects_are_the_same_network(request, net, variables, dialect, pr
         ("classifier/bias", "_fc.bias"),
     ],
 )
-def test_an_array_of_the_package_has_its_place(package, net, ours, theirs):
-    variables, value = import_state_dict(package, net), package[theirs]
-    flat = {**flatten(variables.params["net"]), **flatten(variables.stats["net"])}
+def test_an_array_of_the_package_has_its_place(package, imported, ours, theirs):
+    value = package[theirs]
     expected = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
-    np.testing.assert_array_equal(flat[ours], expected)
+    np.testing.assert_array_equal(imported[ours], expected)
 
 
 @pytest.mark.parametrize("dialect", ["package", "timm"])
