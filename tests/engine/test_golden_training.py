@@ -1,5 +1,6 @@
 """Stages repeat the authors' PyTorch training step by step (source: tests/golden/README.md)."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from ltjax import methods, models, optim
 from ltjax.data import mixing
-from ltjax.interop.torch import import_state_dict
+from ltjax.interop.torch import place
 from ltjax.system import parallel
 from ltjax.types import Batch
 from tests import stages
@@ -38,7 +39,7 @@ def network(**settings):
 
 def variables_of(numbers, prefix, net):
     stored = {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}
-    return jax.tree.map(lambda x: x.astype(net.dtype), import_state_dict(stored, net))
+    return jax.tree.map(lambda x: x.astype(net.dtype), place(stored, net).variables)
 
 
 def stored_batch(source, seed, step, rng):
@@ -52,7 +53,7 @@ def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=No
     """
     mesh, num_steps = parallel.make_mesh(jax.devices()[:devices]), len(numbers["losses"])
     variables = variables_of(numbers, "init/", net)
-    extra, _ = method.init(jax.random.key(0))
+    extra, _ = jax.eval_shape(lambda: method.init(jax.random.key(0)))
     compiled = stages.build(
         {"net": net},
         method,
@@ -109,9 +110,10 @@ def test_mislas_stage1_repeats_the_authors_steps(golden, devices, dtype):
     numbers, net = golden("mislas_stage1"), network(dtype=dtype)
 
     def draw(source, seed, step, rng):
-        images = source["images"][step].astype(jnp.float32) / 255
+        mesh = parallel.make_mesh(jax.devices()[:devices])
+        images, labels = (parallel.split(source[name][step], mesh) for name in ("images", "labels"))
         lam, permutation = source["lams"][step].astype(jnp.float32), source["permutations"][step]
-        return mixing.mixup(images, source["labels"][step], lam, permutation)
+        return mixing.mixup(images.astype(jnp.float32) / 255, labels, lam, permutation)
 
     method, groups = methods.create("erm", np.ones(100)), {"all": {"match": ".*", "rate": 1.0}}
     assert_repeats(numbers, net, train(numbers, net, method, groups=groups, devices=devices, draw=draw))
@@ -139,9 +141,9 @@ def test_mislas_stage2_repeats_the_authors_steps(golden, devices, dtype):
     np.testing.assert_allclose(logits, numbers["eval_logits"], rtol=1e-3, atol=1e-3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dro_train(golden):
-    """Return `dro_train(radius, devices=..)`: the numbers, the network, and the result of `train`."""
+    """Return `dro_train(radius, devices=..)`: the numbers, the network, and the result of `train`, once for each."""
     numbers = golden("dro_train")
     class_counts = golden("class_counts")["cifar100_exp_if100"]
     groups = {
@@ -149,7 +151,8 @@ def dro_train(golden):
         "frozen": {"match": "net/classifier/.*", "rate": 0.0},
     }
 
-    def run(radius, *, devices, dtype="float32"):
+    @functools.cache
+    def run(radius, *, devices, dtype):
         radius_size = float(numbers["init_epsilon"]) / 2  # a margin is two radii
         settings = dict(radius=radius, radius_size=radius_size, temperature=float(numbers["temperature"]))
         method, net = methods.create("drolt", class_counts, **settings), network(dtype=dtype)
@@ -173,7 +176,8 @@ def test_drolt_repeats_the_authors_steps(dro_train, devices, dtype):
 
 
 def test_the_lower_bound_of_drolts_radius_changes_nothing_above_0(dro_train):
-    floored, free = (dro_train(radius, devices=1)[2].state for radius in ("learned", "learned_unconstrained"))
+    radii, layout = ("learned", "learned_unconstrained"), dict(devices=8, dtype="float32")
+    floored, free = (dro_train(radius, **layout)[2].state for radius in radii)
     assert free.variables.params["method"]["margins"].min() > 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), floored, free)
 
