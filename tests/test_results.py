@@ -8,6 +8,7 @@ import pytest
 from ltjax import data
 from ltjax.modes.evaluate import evaluate_workdir
 from ltjax.runs import archive
+from ltjax.system import xla
 from ltjax.system.files import read_json
 from ltjax.types import UserError
 
@@ -48,6 +49,8 @@ def test_an_archive_can_be_evaluated_again(tmp_path, monkeypatch, one_device, op
     except UserError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(data, "load", lambda *_: images)  # loading takes seconds
+    options = {**xla.cpu_options(), **optimised}
+    monkeypatch.setattr(xla, "cpu_options", lambda: options)
     for name in ("config.json", "split.json", "results.json", "weights.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     actual, expected = evaluate_workdir(config, tmp_path), json.loads((folder / "results.json").read_text())
