@@ -46,8 +46,9 @@ def test_the_backward_pass_keeps_less(family):
     deeper = (
         {"blocks": (3, 4, 6, 3)} if family == "resnext" else {}
     )  # with two blocks a stage, its shortcuts count much
-    for net in both(family, **deeper):
-        variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    plain, remat = both(family, **deeper)
+    variables = jax.eval_shape(plain.init, jax.random.key(0), images)  # of both, see the next test
+    for net in (plain, remat):
         leaves = jax.tree.leaves(jax.eval_shape(lambda v, x, net=net: backward(net, v, x)[0], variables, images))
         stored.append(sum(leaf.size for leaf in leaves if leaf.ndim >= 3 and leaf.shape[0] == 8))
     assert stored[1] < 0.4 * stored[0]
