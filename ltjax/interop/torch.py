@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -107,7 +106,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
       >>> variables.params["net"]["backbone"]["conv"]["kernel"].shape
       (3, 3, 3, 2)
     """
-    return jax.tree.map(jnp.asarray, place(state_dict, model).variables)
+    return jax.device_put(place(state_dict, model).variables)
 
 
 def place(state_dict: Mapping[str, np.ndarray], model: nn.Module, parts: Sequence[str] = ()) -> Placed:
