@@ -137,15 +137,14 @@ def long_tailed_split(
 def _choose(labels: np.ndarray, available: np.ndarray, counts: np.ndarray, holdout: int, seed: int) -> Split:
     """Permute each class by the seed; keep its first `counts[c]` images and hold out its last `holdout`."""
     order = np.argsort(labels, kind="stable")
-    starts = np.cumsum(available) - available
-    train, held = [], []
-    for c in range(len(available)):
-        members, size = order[starts[c] : starts[c] + available[c]], np.uint32(available[c])
-        key = hash32(np.uint32(seed), np.uint32(c))
-        members = members[shuffled(np.arange(size, dtype=np.uint32), size, key)]
-        train.append(members[: counts[c]])
-        held.append(members[len(members) - holdout :])
-    return Split(np.concatenate(train), np.concatenate(held), np.asarray(counts, np.int64))
+    starts, classes = np.cumsum(available) - available, labels[order]
+    place = np.arange(len(labels)) - starts[classes]  # of each image in its class
+    keys = hash32(np.uint32(seed), np.arange(len(available), dtype=np.uint32))
+    sizes = available.astype(np.uint32)
+    # One call for all classes: 8,142 calls take 5 s.
+    order = order[starts[classes] + shuffled(place.astype(np.uint32), sizes[classes], keys[classes])]
+    train, held = order[place < counts[classes]], order[place >= (available - holdout)[classes]]
+    return Split(train, held, np.asarray(counts, np.int64))
 
 
 def describe(
