@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax import lax
 
 from ltjax.models.blocks import rematerialised
-from ltjax.models.layers import torch_kernel_init
+from ltjax.models.layers import parameter, torch_kernel_init
 from ltjax.models.precision import at_least_float32
 from ltjax.system import registry
 from ltjax.types import UserError
@@ -45,8 +45,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype, width = at_least_float32(x.dtype), x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones_init(), (width,), jnp.float32).astype(dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), (width,), jnp.float32).astype(dtype)
+        scale = parameter(self, "scale", nn.initializers.ones_init(), (width,)).astype(dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), (width,)).astype(dtype)
         y = x.astype(dtype)
         y -= y.mean(-1, keepdims=True)
         return (y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * scale + bias).astype(x.dtype)

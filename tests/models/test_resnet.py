@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 from jax import export
 
 from ltjax import models
@@ -215,6 +216,15 @@ def test_a_stride_in_the_first_stage_gives_it_a_shortcut():
     assert {path for path in paths if "stage1_block1/shortcut" in path} == {
         f"backbone/stage1_block1/{leaf}" for leaf in ("shortcut/kernel", "shortcut_norm/scale", "shortcut_norm/bias")
     }
+
+
+@pytest.mark.parametrize("path", ["params/backbone/conv/kernel", "params/backbone/norm/scale"])
+def test_an_array_of_another_shape_is_refused(path):
+    net = tiny()
+    variables = unflatten({**flatten(shapes(net)), path: jax.ShapeDtypeStruct((5,), jnp.float32)})
+    *_, layer, name = path.split("/")
+    with pytest.raises(ScopeParamShapeError, match=f'"{name}" in "/backbone/{layer}"'):
+        jax.eval_shape(lambda variables: net.apply(variables, IMAGES), variables)
 
 
 def evaluated(module, variables, x):
