@@ -7,10 +7,26 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cifar_step, device_step, gradients, resume
+from benchmarks import cifar_step, decode, device_step, gradients, resume
 
 SMALL = ["--depth=8", "--width=4", "--batch_size=16", "--steps=2", "--repeats=2"]
 LARGE = ["--net=resnet50", "--depth=10", "--size=32", "--batch_size=8", "--steps=1", "--repeats=1", "--jpegs=40x32"]
+
+
+@pytest.fixture(autouse=True)
+def fewer_images(monkeypatch):
+    """Let the data sets have fewer images, because each one is hashed: CIFAR-100 a fifth, iNaturalist one a class."""
+
+    def random_images(folder, write=cifar_step.write_random_images, **_):
+        write(folder, per_class=100, num_test=100)
+
+    def one_of_each_class(files, inaturalist=decode.inaturalist):
+        stored = inaturalist(files)
+        labels = np.unique(stored.train_labels)
+        return stored._replace(train_labels=labels, test_labels=labels)
+
+    monkeypatch.setattr(cifar_step, "write_random_images", random_images)
+    monkeypatch.setattr(decode, "inaturalist", one_of_each_class)
 
 
 def measured(tmp_path, *arguments):
@@ -83,7 +99,7 @@ def test_gradients_are_compared_by_direction_and_length():
 
 
 def test_a_resumed_process_is_compared_bit_by_bit(tmp_path, capsys):
-    cifar_step.write_random_images(tmp_path, per_class=500, num_test=100)
+    cifar_step.write_random_images(tmp_path)
     args = resume.arguments_parser().parse_args(["--depth=8", "--width=4", "--batch_size=16", "--steps=2"])
     folder = tmp_path / "none"
     folder.mkdir()
