@@ -69,9 +69,9 @@ def train(numbers, net, method, *, groups, devices, draw=stored_batch, arrays=No
         weight_decay=float(numbers["weight_decay"]),
         mesh=mesh,
     )
-    source = {k: jnp.asarray(numbers[k]) for k in SOURCE if k in numbers}
     source = jax.device_put(
-        source, parallel.split_batch(mesh, axis=1) if devices > 1 and "lams" not in source else None
+        {k: numbers[k] for k in SOURCE if k in numbers},
+        parallel.split_batch(mesh, axis=1) if devices > 1 and "lams" not in numbers else None,
     )
     everywhere = parallel.replicated(mesh)
     state = compiled.init(np.uint32(0), jax.device_put(variables, everywhere))
@@ -156,7 +156,7 @@ def dro_train(golden):
         radius_size = float(numbers["init_epsilon"]) / 2  # a margin is two radii
         settings = dict(radius=radius, radius_size=radius_size, temperature=float(numbers["temperature"]))
         method, net = methods.create("drolt", class_counts, **settings), network(dtype=dtype)
-        arrays = {"features": jnp.asarray(numbers["centroids"])}
+        arrays = {"features": numbers["centroids"]}
         return numbers, net, train(numbers, net, method, groups=groups, devices=devices, arrays=arrays)
 
     return run
