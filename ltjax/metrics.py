@@ -1,5 +1,6 @@
 """Metrics of result tables: calibration, accuracy by group, precision, recall and F1. Needs only jax and numpy."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -48,13 +49,17 @@ def calibration(confidences: ArrayLike, correct: ArrayLike, *, num_bins: int = 1
       >>> result.counts
       Array([0, 0, 0, 0, 0, 1, 0, 0, 2, 0], dtype=int32)
     """
-    values = jnp.asarray(confidences)
+    return _calibration(jnp.asarray(confidences), jnp.asarray(correct), num_bins)
+
+
+@functools.partial(jax.jit, static_argnames="num_bins", inline=True)  # one program, also for a caller without `jit`
+def _calibration(values: jax.Array, correct: jax.Array, num_bins: int) -> Calibration:
     dtype = jnp.float64 if values.dtype == jnp.float64 else jnp.float32  # half precision cannot count to 3,000 by ones
     values = values.astype(dtype)  # [N]
     edges, index = _bins(values, num_bins)
     member = jax.nn.one_hot(index, num_bins, dtype=dtype)  # [N, bins]
     counts = member.sum(0)
-    pairs = jnp.stack([jnp.asarray(correct).astype(dtype), values])  # [2, N]
+    pairs = jnp.stack([correct.astype(dtype), values])  # [2, N]
     hits, mass = jnp.matmul(pairs, member, precision="highest")  # [bins]; else accelerators round the confidences
     accuracies, means = hits / jnp.maximum(counts, 1), mass / jnp.maximum(counts, 1)
     gaps = jnp.abs(accuracies - means)

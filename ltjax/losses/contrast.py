@@ -1,5 +1,6 @@
 """Contrastive losses of unit features: with the other images of the batch, or with a model of each class."""
 
+import functools
 import math
 
 import jax
@@ -41,6 +42,14 @@ def balanced_contrast(
       Array(0.459, dtype=float32)
     """
     check_temperature(temperature)
+    return _of_all_pairs(features, labels, centres, temperature)
+
+
+@functools.partial(jax.jit, inline=True)  # one program, also for a caller without `jit`
+def _of_all_pairs(
+    features: jax.Array, labels: jax.Array, centres: jax.Array, temperature: float | jax.Array
+) -> jax.Array:
+    """Compute `balanced_contrast`."""
     x, labels, centres = whole(at_least_float32(features)), whole(labels), whole(centres)  # for all pairs
     num_views, num_classes = len(x), len(centres)
     anchors = x.reshape(-1, x.shape[-1])  # [N, P] with N = V B
@@ -133,6 +142,7 @@ def vmf_contrast(
     return _log_ratio(difference, kappas, z.shape[-1] / 2 - 1).astype(features.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="order", inline=True)  # one program, also for a caller without `jit`
 def _log_ratio(difference: jax.Array, kappas: jax.Array, order: float) -> jax.Array:
     """Compute `log(I(q) / q^order) - log(I(k) / k^order)`: q^2 - k^2 [B, C], k [C] -> [B, C].
 

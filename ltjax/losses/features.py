@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from ltjax.losses.arrays import whole
 
 
+@partial(jax.jit, static_argnames="num_classes", inline=True)  # one program, also for a caller without `jit`
 def class_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """Compute the mean feature of each class: features [B, D], labels [B] -> means [C, D], counts [C].
 
