@@ -1,5 +1,7 @@
 """AutoAugment and RandAugment of whole batches on the device, and the 14 operations that they choose from."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -149,6 +151,7 @@ def _magnitude(name: str, level: float) -> float:
     return float(round(magnitude)) if name == "posterize" else magnitude
 
 
+@functools.partial(jax.jit, inline=True)  # one program, also for a caller without `jit`
 def _apply(images: jax.Array, operations: jax.Array, magnitudes: jax.Array) -> jax.Array:
     """Apply operation number `operations[i]` with `magnitudes[i]` to image i; both [B]."""
     # Under vmap a switch becomes a select, which computes all 14 branches for every image. They need only three

@@ -11,7 +11,6 @@ from ltjax.types import UserError
 from tests.data.pictures import chi_square, photos
 
 GREY = (128, 128, 128)
-apply_operation = jax.jit(auto_augment.apply_operation, static_argnums=0)
 
 
 def affine(*matrix):
@@ -77,7 +76,7 @@ def test_operation_matches_pillow(name, shape):
     magnitudes = np.linspace(-high if signed else low, high, len(images))
     if name == "posterize":
         magnitudes = np.round(magnitudes)
-    ours = np.asarray(apply_operation(name, images, magnitudes.astype(np.float32)))
+    ours = np.asarray(auto_augment.apply_operation(name, images, magnitudes.astype(np.float32)))
     pairs = zip(images, magnitudes, strict=True)
     pillow = np.stack([np.asarray(PILLOW[name](Image.fromarray(image), m)) for image, m in pairs])
     difference = np.abs(ours.astype(int) - pillow.astype(int))
@@ -141,7 +140,7 @@ def test_rand_augment_applies_operations_at_one_magnitude():
         size = low + (high - low) * 0.6
         size = round(size) if name == "posterize" else size
         for sign in (1, -1) if signed else (1,):
-            candidates.append(np.asarray(apply_operation(name, images, sign * size)))
+            candidates.append(np.asarray(auto_augment.apply_operation(name, images, sign * size)))
     which = [{n for n, c in enumerate(candidates) if (c[i] == once[i]).all()} for i in range(40)]
     assert all(which) and len(set.union(*which)) > 12
     twice = rand_augment(jax.random.key(0), images, num_operations=2, magnitude=6.0)
