@@ -96,16 +96,21 @@ def test_a_network_with_other_branches_is_refused(have, starts, wanted):
     assert str(raised.value) == f"method 'reslt' needs model.branches = {wanted}; it is {have}"
 
 
-def test_two_branches_ignore_tail_start():
+def test_two_branches_ignore_tail_start(variables_of):
     """`tail_start` of a config for three branches may stay."""
     net = models.create("resnet_cifar", 5, depth=8, width=4, branches=2)
-    variables = stage.random_variables({"net": net}, (8, 8, 3), jax.random.key(0))
-    batch = Batch(jax.random.uniform(jax.random.key(1), (4, 8, 8, 3)), jnp.array([0, 1, 3, 4]))
-    apply, actual = stage.make_apply({"net": net}, "eval"), []
-    for settings in ({}, {"tail_start": 3}):
-        method = methods.create("reslt", COUNTS, beta=0.9, medium_start=1, **settings)
-        actual.append(float(method.loss(apply, variables, batch, jax.random.key(0))[0]))
-    outputs, _ = apply(variables, batch.images)
-    masks = losses.branch_masks(COUNTS, medium_start=1, tail_start=5)[:2]
-    expected = losses.residual_fusion(outputs.branches, batch.labels, masks=masks, beta=0.9)
-    np.testing.assert_allclose(actual, [float(expected)] * 2, rtol=1e-6)
+    images, labels = np.random.default_rng(1).random((4, 8, 8, 3), np.float32), np.array([0, 1, 3, 4])
+    apply = stage.make_apply({"net": net}, "eval")
+
+    @jax.jit
+    def actual_and_expected(variables, batch):
+        actual = []
+        for settings in ({}, {"tail_start": 3}):
+            method = methods.create("reslt", COUNTS, beta=0.9, medium_start=1, **settings)
+            actual.append(method.loss(apply, variables, batch, None)[0])
+        outputs, _ = apply(variables, batch.images)
+        masks = losses.branch_masks(COUNTS, medium_start=1, tail_start=5)[:2]
+        return actual, losses.residual_fusion(outputs.branches, batch.labels, masks=masks, beta=0.9)
+
+    actual, expected = actual_and_expected(variables_of(net), Batch(images, labels))
+    np.testing.assert_allclose(actual, [expected] * 2, rtol=1e-6)
