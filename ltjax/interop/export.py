@@ -119,7 +119,7 @@ def stablehlo(weights: Weights, image_size: tuple[int, int], *, pixels: str = "f
     Examples:
       >>> from jax.export import deserialize
       >>> settings = dict(name="resnet_cifar", depth=8, width=2)
-      >>> net = models.create(num_classes=3, **settings).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> net = jax.jit(models.create(num_classes=3, **settings).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
       >>> weights = Weights(Variables({"net": net["params"]}, {"net": net["batch_stats"]}, {}), settings, 3)
       >>> file = export.stablehlo(weights, (8, 8))
       >>> deserialize(bytearray(file)).call(jnp.zeros((2, 8, 8, 3))).shape

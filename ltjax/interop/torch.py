@@ -99,7 +99,7 @@ def import_state_dict(state_dict: Mapping[str, np.ndarray], model: nn.Module) ->
 
     Examples:
       >>> net = models.create("resnet_cifar", 3, depth=8, width=2)
-      >>> collections = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> collections = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
       >>> ours = Variables({"net": collections["params"]}, {"net": collections["batch_stats"]}, {})
       >>> state_dict = torch.export_state_dict(ours, net)  # or, from PyTorch: {key: value.numpy(), ...}
       >>> variables = torch.import_state_dict(state_dict, net)
@@ -207,7 +207,7 @@ def export_state_dict(variables: Variables, model: nn.Module, *, net: str = "net
 
     Examples:
       >>> net = models.create("resnet_cifar", 3, depth=8, width=2)
-      >>> collections = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> collections = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
       >>> variables = Variables({"net": collections["params"]}, {"net": collections["batch_stats"]}, {})
       >>> state_dict = torch.export_state_dict(variables, net)
       >>> state_dict["conv1.weight"].shape, state_dict["linear.weight"].shape

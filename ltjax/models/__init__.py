@@ -96,8 +96,8 @@ def create(
 
     Examples:
       >>> net = models.create("resnet_cifar", 10, depth=8, width=4, logit_scale=True)
-      >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-      >>> outputs = net.apply(variables, jnp.zeros((2, 16, 16, 3)), False)  # False: evaluation
+      >>> variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+      >>> outputs = jax.jit(net.apply)(variables, jnp.zeros((2, 16, 16, 3)))  # in evaluation mode
       >>> outputs.logits.shape, outputs.features.shape
       ((2, 10), (2, 16))
     """
@@ -147,7 +147,7 @@ def input_channels(params: Mapping[str, Any]) -> int:
 
     Examples:
       >>> net = models.create("resnet_cifar", 10, depth=8, width=4)
-      >>> models.input_channels(net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
+      >>> models.input_channels(jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
       3
     """
     if "backbone" not in params:  # `ltjax.models.precomputed`

@@ -38,7 +38,7 @@ class Model:
     Examples:
       >>> settings = dict(name="resnet_cifar", depth=8, width=2)
       >>> net = models.create(num_classes=3, **settings)
-      >>> collections = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))  # not trained
+      >>> collections = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))  # not trained
       >>> variables = Variables({"net": collections["params"]}, {"net": collections["batch_stats"]}, {})
       >>> model = predictor.Model(Weights(variables, settings, 3), class_names=("a", "b", "c"))
       >>> model
