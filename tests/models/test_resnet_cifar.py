@@ -1,5 +1,6 @@
 """CIFAR ResNets: sizes, initial weights, outputs."""
 
+import functools
 import re
 
 import jax
@@ -20,6 +21,7 @@ def make(**settings):
     return models.create("resnet_cifar", settings.pop("num_classes", 10), **{"depth": 8, "width": 4, **settings})
 
 
+@functools.cache
 def shapes(net):
     return jax.eval_shape(net.init, jax.random.key(0), IMAGES)
 
@@ -162,9 +164,10 @@ def test_layers_are_the_width_of_every_stage():
 
 def test_layers_are_the_means_over_space_of_the_stages():
     net, variables = make(), some_variables(make())
-    maps = net.backbone.apply({name: tree["backbone"] for name, tree in variables.items()}, IMAGES, False)
+    of_backbone = {name: tree["backbone"] for name, tree in variables.items()}
+    maps = jax.jit(net.backbone.apply, static_argnums=2)(of_backbone, IMAGES, False)
     assert [x.shape[1:3] for x in maps.values()] == [(8, 8), (4, 4), (2, 2)]
-    layers = net.apply(variables, IMAGES).layers
+    layers = run(net, variables).layers
     assert layers.keys() == maps.keys()
     for name, x in maps.items():
         np.testing.assert_allclose(layers[name], np.float64(x).mean((1, 2)), rtol=1e-4, atol=1e-5)
