@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from ltjax import config, methods, metrics, train
 from ltjax.engine import experiment as experiments
@@ -19,8 +20,10 @@ from tests.test_run import tiny_config
 
 
 def quick(**changes):
-    """Return one epoch of each stage of MiSLAS with a ResNet-8 on long-tailed Fashion-MNIST."""
-    return tiny_config(**{"stages": ("features", "classifier"), "epochs": 1, **changes})
+    """Return one epoch of each stage of MiSLAS with a small network on long-tailed Fashion-MNIST."""
+    made = tiny_config(**{"stages": ("features", "classifier"), "epochs": 1, **changes})
+    model = dict(name="vit", depth=1, width=8, heads=2, patch=7, grid=4, features="mean")  # little to trace and compile
+    return {**made, "model": {**model, "logit_scale": True}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +101,7 @@ def test_distances_equal_those_from_features_to_class_means(restored, outputs, n
 
 def test_classwise_ece_equals_that_of_all_probabilities(restored, outputs, numbers):
     experiment, _, variables = restored
-    probabilities = jax.nn.softmax(outputs(variables, experiment.data.test_images).logits)
+    probabilities = softmax(np.asarray(outputs(variables, experiment.data.test_images).logits), -1)
     gaps = metrics.classwise_gaps(probabilities, experiment.data.test_labels)
     expected = metrics.classwise_ece(gaps, len(experiment.data.test_labels))
     assert numbers["stages"]["classifier"]["classwise_ece"] == pytest.approx(expected, rel=1e-3)
@@ -166,15 +169,15 @@ def test_mistakes_are_all_wrong_images_the_surest_first(trained, numbers, restor
     experiment, _, variables = restored
     with open(trained[0] / "report" / "mistakes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    logits = np.asarray(outputs(variables, experiment.data.test_images).logits)
-    predictions, labels, names = logits.argmax(-1), experiment.data.test_labels, experiment.class_names
+    probabilities = softmax(np.asarray(outputs(variables, experiment.data.test_images).logits), -1)
+    predictions, labels, names = probabilities.argmax(-1), experiment.data.test_labels, experiment.class_names
     assert len(rows) == numbers["mistakes"]["wrong"] == (predictions != labels).sum()
     confidences = [float(row["confidence"]) for row in rows]
     assert confidences == sorted(confidences, reverse=True)
     for row in rows[:100]:
         index = int(row["image"].removeprefix("test image "))
         assert row["true"] == names[labels[index]] and row["predicted"] == names[predictions[index]] != row["true"]
-        assert float(row["confidence"]) == pytest.approx(float(jax.nn.softmax(logits[index]).max()), rel=1e-3)
+        assert float(row["confidence"]) == pytest.approx(float(probabilities[index].max()), rel=1e-3)
     shown = [(each["name"], names[each["true"]], names[each["predicted"]]) for each in numbers["mistakes"]["shown"]]
     assert shown == [(row["image"], row["true"], row["predicted"]) for row in rows[: len(shown)]] and len(shown) == 24
 
@@ -230,7 +233,8 @@ def test_each_replica_is_observed(trained, restored):
     experiment, stage, variables = restored
     run = config.parse(quick(replicas=2))
     both = experiments.set_up(run, None)
-    other = jax.tree.map(lambda x: 0.5 * x if np.issubdtype(x.dtype, np.floating) else x, variables)
+    variables = jax.device_get(variables)
+    other = jax.tree.map(lambda x: np.float32(0.5) * x if np.issubdtype(x.dtype, np.floating) else x, variables)
     together = jax.tree.map(lambda a, b: np.stack([a, b]), variables._replace(arrays={}), other._replace(arrays={}))
     observed = observe.Observer(both).observe(stage, together)
     single = observe.Observer(experiment)
