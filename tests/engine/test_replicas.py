@@ -56,6 +56,7 @@ class Small(nn.Module):
 
 
 NETS = {"net": Small()}
+INITIAL = jax.jit(lambda seed: stage.random_variables(NETS, SHAPE, stage.stage_rng(seed, 1)))
 
 
 def watched(method: Method) -> Method:
@@ -106,14 +107,16 @@ def build(devices=1, replicas=1, replicate="loop", method="erm", sampler="instan
     )
 
     def start(seed):
-        def initial(seed):
-            return stage.random_variables(NETS, SHAPE, stage.stage_rng(seed, 1))
-
-        sharding = parallel.state_sharding(mesh, replicas)
-        variables = jax.jit(jax.vmap(initial) if replicas > 1 else initial, out_shardings=sharding)(seed)
-        return compiled.init(seed, variables)
+        variables = of_seed(seed) if replicas == 1 else jax.tree.map(lambda *x: np.stack(x), *map(of_seed, seed))
+        return compiled.init(seed, jax.device_put(variables, parallel.state_sharding(mesh, replicas)))
 
     return compiled, start, made_up_source(mesh)
+
+
+@functools.cache
+def of_seed(seed):
+    """Return the random variables of a seed."""
+    return jax.device_get(INITIAL(seed))
 
 
 def trained(compiled, state, source):
@@ -187,8 +190,21 @@ def test_each_replica_has_its_own_centroids(singles, devices, replicate):
         assert_close(of_replica(state, replica), singles(**drolt)[replica][0], atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def on_one_device():
+    """Return a function that evaluates a single run on one device."""
+    alone = parallel.make_mesh(jax.devices()[:1])
+    single = evaluate.evaluator(NETS, alone)
+
+    def evaluated(variables, images, labels, means):
+        placed = evaluate.place(images, labels, 8, alone)
+        return single(*jax.device_put((variables,), jax.devices()[0]), placed, jnp.asarray(means))
+
+    return evaluated
+
+
 @pytest.mark.parametrize(("devices", "replicas"), [(1, 4), (2, 4), (8, 4), (2, 5)])
-def test_each_replica_is_evaluated_like_a_single_run(singles, devices, replicas):
+def test_each_replica_is_evaluated_like_a_single_run(singles, on_one_device, devices, replicas):
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (21, *SHAPE), dtype=np.uint8), rng.integers(0, len(COUNTS), 21)
     variables = [state.variables._replace(arrays={}) for state, _ in singles()[:replicas]]
@@ -199,13 +215,8 @@ def test_each_replica_is_evaluated_like_a_single_run(singles, devices, replicas)
     outcome = evaluate.evaluator(NETS, mesh, replicas=replicas)(
         placed[0], evaluate.place(images, labels, 8, mesh), placed[1]
     )
-
-    alone = parallel.make_mesh(jax.devices()[:1])
-    single, images_of_single = evaluate.evaluator(NETS, alone), evaluate.place(images, labels, 8, alone)
     for replica in range(replicas):
-        expected = single(
-            *jax.device_put((variables[replica],), jax.devices()[0]), images_of_single, jnp.asarray(means[replica])
-        )
+        expected = on_one_device(variables[replica], images, labels, means[replica])
         assert set(outcome) == {"predictions", "confidences", "losses", "nearest"}
         for name, values in expected.items():
             np.testing.assert_allclose(outcome[name][replica], values, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -232,7 +243,8 @@ def devices(count):
 
 
 def settings(seed=FIRST, **changes):
-    return {**tiny_config(RUN), "seed": seed, **changes}
+    model = dict(name="vit", depth=1, width=8, heads=2, patch=4, grid=2, features="mean")  # little to compile
+    return {**tiny_config(RUN), "model": model, "seed": seed, **changes}
 
 
 @contextlib.contextmanager
