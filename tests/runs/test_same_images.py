@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 from ltjax import train
+from ltjax.config import parse
+from ltjax.engine.experiment import set_up
 from ltjax.modes import attack, calibrate, dry_run, evaluate, report
 from ltjax.runs.archive import archive
 from ltjax.types import UserError
@@ -44,8 +46,15 @@ def trained(tmp_path_factory):
             (root / "train" / name / f"{number}.jpg").write_bytes(photo(label, number, 16))
     workdir = root.parent / "run"
     train.train(config_of(root), workdir)
+    archive(workdir, root.parent / "archive")
     (workdir / "results.json").unlink()
     return root, workdir
+
+
+@pytest.fixture
+def weights(trained, tmp_path):
+    """Return a copy of the run's weights."""
+    return shutil.copytree(trained[0].parent / "archive", tmp_path / "weights")
 
 
 @pytest.fixture
@@ -163,11 +172,9 @@ def test_an_older_run_gets_a_note_on_its_images(copy, capsys):
     assert "images" not in json.loads((workdir / "split.json").read_text())
 
 
-def test_weights_of_a_run_on_other_images_are_noted(copy, tmp_path, capsys):
+def test_weights_of_a_run_on_other_images_are_noted(copy, weights, tmp_path, capsys):
     root, _ = copy
-    train.train(config_of(root), tmp_path / "whole")
-    archive(tmp_path / "whole", tmp_path / "archive")
-    config = {**config_of(root), "weights": str(tmp_path / "archive")}
+    config = {**config_of(root), "weights": str(weights)}
     evaluate.evaluate_workdir(config, tmp_path / "same")
     assert "trained on" not in capsys.readouterr().err
     add_one_to_every_class(root)
@@ -175,17 +182,15 @@ def test_weights_of_a_run_on_other_images_are_noted(copy, tmp_path, capsys):
     assert "note: some test images may have been trained on" in capsys.readouterr().err
 
 
-def test_weights_may_be_moved_but_not_exchanged(copy, tmp_path):
+def test_weights_may_be_moved_but_not_exchanged(copy, weights, tmp_path):
     root, _ = copy
-    for seed in (0, 1):
-        train.train({**config_of(root), "seed": seed}, tmp_path / f"run{seed}")
-        archive(tmp_path / f"run{seed}", tmp_path / f"weights{seed}")
-    config = {**config_of(root), "weights": str(tmp_path / "weights0")}
+    config = {**config_of(root), "weights": str(weights)}
     train.train(config, tmp_path / "tuned")
-    shutil.move(tmp_path / "weights0", tmp_path / "moved")
+    archive(tmp_path / "tuned", tmp_path / "others")
+    shutil.move(weights, tmp_path / "moved")
     evaluate.evaluate_workdir({**config, "weights": str(tmp_path / "moved")}, tmp_path / "tuned")
     with pytest.raises(UserError, match=r"different weights_sha256, of config\.weights"):
-        evaluate.evaluate_workdir({**config, "weights": str(tmp_path / "weights1")}, tmp_path / "tuned")
+        evaluate.evaluate_workdir({**config, "weights": str(tmp_path / "others")}, tmp_path / "tuned")
 
 
 def test_split_json_counts_test_images_that_were_trained_on(copy, tmp_path):
@@ -196,6 +201,7 @@ def test_split_json_counts_test_images_that_were_trained_on(copy, tmp_path):
     config["data"]["holdout"] = 0
     train.train(config, tmp_path / "other")
     split = json.loads((tmp_path / "other" / "split.json").read_text())
+    assert split == set_up(parse(config), None).description
     assert (split["num_test"], split["also_trained_on"]) == (6 + 5, {"holdout": 0, "test": 6 + 5})
 
 
@@ -210,10 +216,8 @@ def test_copies_are_counted_in_the_first_lines_of_a_run(copy, tmp_path, capsys):
     assert "11 of them training images, too" in told
 
 
-def test_a_held_out_copy_of_a_training_image_is_counted(copy, tmp_path):
+def test_a_held_out_copy_of_a_training_image_is_counted(copy):
     root, _ = copy
     for number in range(5):
         (root / "train" / "owl" / f"{number}.jpg").write_bytes(photo(2, 0, 16))
-    train.train(config_of(root), tmp_path / "other")
-    split = json.loads((tmp_path / "other" / "split.json").read_text())
-    assert split["also_trained_on"] == {"holdout": 1, "test": 1}
+    assert set_up(parse(config_of(root)), None).description["also_trained_on"] == {"holdout": 1, "test": 1}
