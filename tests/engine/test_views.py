@@ -1,5 +1,7 @@
 """Several views of an image as a setting of a stage: drawn independently, on any number of devices, and resumed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,9 @@ COUNTS = np.array([30, 20, 9])
 SHAPE = (8, 8, 3)
 WEAK = dict(crop_padding=1)
 STRONG = dict(crop_padding=0, crop_area=0.2, color_jitter=0.4, hue=0.1, jitter_probability=0.8, grey=0.2, blur=0.5)
+CROPPED = dict(crop_padding=0, crop_area=0.2)
+PLAIN = dict(crop_padding=0, flip=False)
+VIEWS = (PLAIN, STRONG, CROPPED, CROPPED, WEAK)
 
 
 def draw_with(views, devices=1):
@@ -42,35 +47,41 @@ def made_up_source():
     return feed.Resident(jnp.asarray(images), jnp.asarray(labels))
 
 
-def drawn(views, devices=1):
-    draw = jax.jit(draw_with(views, devices))
-    return draw(made_up_source(), np.uint32(5), jnp.int32(3), jax.random.key(7))
+@functools.cache
+def drawn(devices=1):
+    """Draw a batch with `VIEWS`."""
+    draw = jax.jit(draw_with(VIEWS, devices))
+    return jax.device_get(draw(made_up_source(), np.uint32(5), jnp.int32(3), jax.random.key(7)))
+
+
+@jax.jit
+def without_views(source):
+    """Draw the same batch without views, and its images before their augmentation."""
+    index = samplers.create("instance_balanced")(np.uint32(5), jnp.int32(3), batch_size=8, class_counts=COUNTS)
+    batch = draw_with(())(source, np.uint32(5), jnp.int32(3), jax.random.key(7))
+    return batch, source.images[index].astype(jnp.float32) / 255
 
 
 def test_views_leave_the_batch_as_it_is_and_are_of_the_same_images():
     """Without augmentation, a view is the image."""
-    without, batch = drawn(()), drawn((dict(crop_padding=0, flip=False), STRONG))
+    batch, (without, images) = drawn(), jax.device_get(without_views(made_up_source()))
     for name in ("images", "labels"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(without, name))
-    assert batch.views.shape == (8, 2, *SHAPE)
-    plain = jax.jit(draw_with(()))  # the images themselves, before their augmentation
-    index = samplers.create("instance_balanced")(np.uint32(5), jnp.int32(3), batch_size=8, class_counts=COUNTS)
-    np.testing.assert_array_equal(batch.views[:, 0], made_up_source().images[index].astype(np.float32) / 255)
-    assert plain is not None and not np.allclose(batch.views[:, 1], batch.views[:, 0], atol=0.05)
+    assert batch.views.shape == (8, len(VIEWS), *SHAPE)
+    np.testing.assert_array_equal(batch.views[:, 0], images)
+    assert not np.allclose(batch.views[:, 1], batch.views[:, 0], atol=0.05)
 
 
 def test_views_of_the_same_settings_have_random_numbers_of_their_own():
-    batch = drawn((STRONG, STRONG))
-    same = [np.allclose(a, b) for a, b in zip(batch.views[:, 0], batch.views[:, 1], strict=True)]
+    same = [np.allclose(a, b) for a, b in zip(drawn().views[:, 2], drawn().views[:, 3], strict=True)]
     assert not any(same)
 
 
 def test_views_do_not_depend_on_the_number_of_devices():
-    one, two = (drawn((STRONG, WEAK), devices) for devices in (1, 2))
-    np.testing.assert_allclose(one.views, two.views, atol=1e-6)
+    np.testing.assert_allclose(drawn(1).views, drawn(2).views, atol=1e-6)
 
 
-NET = models.create("resnet_cifar", 3, depth=8, width=2)
+NET = models.create("vit", 3, depth=1, width=2, heads=1, patch=4, grid=2)  # little to trace
 
 
 def lowered(draw, method=None):
@@ -107,9 +118,10 @@ def test_a_stage_without_views_has_an_unchanged_program():
 
 def config(**changes):
     made = tiny_config(stages=("ce",), epochs=2)
+    made["model"] = dict(name="vit", depth=1, width=8, heads=2, patch=7, grid=4, logit_scale=True)  # little to trace
     method = dict(name="proco", projection=(8, 8))
     groups = {**made["ce"]["groups"], "method": dict(match="method/.*", rate=1.0)}
-    views = dict(first=dict(STRONG, color_jitter=0.0, hue=0.0, grey=0.0), second=WEAK)
+    views = dict(first=CROPPED, second=WEAK)
     made["ce"] = {**made["ce"], "method": method, "groups": groups, "views": views, **changes}
     return made
 
@@ -117,7 +129,7 @@ def config(**changes):
 def test_a_config_gives_the_views_in_the_order_of_their_names():
     run = parse(config(views=dict(second=dict(crop_padding=0, flip=False), first=dict(crop_padding=0, cutout_size=64))))
     made = experiments.make_augmentation(run.stages["ce"])
-    batch = made(jax.random.key(0), jnp.full((2, 8, 8, 3), 255, jnp.uint8), jnp.zeros(2, jnp.int32))
+    batch = jax.jit(made)(jax.random.key(0), jnp.full((2, 8, 8, 3), 255, jnp.uint8), jnp.zeros(2, jnp.int32))
     assert batch.views.shape[:2] == (2, 2) and batch.views[:, 0].max() == 0 and batch.views[:, 1].min() == 1
 
 
