@@ -65,9 +65,15 @@ def fresh() -> Variables:
     return jax.jit(lambda key: stage.random_variables({"net": network()}, (32, 32, 3), key))(jax.random.key(1))
 
 
-def updates(net, num_steps, chunks):
+@functools.cache
+def single_run():
+    """Return the stage of a single run in float32, and its images."""
+    return stage_and_source(network())
+
+
+def updates(run, num_steps, chunks):
     """Return the flat change of parameters and statistics, and the losses, of `num_steps` steps in some dispatches."""
-    compiled, source = stage_and_source(net)
+    compiled, source = run
     start = fresh()
     state, values = compiled.init(np.uint32(2), start), []
     for _ in range(chunks):
@@ -82,21 +88,21 @@ def relative(ours, theirs):
 
 
 def test_a_scan_is_repeated_single_steps():
-    scanned, scanned_losses = updates(network(), num_steps=3, chunks=1)
-    single, single_losses = updates(network(), num_steps=3, chunks=3)
+    scanned, scanned_losses = updates(single_run(), num_steps=3, chunks=1)
+    single, single_losses = updates(single_run(), num_steps=3, chunks=3)
     np.testing.assert_allclose(scanned_losses, single_losses, rtol=1e-4)
     assert relative(scanned, single) < 1e-3
 
 
 def test_a_bfloat16_step_is_close_to_a_float32_step():
-    exact, (exact_loss,) = updates(network(), num_steps=1, chunks=1)
-    rounded, (rounded_loss,) = updates(network(dtype="bfloat16"), num_steps=1, chunks=1)
+    exact, (exact_loss,) = updates(single_run(), num_steps=1, chunks=1)
+    rounded, (rounded_loss,) = updates(stage_and_source(network(dtype="bfloat16")), num_steps=1, chunks=1)
     assert rounded_loss == pytest.approx(exact_loss, rel=0.02)
     assert relative(rounded, exact) < 0.1
 
 
 def test_a_resumed_stage_repeats_itself_bit_for_bit(tmp_path):
-    compiled, source = stage_and_source(network())
+    compiled, source = single_run()
     halfway, _ = compiled.run(compiled.init(np.uint32(2), fresh()), source, 3)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, halfway, {})
@@ -124,15 +130,12 @@ def test_logits_agree_with_the_cpu():
 
 
 @functools.cache
-def single_run():
-    return stage_and_source(network())
-
-
-@functools.cache
 def alone(seed):
-    """Return the variables of a single run after two steps."""
+    """Return the variables of a single run after two steps, each a dispatch."""
     single, source = single_run()
-    state, _ = single.run(single.init(seed, fresh()), source, 2)
+    state = single.init(seed, fresh())
+    for _ in range(2):
+        state, _ = single.run(state, source, 1)
     return state.variables
 
 
@@ -162,7 +165,7 @@ def test_dro_loss_agrees_with_the_cpu():
     assert relative(np.asarray(gradient), np.asarray(expected_gradient)) < 1e-4
 
 
-def test_pgd_reaches_the_same_loss_on_the_device_and_the_cpu(optimised):
+def test_pgd_reaches_the_same_loss_on_the_device_and_the_cpu():
     """Compare the divergence that the attack reaches, because rounding flips the signs of tiny gradients."""
     images = np.random.default_rng(3).random((16, 32, 32, 3), np.float32)
     reached = {}
