@@ -218,7 +218,8 @@ def test_l2_attacks_lower_the_accuracy(copy):
     assert tests["square"]["accuracy"]["all"] <= tests["clean"]["accuracy"]["all"]
 
 
-def test_each_replica_is_attacked(tmp_path):
+def test_each_replica_is_attacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "write_report", lambda *_: None)  # tested elsewhere
     values = config(**{"replicas": 2, "attack.tests": ("pgd-1",), "epochs": 1})
     train.train(values, tmp_path)
     pgd = attack_mode.attack_workdir(values, tmp_path)["tests"]["pgd-1"]
