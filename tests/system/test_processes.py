@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 import run
 from ltjax import train
 from ltjax.modes.evaluate import evaluate_workdir
-from ltjax.runs.checkpoint import Checkpoints
+from ltjax.runs.checkpoint import Checkpoints, complete_steps
 from ltjax.runs.weights import save_weights
 from ltjax.system import parallel, processes
 from ltjax.types import UserError, Variables
@@ -50,6 +50,8 @@ def config_of(folder):
     return (f"--config=tests/system/processes_config.py:{folder}",)
 
 
+TWO = ("features", "classifier")  # stages
+ONLY_TWO = f"--config.stages={TWO}"
 SELDOM = "--config.checkpoint_seconds=600.0"  # only the end of a stage is saved, not every step
 
 
@@ -222,10 +224,10 @@ def test_a_flag_of_any_process_reaches_all():
     assert ["[0, 1, 1]" in process.communicate(timeout=120)[0] for process in both] == [True, True]
 
 
-def assert_the_other_ends_in_time(launched, victim, saved):
-    """Kill one of two processes when the folder `saved` has a checkpoint. Check that the other one ends in time."""
+def assert_the_other_ends_in_time(launched, victim, saved, step=1):
+    """Kill one of two processes when `saved` has a checkpoint from `step` on. Check that the other one ends in time."""
     until = time.monotonic() + 200
-    while not any(path.name.isdigit() for path in saved.glob("*")) and time.monotonic() < until:
+    while not any(done >= step for done in complete_steps(saved)) and time.monotonic() < until:
         assert launched.processes[victim].poll() is None
         time.sleep(0.05)
     launched.processes[victim].send_signal(signal.SIGKILL)
@@ -241,23 +243,22 @@ def assert_the_other_ends_in_time(launched, victim, saved):
 
 
 def test_a_killed_process_ends_the_first_and_a_single_process_resumes(folder, config, alone, tmp_path, capsys):
-    launched = Launched(folder, tmp_path, count=2, devices=2)
+    launched = Launched(folder, tmp_path, count=2, devices=2, flags=(*config_of(folder), ONLY_TWO))
     assert_the_other_ends_in_time(launched, 1, tmp_path / "checkpoints" / "features")
-    train_here(config, tmp_path, devices=4)
+    train_here({**config, "stages": TWO}, tmp_path, devices=4)
     assert "Resuming" in capsys.readouterr().out
-    assert_same(tmp_path, alone)
+    assert_same(tmp_path, alone, TWO)
 
 
 def test_two_processes_resume_a_run_of_one_and_end_if_the_first_dies(folder, alone, tmp_path):
-    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
-    for stage in ("classifier", "residual"):
-        shutil.rmtree(tmp_path / "checkpoints" / stage)
-    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints" / "features").glob("[0-9]*"))
-    shutil.rmtree(tmp_path / "checkpoints" / "features" / str(steps[-1]))  # back to the middle of the stage
-    (tmp_path / "results.json").unlink()
-    launched = Launched(folder, tmp_path, count=2, devices=2)
-    assert_the_other_ends_in_time(launched, 0, tmp_path / "checkpoints" / "classifier")
-    assert_same(tmp_path, alone, stages=["features"])
+    later = shutil.ignore_patterns("config.json", "results.json", "classifier", "residual")
+    shutil.copytree(alone, tmp_path, ignore=later, dirs_exist_ok=True)
+    features = tmp_path / "checkpoints" / "features"
+    assert complete_steps(features) == [4, 8]
+    shutil.rmtree(features / "8")  # back to the middle of the stage
+    launched = Launched(folder, tmp_path, count=2, devices=2, flags=(*config_of(folder), ONLY_TWO, SELDOM))
+    assert_the_other_ends_in_time(launched, 0, features, step=8)
+    assert_same(tmp_path, alone, ["features"])
 
 
 @pytest.fixture
