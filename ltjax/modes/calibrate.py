@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -96,7 +96,9 @@ def _calibrate(model: Model, experiment: Experiment) -> dict[str, Any]:
     """Fit the temperature of one network: {"temperature", "holdout" and "test": see `_before_and_after`}."""
     assert experiment.holdout_set is not None
     sets = {"holdout": experiment.holdout_set, "test": experiment.test_set}
-    outputs = {name: (_logits(model, images), images.host_labels) for name, images in sets.items()}
+    most = max(images.size for images in sets.values())
+    batch_size = evaluate.shared_batch(experiment.config.eval_batch_size, most, experiment.mesh)
+    outputs = {name: (_logits(model, images, batch_size), images.host_labels) for name, images in sets.items()}
     logits, labels = outputs["holdout"]
     if not has_minimum(logits, labels):
         right = (logits.argmax(-1) == labels).mean()
@@ -111,19 +113,27 @@ def _calibrate(model: Model, experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _logits(model: Model, images: evaluate.EvaluationSet | evaluate.StoredSet) -> np.ndarray:
-    """Compute the logits [N, C] of a set of images."""
-    parts = [model.logits(batch) for batches, _ in images.parts() for batch in np.asarray(batches)]
+def _logits(model: Model, images: evaluate.EvaluationSet | evaluate.StoredSet, batch_size: int) -> np.ndarray:
+    """Compute the logits [N, C] of a set of images, all sets in batches of one size: the network is compiled once."""
+    parts = []
+    for batch in (batch for batches, _ in images.parts() for batch in np.asarray(batches)):
+        missing = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
+        parts.append(model.logits(np.pad(batch, missing))[: len(batch)])
     return np.concatenate(parts)[: images.size]
+
+
+@jax.jit
+def _ece_and_nll(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    outcome = evaluate.outcome(logits, labels)
+    ece = metrics.calibration(outcome["confidences"], outcome["predictions"] == labels).ece
+    return {"ece": ece, "nll": outcome["losses"].mean()}
 
 
 def _before_and_after(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
     """Compute {"accuracy", "before" and "after": {"ece", "nll"}} from logits [N, C]."""
     figures: dict[str, Any] = {"accuracy": float((logits.argmax(-1) == labels).mean())}
     for when, scale in (("before", 1.0), ("after", temperature)):
-        outcome = evaluate.outcome(jnp.asarray(logits) / np.float32(scale), jnp.asarray(labels))
-        ece = metrics.calibration(outcome["confidences"], outcome["predictions"] == labels).ece
-        figures[when] = {"ece": float(ece), "nll": float(outcome["losses"].mean())}
+        figures[when] = jax.tree.map(float, _ece_and_nll(logits / np.float32(scale), labels))
     return figures
 
 
