@@ -15,11 +15,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl.testing import flagsaver
 
 from ltjax import train
 from ltjax.engine import feed
 from ltjax.runs import workdir
+from ltjax.system import parallel
 from ltjax.types import UserError
+from run import parse_flags
 from tests.conftest import CACHE
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,6 +41,7 @@ TINY = (
     "--config.eval_every=1",
     "--config.dispatch_steps=1",
 )
+SHORT = (*TINY, "--config.ce.epochs=1")  # 7 steps in stage "ce", 14 in "features", 7 in "classifier"
 OFTEN = "--config.checkpoint_seconds=0.0"  # save after every dispatch, not only at the end of a stage
 LONG = ("--config.epochs=2000", "--config.stages=('ce',)", OFTEN)  # for runs that are stopped in the first stage
 
@@ -117,9 +121,22 @@ def final_arrays(workdir, stage="classifier"):
 def finished(tmp_path_factory):
     """Return the workdir and the output of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    code, out, error = run(*TINY, f"--workdir={workdir}")
+    code, out, error = run(*SHORT, f"--workdir={workdir}")
     assert code == 0, error
     return workdir, out
+
+
+@pytest.fixture
+def on_devices(monkeypatch):
+    """Return `on_devices(2)`: runs in this process use so many devices, and write no report."""
+    make_mesh = parallel.make_mesh
+
+    def limit(number):
+        devices = jax.devices()[:number]
+        monkeypatch.setattr(parallel, "make_mesh", lambda _=None, replicas=1: make_mesh(devices, replicas))
+        monkeypatch.setattr(train, "write_report", lambda *_: None)
+
+    return limit
 
 
 def test_a_run_writes_its_results(finished):
@@ -152,13 +169,13 @@ def test_metrics_are_json_lines(finished):
     assert all(set(line) == {"stage", "epoch", "step", "split", "values"} for line in lines)
     trained = [line["step"] for line in lines if line["stage"] == "features" and line["split"] == "train"]
     assert trained == list(range(1, 15))
-    assert {line["epoch"] for line in lines if line["split"] == "test" and line["stage"] == "ce"} == {1, 2}
+    assert {line["epoch"] for line in lines if line["split"] == "test" and line["stage"] == "features"} == {1, 2}
 
 
 def test_a_finished_run_prints_its_table_again(finished):
     workdir, _ = finished
     before = (workdir / "results.json").read_bytes()
-    code, out, _ = run(*TINY, f"--workdir={workdir}")
+    code, out, _ = run(*SHORT, f"--workdir={workdir}")
     assert code == 0
     assert "finished" in out and "MiSLAS, stage 2" in out
     assert (workdir / "results.json").read_bytes() == before
@@ -174,23 +191,29 @@ def test_eval_mode_repeats_the_figures(finished):
         assert evaluated["stages"][name]["ece"] == pytest.approx(stage["ece"], abs=2e-3)
 
 
-def test_a_killed_and_resumed_run_equals_an_undisturbed_one(finished, tmp_path):
-    """After kill -9 in the second stage, the same command resumes to the same bits."""
-    undisturbed, _ = finished
-    workdir = tmp_path / "run"
-    process = start(*TINY, OFTEN, f"--workdir={workdir}")
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Return the workdir of a run after kill -9 in the second stage, resumed by the same command."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    process = start(*SHORT, OFTEN, f"--workdir={workdir}")
     wait_until(lambda: checkpoint_saved(workdir, "features", at_least=7), process)
     process.kill()
     process.communicate()
     assert not (workdir / "results.json").exists()
-    code, _, error = run(*TINY, OFTEN, f"--workdir={workdir}")
+    code, _, error = run(*SHORT, OFTEN, f"--workdir={workdir}")
     assert code == 0, error
+    return workdir
+
+
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(finished, killed):
+    """The same command resumes to the same bits."""
+    undisturbed, _ = finished
     for stage in ("ce", "features", "classifier"):
         step, expected = final_arrays(undisturbed, stage)
-        resumed_step, arrays = final_arrays(workdir, stage)
+        resumed_step, arrays = final_arrays(killed, stage)
         assert resumed_step == step
         jax.tree.map(np.testing.assert_array_equal, arrays, expected)
-    assert (workdir / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+    assert (killed / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -228,20 +251,18 @@ def damage(step_folder):
     largest.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_falls_back_with_a_warning(finished, tmp_path):
-    workdir, flags = tmp_path / "run", (*TINY, OFTEN, "--config.stages=('ce',)", f"--workdir={tmp_path / 'run'}")
-    code, _, error = run(*flags)
-    assert code == 0, error
+def test_a_damaged_checkpoint_falls_back_with_a_warning(finished, killed, tmp_path):
+    workdir = shutil.copytree(killed, tmp_path / "run")
     (workdir / "results.json").unlink()
-    folder = workdir / "checkpoints" / "ce"
+    folder = workdir / "checkpoints" / "classifier"
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-    assert steps == [13, 14]
+    assert steps == [6, 7]
     damage(folder / str(steps[-1]))
-    code, _, error = run(*flags)
+    code, _, error = run(*SHORT, OFTEN, f"--workdir={workdir}")
     assert code == 0, error
     assert "damaged" in error and f"step {steps[-1]}" in error
-    assert (workdir / "checkpoints" / "damaged" / f"ce-{steps[-1]}").is_dir()
-    actual, expected = (final_arrays(folder, "ce")[1] for folder in (workdir, finished[0]))
+    assert (workdir / "checkpoints" / "damaged" / f"classifier-{steps[-1]}").is_dir()
+    actual, expected = (final_arrays(folder)[1] for folder in (workdir, finished[0]))
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -259,11 +280,11 @@ def test_a_full_disk_names_the_last_good_checkpoint(tmp_path):
     assert f"step {step}" in error
 
 
-def test_a_run_on_other_devices_agrees(finished, tmp_path):
+def test_a_run_on_other_devices_agrees(finished, tmp_path, on_devices):
     """One and two devices train on the same batches, so the losses agree to rounding."""
     workdir = tmp_path / "run"
-    code, _, error = run(*TINY, "--config.stages=('ce',)", f"--workdir={workdir}", devices=1)
-    assert code == 0, error
+    on_devices(1)
+    train.train(tiny_config(**{"stages": ("ce",), "ce.epochs": 1}), workdir)
     losses = []
     for folder in (finished[0], workdir):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -271,6 +292,7 @@ def test_a_run_on_other_devices_agrees(finished, tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections on Python 3.11
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -291,9 +313,13 @@ def test_a_run_on_other_devices_agrees(finished, tmp_path):
         ((), ["--config"]),
     ],
 )
-def test_mistakes_get_one_line_and_exit_code_2(flags, words, tmp_path):
-    code, out, error = run(*flags, f"--workdir={tmp_path / 'run'}")
-    assert code == 2, (out, error)
+def test_mistakes_get_one_line_and_exit_code_2(flags, words, tmp_path, monkeypatch, capfd):
+    arguments = ["run.py", *flags, f"--workdir={tmp_path / 'run'}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_:
+        parse_flags(arguments)
+    out, error = capfd.readouterr()
+    assert exit_.value.code == 2, (out, error)
     assert len(error.strip().splitlines()) == 1, error
     assert error.startswith("error: ")
     for word in words:
@@ -317,8 +343,9 @@ def test_a_run_does_not_resume_with_other_images(finished, tmp_path):
     (workdir / "results.json").unlink()
     split = json.loads((workdir / "split.json").read_text())
     (workdir / "split.json").write_text(json.dumps({**split, "sha256": "5a"}))
-    code, _, error = run(*TINY, f"--workdir={workdir}")
-    assert code == 2 and "began with other images than those at hand (different sha256 in split.json)" in error
+    message = "began with other images than those at hand (different sha256 in split.json)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        train.train(tiny_config(**{"ce.epochs": 1}), workdir)
     assert json.loads((workdir / "split.json").read_text())["sha256"] == "5a"
 
 
@@ -380,7 +407,7 @@ def test_missing_data_names_the_folder_and_the_command(tmp_path):
 
 def test_a_workdir_of_another_config_is_refused(finished):
     workdir, _ = finished
-    code, _, error = run(*TINY, "--config.ce.lr=0.2", "--config.seed=3", f"--workdir={workdir}")
+    code, _, error = run(*SHORT, "--config.ce.lr=0.2", "--config.seed=3", f"--workdir={workdir}")
     assert code == 2
     assert "ce.lr: 0.03 -> 0.2" in error and "seed: 0 -> 3" in error
 
@@ -414,7 +441,7 @@ def test_unreadable_checkpoints_stop_the_run(finished, tmp_path):
     for folder in folders:
         damage(folder)
     with pytest.raises(UserError, match=r"none of the checkpoints in .*ce can be read"):
-        train.train(tiny_config(), workdir)
+        train.train(tiny_config(**{"ce.epochs": 1}), workdir)
     assert all(folder.is_dir() for folder in folders)
 
 
@@ -432,14 +459,16 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
         train.train(tiny_config(), tmp_path / "file" / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, on_devices):
+    on_devices(2)
     with pytest.raises(UserError, match=r"stage 'ce', epoch \d+, step \d+; last good checkpoint .*ce\.lr"):
-        train.train(tiny_config(**{"ce.lr": 1e30}), tmp_path / "run")
+        train.train(tiny_config(**{"ce.lr": 1e30, "stages": ("ce",)}), tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) <= 6  # stopped after a dispatch or two
 
 
-def test_a_holdout_selects_without_the_test_set(tmp_path):
+def test_a_holdout_selects_without_the_test_set(tmp_path, on_devices):
+    on_devices(2)
     changes = {"data.holdout": 2, "data.max_count": 18, "data.imbalance": 3.0, "ce.epochs": 2, "stages": ("ce",)}
     summary = train.train(tiny_config(**changes), tmp_path / "run")
     evaluations = [
