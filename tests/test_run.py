@@ -41,7 +41,8 @@ TINY = (
     "--config.eval_every=1",
     "--config.dispatch_steps=1",
 )
-SHORT = (*TINY, "--config.ce.epochs=1")  # 7 steps in stage "ce", 14 in "features", 7 in "classifier"
+CHANGES = {"ce.epochs": 1, "batch_size": 32}  # 4 steps in stage "ce", 8 in "features", 4 in "classifier"
+SHORT = (*TINY, *(f"--config.{key}={value}" for key, value in CHANGES.items()))
 OFTEN = "--config.checkpoint_seconds=0.0"  # save after every dispatch, not only at the end of a stage
 LONG = ("--config.epochs=2000", "--config.stages=('ce',)", OFTEN)  # for runs that are stopped in the first stage
 
@@ -168,7 +169,7 @@ def test_metrics_are_json_lines(finished):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert all(set(line) == {"stage", "epoch", "step", "split", "values"} for line in lines)
     trained = [line["step"] for line in lines if line["stage"] == "features" and line["split"] == "train"]
-    assert trained == list(range(1, 15))
+    assert trained == list(range(1, 9))
     assert {line["epoch"] for line in lines if line["split"] == "test" and line["stage"] == "features"} == {1, 2}
 
 
@@ -196,7 +197,7 @@ def killed(tmp_path_factory):
     """Return the workdir of a run after kill -9 in the second stage, resumed by the same command."""
     workdir = tmp_path_factory.mktemp("killed") / "run"
     process = start(*SHORT, OFTEN, f"--workdir={workdir}")
-    wait_until(lambda: checkpoint_saved(workdir, "features", at_least=7), process)
+    wait_until(lambda: checkpoint_saved(workdir, "features", at_least=4), process)
     process.kill()
     process.communicate()
     assert not (workdir / "results.json").exists()
@@ -256,7 +257,7 @@ def test_a_damaged_checkpoint_falls_back_with_a_warning(finished, killed, tmp_pa
     (workdir / "results.json").unlink()
     folder = workdir / "checkpoints" / "classifier"
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-    assert steps == [6, 7]
+    assert steps == [3, 4]
     damage(folder / str(steps[-1]))
     code, _, error = run(*SHORT, OFTEN, f"--workdir={workdir}")
     assert code == 0, error
@@ -284,11 +285,12 @@ def test_a_run_on_other_devices_agrees(finished, tmp_path, on_devices):
     """One and two devices train on the same batches, so the losses agree to rounding."""
     workdir = tmp_path / "run"
     on_devices(1)
-    train.train(tiny_config(**{"stages": ("ce",), "ce.epochs": 1}), workdir)
+    train.train(tiny_config(**CHANGES, stages=("ce",)), workdir)
     losses = []
     for folder in (finished[0], workdir):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses.append([line["values"]["loss"] for line in lines if line["stage"] == "ce" and line["step"] <= 7])
+        losses.append([line["values"]["loss"] for line in lines if line["stage"] == "ce"])
+    assert len(losses[0]) == 5  # 4 steps, and the test images
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
@@ -345,7 +347,7 @@ def test_a_run_does_not_resume_with_other_images(finished, tmp_path):
     (workdir / "split.json").write_text(json.dumps({**split, "sha256": "5a"}))
     message = "began with other images than those at hand (different sha256 in split.json)"
     with pytest.raises(UserError, match=re.escape(message)):
-        train.train(tiny_config(**{"ce.epochs": 1}), workdir)
+        train.train(tiny_config(**CHANGES), workdir)
     assert json.loads((workdir / "split.json").read_text())["sha256"] == "5a"
 
 
@@ -441,7 +443,7 @@ def test_unreadable_checkpoints_stop_the_run(finished, tmp_path):
     for folder in folders:
         damage(folder)
     with pytest.raises(UserError, match=r"none of the checkpoints in .*ce can be read"):
-        train.train(tiny_config(**{"ce.epochs": 1}), workdir)
+        train.train(tiny_config(**CHANGES), workdir)
     assert all(folder.is_dir() for folder in folders)
 
 
