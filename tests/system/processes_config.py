@@ -29,7 +29,7 @@ def get_config(arg=None):
                 method=dict(name="reslt", beta=0.9, medium_start=1, tail_start=2),
                 augment=dict(crop_padding=0, color_jitter=0.4),
             ),
-            batch_size=8,
+            batch_size=16,
             eval_batch_size=8,
             dispatch_steps=1,
             checkpoint_seconds=0.0,

@@ -111,11 +111,11 @@ def losses(workdir):
 
 
 def train_here(config, workdir, devices):
-    """Train in this process on some of its devices. Only the 4th step and the end of a stage are saved, no report."""
+    """Train in this process on some of its devices. Only the 2nd step and the end of a stage are saved, no report."""
     make_mesh = parallel.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "make_mesh", lambda _=None, replicas=1: make_mesh(jax.devices()[:devices], replicas))
-        patch.setattr(train.StageTrainer, "stop_or_save", lambda trainer: (False, trainer.step == 4))
+        patch.setattr(train.StageTrainer, "stop_or_save", lambda trainer: (False, trainer.step == 2))
         patch.setattr(train, "write_report", lambda *_: None)
         train.train(config, workdir)
 
@@ -254,10 +254,10 @@ def test_two_processes_resume_a_run_of_one_and_end_if_the_first_dies(folder, alo
     later = shutil.ignore_patterns("config.json", "results.json", "classifier", "residual")
     shutil.copytree(alone, tmp_path, ignore=later, dirs_exist_ok=True)
     features = tmp_path / "checkpoints" / "features"
-    assert complete_steps(features) == [4, 8]
-    shutil.rmtree(features / "8")  # back to the middle of the stage
+    assert complete_steps(features) == [2, 4]
+    shutil.rmtree(features / "4")  # back to the middle of the stage
     launched = Launched(folder, tmp_path, count=2, devices=2, flags=(*config_of(folder), ONLY_TWO, SELDOM))
-    assert_the_other_ends_in_time(launched, 0, features, step=8)
+    assert_the_other_ends_in_time(launched, 0, features, step=4)
     assert_same(tmp_path, alone, ["features"])
 
 
