@@ -1,7 +1,11 @@
 """The whole suite, on a net of two layers with small budgets, and against the authors' numbers."""
 
 import itertools
-import shutil
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,7 @@ from ltjax import attacks
 from ltjax.attacks import slots
 from ltjax.models.convolution import convolution_for
 
+ROOT = Path(__file__).parents[2]
 CLASSES, NUM = 4, 20
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -129,17 +134,21 @@ def test_an_interrupted_suite_has_the_same_result(whole, tmp_path, calls):
 
 
 def test_a_killed_suite_has_the_same_result(whole, tmp_path):
-    """A copy of the file, made before the exception saves once more, is what kill -9 leaves."""
+    script = f"""
+import os, signal
+import tests.conftest
+from tests.attacks.test_autoattack import attack
+updates = []
+def die(now):
+    updates.append(now)
+    if now.attack == "apgd-t" and now.settled:
+        os.kill(os.getpid(), signal.SIGKILL)
+attack(progress=die, progress_file={str(tmp_path / "run.npz")!r}, save_seconds=0)
+"""
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     updates = []
-
-    def die(now):
-        if now.attack == "apgd-t" and now.settled:
-            shutil.copy(tmp_path / "run.npz", tmp_path / "left.npz")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        attack(progress=die, progress_file=tmp_path / "run.npz", save_seconds=0)
-    again = attack(progress=updates.append, progress_file=tmp_path / "left.npz")
+    again = attack(progress=updates.append, progress_file=tmp_path / "run.npz")
     assert updates[0].attack == "apgd-t"
     np.testing.assert_array_equal(again.robust, whole[0].robust)
     np.testing.assert_array_equal(again.adversarial, whole[0].adversarial)
