@@ -49,9 +49,10 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# To store and to read a smaller program takes as long as to compile it.
+for name, value in (("compilation_cache_dir", str(CACHE)), ("persistent_cache_min_compile_time_secs", 0.05)):
+    os.environ[f"JAX_{name.upper()}"] = str(value)
+    jax.config.update(f"jax_{name}", value)
 
 
 def pytest_addoption(parser):
@@ -77,7 +78,7 @@ def pytest_collection_finish():
     """Look for garbage more rarely, and not among what was imported: while JAX traces, that took 8% of the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

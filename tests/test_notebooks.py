@@ -10,8 +10,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.conftest import CACHE
-
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
@@ -27,8 +25,6 @@ def run(name, folder):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "LTJAX_SMALL": "1",
         "LTJAX_IMAGES": "",
         "PYTHONPATH": str(ROOT),

@@ -23,7 +23,6 @@ from ltjax.runs import workdir
 from ltjax.system import parallel
 from ltjax.types import UserError
 from run import parse_flags
-from tests.conftest import CACHE
 
 ROOT = pathlib.Path(__file__).parents[1]
 # 105 images, 7 steps an epoch; stages of 2, 2 and 1 epochs
@@ -71,8 +70,6 @@ def environment(devices=2):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
@@ -129,7 +126,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def on_devices(monkeypatch):
-    """Return `on_devices(2)`: runs in this process use so many devices, and write no report."""
+    """Return `on_devices(2)`: runs in this process use that number of devices, and write no report."""
     make_mesh = parallel.make_mesh
 
     def limit(number):

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import CACHE
-
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extend.md"
 BLOCK = re.compile(r'^```(python|diff) title="(.*?)"\n(.*?)^```$', re.DOTALL | re.MULTILINE)
@@ -56,10 +54,7 @@ def copy(tmp_path_factory):
 
 
 def run(copy, *command):
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    cache = {}
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(copy), **cache}
     ran = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

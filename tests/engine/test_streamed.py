@@ -256,7 +256,7 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_same_figures(tmp_path, mon
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_stage_is_traced_once(tmp_path, monkeypatch, no_reports, streamed):
+def test_a_stage_is_traced_once(monkeypatch, streamed):
     """Training uses the trace by which the set-up looks for mistakes."""
     of_config, traces = methods.of_config, []
 
@@ -266,10 +266,13 @@ def test_a_stage_is_traced_once(tmp_path, monkeypatch, no_reports, streamed):
 
     monkeypatch.setattr(data, "load", lambda *_: both()[streamed])
     monkeypatch.setattr(methods, "of_config", counted)
-    prepared = train.set_up_with_stages(parse(settings(dispatch_steps=5)), None)
-    before = len(traces)
-    monkeypatch.setattr(train, "set_up_with_stages", lambda *_: prepared)
-    train.train(settings(dispatch_steps=5), tmp_path)  # an epoch in a dispatch
+    experiment, compiled = train.set_up_with_stages(parse(settings()), None)
+    before, stage, compiled = len(traces), experiment.config.stages["dro"], compiled["dro"]
+    num_steps = experiments.longest_dispatch(experiment, compiled)
+    zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)  # noqa: E731
+    state = jax.tree.map(zeros, experiments.state_shapes(experiment, compiled))
+    with experiments.open_feed(experiment, stage, compiled.num_steps) as images:
+        compiled.run.lower(state, images.take(0, num_steps, 0), num_steps)
     assert len(traces) == before > 0
 
 

@@ -25,7 +25,6 @@ from ltjax.runs.checkpoint import Checkpoints, complete_steps
 from ltjax.runs.weights import save_weights
 from ltjax.system import parallel, processes
 from ltjax.types import UserError, Variables
-from tests.conftest import CACHE
 from tests.system import processes_config
 from tests.test_run import TINY, tiny_config
 
@@ -71,8 +70,6 @@ class Launched:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "XDG_CACHE_HOME": str(folder.parent / "cache"),
-            "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.processes = [
             subprocess.Popen(
