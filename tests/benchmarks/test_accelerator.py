@@ -77,15 +77,15 @@ def test_a_piece_past_its_limit_is_killed_and_the_next_one_runs(place):
 
 
 def test_a_stopped_piece_gets_twice_its_limit_next_time(place):
-    one = piece("a", f"import time; time.sleep(3); {ENDS.format('result.json')}", limit=2.0)
+    one = piece("a", f"import time; time.sleep(1.5); {ENDS.format('result.json')}", limit=1.2)
     assert [work(place, one) for _ in range(2)] == [{"a": "stopped"}, {"a": "done"}]
 
 
 def test_the_children_of_a_stopped_piece_end(place):
-    child = f"import time; time.sleep(3); {ENDS.format('late.json')}"
+    child = f"import time; time.sleep(2); {ENDS.format('late.json')}"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     assert work(place, piece("a", code, limit=1.0)) == {"a": "stopped"}
-    time.sleep(4)
+    time.sleep(2.5)
     assert not (place.workdir / "late.json").exists()
 
 

@@ -14,7 +14,7 @@ class Now(random.Random):
         return b
 
 
-def disturbed(code, kind, tmp_path, seconds=3.0):
+def disturbed(code, kind, tmp_path, seconds=1.5):
     return kills.disturb(("-c", code), tmp_path, kind, seconds, Now())
 
 

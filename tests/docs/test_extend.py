@@ -54,8 +54,7 @@ def copy(tmp_path_factory):
 
 
 def run(copy, *command):
-    cache = {}
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(copy), **cache}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(copy)}
     ran = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
