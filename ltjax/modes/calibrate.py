@@ -20,7 +20,7 @@ from ltjax.runs import logs, results
 from ltjax.runs.seeds import mean_and_std
 from ltjax.runs.trained import evaluates_weights, newest
 from ltjax.runs.workdir import check_same_config, named_disk_errors
-from ltjax.system import processes
+from ltjax.system import processes, xla
 from ltjax.system.files import write_json
 from ltjax.system.paths import local
 from ltjax.types import UserError
@@ -122,7 +122,7 @@ def _logits(model: Model, images: evaluate.EvaluationSet | evaluate.StoredSet, b
     return np.concatenate(parts)[: images.size]
 
 
-@jax.jit
+@xla.jit
 def _ece_and_nll(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     outcome = evaluate.outcome(logits, labels)
     ece = metrics.calibration(outcome["confidences"], outcome["predictions"] == labels).ece
