@@ -64,6 +64,11 @@ def pytest_configure(config):
         config.option.loadscopereorder = False  # by numbers of tests, of which the longest have few
 
 
+def pytest_xdist_auto_num_workers():
+    """Let `-n auto` start one process more than there are cores, because tests also wait for programs they start."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else os.cpu_count() + 1
+
+
 def pytest_collection_modifyitems(items):
     """Run the slowest files first, so that at the end no process waits long for another one."""
 

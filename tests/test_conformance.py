@@ -54,6 +54,7 @@ STOPPED = (
     ("cifar10_lt:method=ldam_drw", "ldam"),
     ("cifar10_lt:method=ldam_drw", "drw"),
 )
+ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:method=tau_norm", LBGAT, VIT)
 # 629 images: 40 steps an epoch in dispatches of 10, or without the last batch 39 in dispatches of 13.
 TINY = {
     "data.max_count": 115,
@@ -166,6 +167,8 @@ def trained(tmp_path_factory):
                 patch.setattr(train, "starting_variables", started)
                 patch.setattr(train, "set_up_with_stages", prepared)
                 patch.setattr(report, "Observer", lambda _: trained.observer)
+                if name not in ARCHIVED:  # the picture shows numbers that every method has
+                    patch.setattr(report.figures, "write_summary", lambda *_: None)
                 train.train(tiny_config(name), workdir)
         return workdir
 
@@ -189,9 +192,6 @@ def saved(workdir, stage):
 
 def stages_of(name):
     return parse(tiny_config(name)).stages
-
-
-ARCHIVED = ("cifar10_lt:method=drolt", "cifar10_lt:method=reslt", "cifar10_lt:method=tau_norm", LBGAT, VIT)
 
 
 @pytest.mark.parametrize("name, stage", STOPPED, ids=[f"{name.split('=')[1]}-{stage}" for name, stage in STOPPED])
@@ -347,7 +347,8 @@ def test_the_results_are_complete(trained, name):
         assert ("nearest_mean" in summary) == stage.nearest_mean
         assert summary.get("surgery", {}).get("name") == stage.surgery.get("name")
         assert ("best_on_holdout" in summary) == ("tau_norm" in stages)
-    assert (workdir / "report" / "summary.png").exists()
+    assert (workdir / "report" / "index.html").exists()
+    assert (workdir / "report" / "summary.png").exists() == (name in ARCHIVED)
 
 
 def test_tau_is_the_best_on_the_holdout(trained):
