@@ -16,6 +16,7 @@ the last):
   Logit adjustment, paper             77.9          -             -             (its README, another ResNet-32)
   Post-hoc logit adjustment, paper    77.3          -             -             (its README, another ResNet-32)
   LDAM-DRW, paper         77.03         -             88.16         (best epoch)
+  Cross-entropy, paper    70.36         -             -             (LDAM-DRW's baseline, best epoch)
   ProCo, README, paper    85.9          88.2          91.9          (best epoch)
 """
 
