@@ -29,6 +29,16 @@ LONGEST = (
     "engine/test_precision.py",
     "test_results.py",
     "engine/test_golden_training.py",
+    "engine/test_views.py",
+    "test_train.py",
+    "methods/test_lbgat.py",
+    "configs/test_files.py",
+    "losses/test_kernels.py",
+    "models/test_vit.py",
+    "benchmarks/test_device_step.py",
+    "gpu/test_device.py",
+    "models/test_efficientnet_lite0.py",
+    "models/test_resnet.py",
 )
 MOST_MAPS = 30_000
 LONG_TEST = 1.0  # seconds

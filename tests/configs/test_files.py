@@ -64,7 +64,6 @@ ARGUMENTS |= {"features": tuple(f"method={name}" for name in heads.ON_FEATURES)}
 ARGUMENTS |= {"cifar100": ROBUST, "tiny_imagenet": ("method=ce,budget=short", "method=lbgat,beta=6", ROBUST[3])}
 FILES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if "def get_config" in path.read_text()]
 EVERY = [(name, argument) for name in FILES for argument in (None, *ARGUMENTS.get(name, ()))]
-every_config = pytest.mark.parametrize("name, argument", EVERY)
 # classes, training images of the largest, height and width of each
 DATA = {
     "cifar10": (10, 5000, 32),
@@ -134,7 +133,7 @@ def augmented(settings, size, channels):
     return jax.eval_shape(bound, jax.random.key(0), images, labels, others)
 
 
-@every_config
+@pytest.mark.parametrize("name, argument", EVERY)
 def test_the_library_accepts_every_setting(name, argument):
     run, stages = parsed(name, argument)
     assert run.data.name in SOURCES
@@ -168,30 +167,30 @@ def test_the_library_accepts_every_setting(name, argument):
             assert stage.surgery and stage.groups == {}
 
 
-@every_config
-def test_a_config_is_the_same_after_json(name, argument):
+def test_a_config_is_the_same_after_json():
     """A workdir stores its config as JSON."""
-    values = read(name, argument).to_dict()
-    run, same = config.parse(values), config.parse(json.loads(json.dumps(values)))
-    assert json.dumps(same) == json.dumps(run)
+    for name, argument in EVERY:
+        values = read(name, argument).to_dict()
+        run, same = config.parse(values), config.parse(json.loads(json.dumps(values)))
+        assert json.dumps(same) == json.dumps(run), f"{name}:{argument}"
 
 
-@every_config
-def test_overriding_the_epochs_reaches_the_stages_that_share_them(name, argument):
+def test_overriding_the_epochs_reaches_the_stages_that_share_them():
     """Stages from scratch and BGAT's adversarial one share them; deferred re-weighting takes a fifth, rounded up."""
-    values = read(name, argument)
-    before = config.parse(values.to_dict()).stages
-    values.epochs = 11
-    run = config.parse(values.to_dict())
-    assert run.epochs == 11
-    deferred = "drw" in run.stages
-    for stage, settings in run.stages.items():
-        expected = before[stage].epochs
-        if settings.start_from == "scratch" or stage in ("bgat", "student"):
-            expected = 8 if deferred else 11
-        elif stage == "drw":
-            expected = 3
-        assert settings.epochs == expected, stage
+    for name, argument in EVERY:
+        values = read(name, argument)
+        before = config.parse(values.to_dict()).stages
+        values.epochs = 11
+        run = config.parse(values.to_dict())
+        assert run.epochs == 11
+        deferred = "drw" in run.stages
+        for stage, settings in run.stages.items():
+            expected = before[stage].epochs
+            if settings.start_from == "scratch" or stage in ("bgat", "student"):
+                expected = 8 if deferred else 11
+            elif stage == "drw":
+                expected = 3
+            assert settings.epochs == expected, f"{name}:{argument}, {stage}"
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "quickstart"])
@@ -220,17 +219,17 @@ def read_methods(name):
     return asked.value.arguments["method"][1].split(", ")
 
 
-@every_config
-def test_a_config_has_every_key_that_the_parser_knows(name, argument):
-    values = read(name, argument).to_dict()
-    sections = {"data": config.DataConfig, "optimizer": config.OptimizerConfig, "attack": config.AttackConfig}
-    for stage in values["stages"]:
-        sections |= {stage: config.StageConfig, f"{stage}.optimizer": config.OptimizerConfig}
-    assert set(values) == {*config.RunConfig._fields, *values["stages"]}
-    for section, kind in sections.items():
-        keys = functools.reduce(dict.__getitem__, section.split("."), values)
-        parsed_later = config.SET_BY_PARSE if kind is config.StageConfig else ()
-        assert set(keys) == set(kind._fields) - set(parsed_later), section
+def test_a_config_has_every_key_that_the_parser_knows():
+    for name, argument in EVERY:
+        values = read(name, argument).to_dict()
+        sections = {"data": config.DataConfig, "optimizer": config.OptimizerConfig, "attack": config.AttackConfig}
+        for stage in values["stages"]:
+            sections |= {stage: config.StageConfig, f"{stage}.optimizer": config.OptimizerConfig}
+        assert set(values) == {*config.RunConfig._fields, *values["stages"]}, f"{name}:{argument}"
+        for section, kind in sections.items():
+            keys = functools.reduce(dict.__getitem__, section.split("."), values)
+            parsed_later = config.SET_BY_PARSE if kind is config.StageConfig else ()
+            assert set(keys) == set(kind._fields) - set(parsed_later), f"{name}:{argument}, {section}"
 
 
 def test_defaults_are_the_parsers():
