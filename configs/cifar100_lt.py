@@ -24,7 +24,6 @@ the last):
   Logit adjustment, paper             44.1          -             -             (its README, another ResNet-32)
   Post-hoc logit adjustment, paper    44.1          -             -             (its README, another ResNet-32)
   LDAM-DRW, paper         42.04         -             58.71         (best epoch)
-  Cross-entropy, paper    38.32         -             -             (LDAM-DRW's baseline, best epoch)
   ProCo, README, paper    52.8          57.1          65.5          (best epoch; 54.2 in 400 epochs)
   BCL, paper              51.9          56.6          64.9
 

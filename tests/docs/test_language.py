@@ -38,9 +38,11 @@ NO_VERB = re.compile(r"(Whether|Of|What|Where|Who|By|To) |->|[({\[]")
 
 def files(*patterns):
     """List the repository's files that match patterns of git."""
-    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    if not listed:
+    if not (ROOT / ".git").exists():
         pytest.skip("this is no clone of the repository")
+    command = ["git", "ls-files", *patterns]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert listed
     return [name for name in listed if name != Path(__file__).relative_to(ROOT).as_posix()]
 
 
