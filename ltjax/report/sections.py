@@ -54,7 +54,7 @@ class Content(NamedTuple):
 
 
 def build(content: Content) -> list[Section]:
-    """Return the sections in the order of a reader's questions, without those that have nothing to show."""
+    """Return the sections in the order of a reader's questions, without those that have neither charts nor pictures."""
     built = [section(content) for section in SECTIONS]
     return [section for section in built if section.figures or section.pictures]
 
