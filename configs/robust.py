@@ -83,9 +83,9 @@ def attack(epsilon: str, short: bool) -> dict[str, Any]:
 
 
 def _number(text: str) -> float:
-    top, _, bottom = text.partition("/")
+    top, slash, bottom = text.partition("/")
     try:
-        number = float(top) / float(bottom or 1)
+        number = float(top) / float(bottom) if slash else float(text)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"config argument 'epsilon={text}': a number, or a fraction such as 8/255") from None
     if not 0 < number <= 1:

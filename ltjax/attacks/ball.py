@@ -1,7 +1,6 @@
 """The search space of an attack: an l-inf or l2 ball around each image, intersected with the pixel range [0, 1]."""
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -36,7 +35,8 @@ def radius(value: Any, *, norm: str = "linf", name: str = "epsilon", size: int |
     if isinstance(value, jax.core.Tracer):
         return value
     try:
-        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+        top, slash, bottom = str(value).partition("/")
+        number = float(top) / float(bottom) if slash else float(value)
     except (ValueError, TypeError, ZeroDivisionError):
         raise ValueError(f'{name} = {value!r}: a number such as 0.031, or a fraction such as "8/255"') from None
     if not 0 <= number < math.inf:

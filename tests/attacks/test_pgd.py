@@ -299,7 +299,9 @@ def test_logits_with_a_nan_do_not_predict_the_label():
     np.testing.assert_array_equal(objectives.fooled(logits, jnp.zeros(3, jnp.int32)), [True, False, True])
 
 
-@pytest.mark.parametrize("text, number", [("8/255", 8 / 255), ("0.5", 0.5), (" 1 / 255", 1 / 255), (0, 0), (1, 1)])
+@pytest.mark.parametrize(
+    "text, number", [("8/255", 8 / 255), ("0.5", 0.5), (" 1 / 255", 1 / 255), ("2.5/255", 2.5 / 255), (0, 0), (1, 1)]
+)
 def test_radii_as_numbers_and_fractions(text, number):
     assert attacks.radius(text) == pytest.approx(number)
 
@@ -316,7 +318,7 @@ def test_an_l2_radius_may_exceed_1():
     assert attacks.radius(3, norm="l2") == 3
 
 
-@pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf, "a lot", "1/0", None])
+@pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf, "a lot", "1/0", "8/", "1/2/3", None])
 def test_an_invalid_radius_is_refused(wrong):
     with pytest.raises(ValueError, match="epsilon"):
         attacks.radius(wrong)

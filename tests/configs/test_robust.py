@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ltjax import config
+from ltjax import attacks, config
 from tests.configs.reading import factors_of, parsed, rates_of
 
 PAPERS_ATTACK = dict(epsilon=0.031, step_size=0.007, num_steps=10, norm="linf", start="gaussian", start_scale=0.001)
@@ -123,6 +123,20 @@ def test_another_epsilon_sets_the_steps_and_the_final_attack(epsilon, number):
     attack = stages["lbgat"].method["attack"]
     assert attack == {**PAPERS_ATTACK, "epsilon": number, "step_size": number / 4}
     assert run.attack.epsilon == epsilon
+
+
+@pytest.mark.parametrize("epsilon", ["8/255", "2.5/255", "0.03", "1e-2"])
+def test_training_and_attack_mode_read_the_same_epsilon(epsilon):
+    run, stages = parsed("cifar100", f"method=lbgat,epsilon={epsilon}")
+    assert attacks.radius(run.attack.epsilon) == stages["lbgat"].method["attack"]["epsilon"]
+
+
+@pytest.mark.parametrize("epsilon", ["8/", "/255", "1/2/3", "8/0", "nan", "-1/255"])
+def test_training_and_attack_mode_refuse_the_same_epsilon(epsilon):
+    with pytest.raises(ValueError, match="epsilon"):
+        parsed("cifar100", f"method=lbgat,epsilon={epsilon}")
+    with pytest.raises(ValueError, match="epsilon"):
+        attacks.radius(epsilon)
 
 
 def test_the_final_attack_follows_the_papers():
