@@ -26,7 +26,7 @@ def schedule_table(
     decay_at: tuple[float, ...] = (),
     decay: float = 0.1,
 ) -> np.ndarray:
-    """Compute the factor on the learning rate of each epoch, [epochs]. Within an epoch it stays, as in the papers.
+    """Compute the factor on the learning rate of each epoch, [epochs]. It changes once an epoch, as in the papers.
 
     Positions are shares of the run, so a shorter run keeps the shape.
 
