@@ -143,7 +143,7 @@ def full_length(packed: bool, tiny: bool) -> list[Piece]:
     """Return the parts of the runs of `benchmarks/reproduce.toml`; with `packed`, of those whose images are packed."""
     from benchmarks import reproduce
 
-    runs = [(run, reproduce.describe(run.config, run.seed)) for run in reproduce.read_list(reproduce.LIST)]
+    runs = [(run, reproduce.describe(run)) for run in reproduce.read_list(reproduce.LIST)]
     if packed:
         runs = [pair for pair in runs if re.match(r"cifar100_lt-.*-if100-", pair[1].name)]
     if tiny:  # the first run, and the first that starts from another run, with that run

@@ -42,8 +42,8 @@ class Run(NamedTuple):
     config: str  # "cifar100_lt:method=ce,precision=bf16"
     seed: int
     begin: str = ""  # name of the run whose archive is the first stage, without its seed
-    flags: tuple[str, ...] = ()
-    attack: tuple[str, ...] = ()  # (): no attack
+    flags: Sequence[str] = ()
+    attack: Sequence[str] = ()  # (): no attack
 
 
 class Described(NamedTuple):
@@ -68,25 +68,30 @@ def read_list(path: Path) -> list[Run]:
     return runs
 
 
-def describe(config: str, seed: int) -> Described:
-    """Describe a run, by a config of this checkout."""
+def describe(run: Run) -> Described:
+    """Describe a run, by a config of this checkout and the run's flags."""
+    from absl import flags
+    from ml_collections import config_flags
+
     from ltjax.config import parse
     from ltjax.data import splits
     from ltjax.engine.experiment import steps_per_epoch
 
-    file, _, arguments = config.partition(":")
+    file, _, arguments = run.config.partition(":")
     values = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"](arguments or None)
-    run = parse(values.to_dict())
-    stages = run.stages
-    classes, most = CIFAR[run.data.name]
-    counts = splits.class_counts(classes, most, imbalance=run.data.imbalance, profile=run.data.profile)
+    line, parser = [__file__, *run.flags], flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", values, flag_values=parser, sys_argv=line)
+    parser(line)  # changes the values
+    config = parse(values.to_dict())
+    classes, most = CIFAR[config.data.name]
+    counts = splits.class_counts(classes, most, imbalance=config.data.imbalance, profile=config.data.profile)
     work = 0.0
-    for stage in stages.values():
+    for stage in config.stages.values():
         whole = any(group["rate"] for part, group in stage.groups.items() if part not in ("classifier", "logit_scale"))
-        passes = 1 + stage.method.get("attack", {}).get("num_steps", 0)
-        images = stage.epochs * steps_per_epoch(stage, counts, run.batch_size) * run.batch_size
+        passes = 1 + len(stage.views) + stage.method.get("attack", {}).get("num_steps", 0)
+        images = stage.epochs * steps_per_epoch(stage, counts, config.batch_size) * config.batch_size
         work += images * passes * (1.0 if whole else FROZEN)
-    return Described(f"{run.name}-seed{seed}", tuple(stages), work)
+    return Described(f"{config.name}-seed{run.seed}", tuple(config.stages), work)
 
 
 def command(run: Run, described: Described) -> list[str]:
@@ -170,9 +175,8 @@ def make_ready(queue: Queue, update: bool) -> None:
 
 def descriptions(queue: Queue, runs: Sequence[Run]) -> list[Described]:
     """Describe all runs by the checkout's configs, in a separate process."""
-    pairs = json.dumps([[run.config, run.seed] for run in runs])
     process = subprocess.run(
-        [str(queue.python), "-m", "benchmarks.reproduce", "--describe", pairs],
+        [str(queue.python), "-m", "benchmarks.reproduce", "--describe", json.dumps(runs)],
         cwd=queue.checkout,
         env=environment(queue),
         capture_output=True,
@@ -343,10 +347,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", default="", help="prepared data (default: that of run.py)")
     parser.add_argument("--update", action="store_true", help="move the checkout to HEAD before the next run")
     parser.add_argument("--list", action="store_true", help="only list finished, running and remaining runs")
-    parser.add_argument("--describe", help=argparse.SUPPRESS)  # [[config, seed], ...] as JSON, of this checkout
+    parser.add_argument("--describe", help=argparse.SUPPRESS)  # runs as JSON, by this checkout
     args = parser.parse_args(argv)
     if args.describe:
-        print(json.dumps([describe(config, seed) for config, seed in json.loads(args.describe)]))
+        print(json.dumps([describe(Run(*each)) for each in json.loads(args.describe)]))
         return 0
     if args.folder is None or args.folder.resolve().is_relative_to(ROOT):
         parser.error(f"--folder={args.folder}: name a folder outside {ROOT}")

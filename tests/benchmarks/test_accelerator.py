@@ -202,7 +202,7 @@ def test_every_benchmark_takes_its_command_line(tmp_path, tiny):
 @pytest.mark.parametrize("tiny", [True, False])
 def test_full_length_pieces_are_the_commands_of_the_queue(tiny):
     pieces = {one.name: one for one in accelerator.full_length(False, tiny)}
-    listed = [(run, reproduce.describe(run.config, run.seed)) for run in reproduce.read_list(reproduce.LIST)]
+    listed = [(run, reproduce.describe(run)) for run in reproduce.read_list(reproduce.LIST)]
     trained = {name: one for name, one in pieces.items() if one.resumes}
     assert list(trained) == [one.name for _, one in listed if one.name in trained]
     assert len(trained) == (3 if tiny else len(listed))

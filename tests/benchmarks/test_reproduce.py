@@ -42,7 +42,7 @@ shutil.copyfile(workdir / "results.json", folder / "results.json")
 DESCRIBE = """
 import json, sys
 asked = json.loads(sys.argv[2])
-names = [f"{config.split('=')[1].split(',')[0]}-seed{seed}" for config, seed in asked]
+names = [f"{config.split('=')[1].split(',')[0]}-seed{seed}" for config, seed, *_ in asked]
 print(json.dumps([[name, ["ce", "crt"], 100.0] for name in names]))
 """
 
@@ -88,7 +88,7 @@ def listed(tmp_path, *entries):
 
 def test_every_listed_run_is_valid_and_named_once():
     runs = reproduce.read_list(reproduce.LIST)
-    names = [reproduce.describe(run.config, run.seed).name for run in runs]
+    names = [reproduce.describe(run).name for run in runs]
     assert len(set(names)) == len(names) > 30
     known = [name.rpartition("-seed")[0] for name in names]
     for number, run in enumerate(runs):
@@ -104,7 +104,7 @@ def test_the_list_starts_with_the_most_important_runs():
 
 def test_a_later_stage_begins_with_the_archive_of_the_first():
     run = reproduce.Run("cifar100_lt:method=crt,imbalance=100", 1, begin="cifar100_lt-ce-if100")
-    flags = reproduce.command(run, reproduce.describe(run.config, run.seed))
+    flags = reproduce.command(run, reproduce.describe(run))
     values = cifar100_lt.get_config("method=crt,imbalance=100")
     for flag in flags[1:]:
         key, value = flag.removeprefix("--").split("=", 1)
@@ -119,11 +119,23 @@ def test_a_later_stage_begins_with_the_archive_of_the_first():
 
 
 def test_a_run_counts_the_images_of_all_its_stages():
-    """DRO-LT has 17,000 + 31,280 steps of the whole network, 7,820 of the classifier; TRADES 11 passes a step."""
-    drolt = reproduce.describe("cifar100_lt:method=drolt", 0)
+    """DRO-LT has 17,000 + 31,280 steps of the whole network, 7,820 of the classifier.
+
+    TRADES has 11 passes a step, BCL 3 for 42 batches of 256 an epoch.
+    """
+    drolt = reproduce.describe(reproduce.Run("cifar100_lt:method=drolt", 0))
     assert drolt.work == pytest.approx(128 * (17_000 + 31_280 + reproduce.FROZEN * 7_820))
-    trades, ce = (reproduce.describe(f"cifar10_lt:method={m}", 0).work for m in ("trades", "ce"))
+    trades, ce = (reproduce.describe(reproduce.Run(f"cifar10_lt:method={m}", 0)).work for m in ("trades", "ce"))
     assert trades == pytest.approx(11 * ce * 100 / 200)
+    assert reproduce.describe(reproduce.Run("cifar100_lt:method=bcl", 0)).work == 3 * 200 * 42 * 256
+
+
+def test_flags_change_the_name_and_the_length():
+    flags = ["--config.epochs=30", "--config.name=cifar10_lt-mine"]
+    run = reproduce.Run("cifar10_lt:method=trades", 2)
+    short = reproduce.describe(run._replace(flags=flags))
+    assert short.name == "cifar10_lt-mine-seed2"
+    assert short.work == pytest.approx(0.3 * reproduce.describe(run).work)
 
 
 def test_an_unknown_key_of_the_list_is_named(tmp_path):
