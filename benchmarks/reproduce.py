@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", default="", help="prepared data (default: that of run.py)")
     parser.add_argument("--update", action="store_true", help="move the checkout to HEAD before the next run")
     parser.add_argument("--list", action="store_true", help="only list finished, running and remaining runs")
-    parser.add_argument("--describe", help=argparse.SUPPRESS)  # runs as JSON, by this checkout
+    parser.add_argument("--describe", help=argparse.SUPPRESS)  # runs as JSON, for this checkout's configs
     args = parser.parse_args(argv)
     if args.describe:
         print(json.dumps([describe(Run(*each)) for each in json.loads(args.describe)]))
