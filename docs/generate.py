@@ -70,11 +70,16 @@ def result_rows(pattern: str, *, stages: bool = False) -> list[compare.Row]:
 
 
 def best_first(pattern: str) -> list[compare.Row]:
-    """Return `result_rows` by falling accuracy. If `*` stands for the method, its title is the row's name."""
+    """Return `result_rows` by falling accuracy. A method that `*` stands for is named by its title."""
     before, _, after = pattern.partition("*")
+
+    def name(row: compare.Row) -> str:
+        method = row.name.removeprefix(before).removesuffix(after)
+        recipe = recipes.RECIPES.get(method)
+        return recipe.title if recipe else f"recipe={method}" if method in recipes.FIRST else row.name
+
     rows = sorted(result_rows(pattern), key=lambda row: -row.figures["all"].mean)
-    known = [recipes.RECIPES.get(row.name.removeprefix(before).removesuffix(after)) for row in rows]
-    return [row._replace(name=recipe.title) if recipe else row for row, recipe in zip(rows, known, strict=True)]
+    return [row._replace(name=name(row)) for row in rows]
 
 
 def results_table(text: str) -> str:
