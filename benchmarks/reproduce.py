@@ -146,6 +146,11 @@ class Queue(NamedTuple):
     def started(self, described: Described) -> bool:
         return (self.workdir(described) / "config.json").exists()
 
+    def under_way(self) -> set[str]:
+        """Return the names of runs that have begun and have no archive, whether or not they are in the list."""
+        begun = {path.parent.name for path in (self.folder / "runs").glob("*/config.json")}
+        return {name for name in begun if not (self.results / name / "results.json").exists()}
+
 
 def make_ready(queue: Queue, update: bool) -> None:
     """Make checkout and environment if they are missing; with `update`, move them to HEAD."""
@@ -309,6 +314,13 @@ def work_through(queue: Queue, read: Path, update: bool) -> int:
     with locked(queue) as lock:
         make_ready(queue, update=False)
         while True:
+            if update:  # before the list is described, because an older checkout may not know all of it
+                waits_for = sorted(queue.under_way() - failed)
+                update = bool(waits_for)
+                if update:
+                    print(f"--update waits for {', '.join(waits_for)} in {queue.folder / 'runs'}", flush=True)
+                else:
+                    make_ready(queue, update=True)
             runs = read_list(read)  # again, because it may have changed
             described = descriptions(queue, runs)
             left = [
@@ -319,10 +331,6 @@ def work_through(queue: Queue, read: Path, update: bool) -> int:
             if not left:
                 break
             started = [pair for pair in left if queue.started(pair[1])]
-            if update and not started:
-                make_ready(queue, update=True)
-                update = False
-                continue
             run, about = (started or left)[0]
             if run.begin and not (queue.results / f"{run.begin}-seed{run.seed}" / "results.json").exists():
                 failed.add(about.name)

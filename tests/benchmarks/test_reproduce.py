@@ -232,6 +232,24 @@ def test_a_checkout_stays_at_its_commit_until_it_is_updated(queue, tmp_path):
     assert "step 4/6" in (queue.folder / "c-seed0.log").read_text()
 
 
+def test_an_update_waits_for_runs_under_way_and_comes_before_the_list_is_read(queue, tmp_path, capsys):
+    root = reproduce.ROOT
+    (root / "benchmarks" / "reproduce.py").write_text(DESCRIBE + "assert 'newer-seed0' not in names\n")
+    commit(root, "commit", "--quiet", "-a", "-m", "old")
+    reproduce.work_through(queue, listed(tmp_path, ("a", "")), update=False)
+    (root / "benchmarks" / "reproduce.py").write_text(DESCRIBE)
+    commit(root, "commit", "--quiet", "-a", "-m", "new")
+    newer = listed(tmp_path, ("newer", ""))
+    (queue.folder / "runs" / "begun-seed0").mkdir()
+    (queue.folder / "runs" / "begun-seed0" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="cannot describe"):
+        reproduce.work_through(queue, newer, update=True)
+    assert "--update waits for begun-seed0" in capsys.readouterr().out
+    (queue.folder / "runs" / "begun-seed0" / "config.json").unlink()
+    assert reproduce.work_through(queue, newer, update=True) == 0
+    assert (queue.results / "newer-seed0" / "results.json").exists()
+
+
 def test_the_list_shows_finished_running_and_remaining_runs(queue, tmp_path, capsys):
     path = listed(tmp_path, ("a", ""), ("b", ""))
     reproduce.work_through(queue, path, update=False)
