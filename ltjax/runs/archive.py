@@ -3,7 +3,7 @@
     python -m ltjax.runs.archive runs/cifar100_lt-mislas-if100-seed0 results/cifar100_lt-mislas-if100-seed0
 
 The folder holds `config.json`, `split.json`, `results.json` and `weights.safetensors`, the last stage's weights in
-float32. Every mode except training accepts it as a workdir:
+float32, averaged if the stage averages them. Every mode except training accepts it as a workdir:
 
     python run.py --mode=eval --workdir=results/cifar100_lt-mislas-if100-seed0
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ltjax.runs.checkpoint import StageRecord
+from ltjax.runs.evaluated import with_ema
 from ltjax.runs.weights import ARRAYS, DESCRIPTION, Weights, load_weights, save_arrays
 from ltjax.system.command_line import Parser, exit_code
 from ltjax.system.devices import start_devices
@@ -49,7 +50,7 @@ def archive(workdir: str | Path, folder: str | Path) -> None:
     with holding(workdir / "results.json"):
         if "evaluations" not in read_json(workdir / "results.json")["stages"][trained.stage.name]:
             raise UserError(f"{workdir}/results.json lacks the figures of each epoch: an older ltjax trained it")
-    variables = variables_of(workdir, trained)
+    variables = with_ema(variables_of(workdir, trained))  # not tau-normalised: evaluating an archive does that
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").unlink(missing_ok=True)  # a folder without it is no archive
     save_arrays(folder, variables)

@@ -72,6 +72,19 @@ def test_eval_mode_reproduces_the_figures_exactly(archived, workdir):
     assert not (archived / "checkpoints").exists()
 
 
+def test_averaged_weights_are_the_archived_ones(tmp_path):
+    config = tiny_config(**STAGES | {"stages": ("features",), "epochs": 3, "features.ema": {"decay": 0.9}})
+    train.train(config, tmp_path / "run")
+    archive.archive(tmp_path / "run", tmp_path / "archive")
+    expected, actual = results(tmp_path / "run"), evaluate_workdir(config, tmp_path / "archive")
+    for key in ("accuracy", "ece", "loss", "per_class_accuracy"):
+        assert actual[key] == expected[key]
+    np.testing.assert_array_equal(
+        ltjax.load(tmp_path / "archive").logits(np.full((2, 28, 28, 1), 0.3, np.float32)),
+        ltjax.load(tmp_path / "run").logits(np.full((2, 28, 28, 1), 0.3, np.float32)),
+    )
+
+
 def test_the_command_line_evaluates_an_archive_without_a_config(archived):
     code, out, error = run("--mode=eval", f"--workdir={archived}")
     assert code == 0, error
