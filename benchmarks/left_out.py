@@ -69,6 +69,7 @@ def evaluate(folder: Path, count: int, data_dir: str | None) -> dict[str, Any]:
         len(images.class_names),
         imbalance=settings.imbalance,
         profile=settings.profile,
+        max_count=settings.max_count or None,
         holdout=settings.holdout,
         seed=settings.seed,
     )
