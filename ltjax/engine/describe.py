@@ -66,11 +66,10 @@ def _class_weights(experiment: Experiment, shown: int = 8) -> str:
 
 def _show_weights(experiment: Experiment, weights: Weights, console: Console) -> None:
     """Print what training starts from, and where the config's images differ from those of the weights."""
-    run, licence = experiment.config, f", licence {weights.licence}" if weights.licence else ""
+    run, side = experiment.config, experiment.image_shape[0]
+    licence = f", licence {weights.licence}" if weights.licence else ""
     parts = f", {', '.join(run.weights_parts)} alone" if run.weights_parts else ""
-    console.print(
-        f"weights {run.weights}{parts}{licence}: images of {run.data.size} pixels" + _normalisation(run.model)
-    )
+    console.print(f"weights {run.weights}{parts}{licence}: images of {side} pixels" + _normalisation(run.model))
     given = {key: run.model.get(key) for key in ("mean", "std") if key in weights.settings}
     if given != (theirs := {key: weights.settings[key] for key in given}):
         console.print(f"note: these weights are for images with{_normalisation(theirs)}: set config.model.mean and std")

@@ -124,12 +124,13 @@ def test_training_in_an_archive_prints_that_the_run_is_finished(archived, capsys
     assert archive.is_archive(archived)
 
 
-def test_a_stage_can_start_from_the_weights_of_an_archive(archived, tmp_path):
+def test_a_stage_can_start_from_the_weights_of_an_archive(archived, tmp_path, capsys):
     """The later stage of a chain starts from the weights of an earlier run."""
     values = tiny_config(stages=("classifier",), **{"classifier.epochs": 1, "classifier.start_from": "scratch"})
     values |= {"weights": str(archived), "weights_parts": ("backbone", "classifier")}
     config.parse(values)
     train.train(values, tmp_path / "next")
+    assert "backbone, classifier alone: images of 28 pixels" in " ".join(capsys.readouterr().out.split())
     folders = archived, _archived(tmp_path / "next")
     before, after = (load_weights(folder).variables.params["net"] for folder in folders)
     np.testing.assert_array_equal(before["backbone"]["conv"]["kernel"], after["backbone"]["conv"]["kernel"])
