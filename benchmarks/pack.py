@@ -9,7 +9,8 @@
                  to hold out of each class, and all test images
     pack.json    the commit, and a digest of the code, which identify a copy without .git
 
-It fails if the folder and the checkout together exceed `--limit_mb`. Copy both, then run (accelerator.py --pack does):
+Copy the folder and the checkout, whose `results/` is not needed there. The command fails if both together exceed
+`--limit_mb`. Then run (accelerator.py --pack does):
 
     python -m benchmarks.pack --unpack=build/pack --to=runs/unpacked
 
@@ -272,6 +273,7 @@ def pack(args: argparse.Namespace) -> None:
     unpack_images(out / "images.npz")
 
     listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"]
+    listed += ["--", ".", ":(exclude)results"]
     files = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
     sizes = {
         "wheels": sum(path.stat().st_size for path in (out / "wheels").iterdir()),
@@ -322,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--carry", default="", help="packages to download even if they are there, for a newer version")
     parser.add_argument("--data_dir", help="prepared data sets (default: $TFDS_DATA_DIR)")
     parser.add_argument(
-        "--limit_mb", type=float, default=64.0, help="limit of pack and checkout together (default: %(default)g)"
+        "--limit_mb", type=float, default=64.0, help="limit of pack and checkout, less results/ (default: %(default)g)"
     )
     parser.add_argument("--unpack", type=Path, metavar="PACK", help="unpack this folder instead")
     parser.add_argument("--to", type=Path, help="where to unpack")

@@ -107,6 +107,17 @@ def test_too_large_a_pack_fails_and_cannot_be_unpacked(finished, tmp_path, capsy
     assert "holds no finished pack" in capsys.readouterr().err
 
 
+def test_archived_runs_do_not_count(finished, tmp_path, monkeypatch):
+    checkout = tmp_path / "checkout"
+    (checkout / "results").mkdir(parents=True)
+    (checkout / "run.py").write_bytes(b"0123456789")
+    (checkout / "results" / "weights.safetensors").write_bytes(bytes(1000))
+    subprocess.run(["git", "-C", str(checkout), "init", "-q"], check=True)
+    monkeypatch.setattr(pack, "ROOT", checkout)
+    assert finished() == 0
+    assert pack.read_pack(tmp_path / "pack")["bytes"]["checkout"] == 10
+
+
 def test_a_pack_for_another_python_is_refused(finished, tmp_path, capsys):
     finished("--python=3.0")
     assert pack.main([f"--unpack={tmp_path / 'pack'}", f"--to={tmp_path / 'to'}"]) == 2
